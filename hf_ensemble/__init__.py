@@ -1,0 +1,43 @@
+"""Fine-tune a language model on many datasets at once.
+
+Everything here is imported on first use, so that `import hf_ensemble` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "tasks": ["LabelSpace", "TaskSet", "load_task_folder"],
+    "store": ["FeatureTable", "GradientStore"],
+    "capture": ["CaptureConfig", "capture_gradients"],
+    "estimate": ["ObservedRun", "Prediction", "SubsetEstimator"],
+    "select": ["DataSelector", "Grouping", "Selection"],
+    "ensemble": ["LabelSimilarityForSequenceClassification", "PeftEnsembleModel"],
+    "publish": ["push_ensemble_to_hub", "write_model_card"],
+    "callbacks": ["GradientCaptureCallback"],
+    "train": [
+        "EnsembleConfig",
+        "EnsembleSFTConfig",
+        "EnsembleSFTTrainer",
+        "EnsembleTrainer",
+        "SelectionConfig",
+        "SelectionSFTConfig",
+        "SelectionSFTTrainer",
+        "SelectionTrainer",
+        "measure_fidelity",
+    ],
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

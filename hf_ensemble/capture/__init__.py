@@ -1,0 +1,17 @@
+"""One small vector per example: the projected gradient of the model's log-odds in the adapter's parameters."""
+
+from .capture import capture_gradients
+from .config import CaptureConfig
+from .gradients import GradientExtractor, evaluation_mode
+from .margin import log_odds, margins
+from .projection import SeededProjection
+
+__all__ = [
+    "CaptureConfig",
+    "GradientExtractor",
+    "SeededProjection",
+    "capture_gradients",
+    "evaluation_mode",
+    "log_odds",
+    "margins",
+]

@@ -1,0 +1,163 @@
+"""The capture pass: every example of every task through the model once, into a store."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .._compat import keep_quantized_weights_in_place, package_versions
+from ..errors import CaptureError
+from ..store import CapturedRows, GradientStore, GradientStoreWriter
+from ..tasks import EXAMPLE_ID, TASK, RowFormat, TaskCollator, TaskSet, data_collator_for, encode
+from .config import CaptureConfig
+from .gradients import BatchGradients, GradientExtractor
+from .identity import model_identity
+
+SHARD_SIZE = 512
+
+
+def capture_gradients(
+    model: nn.Module,
+    tasks: TaskSet,
+    config: CaptureConfig | None = None,
+    output_dir: str | Path = "gradients",
+    processing_class: PreTrainedTokenizerBase | None = None,
+    data_collator: TaskCollator | None = None,
+    encoded: Mapping[str, Dataset] | None = None,
+    overwrite: bool = False,
+    disable_tqdm: bool = False,
+) -> GradientStore:
+    """Capture the gradient features of all training and validation examples.
+
+    The model is left as it was: modes, gradients and random state. A killed pass, started again with the same arguments,
+    goes on at the first unfinished shard and ends with the same store. Under a distributed launcher the processes share
+    the shards.
+
+    Args:
+        model (`nn.Module`):
+            Causal language model or sequence classifier with trainable adapter parameters at theta0, where the gradients
+            are taken.
+        tasks (`TaskSet`): what to capture.
+        config (`CaptureConfig`, *optional*): settings.
+        output_dir (`str` or `Path`, *optional*, defaults to `"gradients"`): the store's directory.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; needed unless `encoded` is given.
+        data_collator (`TaskCollator`, *optional*): collates encoded rows; a padding collator by default.
+        encoded (`dict[str, Dataset]`, *optional*):
+            Token tables by split with `task` and `example_id`, when a trainer has made them already.
+        overwrite (`bool`, *optional*, defaults to `False`): replace a store of another identity.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): no progress bar.
+
+    Returns:
+        `GradientStore`: the finished store.
+
+    Raises:
+        `StoreMismatchError`: when the directory holds a store of another model, data or configuration.
+        `StoreError`: for gradients that are not finite, each named.
+        `CaptureError`: when the model has no trainable parameter, or a row no answer token.
+
+    Example:
+
+    ```python
+    >>> store = capture_gradients(model, tasks, processing_class=tokenizer, output_dir="gradients")  # doctest: +SKIP
+    ```
+    """
+    config = config or CaptureConfig()
+    keep_quantized_weights_in_place(model)
+    if encoded is None:
+        if processing_class is None:
+            raise CaptureError("Expected a tokenizer in processing_class, or token tables in encoded; found neither.")
+        encoded = {
+            split: encode(tasks.table(split), processing_class, tasks.row_format, tasks.label_space, config.max_length)
+            for split in ("train", "validation")
+        }
+    if data_collator is None:
+        data_collator = data_collator_for(
+            tasks.row_format, processing_class, labels_are_tokens=tasks.row_format is not RowFormat.CLASSIFICATION
+        )
+    state = PartialState()
+    extractor = GradientExtractor(model, config.projection_dim, config.projection_seed, config.margin, tasks.label_space)
+    plan = [
+        (split, task, example_id)
+        for split, table in encoded.items()
+        for task, example_id in zip(table[TASK], table[EXAMPLE_ID])
+    ]
+    identity = {
+        "model": model_identity(model),
+        "data": {"row_format": tasks.row_format.value, "fingerprint": tasks.fingerprint, "tokens": _fingerprint(encoded)},
+        "config": config.identity(),
+    }
+    with state.main_process_first():
+        writer = GradientStoreWriter(
+            Path(output_dir),
+            identity,
+            plan,
+            extractor.projection.dim,
+            config.feature_dtype,
+            SHARD_SIZE,
+            overwrite,
+            state.is_main_process,
+        )
+    missing = writer.missing_shards()
+    state.wait_for_everyone()
+    mine = missing[state.process_index :: state.num_processes]
+    _capture_shards(extractor, writer, mine, encoded, data_collator, config.batch_size, disable_tqdm)
+    state.wait_for_everyone()
+    if state.is_main_process and missing:
+        coverage = {"hooked": extractor.hooked, "fallback": extractor.fallback}
+        writer.finish(coverage=coverage, versions=package_versions())
+    state.wait_for_everyone()
+    return GradientStore(output_dir)
+
+
+def _capture_shards(extractor, writer, shards, encoded, data_collator, batch_size, disable_tqdm) -> None:
+    starts = dict(zip(encoded, np.cumsum([0, *(len(table) for table in encoded.values())])))
+    bounds = list(starts.items())
+
+    def row_at(position: int):
+        split, start = next(item for item in reversed(bounds) if position >= item[1])
+        return encoded[split][int(position - start)]
+
+    total = sum(len(writer.rows_of(shard)) for shard in shards)
+    hidden = disable_tqdm or not PartialState().is_local_main_process
+    with tqdm(total=total, desc="Capturing gradients", unit="example", disable=hidden) as bar, torch.random.fork_rng():
+        for shard in shards:
+            rows = [row_at(position) for position in writer.rows_of(shard)]
+            writer.write_shard(shard, _capture_rows(extractor, rows, data_collator, batch_size, bar))
+
+
+def _capture_rows(extractor, rows, data_collator, batch_size, bar) -> CapturedRows:
+    """Batches of similar length waste little on padding; the results go back to the plan's order."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    parts: list[BatchGradients] = []
+    for start in range(0, len(order), batch_size):
+        batch = [_without_none(rows[i]) for i in order[start : start + batch_size]]
+        parts.append(extractor(data_collator(batch)))
+        bar.update(len(batch))
+    back = np.argsort(order)
+
+    def joined(name: str) -> np.ndarray:
+        return torch.cat([getattr(part, name) for part in parts]).numpy()[back]
+
+    return CapturedRows(joined("features"), joined("margin"), joined("loss"), joined("num_tokens"))
+
+
+def _without_none(row: dict) -> dict:
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _fingerprint(encoded: Mapping[str, Dataset]) -> str:
+    """Of the tokens themselves, which another tokenizer or truncation changes while the tasks stay the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split, table in encoded.items():
+        digest.update(split.encode())
+        for column in ("input_ids", "labels"):
+            for value in table[column]:
+                digest.update(np.asarray(value, dtype=np.int64).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,50 @@
+"""What a model's gradients depend on, as JSON values that can be compared."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+_SAMPLES = 64
+
+
+def model_identity(model: nn.Module) -> dict[str, Any]:
+    """Name, revision, adapter configuration and weight fingerprints of a model.
+
+    The trainable parameters (theta0) are hashed whole. Of every other tensor, 64 evenly spaced entries are: enough to
+    tell another checkpoint, at no cost for a large model.
+    """
+    config = getattr(model, "config", None)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name: t for name, t in model.state_dict().items() if torch.is_tensor(t) and name not in trainable}
+    return {
+        "name": getattr(config, "_name_or_path", None) or type(model).__name__,
+        "revision": getattr(config, "_commit_hash", None),
+        "adapter": _adapter_configs(model),
+        "theta0": _hash({name: p.detach() for name, p in trainable.items()}, samples=None),
+        "base_weights": _hash(frozen, samples=_SAMPLES),
+    }
+
+
+def _adapter_configs(model: nn.Module) -> dict[str, Any]:
+    configs = {}
+    for name in getattr(model, "active_adapters", []) if hasattr(model, "peft_config") else []:
+        raw = model.peft_config[name].to_dict()
+        configs[name] = {
+            key: sorted(value) if isinstance(value, (set, frozenset)) else value
+            for key, value in raw.items()
+            if isinstance(value, (str, int, float, bool, list, set, frozenset)) and key != "inference_mode"
+        }
+    return configs
+
+
+def _hash(tensors: dict[str, torch.Tensor], samples: int | None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().reshape(-1)
+        if samples is not None and flat.numel() > samples:
+            flat = flat[torch.linspace(0, flat.numel() - 1, samples, device=flat.device).long()]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()

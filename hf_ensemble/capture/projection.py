@@ -1,0 +1,93 @@
+"""Seeded random projection of a model's gradient, without a matrix."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ..errors import CaptureError
+
+
+class SeededProjection:
+    """x = P^T g for a gradient g given parameter by parameter, with E[P P^T] = I.
+
+    Every entry of g goes into one of the `dim` features with a random sign. A parameter's entries are taken in blocks of
+    `dim`; within a block they go to consecutive features from a random start on. Two entries of a block never meet, two of
+    different blocks meet with probability 1 / dim, so inner products are unbiased and their variance is at most that of
+    a count sketch (Charikar et al. 2002), and applying P is a signed, shifted addition.
+
+    Signs and starts are drawn from (seed, parameter name, shape), on the CPU, so that they are the same on every device,
+    in every process and after every restart.
+
+    Args:
+        shapes (`dict[str, torch.Size]`): shape of each parameter, by name.
+        dim (`int`, *optional*): number of features; `None` keeps the exact gradient, parameter after parameter.
+        seed (`int`, *optional*, defaults to 0): seed of the projection.
+
+    Raises:
+        `CaptureError`: when there is no parameter, or `dim` is not positive.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], dim: int | None, seed: int = 0):
+        if not shapes:
+            raise CaptureError("The model has no trainable parameter. Add an adapter, and set it active.")
+        if dim is not None and dim <= 0:
+            raise CaptureError(f"projection_dim has to be positive or None, found {dim}.")
+        self.shapes = dict(shapes)
+        self.seed = seed
+        self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
+        # More features than parameters carry nothing more than the exact gradient does.
+        self.exact = dim is None or dim >= self.num_parameters
+        self.dim = self.num_parameters if self.exact else dim
+        offsets = np.cumsum([0, *(shape.numel() for shape in self.shapes.values())])
+        self._offset = dict(zip(self.shapes, offsets.tolist()))
+        self._drawn: dict[str, tuple[torch.Tensor, list[int]]] = {}
+
+    def _signs_and_starts(self, name: str) -> tuple[torch.Tensor, list[int]]:
+        """Signs `(numel,)` int8 and the first feature of each block."""
+        if name not in self._drawn:
+            shape = tuple(self.shapes[name])
+            key = hashlib.blake2b(f"{self.seed}|{name}|{shape}".encode(), digest_size=8).digest()
+            generator = np.random.Generator(np.random.Philox(int.from_bytes(key, "little")))
+            numel = self.shapes[name].numel()
+            bits = np.unpackbits(np.frombuffer(generator.bytes(-(-numel // 8)), dtype=np.uint8))[:numel]
+            starts = generator.integers(0, self.dim, size=-(-numel // self.dim))
+            self._drawn[name] = (torch.from_numpy(bits.astype(np.int8) * 2 - 1), starts.tolist())
+        signs, starts = self._drawn[name]
+        return signs, starts
+
+    def add(self, features: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
+        """Add one parameter's part, in place.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, dim)`): float32.
+            name (`str`): the parameter.
+            gradient (`torch.Tensor` of shape `(B, *shape)`): its gradient for each example.
+        """
+        flat = gradient.reshape(len(features), -1).to(features.dtype)
+        if self.exact:
+            features[:, self._offset[name] : self._offset[name] + flat.shape[1]] += flat
+            return
+        signs, starts = self._signs_and_starts(name)
+        if signs.device != flat.device:
+            signs = signs.to(flat.device)
+            self._drawn[name] = (signs, starts)
+        flat = flat * signs
+        for block, first in zip(flat.split(self.dim, dim=1), starts):
+            head = min(block.shape[1], self.dim - first)
+            features[:, first : first + head] += block[:, :head]
+            features[:, : block.shape[1] - head] += block[:, head:]
+
+    def transpose(self, w: torch.Tensor) -> dict[str, torch.Tensor]:
+        """P w, the move of the parameters that the features' coefficients `w` `(dim,)` stand for; by parameter name."""
+        moves = {}
+        for name, shape in self.shapes.items():
+            if self.exact:
+                flat = w[self._offset[name] : self._offset[name] + shape.numel()]
+            else:
+                signs, starts = self._signs_and_starts(name)
+                rolled = torch.cat([torch.roll(w, -first) for first in starts])[: shape.numel()]
+                flat = rolled * signs.to(w.device, w.dtype)
+            moves[name] = flat.reshape(shape).clone()
+        return moves

@@ -1,0 +1,16 @@
+"""Several adapters over one base model as one model."""
+
+from .config import BaseModelReference, EnsembleMember
+from .label_similarity import LabelSimilarityConfig, LabelSimilarityForSequenceClassification
+from .model import PeftEnsembleModel
+from .weights import FittedWeights, fit_weights
+
+__all__ = [
+    "BaseModelReference",
+    "EnsembleMember",
+    "FittedWeights",
+    "LabelSimilarityConfig",
+    "LabelSimilarityForSequenceClassification",
+    "PeftEnsembleModel",
+    "fit_weights",
+]

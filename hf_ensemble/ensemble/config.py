@@ -1,0 +1,117 @@
+"""`ensemble_config.json`: what a saved ensemble consists of."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .._compat import package_versions
+from .._files import read_json, write_json
+from ..errors import EnsembleError, EnsembleLoadError
+
+CONFIG_NAME = "ensemble_config.json"
+ADAPTERS_FOLDER = "adapters"
+FORMAT_VERSION = 1
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class BaseModelReference:
+    """Where an ensemble's base model comes from.
+
+    Args:
+        name_or_path (`str`): Hub id or folder.
+        revision (`str`, *optional*): commit of a Hub id.
+        auto_class (`str`): the transformers auto class that loads it.
+        num_labels (`int`, *optional*): outputs of a classification head that the base checkpoint lacks.
+    """
+
+    name_or_path: str
+    revision: str | None
+    auto_class: str
+    num_labels: int | None = None
+
+
+@dataclass(frozen=True)
+class EnsembleMember:
+    """One adapter: its name (also its folder under `adapters/`) and the tasks it was trained on."""
+
+    name: str
+    tasks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """What `ensemble_config.json` holds.
+
+    Args:
+        base_model (`BaseModelReference`): the base model.
+        members (`list[EnsembleMember]`): the adapters, in the order of the weights' columns.
+        weights (`dict[str, dict[str, float]]`): weight of each adapter, by task; adapters left out weigh 0.
+        default_weights (`dict[str, float]`): for rows of no known task.
+        label_space (`dict`, *optional*): label sets of classification tasks.
+        versions (`dict[str, str]`): packages that wrote it.
+    """
+
+    base_model: BaseModelReference
+    members: list[EnsembleMember]
+    weights: dict[str, dict[str, float]]
+    default_weights: dict[str, float]
+    label_space: dict | None = None
+    versions: dict[str, str] = field(default_factory=package_versions)
+
+    def save(self, folder: Path) -> None:
+        data = {"format": "hf_ensemble.ensemble", "format_version": FORMAT_VERSION, "combination": "logits", **asdict(self)}
+        write_json(folder / CONFIG_NAME, data)
+
+    @classmethod
+    def load(cls, folder: Path) -> "EnsembleConfig":
+        """Read and check a configuration.
+
+        Raises:
+            `EnsembleLoadError`: for a missing or foreign file, a newer format, or an adapter name that is no folder name.
+        """
+        path = folder / CONFIG_NAME
+        if not path.is_file():
+            raise EnsembleLoadError(f"{str(folder)!r} holds no {CONFIG_NAME}: it is not a saved ensemble.")
+        try:
+            data: Mapping[str, Any] = read_json(path)
+            if data["format_version"] > FORMAT_VERSION:
+                raise EnsembleLoadError(
+                    f"{CONFIG_NAME} has format version {data['format_version']}, this release reads {FORMAT_VERSION}. "
+                    "Install a newer hf_ensemble."
+                )
+            if data["combination"] != "logits":
+                raise EnsembleLoadError(f"{CONFIG_NAME}: unknown combination {data['combination']!r}, known: 'logits'.")
+            config = cls(
+                BaseModelReference(**data["base_model"]),
+                [EnsembleMember(**member) for member in data["members"]],
+                data["weights"],
+                data["default_weights"],
+                data.get("label_space"),
+                data.get("versions", {}),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, EnsembleLoadError):
+                raise
+            raise EnsembleLoadError(f"{CONFIG_NAME} in {str(folder)!r} is damaged: {error!r}.") from error
+        for member in config.members:
+            check_adapter_name(member.name)
+        return config
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise [`EnsembleLoadError`] for a name that is no plain folder name, so that none leads out of the folder."""
+    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
+        raise EnsembleLoadError(f"Adapter name {name!r} is not usable as a folder's name: use letters, digits, '_' and '-'.")
+
+
+def check_weights(weights: Mapping[str, Mapping[str, float]], members: list[str]) -> None:
+    """Raise [`EnsembleError`] for a weight of an unknown adapter, one that is not finite, or a task without any."""
+    for task, row in weights.items():
+        unknown = sorted(set(row) - set(members))
+        if unknown:
+            raise EnsembleError(f"The weights of {task!r} name unknown adapters {unknown}; the adapters are {members}.")
+        if not all(isinstance(w, (int, float)) and abs(w) < float("inf") for w in row.values()) or not any(row.values()):
+            raise EnsembleError(f"The weights of {task!r} have to be finite and not all zero, found {dict(row)}.")

@@ -1,0 +1,45 @@
+"""Every error this library raises on purpose.
+
+One base class, and each kind also subclasses the builtin that a caller would catch. A message says what was
+expected, what was found, and what to do.
+"""
+
+
+class HfEnsembleError(Exception):
+    """Base of all errors raised by hf_ensemble."""
+
+
+class TaskError(HfEnsembleError, ValueError):
+    """A dataset, its columns, its labels or its splits are not usable as a task."""
+
+
+class ConfigurationError(HfEnsembleError, ValueError):
+    """An argument or a combination of arguments makes no sense."""
+
+
+class CaptureError(HfEnsembleError, RuntimeError):
+    """Gradients cannot be captured exactly for this model or these examples."""
+
+
+class StoreError(HfEnsembleError, RuntimeError):
+    """A gradient store is missing, unfinished or damaged."""
+
+
+class StoreMismatchError(StoreError, ValueError):
+    """A gradient store was made with another model, other data or another configuration."""
+
+
+class EstimationError(HfEnsembleError, ValueError):
+    """The features or the requested mixtures do not allow an estimate."""
+
+
+class RunMismatchError(HfEnsembleError, ValueError):
+    """A run directory holds stages of another configuration."""
+
+
+class EnsembleError(HfEnsembleError, ValueError):
+    """Adapters, weights or tasks of an ensemble do not fit together."""
+
+
+class EnsembleLoadError(EnsembleError, OSError):
+    """A saved ensemble is incomplete, foreign or unsafe to read."""

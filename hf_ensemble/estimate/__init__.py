@@ -1,0 +1,17 @@
+"""Predicted outcomes of fine-tuning on any subset or mixture of tasks, from features alone."""
+
+from .estimator import Prediction, SubsetEstimator
+from .reduction import FeatureReduction
+from .regularization import ObservedRun, Regularization, choose_regularization
+from .surrogate import SurrogateSolution, solve_surrogate
+
+__all__ = [
+    "FeatureReduction",
+    "ObservedRun",
+    "Prediction",
+    "Regularization",
+    "SubsetEstimator",
+    "SurrogateSolution",
+    "choose_regularization",
+    "solve_surrogate",
+]

@@ -1,0 +1,152 @@
+"""From gradient features to the outcome of fine-tuning on any subset or mixture of the tasks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import EstimationError
+from ..store import FeatureTable
+from .reduction import FeatureReduction
+from .surrogate import solve_surrogate
+
+if TYPE_CHECKING:
+    from .regularization import ObservedRun, Regularization
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted outcomes of `S` mixtures on `T` tasks.
+
+    Args:
+        task_names (`tuple[str, ...]`): the tasks.
+        mixtures (`np.ndarray` of shape `(S, T)`): what was asked for.
+        loss (`np.ndarray` of shape `(S, T)`): mean validation loss of each task, in nats per answer token.
+        accuracy (`np.ndarray` of shape `(S, T)`):
+            Share of validation examples whose answer gets more than half of the probability; for two labels this is the
+            accuracy.
+        coefficients (`np.ndarray` of shape `(S, k)`): the surrogate's optimum.
+        gradient_norm (`np.ndarray` of shape `(S,)`): how exactly it was solved.
+    """
+
+    task_names: tuple[str, ...]
+    mixtures: np.ndarray
+    loss: np.ndarray
+    accuracy: np.ndarray
+    coefficients: np.ndarray
+    gradient_norm: np.ndarray
+
+
+class SubsetEstimator:
+    """Predicts how fine-tuning on any subset or mixture of tasks would turn out, from gradient features alone.
+
+    The surrogate's l2 stands for how long one trains: with the epochs fixed, more rows mean more steps and a longer way
+    from the linearisation point, so l2(a) = c / N(a) with N(a) = sum_k a_k n_k. The constant c is found by evidence, see
+    [`choose_regularization`].
+
+    Args:
+        train (`FeatureTable`): features of the training rows.
+        validation (`FeatureTable`): features of the validation rows, of the same tasks.
+        num_components (`int`, *optional*, defaults to 400): principal components that the surrogate is solved in.
+        observed_runs (`Sequence[ObservedRun]`, *optional*):
+            Fine-tunings that exist anyway, with their validation losses: the evidence for c.
+
+    Raises:
+        `EstimationError`: for tasks without rows, and features that are not finite.
+
+    Example:
+
+    ```python
+    >>> estimator = SubsetEstimator(store.table("train"), store.table("validation"))  # doctest: +SKIP
+    >>> estimator.predict_subsets([["sst2", "mr"], ["sst2", "trec"]]).loss.shape  # doctest: +SKIP
+    (2, 13)
+    ```
+    """
+
+    def __init__(
+        self,
+        train: FeatureTable,
+        validation: FeatureTable,
+        num_components: int = 400,
+        observed_runs: "Sequence[ObservedRun]" = (),
+    ):
+        from .regularization import choose_regularization
+
+        if train.task_names != validation.task_names:
+            raise EstimationError(
+                f"Training and validation features are of different tasks: {train.task_names}, {validation.task_names}."
+            )
+        self.task_names = train.task_names
+        self.counts = np.bincount(train.task, minlength=len(self.task_names))
+        for split, table in (("training", train), ("validation", validation)):
+            rows = np.bincount(table.task, minlength=len(self.task_names))
+            if (rows == 0).any():
+                raise EstimationError(f"Task {self.task_names[int(np.argmin(rows))]!r} has no {split} rows.")
+        self.reduction = FeatureReduction.fit(train.features, num_components)
+        self._train = (self.reduction.apply(train.features), train.margin.astype(np.float64), train.task)
+        self._validation = (
+            self.reduction.apply(validation.features),
+            validation.margin.astype(np.float64),
+            validation.task,
+        )
+        if not np.isfinite(self._validation[0]).all():
+            raise EstimationError("A validation feature is not finite.")
+        self.regularization: Regularization = choose_regularization(self, observed_runs)
+
+    def mixture_of(self, tasks: Iterable[str] | Mapping[str, float]) -> np.ndarray:
+        """Weights `(T,)` of a subset's names or of a dict from name to weight.
+
+        Raises:
+            `EstimationError`: for an unknown task.
+        """
+        weights = dict(tasks) if isinstance(tasks, Mapping) else {name: 1.0 for name in tasks}
+        unknown = sorted(set(weights) - set(self.task_names))
+        if unknown:
+            raise EstimationError(f"Unknown tasks {unknown}; the tasks are {list(self.task_names)}.")
+        return np.array([weights.get(name, 0.0) for name in self.task_names])
+
+    def predict_subsets(self, subsets: Iterable[Iterable[str] | Mapping[str, float]]) -> Prediction:
+        """Outcomes of named subsets, or of dicts from name to mixture weight."""
+        return self.predict(np.array([self.mixture_of(subset) for subset in subsets]))
+
+    def predict(self, mixtures: np.ndarray, l2_scale: float | np.ndarray | None = None) -> Prediction:
+        """Outcomes of mixtures `(S, T)`.
+
+        Args:
+            mixtures (`np.ndarray` of shape `(S, T)`): weight of one row of each task; 0 and 1 for subsets.
+            l2_scale (`float` or `np.ndarray` of shape `(S,)`, *optional*): c, where the estimator's own is not wanted.
+
+        Raises:
+            `EstimationError`: for an empty mixture or negative weights.
+        """
+        mixtures = np.atleast_2d(np.asarray(mixtures, dtype=np.float64))
+        if mixtures.shape[1] != len(self.task_names):
+            raise EstimationError(f"Expected mixtures over {len(self.task_names)} tasks, found shape {mixtures.shape}.")
+        scale = self.regularization.l2_scale if l2_scale is None else l2_scale
+        size = np.maximum(mixtures @ self.counts, np.finfo(float).tiny)
+        solution = solve_surrogate(*self._train, mixtures, scale / size)
+        features, margin, task = self._validation
+        z = margin + solution.coefficients @ features.T
+        return Prediction(
+            self.task_names,
+            mixtures,
+            self._per_task(np.logaddexp(0.0, -z), task),
+            self._per_task((z > 0).astype(np.float64), task),
+            solution.coefficients,
+            solution.gradient_norm,
+        )
+
+    def _per_task(self, values: np.ndarray, task: np.ndarray) -> np.ndarray:
+        """Mean over each task's validation rows: `(S, n)` to `(S, T)`."""
+        indicator = np.eye(len(self.task_names))[task]
+        return values @ (indicator / indicator.sum(axis=0))
+
+    def base_loss(self) -> np.ndarray:
+        """Validation loss of each task at the linearisation point, `(T,)`."""
+        _, margin, task = self._validation
+        return self._per_task(np.logaddexp(0.0, -margin)[None], task)[0]
+
+    def parameters_at(self, coefficients: np.ndarray) -> np.ndarray:
+        """Coefficients of the captured features `(..., d)`; through the projection's transpose they move the model."""
+        return self.reduction.restore(coefficients)

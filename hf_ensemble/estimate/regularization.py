@@ -1,0 +1,82 @@
+"""How strong the surrogate's penalty is: by evidence, not by hand."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from ..errors import EstimationError
+
+if TYPE_CHECKING:
+    from .estimator import SubsetEstimator
+
+_GRID = np.logspace(-2.5, 2.5, 21)
+
+
+@dataclass(frozen=True)
+class ObservedRun:
+    """A true fine-tuning: what it was trained on, and how it did.
+
+    Args:
+        mixture (`dict[str, float]`): weight of each task's rows in training.
+        losses (`dict[str, float]`): mean validation loss of each task that was evaluated.
+    """
+
+    mixture: Mapping[str, float]
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """The constant c of l2 = c / N and where it comes from.
+
+    Args:
+        l2_scale (`float`): c.
+        evidence (`str`): `"observed_runs"` or `"validation_loss"`.
+        criterion (`float`): value that c minimises: mean relative error over the runs' losses, or mean predicted loss.
+    """
+
+    l2_scale: float
+    evidence: Literal["observed_runs", "validation_loss"]
+    criterion: float
+
+
+def choose_regularization(estimator: "SubsetEstimator", observed_runs: Sequence[ObservedRun] = ()) -> Regularization:
+    """Find c.
+
+    With observed runs: the c whose predictions of those runs have the least mean relative error, so that the surrogate
+    moves as far as the user's training moves. Without: the c with the least predicted validation loss over all tasks
+    trained alone and all together, as if the user's training length were about right for these data.
+
+    Raises:
+        `EstimationError`: for runs without a known task or loss.
+    """
+    if observed_runs:
+        mixtures = np.array([estimator.mixture_of(run.mixture) for run in observed_runs])
+        truth = np.full(mixtures.shape, np.nan)
+        for row, run in enumerate(observed_runs):
+            for column, name in enumerate(estimator.task_names):
+                truth[row, column] = run.losses.get(name, np.nan)
+        if not np.isfinite(truth).any():
+            raise EstimationError("The observed runs hold no finite loss of a known task.")
+
+        def criterion(loss: np.ndarray) -> float:
+            return float(np.nanmean(np.abs(loss - truth) / truth))
+    else:
+        size = len(estimator.task_names)
+        mixtures = np.concatenate([np.eye(size), np.ones((1, size))])
+
+        def criterion(loss: np.ndarray) -> float:
+            return float((np.diag(loss[:-1]).mean() + loss[-1].mean()) / 2)
+
+    def evaluate(scale: float) -> float:
+        return criterion(estimator.predict(mixtures, l2_scale=scale).loss)
+
+    values = [evaluate(scale) for scale in _GRID]
+    best = int(np.argmin(values))
+    low, high = np.log(_GRID[max(best - 1, 0)]), np.log(_GRID[min(best + 1, len(_GRID) - 1)])
+    refined = minimize_scalar(lambda log_scale: evaluate(np.exp(log_scale)), bounds=(low, high), method="bounded")
+    scale, value = min((float(np.exp(refined.x)), float(refined.fun)), (float(_GRID[best]), values[best]), key=lambda p: p[1])
+    return Regularization(scale, "observed_runs" if observed_runs else "validation_loss", value)

@@ -1,0 +1,24 @@
+"""Choices made from predictions: tasks for a target, tasks in groups."""
+
+from .affinity import affinity_matrix, predicted_affinity
+from .grouping import Grouping, group_tasks, partition_loss
+from .partition import semidefinite_partition, spectral_partition
+from .sampling import random_subsets
+from .selection import Selection, forward_selection, random_ensemble_selection, select_tasks
+from .selector import DataSelector
+
+__all__ = [
+    "DataSelector",
+    "Grouping",
+    "Selection",
+    "affinity_matrix",
+    "forward_selection",
+    "group_tasks",
+    "partition_loss",
+    "predicted_affinity",
+    "random_ensemble_selection",
+    "random_subsets",
+    "select_tasks",
+    "semidefinite_partition",
+    "spectral_partition",
+]

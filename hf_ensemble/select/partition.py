@@ -1,0 +1,90 @@
+"""Cutting an affinity matrix into groups. Pure functions of arrays."""
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from sklearn.cluster import SpectralClustering
+
+from ..errors import EstimationError
+
+
+def spectral_partition(affinity: np.ndarray, num_groups: int, seed: int = 0) -> np.ndarray:
+    """Group of each task by spectral clustering of the symmetrised affinity, `(T,)`.
+
+    Args:
+        affinity (`np.ndarray` of shape `(T, T)`): higher is better.
+        num_groups (`int`): groups.
+        seed (`int`, *optional*, defaults to 0): seed of the k-means inside.
+    """
+    if num_groups == 1 or num_groups >= len(affinity):
+        return np.zeros(len(affinity), dtype=int) if num_groups == 1 else np.arange(len(affinity))
+    symmetric = (affinity + affinity.T) / 2
+    # Spectral clustering takes similarities; exp keeps the order and makes them positive.
+    spread = symmetric[~np.eye(len(symmetric), dtype=bool)].std() or 1.0
+    similarity = np.exp(symmetric / spread)
+    model = SpectralClustering(num_groups, affinity="precomputed", random_state=seed, assign_labels="kmeans", n_init=20)
+    return canonical(model.fit_predict(similarity))
+
+
+def semidefinite_partition(
+    affinity: np.ndarray, num_groups: int | None = None, trace_penalty: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Group of each task by the semidefinite relaxation of the best partition.
+
+    A partition is the matrix X with X_ij = 1 / |group| for two tasks of one group and 0 otherwise; its trace is the
+    number of groups. The relaxation (EnsembleLoRA, arXiv 2505.21930)
+
+        max <T, X> - penalty * trace(X)   subject to  X e = e,  X >= 0 entry by entry,  X positive semidefinite
+
+    lets the number of groups come out of the penalty; with `num_groups` the trace is fixed instead. X is rounded by
+    average-linkage clustering of its entries.
+
+    Args:
+        affinity (`np.ndarray` of shape `(T, T)`): higher is better.
+        num_groups (`int`, *optional*): groups.
+        trace_penalty (`float`, *optional*):
+            Price of one more group; where neither is given, a tenth of the spread of the affinities.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: groups `(T,)` and the relaxed X `(T, T)`.
+
+    Raises:
+        `EstimationError`: when the solver finds no optimum.
+    """
+    import cvxpy
+
+    size = len(affinity)
+    symmetric = (affinity + affinity.T) / 2
+    x = cvxpy.Variable((size, size), PSD=True)
+    constraints = [x >= 0, cvxpy.sum(x, axis=1) == 1]
+    objective = cvxpy.trace(symmetric @ x)
+    if num_groups is not None:
+        constraints.append(cvxpy.trace(x) == num_groups)
+    else:
+        off_diagonal = symmetric[~np.eye(size, dtype=bool)]
+        penalty = trace_penalty if trace_penalty is not None else 0.1 * float(off_diagonal.std()) if size > 1 else 0.0
+        objective = objective - penalty * cvxpy.trace(x)
+    problem = cvxpy.Problem(cvxpy.Maximize(objective), constraints)
+    problem.solve()
+    if problem.status not in ("optimal", "optimal_inaccurate"):
+        raise EstimationError(f"The semidefinite program ended as {problem.status!r}. Use method='spectral' instead.")
+    relaxed = np.clip((x.value + x.value.T) / 2, 0.0, None)
+    count = num_groups if num_groups is not None else int(np.clip(round(float(np.trace(relaxed))), 1, size))
+    return _round(relaxed, count), relaxed
+
+
+def _round(relaxed: np.ndarray, num_groups: int) -> np.ndarray:
+    """Groups from a relaxed partition matrix: tasks whose entries are as large as their diagonals belong together."""
+    if len(relaxed) == 1:
+        return np.zeros(1, dtype=int)
+    diagonal = np.sqrt(np.maximum(np.diag(relaxed), 1e-12))
+    distance = 1.0 - np.clip(relaxed / np.outer(diagonal, diagonal), 0.0, 1.0)
+    np.fill_diagonal(distance, 0.0)
+    tree = linkage(squareform(distance, checks=False), method="average")
+    return canonical(fcluster(tree, t=num_groups, criterion="maxclust"))
+
+
+def canonical(labels: np.ndarray) -> np.ndarray:
+    """The same groups, numbered from 0 in the order of their first task."""
+    first = {label: i for i, label in enumerate(dict.fromkeys(np.asarray(labels).tolist()))}
+    return np.array([first[label] for label in np.asarray(labels).tolist()])

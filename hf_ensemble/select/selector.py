@@ -1,0 +1,64 @@
+"""`DataSelector`: the questions one asks of a gradient store."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..estimate import ObservedRun, SubsetEstimator
+from ..store import GradientStore
+from .affinity import predicted_affinity
+from .grouping import Grouping, group_tasks
+from .selection import Selection, select_tasks
+
+
+class DataSelector:
+    """Chooses tasks by predicted fine-tuning outcomes.
+
+    Args:
+        estimator (`SubsetEstimator`): predictions.
+
+    Example:
+
+    ```python
+    >>> selector = DataSelector.from_store("out/gradients")  # doctest: +SKIP
+    >>> selector.select(target="sst2").auxiliary  # doctest: +SKIP
+    ['mr', 'cr', 'tweet_sentiment']
+    >>> selector.group(num_groups=4).groups  # doctest: +SKIP
+    ```
+    """
+
+    def __init__(self, estimator: SubsetEstimator):
+        self.estimator = estimator
+
+    @classmethod
+    def from_store(
+        cls,
+        store: str | Path | GradientStore,
+        tasks: Sequence[str] | None = None,
+        num_components: int = 400,
+        observed_runs: Sequence[ObservedRun] = (),
+    ) -> "DataSelector":
+        """From a store's directory, over all of its tasks or some; see [`SubsetEstimator`] for the rest."""
+        store = store if isinstance(store, GradientStore) else GradientStore(store)
+        names = store.task_names if tasks is None else tasks
+        return cls(SubsetEstimator(store.table("train", names), store.table("validation", names), num_components, observed_runs))
+
+    def select(self, target: str, method: str = "forward", k: int | None = None, **options) -> Selection:
+        """Auxiliary tasks that help `target`, at most `k`.
+
+        Args:
+            target (`str`): the task to do well on.
+            method (`str`, *optional*, defaults to `"forward"`): `"forward"` or `"random_ensemble"`.
+            k (`int`, *optional*): auxiliary tasks to take at most.
+            options: further arguments of [`forward_selection`] or [`random_ensemble_selection`].
+        """
+        return select_tasks(self.estimator, target, method, max_tasks=k, **options)
+
+    def group(self, num_groups: int | str = "auto", method: str = "spectral", **options) -> Grouping:
+        """Groups of tasks to train one adapter each; see [`group_tasks`]."""
+        return group_tasks(self.estimator, num_groups, method, **options)
+
+    def affinity(self, **options) -> np.ndarray:
+        """How much better than usual each task does beside each other, `(T, T)`; see [`predicted_affinity`]."""
+        return predicted_affinity(self.estimator, **options)

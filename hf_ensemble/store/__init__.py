@@ -1,0 +1,6 @@
+"""Gradient features on disk: a directory that explains itself, written in shards, mapped when read."""
+
+from .reader import FeatureTable, GradientStore
+from .writer import CapturedRows, GradientStoreWriter
+
+__all__ = ["CapturedRows", "FeatureTable", "GradientStore", "GradientStoreWriter"]

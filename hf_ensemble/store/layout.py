@@ -1,0 +1,44 @@
+"""What lies in a gradient store's directory.
+
+    manifest.json             identity, plan, versions, status; written first, marked complete last
+    shard-00000.features.npy  (rows, dim) array; row i times its scale is the gradient feature
+    shard-00000.rows.arrow    split, task, example_id, margin, loss, num_tokens, scale of each row
+    shard-00000.json          checksums of the two; written last, so that a shard with this file is whole
+
+A shard holds a fixed stretch of the plan (the list of all rows to capture), so that a killed pass goes on with the first
+shard that is missing and ends with the same files.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..errors import ConfigurationError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+FeatureDtype = Literal["float16", "float32"]
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Dtype of stored features.
+
+    Raises:
+        `ConfigurationError`: for anything but float16 and float32.
+    """
+    if name not in ("float16", "float32"):
+        raise ConfigurationError(f"Features are stored as 'float16' or 'float32', found {name!r}.")
+    return np.dtype(name)
+
+
+def features_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.features.npy"
+
+
+def rows_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.rows.arrow"
+
+
+def marker_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.json"

@@ -1,0 +1,145 @@
+"""Reading a gradient store."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+
+from .._files import read_json, sha256_of
+from ..errors import StoreError
+from .layout import FORMAT_VERSION, MANIFEST, features_file, marker_file, rows_file
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Features of some examples as plain arrays; `n` rows of `d` features. All that an estimate needs to know.
+
+    Args:
+        features (`np.ndarray` of shape `(n, d)`): projected gradients of the margin, float32.
+        margin (`np.ndarray` of shape `(n,)`): log-odds of the answer at the linearisation point.
+        task (`np.ndarray` of shape `(n,)`): index of each row's task in `task_names`.
+        task_names (`tuple[str, ...]`): names of the tasks.
+        example_id (`np.ndarray` of shape `(n,)`): identity of each row within its task.
+    """
+
+    features: np.ndarray
+    margin: np.ndarray
+    task: np.ndarray
+    task_names: tuple[str, ...]
+    example_id: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.margin)
+
+
+class GradientStore:
+    """A finished store, mapped from disk.
+
+    Args:
+        folder (`str` or `Path`): the store's directory.
+        verify (`bool`, *optional*, defaults to `True`): compare every file with its checksum.
+
+    Raises:
+        `StoreError`: for a directory that is no store, an unfinished store, a missing, truncated or altered file.
+
+    Example:
+
+    ```python
+    >>> from hf_ensemble import GradientStore
+
+    >>> store = GradientStore("out/gradients")  # doctest: +SKIP
+    >>> store.table("validation").features.shape  # doctest: +SKIP
+    (300, 4096)
+    ```
+    """
+
+    def __init__(self, folder: str | Path, verify: bool = True):
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).is_file():
+            raise StoreError(f"No gradient store in {str(folder)!r}: expected a {MANIFEST}. Capture gradients first.")
+        self.manifest = read_json(self.folder / MANIFEST)
+        version = self.manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise StoreError(f"{MANIFEST} has format version {version!r}; this release reads {FORMAT_VERSION}.")
+        if self.manifest["status"] != "complete":
+            raise StoreError(
+                f"The store in {str(folder)!r} is unfinished: its capture was interrupted. Run the same capture again; "
+                "it goes on where it stopped."
+            )
+        self._shards = range(self.manifest["num_shards"])
+        if verify:
+            self.verify()
+        self.rows = self._read_rows()
+
+    def verify(self) -> None:
+        """Compare every file with its checksum; raises [`StoreError`] that names the file."""
+        for shard in self._shards:
+            marker = marker_file(self.folder, shard)
+            if not marker.is_file():
+                raise StoreError(f"{marker.name} is missing from {str(self.folder)!r}. Capture again.")
+            for name, checksum in read_json(marker)["sha256"].items():
+                path = self.folder / Path(name).name
+                if not path.is_file():
+                    raise StoreError(f"{path.name} is missing from {str(self.folder)!r}. Capture again.")
+                if sha256_of(path) != checksum:
+                    raise StoreError(
+                        f"{path.name} in {str(self.folder)!r} is not what was written (its checksum differs). Delete "
+                        f"{marker.name} and capture again."
+                    )
+
+    def _read_rows(self) -> pa.Table:
+        tables = [pa.feather.read_table(rows_file(self.folder, shard)) for shard in self._shards]
+        return pa.concat_tables(tables).combine_chunks()
+
+    @property
+    def identity(self) -> dict:
+        """What the features were made of."""
+        return self.manifest["identity"]
+
+    @property
+    def dim(self) -> int:
+        return self.manifest["dim"]
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.rows["task"].to_pylist()))
+
+    def __len__(self) -> int:
+        return self.manifest["num_rows"]
+
+    def table(self, split: str, tasks: Sequence[str] | None = None) -> FeatureTable:
+        """Rows of one split, of all tasks or of some.
+
+        Raises:
+            `StoreError`: when a task has no such rows.
+        """
+        names = self.task_names if tasks is None else tuple(tasks)
+        index = {name: i for i, name in enumerate(names)}
+        row_splits = np.array(self.rows["split"].to_pylist())
+        row_tasks = np.array([index.get(task, -1) for task in self.rows["task"].to_pylist()])
+        positions = np.flatnonzero((row_splits == split) & (row_tasks >= 0))
+        lacking = [name for name, i in index.items() if not (row_tasks[positions] == i).any()]
+        if lacking:
+            raise StoreError(f"The store in {str(self.folder)!r} has no {split!r} rows of the tasks {lacking}.")
+        return FeatureTable(
+            features=self._features(positions),
+            margin=self.rows["margin"].to_numpy()[positions],
+            task=row_tasks[positions],
+            task_names=names,
+            example_id=np.array(self.rows["example_id"].to_pylist())[positions],
+        )
+
+    def _features(self, positions: np.ndarray) -> np.ndarray:
+        out = np.empty((len(positions), self.dim), dtype=np.float32)
+        scale = self.rows["scale"].to_numpy()
+        size = self.manifest["shard_size"]
+        for shard in self._shards:
+            here = np.flatnonzero(positions // size == shard)
+            if len(here):
+                mapped = np.load(features_file(self.folder, shard), mmap_mode="r", allow_pickle=False)
+                out[here] = mapped[positions[here] - shard * size]
+        out *= scale[positions, None]
+        return out

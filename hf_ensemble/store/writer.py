@@ -1,0 +1,177 @@
+"""Writing a gradient store, shard by shard."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+
+from .._files import read_json, sha256_of, write_atomically, write_json
+from ..errors import StoreError, StoreMismatchError
+from .layout import FORMAT_VERSION, MANIFEST, features_file, marker_file, numpy_dtype, rows_file
+
+
+@dataclass
+class CapturedRows:
+    """What was captured of some examples, in the order of the plan; `n` rows of `d` features.
+
+    Args:
+        features (`np.ndarray` of shape `(n, d)`): gradient features, float32.
+        margin (`np.ndarray` of shape `(n,)`): log-odds of the answer.
+        loss (`np.ndarray` of shape `(n,)`): mean token loss.
+        num_tokens (`np.ndarray` of shape `(n,)`): answer tokens.
+    """
+
+    features: np.ndarray
+    margin: np.ndarray
+    loss: np.ndarray
+    num_tokens: np.ndarray
+
+
+class GradientStoreWriter:
+    """Fills a store directory; opens an unfinished one of the same identity to go on with it.
+
+    Args:
+        folder (`Path`): the store's directory.
+        identity (`dict`): nested JSON values that say what the features are made of: model, data, configuration.
+        plan (`Sequence[tuple[str, str, str]]`): split, task and example id of every row, in the order to store.
+        dim (`int`): columns of the features.
+        dtype (`str`): `"float16"` or `"float32"`.
+        shard_size (`int`): rows of a shard.
+        overwrite (`bool`): drop whatever store of another identity is there.
+        is_main_process (`bool`): whether this process writes the manifest.
+
+    Raises:
+        `StoreMismatchError`: when the directory holds a store of another identity; the message names each difference.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        plan: Sequence[tuple[str, str, str]],
+        dim: int,
+        dtype: str = "float16",
+        shard_size: int = 512,
+        overwrite: bool = False,
+        is_main_process: bool = True,
+    ):
+        self.folder = Path(folder)
+        self.plan = plan
+        self.dim = dim
+        self.dtype = numpy_dtype(dtype)
+        self.shard_size = shard_size
+        self.manifest = {
+            "format": "hf_ensemble.gradient_store",
+            "format_version": FORMAT_VERSION,
+            "status": "capturing",
+            "num_rows": len(plan),
+            "dim": dim,
+            "dtype": dtype,
+            "shard_size": shard_size,
+            "num_shards": -(-len(plan) // shard_size),
+            "identity": dict(identity),
+        }
+        if is_main_process:
+            self._begin(overwrite)
+
+    def _begin(self, overwrite: bool) -> None:
+        path = self.folder / MANIFEST
+        if path.exists():
+            differences = list(_differences(self._comparable(read_json(path)), self._comparable(self.manifest)))
+            if not differences:
+                return
+            if not overwrite:
+                raise StoreMismatchError(
+                    f"The store in {str(self.folder)!r} was made with other settings: {'; '.join(differences)}. "
+                    "Choose another directory, or overwrite it."
+                )
+            self._clear()
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise StoreError(f"{str(self.folder)!r} is not empty and holds no {MANIFEST}. Choose another directory.")
+        write_json(path, self.manifest)
+
+    def _clear(self) -> None:
+        (self.folder / MANIFEST).unlink()
+        for path in self.folder.glob("shard-*"):
+            path.unlink()
+
+    @staticmethod
+    def _comparable(manifest: Mapping) -> dict:
+        # Package versions are recorded beside the identity: an upgrade does not make a store another one.
+        return {key: value for key, value in manifest.items() if key not in ("status", "versions", "coverage")}
+
+    def missing_shards(self) -> list[int]:
+        """Shards that are not whole yet."""
+        return [s for s in range(self.manifest["num_shards"]) if not marker_file(self.folder, s).exists()]
+
+    def rows_of(self, shard: int) -> range:
+        """Positions in the plan that a shard holds."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.plan)))
+
+    def write_shard(self, shard: int, rows: CapturedRows) -> None:
+        """Write one shard whole.
+
+        Raises:
+            `StoreError`: when the rows do not fill the shard, or hold a value that is not finite (the task and example
+                are named).
+        """
+        positions = self.rows_of(shard)
+        if rows.features.shape != (len(positions), self.dim):
+            raise StoreError(f"Shard {shard} takes {(len(positions), self.dim)} features, found {rows.features.shape}.")
+        self._check_finite(positions, rows)
+        # float16 spans 6e-8 to 65504, gradients span more: each row is stored relative to its largest entry.
+        scale = np.abs(rows.features).max(axis=1, initial=0.0).astype(np.float32)
+        scale[scale == 0] = 1.0
+        features = (rows.features / scale[:, None]).astype(self.dtype)
+        splits, tasks, ids = zip(*(self.plan[i] for i in positions))
+        table = pa.table(
+            {
+                "split": splits,
+                "task": tasks,
+                "example_id": ids,
+                "margin": rows.margin.astype(np.float32),
+                "loss": rows.loss.astype(np.float32),
+                "num_tokens": rows.num_tokens.astype(np.int64),
+                "scale": scale,
+            }
+        )
+        write_atomically(features_file(self.folder, shard), lambda file: np.save(file, features, allow_pickle=False))
+        write_atomically(
+            rows_file(self.folder, shard), lambda file: pa.feather.write_feather(table, file, compression="uncompressed")
+        )
+        files = {p.name: sha256_of(p) for p in (features_file(self.folder, shard), rows_file(self.folder, shard))}
+        write_json(marker_file(self.folder, shard), {"rows": len(positions), "sha256": files})
+
+    def _check_finite(self, positions: range, rows: CapturedRows) -> None:
+        finite = np.isfinite(rows.features).all(axis=1) & np.isfinite(rows.margin) & np.isfinite(rows.loss)
+        if not finite.all():
+            bad = [self.plan[positions[i]] for i in np.flatnonzero(~finite)]
+            named = ", ".join(f"{task}/{example_id}" for _, task, example_id in bad[:5])
+            raise StoreError(
+                f"{len(bad)} examples have gradients that are not finite: {named}. Check these rows and the model's "
+                "precision (float16 weights overflow; bfloat16 or float32 do not)."
+            )
+
+    def finish(self, **records: Any) -> None:
+        """Mark the store complete, with `records` (how it was made) in its manifest.
+
+        Raises:
+            `StoreError`: while shards are missing.
+        """
+        missing = self.missing_shards()
+        if missing:
+            raise StoreError(f"The store in {str(self.folder)!r} lacks the shards {missing[:10]}.")
+        write_json(self.folder / MANIFEST, {**self.manifest, "status": "complete", **records})
+
+
+def _differences(found: Any, expected: Any, name: str = ""):
+    """Dotted names of the values in which two nested dicts differ, each with both values."""
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        for key in dict.fromkeys([*found, *expected]):
+            yield from _differences(found.get(key), expected.get(key), f"{name}.{key}" if name else str(key))
+    elif found != expected:
+        yield f"{name.removeprefix('identity.')}: the store has {found!r}, this run {expected!r}"

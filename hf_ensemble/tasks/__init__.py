@@ -1,0 +1,30 @@
+"""Named datasets as one table whose rows keep their task and identity up to the batch."""
+
+from .answers import IGNORE_INDEX, AnswerScores, restrict_to_labels, score_answers
+from .columns import EXAMPLE_ID, META_COLUMNS, TASK, TaskCollator, pop_meta
+from .encoding import data_collator_for, encode
+from .folder import load_task_folder
+from .labels import LabelSpace
+from .rows import RowFormat
+from .sampling import TaskWeightedSampler
+from .task_set import Task, TaskSet
+
+__all__ = [
+    "EXAMPLE_ID",
+    "IGNORE_INDEX",
+    "META_COLUMNS",
+    "TASK",
+    "AnswerScores",
+    "LabelSpace",
+    "RowFormat",
+    "Task",
+    "TaskCollator",
+    "TaskSet",
+    "TaskWeightedSampler",
+    "data_collator_for",
+    "encode",
+    "load_task_folder",
+    "pop_meta",
+    "restrict_to_labels",
+    "score_answers",
+]

@@ -1,0 +1,84 @@
+"""How a model's logits score the answer of each example. Pure functions, one convention for every model class.
+
+An example's answer is the tokens of its labels that are not -100. Classification is the case of one token whose
+"vocabulary" is the task's own labels, so a row's logits outside of its label set do not count.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class AnswerScores:
+    """What the logits say of each example's answer; `n` answer tokens in a batch of `B` examples.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(n,)`): log-probability of each answer token, float32.
+        correct (`torch.Tensor` of shape `(n,)`): whether the answer token has the largest logit.
+        rows (`torch.Tensor` of shape `(n,)`): the example each token belongs to.
+        num_tokens (`torch.Tensor` of shape `(B,)`): answer tokens per example.
+    """
+
+    log_probs: torch.Tensor
+    correct: torch.Tensor
+    rows: torch.Tensor
+    num_tokens: torch.Tensor
+
+    def mean_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of a per-token quantity over each example's answer: `(n,)` to `(B,)`."""
+        total = torch.zeros(len(self.num_tokens), dtype=values.dtype, device=values.device)
+        return total.index_add(0, self.rows, values) / self.num_tokens.clamp(min=1)
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Mean token loss of each example, `(B,)`."""
+        return -self.mean_over_tokens(self.log_probs)
+
+    @property
+    def exact_match(self) -> torch.Tensor:
+        """Whether greedy decoding gives the whole answer, bool `(B,)`.
+
+        Greedy decoding gives the reference exactly when each of its tokens has the largest logit after the tokens
+        before it, so one teacher-forced forward decides it.
+        """
+        return self.mean_over_tokens(self.correct.float()) == 1.0
+
+
+def restrict_to_labels(logits: torch.Tensor, label_mask: torch.Tensor | None) -> torch.Tensor:
+    """Classification logits `(B, C)` with the outputs outside of each row's label set at minus infinity."""
+    if label_mask is None:
+        return logits
+    return logits.masked_fill(~label_mask.to(logits.device), float("-inf"))
+
+
+def answer_positions(logits: torch.Tensor, labels: torch.Tensor, shift: bool = True):
+    """Logits and targets at the answer tokens.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T, V)` or `(B, C)`): a language model's or a classifier's logits.
+        labels (`torch.Tensor` of shape `(B, T)` or `(B,)`): -100 where a token does not count.
+        shift (`bool`, *optional*, defaults to `True`):
+            Whether position t predicts label t + 1 (decoder-only models); `False` for encoder-decoder models.
+
+    Returns:
+        `tuple`: logits `(n, V)` in float32, targets `(n,)`, rows `(n,)`.
+    """
+    if logits.dim() == 2:
+        logits, labels = logits.unsqueeze(1), labels.reshape(-1, 1)
+    elif shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    labels = labels.to(logits.device)
+    rows, positions = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    return logits[rows, positions].float(), labels[rows, positions], rows
+
+
+def score_answers(logits: torch.Tensor, labels: torch.Tensor, shift: bool = True) -> AnswerScores:
+    """Score each example's answer. Shapes as in [`answer_positions`]."""
+    batch_size = labels.shape[0]
+    logits, targets, rows = answer_positions(logits, labels, shift)
+    log_probs = torch.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    num_tokens = torch.zeros(batch_size, dtype=torch.long, device=rows.device).index_add(0, rows, torch.ones_like(rows))
+    return AnswerScores(log_probs, logits.detach().argmax(-1) == targets, rows, num_tokens)

@@ -1,0 +1,89 @@
+"""From a task's text to the token columns a model takes."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+
+from ..errors import TaskError
+from .answers import IGNORE_INDEX
+from .columns import META_COLUMNS, TASK, TaskCollator
+from .labels import LabelSpace
+from .rows import RowFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode(
+    dataset: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    row_format: RowFormat,
+    label_space: LabelSpace | None = None,
+    max_length: int | None = None,
+) -> Dataset:
+    """Token columns (`input_ids`, `attention_mask`, `labels`) beside `task` and `example_id`.
+
+    A classification label becomes its output in `label_space`. Prompts, and all of a chat but the assistant's last
+    turn, are masked with -100; a plain completion ends with the tokenizer's end-of-sequence token, as in trl.
+
+    Raises:
+        `TaskError`: when truncation to `max_length` leaves a row without an answer token.
+    """
+    if row_format is RowFormat.TOKENIZED:
+        return dataset
+    encoders: dict[RowFormat, Callable] = {
+        RowFormat.CLASSIFICATION: lambda row: _encode_classification(row, tokenizer, label_space, max_length),
+        RowFormat.PROMPT_COMPLETION: lambda row: _encode_prompt_completion(row, tokenizer, max_length),
+        RowFormat.CHAT: lambda row: _encode_chat(row, tokenizer, max_length),
+    }
+    drop = [column for column in dataset.column_names if column not in META_COLUMNS]
+    return dataset.map(encoders[row_format], remove_columns=drop, desc="Tokenizing", load_from_cache_file=False)
+
+
+def data_collator_for(row_format: RowFormat, tokenizer: "PreTrainedTokenizerBase", labels_are_tokens: bool) -> TaskCollator:
+    """A padding collator that carries `task` and `example_id` along."""
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+    if labels_are_tokens:
+        return TaskCollator(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX))
+    return TaskCollator(DataCollatorWithPadding(tokenizer))
+
+
+def _encode_classification(row, tokenizer, label_space, max_length):
+    encoded = tokenizer(row["text"], truncation=max_length is not None, max_length=max_length)
+    return {**encoded, "labels": label_space.output_of(row[TASK], row["label"])}
+
+
+def _encode_prompt_completion(row, tokenizer, max_length):
+    if isinstance(row["prompt"], list):
+        return _encode_chat({**row, "messages": row["prompt"] + row["completion"]}, tokenizer, max_length)
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    full = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+    if tokenizer.eos_token_id is not None and full[-1:] != [tokenizer.eos_token_id]:
+        full = full + [tokenizer.eos_token_id]
+    return _mask_prefix(row, prompt, full, max_length)
+
+
+def _encode_chat(row, tokenizer, max_length):
+    messages = row["messages"]
+    if not messages or messages[-1]["role"] != "assistant":
+        raise TaskError(f"Task {row[TASK]!r}: expected chats that end with the assistant's turn, found {messages!r:.120}.")
+    options = {"tools": row.get("tools"), "tokenize": True, "return_dict": False}
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
+    full = tokenizer.apply_chat_template(messages, **options)
+    return _mask_prefix(row, prompt, full, max_length)
+
+
+def _mask_prefix(row, prompt, full, max_length):
+    start = next((i for i, (a, b) in enumerate(zip(prompt, full)) if a != b), min(len(prompt), len(full)))
+    labels = [IGNORE_INDEX] * start + full[start:]
+    if max_length is not None:
+        full, labels = full[:max_length], labels[:max_length]
+    # The first token has no token before it that could predict it.
+    if all(label == IGNORE_INDEX for label in labels[1:]):
+        raise TaskError(
+            f"Task {row[TASK]!r}, example {row['example_id']!r}: no answer token is left of {len(labels)} tokens "
+            f"(max_length={max_length}). Raise max_length or drop the row."
+        )
+    return {"input_ids": full, "attention_mask": [1] * len(full), "labels": labels}

@@ -1,0 +1,88 @@
+"""Tasks from a folder of JSONL files."""
+
+import json
+from pathlib import Path
+
+from datasets import Dataset
+
+from ..errors import TaskError
+from .rows import content_hash
+from .task_set import SPLITS, TaskSet
+
+
+def load_task_folder(
+    folder: str | Path,
+    validation_fraction: float | None = None,
+    max_rows: dict[str, int] | None = None,
+    sampling_weights: dict[str, float] | None = None,
+    names: list[str] | None = None,
+) -> TaskSet:
+    """Tasks from `NAME/{train,validation,test}.jsonl`, or from `NAME.jsonl`.
+
+    Args:
+        folder (`str` or `Path`): holds one sub-folder or one file per task.
+        validation_fraction (`float`, *optional*):
+            Share of a lone `NAME.jsonl` to hold out for evaluation, chosen by a hash of each row's content, so that the
+            same row falls on the same side whatever its position.
+        max_rows (`dict[str, int]`, *optional*): at most this many rows of a split, the first ones of each file.
+        sampling_weights (`dict[str, float]`, *optional*): see [`TaskSet`].
+        names (`list[str]`, *optional*): read these tasks alone.
+
+    Raises:
+        `TaskError`: for a folder without tasks, a line that is not JSON, and whatever [`TaskSet.from_datasets`] refuses.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TaskError(f"Expected a folder of JSONL tasks at {str(folder)!r}, found none.")
+    sources: list[tuple[str, dict[str, Dataset]]] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and any((path / f"{split}.jsonl").is_file() for split in SPLITS):
+            if names is None or path.name in names:
+                files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
+                sources.append((path.name, {split: _read_jsonl(file, path.name) for split, file in files.items()}))
+        elif path.suffix == ".jsonl" and (names is None or path.stem in names):
+            sources.append((path.stem, _hold_out(_read_jsonl(path, path.stem), validation_fraction)))
+    missing = sorted(set(names or ()) - {name for name, _ in sources})
+    if missing or not sources:
+        raise TaskError(
+            f"No task {'named ' + str(missing) if missing else ''} in {str(folder)!r}: expected "
+            "NAME/train.jsonl beside NAME/validation.jsonl, or NAME.jsonl."
+        )
+    for _, splits in sources:
+        for split, limit in (max_rows or {}).items():
+            if split in splits:
+                splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+    return TaskSet.from_datasets(sources, sampling_weights=sampling_weights)
+
+
+def _read_jsonl(path: Path, name: str) -> Dataset:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TaskError(f"Task {name!r}: {path.name} line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise TaskError(f"Task {name!r}: {path.name} line {number}: expected an object, found {line[:40]!r}.")
+            rows.append(row)
+    if not rows:
+        raise TaskError(f"Task {name!r} is empty: {path.name} has no rows.")
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # pyarrow raises several unrelated classes here
+        raise TaskError(f"Task {name!r}: the rows of {path.name} do not form one table: {error}") from error
+
+
+def _hold_out(rows: Dataset, fraction: float | None) -> dict[str, Dataset]:
+    if fraction is None:
+        return {"train": rows}
+    if not 0 < fraction < 1:
+        raise TaskError(f"validation_fraction has to lie between 0 and 1, found {fraction}.")
+    held_out = [int(content_hash(row), 16) / 2**64 < fraction for row in rows]
+    return {
+        "train": rows.select([i for i, out in enumerate(held_out) if not out]),
+        "validation": rows.select([i for i, out in enumerate(held_out) if out]),
+    }

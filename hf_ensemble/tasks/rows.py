@@ -1,0 +1,152 @@
+"""The row formats a task may have, and the identity of a row."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from ..errors import TaskError
+from ..logging import get_logger
+from .columns import EXAMPLE_ID, META_COLUMNS, TASK
+
+logger = get_logger(__name__)
+
+
+class RowFormat(str, Enum):
+    """What a task's rows hold; the value is written to `tasks.json`."""
+
+    TOKENIZED = "tokenized"
+    CLASSIFICATION = "classification"
+    PROMPT_COMPLETION = "prompt_completion"
+    CHAT = "chat"
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        return _REQUIRED[self]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*_REQUIRED[self], *_OPTIONAL[self])
+
+
+_REQUIRED = {
+    RowFormat.TOKENIZED: ("input_ids", "labels"),
+    RowFormat.CLASSIFICATION: ("text", "label"),
+    RowFormat.PROMPT_COMPLETION: ("prompt", "completion"),
+    RowFormat.CHAT: ("messages",),
+}
+_OPTIONAL = {
+    RowFormat.TOKENIZED: ("attention_mask", "token_type_ids", "completion_mask", "assistant_masks", "seq_lengths"),
+    RowFormat.CLASSIFICATION: ("label_text",),
+    RowFormat.PROMPT_COMPLETION: (),
+    RowFormat.CHAT: ("tools",),
+}
+
+
+def detect_format(task: str, columns: Iterable[str]) -> RowFormat:
+    """The format of a task, by its columns.
+
+    Raises:
+        `TaskError`: when no format fits; the message lists what was found and what is known.
+    """
+    columns = set(columns)
+    for row_format in RowFormat:
+        if columns.issuperset(row_format.required):
+            return row_format
+    known = "; ".join(" + ".join(row_format.required) for row_format in RowFormat)
+    raise TaskError(
+        f"Task {task!r} has the columns {sorted(columns)}, which fit no known format. Known: {known}. "
+        "Rename the columns, for example with Dataset.rename_columns."
+    )
+
+
+def content_hash(row: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that depend on a row's content alone."""
+    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def add_identity(task: str, split: str, dataset: Dataset, row_format: RowFormat) -> tuple[Dataset, str]:
+    """Give each row its `task` and `example_id`, and drop the columns that the format does not use.
+
+    An `example_id` column of the user is kept. Otherwise the id is a hash of the row's content, with a counter behind
+    it for repeated rows, so that it survives shuffling, filtering and sorting.
+
+    Returns:
+        `tuple[Dataset, str]`: the dataset, and a fingerprint of its rows in their order.
+
+    Raises:
+        `TaskError`: for ids that repeat, and for a `task` column that says something else.
+    """
+    if TASK in dataset.column_names and set(dataset.unique(TASK)) != {task}:
+        raise TaskError(
+            f"Task {task!r}, split {split!r}: the column {TASK!r} is reserved for the task's name, found "
+            f"{sorted(map(str, dataset.unique(TASK)))[:5]}. Rename that column, or split the dataset by it."
+        )
+    unused = [c for c in dataset.column_names if c not in row_format.columns and c not in META_COLUMNS]
+    if unused:
+        logger.info("Task %r, split %r: columns %s are not used.", task, split, unused)
+    content = dataset.select_columns([c for c in row_format.columns if c in dataset.column_names])
+    hashes = [content_hash(row) for row in content]
+    if EXAMPLE_ID in dataset.column_names:
+        ids = [str(i) for i in dataset[EXAMPLE_ID]]
+        repeated = [i for i, count in Counter(ids).items() if count > 1]
+        if repeated:
+            raise TaskError(
+                f"Task {task!r}, split {split!r}: {len(repeated)} values of {EXAMPLE_ID!r} repeat, for example "
+                f"{repeated[0]!r}. Ids have to be unique in a split; drop the column to have them made."
+            )
+    else:
+        seen: Counter = Counter()
+        ids = []
+        for value in hashes:
+            ids.append(value if not seen[value] else f"{value}-{seen[value]}")
+            seen[value] += 1
+    fingerprint = hashlib.blake2b("\n".join(map("\t".join, zip(ids, hashes))).encode(), digest_size=16).hexdigest()
+    return content.add_column(TASK, [task] * len(ids)).add_column(EXAMPLE_ID, ids), fingerprint
+
+
+def label_names_of(task: str, splits: Mapping[str, Dataset]) -> tuple[str, ...]:
+    """The names of a classification task's labels, in the order of its label numbers.
+
+    From the `ClassLabel` feature, else from `label_text`, else `TASK:0`, `TASK:1`, ...
+
+    Raises:
+        `TaskError`: for labels that are not integers from 0 on, and for a split with a label the training split lacks.
+    """
+    feature = splits["train"].features["label"]
+    if isinstance(feature, ClassLabel):
+        names = tuple(feature.names)
+    else:
+        found = splits["train"].unique("label")
+        if not all(isinstance(label, int) and label >= 0 for label in found):
+            raise TaskError(
+                f"Task {task!r}: labels have to be integers from 0 on, found {sorted(map(repr, found))[:5]}. "
+                "Cast the column to datasets.ClassLabel."
+            )
+        names = _names_from_text(task, splits["train"], 1 + max(found))
+    for split, dataset in splits.items():
+        outside = {label for label in dataset.unique("label") if not (isinstance(label, int) and 0 <= label < len(names))}
+        if outside:
+            raise TaskError(
+                f"Task {task!r}, split {split!r}: label {min(outside, key=str)!r} is outside of the task's set of "
+                f"{len(names)} labels {list(names)}, which the training split defines."
+            )
+    return names
+
+
+def _names_from_text(task: str, train: Dataset, num_labels: int) -> tuple[str, ...]:
+    names = {label: f"{task}:{label}" for label in range(num_labels)}
+    if "label_text" in train.column_names:
+        pairs = set(zip(train["label"], train["label_text"]))
+        if len({label for label, _ in pairs}) == len(pairs) == len({text for _, text in pairs}):
+            names.update(pairs)
+        else:
+            logger.warning(
+                "Task %r: label_text differs between rows of one label, so its labels are named by number.", task
+            )
+    return tuple(names[label] for label in range(num_labels))

@@ -1,0 +1,253 @@
+"""`TaskSet`: many named datasets as one table."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from datasets import Dataset, DatasetDict, concatenate_datasets
+
+from ..errors import TaskError
+from .labels import LabelSpace
+from .rows import RowFormat, add_identity, detect_format, label_names_of
+
+SPLITS = ("train", "validation", "test")
+_SPLIT_ALIASES = {"validation": ("validation", "eval", "dev", "valid"), "train": ("train",), "test": ("test",)}
+# Task names become folder names of adapters, parts of metric names and repository paths.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One named dataset.
+
+    Args:
+        name (`str`): the task's name.
+        splits (`dict[str, Dataset]`): its `"train"`, `"validation"` and, if there is one, `"test"` rows, each with the
+            columns `task` and `example_id`.
+        row_format (`RowFormat`): what the rows hold.
+        label_names (`tuple[str, ...]`, *optional*): of a classification task.
+        fingerprints (`dict[str, str]`): one per split, of its rows' content and order.
+    """
+
+    name: str
+    splits: Mapping[str, Dataset]
+    row_format: RowFormat
+    label_names: tuple[str, ...] | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+
+class TaskSet(Mapping[str, Task]):
+    """Named tasks of one row format: a mapping from name to [`Task`], and one table per split.
+
+    Args:
+        tasks (`Iterable[Task]`): the tasks; [`TaskSet.from_datasets`] makes them.
+        sampling_weights (`dict[str, float]`, *optional*):
+            How often an example of a task is drawn in training, relative to the others; 1 where a task is not named.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from hf_ensemble import TaskSet
+
+    >>> rows = [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": "1 + 2 =", "completion": " 3"}]
+    >>> tasks = TaskSet.from_datasets({"sums": Dataset.from_list(rows)}, {"sums": Dataset.from_list(rows[:1])})
+    >>> tasks.table("train")["task"][:]
+    ['sums', 'sums']
+    ```
+    """
+
+    def __init__(self, tasks: Iterable[Task], sampling_weights: Mapping[str, float] | None = None):
+        self._tasks: dict[str, Task] = {}
+        for task in tasks:
+            self._check_name(task.name)
+            self._tasks[task.name] = task
+        if not self._tasks:
+            raise TaskError("Expected at least one task, found none.")
+        formats = {task.row_format for task in self._tasks.values()}
+        if len(formats) > 1:
+            found = {task.name: task.row_format.value for task in self._tasks.values()}
+            raise TaskError(f"All tasks need one row format, found {found}. Bring them to one format first.")
+        self.row_format = formats.pop()
+        self.sampling_weights = self._check_weights(sampling_weights or {})
+
+    def _check_name(self, name: str) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise TaskError(
+                f"Task name {name!r} is not usable as a folder's name: use letters, digits, '_', '-' and '.', and begin "
+                "with a letter or digit."
+            )
+        clash = next((other for other in self._tasks if other.lower() == name.lower()), None)
+        if clash is not None:
+            raise TaskError(f"Two tasks of one name: {clash!r} and {name!r} (case does not count). Rename one.")
+
+    def _check_weights(self, weights: Mapping[str, float]) -> dict[str, float]:
+        unknown = sorted(set(weights) - set(self._tasks))
+        if unknown:
+            raise TaskError(f"Sampling weights name unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
+        full = {name: float(weights.get(name, 1.0)) for name in self._tasks}
+        if any(not 0 <= w < float("inf") for w in full.values()) or not any(full.values()):
+            raise TaskError(f"Sampling weights have to be finite, not negative, and not all zero; found {full}.")
+        return full
+
+    @classmethod
+    def from_datasets(
+        cls,
+        train: "Mapping[str, Dataset | Mapping[str, Dataset]] | Iterable[tuple[str, Dataset]]",
+        validation: Mapping[str, Dataset] | None = None,
+        test: Mapping[str, Dataset] | None = None,
+        sampling_weights: Mapping[str, float] | None = None,
+    ) -> "TaskSet":
+        """Tasks from named datasets.
+
+        Args:
+            train (`dict[str, Dataset]` or `dict[str, DatasetDict]` or pairs of name and dataset):
+                Training rows of each task, or a `DatasetDict` of its splits ("validation", "eval", "dev" and "valid"
+                all mean validation). A list of dicts serves as a dataset.
+            validation (`dict[str, Dataset]`, *optional*): evaluation rows of each task, where `train` has none.
+            test (`dict[str, Dataset]`, *optional*): held-out rows; nothing is chosen by them.
+            sampling_weights (`dict[str, float]`, *optional*): see [`TaskSet`].
+
+        Raises:
+            `TaskError`: for unknown columns, an empty task, two tasks of one name, a label outside of the task's set,
+                a task without evaluation rows, an evaluation set of an unknown task.
+        """
+        pairs = list(train.items() if isinstance(train, Mapping) else train)
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise TaskError(f"Two tasks of one name: {next(n for n in names if names.count(n) > 1)!r}. Rename one.")
+        given = {"validation": validation or {}, "test": test or {}}
+        for split, datasets in given.items():
+            unknown = sorted(set(datasets) - set(names))
+            if unknown:
+                raise TaskError(f"The {split} rows name tasks without training rows: {unknown}; tasks: {names}.")
+        tasks = []
+        for name, source in pairs:
+            splits = _splits_of(name, source)
+            splits.update({split: _as_dataset(name, d[name]) for split, d in given.items() if name in d})
+            tasks.append(make_task(name, splits))
+        return cls(tasks, sampling_weights)
+
+    def __getitem__(self, name: str) -> Task:
+        return self._tasks[name]
+
+    def __iter__(self):
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tasks)
+
+    @property
+    def label_space(self) -> LabelSpace | None:
+        """Of classification tasks; `None` for tasks whose answers are tokens."""
+        if self.row_format is not RowFormat.CLASSIFICATION:
+            return None
+        return LabelSpace.from_label_names({name: task.label_names for name, task in self._tasks.items()})
+
+    def has_split(self, split: str) -> bool:
+        return all(split in task.splits for task in self._tasks.values())
+
+    def split(self, split: str) -> dict[str, Dataset]:
+        """One split of every task.
+
+        Raises:
+            `TaskError`: when a task lacks it.
+        """
+        lacking = [name for name, task in self._tasks.items() if split not in task.splits]
+        if lacking:
+            raise TaskError(f"Tasks without {split!r} rows: {lacking}.")
+        return {name: task.splits[split] for name, task in self._tasks.items()}
+
+    def table(self, split: str) -> Dataset:
+        """All tasks' rows of one split in one table, task after task."""
+        return concatenate_datasets(list(self.split(split).values()))
+
+    def subset(self, names: Iterable[str]) -> "TaskSet":
+        """The tasks named, in this set's order."""
+        names = set(names)
+        unknown = sorted(names - set(self._tasks))
+        if unknown:
+            raise TaskError(f"Unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
+        kept = [task for name, task in self._tasks.items() if name in names]
+        return TaskSet(kept, {task.name: self.sampling_weights[task.name] for task in kept})
+
+    def reweighted(self, sampling_weights: Mapping[str, float]) -> "TaskSet":
+        """The same tasks with other sampling weights."""
+        return TaskSet(self._tasks.values(), sampling_weights)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that depend on every row of every split, and on nothing else."""
+        parts = [f"{n}/{s}={f}" for n, task in self._tasks.items() for s, f in sorted(task.fingerprints.items())]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+    def to_dict(self) -> dict:
+        """What `tasks.json` holds: names, sizes, fingerprints, labels."""
+        return {
+            "row_format": self.row_format.value,
+            "fingerprint": self.fingerprint,
+            "tasks": {
+                name: {
+                    "num_rows": {split: len(rows) for split, rows in task.splits.items()},
+                    "fingerprints": dict(task.fingerprints),
+                    "label_names": None if task.label_names is None else list(task.label_names),
+                    "sampling_weight": self.sampling_weights[name],
+                }
+                for name, task in self._tasks.items()
+            },
+        }
+
+
+def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
+    """Check one task's splits and give each row its identity. Raises as [`TaskSet.from_datasets`]."""
+    for split in ("train", "validation"):
+        if split not in splits:
+            what = "evaluation" if split == "validation" else "training"
+            raise TaskError(f"Task {name!r} has no {what} rows (split {split!r}); splits found: {sorted(splits)}.")
+    for split, rows in splits.items():
+        if len(rows) == 0:
+            raise TaskError(f"Task {name!r} is empty: split {split!r} has no rows.")
+    row_format = detect_format(name, splits["train"].column_names)
+    for split, rows in splits.items():
+        lacking = [column for column in row_format.required if column not in rows.column_names]
+        if lacking:
+            raise TaskError(
+                f"Task {name!r}, split {split!r}: its columns {rows.column_names} lack {lacking}, which the training "
+                f"rows ({row_format.value}) have."
+            )
+    label_names = label_names_of(name, splits) if row_format is RowFormat.CLASSIFICATION else None
+    identified = {split: add_identity(name, split, rows, row_format) for split, rows in splits.items()}
+    return Task(
+        name,
+        {split: rows for split, (rows, _) in identified.items()},
+        row_format,
+        label_names,
+        {split: fingerprint for split, (_, fingerprint) in identified.items()},
+    )
+
+
+def _as_dataset(name: str, source) -> Dataset:
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, list):
+        try:
+            return Dataset.from_list(source)
+        except Exception as error:  # pyarrow raises several unrelated classes here
+            raise TaskError(f"Task {name!r}: its rows do not form one table: {error}") from error
+    raise TaskError(f"Task {name!r}: expected a datasets.Dataset or a list of dicts, found {type(source).__name__}.")
+
+
+def _splits_of(name: str, source) -> dict[str, Dataset]:
+    if not isinstance(source, (DatasetDict, Mapping)):
+        return {"train": _as_dataset(name, source)}
+    splits = {}
+    for split, aliases in _SPLIT_ALIASES.items():
+        for alias in aliases:
+            if alias in source:
+                splits.setdefault(split, _as_dataset(name, source[alias]))
+    return splits
