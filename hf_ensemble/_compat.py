@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 import torch
 
-_PACKAGES = ("hf_ensemble", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "huggingface_hub")
+_PACKAGES = (
+    "hf_ensemble",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "huggingface_hub",
+)
 
 
 def package_versions() -> dict[str, str]:
@@ -45,4 +55,5 @@ def adapters_untouched(model) -> Iterator[None]:
         model.base_model.set_adapter(active)
         model.active_adapter = active[0] if len(active) == 1 else active
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
+            # An adapter that was loaded inside stays frozen.
+            parameter.requires_grad_(trainable.get(name, False))

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +54,12 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def named_differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the values in which two nested dicts differ, each with both values."""
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        for key in dict.fromkeys([*found, *expected]):
+            yield from named_differences(found.get(key), expected.get(key), f"{name}.{key}" if name else str(key))
+    elif found != expected:
+        yield f"{name}: found {found!r}, expected {expected!r}"

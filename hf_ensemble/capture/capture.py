@@ -36,14 +36,15 @@ def capture_gradients(
 ) -> GradientStore:
     """Capture the gradient features of all training and validation examples.
 
-    The model is left as it was: modes, gradients and random state. A killed pass, started again with the same arguments,
+    The model is left as it was: modes, gradients and random state. A killed pass, started again with the same
+    arguments,
     goes on at the first unfinished shard and ends with the same store. Under a distributed launcher the processes share
     the shards.
 
     Args:
         model (`nn.Module`):
-            Causal language model or sequence classifier with trainable adapter parameters at theta0, where the gradients
-            are taken.
+            Causal language model or sequence classifier with trainable adapter parameters at theta0, where the
+            gradients are taken.
         tasks (`TaskSet`): what to capture.
         config (`CaptureConfig`, *optional*): settings.
         output_dir (`str` or `Path`, *optional*, defaults to `"gradients"`): the store's directory.
@@ -82,7 +83,9 @@ def capture_gradients(
             tasks.row_format, processing_class, labels_are_tokens=tasks.row_format is not RowFormat.CLASSIFICATION
         )
     state = PartialState()
-    extractor = GradientExtractor(model, config.projection_dim, config.projection_seed, config.margin, tasks.label_space)
+    extractor = GradientExtractor(
+        model, config.projection_dim, config.projection_seed, config.margin, tasks.label_space
+    )
     plan = [
         (split, task, example_id)
         for split, table in encoded.items()
@@ -90,7 +93,11 @@ def capture_gradients(
     ]
     identity = {
         "model": model_identity(model),
-        "data": {"row_format": tasks.row_format.value, "fingerprint": tasks.fingerprint, "tokens": _fingerprint(encoded)},
+        "data": {
+            "row_format": tasks.row_format.value,
+            "fingerprint": tasks.fingerprint,
+            "tokens": _fingerprint(encoded),
+        },
         "config": config.identity(),
     }
     with state.main_process_first():

@@ -18,8 +18,8 @@ class CaptureConfig:
     projection_dim: int | None = field(
         default=4096,
         metadata={
-            "help": "Features per example. Wide is better: an estimate reduces them by principal components. None keeps "
-            "the exact gradient."
+            "help": "Features per example. Wide is better: an estimate reduces them by principal components. "
+            "None keeps the exact gradient."
         },
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the random projection."})

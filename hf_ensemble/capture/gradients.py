@@ -108,7 +108,11 @@ class GradientExtractor:
             scores = self._scores(inputs, labels, label_mask)
             margin = margins(scores, self.margin)
             wanted = [self.parameters[name] for name in self.hooked]
-            summed = torch.autograd.grad(margin.sum(), wanted, retain_graph=bool(fallback), allow_unused=True) if wanted else ()
+            summed = (
+                torch.autograd.grad(margin.sum(), wanted, retain_graph=bool(fallback), allow_unused=True)
+                if wanted
+                else ()
+            )
         if not self._checked:
             unusable = unusable | self._disagreeing(dict(zip(self.hooked, summed)), totals)
         if unusable:
@@ -116,7 +120,9 @@ class GradientExtractor:
             return None
         self._checked = True
         self._add_fallback(features, margin, fallback)
-        return BatchGradients(features.cpu(), margin.detach().cpu(), scores.loss.detach().cpu(), scores.num_tokens.cpu())
+        return BatchGradients(
+            features.cpu(), margin.detach().cpu(), scores.loss.detach().cpu(), scores.num_tokens.cpu()
+        )
 
     def _scores(self, inputs, labels, label_mask):
         logits = self.model(**inputs, **self._no_cache()).logits
@@ -168,5 +174,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-

@@ -10,8 +10,8 @@ from torch import nn
 class _Tap(torch.autograd.Function):
     """Identity on a layer's output; its backward hands over the layer's input and the output's gradient.
 
-    The input is kept by `save_for_backward`, so activation checkpointing can drop and recompute it; a closure would keep
-    every input alive.
+    The input is kept by `save_for_backward`, so activation checkpointing can drop and recompute it; a closure would
+    keep every input alive.
     """
 
     @staticmethod
@@ -30,8 +30,8 @@ class _Tap(torch.autograd.Function):
 class LinearTaps:
     """Hooks on the linear layers of a model whose weight or bias is trained.
 
-    For a weight W of shape (out, in), input x and output gradient g of shapes (B, T, in) and (B, T, out), the gradient of
-    example b is the sum over t of g[b, t] x[b, t]^T; for a bias it is the sum of g[b, t].
+    For a weight W of shape (out, in), input x and output gradient g of shapes (B, T, in) and (B, T, out), the
+    gradient of example b is the sum over t of g[b, t] x[b, t]^T; for a bias it is the sum of g[b, t].
 
     Args:
         model (`nn.Module`): the model.

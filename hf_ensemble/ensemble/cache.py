@@ -7,8 +7,8 @@ from transformers import DynamicCache
 class MemberCaches(DynamicCache):
     """What `generate` holds as its cache while several adapters decode.
 
-    It is empty until the first forward tells the rows of the batch; then `members` maps each adapter to its own cache and
-    the rows that it decodes.
+    It is empty until the first forward tells the rows of the batch; then `members` maps each adapter to its own cache
+    and the rows that it decodes.
     """
 
     def __init__(self):

@@ -62,7 +62,12 @@ class EnsembleConfig:
     versions: dict[str, str] = field(default_factory=package_versions)
 
     def save(self, folder: Path) -> None:
-        data = {"format": "hf_ensemble.ensemble", "format_version": FORMAT_VERSION, "combination": "logits", **asdict(self)}
+        data = {
+            "format": "hf_ensemble.ensemble",
+            "format_version": FORMAT_VERSION,
+            "combination": "logits",
+            **asdict(self),
+        }
         write_json(folder / CONFIG_NAME, data)
 
     @classmethod
@@ -70,7 +75,8 @@ class EnsembleConfig:
         """Read and check a configuration.
 
         Raises:
-            `EnsembleLoadError`: for a missing or foreign file, a newer format, or an adapter name that is no folder name.
+            `EnsembleLoadError`: for a missing or foreign file, a newer format, or an adapter name that is no folder
+            name.
         """
         path = folder / CONFIG_NAME
         if not path.is_file():
@@ -104,7 +110,9 @@ class EnsembleConfig:
 def check_adapter_name(name: str) -> None:
     """Raise [`EnsembleLoadError`] for a name that is no plain folder name, so that none leads out of the folder."""
     if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
-        raise EnsembleLoadError(f"Adapter name {name!r} is not usable as a folder's name: use letters, digits, '_' and '-'.")
+        raise EnsembleLoadError(
+            f"Adapter name {name!r} is not usable as a folder's name: use letters, digits, '_' and '-'."
+        )
 
 
 def check_weights(weights: Mapping[str, Mapping[str, float]], members: list[str]) -> None:
@@ -113,5 +121,7 @@ def check_weights(weights: Mapping[str, Mapping[str, float]], members: list[str]
         unknown = sorted(set(row) - set(members))
         if unknown:
             raise EnsembleError(f"The weights of {task!r} name unknown adapters {unknown}; the adapters are {members}.")
-        if not all(isinstance(w, (int, float)) and abs(w) < float("inf") for w in row.values()) or not any(row.values()):
+        if not all(isinstance(w, (int, float)) and abs(w) < float("inf") for w in row.values()) or not any(
+            row.values()
+        ):
             raise EnsembleError(f"The weights of {task!r} have to be finite and not all zero, found {dict(row)}.")

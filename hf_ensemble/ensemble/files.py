@@ -117,7 +117,9 @@ def _local_folder(name_or_path: str, revision: str | None, token: str | None) ->
         raise EnsembleLoadError(f"{name_or_path!r} is neither a folder nor a repository to be had: {error}") from error
 
 
-def _load_base(config: EnsembleConfig, override: str | None, token: str | None, model_kwargs: dict[str, Any]) -> nn.Module:
+def _load_base(
+    config: EnsembleConfig, override: str | None, token: str | None, model_kwargs: dict[str, Any]
+) -> nn.Module:
     reference = config.base_model
     if reference.auto_class not in _AUTO_CLASSES.values():
         raise EnsembleLoadError(f"The ensemble names the unknown model class {reference.auto_class!r}.")

@@ -93,7 +93,8 @@ class PeftEnsembleModel(nn.Module):
         """Weight of each adapter for each row, `(batch_size, members)`.
 
         Args:
-            task (`str` or `Sequence[str]`, *optional*): one task for all rows, or one per row; `None` takes the default.
+            task (`str` or `Sequence[str]`, *optional*): one task for all rows, or one per row; `None` takes the
+                default.
 
         Raises:
             `EnsembleError`: for a task without weights, or a list of another length than the batch.
@@ -104,7 +105,8 @@ class PeftEnsembleModel(nn.Module):
         unknown = sorted({str(t) for t in tasks if t is not None and t not in self.weights})
         if unknown:
             raise EnsembleError(
-                f"No weights for the tasks {unknown}; known: {sorted(self.weights)}. Pass task=None for the default weights."
+                f"No weights for the tasks {unknown}; known: {sorted(self.weights)}. Pass task=None for the "
+                "default weights."
             )
         rows = [self.default_weights if t is None else self.weights[t] for t in tasks]
         return torch.tensor([[row.get(name, 0.0) for name in self.adapter_names] for row in rows], device=self.device)
@@ -123,8 +125,8 @@ class PeftEnsembleModel(nn.Module):
             input_ids (`torch.Tensor` of shape `(B, T)`): token ids.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
             labels (`torch.Tensor` of shape `(B, T)` or `(B,)`, *optional*):
-                As the base model takes them. The loss is the mean over the labels of the batch; of a classification task
-                only the task's own labels count.
+                As the base model takes them. The loss is the mean over the labels of the batch; of a classification
+                task only the task's own labels count.
             task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
             kwargs: further inputs of the base model.
 
@@ -256,10 +258,12 @@ class PeftEnsembleModel(nn.Module):
             revision (`str`, *optional*): branch, tag or commit of a Hub id.
             base_model (`str` or `PreTrainedModel`, *optional*): in place of the base that the ensemble names.
             token (`str`, *optional*): Hub token.
-            model_kwargs: passed to the base model's `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+            model_kwargs: passed to the base model's `from_pretrained` (`dtype`, `device_map`, `quantization_config`,
+            ...).
 
         Raises:
-            `EnsembleLoadError`: for a folder that is no ensemble, an adapter that is missing, foreign or not safetensors,
+            `EnsembleLoadError`: for a folder that is no ensemble, an adapter that is missing, foreign or not
+            safetensors,
                 a name that leads out of the folder; the message names file and fault.
         """
         model, config = load_ensemble(str(name_or_path), revision, base_model, token, model_kwargs)

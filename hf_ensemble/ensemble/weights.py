@@ -56,8 +56,8 @@ def fit_weights(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor)
         options={"maxiter": 200, "ftol": 1e-10},
     )
     weights = np.clip(result.x, 0.0, 1.0)
-    # An adapter below a hundredth changes nothing but costs its forward pass.
-    weights[weights < 0.01] = 0.0
+    # An adapter below a twentieth changes little but costs its forward pass.
+    weights[weights < 0.05] = 0.0
     weights /= weights.sum()
     candidates = [weights, start]
     losses = [objective(w)[0] for w in candidates]

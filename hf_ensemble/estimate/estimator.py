@@ -42,8 +42,8 @@ class SubsetEstimator:
     """Predicts how fine-tuning on any subset or mixture of tasks would turn out, from gradient features alone.
 
     The surrogate's l2 stands for how long one trains: with the epochs fixed, more rows mean more steps and a longer way
-    from the linearisation point, so l2(a) = c / N(a) with N(a) = sum_k a_k n_k. The constant c is found by evidence, see
-    [`choose_regularization`].
+    from the linearisation point, so l2(a) = c / N(a) with N(a) = sum_k a_k n_k. The constant c is found by evidence,
+    see [`choose_regularization`].
 
     Args:
         train (`FeatureTable`): features of the training rows.
@@ -100,7 +100,7 @@ class SubsetEstimator:
         Raises:
             `EstimationError`: for an unknown task.
         """
-        weights = dict(tasks) if isinstance(tasks, Mapping) else {name: 1.0 for name in tasks}
+        weights = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, 1.0)
         unknown = sorted(set(weights) - set(self.task_names))
         if unknown:
             raise EstimationError(f"Unknown tasks {unknown}; the tasks are {list(self.task_names)}.")

@@ -31,7 +31,9 @@ class FeatureReduction:
             `EstimationError`: for features that are not finite or all zero.
         """
         if not np.isfinite(features).all():
-            raise EstimationError(f"Row {int(np.argmin(np.isfinite(features).all(axis=1)))} has a feature that is not finite.")
+            raise EstimationError(
+                f"Row {int(np.argmin(np.isfinite(features).all(axis=1)))} has a feature that is not finite."
+            )
         scale = float(np.linalg.norm(features, axis=1).mean())
         if scale == 0:
             raise EstimationError("Every gradient feature is zero: at this point no example moves the adapter.")

@@ -78,5 +78,7 @@ def choose_regularization(estimator: "SubsetEstimator", observed_runs: Sequence[
     best = int(np.argmin(values))
     low, high = np.log(_GRID[max(best - 1, 0)]), np.log(_GRID[min(best + 1, len(_GRID) - 1)])
     refined = minimize_scalar(lambda log_scale: evaluate(np.exp(log_scale)), bounds=(low, high), method="bounded")
-    scale, value = min((float(np.exp(refined.x)), float(refined.fun)), (float(_GRID[best]), values[best]), key=lambda p: p[1])
+    scale, value = min(
+        (float(np.exp(refined.x)), float(refined.fun)), (float(_GRID[best]), values[best]), key=lambda p: p[1]
+    )
     return Regularization(scale, "observed_runs" if observed_runs else "validation_loss", value)

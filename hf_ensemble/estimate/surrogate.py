@@ -142,6 +142,8 @@ def _conjugate_gradient(x, curvature, ridge, gradient, norm, max_iterations=250)
         residual -= step.unsqueeze(1) * product
         y = inverse_diagonal * residual
         rho_next = (residual * y).sum(1)
-        direction = y + torch.where(active, rho_next / rho.clamp(min=1e-300), torch.zeros_like(rho)).unsqueeze(1) * direction
+        direction = (
+            y + torch.where(active, rho_next / rho.clamp(min=1e-300), torch.zeros_like(rho)).unsqueeze(1) * direction
+        )
         rho = rho_next
     return v

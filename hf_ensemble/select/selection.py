@@ -22,8 +22,8 @@ class Selection:
         tasks (`list[str]`): the target and the auxiliary tasks chosen, the most helpful first.
         method (`str`): `"forward"` or `"random_ensemble"`.
         scores (`dict[str, float]`):
-            One per auxiliary task, lower is better. Forward: predicted target loss of the last step that weighed the task,
-            with it added. Random ensemble: mean predicted target loss over the random subsets that hold it.
+            One per auxiliary task, lower is better. Forward: predicted target loss of the last step that weighed the
+            task, with it added. Random ensemble: mean predicted target loss over the random subsets that hold it.
         path (`list[dict]`): the steps of the search, each with its predicted target loss.
         why (`str`): one sentence.
         settings (`dict`): everything needed to make this selection again from the same features.
@@ -154,4 +154,3 @@ def select_tasks(estimator: SubsetEstimator, target: str, method: str = "forward
     if method not in methods:
         raise ConfigurationError(f"method has to be one of {SELECTION_METHODS}, found {method!r}.")
     return methods[method](estimator, target, **options)
-

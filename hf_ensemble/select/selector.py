@@ -42,7 +42,11 @@ class DataSelector:
         """From a store's directory, over all of its tasks or some; see [`SubsetEstimator`] for the rest."""
         store = store if isinstance(store, GradientStore) else GradientStore(store)
         names = store.task_names if tasks is None else tasks
-        return cls(SubsetEstimator(store.table("train", names), store.table("validation", names), num_components, observed_runs))
+        return cls(
+            SubsetEstimator(
+                store.table("train", names), store.table("validation", names), num_components, observed_runs
+            )
+        )
 
     def select(self, target: str, method: str = "forward", k: int | None = None, **options) -> Selection:
         """Auxiliary tasks that help `target`, at most `k`.

@@ -5,8 +5,8 @@
     shard-00000.rows.arrow    split, task, example_id, margin, loss, num_tokens, scale of each row
     shard-00000.json          checksums of the two; written last, so that a shard with this file is whole
 
-A shard holds a fixed stretch of the plan (the list of all rows to capture), so that a killed pass goes on with the first
-shard that is missing and ends with the same files.
+A shard holds a fixed stretch of the plan (the list of all rows to capture), so that a killed pass goes on with the
+first shard that is missing and ends with the same files.
 """
 
 from pathlib import Path

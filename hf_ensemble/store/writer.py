@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 
-from .._files import read_json, sha256_of, write_atomically, write_json
+from .._files import named_differences, read_json, sha256_of, write_atomically, write_json
 from ..errors import StoreError, StoreMismatchError
 from .layout import FORMAT_VERSION, MANIFEST, features_file, marker_file, numpy_dtype, rows_file
 
@@ -81,7 +81,7 @@ class GradientStoreWriter:
     def _begin(self, overwrite: bool) -> None:
         path = self.folder / MANIFEST
         if path.exists():
-            differences = list(_differences(self._comparable(read_json(path)), self._comparable(self.manifest)))
+            differences = list(named_differences(self._comparable(read_json(path)), self._comparable(self.manifest)))
             if not differences:
                 return
             if not overwrite:
@@ -141,7 +141,8 @@ class GradientStoreWriter:
         )
         write_atomically(features_file(self.folder, shard), lambda file: np.save(file, features, allow_pickle=False))
         write_atomically(
-            rows_file(self.folder, shard), lambda file: pa.feather.write_feather(table, file, compression="uncompressed")
+            rows_file(self.folder, shard),
+            lambda file: pa.feather.write_feather(table, file, compression="uncompressed"),
         )
         files = {p.name: sha256_of(p) for p in (features_file(self.folder, shard), rows_file(self.folder, shard))}
         write_json(marker_file(self.folder, shard), {"rows": len(positions), "sha256": files})
@@ -166,12 +167,3 @@ class GradientStoreWriter:
         if missing:
             raise StoreError(f"The store in {str(self.folder)!r} lacks the shards {missing[:10]}.")
         write_json(self.folder / MANIFEST, {**self.manifest, "status": "complete", **records})
-
-
-def _differences(found: Any, expected: Any, name: str = ""):
-    """Dotted names of the values in which two nested dicts differ, each with both values."""
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        for key in dict.fromkeys([*found, *expected]):
-            yield from _differences(found.get(key), expected.get(key), f"{name}.{key}" if name else str(key))
-    elif found != expected:
-        yield f"{name.removeprefix('identity.')}: the store has {found!r}, this run {expected!r}"

@@ -41,7 +41,9 @@ def encode(
     return dataset.map(encoders[row_format], remove_columns=drop, desc="Tokenizing", load_from_cache_file=False)
 
 
-def data_collator_for(row_format: RowFormat, tokenizer: "PreTrainedTokenizerBase", labels_are_tokens: bool) -> TaskCollator:
+def data_collator_for(
+    row_format: RowFormat, tokenizer: "PreTrainedTokenizerBase", labels_are_tokens: bool
+) -> TaskCollator:
     """A padding collator that carries `task` and `example_id` along."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
@@ -68,7 +70,9 @@ def _encode_prompt_completion(row, tokenizer, max_length):
 def _encode_chat(row, tokenizer, max_length):
     messages = row["messages"]
     if not messages or messages[-1]["role"] != "assistant":
-        raise TaskError(f"Task {row[TASK]!r}: expected chats that end with the assistant's turn, found {messages!r:.120}.")
+        raise TaskError(
+            f"Task {row[TASK]!r}: expected chats that end with the assistant's turn, found {messages!r:.120}."
+        )
     options = {"tools": row.get("tools"), "tokenize": True, "return_dict": False}
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
     full = tokenizer.apply_chat_template(messages, **options)

@@ -29,7 +29,8 @@ def load_task_folder(
         names (`list[str]`, *optional*): read these tasks alone.
 
     Raises:
-        `TaskError`: for a folder without tasks, a line that is not JSON, and whatever [`TaskSet.from_datasets`] refuses.
+        `TaskError`: for a folder without tasks, a line that is not JSON, and whatever [`TaskSet.from_datasets`]
+        refuses.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -16,7 +16,7 @@ from .columns import EXAMPLE_ID, META_COLUMNS, TASK
 logger = get_logger(__name__)
 
 
-class RowFormat(str, Enum):
+class RowFormat(StrEnum):
     """What a task's rows hold; the value is written to `tasks.json`."""
 
     TOKENIZED = "tokenized"
@@ -130,7 +130,9 @@ def label_names_of(task: str, splits: Mapping[str, Dataset]) -> tuple[str, ...]:
             )
         names = _names_from_text(task, splits["train"], 1 + max(found))
     for split, dataset in splits.items():
-        outside = {label for label in dataset.unique("label") if not (isinstance(label, int) and 0 <= label < len(names))}
+        outside = {
+            label for label in dataset.unique("label") if not (isinstance(label, int) and 0 <= label < len(names))
+        }
         if outside:
             raise TaskError(
                 f"Task {task!r}, split {split!r}: label {min(outside, key=str)!r} is outside of the task's set of "

@@ -9,8 +9,8 @@ from torch.utils.data import Sampler
 class TaskWeightedSampler(Sampler[int]):
     """Draws rows with replacement, each as often as its task's weight says.
 
-    An epoch has as many draws as the table has rows. The draws depend on the seed and the epoch alone, so that a resumed
-    training sees what an uninterrupted one saw.
+    An epoch has as many draws as the table has rows. The draws depend on the seed and the epoch alone, so that a
+    resumed training sees what an uninterrupted one saw.
 
     Args:
         tasks (`Sequence[str]`): the task of each row.

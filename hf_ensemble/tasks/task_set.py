@@ -75,8 +75,8 @@ class TaskSet(Mapping[str, Task]):
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise TaskError(
-                f"Task name {name!r} is not usable as a folder's name: use letters, digits, '_', '-' and '.', and begin "
-                "with a letter or digit."
+                f"Task name {name!r} is not usable as a folder's name: use letters, digits, '_', '-' and '.', and "
+                "begin with a letter or digit."
             )
         clash = next((other for other in self._tasks if other.lower() == name.lower()), None)
         if clash is not None:

@@ -1,0 +1,27 @@
+# Each target does its own set-up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test style clean
+
+demo: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/hf-ensemble demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+style: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo_output
+
+# torch first and pinned: an unpinned torch brings gigabytes of CUDA packages to a machine without a GPU.
+$(STAMP): pyproject.toml setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test,dev]'
+	touch $(STAMP)

@@ -1,0 +1,79 @@
+"""Capturing gradients inside an otherwise plain training."""
+
+from pathlib import Path
+from typing import Literal
+
+from transformers import TrainerCallback
+
+from ..capture import CaptureConfig, capture_gradients
+from ..errors import ConfigurationError
+from ..store import GradientStore
+from ..tasks import TaskSet
+
+When = Literal["train_begin", "train_end"]
+
+
+class GradientCaptureCallback(TrainerCallback):
+    """Captures the gradient features of named datasets at the beginning or the end of a plain training.
+
+    The training is the same with and without it, to the last bit: the pass leaves parameters, their `.grad`, the
+    modes of the modules and the random state as they were.
+
+    Args:
+        tasks (`TaskSet`): what to capture; its rows need not be the ones trained on.
+        output_dir (`str` or `Path`): the store's directory.
+        config (`CaptureConfig`, *optional*): settings of the pass.
+        when (`str`, *optional*, defaults to `"train_begin"`):
+            `"train_begin"` captures at the untrained adapter, which answers what adding or leaving out a task does;
+            `"train_end"` at the trained one.
+        overwrite (`bool`, *optional*, defaults to `False`): replace a store of another model, data or configuration.
+
+    Raises:
+        `ConfigurationError`: for another `when`, and for a trainer without a tokenizer.
+
+    Example:
+
+    ```python
+    >>> trainer = SFTTrainer(  # doctest: +SKIP
+    ...     model, args, train_dataset=dataset, peft_config=LoraConfig(), callbacks=[GradientCaptureCallback(tasks,
+    "gradients")] ... )
+    ```
+    """
+
+    def __init__(
+        self,
+        tasks: TaskSet,
+        output_dir: str | Path,
+        config: CaptureConfig | None = None,
+        when: When = "train_begin",
+        overwrite: bool = False,
+    ):
+        if when not in ("train_begin", "train_end"):
+            raise ConfigurationError(f"when has to be 'train_begin' or 'train_end', found {when!r}.")
+        self.tasks = tasks
+        self.output_dir = Path(output_dir)
+        self.config = config or CaptureConfig()
+        self.when = when
+        self.overwrite = overwrite
+        self.store: GradientStore | None = None
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if self.when == "train_begin":
+            self._capture(args, model, processing_class)
+
+    def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if self.when == "train_end":
+            self._capture(args, model, processing_class)
+
+    def _capture(self, args, model, processing_class) -> None:
+        if processing_class is None:
+            raise ConfigurationError("Capturing needs the tokenizer: pass processing_class to the Trainer.")
+        self.store = capture_gradients(
+            model,
+            self.tasks,
+            self.config,
+            self.output_dir,
+            processing_class=processing_class,
+            overwrite=self.overwrite,
+            disable_tqdm=bool(args.disable_tqdm),
+        )

@@ -1,0 +1,96 @@
+"""Flags and YAML of the commands."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..errors import ConfigurationError
+
+
+@dataclass
+class RunArguments:
+    """What `hf-ensemble run` works on; a trainer's own arguments and trl's model arguments stand beside these."""
+
+    data: str | None = field(
+        default=None, metadata={"help": "Folder of tasks: NAME/{train,validation,test}.jsonl, or NAME.jsonl."}
+    )
+    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the folder to take; all by default."})
+    target: str | None = field(
+        default=None, metadata={"help": "Choose auxiliary tasks for this one and train once, instead of an ensemble."}
+    )
+    validation_fraction: float | None = field(
+        default=None, metadata={"help": "Share of a lone NAME.jsonl to hold out for evaluation."}
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Training rows of a task at most."})
+    max_validation_rows: int | None = field(default=None, metadata={"help": "Validation rows of a task at most."})
+    head: str = field(
+        default="auto",
+        metadata={
+            "help": "Of text classification: 'label_similarity' (similarity to the labels' texts), 'linear' (the "
+            "checkpoint's own, or a fresh one), or 'auto': linear where the checkpoint has a trained head."
+        },
+    )
+    fidelity_subsets: int = field(
+        default=0, metadata={"help": "Random subsets to fine-tune for real, to compare predictions with the truth."}
+    )
+    fidelity_subset_size: int | None = field(default=None, metadata={"help": "Tasks of such a subset."})
+
+    def __post_init__(self):
+        if self.head not in ("auto", "linear", "label_similarity"):
+            raise ConfigurationError(f"head has to be 'auto', 'linear' or 'label_similarity', found {self.head!r}.")
+
+
+@dataclass
+class DemoArguments:
+    """What `hf-ensemble demo` takes."""
+
+    output_dir: str = field(default="demo_output", metadata={"help": "Where models, adapters and reports go."})
+    seed: int = field(default=0, metadata={"help": "Seed of the world and of all training."})
+    fidelity_subsets: int = field(default=4, metadata={"help": "Subsets to fine-tune for real, to check predictions."})
+
+
+def with_config(argv: Sequence[str]) -> list[str]:
+    """Flags, those of a `--config FILE.yaml` first, so that the command line has the last word.
+
+    Raises:
+        `ConfigurationError`: for a file that is missing or no mapping.
+    """
+    argv = list(argv)
+    if "--config" not in argv:
+        return argv
+    position = argv.index("--config")
+    if position + 1 == len(argv):
+        raise ConfigurationError("--config takes a YAML file.")
+    path = Path(argv[position + 1])
+    if not path.is_file():
+        raise ConfigurationError(f"No configuration file at {str(path)!r}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{str(path)!r} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{str(path)!r} has to map names to values, found {type(content).__name__}.")
+    flags: list[str] = []
+    for key, value in content.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{key}", *(str(v) for v in values)]
+    return flags + argv[:position] + argv[position + 2 :]
+
+
+def parse(classes: Sequence[type], argv: Sequence[str], remaining_allowed: bool = False) -> tuple[list[Any], list[str]]:
+    """Dataclasses from flags, and the flags that none of them knows.
+
+    Raises:
+        `ConfigurationError`: for unknown flags, unless `remaining_allowed`.
+    """
+    parser = HfArgumentParser(tuple(classes), prog=f"hf-ensemble {Path(sys.argv[0]).name}", allow_abbrev=False)
+    *parsed, remaining = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    if remaining and not remaining_allowed:
+        raise ConfigurationError(f"Unknown arguments: {' '.join(remaining)}. See hf-ensemble run --help.")
+    return parsed, remaining

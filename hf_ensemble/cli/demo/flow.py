@@ -1,0 +1,133 @@
+"""`hf-ensemble demo`: the whole flow on a small generated world."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from ..._files import write_json
+from ...ensemble import PeftEnsembleModel
+from ...select import DataSelector, Selection
+from ...tasks import TaskSet
+from ...train import EnsembleSFTConfig, EnsembleSFTTrainer, measure_fidelity
+from ..arguments import DemoArguments, RunArguments, parse
+from ..report import console, fidelity_table, grouping_table, results_table, selection_table
+from ..run import collect_results, estimator_of
+from .tiny_model import build_tokenizer, train_base_model
+from .world import CORRUPTED, FAMILIES, TARGET, World, build_world
+
+_STORY = (
+    "Ten small datasets about storybook animals. Two families share their prompts ('pick size : fox bear =') but follow "
+    "opposite guidelines, one wants the larger animal and one the smaller; a third family asks for facts; one dataset has "
+    "random answers. Which help {target}, and which belong together?"
+)
+
+
+def demo(argv: Sequence[str]) -> dict:
+    """Run the demo; returns what `results.json` holds."""
+    (arguments,), _ = parse([DemoArguments], argv)
+    out = console()
+    folder = Path(arguments.output_dir)
+    world = build_world(arguments.seed)
+    out.print(_STORY.format(target=TARGET), style="italic")
+    base = base_model(world, folder / "base", arguments.seed)
+    tasks = TaskSet.from_datasets(world.tasks())
+    trainer = demo_trainer(base, tasks, folder / "run", arguments.seed)
+    trainer.train()
+    results = collect_results(trainer, tasks, RunArguments())
+    selection = select_for_target(trainer, folder / "run")
+    report = measure_fidelity(
+        trainer, estimator_of(trainer), subsets=fidelity_subsets(arguments.fidelity_subsets), seed=arguments.seed
+    )
+    reloaded, difference = reload_and_compare(trainer, tasks)
+    results.update(
+        target=TARGET,
+        corrupted=CORRUPTED,
+        selected=selection.tasks,
+        mean_relative_error=report.mean_relative_error,
+        reload_difference=difference,
+    )
+    write_json(folder / "results.json", results)
+    out.print(selection_table(selection, expected=_what_it_is()))
+    out.print(grouping_table(trainer.grouping, trainer.ensemble.weights))
+    out.print(results_table(results["scores"], results["split"]))
+    out.print(fidelity_table(report))
+    out.print(f"Ensemble: {folder / 'run' / 'ensemble'}\nModel card: {folder / 'run' / 'ensemble' / 'README.md'}")
+    out.print(f"Results: {folder / 'results.json'}")
+    out.print(f"Reloaded ensemble: logits differ by at most {difference:.1e}. It answers:")
+    for prompt, task, answer in generations(reloaded, tasks, base):
+        out.print(f"  {prompt} [bold]{answer}[/bold]   (as {task})")
+    return results
+
+
+def base_model(world: World, folder: Path, seed: int) -> str:
+    """Folder of the base model, trained from scratch where it does not exist yet."""
+    if not folder.exists():
+        train_base_model(world, build_tokenizer(world), folder, seed=seed)
+    return str(folder)
+
+
+def demo_trainer(base: str, tasks: TaskSet, output_dir: Path, seed: int) -> EnsembleSFTTrainer:
+    """An ensemble trainer with settings that suit a model of this size."""
+    args = EnsembleSFTConfig(
+        output_dir=str(output_dir),
+        learning_rate=3e-3,
+        num_train_epochs=5,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        save_strategy="no",
+        logging_strategy="no",
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        seed=seed,
+    )
+    peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return EnsembleSFTTrainer(model=base, args=args, train_dataset=tasks, peft_config=peft_config)
+
+
+def select_for_target(trainer: EnsembleSFTTrainer, folder: Path) -> Selection:
+    """What helps the target, from the gradients that the run has captured."""
+    selection = DataSelector(estimator_of(trainer)).select(TARGET)
+    selection.save(folder / "selection.json")
+    return selection
+
+
+def fidelity_subsets(count: int) -> list[list[str]]:
+    """Subsets that ask what the demo is about: the target alone, with its family, with the other family, with noise."""
+    others = [task for task in FAMILIES["larger"] if task != TARGET]
+    subsets = [[TARGET], [TARGET, *others], [TARGET, *FAMILIES["smaller"]], [TARGET, CORRUPTED], FAMILIES["facts"]]
+    return subsets[:count]
+
+
+def reload_and_compare(trainer: EnsembleSFTTrainer, tasks: TaskSet) -> tuple[PeftEnsembleModel, float]:
+    """The ensemble as loaded from disk, and the largest difference of its logits from the trained one's."""
+    reloaded = PeftEnsembleModel.from_pretrained(Path(trainer.args.output_dir) / "ensemble")
+    rows = [trainer.eval_dataset[task][0] for task in tasks]
+    batch = trainer.data_collator([{key: row[key] for key in ("input_ids", "labels", "task")} for row in rows])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    trainer.model.eval()
+    with torch.no_grad():
+        here, there = (model(**inputs, task=batch["task"]).logits for model in (trainer.ensemble, reloaded))
+    return reloaded, float((here - there).abs().max())
+
+
+def generations(ensemble: PeftEnsembleModel, tasks: TaskSet, base: str) -> list[tuple[str, str, str]]:
+    """Prompt, task and greedy answer for the first test row of one task per family, in one batch."""
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    names = [members[0] for members in FAMILIES.values()]
+    # The same question under both guidelines shows that the task decides.
+    prompts = [tasks[names[0]].splits["test"][0]["prompt"]] * 2
+    prompts += [tasks[name].splits["test"][0]["prompt"] for name in names[2:]]
+    batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    generated = ensemble.generate(**batch, task=names, max_new_tokens=4, do_sample=False)
+    answers = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [(prompt, name, answer.strip()) for prompt, name, answer in zip(prompts, names, answers)]
+
+
+def _what_it_is() -> dict[str, str]:
+    kinds = {task: f"family {family!r}" for family, members in FAMILIES.items() for task in members}
+    return {**kinds, CORRUPTED: "random answers"}

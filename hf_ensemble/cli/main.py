@@ -1,0 +1,60 @@
+"""The `hf-ensemble` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..errors import HfEnsembleError
+
+_DESCRIPTION = (
+    "Fine-tune a language model on many datasets at once: group them, train an adapter per group, ship the ensemble."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point.
+
+    Returns:
+        `int`: 0 on success, 1 for an error of the user's input (printed in one line; `--debug` shows the traceback).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [flag for flag in argv if flag != "--debug"]
+    parser = argparse.ArgumentParser(prog="hf-ensemble", description=_DESCRIPTION)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="the whole flow on a small world of generated tasks, no network", add_help=False)
+    commands.add_parser("run", help="the whole flow on a folder of JSONL tasks and a model path", add_help=False)
+    known, rest = parser.parse_known_args(argv)
+    try:
+        _quiet()
+        if known.command == "demo":
+            from .demo.flow import demo
+
+            demo(rest)
+        else:
+            from .run import run
+
+            run(rest)
+    except (HfEnsembleError, OSError) as error:
+        if debug:
+            raise
+        print(f"hf-ensemble: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hf-ensemble: stopped. The same command goes on where it stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """One progress bar for long work; the bars of every small step of the libraries below say nothing to the user."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

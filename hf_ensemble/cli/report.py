@@ -1,0 +1,72 @@
+"""Tables of the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..select import Grouping, Selection
+from ..train import FidelityReport
+
+Scores = Mapping[str, Mapping[str, float]]
+
+
+def grouping_table(grouping: Grouping, weights: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table(title="Groups, one adapter each", caption=grouping.why)
+    table.add_column("adapter")
+    table.add_column("tasks")
+    table.add_column("used by")
+    for name, tasks in grouping.groups.items():
+        users = [task for task, row in weights.items() if row.get(name, 0) > 0 and task not in tasks]
+        table.add_row(name, ", ".join(tasks), ", ".join(users) or "its own tasks")
+    return table
+
+
+def results_table(results: Mapping[str, Scores], split: str) -> Table:
+    """Accuracy of every system on every task."""
+    names = {"base": "base model", "baseline": "one adapter for all", "ensemble": "ensemble", "selection": "selection"}
+    systems = [system for system in names if system in results]
+    table = Table(title=f"Accuracy on {split} rows")
+    table.add_column("task")
+    for system in systems:
+        table.add_column(names[system], justify="right")
+    tasks = list(results[systems[-1]])
+    for task in tasks:
+        table.add_row(task, *(f"{results[system][task]['accuracy']:.3f}" for system in systems))
+    table.add_section()
+    means = [sum(results[s][t]["accuracy"] for t in tasks) / len(tasks) for s in systems]
+    table.add_row("mean", *(f"{mean:.3f}" for mean in means), style="bold")
+    return table
+
+
+def selection_table(selection: Selection, expected: Mapping[str, str] | None = None) -> Table:
+    """Every auxiliary task with its score; `expected` adds a column that says what is known of it."""
+    table = Table(title=f"What helps {selection.target}", caption=selection.why)
+    table.add_column("task")
+    table.add_column("score (predicted loss)", justify="right")
+    table.add_column("selected")
+    if expected:
+        table.add_column("what it is")
+    for task, score in sorted(selection.scores.items(), key=lambda item: item[1]):
+        row = [task, f"{score:.4f}", "yes" if task in selection.auxiliary else ""]
+        table.add_row(*row, *([expected.get(task, "")] if expected else []))
+    return table
+
+
+def fidelity_table(report: FidelityReport) -> Table:
+    table = Table(
+        title="Prediction against truth: mean validation loss of subsets fine-tuned for real",
+        caption=f"over all tasks: mean relative error {report.mean_relative_error:.1%}, "
+        f"correlation {report.correlation:.3f}, mean per-task Spearman {report.mean_task_spearman:.2f}",
+    )
+    table.add_column("trained on")
+    table.add_column("predicted", justify="right")
+    table.add_column("true", justify="right")
+    for subset, predicted, true in zip(report.subsets, report.predicted_loss, report.true_loss):
+        table.add_row(", ".join(subset), f"{sum(predicted) / len(predicted):.4f}", f"{sum(true) / len(true):.4f}")
+    return table
+
+
+def console(**options: Any) -> Console:
+    return Console(**options)

@@ -1,0 +1,151 @@
+"""The model card of an ensemble: what was trained on what, and how well it does."""
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .._files import read_json, write_atomically
+from ..ensemble.config import EnsembleConfig
+from ..errors import EnsembleLoadError
+from ..logging import get_logger
+from .pictures import affinity_heat_map
+
+logger = get_logger(__name__)
+
+TEMPLATE = "ensemble_card.md.jinja"
+
+
+@dataclass
+class EnsembleCardData:
+    """Everything the template shows.
+
+    Read from the run's files: `ensemble`, `tasks`, `grouping`, `results`, `configuration`, `estimate`. Made here: the
+    rest.
+
+    Args:
+        ensemble (`EnsembleConfig`): base model, adapters, weights, versions.
+        tasks (`dict`): as in `tasks.json`.
+        grouping (`dict`, *optional*): as in `groups.json`.
+        results (`dict`): scores by split, system (`"ensemble"`, `"baseline"`) and task.
+        configuration (`dict`): as in `run.json`.
+        estimate (`dict`): as in `estimate/estimate.json`.
+        affinity_picture (`str`, *optional*): path of the heat map beside the card.
+    """
+
+    ensemble: EnsembleConfig
+    tasks: dict[str, Any] = field(default_factory=dict)
+    grouping: dict[str, Any] | None = None
+    results: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
+    configuration: dict[str, Any] = field(default_factory=dict)
+    estimate: dict[str, Any] = field(default_factory=dict)
+    affinity_picture: str | None = None
+
+    @classmethod
+    def from_run(cls, run: Path) -> "EnsembleCardData":
+        """Read a run directory; what it does not hold yet stays empty."""
+
+        def read(name: str, default: Any) -> Any:
+            return read_json(run / name) if (run / name).is_file() else default
+
+        return cls(
+            ensemble=EnsembleConfig.load(run / "ensemble"),
+            tasks=read("tasks.json", {}).get("tasks", {}),
+            grouping=read("groups.json", None),
+            results=read("evaluation.json", {}),
+            configuration=read("run.json", {}).get("configuration", {}),
+            estimate=read("estimate/estimate.json", {}),
+        )
+
+    @property
+    def shown_split(self) -> str | None:
+        """The split whose results the card shows: held-out test rows where there are any."""
+        return next((split for split in ("test", "eval", *self.results) if split in self.results), None)
+
+    def group_of(self, task: str) -> str:
+        return next((member.name for member in self.ensemble.members if task in member.tasks), "-")
+
+    def result_rows(self) -> list[dict[str, Any]]:
+        """One row per task, then their mean: accuracy and loss of ensemble and baseline."""
+        systems = self.results.get(self.shown_split, {})
+        ensemble, baseline = systems.get("ensemble", {}), systems.get("baseline", {})
+        rows = [
+            {"task": task, "group": self.group_of(task), "ensemble": ensemble[task], "baseline": baseline.get(task)}
+            for task in ensemble
+        ]
+        if rows:
+
+            def mean(scores: dict) -> dict[str, float]:
+                return {m: sum(s[m] for s in scores.values()) / len(scores) for m in ("accuracy", "loss")}
+
+            means = {"ensemble": mean(ensemble), "baseline": mean(baseline) if baseline else None}
+            rows.append({"task": "**mean**", "group": "", **means})
+        return rows
+
+    def card_data(self) -> ModelCardData:
+        """The card's metadata block."""
+        base = self.ensemble.base_model.name_or_path
+        data = ModelCardData(
+            # A local folder is no model id that the Hub could link to.
+            base_model=base if base and not Path(base).is_absolute() and not Path(base).exists() else None,
+            library_name="peft",
+            tags=["hf-ensemble", "ensemble", "lora"],
+        )
+        systems = self.results.get(self.shown_split, {})
+        if "ensemble" in systems:
+            data.model_name = "ensemble"
+            data.eval_results = [
+                EvalResult(
+                    task_type="text-generation" if self.ensemble.label_space is None else "text-classification",
+                    dataset_type=task,
+                    dataset_name=task,
+                    dataset_split=self.shown_split,
+                    metric_type="accuracy",
+                    metric_value=round(score["accuracy"], 4),
+                )
+                for task, score in systems["ensemble"].items()
+            ]
+        return data
+
+
+def write_model_card(run: str | Path, repo_id: str | None = None) -> Path:
+    """Render the card of a run's ensemble to `ensemble/README.md`, with its pictures in `ensemble/assets`.
+
+    Args:
+        run (`str` or `Path`): a trainer's `output_dir`.
+        repo_id (`str`, *optional*): the repository that the loading snippet names.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        `EnsembleLoadError`: when the run holds no ensemble.
+    """
+    run = Path(run)
+    data = EnsembleCardData.from_run(run)
+    if data.grouping is not None and len(data.grouping["task_names"]) > 1:
+        try:
+            affinity_heat_map(data.grouping, run / "ensemble" / "assets" / "affinity.png")
+            data.affinity_picture = "assets/affinity.png"
+        except Exception:  # a picture that cannot be drawn (fonts, backends) must not cost a finished training its card
+            logger.warning("The affinity heat map could not be drawn.", exc_info=True)
+    template = resources.files("hf_ensemble.model_cards") / TEMPLATE
+    card = ModelCard.from_template(
+        data.card_data(),
+        template_str=template.read_text(encoding="utf-8"),
+        data=data,
+        load_from=repo_id or "path/or/user/repository",
+    )
+    path = run / "ensemble" / "README.md"
+    write_atomically(path, lambda file: file.write(str(card).encode()))
+    return path
+
+
+def require_ensemble(run: Path) -> None:
+    """Raise `EnsembleLoadError` when a run holds no complete ensemble."""
+    config = EnsembleConfig.load(run / "ensemble")
+    for member in config.members:
+        if not (run / "ensemble" / "adapters" / member.name / "adapter_model.safetensors").is_file():
+            raise EnsembleLoadError(f"Adapter {member.name!r} is missing from {str(run / 'ensemble')!r}.")

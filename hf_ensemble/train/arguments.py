@@ -1,0 +1,125 @@
+"""Settings of the trainers, on top of `TrainingArguments` and `SFTConfig`."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from ..capture import CaptureConfig
+from ..errors import ConfigurationError
+from ..select.grouping import GROUPING_METHODS
+from ..select.selection import SELECTION_METHODS
+
+WEIGHTINGS = ("fitted", "own_group")
+
+
+@dataclass
+class EstimateArguments:
+    """What the ensemble and the selection trainers share."""
+
+    projection_dim: int | None = field(
+        default=4096, metadata={"help": "Gradient features per example; None keeps the exact gradient."}
+    )
+    projection_seed: int = field(default=0, metadata={"help": "Seed of the random projection."})
+    margin: str = field(
+        default="geometric_mean",
+        metadata={"help": "Log-odds of an answer of several tokens: 'geometric_mean' or 'mean_log_odds'."},
+    )
+    feature_dtype: str = field(default="float16", metadata={"help": "Stored precision: 'float16' or 'float32'."})
+    num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
+    overwrite_run: bool = field(
+        default=False, metadata={"help": "Start over when output_dir holds a run of another configuration."}
+    )
+
+    def __post_init__(self):
+        if self.num_components <= 0:
+            raise ConfigurationError(f"num_components has to be positive, found {self.num_components}.")
+        self.capture_config()
+        super().__post_init__()
+
+    def capture_config(self, batch_size: int = 16) -> CaptureConfig:
+        """The capture pass's own settings."""
+        return CaptureConfig(
+            projection_dim=self.projection_dim,
+            projection_seed=self.projection_seed,
+            margin=self.margin,
+            feature_dtype=self.feature_dtype,
+            batch_size=batch_size,
+        )
+
+
+@dataclass
+class EnsembleArguments(EstimateArguments):
+    """How tasks are grouped and adapters combined."""
+
+    num_groups: int | None = field(
+        default=None, metadata={"help": "Groups, one adapter each; None chooses the number by predicted loss."}
+    )
+    max_groups: int | None = field(
+        default=None, metadata={"help": "Most groups to consider when the number is chosen."}
+    )
+    grouping_method: str = field(default="spectral", metadata={"help": "'spectral' or 'semidefinite'."})
+    num_subsets: int = field(default=400, metadata={"help": "Random subsets whose outcomes make the affinity."})
+    train_baseline: bool = field(
+        default=True,
+        metadata={
+            "help": "Also train one adapter on all tasks: what the ensemble is compared with, and the evidence that "
+            "the estimates are calibrated by."
+        },
+    )
+    ensemble_weights: str = field(
+        default="fitted",
+        metadata={"help": "'fitted': least validation loss of each task; 'own_group': the task's own group alone."},
+    )
+
+    def __post_init__(self):
+        if self.grouping_method not in GROUPING_METHODS:
+            raise ConfigurationError(
+                f"grouping_method has to be one of {GROUPING_METHODS}, found {self.grouping_method!r}."
+            )
+        if self.ensemble_weights not in WEIGHTINGS:
+            raise ConfigurationError(
+                f"ensemble_weights has to be one of {WEIGHTINGS}, found {self.ensemble_weights!r}."
+            )
+        super().__post_init__()
+
+
+@dataclass
+class SelectionArguments(EstimateArguments):
+    """How auxiliary tasks are chosen for a target."""
+
+    selection_method: str = field(default="forward", metadata={"help": "'forward' or 'random_ensemble'."})
+    max_auxiliary: int | None = field(default=None, metadata={"help": "Auxiliary tasks to take at most."})
+    meta_initialization: bool = field(
+        default=False,
+        metadata={
+            "help": "First train the adapter on all tasks, and take gradients and the final fine-tuning from there."
+        },
+    )
+
+    def __post_init__(self):
+        if self.selection_method not in SELECTION_METHODS:
+            raise ConfigurationError(
+                f"selection_method has to be one of {SELECTION_METHODS}, found {self.selection_method!r}."
+            )
+        super().__post_init__()
+
+
+@dataclass
+class EnsembleConfig(EnsembleArguments, TrainingArguments):
+    """`TrainingArguments` of [`EnsembleTrainer`]."""
+
+
+@dataclass
+class EnsembleSFTConfig(EnsembleArguments, SFTConfig):
+    """`SFTConfig` of [`EnsembleSFTTrainer`]."""
+
+
+@dataclass
+class SelectionConfig(SelectionArguments, TrainingArguments):
+    """`TrainingArguments` of [`SelectionTrainer`]."""
+
+
+@dataclass
+class SelectionSFTConfig(SelectionArguments, SFTConfig):
+    """`SFTConfig` of [`SelectionSFTTrainer`]."""

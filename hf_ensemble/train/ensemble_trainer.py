@@ -1,0 +1,273 @@
+"""Fine-tune on many datasets: group them, train one adapter per group, serve the weighted ensemble."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers.trainer_utils import TrainOutput
+
+from .._compat import adapters_untouched
+from .._files import read_json, write_json
+from ..ensemble import EnsembleMember, PeftEnsembleModel, fit_weights
+from ..ensemble.config import ADAPTERS_FOLDER
+from ..ensemble.files import load_adapter
+from ..errors import ConfigurationError
+from ..estimate import ObservedRun
+from ..publish import push_ensemble_to_hub, write_model_card
+from ..select import Grouping
+from .evaluation import answer_logits, score_tasks
+from .stages import Scores, StagesMixin
+from .task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
+
+BASELINE = "baseline"
+# Validation rows per task that the ensemble's weights are fitted to: enough for a few weights, small in memory.
+_WEIGHT_EXAMPLES = 200
+
+
+class EnsembleMixin(StagesMixin):
+    """The stages of an ensemble run: capture, baseline, group, one adapter per group, weights, card."""
+
+    ensemble: PeftEnsembleModel | None = None
+    grouping: Grouping | None = None
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
+        """Run every stage that `output_dir` does not hold yet.
+
+        A run that was killed and is started again with the same configuration goes on where it stopped.
+
+        Returns:
+            `TrainOutput`: steps and mean training loss over all adapters, and the metrics of [`evaluate`].
+
+        Raises:
+            `RunMismatchError`: when `output_dir` holds a run of another configuration.
+        """
+        if kwargs:
+            raise ConfigurationError(f"train() of an ensemble takes no {sorted(kwargs)}.")
+        run = self.open_run()
+        store = self.capture()
+        trained = []
+        if self.args.train_baseline:
+            with run.stage("baseline"):
+                trained.append(self.adapter_training.run(BASELINE, self.tasks.names, run.path / BASELINE))
+        self.grouping = self._group(store, self.observed_runs())
+        for name, tasks in self.grouping.groups.items():
+            with run.stage(f"adapter:{name}"):
+                trained.append(self.adapter_training.run(name, tasks, run.path / "ensemble" / ADAPTERS_FOLDER / name))
+        self.ensemble = self._assemble()
+        metrics = self.evaluate()
+        steps = sum(adapter.global_step for adapter in trained)
+        loss = sum(a.training_loss * a.global_step for a in trained) / max(steps, 1)
+        return TrainOutput(steps, loss, metrics)
+
+    def observed_runs(self) -> list[ObservedRun]:
+        """True fine-tunings that exist anyway: the one adapter for all."""
+        if not self.args.train_baseline:
+            return []
+        return [ObservedRun(dict.fromkeys(self.tasks, 1.0), self._baseline_losses())]
+
+    def _baseline_losses(self) -> dict[str, float]:
+        """Validation loss of every task under the one adapter for all, scored once per run."""
+        file = self.run_directory.path / "estimate" / "baseline_scores.json"
+        if not file.exists():
+            folder = self.run_directory.path / BASELINE
+            scores = self.score_adapter(folder, self.eval_dataset, "Evaluating baseline")
+            if self.is_world_process_zero():
+                write_json(file, scores)
+            self.accelerator.wait_for_everyone()
+        return {name: score["loss"] for name, score in read_json(file).items()}
+
+    def _group(self, store, observed: list[ObservedRun]) -> Grouping:
+        file = self.run_directory.path / "groups.json"
+        with self.run_directory.stage("group") as todo:
+            if not todo:
+                return Grouping.load(file)
+            selector = self.selector(store, observed)
+            self.estimator = selector.estimator
+            grouping = selector.group(
+                self.args.num_groups or "auto",
+                self.args.grouping_method,
+                max_groups=self.args.max_groups,
+                num_subsets=self.args.num_subsets,
+                seed=self.args.seed,
+            )
+            prediction = self.estimator.predict_subsets(grouping.groups.values())
+            if self.is_world_process_zero():
+                regularization = self.estimator.regularization
+                estimate = {
+                    "l2_scale": regularization.l2_scale,
+                    "l2_evidence": regularization.evidence,
+                    "l2_criterion": regularization.criterion,
+                    "num_components": int(self.estimator.reduction.components.shape[1]),
+                    "base_loss": dict(zip(self.estimator.task_names, self.estimator.base_loss().tolist())),
+                    "predicted_loss": {
+                        group: dict(zip(self.estimator.task_names, row))
+                        for group, row in zip(grouping.groups, prediction.loss.tolist())
+                    },
+                }
+                write_json(self.run_directory.path / "estimate" / "estimate.json", estimate)
+                grouping.save(file)
+            self.accelerator.wait_for_everyone()
+        return grouping
+
+    def _assemble(self) -> PeftEnsembleModel:
+        """The ensemble over this trainer's own model, with its weights."""
+        folder = self.run_directory.path / "ensemble"
+        with adapters_untouched(self.model):
+            for name in self.grouping.groups:
+                if name not in self.model.peft_config:
+                    load_adapter(self.model, folder / ADAPTERS_FOLDER / name, name)
+        members = [EnsembleMember(name, list(tasks)) for name, tasks in self.grouping.groups.items()]
+        own = {task: {self.grouping.group_of(task): 1.0} for task in self.tasks}
+        ensemble = PeftEnsembleModel(self.model, members, own, label_space=self.label_space)
+        file = self.run_directory.path / "estimate" / "weights.json"
+        with self.run_directory.stage("weights") as todo:
+            if todo:
+                if self.args.ensemble_weights == "fitted" and len(members) > 1:
+                    own = {task: self._fitted_weights(ensemble, task) for task in self.tasks}
+                if self.is_world_process_zero():
+                    write_json(file, own)
+                self.accelerator.wait_for_everyone()
+            ensemble.weights = read_json(file)
+        if self.is_world_process_zero():
+            ensemble.ensemble_config().save(folder)
+        return ensemble
+
+    def _fitted_weights(self, ensemble: PeftEnsembleModel, task: str) -> dict[str, float]:
+        rows = self.eval_dataset[task]
+        logits = []
+        for name in ensemble.adapter_names:
+            own, targets, owners = answer_logits(
+                self, self.adapter_logits(name), rows, self.label_space, _WEIGHT_EXAMPLES
+            )
+            logits.append(own)
+        fitted = fit_weights(torch.stack(logits), targets, owners)
+        return {name: float(w) for name, w in zip(ensemble.adapter_names, fitted.weights) if w > 0}
+
+    def evaluate(
+        self,
+        eval_dataset: Mapping[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and accuracy of every task, for the ensemble and for the one-adapter-for-all baseline.
+
+        Before [`train`] it is the plain trainer's evaluation.
+
+        Args:
+            eval_dataset (`dict[str, Dataset]`, *optional*): rows of each task, for example test rows.
+            ignore_keys (`list[str]`, *optional*): not used after training.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): first word of the metrics' names.
+
+        Returns:
+            `dict[str, float]`: `PREFIX_TASK_loss` and `PREFIX_TASK_accuracy` (the whole answer right) of the ensemble,
+            `PREFIX_baseline_TASK_...` of the baseline, and `PREFIX_mean_...` of both.
+        """
+        if self.ensemble is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        datasets = self.eval_dataset if eval_dataset is None else self.prepare_rows(eval_dataset)
+
+        def ensemble_logits(inputs: dict[str, Any], tasks: list[str]):
+            return self.ensemble(**inputs, task=tasks).logits
+
+        results: dict[str, Scores] = {
+            "ensemble": score_tasks(self, ensemble_logits, datasets, self.label_space, "Evaluating ensemble")
+        }
+        if self.args.train_baseline:
+            folder = self.run_directory.path / BASELINE
+            results["baseline"] = self.score_adapter(folder, datasets, "Evaluating baseline")
+        metrics = flat_metrics(results, metric_key_prefix)
+        self._keep_results(metric_key_prefix, results)
+        self.log(dict(metrics))
+        return metrics
+
+    def _keep_results(self, prefix: str, results: dict[str, Scores]) -> None:
+        if not self.is_world_process_zero():
+            return
+        file = self.run_directory.path / "evaluation.json"
+        kept = read_json(file) if file.exists() else {}
+        write_json(file, {**kept, prefix: results})
+        write_model_card(self.run_directory.path)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the ensemble; before [`train`], what the plain trainer saves."""
+        if self.ensemble is None or _internal_call:
+            super().save_model(output_dir, _internal_call)
+        elif self.is_world_process_zero():
+            self.ensemble.save_pretrained(output_dir or str(self.run_directory.path / "ensemble"))
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any):
+        """Upload the ensemble with its model card; the arguments of the plain trainer's `push_to_hub` that name a
+        repository (`hub_model_id`, `hub_token`, `hub_private_repo`) are read from `args`.
+
+        Raises:
+            `ConfigurationError`: before training.
+        """
+        if self.ensemble is None:
+            raise ConfigurationError("There is no ensemble yet: call train() first.")
+        if not self.is_world_process_zero():
+            return None
+        repo_id = self.args.hub_model_id or self.run_directory.path.resolve().name
+        return push_ensemble_to_hub(
+            self.run_directory.path,
+            repo_id,
+            token=kwargs.pop("token", None) or self.args.hub_token,
+            private=kwargs.pop("private", None) or self.args.hub_private_repo,
+            commit_message=commit_message,
+            **kwargs,
+        )
+
+
+def flat_metrics(results: Mapping[str, Scores], prefix: str) -> dict[str, float]:
+    """Nested scores as one dict of metrics; the ensemble's own carry no further name."""
+    metrics: dict[str, float] = {}
+    for system, scores in results.items():
+        start = prefix if system == "ensemble" else f"{prefix}_{system}"
+        for task, score in scores.items():
+            metrics[f"{start}_{task}_loss"] = score["loss"]
+            metrics[f"{start}_{task}_accuracy"] = score["accuracy"]
+        for measure in ("loss", "accuracy"):
+            metrics[f"{start}_mean_{measure}"] = float(np.mean([score[measure] for score in scores.values()]))
+    return metrics
+
+
+class EnsembleTrainer(EnsembleMixin, MultiTaskTrainer):
+    """`transformers.Trainer` that fine-tunes on many datasets and ends with an ensemble of adapters.
+
+    Changes: `train_dataset` and `eval_dataset` are dicts of named datasets; [`train`] captures gradients, groups the
+    tasks, trains one adapter per group and one for all, and combines them; [`evaluate`] reports every task.
+
+    Example:
+
+    ```python
+    >>> trainer = EnsembleTrainer(  # doctest: +SKIP
+    ...     model="bert-base-uncased",
+    ...     args=EnsembleConfig(output_dir="out"),
+    ...     train_dataset={"sst2": sst2["train"], "cola": cola["train"]},
+    ...     eval_dataset={"sst2": sst2["validation"], "cola": cola["validation"]},
+    ...     peft_config=LoraConfig(task_type="SEQ_CLS"),
+    ... )
+    >>> trainer.train()  # doctest: +SKIP
+    ```
+    """
+
+
+class EnsembleSFTTrainer(EnsembleMixin, MultiTaskSFTTrainer):
+    """`trl.SFTTrainer` that fine-tunes on many datasets and ends with an ensemble of adapters.
+
+    Changes: as of [`EnsembleTrainer`].
+
+    Example:
+
+    ```python
+    >>> trainer = EnsembleSFTTrainer(  # doctest: +SKIP
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=EnsembleSFTConfig(output_dir="out"),
+    ...     train_dataset={"gsm8k": gsm8k, "boolq": boolq},
+    ...     eval_dataset={"gsm8k": gsm8k_eval, "boolq": boolq_eval},
+    ...     peft_config=LoraConfig(),
+    ... )
+    >>> trainer.train()  # doctest: +SKIP
+    ```
+    """

@@ -1,0 +1,154 @@
+"""The stages that the ensemble and the selection trainers share: configuration, capture, scoring."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from .._compat import adapters_untouched
+from .._files import write_json
+from ..capture import capture_gradients
+from ..ensemble.files import load_adapter
+from ..estimate import ObservedRun
+from ..select import DataSelector
+from ..store import GradientStore
+from .adapter_training import AdapterTraining
+from .evaluation import LogitsFunction, score_tasks
+from .run_directory import RunDirectory
+
+Scores = dict[str, dict[str, float]]
+
+# Arguments that say where and how to report, not what to train.
+_UNCOMPARED = (
+    "output_dir",
+    "run_name",
+    "logging_dir",
+    "disable_tqdm",
+    "overwrite_run",
+    "local_rank",
+    "report_to",
+    "seed_worker",
+)
+_UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "dataloader_", "ddp_", "trackio", "project")
+
+
+class StagesMixin:
+    """Runs stages in a [`RunDirectory`]; a trainer over several tasks mixes it in."""
+
+    run_directory: RunDirectory | None = None
+
+    def open_run(self) -> RunDirectory:
+        """The run in `output_dir`.
+
+        Raises:
+            `RunMismatchError`: when it holds a run of another configuration.
+        """
+        if self.run_directory is None:
+            self.adapter_training = AdapterTraining(self)
+            self.run_directory = RunDirectory.open(
+                self.args.output_dir, self._configuration(), self.args.overwrite_run, self.is_world_process_zero()
+            )
+            if self.is_world_process_zero():
+                write_json(self.run_directory.path / "tasks.json", self.tasks.to_dict())
+        return self.run_directory
+
+    def _configuration(self) -> dict[str, Any]:
+        arguments = {
+            key: value
+            for key, value in self.args.to_dict().items()
+            if key not in _UNCOMPARED and not key.startswith(_UNCOMPARED_PREFIXES)
+        }
+        adapter = self.model.peft_config[self.model.active_adapter].to_dict()
+        return {
+            "trainer": type(self).__name__,
+            "model": self.model.get_base_model().config._name_or_path,
+            "tasks": self.tasks.fingerprint,
+            "sampling_weights": self.tasks.sampling_weights,
+            "arguments": _json_values(arguments),
+            "adapter": _json_values(adapter),
+        }
+
+    def capture(self, name: str = "gradients") -> GradientStore:
+        """Capture gradients at the current parameters into the run's store."""
+        from datasets import concatenate_datasets
+
+        folder = self.open_run().path / name
+        with self.run_directory.stage(name) as todo:
+            if not todo:
+                return GradientStore(folder)
+            return capture_gradients(
+                self.model,
+                self.tasks,
+                self.args.capture_config(self.args.per_device_eval_batch_size),
+                folder,
+                data_collator=self.data_collator,
+                encoded={
+                    "train": self.train_dataset,
+                    "validation": concatenate_datasets([self.eval_dataset[name] for name in self.tasks]),
+                },
+                overwrite=self.args.overwrite_run,
+                disable_tqdm=bool(self.args.disable_tqdm),
+            )
+
+    def observed_runs(self) -> list[ObservedRun]:
+        """True fine-tunings that exist anyway and can calibrate the estimates."""
+        return []
+
+    def selector(self, store: GradientStore, observed_runs: list[ObservedRun] = ()) -> DataSelector:
+        """Predictions from the run's store."""
+        return DataSelector.from_store(store, self.tasks.names, self.args.num_components, observed_runs)
+
+    def adapter_logits(self, name: str | None) -> LogitsFunction:
+        """Logits of one adapter, or of the base model alone."""
+
+        def logits_of(inputs: dict[str, Any], tasks: list[str]):
+            with adapters_untouched(self.model):
+                if name is None:
+                    with self.model.disable_adapter():
+                        return self.model(**inputs).logits
+                self.model.set_adapter(name, inference_mode=True)
+                return self.model(**inputs).logits
+
+        return logits_of
+
+    def score_adapter(self, folder: Path | None, datasets: Mapping[str, Dataset], description: str) -> Scores:
+        """Scores of a saved adapter, or of the base model, on token tables by task."""
+        if folder is None:
+            return score_tasks(self, self.adapter_logits(None), datasets, self.label_space, description)
+        with self.loaded(folder) as name:
+            return score_tasks(self, self.adapter_logits(name), datasets, self.label_space, description)
+
+    def loaded(self, folder: Path):
+        """While open, a saved adapter lies in the model under the name that is yielded."""
+        from contextlib import contextmanager
+
+        @contextmanager
+        def opened():
+            name = "loaded_for_scoring"
+            with adapters_untouched(self.model):
+                load_adapter(self.model, folder, name)
+            try:
+                yield name
+            finally:
+                active = self.model.active_adapter
+                self.model.delete_adapter(name)
+                self.model.set_adapter(active)
+
+        return opened()
+
+
+def _json_values(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration JSON can hold, sets sorted."""
+    plain = {}
+    for key, value in data.items():
+        if isinstance(value, (set, frozenset)):
+            value = sorted(value)
+        elif isinstance(value, Mapping):
+            value = _json_values(value)
+        elif isinstance(value, (list, tuple)):
+            value = [v if isinstance(v, (str, int, float, bool)) else str(v) for v in value]
+        elif not (value is None or isinstance(value, (str, int, float, bool))):
+            value = str(getattr(value, "value", value))
+        plain[key] = value
+    return plain

@@ -1,0 +1,1 @@
+"""Templates of model cards and the style of their pictures; data files, read through `importlib.resources`."""
