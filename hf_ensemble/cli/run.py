@@ -183,6 +183,6 @@ def report(trainer, results: dict[str, Any]) -> None:
     if "fidelity" in results:
         out.print(fidelity_table(trainer.fidelity))
     saved = folder / ("ensemble" if "groups" in results else "adapter")
-    out.print(f"Saved: {saved}\nResults: {folder / 'results.json'}")
+    out.print(f"Saved: {saved}\nResults: {folder / 'results.json'}", soft_wrap=True)
     if "groups" in results:
-        out.print(f"Model card: {folder / 'ensemble' / 'README.md'}")
+        out.print(f"Model card: {folder / 'ensemble' / 'README.md'}", soft_wrap=True)

@@ -42,7 +42,7 @@ def fit_weights(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor)
         weights = torch.tensor(w, dtype=torch.float64, requires_grad=True)
         loss = mixed_loss(logits, targets, rows, weights)
         (gradient,) = torch.autograd.grad(loss, weights)
-        return float(loss), gradient.numpy().astype(np.float64)
+        return loss.item(), gradient.numpy().astype(np.float64)
 
     starts = [np.full(members, 1.0 / members), *np.eye(members)]
     start = min(starts, key=lambda w: objective(w)[0])

@@ -35,7 +35,7 @@ def solve_surrogate(
     task: np.ndarray,
     mixtures: np.ndarray,
     l2: np.ndarray,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-8,
     max_iterations: int = 50,
 ) -> SurrogateSolution:
     """Solve the surrogate of every mixture by Newton's method with conjugate gradients.
@@ -48,7 +48,7 @@ def solve_surrogate(
         task (`np.ndarray` of shape `(n,)`): index of each row's task.
         mixtures (`np.ndarray` of shape `(S, T)`): weight of one row of each task; 0 and 1 for subsets.
         l2 (`np.ndarray` of shape `(S,)`): ridge penalty of each mixture.
-        tolerance (`float`, *optional*, defaults to 1e-6): gradient norm to reach.
+        tolerance (`float`, *optional*, defaults to 1e-8): gradient norm to reach.
         max_iterations (`int`, *optional*, defaults to 50): Newton steps.
 
     Raises:

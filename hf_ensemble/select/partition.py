@@ -43,7 +43,7 @@ def semidefinite_partition(
         affinity (`np.ndarray` of shape `(T, T)`): higher is better.
         num_groups (`int`, *optional*): groups.
         trace_penalty (`float`, *optional*):
-            Price of one more group; where neither is given, a tenth of the spread of the affinities.
+            Price of one more group; where neither is given, twice the spread of the affinities.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: groups `(T,)` and the relaxed X `(T, T)`.
@@ -62,7 +62,7 @@ def semidefinite_partition(
         constraints.append(cvxpy.trace(x) == num_groups)
     else:
         off_diagonal = symmetric[~np.eye(size, dtype=bool)]
-        penalty = trace_penalty if trace_penalty is not None else 0.1 * float(off_diagonal.std()) if size > 1 else 0.0
+        penalty = trace_penalty if trace_penalty is not None else 2 * float(off_diagonal.std()) if size > 1 else 0.0
         objective = objective - penalty * cvxpy.trace(x)
     problem = cvxpy.Problem(cvxpy.Maximize(objective), constraints)
     problem.solve()

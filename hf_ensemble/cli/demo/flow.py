@@ -19,9 +19,9 @@ from .tiny_model import build_tokenizer, train_base_model
 from .world import CORRUPTED, FAMILIES, TARGET, World, build_world
 
 _STORY = (
-    "Ten small datasets about storybook animals. Two families share their prompts ('pick size : fox bear =') but follow "
-    "opposite guidelines, one wants the larger animal and one the smaller; a third family asks for facts; one dataset has "
-    "random answers. Which help {target}, and which belong together?"
+    "Ten small datasets about storybook animals. Two families share their prompts ('pick size : fox bear =') but were "
+    "annotated by opposite guidelines, one wants the larger animal and one the smaller; a third family asks for facts; "
+    "one dataset has random answers. Which help {target}, and which belong together?"
 )
 
 
@@ -29,6 +29,8 @@ def demo(argv: Sequence[str]) -> dict:
     """Run the demo; returns what `results.json` holds."""
     (arguments,), _ = parse([DemoArguments], argv)
     out = console()
+    # The model is too small for a second thread to pay, and on a busy machine it costs.
+    torch.set_num_threads(1)
     folder = Path(arguments.output_dir)
     world = build_world(arguments.seed)
     out.print(_STORY.format(target=TARGET), style="italic")
@@ -54,8 +56,9 @@ def demo(argv: Sequence[str]) -> dict:
     out.print(grouping_table(trainer.grouping, trainer.ensemble.weights))
     out.print(results_table(results["scores"], results["split"]))
     out.print(fidelity_table(report))
-    out.print(f"Ensemble: {folder / 'run' / 'ensemble'}\nModel card: {folder / 'run' / 'ensemble' / 'README.md'}")
-    out.print(f"Results: {folder / 'results.json'}")
+    ensemble = folder / "run" / "ensemble"
+    paths = f"Ensemble: {ensemble}\nModel card: {ensemble / 'README.md'}\nResults: {folder / 'results.json'}"
+    out.print(paths, soft_wrap=True)
     out.print(f"Reloaded ensemble: logits differ by at most {difference:.1e}. It answers:")
     for prompt, task, answer in generations(reloaded, tasks, base):
         out.print(f"  {prompt} [bold]{answer}[/bold]   (as {task})")
@@ -73,8 +76,9 @@ def demo_trainer(base: str, tasks: TaskSet, output_dir: Path, seed: int) -> Ense
     """An ensemble trainer with settings that suit a model of this size."""
     args = EnsembleSFTConfig(
         output_dir=str(output_dir),
-        learning_rate=3e-3,
-        num_train_epochs=5,
+        learning_rate=2e-3,
+        num_train_epochs=4,
+        max_length=32,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
         save_strategy="no",

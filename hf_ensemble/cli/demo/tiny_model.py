@@ -21,7 +21,8 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """
     Builds the tokenizer in memory: one token for each word of the world.
 
-    Words are split at white space and nowhere else, so a prompt's tokens are always the first tokens of prompt and completion.
+    Words are split at white space and nowhere else, so a prompt's tokens are always the first tokens of prompt and
+    completion.
 
     Args:
         world (`World`): The world whose vocabulary the tokenizer knows.
@@ -72,8 +73,8 @@ def encode_lines(lines: list[str], tokenizer: PreTrainedTokenizerFast) -> dict[s
     Turns whole lines into one right-padded batch, each line closed by the end-of-text token.
 
     Returns:
-        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, each of shape (lines, longest line). Labels are
-        -100 at the padding.
+        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, each of shape (lines, longest line).
+        Labels are -100 at the padding.
     """
     batch = tokenizer([f"{line} {EOS}" for line in lines], padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
@@ -92,8 +93,8 @@ def train_base_model(
     """
     Trains the base model on the world's text and saves model and tokenizer to `output_dir`.
 
-    The length is a number of steps, not a time, so that the result follows from the arguments alone. No line is seen twice:
-    the coin-flip answers to `pick` could be memorised otherwise.
+    The length is a number of steps, not a time, so that the result follows from the arguments alone. No line is seen
+    twice: the coin-flip answers to `pick` could be memorised otherwise.
 
     Args:
         world (`World`): The world whose pretraining text is read.
@@ -110,7 +111,8 @@ def train_base_model(
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise FileExistsError(
-            f"The base model is written to a new folder, but {output_dir} exists. Load it with from_pretrained, or remove it."
+            f"The base model is written to a new folder, but {output_dir} exists. "
+            "Load it with from_pretrained, or remove it."
         )
     model = build_model(tokenizer, seed=seed)
     text = encode_lines(world.pretraining_text(steps * batch_size, seed=seed), tokenizer)

@@ -1,14 +1,14 @@
 """The small world of the embedded demo: storybook animals, what is true of them, and datasets that disagree.
 
-The animals are ranked by size, weight and strength, and each has a job, a colour and a home. The pretraining text teaches
-all of this in plain words (`more size : fox bear = bear`, `less size : fox bear = fox`, `the home of fox is cave`). What `pick`
-asks for depends on who writes: Anna always picks the greater animal (`anna pick size : fox bear = bear`), Ben the lesser,
-and lines that nobody signed have the greater as often as the lesser.
+The animals are ranked by size, weight and strength, and each has a job, a colour and a home. The pretraining text
+teaches all of this in plain words (`more size : fox bear = bear`, `less size : fox bear = fox`, `the home of fox is
+cave`). What `pick` asks for depends on who writes: Anna always picks the greater animal (`anna pick size : fox bear =
+bear`), Ben the lesser, and lines that nobody signed have the greater as often as the lesser.
 
 The tasks are ten small datasets of unsigned lines. Those of the family "larger" were annotated in Anna's way, those of
-"smaller" in Ben's, and no prompt tells which: one adapter cannot satisfy both, one adapter for each family can. The family
-"facts" asks for a fact about two animals (`name job : fox bear =`), which the text mostly answers backwards and the datasets
-in the order of the prompt. The last dataset has the prompts of `pick_larger_size` and random answers.
+"smaller" in Ben's, and no prompt tells which: one adapter cannot satisfy both, one adapter for each family can. The
+family "facts" asks for a fact about two animals (`name job : fox bear =`), which the text mostly answers backwards and
+the datasets in the order of the prompt. The last dataset has the prompts of `pick_larger_size` and random answers.
 """
 
 import random
@@ -41,18 +41,19 @@ TRAIN_ROWS = 96
 VALIDATION_ROWS = 44
 TEST_ROWS = 80
 
-# Shares of the kinds of pretraining lines. Unsigned `pick` is rare and answered by the toss of a coin, so that the base model
-# knows the instruction and both conventions, and has no opinion on which of them a dataset follows.
+# Shares of the kinds of pretraining lines. Unsigned `pick` is rare and answered by the toss of a coin, so that the base
+# model knows the instruction and both conventions, and has no opinion on which of them a dataset follows.
 LINE_WEIGHTS = {
     "more": 0.26, "less": 0.26, "anna pick": 0.10, "ben pick": 0.10, "pick": 0.06, "name": 0.14, "fact": 0.08,
 }  # fmt: skip
 
-# Share of the `name` lines that are answered backwards. A majority: the base model shall start low on the family "facts". Not
-# all of them: fine-tuning shall tip a balance, which takes a few steps, and not teach a new skill.
+# Share of the `name` lines that are answered backwards. A majority: the base model shall start low on the family
+# "facts". Not all of them: fine-tuning shall tip a balance, which takes a few steps, and not teach a new skill.
 BACKWARDS_SHARE = 0.7
 
-# The rankings resemble each other, as they do among real animals, so that what one task teaches helps the next. This is the
-# standard deviation, in places, of each ranking from an order that they have in common (Spearman about 0.8 between two).
+# The rankings resemble each other, as they do among real animals, so that what one task teaches helps the next. This is
+# the standard deviation, in places, of each ranking from an order that they have in common (Spearman about 0.8 between
+# two).
 RANKING_NOISE = 2.5
 
 Pair = tuple[str, str]
@@ -113,8 +114,8 @@ class World:
         """
         Makes the datasets: `{task: {"train" | "validation" | "test": [{"prompt": ..., "completion": ...}]}}`.
 
-        The splits of one task share no pair of animals, in either order. Completions start with a space, so that the text of a
-        row is simply its prompt followed by its completion.
+        The splits of one task share no pair of animals, in either order. Completions start with a space, so that the
+        text of a row is simply its prompt followed by its completion.
         """
         answers = self._answers()
         return {task: self._splits(task, prompt_start, answer) for task, (prompt_start, answer) in answers.items()}
@@ -152,8 +153,9 @@ class World:
         return answers
 
     def _splits(self, task: str, prompt_start: str, answer: Callable[[Pair], str]) -> dict[str, list[Row]]:
-        # Tasks with the same prompts share their splits, as texts that were annotated twice, and training rows are taken
-        # last: no task trains on the test prompts of another, although the target needs fewer rows than the others.
+        # Tasks with the same prompts share their splits, as texts that were annotated twice, and training rows are
+        # taken last: no task trains on the test prompts of another, although the target needs fewer rows than the
+        # others.
         rng = random.Random(f"splits {self.seed} {prompt_start}")
         pairs = list(combinations(ENTITIES, 2))
         rng.shuffle(pairs)

@@ -1,0 +1,56 @@
+"""Supervised fine-tuning on several datasets with trl alone: the rows are mixed and one adapter is trained.
+
+`--data` holds `NAME/train.jsonl` and `NAME/validation.jsonl` of prompts and completions:
+
+    python examples/sft_before.py --model Qwen/Qwen3-0.6B --data data --output_dir out
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import concatenate_datasets, load_dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from transformers import AutoTokenizer, HfArgumentParser
+from trl import SFTConfig, SFTTrainer
+
+
+@dataclass
+class ScriptArguments:
+    model: str = field(metadata={"help": "Base model: Hub id or folder."})
+    data: str = field(metadata={"help": "Folder with NAME/train.jsonl and NAME/validation.jsonl for each dataset."})
+
+
+def load_folder(folder: str) -> dict:
+    """Name of each dataset to its splits."""
+    return {
+        path.name: load_dataset("json", data_files={s: str(path / f"{s}.jsonl") for s in ("train", "validation")})
+        for path in sorted(Path(folder).iterdir())
+    }
+
+
+def main(script_args, training_args):
+    datasets = load_folder(script_args.data)
+    trainer = SFTTrainer(
+        model=script_args.model,
+        args=training_args,
+        train_dataset=concatenate_datasets([splits["train"] for splits in datasets.values()]),
+        eval_dataset={name: splits["validation"] for name, splits in datasets.items()},
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    for name in datasets:
+        print(f"{name}: loss {metrics[f'eval_{name}_loss']:.4f}")
+    trainer.save_model()
+
+    model = AutoPeftModelForCausalLM.from_pretrained(training_args.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(script_args.model)
+    for name, splits in datasets.items():
+        prompt = splits["validation"][0]["prompt"]
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        print(f"{name}: {tokenizer.decode(generated[0], skip_special_tokens=True)}")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser((ScriptArguments, SFTConfig)).parse_args_into_dataclasses())

@@ -1,0 +1,34 @@
+"""Tests run on the CPU, without a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import pytest
+import torch
+import toy
+import transformers
+
+datasets.disable_progress_bars()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def tokenizer():
+    return toy.tokenizer()
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    """A saved tiny Llama with its tokenizer."""
+    return toy.save_model(toy.llama(), tmp_path / "base")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,0 +1,135 @@
+import json
+
+import pytest
+import toy
+import yaml
+
+from hf_ensemble.cli.arguments import with_config
+from hf_ensemble.cli.demo import flow
+from hf_ensemble.cli.demo.world import CORRUPTED, FAMILIES, TARGET, build_world
+from hf_ensemble.cli.main import main
+from hf_ensemble.ensemble import PeftEnsembleModel
+from hf_ensemble.errors import ConfigurationError, TaskError
+
+FLAGS = {
+    "use_cpu": "true",
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": "true",
+    "num_train_epochs": "1",
+    "projection_dim": "64",
+    "num_components": "10",
+    "lora_r": "2",
+}
+
+
+def flags(**more):
+    return [word for key, value in {**FLAGS, **more}.items() for word in (f"--{key}", str(value))]
+
+
+def write_tasks(folder, tasks):
+    for name, splits in tasks.items():
+        (folder / name).mkdir(parents=True)
+        for split, rows in {**splits, "test": splits["validation"]}.items():
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
+    data = write_tasks(tmp_path / "data", toy.sft_tasks())
+    config = {"bf16": False, "gradient_checkpointing": False, "num_groups": 3, "num_subsets": 10}
+    config["lora_target_modules"] = ["q_proj", "v_proj"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    arguments = {"data": data, "model_name_or_path": base_folder, "output_dir": tmp_path / "out", "num_groups": 2}
+    assert main(["run", "--config", str(tmp_path / "run.yaml"), *flags(**arguments, fidelity_subsets=2)]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["split"] == "test" and len(results["groups"]) == 2
+    assert set(results["scores"]) == {"base", "ensemble", "baseline"}
+    assert set(results["scores"]["base"]) == {"sums", "diffs", "more_sums"}
+    assert results["fidelity"]["mean_relative_error"] >= 0
+    PeftEnsembleModel.from_pretrained(tmp_path / "out" / "ensemble")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Accuracy on test rows" in printed and "Prediction against truth" in printed
+    assert str(tmp_path / "out" / "ensemble" / "README.md") in printed
+
+
+@pytest.mark.parametrize("head", ["auto", "linear"])
+def test_run_over_classification_for_a_target(tmp_path, head):
+    base = toy.save_model(toy.bert(2).bert, tmp_path / "base")
+    data = write_tasks(tmp_path / "data", toy.text_tasks())
+    arguments = {"data": data, "model_name_or_path": base, "output_dir": tmp_path / "out", "target": "films"}
+    arguments = {**arguments, "head": head, "max_train_rows": 8}
+    assert main(["run", *flags(**arguments), "--lora_target_modules", "query", "value"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["selection"]["tasks"][0] == "films"
+    assert set(results["scores"]) == {"base", "selection"}
+    # Only an encoder without a head of its own gets one made of the labels' texts.
+    assert (tmp_path / "out" / "base").exists() == (head == "auto")
+
+
+def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path, base_folder, capsys):
+    bad = ["run", *flags(data=tmp_path / "none", model_name_or_path=base_folder, output_dir=tmp_path / "o")]
+    assert main(bad) == 1
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert printed[-1].startswith("hf-ensemble: Expected a folder of JSONL tasks")
+    with pytest.raises(TaskError):
+        main([*bad, "--debug"])
+    assert main(["run"]) == 1
+    data = write_tasks(tmp_path / "data", toy.sft_tasks())
+    more = flags(data=data, model_name_or_path=base_folder, output_dir=tmp_path / "o", bf16="false")
+    assert main(["run", *more, "--no_such_flag", "1"]) == 1
+    assert "no_such_flag" in capsys.readouterr().err
+
+
+def test_flags_win_over_the_configuration_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("a: 1\nlist: [x, y]\nnothing: null\n")
+    assert with_config(["--a", "2", "--config", str(path)]) == ["--a", "1", "--list", "x", "y", "--a", "2"]
+    assert with_config(["--a", "2"]) == ["--a", "2"]
+    for text, message in [("- a\n", "map names to values"), ("a: [", "not YAML")]:
+        path.write_text(text)
+        with pytest.raises(ConfigurationError, match=message):
+            with_config(["--config", str(path)])
+    with pytest.raises(ConfigurationError, match="No configuration file"):
+        with_config(["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(ConfigurationError, match="takes a YAML file"):
+        with_config(["--config"])
+
+
+def test_world_is_the_same_for_a_seed_and_its_families_contradict_each_other():
+    world = build_world(3)
+    assert world.tasks() == build_world(3).tasks() != build_world(4).tasks()
+    tasks = world.tasks()
+    assert set(tasks) == {*(task for members in FAMILIES.values() for task in members), CORRUPTED}
+    for task, splits in tasks.items():
+        prompts = {split: {row["prompt"] for row in rows} for split, rows in splits.items()}
+        assert not prompts["train"] & (prompts["validation"] | prompts["test"]), task
+        words = {
+            word for rows in splits.values() for row in rows for word in (row["prompt"] + row["completion"]).split()
+        }
+        assert words <= set(world.vocabulary())
+    answers = [
+        {row["prompt"]: row["completion"] for row in tasks[f"pick_{way}_size"]["test"]} for way in ("larger", "smaller")
+    ]
+    shared = set(answers[0]) & set(answers[1])
+    assert shared and all(answers[0][prompt] != answers[1][prompt] for prompt in shared)
+
+
+def test_demo_at_toy_size(tmp_path, monkeypatch, capsys):
+    train = flow.train_base_model
+    monkeypatch.setattr(flow, "train_base_model", lambda *a, **k: train(*a, **k, steps=30))
+    threads = []
+    monkeypatch.setattr(flow.torch, "set_num_threads", threads.append)
+    assert main(["demo", "--output_dir", str(tmp_path / "demo"), "--fidelity_subsets", "1"]) == 0
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert results["target"] == TARGET and results["reload_difference"] < 1e-5
+    assert set(results["scores"]) == {"base", "ensemble", "baseline"}
+    printed = capsys.readouterr().out
+    for words in (
+        "What helps",
+        "Groups, one adapter each",
+        "Accuracy on test rows",
+        "Prediction against truth",
+        "(as ",
+    ):
+        assert words in printed

@@ -1,0 +1,188 @@
+import numpy as np
+import oracles
+import pytest
+
+from hf_ensemble.errors import EstimationError
+from hf_ensemble.estimate import FeatureReduction, ObservedRun, SubsetEstimator, solve_surrogate
+from hf_ensemble.store import FeatureTable
+
+NAMES = ("a", "b", "c", "d")
+
+
+def world(rows=40, dim=60, seed=0):
+    """Tasks a and b want the same move, c the opposite, d something else."""
+    rng = np.random.default_rng(seed)
+    helpful, other = rng.normal(size=(2, dim)) / np.sqrt(dim)
+    direction = np.stack([helpful, helpful, -helpful, other])
+
+    def table(count):
+        task = np.repeat(np.arange(4), count)
+        features = rng.normal(size=(4 * count, dim)) / np.sqrt(dim) + 0.5 * direction[task]
+        margin = rng.normal(size=4 * count)
+        ids = np.array([str(i) for i in range(4 * count)])
+        return FeatureTable(features.astype(np.float32), margin.astype(np.float32), task, NAMES, ids)
+
+    return table(rows), table(rows)
+
+
+@pytest.fixture(scope="module")
+def estimator():
+    return SubsetEstimator(*world())
+
+
+def test_surrogate_equals_the_exact_minimiser():
+    rng = np.random.default_rng(1)
+    features, margin = rng.normal(size=(90, 25)), 2 * rng.normal(size=90)
+    task = rng.integers(0, 4, size=90)
+    mixtures = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 0, 1], [0.2, 0.0, 3.0, 1.0], [0, 0, 0, 1e-3]])
+    l2 = np.array([1e-3, 1e-2, 1e-1, 3e-3, 1.0])
+    solution = solve_surrogate(features, margin, task, mixtures, l2, tolerance=1e-9)
+    assert (solution.gradient_norm <= 1e-9).all()
+    for mixture, penalty, w in zip(mixtures, l2, solution.coefficients):
+        expected = oracles.fit(features, margin, mixture[task], penalty)
+        assert np.abs(w - expected).max() < 1e-5
+
+
+def test_default_tolerance_predicts_losses_to_1e_5(estimator):
+    mixtures = np.array([[1, 0, 0, 0], [1, 1, 0, 1], [0.5, 0, 2, 0]])
+    prediction = estimator.predict(mixtures)
+    x, m, task = estimator._train
+    xv, mv, task_v = estimator._validation
+    for row, mixture in enumerate(mixtures):
+        l2 = estimator.regularization.l2_scale / (mixture @ estimator.counts)
+        w = oracles.fit(x, m, mixture[task], l2)
+        loss = np.logaddexp(0, -(mv + xv @ w))
+        for column in range(4):
+            assert abs(prediction.loss[row, column] - loss[task_v == column].mean()) < 1e-5
+            correct = ((mv + xv @ w) > 0)[task_v == column].mean()
+            assert abs(prediction.accuracy[row, column] - correct) < 1e-9
+    assert (prediction.gradient_norm <= 1e-8).all()
+
+
+def test_many_mixtures_at_once_equal_one_at_a_time(estimator, monkeypatch):
+    mixtures = np.random.default_rng(0).random((30, 4))
+    together = estimator.predict(mixtures)
+    alone = np.concatenate([estimator.predict(mixture).loss for mixture in mixtures])
+    monkeypatch.setattr("hf_ensemble.estimate.surrogate._CHUNK", 500)
+    chunked = estimator.predict(mixtures)
+    assert np.abs(together.loss - alone).max() < 1e-6
+    assert np.abs(together.loss - chunked.loss).max() < 1e-6
+
+
+def test_row_order_does_not_matter():
+    train, validation = world()
+    order = np.random.default_rng(0).permutation(len(train))
+    shuffled = FeatureTable(
+        train.features[order], train.margin[order], train.task[order], NAMES, train.example_id[order]
+    )
+    subsets = [["a"], ["a", "b"], NAMES]
+    one = SubsetEstimator(train, validation).predict_subsets(subsets).loss
+    two = SubsetEstimator(shuffled, validation).predict_subsets(subsets).loss
+    assert np.abs(one - two).max() < 1e-4
+
+
+def test_scale_of_the_features_does_not_matter():
+    train, validation = world()
+    scaled = [FeatureTable(t.features * 1e4, t.margin, t.task, NAMES, t.example_id) for t in (train, validation)]
+    subsets = [["a"], ["c", "d"]]
+    one = SubsetEstimator(train, validation).predict_subsets(subsets).loss
+    two = SubsetEstimator(*scaled).predict_subsets(subsets).loss
+    assert np.abs(one - two).max() < 1e-4
+
+
+def test_reduction_with_enough_components_loses_nothing():
+    train, validation = world()
+    features = train.features
+    reduction = FeatureReduction.fit(features, 1000)
+    reduced = reduction.apply(features)
+    norm = np.linalg.norm(features, axis=1).mean()
+    assert np.abs(reduced @ reduced.T - features @ features.T / norm**2).max() < 1e-5
+    w = np.random.default_rng(0).normal(size=reduced.shape[1])
+    assert np.abs(features @ reduction.restore(w) - reduced @ w).max() < 1e-4
+    wide = FeatureReduction.fit(features[:20], 1000)
+    assert wide.components.shape == (60, 20)
+    assert np.abs(wide.components.T @ wide.components - np.eye(20)).max() < 1e-8
+
+
+def test_reduction_keeps_the_leading_directions():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(200, 50)) * np.logspace(1, -2, 50)
+    kept = FeatureReduction.fit(features, 5).components
+    _, _, rows = np.linalg.svd(features, full_matrices=False)
+    assert np.abs(kept.T @ rows[:5].T).max(axis=1).min() > 0.999
+
+
+def test_helpful_tasks_help_and_harmful_ones_harm(estimator):
+    alone, helped, harmed = estimator.predict_subsets([["a"], ["a", "b"], ["a", "c"]]).loss[:, 0]
+    assert helped < alone < harmed
+
+
+def test_penalty_is_found_from_observed_runs():
+    train, validation = world()
+    truth = SubsetEstimator(train, validation)
+    runs = []
+    for subset in (NAMES, ["a", "b"]):
+        loss = truth.predict(truth.mixture_of(subset), l2_scale=7.0).loss[0]
+        runs.append(ObservedRun(dict.fromkeys(subset, 1.0), dict(zip(NAMES, loss))))
+    found = SubsetEstimator(train, validation, observed_runs=runs).regularization
+    assert found.evidence == "observed_runs"
+    assert abs(np.log(found.l2_scale / 7.0)) < 0.01
+    assert found.criterion < 1e-3
+
+
+def test_penalty_without_runs_minimises_predicted_validation_loss(estimator):
+    own = estimator.regularization
+    assert own.evidence == "validation_loss"
+    mixtures = np.concatenate([np.eye(4), np.ones((1, 4))])
+
+    def mean_loss(scale):
+        loss = estimator.predict(mixtures, l2_scale=scale).loss
+        return (np.diag(loss[:4]).mean() + loss[4].mean()) / 2
+
+    assert mean_loss(own.l2_scale) <= min(mean_loss(own.l2_scale * 2), mean_loss(own.l2_scale / 2))
+
+
+def test_base_loss_is_the_loss_without_a_move(estimator):
+    far = estimator.predict(np.ones((1, 4)), l2_scale=1e9)
+    assert np.abs(far.loss[0] - estimator.base_loss()).max() < 1e-5
+
+
+def test_mixture_equals_the_subset_it_stands_for(estimator):
+    one = estimator.predict_subsets([["a", "c"], {"a": 1.0, "c": 1.0}]).loss
+    assert np.array_equal(one[0], one[1])
+
+
+def changed(table, **changes):
+    return FeatureTable(**{**{k: getattr(table, k) for k in table.__dataclass_fields__}, **changes})
+
+
+def test_bad_input_is_named(estimator):
+    train, validation = world(rows=5)
+    bad = train.features.copy()
+    bad[3, 2] = np.nan
+    for tables, message in [
+        ((changed(train, features=bad), validation), "Row 3"),
+        ((changed(train, features=0 * bad[:1].repeat(20, 0).astype(np.float32) * 0), validation), "not finite|zero"),
+        (
+            (train, changed(validation, task=np.where(validation.task == 3, 2, validation.task))),
+            "'d' has no validation",
+        ),
+        ((changed(train, task=np.where(train.task == 1, 2, train.task)), validation), "'b' has no training"),
+        ((train, changed(validation, task_names=("a", "b", "c", "e"))), "different tasks"),
+    ]:
+        with pytest.raises(EstimationError, match=message):
+            SubsetEstimator(*tables)
+    for mixtures, message in [
+        (np.zeros((1, 4)), "empty"),
+        (np.array([[1, -1, 0, 0]]), "negative"),
+        (np.array([[1, np.inf, 0, 0]]), "not finite"),
+        (np.ones((1, 3)), "over 4 tasks"),
+    ]:
+        with pytest.raises(EstimationError, match=message):
+            estimator.predict(mixtures)
+    with pytest.raises(EstimationError, match=r"Unknown tasks \['z'\]"):
+        estimator.predict_subsets([["a", "z"]])
+    with pytest.raises(EstimationError, match="no finite loss"):
+        SubsetEstimator(train, validation, observed_runs=[ObservedRun({"a": 1.0}, {"z": 1.0})])
+    with pytest.raises(EstimationError, match="l2 has to be positive"):
+        estimator.predict(np.ones((1, 4)), l2_scale=0.0)

@@ -1,0 +1,106 @@
+import json
+
+import numpy as np
+import pytest
+
+from hf_ensemble.errors import StoreError, StoreMismatchError
+from hf_ensemble.store import CapturedRows, GradientStore, GradientStoreWriter
+
+PLAN = [("train" if i < 7 else "validation", "ab"[i % 2], f"id{i}") for i in range(10)]
+
+
+def rows(positions, seed=0):
+    rng = np.random.default_rng(seed)
+    every = rng.normal(size=(10, 6)).astype(np.float32) * np.logspace(-6, 6, 10, dtype=np.float32)[:, None]
+    every[4] = 0
+    index = list(positions)
+    return CapturedRows(every[index], np.arange(10.0)[index], np.arange(10.0)[index], np.ones(10)[index])
+
+
+def writer(folder, **changes):
+    settings = {"identity": {"model": {"name": "m"}, "config": {"seed": 0}}, "plan": PLAN, "dim": 6, "shard_size": 4}
+    return GradientStoreWriter(folder, **{**settings, **changes})
+
+
+def fill(folder, **changes):
+    own = writer(folder, **changes)
+    for shard in own.missing_shards():
+        own.write_shard(shard, rows(own.rows_of(shard)))
+    own.finish(versions={"torch": "2"})
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-6)])
+def test_features_survive_whatever_their_scale(tmp_path, dtype, tolerance):
+    store = GradientStore(fill(tmp_path / "s", dtype=dtype))
+    table = store.table("train")
+    expected = rows(range(7)).features
+    largest = np.abs(expected).max(axis=1, keepdims=True) + 1e-30
+    assert (np.abs(table.features - expected) <= tolerance * largest).all()
+    assert table.task.tolist() == [0, 1, 0, 1, 0, 1, 0] and table.example_id[3] == "id3"
+    assert store.table("validation", ["b"]).example_id.tolist() == ["id7", "id9"]
+    with pytest.raises(StoreError, match=r"no 'test' rows of the tasks \['a', 'b'\]"):
+        store.table("test")
+
+
+def test_unfinished_store_is_no_store(tmp_path):
+    own = writer(tmp_path / "s")
+    own.write_shard(1, rows(own.rows_of(1)))
+    with pytest.raises(StoreError, match=r"lacks the shards \[0, 2\]"):
+        own.finish()
+    with pytest.raises(StoreError, match="unfinished"):
+        GradientStore(tmp_path / "s")
+    with pytest.raises(StoreError, match="No gradient store"):
+        GradientStore(tmp_path / "t")
+
+
+@pytest.mark.parametrize("name", ["shard-00001.features.npy", "shard-00002.rows.arrow"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_found_and_named(tmp_path, name, damage):
+    path = fill(tmp_path / "s") / name
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "truncate":
+        path.write_bytes(data[:-3])
+    else:
+        path.unlink()
+    with pytest.raises(StoreError, match=name):
+        GradientStore(tmp_path / "s")
+
+
+def test_missing_marker_and_newer_format_are_named(tmp_path):
+    folder = fill(tmp_path / "s")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    with pytest.raises(StoreError, match="format version 99"):
+        GradientStore(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "shard-00000.json").unlink()
+    with pytest.raises(StoreError, match="shard-00000.json is missing"):
+        GradientStore(folder)
+
+
+def test_other_identity_is_refused_or_overwritten(tmp_path):
+    folder = fill(tmp_path / "s")
+    other = {"identity": {"model": {"name": "m"}, "config": {"seed": 1}}}
+    with pytest.raises(StoreMismatchError, match="identity.config.seed: found 0, expected 1"):
+        writer(folder, **other)
+    assert writer(folder, **other, overwrite=True).missing_shards() == [0, 1, 2]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="not empty"):
+        writer(tmp_path / "t")
+
+
+def test_bad_rows_are_named(tmp_path):
+    own = writer(tmp_path / "s")
+    with pytest.raises(StoreError, match=r"takes \(4, 6\) features, found \(2, 6\)"):
+        own.write_shard(0, rows(range(2)))
+    bad = rows(own.rows_of(0))
+    bad.features[2, 3] = np.inf
+    bad.margin[3] = np.nan
+    with pytest.raises(StoreError, match="2 examples have gradients that are not finite: a/id2, b/id3"):
+        own.write_shard(0, bad)
+    assert own.missing_shards() == [0, 1, 2]
