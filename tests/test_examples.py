@@ -8,7 +8,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import toy
+from safetensors.torch import load_file
 
 from hf_ensemble import GradientStore, PeftEnsembleModel, Selection
 
@@ -31,7 +33,7 @@ def run_example(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def run(script: str, model: str, tasks: dict, *flags: str) -> tuple[Path, str]:
-        data, out = write_folder(tmp_path / "data", tasks), tmp_path / "out"
+        data, out = write_folder(tmp_path / "data", tasks), tmp_path / Path(script).stem
         arguments = ["--model", model, "--data", str(data), "--output_dir", str(out), *QUICK.split(), *flags]
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
@@ -64,22 +66,27 @@ def test_after_differs_from_before_in_few_lines():
     assert 1 <= len(added) <= 12, "\n".join(added)
 
 
-def test_sft_before(run_example, base_folder):
-    out, printed = run_example("sft_before.py", base_folder, toy.sft_tasks())
-    assert (out / "adapter_model.safetensors").is_file()
+def test_sft_before_and_after(run_example, base_folder):
+    out, printed = run_example("sft_before.py", base_folder, toy.sft_tasks(), "--learning_rate", "0.01")
     for name in toy.sft_tasks():
         assert f"{name}: loss " in printed
+    one_adapter = load_file(out / "adapter_model.safetensors")
 
-
-def test_sft_after(run_example, base_folder):
-    out, printed = run_example("sft_after.py", base_folder, toy.sft_tasks())
+    out, printed = run_example("sft_after.py", base_folder, toy.sft_tasks(), "--learning_rate", "0.01")
     for name in toy.sft_tasks():
         assert f"{name}: loss " in printed
+    assert set(json.loads((out / "evaluation.json").read_text())["eval"]) == {"ensemble", "baseline"}
     config = json.loads((out / "ensemble" / "ensemble_config.json").read_text())
     assert set(config["weights"]) == set(toy.sft_tasks())
-    assert set(json.loads((out / "evaluation.json").read_text())["eval"]) == {"ensemble", "baseline"}
     model = PeftEnsembleModel.from_pretrained(out / "ensemble")
     assert sorted(task for member in model.members for task in member.tasks) == sorted(toy.sft_tasks())
+
+    # The ensemble's baseline is what the script trained before the swap.
+    baseline = load_file(out / "baseline" / "adapter_model.safetensors")
+    assert baseline.keys() == one_adapter.keys()
+    assert any(one_adapter[name].abs().max() > 0 for name in one_adapter if "lora_B" in name)
+    for name, tensor in baseline.items():
+        torch.testing.assert_close(tensor, one_adapter[name], rtol=0, atol=1e-6)
 
 
 def test_selection(run_example, base_folder):
