@@ -122,7 +122,7 @@ def test_penalty_is_found_from_observed_runs():
     truth = SubsetEstimator(train, validation)
     runs = []
     for subset in (NAMES, ["a", "b"]):
-        loss = truth.predict(truth.mixture_of(subset), l2_scale=7.0).loss[0]
+        loss = truth.predict([[float(name in subset) for name in NAMES]], l2_scale=7.0).loss[0]
         runs.append(ObservedRun(dict.fromkeys(subset, 1.0), dict(zip(NAMES, loss))))
     found = SubsetEstimator(train, validation, observed_runs=runs).regularization
     assert found.evidence == "observed_runs"

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig
+from trl import ModelConfig, get_quantization_config
 
 from .._compat import package_versions
 from .._files import read_json, write_json
@@ -92,8 +92,6 @@ def build_trainer(arguments: RunArguments, model_arguments: ModelConfig, tasks: 
     )
     options: dict[str, Any] = {} if arguments.target is None else {"target": arguments.target}
     if not is_classification:
-        from trl import get_quantization_config
-
         options["quantization_config"] = get_quantization_config(model_arguments)
     return trainer_class(
         model=model,

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import EstimationError
 from ..store import FeatureTable
+from .mixtures import mixture_weights
 from .reduction import FeatureReduction
+from .regularization import ObservedRun, Regularization, choose_regularization
 from .surrogate import solve_surrogate
-
-if TYPE_CHECKING:
-    from .regularization import ObservedRun, Regularization
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,8 @@ class SubsetEstimator:
         train: FeatureTable,
         validation: FeatureTable,
         num_components: int = 400,
-        observed_runs: "Sequence[ObservedRun]" = (),
+        observed_runs: Sequence[ObservedRun] = (),
     ):
-        from .regularization import choose_regularization
-
         if train.task_names != validation.task_names:
             raise EstimationError(
                 f"Training and validation features are of different tasks: {train.task_names}, {validation.task_names}."
@@ -92,23 +88,13 @@ class SubsetEstimator:
         )
         if not np.isfinite(self._validation[0]).all():
             raise EstimationError("A validation feature is not finite.")
-        self.regularization: Regularization = choose_regularization(self, observed_runs)
-
-    def mixture_of(self, tasks: Iterable[str] | Mapping[str, float]) -> np.ndarray:
-        """Weights `(T,)` of a subset's names or of a dict from name to weight.
-
-        Raises:
-            `EstimationError`: for an unknown task.
-        """
-        weights = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, 1.0)
-        unknown = sorted(set(weights) - set(self.task_names))
-        if unknown:
-            raise EstimationError(f"Unknown tasks {unknown}; the tasks are {list(self.task_names)}.")
-        return np.array([weights.get(name, 0.0) for name in self.task_names])
+        self.regularization: Regularization = choose_regularization(
+            lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss, self.task_names, observed_runs
+        )
 
     def predict_subsets(self, subsets: Iterable[Iterable[str] | Mapping[str, float]]) -> Prediction:
         """Outcomes of named subsets, or of dicts from name to mixture weight."""
-        return self.predict(np.array([self.mixture_of(subset) for subset in subsets]))
+        return self.predict(np.array([mixture_weights(subset, self.task_names) for subset in subsets]))
 
     def predict(self, mixtures: np.ndarray, l2_scale: float | np.ndarray | None = None) -> Prediction:
         """Outcomes of mixtures `(S, T)`.

@@ -1,16 +1,14 @@
 """How strong the surrogate's penalty is: by evidence, not by hand."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from ..errors import EstimationError
-
-if TYPE_CHECKING:
-    from .estimator import SubsetEstimator
+from .mixtures import mixture_weights
 
 _GRID = np.logspace(-2.5, 2.5, 21)
 
@@ -43,21 +41,30 @@ class Regularization:
     criterion: float
 
 
-def choose_regularization(estimator: "SubsetEstimator", observed_runs: Sequence[ObservedRun] = ()) -> Regularization:
+def choose_regularization(
+    predict_loss: Callable[[np.ndarray, float], np.ndarray],
+    task_names: Sequence[str],
+    observed_runs: Sequence[ObservedRun] = (),
+) -> Regularization:
     """Find c.
 
     With observed runs: the c whose predictions of those runs have the least mean relative error, so that the surrogate
     moves as far as the user's training moves. Without: the c with the least predicted validation loss over all tasks
     trained alone and all together, as if the user's training length were about right for these data.
 
+    Args:
+        predict_loss (`Callable`): from mixtures `(S, T)` and a candidate for c to predicted losses `(S, T)`.
+        task_names (`Sequence[str]`): the tasks.
+        observed_runs (`Sequence[ObservedRun]`, *optional*): true fine-tunings.
+
     Raises:
         `EstimationError`: for runs without a known task or loss.
     """
     if observed_runs:
-        mixtures = np.array([estimator.mixture_of(run.mixture) for run in observed_runs])
+        mixtures = np.array([mixture_weights(run.mixture, task_names) for run in observed_runs])
         truth = np.full(mixtures.shape, np.nan)
         for row, run in enumerate(observed_runs):
-            for column, name in enumerate(estimator.task_names):
+            for column, name in enumerate(task_names):
                 truth[row, column] = run.losses.get(name, np.nan)
         if not np.isfinite(truth).any():
             raise EstimationError("The observed runs hold no finite loss of a known task.")
@@ -65,14 +72,14 @@ def choose_regularization(estimator: "SubsetEstimator", observed_runs: Sequence[
         def criterion(loss: np.ndarray) -> float:
             return float(np.nanmean(np.abs(loss - truth) / truth))
     else:
-        size = len(estimator.task_names)
+        size = len(task_names)
         mixtures = np.concatenate([np.eye(size), np.ones((1, size))])
 
         def criterion(loss: np.ndarray) -> float:
             return float((np.diag(loss[:-1]).mean() + loss[-1].mean()) / 2)
 
     def evaluate(scale: float) -> float:
-        return criterion(estimator.predict(mixtures, l2_scale=scale).loss)
+        return criterion(predict_loss(mixtures, scale))
 
     values = [evaluate(scale) for scale in _GRID]
     best = int(np.argmin(values))

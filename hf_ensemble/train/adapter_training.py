@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
@@ -16,7 +17,7 @@ from trl import SFTConfig
 from .._files import read_json, write_json
 from ..ensemble.files import save_adapter
 from ..tasks import TASK
-from .task_trainer import MultiTaskMixin
+from .multi_task_trainer import MultiTaskMixin
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,6 @@ class AdapterTraining:
 
     def start_from(self, folder: Path) -> None:
         """Make a saved adapter the starting point in place of theta0."""
-        from peft import set_peft_model_state_dict
-
         weights = load_file(str(folder / "adapter_model.safetensors"))
         set_peft_model_state_dict(self.trainer.model, weights, adapter_name=self.adapter_name)
         self.theta0 = {

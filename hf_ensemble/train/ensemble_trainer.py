@@ -18,8 +18,8 @@ from ..estimate import ObservedRun
 from ..publish import push_ensemble_to_hub, write_model_card
 from ..select import Grouping
 from .evaluation import answer_logits, score_tasks
+from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
 from .stages import Scores, StagesMixin
-from .task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
 
 BASELINE = "baseline"
 # Validation rows per task that the ensemble's weights are fitted to: enough for a few weights, small in memory.

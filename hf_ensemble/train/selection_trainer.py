@@ -8,8 +8,8 @@ from .._files import write_json
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun
 from ..select import Selection
+from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
 from .stages import StagesMixin
-from .task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
 
 META = "meta"
 

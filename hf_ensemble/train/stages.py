@@ -1,10 +1,11 @@
 """The stages that the ensemble and the selection trainers share: configuration, capture, scoring."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from .._compat import adapters_untouched
 from .._files import write_json
@@ -71,8 +72,6 @@ class StagesMixin:
 
     def capture(self, name: str = "gradients") -> GradientStore:
         """Capture gradients at the current parameters into the run's store."""
-        from datasets import concatenate_datasets
-
         folder = self.open_run().path / name
         with self.run_directory.stage(name) as todo:
             if not todo:
@@ -119,23 +118,18 @@ class StagesMixin:
         with self.loaded(folder) as name:
             return score_tasks(self, self.adapter_logits(name), datasets, self.label_space, description)
 
-    def loaded(self, folder: Path):
+    @contextmanager
+    def loaded(self, folder: Path) -> Iterator[str]:
         """While open, a saved adapter lies in the model under the name that is yielded."""
-        from contextlib import contextmanager
-
-        @contextmanager
-        def opened():
-            name = "loaded_for_scoring"
-            with adapters_untouched(self.model):
-                load_adapter(self.model, folder, name)
-            try:
-                yield name
-            finally:
-                active = self.model.active_adapter
-                self.model.delete_adapter(name)
-                self.model.set_adapter(active)
-
-        return opened()
+        name = "loaded_for_scoring"
+        with adapters_untouched(self.model):
+            load_adapter(self.model, folder, name)
+        try:
+            yield name
+        finally:
+            active = self.model.active_adapter
+            self.model.delete_adapter(name)
+            self.model.set_adapter(active)
 
 
 def _json_values(data: Mapping[str, Any]) -> dict[str, Any]:

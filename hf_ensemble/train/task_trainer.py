@@ -1,30 +1,20 @@
-"""Ordinary trainers over a table of several tasks.
-
-`TaskTrainer` and `TaskSFTTrainer` take token tables whose rows carry `task` and `example_id`; `MultiTaskTrainer` and
-`MultiTaskSFTTrainer` make these tables from a dict of datasets.
-"""
+"""Ordinary trainers over a token table of several tasks, whose rows carry `task` and `example_id`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
+from transformers import Trainer
 from trl import SFTTrainer
 
 from .._compat import keep_quantized_weights_in_place
-from ..errors import ConfigurationError, TaskError
 from ..tasks import (
     META_COLUMNS,
     TASK,
     LabelSpace,
-    RowFormat,
     TaskCollator,
-    TaskSet,
     TaskWeightedSampler,
-    data_collator_for,
-    encode,
     pop_meta,
     restrict_to_labels,
 )
@@ -96,205 +86,3 @@ class TaskTrainer(TaskColumnsMixin, Trainer):
 
 class TaskSFTTrainer(TaskColumnsMixin, SFTTrainer):
     """`trl.SFTTrainer` over a token table of several tasks; takes the arguments of both."""
-
-
-def as_task_set(train_dataset: Any, eval_dataset: Any) -> TaskSet:
-    """The trainers' datasets as tasks.
-
-    Raises:
-        `TaskError`: for anything but named datasets.
-    """
-    if isinstance(train_dataset, TaskSet):
-        if eval_dataset is not None:
-            raise TaskError("A TaskSet brings its evaluation rows: leave eval_dataset away.")
-        return train_dataset
-    for name, value in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if not isinstance(value, Mapping) and not (name == "eval_dataset" and value is None):
-            raise TaskError(f"Expected {name} to be a dict of named datasets, found {type(value).__name__}.")
-    return TaskSet.from_datasets(train_dataset, eval_dataset)
-
-
-def check_labels(model, label_space: LabelSpace | None) -> None:
-    """Raise `ConfigurationError` when a classifier's head has another number of outputs than the tasks' labels."""
-    if label_space is not None and model.config.num_labels != len(label_space):
-        raise ConfigurationError(
-            f"The tasks have {len(label_space)} different labels, the model's head has {model.config.num_labels} "
-            f"outputs. Load the model with num_labels={len(label_space)}, in the order of TaskSet.label_space.names."
-        )
-
-
-class MultiTaskMixin:
-    """What the trainers over a dict of datasets share: tasks, one-adapter model, shared starting point."""
-
-    inner_trainer_class: type
-
-    def _finish_init(self, tasks: TaskSet, inner_kwargs: dict[str, Any], optimizers: Any) -> None:
-        if tuple(optimizers or (None, None)) != (None, None):
-            raise ConfigurationError(
-                "An optimizer instance serves one training only, and several adapters are trained. Pass "
-                "optimizer_cls_and_kwargs instead of optimizers."
-            )
-        if not isinstance(self.model, PeftModel):
-            raise ConfigurationError(
-                f"Expected a model with an adapter, found a plain {type(self.model).__name__}. Pass "
-                "peft_config=LoraConfig(...)."
-            )
-        self.tasks = tasks
-        self.inner_kwargs = inner_kwargs
-        lost = sorted(set(tasks.names) - set(self.train_dataset.unique(TASK)))
-        lost += [name for name, rows in self.eval_dataset.items() if len(rows) == 0]
-        if lost:
-            raise TaskError(f"No row of the tasks {lost} is left after tokenization: raise max_length.")
-
-    def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        """Raw evaluation rows of known tasks as token tables with `task` and `example_id`."""
-        raise NotImplementedError
-
-    def _identified(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        """Check and identify raw rows as the training rows were."""
-        from ..tasks.task_set import make_task
-
-        known = self.tasks.subset(datasets)
-        return {
-            name: make_task(name, {**known[name].splits, "test": rows}).splits["test"]
-            for name, rows in datasets.items()
-        }
-
-
-class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
-    """`transformers.Trainer` over a dict of datasets.
-
-    Changes: `train_dataset` and `eval_dataset` are dicts of named datasets (or a `TaskSet`); rows of text are
-    tokenized;
-    `model` may be a name; `peft_config` adds an adapter, as in trl.
-    """
-
-    inner_trainer_class = TaskTrainer
-
-    def __init__(
-        self,
-        model,
-        args,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        peft_config: PeftConfig | None = None,
-        callbacks=None,
-        optimizers=(None, None),
-        **kwargs: Any,
-    ):
-        tasks = as_task_set(train_dataset, eval_dataset)
-        # The adapter's first weights are random: seed before they are made.
-        set_seed(args.seed)
-        if args.label_smoothing_factor > 0 and tasks.label_space is not None:
-            raise ConfigurationError("label_smoothing_factor is not defined over label sets that differ by task.")
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                model if isinstance(model, str) else model.config._name_or_path
-            )
-        if isinstance(model, str):
-            model = _load_model(model, tasks)
-        check_labels(model, tasks.label_space)
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-        is_classification = tasks.row_format is RowFormat.CLASSIFICATION
-        if data_collator is None:
-            data_collator = data_collator_for(
-                tasks.row_format, processing_class, labels_are_tokens=not is_classification
-            )
-        self._row_format, self._tokenizer, self._label_space = tasks.row_format, processing_class, tasks.label_space
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=self._encode(tasks.table("train")),
-            eval_dataset={name: self._encode(rows) for name, rows in tasks.split("validation").items()},
-            processing_class=processing_class,
-            callbacks=callbacks,
-            label_space=tasks.label_space,
-            sampling_weights=tasks.sampling_weights,
-            **kwargs,
-        )
-        inner = {
-            "data_collator": self.data_collator,
-            "callbacks": callbacks,
-            "label_space": tasks.label_space,
-            **kwargs,
-        }
-        self._finish_init(tasks, inner, optimizers)
-
-    def _encode(self, rows: Dataset) -> Dataset:
-        return encode(rows, self._tokenizer, self._row_format, self._label_space, self._tokenizer_max_length())
-
-    def _tokenizer_max_length(self) -> int | None:
-        # Tokenizers without a limit give a huge number.
-        return self._tokenizer.model_max_length if self._tokenizer.model_max_length < 10**9 else None
-
-    def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        return {name: self._encode(rows) for name, rows in self._identified(datasets).items()}
-
-
-class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
-    """`trl.SFTTrainer` over a dict of datasets.
-
-    Changes: `train_dataset` and `eval_dataset` are dicts of named datasets (or a `TaskSet`).
-    """
-
-    inner_trainer_class = TaskSFTTrainer
-
-    def __init__(
-        self,
-        model,
-        args,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        peft_config: PeftConfig | None = None,
-        callbacks=None,
-        optimizers=(None, None),
-        quantization_config=None,
-        formatting_func=None,
-        **kwargs: Any,
-    ):
-        tasks = as_task_set(train_dataset, eval_dataset)
-        if tasks.row_format is RowFormat.CLASSIFICATION:
-            raise TaskError(
-                "Supervised fine-tuning takes prompts and completions, found text and label. Use EnsembleTrainer."
-            )
-        if args.packing or args.padding_free:
-            raise ConfigurationError("Packed rows lose their task: set packing=False and padding_free=False.")
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=tasks.table("train"),
-            eval_dataset=tasks.split("validation"),
-            processing_class=processing_class,
-            peft_config=peft_config,
-            callbacks=callbacks,
-            quantization_config=quantization_config,
-            formatting_func=formatting_func,
-            sampling_weights=tasks.sampling_weights,
-            **kwargs,
-        )
-        inner = {"data_collator": data_collator, "callbacks": callbacks, **kwargs}
-        self._finish_init(tasks, inner, optimizers)
-
-    def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        rows = self._identified(datasets)
-        arguments = (self.processing_class, self.args, False, self._formatting_func)
-        return {name: self._prepare_dataset(dataset, *arguments, name) for name, dataset in rows.items()}
-
-
-def _load_model(name: str, tasks: TaskSet):
-    space = tasks.label_space
-    if space is None:
-        return AutoModelForCausalLM.from_pretrained(name)
-    return AutoModelForSequenceClassification.from_pretrained(
-        name,
-        num_labels=len(space),
-        id2label=dict(enumerate(space.names)),
-        label2id={label: i for i, label in enumerate(space.names)},
-    )
