@@ -55,7 +55,7 @@ def imported(parts, path):
         elif isinstance(node, ast.Import):
             names = [tuple(alias.name.split(".")) for alias in node.names]
         for name in names:
-            if name[0] == "hf_ensemble" and len(name) > 1:
+            if name[0] == "hf_ensemble" and len(name) > 1 and not name[1].startswith("__"):
                 yield name[1]
 
 

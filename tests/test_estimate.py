@@ -142,6 +142,15 @@ def test_penalty_without_runs_minimises_predicted_validation_loss(estimator):
     assert mean_loss(own.l2_scale) <= min(mean_loss(own.l2_scale * 2), mean_loss(own.l2_scale / 2))
 
 
+def test_penalty_at_the_edge_is_warned_of(caplog):
+    train, validation = world()
+    base = dict(zip(NAMES, SubsetEstimator(train, validation).base_loss()))
+    unmoved = ObservedRun(dict.fromkeys(NAMES, 1.0), base)
+    with caplog.at_level("WARNING"):
+        SubsetEstimator(train, validation, observed_runs=[unmoved])
+    assert any("edge of what was tried" in record.message for record in caplog.records)
+
+
 def test_base_loss_is_the_loss_without_a_move(estimator):
     far = estimator.predict(np.ones((1, 4)), l2_scale=1e9)
     assert np.abs(far.loss[0] - estimator.base_loss()).max() < 1e-5

@@ -105,13 +105,14 @@ def test_push_and_load_from_a_hub(run, tmp_path):
             import torch
             from huggingface_hub import HfApi, ModelCard
             from peft import PeftModel
-            from transformers import AutoModelForCausalLM
+            from transformers import AutoModelForCausalLM, AutoTokenizer
             from hf_ensemble import PeftEnsembleModel, push_ensemble_to_hub
             from hf_ensemble.errors import EnsembleLoadError
 
             commit = push_ensemble_to_hub({str(run)!r}, "hub-user/animals")
             files = set(HfApi().list_repo_files("hub-user/animals"))
             expected = {{"README.md", "assets/affinity.png", "ensemble_config.json"}}
+            expected |= {{"tokenizer.json", "tokenizer_config.json"}}
             kinds = ("config.json", "model.safetensors")
             expected |= {{f"adapters/group_{{i}}/adapter_{{kind}}" for i in (0, 1) for kind in kinds}}
             assert files - {{".gitattributes"}} == expected, files
@@ -123,6 +124,7 @@ def test_push_and_load_from_a_hub(run, tmp_path):
                 assert torch.equal(local(ids, task="sums").logits, remote(ids, task="sums").logits)
             base = AutoModelForCausalLM.from_pretrained({str(run.parent / "base")!r})
             PeftModel.from_pretrained(base, "hub-user/animals", subfolder="adapters/group_0")
+            assert AutoTokenizer.from_pretrained("hub-user/animals")("sum : 1").input_ids
             try:
                 PeftEnsembleModel.from_pretrained("hub-user/nothing")
             except EnsembleLoadError as error:

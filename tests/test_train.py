@@ -91,7 +91,7 @@ def test_run_leaves_the_artefacts_it_promises(finished):
     names += [f"ensemble/{n}" for n in ("README.md", "ensemble_config.json", "assets/affinity.png")]
     names += [f"ensemble/adapters/group_{i}/adapter_model.safetensors" for i in range(2)]
     assert [name for name in names if not (run / name).is_file()] == []
-    assert not (run / "training").exists() or not any((run / "training").iterdir())
+    assert sorted(p.name for p in (run / "training").iterdir()) == ["baseline.json", "group_0.json", "group_1.json"]
     assert not list(run.rglob("*.tmp"))
     assert output.global_step > 0 and output.metrics["eval_mean_accuracy"] == trainer.evaluate()["eval_mean_accuracy"]
 
@@ -163,6 +163,9 @@ def test_evaluating_other_rows(finished):
     trainer, _, _ = finished
     rows = {"sums": Dataset.from_list(toy.sum_rows(5, 9))}
     metrics = trainer.evaluate(rows, metric_key_prefix="test")
+    assert trainer.evaluate({"sums": toy.sum_rows(5, 9)}, metric_key_prefix="test") == metrics
+    with pytest.raises(ConfigurationError, match=r"Call trainer.ensemble"):
+        trainer.predict(rows["sums"])
     assert "test_sums_loss" in metrics and "test_baseline_sums_accuracy" in metrics
     with pytest.raises(TaskError, match="Unknown tasks"):
         trainer.evaluate({"other": rows["sums"]})
@@ -219,6 +222,32 @@ def test_overwriting_starts_over(tmp_path, base_folder):
     second.train()
     assert GradientStore(tmp_path / "run" / "gradients").identity["config"]["margin"] == "mean_log_odds"
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_another_choice_of_groups_keeps_gradients_and_baseline(tmp_path, base_folder, monkeypatch):
+    sft_trainer(tmp_path / "run", base_folder, num_groups=1, num_train_epochs=1).train()
+    with pytest.raises(RunMismatchError, match="num_groups: found 1, expected 2"):
+        sft_trainer(tmp_path / "run", base_folder, num_groups=2, num_train_epochs=1).train()
+    train, trained = TaskSFTTrainer.train, []
+    monkeypatch.setattr(
+        TaskSFTTrainer, "train", lambda self, *a, **k: (trained.append(self.args.run_name), train(self))[1]
+    )
+    monkeypatch.setattr("hf_ensemble.train.stages.capture_gradients", lambda *a, **k: pytest.fail("captured again"))
+    again = sft_trainer(tmp_path / "run", base_folder, num_groups=2, num_train_epochs=1, overwrite_run=True)
+    again.train()
+    assert trained == ["run-group_0", "run-group_1"] and len(again.grouping.groups) == 2
+
+
+def test_an_old_record_is_not_taken_for_a_new_adapter(tmp_path, base_folder):
+    trainer = sft_trainer(tmp_path / "run", base_folder, num_train_epochs=1)
+    trainer.open_run()
+    first = trainer.adapter_training.run("one", ["sums"], tmp_path / "adapter")
+    assert trainer.adapter_training.run("one", ["sums"], tmp_path / "adapter") == first
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    (tmp_path / "adapter").rmdir()
+    second = trainer.adapter_training.run("one", ["diffs"], tmp_path / "adapter")
+    assert list(second.mixture) == ["diffs"] and (tmp_path / "adapter").is_dir()
 
 
 def text_trainer(folder, model, tasks, trainer_class=EnsembleTrainer, config=EnsembleConfig, peft="SEQ_CLS", **changes):
@@ -364,7 +393,7 @@ def test_selection_trains_once_on_what_it_chose(tmp_path, base_folder, meta):
     trainer = SelectionSFTTrainer(**arguments)
     metrics = trainer.train().metrics
     assert trainer.selection.tasks[0] == "sums" and len(trainer.selection.tasks) <= 2
-    record = json.loads((tmp_path / "run" / "adapter.training.json").read_text())
+    record = json.loads((tmp_path / "run" / "training" / "adapter.json").read_text())
     assert list(record["mixture"]) == trainer.selection.tasks
     assert metrics["eval_loss"] == metrics["eval_sums_loss"]
     assert (tmp_path / "run" / "meta" / "adapter_model.safetensors").exists() == meta
@@ -416,12 +445,17 @@ def test_bad_arguments_are_named(tmp_path, base_folder):
         ({"ensemble_weights": "x"}, ConfigurationError, "ensemble_weights"),
         ({"margin": "x"}, ConfigurationError, "margin"),
         ({"max_length": 2}, TaskError, "is left after tokenization"),
+        ({"num_groups": 0}, ConfigurationError, "num_groups has to be a positive number"),
+        ({"num_groups": 4}, ConfigurationError, "num_groups=4 is more than the 3 tasks"),
     ]:
         with pytest.raises(error, match=message):
             sft_trainer(tmp_path / "run", base_folder, tasks, **changes)
     arguments = {"model": base_folder, "args": sft_config(tmp_path / "run"), "peft_config": toy.lora()}
     with pytest.raises(TaskError, match="dict of named datasets, found list"):
         EnsembleSFTTrainer(**arguments, train_dataset=tasks["sums"]["train"])
+    plain = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ConfigurationError, match="Expected args to be a EnsembleSFTConfig, found a SFTConfig"):
+        EnsembleSFTTrainer(**{**arguments, "args": plain}, train_dataset=tasks)
     with pytest.raises(TaskError, match="Use EnsembleTrainer"):
         EnsembleSFTTrainer(**arguments, train_dataset=toy.text_tasks())
     with pytest.raises(ConfigurationError, match="Pass peft_config"):

@@ -1,6 +1,5 @@
 """Flags and YAML of the commands."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +59,7 @@ def with_config(argv: Sequence[str]) -> list[str]:
     Raises:
         `ConfigurationError`: for a file that is missing or no mapping.
     """
-    argv = list(argv)
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in argv:
         return argv
     position = argv.index("--config")
@@ -83,14 +82,16 @@ def with_config(argv: Sequence[str]) -> list[str]:
     return flags + argv[:position] + argv[position + 2 :]
 
 
-def parse(classes: Sequence[type], argv: Sequence[str], remaining_allowed: bool = False) -> tuple[list[Any], list[str]]:
+def parse(
+    classes: Sequence[type], argv: Sequence[str], remaining_allowed: bool = False, command: str = "run"
+) -> tuple[list[Any], list[str]]:
     """Dataclasses from flags, and the flags that none of them knows.
 
     Raises:
         `ConfigurationError`: for unknown flags, unless `remaining_allowed`.
     """
-    parser = HfArgumentParser(tuple(classes), prog=f"hf-ensemble {Path(sys.argv[0]).name}", allow_abbrev=False)
+    parser = HfArgumentParser(tuple(classes), prog=f"hf-ensemble {command}", allow_abbrev=False)
     *parsed, remaining = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
     if remaining and not remaining_allowed:
-        raise ConfigurationError(f"Unknown arguments: {' '.join(remaining)}. See hf-ensemble run --help.")
+        raise ConfigurationError(f"Unknown arguments: {' '.join(remaining)}. See hf-ensemble {command} --help.")
     return parsed, remaining

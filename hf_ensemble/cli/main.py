@@ -1,9 +1,12 @@
 """The `hf-ensemble` command."""
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
+from .. import __version__
 from ..errors import HfEnsembleError
 
 _DESCRIPTION = (
@@ -21,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     argv = [flag for flag in argv if flag != "--debug"]
     parser = argparse.ArgumentParser(prog="hf-ensemble", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"hf-ensemble {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="the whole flow on a small world of generated tasks, no network", add_help=False)
@@ -36,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .run import run
 
             run(rest)
-    except (HfEnsembleError, OSError) as error:
+    except (HfEnsembleError, OSError, ValueError) as error:
+        # The libraries below raise ValueError for bad arguments.
         if debug:
             raise
         print(f"hf-ensemble: {error}", file=sys.stderr)
@@ -48,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """One progress bar for long work; the bars of every small step of the libraries below say nothing to the user."""
+    """One progress bar for long work; the bars and notices of the libraries below say nothing to the user."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     import datasets
     import transformers
 

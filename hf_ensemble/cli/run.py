@@ -39,6 +39,9 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         `HfEnsembleError`: for bad arguments, tasks or models.
     """
+    if {"-h", "--help"} & set(argv):
+        # The trainer's arguments are known once the data are; those of the ensemble trainers are the fullest.
+        parse([RunArguments, ModelConfig, EnsembleSFTConfig], ["--help"])
     (arguments, model_arguments), remaining = parse([RunArguments, ModelConfig], with_config(argv), True)
     if arguments.data is None or model_arguments.model_name_or_path is None:
         raise ConfigurationError("Expected --data FOLDER and --model_name_or_path MODEL; see hf-ensemble run --help.")

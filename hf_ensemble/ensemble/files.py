@@ -37,9 +37,11 @@ def base_reference(model: PeftModel) -> BaseModelReference:
     auto_class = next((auto for suffix, auto in _AUTO_CLASSES.items() if name.endswith(suffix)), None)
     if auto_class is None:
         raise EnsembleLoadError(f"{name} is of no class that an ensemble can load again: {sorted(_AUTO_CLASSES)}.")
+    path = base.config._name_or_path or ""
     is_classifier = auto_class == "AutoModelForSequenceClassification"
     return BaseModelReference(
-        name_or_path=base.config._name_or_path or "",
+        # A folder is found again from wherever the ensemble is loaded.
+        name_or_path=str(Path(path).resolve()) if path and Path(path).is_dir() else path,
         revision=getattr(base.config, "_commit_hash", None),
         auto_class=auto_class,
         num_labels=base.config.num_labels if is_classifier else None,

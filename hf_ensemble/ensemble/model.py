@@ -131,7 +131,8 @@ class PeftEnsembleModel(nn.Module):
             kwargs: further inputs of the base model.
 
         Returns:
-            The base model's kind of output, logits of shape `(B, T, V)` or `(B, num_labels)`.
+            The base model's kind of output, logits of shape `(B, T, V)` or `(B, num_labels)`; a classifier's labels
+            that the row's task does not have are at minus infinity.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         inputs = {key: value for key, value in inputs.items() if value is not None}
@@ -139,15 +140,24 @@ class PeftEnsembleModel(nn.Module):
         weights = self.row_weights(task, batch_size)
         with adapters_untouched(self.model):
             logits = self._combined(self._base_forward(), weights, inputs)
-        loss = None if labels is None else self._loss(logits, labels, task)
+        if logits.dim() == 2:
+            logits = self._within_label_sets(logits, task)
+        loss = None if labels is None else self._loss(logits, labels)
         if logits.dim() == 2:
             return SequenceClassifierOutput(loss=loss, logits=logits)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
-    def _loss(self, logits, labels, task):
-        if logits.dim() == 2 and self.label_space is not None and task is not None:
-            tasks = [task] * len(logits) if isinstance(task, str) else list(task)
-            logits = restrict_to_labels(logits, self.label_space.mask(tasks))
+    def _within_label_sets(self, logits: torch.Tensor, task: str | Sequence[str | None] | None) -> torch.Tensor:
+        """Classification logits with the labels that a row's task does not have at minus infinity."""
+        if self.label_space is None or task is None:
+            return logits
+        tasks = [task] * len(logits) if isinstance(task, str) else list(task)
+        known = [row for row, name in enumerate(tasks) if name is not None]
+        mask = torch.ones(logits.shape, dtype=torch.bool)
+        mask[known] = self.label_space.mask([tasks[row] for row in known])
+        return restrict_to_labels(logits, mask)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         shift = not getattr(self.config, "is_encoder_decoder", False)
         answers, targets, _ = answer_positions(logits, labels, shift)
         return nn.functional.cross_entropy(answers, targets, ignore_index=IGNORE_INDEX)
@@ -176,14 +186,18 @@ class PeftEnsembleModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: torch.Tensor, task: str | Sequence[str | None] | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor | None = None,
+        task: str | Sequence[str | None] | None = None,
+        inputs: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Continue prompts with the ensemble; takes what the base model's `generate` takes.
 
         Each step's logits are the weighted sum over the adapters, each with its own key-value cache.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, T)`): prompts, padded on the left.
+            input_ids (`torch.Tensor` of shape `(B, T)`): prompts, padded on the left; `inputs` is another name.
             task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
             kwargs: as of `GenerationMixin.generate`, greedy, sampling and beams alike.
 
@@ -196,6 +210,9 @@ class PeftEnsembleModel(nn.Module):
         for option in ("past_key_values", "cache_implementation"):
             if kwargs.get(option) is not None:
                 raise EnsembleError(f"{option} cannot be set: every adapter of an ensemble keeps a cache of its own.")
+        input_ids = inputs if input_ids is None else input_ids
+        if input_ids is None:
+            raise EnsembleError("Expected prompts in input_ids, found none.")
         weights = self.row_weights(task, len(input_ids))
         use_cache = kwargs.get("use_cache", True)
         caches = MemberCaches() if use_cache else None

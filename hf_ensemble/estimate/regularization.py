@@ -8,9 +8,12 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from ..errors import EstimationError
+from ..logging import get_logger
 from .mixtures import mixture_weights
 
-_GRID = np.logspace(-2.5, 2.5, 21)
+_GRID = np.logspace(-3, 3, 25)
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ def choose_regularization(
 
     values = [evaluate(scale) for scale in _GRID]
     best = int(np.argmin(values))
+    if best in (0, len(_GRID) - 1):
+        logger.warning(
+            "The penalty of the estimates lies at the edge of what was tried (c = %.3g): the evidence does not hold "
+            "it, and predicted losses are not to be trusted. Give a fine-tuning that exists as an ObservedRun.",
+            _GRID[best],
+        )
     low, high = np.log(_GRID[max(best - 1, 0)]), np.log(_GRID[min(best + 1, len(_GRID) - 1)])
     refined = minimize_scalar(lambda log_scale: evaluate(np.exp(log_scale)), bounds=(low, high), method="bounded")
     scale, value = min(

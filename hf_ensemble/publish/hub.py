@@ -47,5 +47,5 @@ def push_ensemble_to_hub(
         repo_id=repo_id,
         folder_path=run / "ensemble",
         commit_message=commit_message,
-        ignore_patterns=[".*", "*.tmp", "*.training.json"],
+        ignore_patterns=[".*", "*.tmp"],
     )

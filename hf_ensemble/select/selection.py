@@ -90,7 +90,15 @@ def forward_selection(estimator: SubsetEstimator, target: str, max_tasks: int | 
         if len(tasks) > 1
         else f"No task is predicted to lower the validation loss of {target} ({best:.4f})."
     )
-    return Selection(target, tasks, "forward", scores, path, why, _settings(estimator, {"max_tasks": max_tasks}))
+    return Selection(
+        target,
+        tasks,
+        "forward",
+        scores,
+        path,
+        why + _caution(estimator),
+        _settings(estimator, {"max_tasks": max_tasks}),
+    )
 
 
 def random_ensemble_selection(
@@ -136,7 +144,15 @@ def random_ensemble_selection(
         f"subsets that hold the chosen tasks are below."
     )
     settings = {"max_tasks": max_tasks, "num_subsets": num_subsets, "subset_size": size, "seed": seed}
-    return Selection(target, tasks, "random_ensemble", scores, path, why, _settings(estimator, settings))
+    return Selection(
+        target, tasks, "random_ensemble", scores, path, why + _caution(estimator), _settings(estimator, settings)
+    )
+
+
+def _caution(estimator: SubsetEstimator) -> str:
+    if estimator.regularization.evidence == "observed_runs":
+        return ""
+    return " Not calibrated by a true fine-tuning: trust the order, not the values."
 
 
 def _settings(estimator: SubsetEstimator, own: dict) -> dict:

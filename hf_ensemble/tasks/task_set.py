@@ -125,7 +125,7 @@ class TaskSet(Mapping[str, Task]):
         tasks = []
         for name, source in pairs:
             splits = _splits_of(name, source)
-            splits.update({split: _as_dataset(name, d[name]) for split, d in given.items() if name in d})
+            splits.update({split: as_dataset(name, d[name]) for split, d in given.items() if name in d})
             tasks.append(make_task(name, splits))
         return cls(tasks, sampling_weights)
 
@@ -231,7 +231,8 @@ def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
     )
 
 
-def _as_dataset(name: str, source) -> Dataset:
+def as_dataset(name: str, source) -> Dataset:
+    """A dataset, also from a list of dicts. Raises `TaskError` for anything else."""
     if isinstance(source, Dataset):
         return source
     if isinstance(source, list):
@@ -244,10 +245,10 @@ def _as_dataset(name: str, source) -> Dataset:
 
 def _splits_of(name: str, source) -> dict[str, Dataset]:
     if not isinstance(source, (DatasetDict, Mapping)):
-        return {"train": _as_dataset(name, source)}
+        return {"train": as_dataset(name, source)}
     splits = {}
     for split, aliases in _SPLIT_ALIASES.items():
         for alias in aliases:
             if alias in source:
-                splits.setdefault(split, _as_dataset(name, source[alias]))
+                splits.setdefault(split, as_dataset(name, source[alias]))
     return splits

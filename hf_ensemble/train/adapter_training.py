@@ -78,33 +78,25 @@ class AdapterTraining:
             if name in self.theta0
         }
 
-    def run(
-        self,
-        name: str,
-        mixture: Mapping[str, float] | Sequence[str],
-        folder: Path,
-        seed: int | None = None,
-        train_dataset: Dataset | None = None,
-    ) -> TrainedAdapter:
+    def run(self, name: str, mixture: Mapping[str, float] | Sequence[str], folder: Path) -> TrainedAdapter:
         """Train on a subset or mixture of the tasks and save the adapter; a finished training is read instead.
 
         A training that was interrupted goes on from its last checkpoint, where the arguments make checkpoints.
 
         Args:
-            name (`str`): for logs and checkpoints.
+            name (`str`): for logs and checkpoints; what is known of the training goes to `training/NAME.json`.
             mixture (`dict[str, float]` or `Sequence[str]`): weight of each task's rows, or the tasks.
             folder (`Path`): where the adapter goes.
-            seed (`int`, *optional*): in place of the arguments' own.
-            train_dataset (`Dataset`, *optional*): in place of the tasks' rows.
         """
         weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
-        record = folder.parent / f"{folder.name}.training.json"
+        work = Path(self.trainer.args.output_dir) / "training" / name
+        record = work.with_name(f"{name}.json")
         if record.exists() and folder.exists():
             return TrainedAdapter(**read_json(record))
+        record.unlink(missing_ok=True)
         self.reset()
-        work = Path(self.trainer.args.output_dir) / "training" / name
-        rows = _rows_of(self.trainer.train_dataset, weights) if train_dataset is None else train_dataset
-        inner = self._inner_trainer(name, work, weights, rows, seed)
+        rows = _rows_of(self.trainer.train_dataset, weights)
+        inner = self._inner_trainer(name, work, weights, rows)
         start = time.perf_counter()
         result = inner.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
         seconds = time.perf_counter() - start
@@ -122,7 +114,7 @@ class AdapterTraining:
         self.reset()
         return trained
 
-    def _inner_trainer(self, name: str, work: Path, weights: dict[str, float], rows: Dataset, seed: int | None):
+    def _inner_trainer(self, name: str, work: Path, weights: dict[str, float], rows: Dataset):
         args = copy.copy(self.trainer.args)
         args.output_dir = str(work)
         args.push_to_hub = False
@@ -132,8 +124,6 @@ class AdapterTraining:
             # The model is loaded and the rows are tokens already.
             args.model_init_kwargs = None
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        if seed is not None:
-            args.seed = seed
         kwargs = dict(self.trainer.inner_kwargs)
         sampling = {task: weight * self.trainer.tasks.sampling_weights[task] for task, weight in weights.items()}
         return self.trainer.inner_trainer_class(

@@ -73,6 +73,10 @@ class EnsembleArguments(EstimateArguments):
     )
 
     def __post_init__(self):
+        for name in ("num_groups", "max_groups"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigurationError(f"{name} has to be a positive number or None, found {value!r}.")
         if self.grouping_method not in GROUPING_METHODS:
             raise ConfigurationError(
                 f"grouping_method has to be one of {GROUPING_METHODS}, found {self.grouping_method!r}."

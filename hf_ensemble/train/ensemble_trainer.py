@@ -17,6 +17,7 @@ from ..errors import ConfigurationError
 from ..estimate import ObservedRun
 from ..publish import push_ensemble_to_hub, write_model_card
 from ..select import Grouping
+from .arguments import EnsembleConfig, EnsembleSFTConfig
 from .evaluation import answer_logits, score_tasks
 from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
 from .stages import Scores, StagesMixin
@@ -31,6 +32,13 @@ class EnsembleMixin(StagesMixin):
 
     ensemble: PeftEnsembleModel | None = None
     grouping: Grouping | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for name in ("num_groups", "max_groups"):
+            value = getattr(self.args, name)
+            if value is not None and value > len(self.tasks):
+                raise ConfigurationError(f"{name}={value} is more than the {len(self.tasks)} tasks.")
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
         """Run every stage that `output_dir` does not hold yet.
@@ -132,6 +140,7 @@ class EnsembleMixin(StagesMixin):
             ensemble.weights = read_json(file)
         if self.is_world_process_zero():
             ensemble.ensemble_config().save(folder)
+            self.processing_class.save_pretrained(folder)
         return ensemble
 
     def _fitted_weights(self, ensemble: PeftEnsembleModel, task: str) -> dict[str, float]:
@@ -181,6 +190,12 @@ class EnsembleMixin(StagesMixin):
         self._keep_results(metric_key_prefix, results)
         self.log(dict(metrics))
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any):
+        """Not after training: the model in hand is one untrained adapter. Raises `ConfigurationError`."""
+        if self.ensemble is not None:
+            raise ConfigurationError("predict() knows one model. Call trainer.ensemble(**batch, task=...) instead.")
+        return super().predict(*args, **kwargs)
 
     def _keep_results(self, prefix: str, results: dict[str, Scores]) -> None:
         if not self.is_world_process_zero():
@@ -252,6 +267,8 @@ class EnsembleTrainer(EnsembleMixin, MultiTaskTrainer):
     ```
     """
 
+    config_class = EnsembleConfig
+
 
 class EnsembleSFTTrainer(EnsembleMixin, MultiTaskSFTTrainer):
     """`trl.SFTTrainer` that fine-tunes on many datasets and ends with an ensemble of adapters.
@@ -271,3 +288,5 @@ class EnsembleSFTTrainer(EnsembleMixin, MultiTaskSFTTrainer):
     >>> trainer.train()  # doctest: +SKIP
     ```
     """
+
+    config_class = EnsembleSFTConfig

@@ -89,7 +89,6 @@ def measure_fidelity(
         if not record.exists():
             folder = run.path / "fidelity" / "adapter"
             shutil.rmtree(folder, ignore_errors=True)
-            (run.path / "fidelity" / "adapter.training.json").unlink(missing_ok=True)
             trained = trainer.adapter_training.run(f"fidelity-{number}", subset, folder)
             scores = trainer.score_adapter(folder, trainer.eval_dataset, f"Fidelity {number + 1}/{len(subsets)}")
             if trainer.is_world_process_zero():

@@ -1,6 +1,7 @@
 """Trainers over a dict of datasets: they make the token tables that `TaskTrainer` and `TaskSFTTrainer` take."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -8,9 +9,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from ..errors import ConfigurationError, TaskError
+from ..logging import get_logger
 from ..tasks import TASK, LabelSpace, RowFormat, TaskSet, data_collator_for, encode
-from ..tasks.task_set import make_task
+from ..tasks.task_set import as_dataset, make_task
 from .task_trainer import TaskSFTTrainer, TaskTrainer
+
+logger = get_logger(__name__)
 
 
 def as_task_set(train_dataset: Any, eval_dataset: Any) -> TaskSet:
@@ -42,6 +46,23 @@ class MultiTaskMixin:
     """What the trainers over a dict of datasets share: tasks, one-adapter model, shared starting point."""
 
     inner_trainer_class: type
+    config_class: type
+
+    def _checked_args(self, args: Any, model: Any) -> Any:
+        """The trainer's own arguments; defaults where there are none.
+
+        Raises:
+            `ConfigurationError`: for arguments of another class.
+        """
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            return self.config_class(output_dir=f"{Path(name or 'model').name}-{type(self).__name__}")
+        if not isinstance(args, self.config_class):
+            raise ConfigurationError(
+                f"Expected args to be a {self.config_class.__name__}, found a {type(args).__name__}. It takes the same "
+                "arguments: change the class's name."
+            )
+        return args
 
     def _finish_init(self, tasks: TaskSet, inner_kwargs: dict[str, Any], optimizers: Any) -> None:
         if tuple(optimizers or (None, None)) != (None, None):
@@ -53,6 +74,11 @@ class MultiTaskMixin:
             raise ConfigurationError(
                 f"Expected a model with an adapter, found a plain {type(self.model).__name__}. Pass "
                 "peft_config=LoraConfig(...)."
+            )
+        if self.compute_metrics is not None:
+            logger.warning(
+                "compute_metrics is used by evaluations during each training; the evaluation of the whole run reports "
+                "loss and accuracy."
             )
         self.tasks = tasks
         self.inner_kwargs = inner_kwargs
@@ -68,10 +94,8 @@ class MultiTaskMixin:
     def _identified(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         """Check and identify raw rows as the training rows were."""
         known = self.tasks.subset(datasets)
-        return {
-            name: make_task(name, {**known[name].splits, "test": rows}).splits["test"]
-            for name, rows in datasets.items()
-        }
+        rows = {name: as_dataset(name, source) for name, source in datasets.items()}
+        return {name: make_task(name, {**known[name].splits, "test": rows[name]}).splits["test"] for name in rows}
 
 
 class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
@@ -87,7 +111,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
     def __init__(
         self,
         model,
-        args,
+        args=None,
         data_collator=None,
         train_dataset=None,
         eval_dataset=None,
@@ -97,6 +121,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         optimizers=(None, None),
         **kwargs: Any,
     ):
+        args = self._checked_args(args, model)
         tasks = as_task_set(train_dataset, eval_dataset)
         # The adapter's first weights are random: seed before they are made.
         set_seed(args.seed)
@@ -159,7 +184,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
     def __init__(
         self,
         model,
-        args,
+        args=None,
         data_collator=None,
         train_dataset=None,
         eval_dataset=None,
@@ -171,6 +196,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         formatting_func=None,
         **kwargs: Any,
     ):
+        args = self._checked_args(args, model)
         tasks = as_task_set(train_dataset, eval_dataset)
         if tasks.row_format is RowFormat.CLASSIFICATION:
             raise TaskError(

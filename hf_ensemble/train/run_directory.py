@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +16,10 @@ from ..logging import get_logger
 logger = get_logger(__name__)
 
 FORMAT_VERSION = 1
-_STAGE_ARTEFACTS = (
-    "gradients",
-    "estimate",
-    "baseline",
-    "meta",
-    "training",
-    "fidelity",
-    "ensemble",
-    "adapter",
-    "tasks.json",
-    "groups.json",
-    "selection.json",
-    "evaluation.json",
-    "run.json",
-)
+# What stands on the choice of groups or auxiliary tasks, and what the choice stands on.
+_CHOICE_ARTEFACTS = ("groups.json", "selection.json", "evaluation.json", "results.json", "ensemble", "adapter")
+_CHOICE_STAGES = ("group", "select", "weights", "adapter")
+_BASIC_ARTEFACTS = ("gradients", "estimate", "baseline", "meta", "training", "fidelity", "tasks.json", "run.json")
 
 
 @dataclass
@@ -49,31 +38,50 @@ class RunDirectory:
 
     @classmethod
     def open(
-        cls, path: str | Path, configuration: Mapping[str, Any], overwrite: bool = False, is_main_process: bool = True
+        cls,
+        path: str | Path,
+        configuration: Mapping[str, Any],
+        choices: Mapping[str, Any],
+        overwrite: bool = False,
+        is_main_process: bool = True,
     ) -> "RunDirectory":
         """Begin a run, or go on with the one of the same configuration that lies there.
+
+        Args:
+            path (`str` or `Path`): the run's `output_dir`.
+            configuration (`dict`): what every stage depends on; with `overwrite`, a difference starts the run over.
+            choices (`dict`):
+                What only the choice of groups or tasks and the stages behind it depend on; with `overwrite`, a
+                difference redoes these and keeps gradients and baseline.
+            overwrite (`bool`, *optional*, defaults to `False`): whether differences may be overwritten.
+            is_main_process (`bool`, *optional*, defaults to `True`): whether this process writes.
 
         Raises:
             `RunMismatchError`: when a run of another configuration lies there; the message names each difference.
         """
         run = cls(Path(path), is_main_process)
+        wanted = {"configuration": dict(configuration), "choices": dict(choices)}
+        stages: dict[str, Any] = {}
         if run.file.exists():
             run.record = read_json(run.file)
-            differences = list(named_differences(run.record["configuration"], dict(configuration)))
-            if not differences:
+            basic, chosen = (list(named_differences(run.record[part], wanted[part])) for part in wanted)
+            if not basic and not chosen:
                 return run
             if not overwrite:
                 raise RunMismatchError(
-                    f"{str(path)!r} holds a run of another configuration: {'; '.join(differences)}. Choose another "
-                    "output_dir, or set overwrite_run=True to start over."
+                    f"{str(path)!r} holds a run of another configuration: {'; '.join(basic + chosen)}. Choose another "
+                    "output_dir, or set overwrite_run=True to redo the stages that depend on it."
                 )
-            run.clear()
+            run._delete(_CHOICE_ARTEFACTS if not basic else (*_CHOICE_ARTEFACTS, *_BASIC_ARTEFACTS))
+            if not basic:
+                kept = run.record["stages"].items()
+                stages = {name: stage for name, stage in kept if name.split(":")[0] not in _CHOICE_STAGES}
         run.record = {
             "format": "hf_ensemble.run",
             "format_version": FORMAT_VERSION,
-            "configuration": dict(configuration),
+            **wanted,
             "versions": package_versions(),
-            "stages": {},
+            "stages": stages,
         }
         run._write()
         return run
@@ -82,16 +90,14 @@ class RunDirectory:
     def file(self) -> Path:
         return self.path / "run.json"
 
-    def clear(self) -> None:
-        """Delete the artefacts of all stages, and nothing else."""
-        if not self.is_main_process:
-            return
-        for name in _STAGE_ARTEFACTS:
+    def _delete(self, names: Iterable[str]) -> None:
+        """Delete artefacts of stages, and nothing else that lies there."""
+        for name in names if self.is_main_process else ():
             target = self.path / name
             if target.is_dir():
                 shutil.rmtree(target)
-            elif target.exists():
-                target.unlink()
+            else:
+                target.unlink(missing_ok=True)
 
     def is_done(self, stage: str) -> bool:
         return self.record["stages"].get(stage, {}).get("status") == "done"

@@ -8,6 +8,7 @@ from .._files import write_json
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun
 from ..select import Selection
+from .arguments import SelectionConfig, SelectionSFTConfig
 from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
 from .stages import StagesMixin
 
@@ -29,8 +30,8 @@ class SelectionMixin(StagesMixin):
             raise ConfigurationError(f"Unknown target {target!r}; the tasks are {list(self.tasks)}.")
         self.target = target
 
-    def _configuration(self) -> dict[str, Any]:
-        return {**super()._configuration(), "target": self.target}
+    def _choices(self) -> dict[str, Any]:
+        return {**super()._choices(), "target": self.target}
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
         """Choose the tasks, then fine-tune on them; the final adapter is left active in the model and in `adapter/`.
@@ -99,6 +100,8 @@ class SelectionTrainer(SelectionMixin, MultiTaskTrainer):
     captures gradients, selects the auxiliary tasks and fine-tunes once.
     """
 
+    config_class = SelectionConfig
+
 
 class SelectionSFTTrainer(SelectionMixin, MultiTaskSFTTrainer):
     """`trl.SFTTrainer` that fine-tunes for one target on the datasets that help it.
@@ -119,3 +122,5 @@ class SelectionSFTTrainer(SelectionMixin, MultiTaskSFTTrainer):
     >>> trainer.train()  # doctest: +SKIP
     ```
     """
+
+    config_class = SelectionSFTConfig

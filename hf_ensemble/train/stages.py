@@ -20,18 +20,13 @@ from .run_directory import RunDirectory
 
 Scores = dict[str, dict[str, float]]
 
-# Arguments that say where and how to report, not what to train.
-_UNCOMPARED = (
-    "output_dir",
-    "run_name",
-    "logging_dir",
-    "disable_tqdm",
-    "overwrite_run",
-    "local_rank",
-    "report_to",
-    "seed_worker",
-)
+# Arguments that say where and how to report or how fast to go, not what to train.
+_UNCOMPARED = ("output_dir", "run_name", "disable_tqdm", "overwrite_run", "local_rank", "report_to")
+_UNCOMPARED += ("per_device_eval_batch_size",)
 _UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "dataloader_", "ddp_", "trackio", "project")
+# Arguments that only the choice of groups or auxiliary tasks depends on.
+_CHOICES = ("num_components", "num_groups", "max_groups", "grouping_method", "num_subsets", "ensemble_weights")
+_CHOICES += ("selection_method", "max_auxiliary")
 
 
 class StagesMixin:
@@ -48,7 +43,11 @@ class StagesMixin:
         if self.run_directory is None:
             self.adapter_training = AdapterTraining(self)
             self.run_directory = RunDirectory.open(
-                self.args.output_dir, self._configuration(), self.args.overwrite_run, self.is_world_process_zero()
+                self.args.output_dir,
+                self._configuration(),
+                self._choices(),
+                self.args.overwrite_run,
+                self.is_world_process_zero(),
             )
             if self.is_world_process_zero():
                 write_json(self.run_directory.path / "tasks.json", self.tasks.to_dict())
@@ -58,7 +57,7 @@ class StagesMixin:
         arguments = {
             key: value
             for key, value in self.args.to_dict().items()
-            if key not in _UNCOMPARED and not key.startswith(_UNCOMPARED_PREFIXES)
+            if key not in (*_UNCOMPARED, *_CHOICES) and not key.startswith(_UNCOMPARED_PREFIXES)
         }
         adapter = self.model.peft_config[self.model.active_adapter].to_dict()
         return {
@@ -69,6 +68,9 @@ class StagesMixin:
             "arguments": _json_values(arguments),
             "adapter": _json_values(adapter),
         }
+
+    def _choices(self) -> dict[str, Any]:
+        return {key: getattr(self.args, key) for key in _CHOICES if hasattr(self.args, key)}
 
     def capture(self, name: str = "gradients") -> GradientStore:
         """Capture gradients at the current parameters into the run's store."""

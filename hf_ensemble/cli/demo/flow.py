@@ -27,7 +27,7 @@ _STORY = (
 
 def demo(argv: Sequence[str]) -> dict:
     """Run the demo; returns what `results.json` holds."""
-    (arguments,), _ = parse([DemoArguments], argv)
+    (arguments,), _ = parse([DemoArguments], argv, command="demo")
     out = console()
     # The model is too small for a second thread to pay, and on a busy machine it costs.
     torch.set_num_threads(1)
