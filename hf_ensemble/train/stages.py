@@ -42,13 +42,15 @@ class StagesMixin:
         """
         if self.run_directory is None:
             self.adapter_training = AdapterTraining(self)
-            self.run_directory = RunDirectory.open(
-                self.args.output_dir,
-                self._configuration(),
-                self._choices(),
-                self.args.overwrite_run,
-                self.is_world_process_zero(),
-            )
+            # The others open what the main process has begun.
+            with self.args.main_process_first(local=False, desc="opening the run directory"):
+                self.run_directory = RunDirectory.open(
+                    self.args.output_dir,
+                    self._configuration(),
+                    self._choices(),
+                    self.args.overwrite_run,
+                    self.is_world_process_zero(),
+                )
             if self.is_world_process_zero():
                 write_json(self.run_directory.path / "tasks.json", self.tasks.to_dict())
         return self.run_directory

@@ -1,0 +1,72 @@
+"""Turn the results of `hf-ensemble run` into the JSON and the table that are kept beside this file.
+
+    python benchmarks/report.py OUTPUT_DIR/results.json benchmarks/real_tasks
+
+writes `benchmarks/real_tasks.json` (the results without the paths of the machine) and `benchmarks/real_tasks.md`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+SYSTEMS = {"base": "base model", "baseline": "one adapter for all", "ensemble": "ensemble"}
+
+
+def without_paths(results: dict) -> dict:
+    """The results with the model's name in place of its folder."""
+    configuration = dict(results["configuration"])
+    adapter = {k: v for k, v in configuration["adapter"].items() if k != "base_model_name_or_path"}
+    return {
+        **results,
+        "configuration": {**configuration, "model": Path(configuration["model"]).name, "adapter": adapter},
+    }
+
+
+def tables(results: dict) -> str:
+    """Accuracy of every system, groups and fidelity as Markdown."""
+    scores = results["scores"]
+    group_of = {task: name for name, tasks in results["groups"].items() for task in tasks}
+    lines = [f"Accuracy on {results['split']} rows.", ""]
+    lines += ["| task | group | " + " | ".join(SYSTEMS[s] for s in SYSTEMS if s in scores) + " |"]
+    systems = [system for system in SYSTEMS if system in scores]
+    lines += ["|---" * (2 + len(systems)) + "|"]
+    for task in scores["ensemble"]:
+        cells = [f"{scores[system][task]['accuracy']:.3f}" for system in systems]
+        lines.append(f"| {task} | {group_of[task]} | {' | '.join(cells)} |")
+    means = [f"{results['mean_accuracy'][system]:.3f}" for system in systems]
+    lines += [f"| **mean** | | {' | '.join(means)} |", ""]
+    fidelity = results["fidelity"]
+    predicted, true = np.array(fidelity["predicted_loss"]), np.array(fidelity["true_loss"])
+    seconds = fidelity["training_seconds"]
+    lines += [
+        f"Predicted against true validation losses of {len(true)} random subsets, fine-tuned for real:",
+        "",
+        "| measure | value |",
+        "|---|---|",
+        f"| mean relative error | {fidelity['mean_relative_error']:.1%} |",
+        f"| mean per-task Spearman | {fidelity['mean_task_spearman']:.2f} |",
+        f"| correlation | {fidelity['correlation']:.3f} |",
+        f"| l2 | {fidelity['l2_scale']:.2f} / N, from {fidelity['l2_evidence'].replace('_', ' ')} |",
+        f"| one fine-tuning over all predictions together | {np.mean(seconds) / fidelity['prediction_seconds']:.0f} times |",
+        "",
+        "| task | Spearman | mean predicted loss | mean true loss |",
+        "|---|---|---|---|",
+    ]
+    for column, task in enumerate(fidelity["task_names"]):
+        cells = [f"{fidelity['task_spearman'][task]:.2f}", f"{predicted[:, column].mean():.3f}"]
+        lines.append(f"| {task} | {' | '.join(cells)} | {true[:, column].mean():.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(source: str, target: str) -> None:
+    results = without_paths(json.loads(Path(source).read_text()))
+    Path(f"{target}.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path(f"{target}.md").write_text(tables(results))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
