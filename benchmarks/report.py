@@ -48,7 +48,7 @@ def tables(results: dict) -> str:
         f"| mean relative error | {fidelity['mean_relative_error']:.1%} |",
         f"| mean per-task Spearman | {fidelity['mean_task_spearman']:.2f} |",
         f"| correlation | {fidelity['correlation']:.3f} |",
-        f"| l2 | {fidelity['l2_scale']:.2f} / N, from {fidelity['l2_evidence'].replace('_', ' ')} |",
+        f"| l2 | {fidelity['l2_scale']:.2f} / N for all N rows, from {fidelity['l2_evidence'].replace('_', ' ')} |",
         f"| one fine-tuning takes, in predictions of all {len(true)} subsets | {ratio:.0f} |",
         "",
         "| task | Spearman | mean predicted loss | mean true loss |",

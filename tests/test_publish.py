@@ -48,6 +48,7 @@ def test_card_says_what_was_trained_on_what_and_how_well(run):
     groups = json.loads((run / "groups.json").read_text())["groups"]
     results = json.loads((run / "evaluation.json").read_text())["eval"]
     weights = json.loads((run / "estimate" / "weights.json").read_text())
+    members = [m["name"] for m in json.loads((run / "ensemble" / "ensemble_config.json").read_text())["members"]]
     assert card.data.library_name == "peft" and "hf-ensemble" in card.data.tags
     by_task = {row[0]: row for row in table_rows(card.text, "Datasets and groups")[2:]}
     shown = {row[0]: row for row in table_rows(card.text, "Results")[2:]}
@@ -58,7 +59,7 @@ def test_card_says_what_was_trained_on_what_and_how_well(run):
             own, baseline = results["ensemble"][task], results["baseline"][task]
             figures = [f"{own['accuracy']:.3f}", f"{own['loss']:.4f}", f"{baseline['accuracy']:.3f}"]
             assert shown[task][1:5] == [group, *figures]
-            assert shares[task][1:] == [f"{weights[task].get(name, 0.0):.2f}" for name in groups]
+            assert shares[task][1:] == [f"{weights[task].get(name, 0.0):.2f}" for name in members]
     mean = sum(score["accuracy"] for score in results["ensemble"].values()) / 3
     assert shown["**mean**"][2] == f"{mean:.3f}"
     configuration = json.loads(card.text.split("```json\n")[1].split("```")[0])
@@ -100,6 +101,8 @@ def test_an_incomplete_ensemble_is_not_uploaded(run, tmp_path):
 
 
 def test_push_and_load_from_a_hub(run, tmp_path):
+    members = [path.name for path in (run / "ensemble" / "adapters").iterdir()]
+    assert set(members) >= {"group_0", "group_1"}
     with local_hub(tmp_path / "hub") as endpoint:
         code = f"""
             import torch
@@ -114,7 +117,7 @@ def test_push_and_load_from_a_hub(run, tmp_path):
             expected = {{"README.md", "assets/affinity.png", "ensemble_config.json"}}
             expected |= {{"tokenizer.json", "tokenizer_config.json"}}
             kinds = ("config.json", "model.safetensors")
-            expected |= {{f"adapters/group_{{i}}/adapter_{{kind}}" for i in (0, 1) for kind in kinds}}
+            expected |= {{f"adapters/{{name}}/adapter_{{kind}}" for name in {members} for kind in kinds}}
             assert files - {{".gitattributes"}} == expected, files
             assert 'from_pretrained("hub-user/animals")' in ModelCard.load("hub-user/animals").text
             local = PeftEnsembleModel.from_pretrained({str(run / "ensemble")!r})

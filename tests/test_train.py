@@ -89,7 +89,8 @@ def test_run_leaves_the_artefacts_it_promises(finished):
     names = ["tasks.json", "groups.json", "evaluation.json", "baseline/adapter_model.safetensors"]
     names += [f"estimate/{name}.json" for name in ("estimate", "weights", "baseline_scores")]
     names += [f"ensemble/{n}" for n in ("README.md", "ensemble_config.json", "assets/affinity.png")]
-    names += [f"ensemble/adapters/group_{i}/adapter_model.safetensors" for i in range(2)]
+    names += [f"ensemble/adapters/{n}/adapter_model.safetensors" for n in trainer.ensemble.adapter_names]
+    assert set(trainer.ensemble.adapter_names) - {"baseline"} == {"group_0", "group_1"}
     assert [name for name in names if not (run / name).is_file()] == []
     assert sorted(p.name for p in (run / "training").iterdir()) == ["baseline.json", "group_0.json", "group_1.json"]
     assert not list(run.rglob("*.tmp"))
@@ -148,8 +149,10 @@ def test_model_is_back_at_its_start_and_reloaded_ensemble_agrees(finished):
         assert torch.allclose(loaded(input_ids=ids, task=list(trainer.tasks)).logits, expected, atol=1e-5)
 
 
-def test_weights_are_no_worse_than_the_own_group(finished):
+def test_weights_are_no_worse_than_the_own_group_or_the_baseline(finished):
     trainer, output, _ = finished
+    for task in trainer.tasks:
+        assert output.metrics[f"eval_{task}_loss"] <= output.metrics[f"eval_baseline_{task}_loss"] + 1e-3
     kept = trainer.ensemble.weights
     trainer.ensemble.weights = {task: {trainer.grouping.group_of(task): 1.0} for task in trainer.tasks}
     own = trainer.evaluate()
@@ -248,6 +251,14 @@ def test_an_old_record_is_not_taken_for_a_new_adapter(tmp_path, base_folder):
     (tmp_path / "adapter").rmdir()
     second = trainer.adapter_training.run("one", ["diffs"], tmp_path / "adapter")
     assert list(second.mixture) == ["diffs"] and (tmp_path / "adapter").is_dir()
+
+
+def test_one_group_of_everything_is_the_baseline(tmp_path, base_folder):
+    trainer = sft_trainer(tmp_path / "run", base_folder, num_groups=1, num_train_epochs=1)
+    metrics = trainer.train().metrics
+    assert trainer.ensemble.adapter_names == ["group_0"]
+    assert metrics["eval_mean_loss"] == pytest.approx(metrics["eval_baseline_mean_loss"])
+    assert [p.name for p in (tmp_path / "run" / "training").iterdir()] == ["baseline.json"]
 
 
 def text_trainer(folder, model, tasks, trainer_class=EnsembleTrainer, config=EnsembleConfig, peft="SEQ_CLS", **changes):
@@ -360,11 +371,11 @@ def test_sampling_weights_reach_the_sampler(tmp_path, base_folder):
 
 
 def test_evaluation_before_and_during_training_is_the_plain_one(tmp_path, base_folder):
-    trainer = sft_trainer(tmp_path / "run", base_folder, num_groups=1, eval_strategy="epoch", num_train_epochs=1)
+    trainer = sft_trainer(tmp_path / "run", base_folder, num_groups=2, eval_strategy="epoch", num_train_epochs=1)
     assert "eval_sums_loss" in trainer.evaluate() and trainer.ensemble is None
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "eval_sums_loss" in entry and "adapter" in entry]
-    assert {entry["adapter"] for entry in logged} == {"baseline", "group_0"}
+    assert {entry["adapter"] for entry in logged} == {"baseline", "group_0", "group_1"}
 
 
 def test_without_baseline(tmp_path, base_folder):

@@ -6,20 +6,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..ensemble import PeftEnsembleModel
 from ..select import Grouping, Selection
 from ..train import FidelityReport
 
 Scores = Mapping[str, Mapping[str, float]]
 
 
-def grouping_table(grouping: Grouping, weights: Mapping[str, Mapping[str, float]]) -> Table:
+def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
+    """Every adapter with its tasks, and the other tasks that give it a weight."""
     table = Table(title="Groups, one adapter each", caption=grouping.why)
     table.add_column("adapter")
-    table.add_column("tasks")
+    table.add_column("trained on")
     table.add_column("used by")
-    for name, tasks in grouping.groups.items():
-        users = [task for task, row in weights.items() if row.get(name, 0) > 0 and task not in tasks]
-        table.add_row(name, ", ".join(tasks), ", ".join(users) or "its own tasks")
+    for member in ensemble.members:
+        users = [task for task, row in ensemble.weights.items() if row.get(member.name, 0) > 0]
+        trained_on = ", ".join(member.tasks) if member.name in grouping.groups else "all tasks"
+        table.add_row(member.name, trained_on, "its tasks" if users == member.tasks else ", ".join(users) or "none")
     return table
 
 

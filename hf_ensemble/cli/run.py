@@ -177,7 +177,7 @@ def report(trainer, results: dict[str, Any]) -> None:
     out = console()
     folder = Path(trainer.args.output_dir)
     if "groups" in results:
-        out.print(grouping_table(trainer.grouping, trainer.ensemble.weights))
+        out.print(grouping_table(trainer.grouping, trainer.ensemble))
     else:
         out.print(selection_table(trainer.selection))
     out.print(results_table(results["scores"], results["split"]))

@@ -9,7 +9,7 @@ from ..errors import EstimationError
 from ..store import FeatureTable
 from .mixtures import mixture_weights
 from .reduction import FeatureReduction
-from .regularization import ObservedRun, Regularization, choose_regularization
+from .regularization import ObservedRun, Regularization, choose_regularization, training_length_l2
 from .surrogate import solve_surrogate
 
 
@@ -40,8 +40,8 @@ class SubsetEstimator:
     """Predicts how fine-tuning on any subset or mixture of tasks would turn out, from gradient features alone.
 
     The surrogate's l2 stands for how long one trains: with the epochs fixed, more rows mean more steps and a longer way
-    from the linearisation point, so l2(a) = c / N(a) with N(a) = sum_k a_k n_k. The constant c is found by evidence,
-    see [`choose_regularization`].
+    from the linearisation point, so l2 falls with the number of rows N(a) = sum_k a_k n_k, see [`training_length_l2`].
+    Its constant c is found by evidence, see [`choose_regularization`].
 
     Args:
         train (`FeatureTable`): features of the training rows.
@@ -110,8 +110,8 @@ class SubsetEstimator:
         if mixtures.shape[1] != len(self.task_names):
             raise EstimationError(f"Expected mixtures over {len(self.task_names)} tasks, found shape {mixtures.shape}.")
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
-        size = np.maximum(mixtures @ self.counts, np.finfo(float).tiny)
-        solution = solve_surrogate(*self._train, mixtures, scale / size)
+        l2 = training_length_l2(scale, mixtures @ self.counts, self.counts.sum())
+        solution = solve_surrogate(*self._train, mixtures, l2)
         features, margin, task = self._validation
         z = margin + solution.coefficients @ features.T
         return Prediction(

@@ -12,6 +12,7 @@ from ..logging import get_logger
 from .mixtures import mixture_weights
 
 _GRID = np.logspace(-3, 3, 25)
+_EXPONENT = 1.5
 
 logger = get_logger(__name__)
 
@@ -31,7 +32,7 @@ class ObservedRun:
 
 @dataclass(frozen=True)
 class Regularization:
-    """The constant c of l2 = c / N and where it comes from.
+    """The constant c of the penalty and where it comes from.
 
     Args:
         l2_scale (`float`): c.
@@ -42,6 +43,22 @@ class Regularization:
     l2_scale: float
     evidence: Literal["observed_runs", "validation_loss"]
     criterion: float
+
+
+def training_length_l2(l2_scale: float | np.ndarray, rows: np.ndarray, all_rows: float) -> np.ndarray:
+    """Penalty of mixtures of `rows` training rows each, `(S,)`:  l2 = c / all_rows * (all_rows / rows)^1.5.
+
+    With the epochs fixed, the way from the linearisation point grows faster than the number of steps, because a fresh
+    LoRA's A has no gradient before its B has moved. Of the exponents 1, 1.25, 1.5, 1.75 and 2, 1.5 had the least error
+    against subsets and groups fine-tuned for real.
+
+    Args:
+        l2_scale (`float` or `np.ndarray` of shape `(S,)`): c; for all rows together l2 is c / all_rows.
+        rows (`np.ndarray` of shape `(S,)`): weighted number of training rows of each mixture.
+        all_rows (`float`): training rows of all tasks.
+    """
+    # A mixture without rows is refused by the solver; its penalty has only to be a number.
+    return l2_scale / all_rows * (all_rows / np.where(rows > 0, rows, all_rows)) ** _EXPONENT
 
 
 def choose_regularization(

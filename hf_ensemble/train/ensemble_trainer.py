@@ -1,6 +1,8 @@
 """Fine-tune on many datasets: group them, train one adapter per group, serve the weighted ensemble."""
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
 from .._compat import adapters_untouched
-from .._files import read_json, write_json
+from .._files import read_json, write_folder_atomically, write_json
 from ..ensemble import EnsembleMember, PeftEnsembleModel, fit_weights
 from ..ensemble.config import ADAPTERS_FOLDER
 from ..ensemble.files import load_adapter
@@ -62,7 +64,12 @@ class EnsembleMixin(StagesMixin):
         self.grouping = self._group(store, self.observed_runs())
         for name, tasks in self.grouping.groups.items():
             with run.stage(f"adapter:{name}"):
-                trained.append(self.adapter_training.run(name, tasks, run.path / "ensemble" / ADAPTERS_FOLDER / name))
+                folder = run.path / "ensemble" / ADAPTERS_FOLDER / name
+                if self.args.train_baseline and len(tasks) == len(self.tasks):
+                    # One group of everything is what the baseline was trained on.
+                    self._copy_baseline(folder)
+                else:
+                    trained.append(self.adapter_training.run(name, tasks, folder))
         self.ensemble = self._assemble()
         metrics = self.evaluate()
         steps = sum(adapter.global_step for adapter in trained)
@@ -119,29 +126,56 @@ class EnsembleMixin(StagesMixin):
             self.accelerator.wait_for_everyone()
         return grouping
 
+    def _copy_baseline(self, folder: Path) -> None:
+        if self.is_world_process_zero():
+            write_folder_atomically(
+                folder, lambda new: shutil.copytree(self.run_directory.path / BASELINE, new, dirs_exist_ok=True)
+            )
+        self.accelerator.wait_for_everyone()
+
     def _assemble(self) -> PeftEnsembleModel:
-        """The ensemble over this trainer's own model, with its weights."""
-        folder = self.run_directory.path / "ensemble"
-        with adapters_untouched(self.model):
-            for name in self.grouping.groups:
-                if name not in self.model.peft_config:
-                    load_adapter(self.model, folder / ADAPTERS_FOLDER / name, name)
+        """The ensemble over this trainer's own model, with its weights.
+
+        With fitted weights the baseline's adapter stands beside the groups' as one more column: it is trained anyway,
+        and a task that does better with it gets it. It stays out when no task gives it a weight.
+        """
+        run = self.run_directory.path
+        folder = run / "ensemble"
         members = [EnsembleMember(name, list(tasks)) for name, tasks in self.grouping.groups.items()]
         own = {task: {self.grouping.group_of(task): 1.0} for task in self.tasks}
-        ensemble = PeftEnsembleModel(self.model, members, own, label_space=self.label_space)
-        file = self.run_directory.path / "estimate" / "weights.json"
+        file = run / "estimate" / "weights.json"
+        shared = EnsembleMember(BASELINE, list(self.tasks))
         with self.run_directory.stage("weights") as todo:
             if todo:
                 if self.args.ensemble_weights == "fitted" and len(members) > 1:
-                    own = {task: self._fitted_weights(ensemble, task) for task in self.tasks}
+                    candidates = [*members, shared] if self.args.train_baseline else members
+                    candidate = PeftEnsembleModel(self._with_adapters(candidates), candidates)
+                    own = {task: self._fitted_weights(candidate, task) for task in self.tasks}
+                if any(BASELINE in row for row in own.values()):
+                    self._copy_baseline(folder / ADAPTERS_FOLDER / BASELINE)
                 if self.is_world_process_zero():
                     write_json(file, own)
                 self.accelerator.wait_for_everyone()
-            ensemble.weights = read_json(file)
+        weights = read_json(file)
+        if any(BASELINE in row for row in weights.values()):
+            members.append(shared)
+        ensemble = PeftEnsembleModel(self._with_adapters(members), members, weights, label_space=self.label_space)
         if self.is_world_process_zero():
             ensemble.ensemble_config().save(folder)
             self.processing_class.save_pretrained(folder)
         return ensemble
+
+    def _with_adapters(self, members: list[EnsembleMember]):
+        """This trainer's model with the members' adapters beside its own."""
+        run = self.run_directory.path
+        with adapters_untouched(self.model):
+            for member in members:
+                if member.name not in self.model.peft_config:
+                    folder = (
+                        run / BASELINE if member.name == BASELINE else run / "ensemble" / ADAPTERS_FOLDER / member.name
+                    )
+                    load_adapter(self.model, folder, member.name)
+        return self.model
 
     def _fitted_weights(self, ensemble: PeftEnsembleModel, task: str) -> dict[str, float]:
         rows = self.eval_dataset[task]

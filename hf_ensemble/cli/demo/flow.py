@@ -53,7 +53,7 @@ def demo(argv: Sequence[str]) -> dict:
     )
     write_json(folder / "results.json", results)
     out.print(selection_table(selection, expected=_what_it_is()))
-    out.print(grouping_table(trainer.grouping, trainer.ensemble.weights))
+    out.print(grouping_table(trainer.grouping, trainer.ensemble))
     out.print(results_table(results["scores"], results["split"]))
     out.print(fidelity_table(report))
     ensemble = folder / "run" / "ensemble"
