@@ -1,5 +1,6 @@
 """Capturing gradients inside an otherwise plain training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,9 @@ class GradientCaptureCallback(TrainerCallback):
             `"train_begin"` captures at the untrained adapter, which answers what adding or leaving out a task does;
             `"train_end"` at the trained one.
         overwrite (`bool`, *optional*, defaults to `False`): replace a store of another model, data or configuration.
+
+    Of a chat, the assistant's last turn is the answer; an `SFTTrainer` with `assistant_only_loss=False` trains on every
+    turn.
 
     Raises:
         `ConfigurationError`: for another `when`, and for a trainer without a tokenizer.
@@ -58,7 +62,12 @@ class GradientCaptureCallback(TrainerCallback):
         self.store: GradientStore | None = None
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if self.when == "train_begin":
+        if self.when != "train_begin":
+            return
+        if state is not None and state.global_step > 0:
+            # A resumed training begins in the middle; what was captured at its beginning still stands.
+            self.store = GradientStore(self.output_dir)
+        else:
             self._capture(args, model, processing_class)
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
@@ -68,10 +77,14 @@ class GradientCaptureCallback(TrainerCallback):
     def _capture(self, args, model, processing_class) -> None:
         if processing_class is None:
             raise ConfigurationError("Capturing needs the tokenizer: pass processing_class to the Trainer.")
+        config = self.config
+        if config.max_length is None:
+            # As SFTTrainer truncates.
+            config = replace(config, max_length=getattr(args, "max_length", None))
         self.store = capture_gradients(
             model,
             self.tasks,
-            self.config,
+            config,
             self.output_dir,
             processing_class=processing_class,
             overwrite=self.overwrite,

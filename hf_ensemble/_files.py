@@ -43,9 +43,13 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
     try:
         os.chmod(work, 0o755)
         write(work)
+        old = None
         if folder.exists():
-            shutil.rmtree(folder)
+            old = work.with_name(f"{work.name}.old")
+            os.replace(folder, old)
         os.replace(work, folder)
+        if old is not None:
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

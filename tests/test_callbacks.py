@@ -2,11 +2,11 @@ import pytest
 import torch
 import toy
 from peft import get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from hf_ensemble import CaptureConfig, DataSelector, GradientCaptureCallback, TaskSet
-from hf_ensemble.errors import ConfigurationError, StoreMismatchError
+from hf_ensemble.errors import ConfigurationError, StoreError, StoreMismatchError
 from hf_ensemble.store import GradientStore
 from hf_ensemble.tasks import RowFormat, encode
 
@@ -69,6 +69,17 @@ def test_begin_and_end_capture_different_points(tmp_path):
         train("sft", tmp_path / "again", [callback(tmp_path / "end")])
     train("sft", tmp_path / "over", [callback(tmp_path / "end", overwrite=True)])
     assert GradientStore(tmp_path / "end").identity == begin.store.identity
+
+
+def test_a_resumed_training_keeps_what_was_captured_at_its_beginning(tmp_path):
+    own = callback(tmp_path / "store")
+    train("sft", tmp_path / "run", [own])
+    resumed = callback(tmp_path / "store")
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    resumed.on_train_begin(args, TrainerState(global_step=3), None, model=None, processing_class=toy.tokenizer())
+    assert resumed.store.identity == own.store.identity
+    with pytest.raises(StoreError, match="Capture gradients first"):
+        callback(tmp_path / "none").on_train_begin(args, TrainerState(global_step=3), None)
 
 
 def test_bad_arguments_are_named(tmp_path):

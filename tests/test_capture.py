@@ -2,12 +2,14 @@ import oracles
 import pytest
 import torch
 import toy
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel
 
 from hf_ensemble.capture import CaptureConfig, GradientExtractor, SeededProjection, capture_gradients, log_odds, margins
 from hf_ensemble.errors import CaptureError, ConfigurationError, StoreError, StoreMismatchError
 from hf_ensemble.store import GradientStore
-from hf_ensemble.tasks import TaskSet, data_collator_for, encode, score_answers
+from hf_ensemble.tasks import TaskCollator, TaskSet, data_collator_for, encode, score_answers
 
 
 def relative_error(found, expected):
@@ -16,13 +18,27 @@ def relative_error(found, expected):
 
 def causal_batch(padding_side, count=5):
     tokenizer = toy.tokenizer(padding_side)
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     tasks = TaskSet.from_datasets({"t": toy.sum_rows(count)}, {"t": toy.sum_rows(2)})
     rows = list(encode(tasks.table("train"), tokenizer, tasks.row_format))
     # Different lengths, so that something is padded.
     for i, row in enumerate(rows):
         for key in ("input_ids", "attention_mask", "labels"):
             row[key] = row[key][i % 3 :]
-    return rows, data_collator_for(tasks.row_format, tokenizer, labels_are_tokens=True)
+    return rows, TaskCollator(pad)
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_absolute_positions_do_not_count_padding(padding_side):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(toy.VOCABULARY), n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    model = get_peft_model(GPT2LMHeadModel(config), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"]))
+    toy.randomize(model)
+    rows, collator = causal_batch(padding_side)
+    extractor = GradientExtractor(model, projection_dim=None)
+    together = extractor(collator(rows)).features
+    alone = torch.cat([extractor(collator([row])).features for row in rows])
+    assert not extractor.fallback and relative_error(together, alone) < 1e-5
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
@@ -289,6 +305,26 @@ def test_a_killed_capture_goes_on_and_ends_with_the_same_store(tmp_path, monkeyp
     capture(folder)
     assert not set(redone) & set(written)
     assert contents(folder) == contents(whole_store[0])
+
+
+def test_a_capture_killed_before_its_last_word_is_completed(tmp_path, monkeypatch):
+    from hf_ensemble.store import GradientStoreWriter
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientStoreWriter, "finish", lambda self, **records: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            capture(tmp_path / "store")
+    monkeypatch.setattr(GradientStoreWriter, "write_shard", lambda *a: pytest.fail("captured again"))
+    assert len(capture(tmp_path / "store")) == 90
+
+
+def test_fingerprint_of_a_tensor_with_more_entries_than_float32_counts():
+    from hf_ensemble.capture.identity import _hash
+
+    large = torch.zeros(2**24 + 2**20 + 3, dtype=torch.int8)
+    first = _hash({"w": large}, 64)
+    large[-1] = 1
+    assert _hash({"w": large}, 64) != first
 
 
 def test_a_store_of_something_else_is_refused_by_name(tmp_path):

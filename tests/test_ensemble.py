@@ -159,6 +159,17 @@ def test_saved_ensemble_gives_the_same_logits(ensemble, members, batch, base_fol
         assert torch.allclose(stock(**batch).logits, members(**batch).logits, atol=1e-6)
 
 
+def test_adapters_of_different_folders_make_an_ensemble(ensemble, batch, base_folder, tmp_path):
+    ensemble.save_pretrained(tmp_path)
+    folders = {name: tmp_path / "adapters" / name for name in "abc"}
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    made = PeftEnsembleModel.from_adapters(base, folders, WEIGHTS)
+    with torch.no_grad():
+        assert torch.allclose(made(**batch, task=TASKS).logits, ensemble(**batch, task=TASKS).logits, atol=1e-5)
+    with pytest.raises(EnsembleLoadError, match="neither a folder nor a repository"):
+        PeftEnsembleModel.from_adapters(base, {"d": tmp_path / "nothing"})
+
+
 def test_saving_over_an_ensemble_replaces_it(ensemble, members, batch, tmp_path):
     ensemble.save_pretrained(tmp_path)
     toy.randomize(members, 0.1)
@@ -172,6 +183,11 @@ def edit(folder, change):
     data = json.loads((folder / "ensemble_config.json").read_text())
     change(data)
     (folder / "ensemble_config.json").write_text(json.dumps(data))
+
+
+def edit_adapter(folder, **changes):
+    path = folder / "adapters/b/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +206,9 @@ def edit(folder, change):
         (lambda f: edit(f, lambda d: d["weights"]["x"].update(d=1.0)), r"unknown adapters \['d'\]"),
         (lambda f: (f / "adapters/b/adapter_model.safetensors").unlink(), "'b': adapter_model.safetensors is missing"),
         (lambda f: (f / "adapters/b/adapter_model.safetensors").write_bytes(b"x" * 99), "'b' in .* does not fit"),
-        (lambda f: (f / "adapters/b/adapter_config.json").write_text("{"), "'b' in .* does not fit"),
+        (lambda f: (f / "adapters/b/adapter_config.json").write_text("{"), "'b': adapter_config.json is damaged"),
+        (lambda f: edit_adapter(f, peft_type="XLORA", adapters={"0": "/etc"}), "'b': adapter_config.json says 'XLORA'"),
+        (lambda f: edit_adapter(f, megatron_config={"a": 1}), "sets megatron_config"),
     ],
 )
 def test_damaged_ensembles_are_refused_by_name(ensemble, tmp_path, damage, message):

@@ -49,7 +49,8 @@ def test_default_tolerance_predicts_losses_to_1e_5(estimator):
     x, m, task = estimator._train
     xv, mv, task_v = estimator._validation
     for row, mixture in enumerate(mixtures):
-        l2 = estimator.regularization.l2_scale / 160 * (160 / (mixture @ estimator.counts)) ** 1.5
+        epoch = mixture @ estimator.counts / mixture.max()
+        l2 = estimator.regularization.l2_scale / 160 * (160 / epoch) ** 1.5
         w = oracles.fit(x, m, mixture[task], l2)
         loss = np.logaddexp(0, -(mv + xv @ w))
         for column in range(4):

@@ -63,7 +63,10 @@ def test_card_says_what_was_trained_on_what_and_how_well(run):
     mean = sum(score["accuracy"] for score in results["ensemble"].values()) / 3
     assert shown["**mean**"][2] == f"{mean:.3f}"
     configuration = json.loads(card.text.split("```json\n")[1].split("```")[0])
-    assert configuration == json.loads((run / "run.json").read_text())["configuration"]
+    record = json.loads((run / "run.json").read_text())
+    assert configuration["choices"] == record["choices"]
+    assert configuration["configuration"]["arguments"] == record["configuration"]["arguments"]
+    assert configuration["configuration"]["model"]["name"] == "base" and str(run.parent) not in str(card)
     assert "2409.19458" in card.text and "2505.21930" in card.text
     assert "torch 2." in card.text and "subfolder=" in card.text
     assert "(assets/affinity.png)" in card.text
@@ -106,6 +109,7 @@ def test_push_and_load_from_a_hub(run, tmp_path):
     with local_hub(tmp_path / "hub") as endpoint:
         code = f"""
             import torch
+            from pathlib import Path
             from huggingface_hub import HfApi, ModelCard
             from peft import PeftModel
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,8 +124,12 @@ def test_push_and_load_from_a_hub(run, tmp_path):
             expected |= {{f"adapters/{{name}}/adapter_{{kind}}" for name in {members} for kind in kinds}}
             assert files - {{".gitattributes"}} == expected, files
             assert 'from_pretrained("hub-user/animals")' in ModelCard.load("hub-user/animals").text
+            folder = HfApi().snapshot_download("hub-user/animals")
+            texts = [path.read_text() for path in Path(folder).rglob("*.*") if path.suffix in (".json", ".md")]
+            assert texts and not any({str(run.parent)!r} in text for text in texts)
             local = PeftEnsembleModel.from_pretrained({str(run / "ensemble")!r})
-            remote = PeftEnsembleModel.from_pretrained("hub-user/animals", revision=commit.oid)
+            base = AutoModelForCausalLM.from_pretrained({str(run.parent / "base")!r})
+            remote = PeftEnsembleModel.from_pretrained("hub-user/animals", revision=commit.oid, base_model=base)
             ids = torch.arange(3, 9).unsqueeze(0)
             with torch.no_grad():
                 assert torch.equal(local(ids, task="sums").logits, remote(ids, task="sums").logits)

@@ -76,7 +76,7 @@ def test_fingerprint_changes_with_any_row():
         ({"train": {"a": "rows", "b": ROWS}}, "found str"),
         ({"train": {"a": [{**ROWS[0], "task": "z"}], "b": ROWS}}, "reserved"),
         ({"sampling_weights": {"z": 1.0}}, "unknown tasks"),
-        ({"sampling_weights": {"a": -1.0}}, "not negative"),
+        ({"sampling_weights": {"a": 0.0}}, "positive and finite"),
     ],
 )
 def test_bad_input_is_named(changes, message):
@@ -97,6 +97,20 @@ def test_label_outside_of_the_set_is_named():
         classification(rows, rows)
     with pytest.raises(TaskError, match="integers from 0"):
         classification([{"text": "a", "label": "good"}], [{"text": "a", "label": "good"}])
+
+
+def test_tasks_of_different_label_features_make_one_table():
+    def rows(names):
+        features = Features({"text": Value("large_string"), "label": ClassLabel(names=names)})
+        return Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+
+    plain = toy.text_rows(2)
+    train = {"sst2": rows(["negative", "positive"]), "cola": rows(["bad", "good"]), "plain": plain}
+    tasks = TaskSet.from_datasets(train, train)
+    assert len(tasks.table("train")) == 6
+    assert tasks.label_space.names == ("negative", "positive", "bad", "good")
+    renamed = TaskSet.from_datasets({**train, "cola": rows(["no", "yes"])}, train)
+    assert renamed.fingerprint != tasks.fingerprint
 
 
 def test_label_names():

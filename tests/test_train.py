@@ -215,6 +215,72 @@ def test_a_run_of_another_configuration_is_refused_by_name(finished):
     sft_trainer(run, base, num_groups=2, logging_steps=3, save_steps=7).open_run()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"projection_seed": 3},
+        {"projection_dim": 64},
+        {"feature_dtype": "float32"},
+        {"max_length": 30},
+        {"seed": 5},
+        {"dataloader_drop_last": True},
+        {"weight_decay": 0.1},
+        {"num_components": 10},
+        {"ensemble_weights": "own_group"},
+        {"num_subsets": 21},
+        {"train_baseline": False},
+    ],
+)
+def test_every_argument_that_matters_is_compared(finished, change):
+    trainer, _, base = finished
+    with pytest.raises(RunMismatchError, match=f"{next(iter(change))}|theta0"):
+        sft_trainer(trainer.run_directory.path, base, num_groups=2, **change).open_run()
+
+
+def test_other_weights_of_the_same_name_are_another_run(finished, tmp_path):
+    trainer, _, base = finished
+    model = toy.llama(seed=5)
+    model.config._name_or_path = base
+    with pytest.raises(RunMismatchError, match="model.base_weights"):
+        EnsembleSFTTrainer(
+            model=model,
+            args=sft_config(trainer.run_directory.path, num_groups=2),
+            train_dataset=toy.sft_tasks(),
+            processing_class=toy.tokenizer(),
+            peft_config=toy.lora(),
+        ).open_run()
+
+
+def test_a_training_goes_on_from_its_last_whole_checkpoint_and_from_no_other(tmp_path, base_folder, monkeypatch):
+    changes = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4}
+
+    def adapter(folder, mixture, kill_at=None):
+        trainer = sft_trainer(tmp_path / folder, base_folder, **changes)
+        trainer.open_run()
+        step = TaskSFTTrainer.training_step
+
+        def killed(self, *args, **kwargs):
+            if kill_at is not None and self.state.global_step == kill_at:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(TaskSFTTrainer, "training_step", killed)
+        try:
+            trainer.adapter_training.run("one", mixture, tmp_path / folder / "adapter")
+        finally:
+            monkeypatch.setattr(TaskSFTTrainer, "training_step", step)
+        return load_file(str(tmp_path / folder / "adapter" / "adapter_model.safetensors"))
+
+    whole, other = adapter("whole", ["sums"]), adapter("other", ["diffs"])
+    for folder, mixture, expected in (("a", ["sums"], whole), ("b", ["diffs"], other)):
+        with pytest.raises(KeyboardInterrupt):
+            adapter(folder, ["sums"], kill_at=7)
+        # What a kill in the middle of saving leaves.
+        (tmp_path / folder / "training" / "one" / "checkpoint-8").mkdir()
+        found = adapter(folder, mixture)
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
 def test_overwriting_starts_over(tmp_path, base_folder):
     first = sft_trainer(tmp_path / "run", base_folder, num_groups=1, num_train_epochs=1)
     first.train()
@@ -361,12 +427,31 @@ def test_meta_columns_reach_the_batch_and_not_the_model(tmp_path, base_folder, t
 def test_sampling_weights_reach_the_sampler(tmp_path, base_folder):
     tasks = TaskSet.from_datasets(toy.sft_tasks(), sampling_weights={"diffs": 3.0})
     trainer = EnsembleSFTTrainer(
-        model=base_folder, args=sft_config(tmp_path / "run"), train_dataset=tasks, peft_config=toy.lora()
+        model=base_folder,
+        args=sft_config(tmp_path / "run", train_baseline=False),
+        train_dataset=tasks,
+        peft_config=toy.lora(),
     )
     sampler = trainer._get_train_sampler()
     assert isinstance(sampler, TaskWeightedSampler)
-    share = sum(trainer.train_dataset[i][TASK] == "diffs" for i in sampler) / len(sampler)
-    assert 0.3 < share < 0.9
+    # 12 rows of weight 3 beside 24 of weight 1, the heaviest task's rows once each.
+    assert len(sampler) == round(12 + 24 / 3)
+    shares = []
+    for epoch in range(50):
+        sampler.set_epoch(epoch)
+        shares += [trainer.train_dataset[i][TASK] == "diffs" for i in sampler]
+    assert abs(sum(shares) / len(shares) - 0.6) < 0.06
+    trainer.open_run()
+    inner = trainer.adapter_training._inner_trainer(
+        "x", tmp_path / "x", {"diffs": 1.0, "sums": 0.5}, trainer.train_dataset
+    )
+    assert inner.sampling_weights == {"diffs": 3.0, "sums": 0.5}
+    store = trainer.capture()
+    estimator = trainer.selector(store).estimator
+    twice = SubsetEstimator(store.table("train"), store.table("validation"), 20)
+    scale = estimator.regularization.l2_scale
+    weighted = estimator.predict([[1.0, 1.0, 0.0]], l2_scale=scale).coefficients
+    assert (weighted != twice.predict([[1.0, 1.0, 0.0]], l2_scale=scale).coefficients).any()
     assert not isinstance(sft_trainer(tmp_path / "other", base_folder)._get_train_sampler(), TaskWeightedSampler)
 
 
@@ -374,8 +459,10 @@ def test_evaluation_before_and_during_training_is_the_plain_one(tmp_path, base_f
     trainer = sft_trainer(tmp_path / "run", base_folder, num_groups=2, eval_strategy="epoch", num_train_epochs=1)
     assert "eval_sums_loss" in trainer.evaluate() and trainer.ensemble is None
     trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "eval_sums_loss" in entry and "adapter" in entry]
-    assert {entry["adapter"] for entry in logged} == {"baseline", "group_0", "group_1"}
+    evaluated = [
+        entry for entry in trainer.state.log_history if "adapter" in entry and any("eval_" in k for k in entry)
+    ]
+    assert {entry["adapter"] for entry in evaluated} == {"baseline", "group_0", "group_1"}
 
 
 def test_without_baseline(tmp_path, base_folder):

@@ -3,6 +3,7 @@
 from .capture import capture_gradients
 from .config import CaptureConfig
 from .gradients import GradientExtractor, evaluation_mode
+from .identity import model_identity
 from .margin import log_odds, margins
 from .projection import SeededProjection
 
@@ -14,4 +15,5 @@ __all__ = [
     "evaluation_mode",
     "log_odds",
     "margins",
+    "model_identity",
 ]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .._compat import keep_quantized_weights_in_place, package_versions
 from ..errors import CaptureError
 from ..store import CapturedRows, GradientStore, GradientStoreWriter
-from ..tasks import EXAMPLE_ID, TASK, RowFormat, TaskCollator, TaskSet, data_collator_for, encode
+from ..tasks import EXAMPLE_ID, TASK, RowFormat, TaskCollator, TaskSet, data_collator_for, encode, length_limit
 from .config import CaptureConfig
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
@@ -74,8 +74,9 @@ def capture_gradients(
     if encoded is None:
         if processing_class is None:
             raise CaptureError("Expected a tokenizer in processing_class, or token tables in encoded; found neither.")
+        max_length = config.max_length if config.max_length is not None else length_limit(processing_class)
         encoded = {
-            split: encode(tasks.table(split), processing_class, tasks.row_format, tasks.label_space, config.max_length)
+            split: encode(tasks.table(split), processing_class, tasks.row_format, tasks.label_space, max_length)
             for split in ("train", "validation")
         }
     if data_collator is None:
@@ -116,7 +117,7 @@ def capture_gradients(
     mine = missing[state.process_index :: state.num_processes]
     _capture_shards(extractor, writer, mine, encoded, data_collator, config.batch_size, disable_tqdm)
     state.wait_for_everyone()
-    if state.is_main_process and missing:
+    if state.is_main_process and (missing or not writer.is_complete()):
         coverage = {"hooked": extractor.hooked, "fallback": extractor.fallback}
         writer.finish(coverage=coverage, versions=package_versions())
     state.wait_for_everyone()

@@ -99,7 +99,7 @@ class GradientExtractor:
         totals: dict[str, torch.Tensor] = {}
 
         def receive(name: str, gradient: torch.Tensor) -> None:
-            self.projection.add(features, name, gradient)
+            self.projection.add(features, name, gradient.to(features.device))
             if not self._checked:
                 totals[name] = totals.get(name, 0) + gradient.sum(dim=0)
 
@@ -125,6 +125,10 @@ class GradientExtractor:
         )
 
     def _scores(self, inputs, labels, label_mask):
+        mask = inputs.get("attention_mask")
+        if labels.dim() == 2 and self._shift and mask is not None and (mask[:, 0] == 0).any():
+            # Left padding: models number positions from the padding on unless told otherwise.
+            inputs = {**inputs, "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0)}
         logits = self.model(**inputs, **self._no_cache()).logits
         if logits.dim() == 2:
             logits = restrict_to_labels(logits, label_mask)
@@ -161,7 +165,8 @@ class GradientExtractor:
             gradients = torch.autograd.grad(margin[i], wanted, retain_graph=not last, allow_unused=True)
             for name, gradient in zip(names, gradients):
                 if gradient is not None:
-                    self.projection.add(features[i : i + 1], name, gradient.detach().unsqueeze(0).float())
+                    own = gradient.detach().unsqueeze(0).float().to(features.device)
+                    self.projection.add(features[i : i + 1], name, own)
 
 
 @contextmanager

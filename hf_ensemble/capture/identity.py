@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 _SAMPLES = 64
+# Where it was loaded from and by which version does not change a gradient.
+_NOT_PART_OF_AN_ADAPTER = ("inference_mode", "peft_version", "base_model_name_or_path", "revision")
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def _adapter_configs(model: nn.Module) -> dict[str, Any]:
         configs[name] = {
             key: sorted(value) if isinstance(value, (set, frozenset)) else value
             for key, value in raw.items()
-            if isinstance(value, (str, int, float, bool, list, set, frozenset)) and key != "inference_mode"
+            if isinstance(value, (str, int, float, bool, list, set, frozenset)) and key not in _NOT_PART_OF_AN_ADAPTER
         }
     return configs
 
@@ -44,7 +46,8 @@ def _hash(tensors: dict[str, torch.Tensor], samples: int | None) -> str:
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().reshape(-1)
         if samples is not None and flat.numel() > samples:
-            flat = flat[torch.linspace(0, flat.numel() - 1, samples, device=flat.device).long()]
+            # In integers: float32 cannot number the entries of a large embedding.
+            flat = flat[torch.arange(samples, device=flat.device) * (flat.numel() - 1) // (samples - 1)]
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()

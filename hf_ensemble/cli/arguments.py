@@ -1,5 +1,6 @@
 """Flags and YAML of the commands."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ def with_config(argv: Sequence[str]) -> list[str]:
     for key, value in content.items():
         if value is not None:
             values = value if isinstance(value, list) else [value]
-            flags += [f"--{key}", *(str(v) for v in values)]
+            flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     return flags + argv[:position] + argv[position + 2 :]
 
 

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
 from .._compat import package_versions
-from .._files import read_json, write_json
+from .._files import read_json, write_folder_atomically, write_json
 from ..ensemble import LabelSimilarityForSequenceClassification
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from ..logging import get_logger
-from ..select import DataSelector
+from ..store import GradientStore
 from ..tasks import RowFormat, TaskSet, load_task_folder
 from ..train import (
     EnsembleConfig,
@@ -27,6 +28,7 @@ from ..train import (
     SelectionTrainer,
     measure_fidelity,
 )
+from ..train.multi_task_trainer import load_classifier
 from .arguments import RunArguments, parse, with_config
 from .report import console, fidelity_table, grouping_table, results_table, selection_table
 
@@ -74,15 +76,25 @@ def build_trainer(arguments: RunArguments, model_arguments: ModelConfig, tasks: 
     if args.output_dir is None:
         raise ConfigurationError("Expected --output_dir FOLDER.")
     name = model_arguments.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    loading = _loading_arguments(model_arguments)
+    remote = {key: loading[key] for key in ("revision", "trust_remote_code")}
+    tokenizer = AutoTokenizer.from_pretrained(name, **remote)
     model: Any = name
     task_type: str | None = "CAUSAL_LM"
-    if is_classification:
+    options: dict[str, Any] = {} if arguments.target is None else {"target": arguments.target}
+    quantization = get_quantization_config(model_arguments)
+    if not is_classification:
+        args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
+        options["quantization_config"] = quantization
+    elif quantization is not None:
+        raise ConfigurationError("Text classification over a quantized base is not supported: leave load_in_... away.")
+    elif _wants_label_similarity(arguments.head, name, remote):
+        # Nothing of this model but its buffers is its own, so no head has to be saved with the adapters.
+        task_type = None
+        model = label_similarity_model(name, tokenizer, tasks, Path(args.output_dir) / "base", **loading)
+    else:
         task_type = "SEQ_CLS"
-        if _wants_label_similarity(arguments.head, name):
-            # Nothing of this model but its buffers is its own, so no head has to be saved with the adapters.
-            task_type = None
-            model = label_similarity_model(name, tokenizer, tasks, Path(args.output_dir) / "base")
+        model = load_classifier(name, tasks.label_space, **loading)
     peft_config = LoraConfig(
         task_type=task_type,
         r=model_arguments.lora_r,
@@ -93,9 +105,6 @@ def build_trainer(arguments: RunArguments, model_arguments: ModelConfig, tasks: 
         use_dora=model_arguments.use_dora,
         modules_to_save=model_arguments.lora_modules_to_save,
     )
-    options: dict[str, Any] = {} if arguments.target is None else {"target": arguments.target}
-    if not is_classification:
-        options["quantization_config"] = get_quantization_config(model_arguments)
     return trainer_class(
         model=model,
         args=args,
@@ -106,21 +115,43 @@ def build_trainer(arguments: RunArguments, model_arguments: ModelConfig, tasks: 
     )
 
 
-def _wants_label_similarity(head: str, name: str) -> bool:
+def _loading_arguments(model_arguments: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained`, as trl's own scripts pass them."""
+    dtype = model_arguments.dtype
+    return {
+        "revision": model_arguments.model_revision,
+        "trust_remote_code": getattr(model_arguments, "trust_remote_code", False),
+        "attn_implementation": model_arguments.attn_implementation,
+        "dtype": dtype if dtype in ("auto", None) else getattr(torch, dtype),
+    }
+
+
+def _wants_label_similarity(head: str, name: str, remote: dict[str, Any]) -> bool:
     if head != "auto":
         return head == "label_similarity"
-    architectures = AutoConfig.from_pretrained(name).architectures or []
+    architectures = AutoConfig.from_pretrained(name, **remote).architectures or []
     has_head = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
     return not has_head
 
 
-def label_similarity_model(name: str, tokenizer, tasks: TaskSet, folder: Path):
+def label_similarity_model(name: str, tokenizer, tasks: TaskSet, folder: Path, **model_kwargs: Any):
     """The encoder with the tasks' labels as its head, saved as a base model of its own that the ensemble can name."""
-    if not (folder / "config.json").exists():
-        model = LabelSimilarityForSequenceClassification.from_encoder(name, tokenizer, tasks.label_space.names)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    names = tasks.label_space.names
+    if not _is_label_similarity_of(folder, name, names):
+        model = LabelSimilarityForSequenceClassification.from_encoder(name, tokenizer, names, **model_kwargs)
+
+        def write(target: Path) -> None:
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+            write_json(target / "made_of.json", {"encoder": name, "labels": list(names)})
+
+        write_folder_atomically(folder, write)
     return LabelSimilarityForSequenceClassification.from_pretrained(folder)
+
+
+def _is_label_similarity_of(folder: Path, encoder: str, labels: Sequence[str]) -> bool:
+    made_of = folder / "made_of.json"
+    return made_of.is_file() and read_json(made_of) == {"encoder": encoder, "labels": list(labels)}
 
 
 def collect_results(trainer, tasks: TaskSet, arguments: RunArguments) -> dict[str, Any]:
@@ -166,10 +197,7 @@ def collect_results(trainer, tasks: TaskSet, arguments: RunArguments) -> dict[st
 
 def estimator_of(trainer) -> SubsetEstimator:
     """The estimator that the run's choices were made with."""
-    observed = trainer.observed_runs()
-    return DataSelector.from_store(
-        Path(trainer.args.output_dir) / "gradients", trainer.tasks.names, trainer.args.num_components, observed
-    ).estimator
+    return trainer.selector(GradientStore(Path(trainer.args.output_dir) / "gradients")).estimator
 
 
 def report(trainer, results: dict[str, Any]) -> None:

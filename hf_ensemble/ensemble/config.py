@@ -42,7 +42,7 @@ class EnsembleMember:
 
 
 @dataclass(frozen=True)
-class EnsembleConfig:
+class SavedEnsembleConfig:
     """What `ensemble_config.json` holds.
 
     Args:
@@ -71,7 +71,7 @@ class EnsembleConfig:
         write_json(folder / CONFIG_NAME, data)
 
     @classmethod
-    def load(cls, folder: Path) -> "EnsembleConfig":
+    def load(cls, folder: Path) -> "SavedEnsembleConfig":
         """Read and check a configuration.
 
         Raises:

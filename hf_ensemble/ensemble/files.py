@@ -14,7 +14,7 @@ from torch import nn
 
 from .._files import write_folder_atomically
 from ..errors import EnsembleLoadError
-from .config import ADAPTERS_FOLDER, BaseModelReference, EnsembleConfig
+from .config import ADAPTERS_FOLDER, BaseModelReference, SavedEnsembleConfig
 
 _AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -62,12 +62,29 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     write_folder_atomically(folder, write)
 
 
-def save_ensemble(folder: Path, model: PeftModel, config: EnsembleConfig) -> None:
+def save_ensemble(folder: Path, model: PeftModel, config: SavedEnsembleConfig) -> None:
     """Write the adapters, then the configuration that makes the folder an ensemble."""
     folder.mkdir(parents=True, exist_ok=True)
     for member in config.members:
         save_adapter(model, member.name, folder / ADAPTERS_FOLDER / member.name)
     config.save(folder)
+
+
+def check_adapter_config(path: Path, name: str) -> None:
+    """Refuse what would make PEFT read more than this folder, before PEFT sees it.
+
+    Raises:
+        `EnsembleLoadError`: for a damaged file, an adapter that is not LoRA, and fields that name other files or code.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        peft_type = config["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EnsembleLoadError(f"Adapter {name!r}: {path.name} is damaged: {error!r}.") from error
+    if peft_type != "LORA":
+        raise EnsembleLoadError(f"Adapter {name!r}: {path.name} says {peft_type!r}; members of an ensemble are LORA.")
+    if config.get("megatron_config"):
+        raise EnsembleLoadError(f"Adapter {name!r}: {path.name} sets megatron_config, which an ensemble does not read.")
 
 
 def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str) -> PeftModel:
@@ -79,8 +96,8 @@ def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str) -> Pef
     for file in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
             raise EnsembleLoadError(f"Adapter {name!r}: {file} is missing from {str(folder)!r}.")
+    check_adapter_config(folder / _ADAPTER_CONFIG, name)
     try:
-        json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
         else:
@@ -96,10 +113,15 @@ def load_ensemble(
     base_model: "str | nn.Module | None",
     token: str | None,
     model_kwargs: dict[str, Any],
-) -> tuple[PeftModel, EnsembleConfig]:
+) -> tuple[PeftModel, SavedEnsembleConfig]:
     """Base model with all adapters, and the configuration; see `PeftEnsembleModel.from_pretrained`."""
-    folder = _local_folder(name_or_path, revision, token)
-    config = EnsembleConfig.load(folder)
+    folder = local_folder(name_or_path, revision, token)
+    config = SavedEnsembleConfig.load(folder)
+    if base_model is None and not Path(name_or_path).is_dir() and Path(config.base_model.name_or_path).is_absolute():
+        raise EnsembleLoadError(
+            f"{name_or_path!r} names the base model {config.base_model.name_or_path!r}, a folder of another machine. "
+            "Pass base_model=."
+        )
     if not config.members:
         raise EnsembleLoadError(f"The ensemble in {name_or_path!r} has no member.")
     model = base_model if isinstance(base_model, nn.Module) else _load_base(config, base_model, token, model_kwargs)
@@ -108,19 +130,19 @@ def load_ensemble(
     return model, config
 
 
-def _local_folder(name_or_path: str, revision: str | None, token: str | None) -> Path:
+def local_folder(name_or_path: str, revision: str | None, token: str | None) -> Path:
+    """A folder itself, or the snapshot of a Hub id: configuration and safetensors, no pickle, no code."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:
-        # Nothing but configuration and safetensors is fetched: no pickle, no code.
-        patterns = ["*.json", f"{ADAPTERS_FOLDER}/*/*.json", f"{ADAPTERS_FOLDER}/*/*.safetensors"]
+        patterns = ["*.json", "*.safetensors", f"{ADAPTERS_FOLDER}/*/*.json", f"{ADAPTERS_FOLDER}/*/*.safetensors"]
         return Path(snapshot_download(name_or_path, revision=revision, token=token, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise EnsembleLoadError(f"{name_or_path!r} is neither a folder nor a repository to be had: {error}") from error
 
 
 def _load_base(
-    config: EnsembleConfig, override: str | None, token: str | None, model_kwargs: dict[str, Any]
+    config: SavedEnsembleConfig, override: str | None, token: str | None, model_kwargs: dict[str, Any]
 ) -> nn.Module:
     reference = config.base_model
     if reference.auto_class not in _AUTO_CLASSES.values():
@@ -134,7 +156,9 @@ def _load_base(
     if reference.num_labels is not None:
         kwargs.setdefault("num_labels", reference.num_labels)
     try:
-        return getattr(transformers, reference.auto_class).from_pretrained(name, token=token, **kwargs)
+        return getattr(transformers, reference.auto_class).from_pretrained(
+            name, token=token, use_safetensors=True, **kwargs
+        )
     except OSError as error:
         raise EnsembleLoadError(
             f"The base model {name!r} cannot be loaded: {error} Pass base_model= where it lies elsewhere."

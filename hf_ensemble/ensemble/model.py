@@ -16,8 +16,8 @@ from ..errors import EnsembleError
 from ..tasks import IGNORE_INDEX, LabelSpace, restrict_to_labels
 from ..tasks.answers import answer_positions
 from .cache import MemberCaches
-from .config import BaseModelReference, EnsembleConfig, EnsembleMember, check_adapter_name, check_weights
-from .files import base_reference, load_ensemble, save_ensemble
+from .config import BaseModelReference, EnsembleMember, SavedEnsembleConfig, check_adapter_name, check_weights
+from .files import base_reference, load_adapter, load_ensemble, local_folder, save_ensemble
 
 
 class PeftEnsembleModel(nn.Module):
@@ -65,6 +65,9 @@ class PeftEnsembleModel(nn.Module):
                 f"Expected different adapters of the model as members, found {names}; the model has "
                 f"{list(model.peft_config)}."
             )
+        foreign = [name for name in names if model.peft_config[name].peft_type != "LORA"]
+        if foreign:
+            raise EnsembleError(f"Members of an ensemble are LoRA adapters; {foreign} are not.")
         self.model = model
         self.weights = {task: dict(row) for task, row in (weights or {}).items()}
         self.default_weights = dict(default_weights or {name: 1.0 / len(names) for name in names})
@@ -245,9 +248,9 @@ class PeftEnsembleModel(nn.Module):
             else:
                 base.forward = patched
 
-    def ensemble_config(self) -> EnsembleConfig:
+    def ensemble_config(self) -> SavedEnsembleConfig:
         """What `ensemble_config.json` will hold."""
-        return EnsembleConfig(
+        return SavedEnsembleConfig(
             self.base_model_reference,
             self.members,
             self.weights,
@@ -258,6 +261,33 @@ class PeftEnsembleModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `ensemble_config.json` and one plain PEFT adapter per member, safetensors only."""
         save_ensemble(Path(folder), self.model, self.ensemble_config())
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base_model: nn.Module,
+        adapters: Mapping[str, str | Path],
+        weights: Mapping[str, Mapping[str, float]] | None = None,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> "PeftEnsembleModel":
+        """An ensemble of adapters that lie in different folders or Hub repositories.
+
+        Args:
+            base_model (`PreTrainedModel`): the base model.
+            adapters (`dict[str, str]`): folder or Hub id of each adapter, by the name it gets.
+            weights (`dict[str, dict[str, float]]`, *optional*): weight of each adapter, by task.
+            token (`str`, *optional*): Hub token.
+            kwargs: further arguments of the class.
+
+        Raises:
+            `EnsembleLoadError`: for an adapter that is missing, foreign or not safetensors.
+        """
+        model: Any = base_model
+        for name, source in adapters.items():
+            check_adapter_name(name)
+            model = load_adapter(model, local_folder(str(source), None, token), name)
+        return cls(model, list(adapters), weights, **kwargs).eval()
 
     @classmethod
     def from_pretrained(

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import EstimationError
 from ..store import FeatureTable
-from .mixtures import mixture_weights
+from .mixtures import epoch_length, mixture_weights
 from .reduction import FeatureReduction
 from .regularization import ObservedRun, Regularization, choose_regularization, training_length_l2
 from .surrogate import solve_surrogate
@@ -40,7 +40,7 @@ class SubsetEstimator:
     """Predicts how fine-tuning on any subset or mixture of tasks would turn out, from gradient features alone.
 
     The surrogate's l2 stands for how long one trains: with the epochs fixed, more rows mean more steps and a longer way
-    from the linearisation point, so l2 falls with the number of rows N(a) = sum_k a_k n_k, see [`training_length_l2`].
+    from the linearisation point, so l2 falls with the length of an epoch, see [`training_length_l2`].
     Its constant c is found by evidence, see [`choose_regularization`].
 
     Args:
@@ -49,6 +49,8 @@ class SubsetEstimator:
         num_components (`int`, *optional*, defaults to 400): principal components that the surrogate is solved in.
         observed_runs (`Sequence[ObservedRun]`, *optional*):
             Fine-tunings that exist anyway, with their validation losses: the evidence for c.
+        sampling_weights (`dict[str, float]`, *optional*):
+            How often training draws a row of each task, relative to the others; every mixture is multiplied by them.
 
     Raises:
         `EstimationError`: for tasks without rows, and features that are not finite.
@@ -68,6 +70,7 @@ class SubsetEstimator:
         validation: FeatureTable,
         num_components: int = 400,
         observed_runs: Sequence[ObservedRun] = (),
+        sampling_weights: Mapping[str, float] | None = None,
     ):
         if train.task_names != validation.task_names:
             raise EstimationError(
@@ -79,6 +82,9 @@ class SubsetEstimator:
             rows = np.bincount(table.task, minlength=len(self.task_names))
             if (rows == 0).any():
                 raise EstimationError(f"Task {self.task_names[int(np.argmin(rows))]!r} has no {split} rows.")
+        self.sampling_weights = mixture_weights(
+            {**dict.fromkeys(self.task_names, 1.0), **(sampling_weights or {})}, self.task_names
+        )
         self.reduction = FeatureReduction.fit(train.features, num_components)
         self._train = (self.reduction.apply(train.features), train.margin.astype(np.float64), train.task)
         self._validation = (
@@ -110,8 +116,11 @@ class SubsetEstimator:
         if mixtures.shape[1] != len(self.task_names):
             raise EstimationError(f"Expected mixtures over {len(self.task_names)} tasks, found shape {mixtures.shape}.")
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
-        l2 = training_length_l2(scale, mixtures @ self.counts, self.counts.sum())
-        solution = solve_surrogate(*self._train, mixtures, l2)
+        drawn = mixtures * self.sampling_weights
+        l2 = training_length_l2(
+            scale, epoch_length(drawn, self.counts), epoch_length(self.sampling_weights, self.counts)
+        )
+        solution = solve_surrogate(*self._train, drawn, l2)
         features, margin, task = self._validation
         z = margin + solution.coefficients @ features.T
         return Prediction(

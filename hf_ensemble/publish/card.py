@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .._files import read_json, write_atomically
-from ..ensemble.config import EnsembleConfig
+from ..ensemble.config import SavedEnsembleConfig
 from ..errors import EnsembleLoadError
 from ..logging import get_logger
 from .pictures import affinity_heat_map
@@ -26,16 +26,16 @@ class EnsembleCardData:
     rest.
 
     Args:
-        ensemble (`EnsembleConfig`): base model, adapters, weights, versions.
+        ensemble (`SavedEnsembleConfig`): base model, adapters, weights, versions.
         tasks (`dict`): as in `tasks.json`.
         grouping (`dict`, *optional*): as in `groups.json`.
         results (`dict`): scores by split, system (`"ensemble"`, `"baseline"`) and task.
-        configuration (`dict`): as in `run.json`.
+        configuration (`dict`): configuration and choices as in `run.json`, without paths of this machine.
         estimate (`dict`): as in `estimate/estimate.json`.
         affinity_picture (`str`, *optional*): path of the heat map beside the card.
     """
 
-    ensemble: EnsembleConfig
+    ensemble: SavedEnsembleConfig
     tasks: dict[str, Any] = field(default_factory=dict)
     grouping: dict[str, Any] | None = None
     results: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
@@ -51,13 +51,17 @@ class EnsembleCardData:
             return read_json(run / name) if (run / name).is_file() else default
 
         return cls(
-            ensemble=EnsembleConfig.load(run / "ensemble"),
+            ensemble=SavedEnsembleConfig.load(run / "ensemble"),
             tasks=read("tasks.json", {}).get("tasks", {}),
             grouping=read("groups.json", None),
             results=read("evaluation.json", {}),
-            configuration=read("run.json", {}).get("configuration", {}),
+            configuration=_public({key: read("run.json", {}).get(key, {}) for key in ("configuration", "choices")}),
             estimate=read("estimate/estimate.json", {}),
         )
+
+    @property
+    def base_name(self) -> str:
+        return public_name(self.ensemble.base_model.name_or_path) or "a local model"
 
     @property
     def shown_split(self) -> str | None:
@@ -110,6 +114,20 @@ class EnsembleCardData:
         return data
 
 
+def public_name(name: str | None) -> str | None:
+    """A Hub id as it is, and the last part of a folder's path: a card does not tell the paths of a machine."""
+    return Path(name).name if name and Path(name).is_absolute() else name
+
+
+def _public(value: Any) -> Any:
+    """A configuration with [`public_name`] applied to every string in it."""
+    if isinstance(value, dict):
+        return {key: _public(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_public(entry) for entry in value]
+    return public_name(value) if isinstance(value, str) else value
+
+
 def write_model_card(run: str | Path, repo_id: str | None = None) -> Path:
     """Render the card of a run's ensemble to `ensemble/README.md`, with its pictures in `ensemble/assets`.
 
@@ -145,7 +163,7 @@ def write_model_card(run: str | Path, repo_id: str | None = None) -> Path:
 
 def require_ensemble(run: Path) -> None:
     """Raise `EnsembleLoadError` when a run holds no complete ensemble."""
-    config = EnsembleConfig.load(run / "ensemble")
+    config = SavedEnsembleConfig.load(run / "ensemble")
     for member in config.members:
         if not (run / "ensemble" / "adapters" / member.name / "adapter_model.safetensors").is_file():
             raise EnsembleLoadError(f"Adapter {member.name!r} is missing from {str(run / 'ensemble')!r}.")

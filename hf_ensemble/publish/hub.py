@@ -1,12 +1,16 @@
 """Uploading an ensemble."""
 
+import dataclasses
+import shutil
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 
-from ..ensemble.config import EnsembleConfig
+from .._files import read_json, write_json
+from ..ensemble.config import ADAPTERS_FOLDER, SavedEnsembleConfig
 from ..logging import get_logger
-from .card import require_ensemble, write_model_card
+from .card import public_name, require_ensemble, write_model_card
 
 logger = get_logger(__name__)
 
@@ -16,7 +20,8 @@ def push_ensemble_to_hub(
     repo_id: str,
     token: str | None = None,
     private: bool | None = None,
-    commit_message: str = "Upload ensemble",
+    commit_message: str | None = "Upload ensemble",
+    revision: str | None = None,
 ) -> CommitInfo:
     """Upload a run's ensemble: plain PEFT adapters, `ensemble_config.json`, model card and pictures.
 
@@ -26,14 +31,16 @@ def push_ensemble_to_hub(
         token (`str`, *optional*): Hub token.
         private (`bool`, *optional*): of a new repository.
         commit_message (`str`, *optional*): of the commit.
+        revision (`str`, *optional*): branch to commit to.
 
     Raises:
         `EnsembleLoadError`: when the run holds no complete ensemble.
     """
     run = Path(run)
     require_ensemble(run)
-    base = EnsembleConfig.load(run / "ensemble").base_model.name_or_path
-    if Path(base).is_dir():
+    config = SavedEnsembleConfig.load(run / "ensemble")
+    base = config.base_model.name_or_path
+    if Path(base).is_absolute():
         logger.warning(
             "The base model is the local folder %r: whoever loads %r has to pass base_model=. Push the base model to "
             "the Hub and train from there to spare them.",
@@ -42,10 +49,26 @@ def push_ensemble_to_hub(
         )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    write_model_card(run, repo_id)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=run / "ensemble",
-        commit_message=commit_message,
-        ignore_patterns=[".*", "*.tmp"],
-    )
+    card = write_model_card(run, repo_id)
+    with tempfile.TemporaryDirectory() as work:
+        _copy_public(card.parent, Path(work), config)
+        return api.upload_folder(repo_id=repo_id, folder_path=work, commit_message=commit_message, revision=revision)
+
+
+def _copy_public(ensemble: Path, target: Path, config: SavedEnsembleConfig) -> None:
+    """What an ensemble consists of and nothing beside it, without the paths of this machine."""
+    for path in ensemble.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, target / path.name)
+    if (ensemble / "assets").is_dir():
+        shutil.copytree(ensemble / "assets", target / "assets")
+    for member in config.members:
+        folder = target / ADAPTERS_FOLDER / member.name
+        folder.mkdir(parents=True)
+        source = ensemble / ADAPTERS_FOLDER / member.name
+        shutil.copy(source / "adapter_model.safetensors", folder)
+        adapter = read_json(source / "adapter_config.json")
+        adapter["base_model_name_or_path"] = public_name(adapter.get("base_model_name_or_path"))
+        write_json(folder / "adapter_config.json", adapter)
+    base = dataclasses.replace(config.base_model, name_or_path=public_name(config.base_model.name_or_path))
+    dataclasses.replace(config, base_model=base).save(target)

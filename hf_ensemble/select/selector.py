@@ -1,6 +1,6 @@
 """`DataSelector`: the questions one asks of a gradient store."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +38,18 @@ class DataSelector:
         tasks: Sequence[str] | None = None,
         num_components: int = 400,
         observed_runs: Sequence[ObservedRun] = (),
+        sampling_weights: Mapping[str, float] | None = None,
     ) -> "DataSelector":
         """From a store's directory, over all of its tasks or some; see [`SubsetEstimator`] for the rest."""
         store = store if isinstance(store, GradientStore) else GradientStore(store)
         names = store.task_names if tasks is None else tasks
         return cls(
             SubsetEstimator(
-                store.table("train", names), store.table("validation", names), num_components, observed_runs
+                store.table("train", names),
+                store.table("validation", names),
+                num_components,
+                observed_runs,
+                sampling_weights,
             )
         )
 

@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import ConfigurationError
+from .._files import read_json
+from ..errors import ConfigurationError, StoreError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -42,3 +43,20 @@ def rows_file(folder: Path, shard: int) -> Path:
 
 def marker_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.json"
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest.
+
+    Raises:
+        `StoreError`: when there is none, or it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StoreError(f"No gradient store in {str(folder)!r}: expected a {MANIFEST}. Capture gradients first.")
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise StoreError(
+            f"{MANIFEST} in {str(folder)!r} is damaged: {error}. Capture into another directory."
+        ) from error

@@ -10,7 +10,7 @@ import pyarrow.feather
 
 from .._files import read_json, sha256_of
 from ..errors import StoreError
-from .layout import FORMAT_VERSION, MANIFEST, features_file, marker_file, rows_file
+from .layout import FORMAT_VERSION, MANIFEST, features_file, marker_file, read_manifest, rows_file
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ class GradientStore:
 
     def __init__(self, folder: str | Path, verify: bool = True):
         self.folder = Path(folder)
-        if not (self.folder / MANIFEST).is_file():
-            raise StoreError(f"No gradient store in {str(folder)!r}: expected a {MANIFEST}. Capture gradients first.")
-        self.manifest = read_json(self.folder / MANIFEST)
+        self.manifest = read_manifest(self.folder)
         version = self.manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise StoreError(f"{MANIFEST} has format version {version!r}; this release reads {FORMAT_VERSION}.")

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 
-from .._files import named_differences, read_json, sha256_of, write_atomically, write_json
+from .._files import named_differences, sha256_of, write_atomically, write_json
 from ..errors import StoreError, StoreMismatchError
-from .layout import FORMAT_VERSION, MANIFEST, features_file, marker_file, numpy_dtype, rows_file
+from .layout import FORMAT_VERSION, MANIFEST, features_file, marker_file, numpy_dtype, read_manifest, rows_file
 
 
 @dataclass
@@ -81,7 +81,9 @@ class GradientStoreWriter:
     def _begin(self, overwrite: bool) -> None:
         path = self.folder / MANIFEST
         if path.exists():
-            differences = list(named_differences(self._comparable(read_json(path)), self._comparable(self.manifest)))
+            differences = list(
+                named_differences(self._comparable(read_manifest(self.folder)), self._comparable(self.manifest))
+            )
             if not differences:
                 return
             if not overwrite:
@@ -107,6 +109,10 @@ class GradientStoreWriter:
     def missing_shards(self) -> list[int]:
         """Shards that are not whole yet."""
         return [s for s in range(self.manifest["num_shards"]) if not marker_file(self.folder, s).exists()]
+
+    def is_complete(self) -> bool:
+        """Whether the directory holds a finished store."""
+        return read_manifest(self.folder)["status"] == "complete"
 
     def rows_of(self, shard: int) -> range:
         """Positions in the plan that a shard holds."""

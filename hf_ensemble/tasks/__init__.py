@@ -2,7 +2,7 @@
 
 from .answers import IGNORE_INDEX, AnswerScores, restrict_to_labels, score_answers
 from .columns import EXAMPLE_ID, META_COLUMNS, TASK, TaskCollator, pop_meta
-from .encoding import data_collator_for, encode
+from .encoding import data_collator_for, encode, length_limit
 from .folder import load_task_folder
 from .labels import LabelSpace
 from .rows import RowFormat
@@ -23,6 +23,7 @@ __all__ = [
     "TaskWeightedSampler",
     "data_collator_for",
     "encode",
+    "length_limit",
     "load_task_folder",
     "pop_meta",
     "restrict_to_labels",

@@ -1,5 +1,6 @@
 """From a task's text to the token columns a model takes."""
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,11 @@ def encode(
     return dataset.map(encoders[row_format], remove_columns=drop, desc="Tokenizing", load_from_cache_file=False)
 
 
+def length_limit(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The most tokens that the tokenizer's model takes; `None` where it does not say and gives a huge number."""
+    return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
+
+
 def data_collator_for(
     row_format: RowFormat, tokenizer: "PreTrainedTokenizerBase", labels_are_tokens: bool
 ) -> TaskCollator:
@@ -48,7 +54,10 @@ def data_collator_for(
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if labels_are_tokens:
-        return TaskCollator(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX))
+        # Models with absolute positions number padding on the left, and were not trained so; trl pads on the right too.
+        right = copy.copy(tokenizer)
+        right.padding_side = "right"
+        return TaskCollator(DataCollatorForSeq2Seq(right, label_pad_token_id=IGNORE_INDEX))
     return TaskCollator(DataCollatorWithPadding(tokenizer))
 
 

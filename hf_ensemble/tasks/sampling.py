@@ -9,8 +9,8 @@ from torch.utils.data import Sampler
 class TaskWeightedSampler(Sampler[int]):
     """Draws rows with replacement, each as often as its task's weight says.
 
-    An epoch has as many draws as the table has rows. The draws depend on the seed and the epoch alone, so that a
-    resumed training sees what an uninterrupted one saw.
+    An epoch has sum_k a_k n_k / max_k a_k draws: each row of the heaviest task once, on average. The draws depend on
+    the seed and the epoch alone, so that a resumed training sees what an uninterrupted one saw.
 
     Args:
         tasks (`Sequence[str]`): the task of each row.
@@ -28,7 +28,7 @@ class TaskWeightedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.row_weights)
+        return max(1, round(float(self.row_weights.sum() / self.row_weights.max())))
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

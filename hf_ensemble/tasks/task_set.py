@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Value, concatenate_datasets
 
 from ..errors import TaskError
 from .labels import LabelSpace
@@ -14,6 +14,7 @@ from .rows import RowFormat, add_identity, detect_format, label_names_of
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"validation": ("validation", "eval", "dev", "valid"), "train": ("train",), "test": ("test",)}
 # Task names become folder names of adapters, parts of metric names and repository paths.
+_WIDER = ("large_string", "string_view", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -87,8 +88,8 @@ class TaskSet(Mapping[str, Task]):
         if unknown:
             raise TaskError(f"Sampling weights name unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
         full = {name: float(weights.get(name, 1.0)) for name in self._tasks}
-        if any(not 0 <= w < float("inf") for w in full.values()) or not any(full.values()):
-            raise TaskError(f"Sampling weights have to be finite, not negative, and not all zero; found {full}.")
+        if any(not 0 < w < float("inf") for w in full.values()):
+            raise TaskError(f"Sampling weights have to be positive and finite, found {full}. Leave a task out instead.")
         return full
 
     @classmethod
@@ -165,7 +166,10 @@ class TaskSet(Mapping[str, Task]):
 
     def table(self, split: str) -> Dataset:
         """All tasks' rows of one split in one table, task after task."""
-        return concatenate_datasets(list(self.split(split).values()))
+        try:
+            return concatenate_datasets(list(self.split(split).values()))
+        except ValueError as error:
+            raise TaskError(f"The {split!r} rows of the tasks do not form one table: {error}") from error
 
     def subset(self, names: Iterable[str]) -> "TaskSet":
         """The tasks named, in this set's order."""
@@ -184,6 +188,7 @@ class TaskSet(Mapping[str, Task]):
     def fingerprint(self) -> str:
         """32 hexadecimal digits that depend on every row of every split, and on nothing else."""
         parts = [f"{n}/{s}={f}" for n, task in self._tasks.items() for s, f in sorted(task.fingerprints.items())]
+        parts += [f"{n}: {'|'.join(task.label_names)}" for n, task in self._tasks.items() if task.label_names]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict:
@@ -221,6 +226,7 @@ def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
                 f"rows ({row_format.value}) have."
             )
     label_names = label_names_of(name, splits) if row_format is RowFormat.CLASSIFICATION else None
+    splits = {split: _plain_columns(rows) for split, rows in splits.items()}
     identified = {split: add_identity(name, split, rows, row_format) for split, rows in splits.items()}
     return Task(
         name,
@@ -229,6 +235,15 @@ def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
         label_names,
         {split: fingerprint for split, (_, fingerprint) in identified.items()},
     )
+
+
+def _plain_columns(rows: Dataset) -> Dataset:
+    """Labels as plain integers and texts as plain strings, so that tables of different origin can be joined."""
+    for column in ("label", "text", "label_text", "prompt", "completion"):
+        feature = rows.features.get(column)
+        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype in _WIDER):
+            rows = rows.cast_column(column, Value("int64" if column == "label" else "string"))
+    return rows
 
 
 def as_dataset(name: str, source) -> Dataset:

@@ -11,13 +11,15 @@ import torch
 from datasets import Dataset
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
 from .._files import read_json, write_json
 from ..ensemble.files import save_adapter
+from ..logging import get_logger
 from ..tasks import TASK
 from .multi_task_trainer import MultiTaskMixin
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,14 @@ class AdapterTraining:
                 if name in self.theta0:
                     parameter.copy_(self.theta0[name])
 
-    def start_from(self, folder: Path) -> None:
-        """Make a saved adapter the starting point in place of theta0."""
+    def load(self, folder: Path) -> None:
+        """Put a saved adapter's weights into the model; trainings still begin at theta0."""
         weights = load_file(str(folder / "adapter_model.safetensors"))
         set_peft_model_state_dict(self.trainer.model, weights, adapter_name=self.adapter_name)
+
+    def start_from(self, folder: Path) -> None:
+        """Make a saved adapter the starting point in place of theta0."""
+        self.load(folder)
         self.theta0 = {
             name: parameter.detach().clone().cpu()
             for name, parameter in self.trainer.model.named_parameters()
@@ -91,23 +97,34 @@ class AdapterTraining:
         weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
         work = Path(self.trainer.args.output_dir) / "training" / name
         record = work.with_name(f"{name}.json")
-        if record.exists() and folder.exists():
-            return TrainedAdapter(**read_json(record))
-        record.unlink(missing_ok=True)
+        known = read_json(record) if record.exists() else {}
+        if known.get("status") == "done" and known["mixture"] == weights and folder.exists():
+            return TrainedAdapter(**{key: value for key, value in known.items() if key != "status"})
+        if known.get("mixture") != weights:
+            # Checkpoints of another mixture.
+            shutil.rmtree(work, ignore_errors=True)
+        if self.trainer.is_world_process_zero():
+            write_json(record, {"status": "training", "mixture": weights})
+        self.trainer.accelerator.wait_for_everyone()
         self.reset()
         rows = _rows_of(self.trainer.train_dataset, weights)
+        base = self.trainer.model.get_base_model()
+        forward = base.__dict__.get("forward")
         inner = self._inner_trainer(name, work, weights, rows)
         start = time.perf_counter()
-        result = inner.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
+        result = inner.train(resume_from_checkpoint=_last_whole_checkpoint(work))
         seconds = time.perf_counter() - start
         # Mixed precision wraps the model's forward for this trainer's accelerator; the next one wraps it anew.
         inner.accelerator.unwrap_model(inner.model_wrapped, keep_fp32_wrapper=False)
+        if forward is not None:
+            # SFTTrainer wraps the forward that it finds: without this each training would wrap the last one's.
+            base.forward = forward
         trained = TrainedAdapter(
             name, weights, len(rows), round(seconds, 3), float(result.training_loss), int(result.global_step)
         )
         if self.trainer.is_world_process_zero():
             save_adapter(self.trainer.model, self.adapter_name, folder)
-            write_json(record, asdict(trained))
+            write_json(record, {"status": "done", **asdict(trained)})
             shutil.rmtree(work, ignore_errors=True)
         self.trainer.accelerator.wait_for_everyone()
         self.trainer.state.log_history += [{**entry, "adapter": name} for entry in inner.state.log_history]
@@ -119,10 +136,14 @@ class AdapterTraining:
         args.output_dir = str(work)
         args.push_to_hub = False
         args.run_name = f"{args.run_name or Path(self.trainer.args.output_dir).name}-{name}"
-        args.load_best_model_at_end = False
+        if args.load_best_model_at_end:
+            logger.warning(
+                "load_best_model_at_end is not used: an adapter's losses are those of the end of its training."
+            )
+            args.load_best_model_at_end = False
         if isinstance(args, SFTConfig):
             # The model is loaded and the rows are tokens already.
-            args.model_init_kwargs = None
+            args.model_init_kwargs = args.chat_template_path = None
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         kwargs = dict(self.trainer.inner_kwargs)
         sampling = {task: weight * self.trainer.tasks.sampling_weights[task] for task, weight in weights.items()}
@@ -135,6 +156,16 @@ class AdapterTraining:
             sampling_weights=sampling,
             **kwargs,
         )
+
+
+def _last_whole_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that was written to its end; the state is what `Trainer` writes last."""
+    steps = {int(path.name.split("-")[-1]): path for path in work.glob("checkpoint-*") if path.is_dir()}
+    whole = [step for step, path in steps.items() if (path / "trainer_state.json").is_file()]
+    for step in set(steps) - set(whole):
+        logger.warning("The checkpoint %s was not written to its end and is deleted.", steps[step])
+        shutil.rmtree(steps[step])
+    return str(steps[max(whole)]) if whole else None
 
 
 def _rows_of(table: Dataset, weights: Mapping[str, float]) -> Dataset:

@@ -17,16 +17,22 @@ from ..ensemble.config import ADAPTERS_FOLDER
 from ..ensemble.files import load_adapter
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun
+from ..logging import get_logger
 from ..publish import push_ensemble_to_hub, write_model_card
 from ..select import Grouping
+from ..store import GradientStore
 from .arguments import EnsembleConfig, EnsembleSFTConfig
 from .evaluation import answer_logits, score_tasks
 from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
 from .stages import Scores, StagesMixin
 
+logger = get_logger(__name__)
+
 BASELINE = "baseline"
 # Validation rows per task that the ensemble's weights are fitted to: enough for a few weights, small in memory.
 _WEIGHT_EXAMPLES = 200
+# Logits of all adapters together that are held at once, about a gigabyte: long answers over a large vocabulary.
+_WEIGHT_VALUES = 2**28
 
 
 class EnsembleMixin(StagesMixin):
@@ -61,7 +67,7 @@ class EnsembleMixin(StagesMixin):
         if self.args.train_baseline:
             with run.stage("baseline"):
                 trained.append(self.adapter_training.run(BASELINE, self.tasks.names, run.path / BASELINE))
-        self.grouping = self._group(store, self.observed_runs())
+        self.grouping = self._group(store)
         for name, tasks in self.grouping.groups.items():
             with run.stage(f"adapter:{name}"):
                 folder = run.path / "ensemble" / ADAPTERS_FOLDER / name
@@ -93,12 +99,12 @@ class EnsembleMixin(StagesMixin):
             self.accelerator.wait_for_everyone()
         return {name: score["loss"] for name, score in read_json(file).items()}
 
-    def _group(self, store, observed: list[ObservedRun]) -> Grouping:
+    def _group(self, store: GradientStore) -> Grouping:
         file = self.run_directory.path / "groups.json"
         with self.run_directory.stage("group") as todo:
             if not todo:
                 return Grouping.load(file)
-            selector = self.selector(store, observed)
+            selector = self.selector(store)
             self.estimator = selector.estimator
             grouping = selector.group(
                 self.args.num_groups or "auto",
@@ -179,10 +185,11 @@ class EnsembleMixin(StagesMixin):
 
     def _fitted_weights(self, ensemble: PeftEnsembleModel, task: str) -> dict[str, float]:
         rows = self.eval_dataset[task]
+        max_values = _WEIGHT_VALUES // len(ensemble.adapter_names)
         logits = []
         for name in ensemble.adapter_names:
             own, targets, owners = answer_logits(
-                self, self.adapter_logits(name), rows, self.label_space, _WEIGHT_EXAMPLES
+                self, self.adapter_logits(name), rows, self.label_space, _WEIGHT_EXAMPLES, max_values
             )
             logits.append(own)
         fitted = fit_weights(torch.stack(logits), targets, owners)
@@ -246,7 +253,15 @@ class EnsembleMixin(StagesMixin):
         elif self.is_world_process_zero():
             self.ensemble.save_pretrained(output_dir or str(self.run_directory.path / "ensemble"))
 
-    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any):
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ):
         """Upload the ensemble with its model card; the arguments of the plain trainer's `push_to_hub` that name a
         repository (`hub_model_id`, `hub_token`, `hub_private_repo`) are read from `args`.
 
@@ -258,13 +273,15 @@ class EnsembleMixin(StagesMixin):
         if not self.is_world_process_zero():
             return None
         repo_id = self.args.hub_model_id or self.run_directory.path.resolve().name
+        if kwargs:
+            logger.info("The card of an ensemble is made from its run; %s are not used.", sorted(kwargs))
         return push_ensemble_to_hub(
             self.run_directory.path,
             repo_id,
-            token=kwargs.pop("token", None) or self.args.hub_token,
-            private=kwargs.pop("private", None) or self.args.hub_private_repo,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
             commit_message=commit_message,
-            **kwargs,
+            revision=revision or self.args.hub_revision,
         )
 
 

@@ -60,10 +60,18 @@ def score_tasks(
 
 
 def answer_logits(
-    trainer: Trainer, logits_of: LogitsFunction, dataset: Dataset, label_space: LabelSpace | None, max_examples: int
+    trainer: Trainer,
+    logits_of: LogitsFunction,
+    dataset: Dataset,
+    label_space: LabelSpace | None,
+    max_examples: int,
+    max_values: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits at the answer tokens of a task's first rows: `(n, V)`, targets `(n,)` and rows `(n,)`, on the CPU."""
-    parts, offset = [], 0
+    """Logits at the answer tokens of a task's first rows: `(n, V)`, targets `(n,)` and rows `(n,)`, on the CPU.
+
+    Takes whole batches until `max_examples` rows, or until the logits have `max_values` entries.
+    """
+    parts, offset, values = [], 0, 0
     for inputs, labels, tasks in _batches(trainer, dataset.select(range(min(max_examples, len(dataset))))):
         logits = logits_of(inputs, tasks)
         if logits.dim() == 2 and label_space is not None:
@@ -71,6 +79,9 @@ def answer_logits(
         answers, targets, rows = answer_positions(logits, labels, _shift(trainer))
         parts.append((answers.cpu(), targets.cpu(), rows.cpu() + offset))
         offset += len(labels)
+        values += answers.numel()
+        if values >= max_values:
+            break
     return tuple(torch.cat(tensors) for tensors in zip(*parts))
 
 

@@ -1,5 +1,6 @@
 """Predictions against the truth: subsets of the tasks fine-tuned for real."""
 
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -85,11 +86,12 @@ def measure_fidelity(
     prediction_seconds = time.perf_counter() - start
     truth, accuracy, seconds = [], [], []
     for number, subset in enumerate(subsets):
-        record = run.path / "fidelity" / f"{'+'.join(sorted(subset))[:120]}-{number}.json"
+        digest = hashlib.blake2b("|".join(sorted(subset)).encode(), digest_size=8).hexdigest()
+        record = run.path / "fidelity" / f"subset-{digest}.json"
         if not record.exists():
             folder = run.path / "fidelity" / "adapter"
             shutil.rmtree(folder, ignore_errors=True)
-            trained = trainer.adapter_training.run(f"fidelity-{number}", subset, folder)
+            trained = trainer.adapter_training.run(f"fidelity-{digest}", subset, folder)
             scores = trainer.score_adapter(folder, trainer.eval_dataset, f"Fidelity {number + 1}/{len(subsets)}")
             if trainer.is_world_process_zero():
                 write_json(record, {"subset": list(subset), "scores": scores, "seconds": trained.seconds})

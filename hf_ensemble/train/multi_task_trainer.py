@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
-from ..tasks import TASK, LabelSpace, RowFormat, TaskSet, data_collator_for, encode
+from ..tasks import TASK, LabelSpace, RowFormat, TaskSet, data_collator_for, encode, length_limit
 from ..tasks.task_set import as_dataset, make_task
 from .task_trainer import TaskSFTTrainer, TaskTrainer
 
@@ -80,6 +80,9 @@ class MultiTaskMixin:
                 "compute_metrics is used by evaluations during each training; the evaluation of the whole run reports "
                 "loss and accuracy."
             )
+        reserved = sorted(name for name in tasks if name == "mean" or name.startswith("baseline"))
+        if reserved:
+            raise TaskError(f"The task names {reserved} are taken by metrics' names: rename these tasks.")
         self.tasks = tasks
         self.inner_kwargs = inner_kwargs
         lost = sorted(set(tasks.names) - set(self.train_dataset.unique(TASK)))
@@ -132,7 +135,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
                 model if isinstance(model, str) else model.config._name_or_path
             )
         if isinstance(model, str):
-            model = _load_model(model, tasks)
+            space = tasks.label_space
+            model = AutoModelForCausalLM.from_pretrained(model) if space is None else load_classifier(model, space)
         check_labels(model, tasks.label_space)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
@@ -163,11 +167,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         self._finish_init(tasks, inner, optimizers)
 
     def _encode(self, rows: Dataset) -> Dataset:
-        return encode(rows, self._tokenizer, self._row_format, self._label_space, self._tokenizer_max_length())
-
-    def _tokenizer_max_length(self) -> int | None:
-        # Tokenizers without a limit give a huge number.
-        return self._tokenizer.model_max_length if self._tokenizer.model_max_length < 10**9 else None
+        return encode(rows, self._tokenizer, self._row_format, self._label_space, length_limit(self._tokenizer))
 
     def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         return {name: self._encode(rows) for name, rows in self._identified(datasets).items()}
@@ -202,6 +202,11 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             raise TaskError(
                 "Supervised fine-tuning takes prompts and completions, found text and label. Use EnsembleTrainer."
             )
+        if tasks.row_format is RowFormat.CHAT and not args.assistant_only_loss:
+            logger.warning(
+                "Without assistant_only_loss=True every token of a chat is trained on and counts as its answer, what "
+                "the user says too; an accuracy of whole answers says nothing then."
+            )
         if args.packing or args.padding_free:
             raise ConfigurationError("Packed rows lose their task: set packing=False and padding_free=False.")
         super().__init__(
@@ -227,13 +232,12 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         return {name: self._prepare_dataset(dataset, *arguments, name) for name, dataset in rows.items()}
 
 
-def _load_model(name: str, tasks: TaskSet):
-    space = tasks.label_space
-    if space is None:
-        return AutoModelForCausalLM.from_pretrained(name)
+def load_classifier(name: str, label_space: LabelSpace, **kwargs: Any):
+    """A sequence classifier whose outputs are the label space's; `kwargs` go to `from_pretrained`."""
     return AutoModelForSequenceClassification.from_pretrained(
         name,
-        num_labels=len(space),
-        id2label=dict(enumerate(space.names)),
-        label2id={label: i for i, label in enumerate(space.names)},
+        num_labels=len(label_space),
+        id2label=dict(enumerate(label_space.names)),
+        label2id={label: i for i, label in enumerate(label_space.names)},
+        **kwargs,
     )

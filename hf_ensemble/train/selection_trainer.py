@@ -6,8 +6,8 @@ from transformers.trainer_utils import TrainOutput
 
 from .._files import write_json
 from ..errors import ConfigurationError
-from ..estimate import ObservedRun
 from ..select import Selection
+from ..store import GradientStore
 from .arguments import SelectionConfig, SelectionSFTConfig
 from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
 from .stages import StagesMixin
@@ -53,16 +53,16 @@ class SelectionMixin(StagesMixin):
         self.selection = self._select(store)
         with run.stage("adapter"):
             trained = self.adapter_training.run("adapter", self.selection.tasks, run.path / "adapter")
-        self.adapter_training.start_from(run.path / "adapter")
+        self.adapter_training.load(run.path / "adapter")
         metrics = self.evaluate()
         return TrainOutput(trained.global_step, trained.training_loss, metrics)
 
-    def _select(self, store, observed: list[ObservedRun] = ()) -> Selection:
+    def _select(self, store: GradientStore) -> Selection:
         file = self.run_directory.path / "selection.json"
         with self.run_directory.stage("select") as todo:
             if not todo:
                 return Selection.load(file)
-            selector = self.selector(store, observed)
+            selector = self.selector(store)
             selection = selector.select(self.target, self.args.selection_method, self.args.max_auxiliary)
             if self.is_world_process_zero():
                 selection.save(file)
@@ -91,6 +91,32 @@ class SelectionMixin(StagesMixin):
             write_json(self.run_directory.path / "evaluation.json", {metric_key_prefix: {"selection": scores}})
         self.log(dict(metrics))
         return metrics
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ):
+        """Upload the final adapter, as `PeftModel.push_to_hub` does; captured gradients stay on this machine.
+
+        Raises:
+            `ConfigurationError`: before training.
+        """
+        if self.selection is None:
+            raise ConfigurationError("There is no adapter yet: call train() first.")
+        if not self.is_world_process_zero():
+            return None
+        return self.model.push_to_hub(
+            self.args.hub_model_id or self.run_directory.path.resolve().name,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+        )
 
 
 class SelectionTrainer(SelectionMixin, MultiTaskTrainer):

@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 
 from .._compat import adapters_untouched
 from .._files import write_json
-from ..capture import capture_gradients
+from ..capture import capture_gradients, model_identity
 from ..ensemble.files import load_adapter
 from ..estimate import ObservedRun
 from ..select import DataSelector
@@ -21,9 +21,10 @@ from .run_directory import RunDirectory
 Scores = dict[str, dict[str, float]]
 
 # Arguments that say where and how to report or how fast to go, not what to train.
-_UNCOMPARED = ("output_dir", "run_name", "disable_tqdm", "overwrite_run", "local_rank", "report_to")
-_UNCOMPARED += ("per_device_eval_batch_size",)
-_UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "dataloader_", "ddp_", "trackio", "project")
+_UNCOMPARED = ("output_dir", "run_name", "project", "disable_tqdm", "overwrite_run", "local_rank", "report_to")
+_UNCOMPARED += ("per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory")
+_UNCOMPARED += ("dataloader_persistent_workers", "dataloader_prefetch_factor")
+_UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
 # Arguments that only the choice of groups or auxiliary tasks depends on.
 _CHOICES = ("num_components", "num_groups", "max_groups", "grouping_method", "num_subsets", "ensemble_weights")
 _CHOICES += ("selection_method", "max_auxiliary")
@@ -61,14 +62,12 @@ class StagesMixin:
             for key, value in self.args.to_dict().items()
             if key not in (*_UNCOMPARED, *_CHOICES) and not key.startswith(_UNCOMPARED_PREFIXES)
         }
-        adapter = self.model.peft_config[self.model.active_adapter].to_dict()
         return {
             "trainer": type(self).__name__,
-            "model": self.model.get_base_model().config._name_or_path,
+            "model": model_identity(self.model),
             "tasks": self.tasks.fingerprint,
             "sampling_weights": self.tasks.sampling_weights,
             "arguments": _json_values(arguments),
-            "adapter": _json_values(adapter),
         }
 
     def _choices(self) -> dict[str, Any]:
@@ -98,9 +97,12 @@ class StagesMixin:
         """True fine-tunings that exist anyway and can calibrate the estimates."""
         return []
 
-    def selector(self, store: GradientStore, observed_runs: list[ObservedRun] = ()) -> DataSelector:
-        """Predictions from the run's store."""
-        return DataSelector.from_store(store, self.tasks.names, self.args.num_components, observed_runs)
+    def selector(self, store: GradientStore) -> DataSelector:
+        """Predictions from the run's store, with all evidence that the run has."""
+        observed_runs = self.observed_runs()
+        return DataSelector.from_store(
+            store, self.tasks.names, self.args.num_components, observed_runs, self.tasks.sampling_weights
+        )
 
     def adapter_logits(self, name: str | None) -> LogitsFunction:
         """Logits of one adapter, or of the base model alone."""

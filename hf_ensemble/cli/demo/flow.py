@@ -34,7 +34,7 @@ def demo(argv: Sequence[str]) -> dict:
     folder = Path(arguments.output_dir)
     world = build_world(arguments.seed)
     out.print(_STORY.format(target=TARGET), style="italic")
-    base = base_model(world, folder / "base", arguments.seed)
+    base = base_model(world, folder / f"base-{arguments.seed}", arguments.seed)
     tasks = TaskSet.from_datasets(world.tasks())
     trainer = demo_trainer(base, tasks, folder / "run", arguments.seed)
     trainer.train()
@@ -88,6 +88,7 @@ def demo_trainer(base: str, tasks: TaskSet, output_dir: Path, seed: int) -> Ense
         bf16=False,
         report_to="none",
         seed=seed,
+        overwrite_run=True,
     )
     peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     return EnsembleSFTTrainer(model=base, args=args, train_dataset=tasks, peft_config=peft_config)
