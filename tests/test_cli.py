@@ -115,21 +115,18 @@ def test_world_is_the_same_for_a_seed_and_its_families_contradict_each_other():
     assert shared and all(answers[0][prompt] != answers[1][prompt] for prompt in shared)
 
 
-def test_demo_at_toy_size(tmp_path, monkeypatch, capsys):
-    train = flow.train_base_model
-    monkeypatch.setattr(flow, "train_base_model", lambda *a, **k: train(*a, **k, steps=30))
-    threads = []
-    monkeypatch.setattr(flow.torch, "set_num_threads", threads.append)
-    assert main(["demo", "--output_dir", str(tmp_path / "demo"), "--fidelity_subsets", "1"]) == 0
+@pytest.mark.slow
+def test_demo_keeps_its_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(flow.torch, "set_num_threads", lambda count: None)
+    assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert results["target"] == TARGET and results["reload_difference"] < 1e-5
-    assert set(results["scores"]) == {"base", "ensemble", "baseline"}
+    assert results["target"] == TARGET and results["selected"][0] == TARGET
+    assert CORRUPTED not in results["selected"]
+    assert results["mean_accuracy"]["ensemble"] > results["mean_accuracy"]["baseline"]
+    assert results["reload_difference"] < 1e-5
+    # Opposite guidelines never share a group.
+    for tasks in results["groups"].values():
+        assert not (set(tasks) & set(FAMILIES["larger"]) and set(tasks) & set(FAMILIES["smaller"]))
     printed = capsys.readouterr().out
-    for words in (
-        "What helps",
-        "Groups, one adapter each",
-        "Accuracy on test rows",
-        "Prediction against truth",
-        "(as ",
-    ):
-        assert words in printed
+    tables = ("What helps", "Groups, one adapter each", "Accuracy on test rows", "Prediction against truth", "(as ")
+    assert all(words in printed for words in tables)
