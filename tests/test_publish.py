@@ -1,5 +1,6 @@
 import json
 import textwrap
+from pathlib import Path
 
 import pytest
 import toy
@@ -142,5 +143,37 @@ def test_push_and_load_from_a_hub(run, tmp_path):
                 assert "hub-user/nothing" in str(error)
             else:
                 raise AssertionError("a missing repository was loaded")
+        """
+        run_against_hub(textwrap.dedent(code), endpoint, tmp_path / "home")
+
+
+def test_trainers_push_what_they_made(run, tmp_path):
+    """With the arguments of a trl script's last line; a selection uploads its adapter and no gradients."""
+    with local_hub(tmp_path / "hub") as endpoint:
+        code = f"""
+            import sys
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            import toy
+            from huggingface_hub import HfApi
+            from hf_ensemble import EnsembleSFTConfig, EnsembleSFTTrainer, SelectionSFTConfig, SelectionSFTTrainer
+
+            settings = dict(
+                use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no", num_train_epochs=1,
+                projection_dim=64, gradient_checkpointing=False,
+            )
+            tasks = {{"train_dataset": toy.sft_tasks(), "peft_config": toy.lora()}}
+            base = {str(run.parent / "base")!r}
+            args = EnsembleSFTConfig(output_dir="e", hub_model_id="hub-user/e", num_groups=2, **settings)
+            trainer = EnsembleSFTTrainer(model=base, args=args, **tasks)
+            trainer.train()
+            trainer.push_to_hub(dataset_name="sums")
+            args = SelectionSFTConfig(output_dir="s", hub_model_id="hub-user/s", **settings)
+            trainer = SelectionSFTTrainer(model=base, args=args, target="sums", **tasks)
+            trainer.train()
+            trainer.push_to_hub(private=False)
+            files = {{name: set(HfApi().list_repo_files(f"hub-user/{{name}}")) for name in "es"}}
+            assert {{"ensemble_config.json", "README.md"}} <= files["e"], files
+            assert {{"adapter_model.safetensors", "README.md"}} <= files["s"], files
+            assert not any("gradients" in file for file in files["s"]), files
         """
         run_against_hub(textwrap.dedent(code), endpoint, tmp_path / "home")

@@ -17,7 +17,6 @@ from ..ensemble.config import ADAPTERS_FOLDER
 from ..ensemble.files import load_adapter
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun
-from ..logging import get_logger
 from ..publish import push_ensemble_to_hub, write_model_card
 from ..select import Grouping
 from ..store import GradientStore
@@ -25,8 +24,6 @@ from .arguments import EnsembleConfig, EnsembleSFTConfig
 from .evaluation import answer_logits, score_tasks
 from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
 from .stages import Scores, StagesMixin
-
-logger = get_logger(__name__)
 
 BASELINE = "baseline"
 # Validation rows per task that the ensemble's weights are fitted to: enough for a few weights, small in memory.
@@ -253,36 +250,10 @@ class EnsembleMixin(StagesMixin):
         elif self.is_world_process_zero():
             self.ensemble.save_pretrained(output_dir or str(self.run_directory.path / "ensemble"))
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ):
-        """Upload the ensemble with its model card; the arguments of the plain trainer's `push_to_hub` that name a
-        repository (`hub_model_id`, `hub_token`, `hub_private_repo`) are read from `args`.
-
-        Raises:
-            `ConfigurationError`: before training.
-        """
+    def _upload(self, repo_id: str, **kwargs: Any):
         if self.ensemble is None:
             raise ConfigurationError("There is no ensemble yet: call train() first.")
-        if not self.is_world_process_zero():
-            return None
-        repo_id = self.args.hub_model_id or self.run_directory.path.resolve().name
-        if kwargs:
-            logger.info("The card of an ensemble is made from its run; %s are not used.", sorted(kwargs))
-        return push_ensemble_to_hub(
-            self.run_directory.path,
-            repo_id,
-            token=token or self.args.hub_token,
-            private=self.args.hub_private_repo if private is None else private,
-            commit_message=commit_message,
-            revision=revision or self.args.hub_revision,
-        )
+        return push_ensemble_to_hub(self.run_directory.path, repo_id, **kwargs)
 
 
 def flat_metrics(results: Mapping[str, Scores], prefix: str) -> dict[str, float]:

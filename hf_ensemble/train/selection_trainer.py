@@ -92,31 +92,11 @@ class SelectionMixin(StagesMixin):
         self.log(dict(metrics))
         return metrics
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ):
-        """Upload the final adapter, as `PeftModel.push_to_hub` does; captured gradients stay on this machine.
-
-        Raises:
-            `ConfigurationError`: before training.
-        """
+    def _upload(self, repo_id: str, **kwargs: Any):
+        """The final adapter, as `PeftModel.push_to_hub` uploads it; captured gradients stay on this machine."""
         if self.selection is None:
             raise ConfigurationError("There is no adapter yet: call train() first.")
-        if not self.is_world_process_zero():
-            return None
-        return self.model.push_to_hub(
-            self.args.hub_model_id or self.run_directory.path.resolve().name,
-            commit_message=commit_message,
-            token=token or self.args.hub_token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-        )
+        return self.model.push_to_hub(repo_id, **kwargs)
 
 
 class SelectionTrainer(SelectionMixin, MultiTaskTrainer):

@@ -12,11 +12,14 @@ from .._files import write_json
 from ..capture import capture_gradients, model_identity
 from ..ensemble.files import load_adapter
 from ..estimate import ObservedRun
+from ..logging import get_logger
 from ..select import DataSelector
 from ..store import GradientStore
 from .adapter_training import AdapterTraining
 from .evaluation import LogitsFunction, score_tasks
 from .run_directory import RunDirectory
+
+logger = get_logger(__name__)
 
 Scores = dict[str, dict[str, float]]
 
@@ -102,6 +105,35 @@ class StagesMixin:
         observed_runs = self.observed_runs()
         return DataSelector.from_store(
             store, self.tasks.names, self.args.num_components, observed_runs, self.tasks.sampling_weights
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ):
+        """Upload what the run has made: the ensemble with its model card, or the final adapter.
+
+        Takes what `Trainer.push_to_hub` takes; `hub_model_id`, `hub_token`, `hub_private_repo` and `hub_revision` are
+        read from `args`. It always waits for the upload, and makes the card from the run, not from `kwargs`.
+
+        Raises:
+            `ConfigurationError`: before training.
+        """
+        if kwargs:
+            logger.info("The card is made from the run; %s are not used.", sorted(kwargs))
+        if not self.is_world_process_zero():
+            return None
+        return self._upload(
+            self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
         )
 
     def adapter_logits(self, name: str | None) -> LogitsFunction:
