@@ -16,12 +16,9 @@ SYSTEMS = {"base": "base model", "baseline": "one adapter for all", "ensemble": 
 
 def without_paths(results: dict) -> dict:
     """The results with the model's name in place of its folder."""
-    configuration = dict(results["configuration"])
-    adapter = {k: v for k, v in configuration["adapter"].items() if k != "base_model_name_or_path"}
-    return {
-        **results,
-        "configuration": {**configuration, "model": Path(configuration["model"]).name, "adapter": adapter},
-    }
+    model = results["configuration"]["model"]
+    configuration = {**results["configuration"], "model": {**model, "name": Path(model["name"]).name}}
+    return {**results, "configuration": configuration}
 
 
 def tables(results: dict) -> str:
