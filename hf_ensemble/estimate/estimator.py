@@ -115,6 +115,8 @@ class SubsetEstimator:
         mixtures = np.atleast_2d(np.asarray(mixtures, dtype=np.float64))
         if mixtures.shape[1] != len(self.task_names):
             raise EstimationError(f"Expected mixtures over {len(self.task_names)} tasks, found shape {mixtures.shape}.")
+        if not np.isfinite(mixtures).all():
+            raise EstimationError("The mixtures hold a value that is not finite.")
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
         drawn = mixtures * self.sampling_weights
         l2 = training_length_l2(
