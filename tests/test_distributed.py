@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import toy
+
+pytestmark = pytest.mark.slow
 
 CAPTURE = """
 import sys

@@ -494,6 +494,8 @@ def test_selection_trains_once_on_what_it_chose(tmp_path, base_folder, meta):
     record = json.loads((tmp_path / "run" / "training" / "adapter.json").read_text())
     assert list(record["mixture"]) == trainer.selection.tasks
     assert metrics["eval_loss"] == metrics["eval_sums_loss"]
+    trainer.evaluate({"sums": toy.sum_rows(4, 9)}, metric_key_prefix="test")
+    assert set(json.loads((tmp_path / "run" / "evaluation.json").read_text())) == {"eval", "test"}
     assert (tmp_path / "run" / "meta" / "adapter_model.safetensors").exists() == meta
     # The model in hand is the fine-tuned one.
     saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "run" / "adapter")

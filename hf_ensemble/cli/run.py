@@ -14,7 +14,6 @@ from .._files import read_json, write_folder_atomically, write_json
 from ..ensemble import LabelSimilarityForSequenceClassification
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
-from ..logging import get_logger
 from ..store import GradientStore
 from ..tasks import RowFormat, TaskSet, load_task_folder
 from ..train import (
@@ -31,8 +30,6 @@ from ..train import (
 from ..train.multi_task_trainer import load_classifier
 from .arguments import RunArguments, parse, with_config
 from .report import console, fidelity_table, grouping_table, results_table, selection_table
-
-logger = get_logger(__name__)
 
 
 def run(argv: Sequence[str]) -> dict[str, Any]:

@@ -22,8 +22,7 @@ TEMPLATE = "ensemble_card.md.jinja"
 class EnsembleCardData:
     """Everything the template shows.
 
-    Read from the run's files: `ensemble`, `tasks`, `grouping`, `results`, `configuration`, `estimate`. Made here: the
-    rest.
+    All but the picture is read from the run's files.
 
     Args:
         ensemble (`SavedEnsembleConfig`): base model, adapters, weights, versions.

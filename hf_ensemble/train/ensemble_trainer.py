@@ -225,7 +225,9 @@ class EnsembleMixin(StagesMixin):
             folder = self.run_directory.path / BASELINE
             results["baseline"] = self.score_adapter(folder, datasets, "Evaluating baseline")
         metrics = flat_metrics(results, metric_key_prefix)
-        self._keep_results(metric_key_prefix, results)
+        self.keep_scores(metric_key_prefix, results)
+        if self.is_world_process_zero():
+            write_model_card(self.run_directory.path)
         self.log(dict(metrics))
         return metrics
 
@@ -234,14 +236,6 @@ class EnsembleMixin(StagesMixin):
         if self.ensemble is not None:
             raise ConfigurationError("predict() knows one model. Call trainer.ensemble(**batch, task=...) instead.")
         return super().predict(*args, **kwargs)
-
-    def _keep_results(self, prefix: str, results: dict[str, Scores]) -> None:
-        if not self.is_world_process_zero():
-            return
-        file = self.run_directory.path / "evaluation.json"
-        kept = read_json(file) if file.exists() else {}
-        write_json(file, {**kept, prefix: results})
-        write_model_card(self.run_directory.path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the ensemble; before [`train`], what the plain trainer saves."""

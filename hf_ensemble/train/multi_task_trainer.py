@@ -105,8 +105,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
     """`transformers.Trainer` over a dict of datasets.
 
     Changes: `train_dataset` and `eval_dataset` are dicts of named datasets (or a `TaskSet`); rows of text are
-    tokenized;
-    `model` may be a name; `peft_config` adds an adapter, as in trl.
+    tokenized; `model` may be a name; `peft_config` adds an adapter, as in trl.
     """
 
     inner_trainer_class = TaskTrainer

@@ -4,7 +4,6 @@ from typing import Any
 
 from transformers.trainer_utils import TrainOutput
 
-from .._files import write_json
 from ..errors import ConfigurationError
 from ..select import Selection
 from ..store import GradientStore
@@ -87,8 +86,7 @@ class SelectionMixin(StagesMixin):
         }
         if self.target in scores:
             metrics.update({f"{metric_key_prefix}_{m}": scores[self.target][m] for m in ("loss", "accuracy")})
-        if self.is_world_process_zero():
-            write_json(self.run_directory.path / "evaluation.json", {metric_key_prefix: {"selection": scores}})
+        self.keep_scores(metric_key_prefix, {"selection": scores})
         self.log(dict(metrics))
         return metrics
 

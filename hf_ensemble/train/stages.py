@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from .._compat import adapters_untouched
-from .._files import write_json
+from .._files import read_json, write_json
 from ..capture import capture_gradients, model_identity
 from ..ensemble.files import load_adapter
 from ..estimate import ObservedRun
@@ -155,6 +155,13 @@ class StagesMixin:
             return score_tasks(self, self.adapter_logits(None), datasets, self.label_space, description)
         with self.loaded(folder) as name:
             return score_tasks(self, self.adapter_logits(name), datasets, self.label_space, description)
+
+    def keep_scores(self, prefix: str, scores: Mapping[str, Scores]) -> None:
+        """Add the scores of each system to `evaluation.json`, beside those of other prefixes."""
+        if self.is_world_process_zero():
+            file = self.run_directory.path / "evaluation.json"
+            kept = read_json(file) if file.exists() else {}
+            write_json(file, {**kept, prefix: scores})
 
     @contextmanager
     def loaded(self, folder: Path) -> Iterator[str]:
