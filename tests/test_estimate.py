@@ -157,6 +157,16 @@ def test_base_loss_is_the_loss_without_a_move(estimator):
     assert np.abs(far.loss[0] - estimator.base_loss()).max() < 1e-5
 
 
+def test_sampling_weights_multiply_every_mixture(estimator):
+    drawn = np.array([1.0, 3.0, 1.0, 0.5])
+    weighted = SubsetEstimator(*world(), sampling_weights=dict(zip(NAMES, drawn)))
+    mixtures = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 2, 0]])
+    # 40 rows a task: an epoch of all tasks is 40 * 5.5 / 3 rows with the weights and 160 without.
+    scale = 2.0 * (40 * 5.5 / 3 / 160) ** 0.5
+    expected = estimator.predict(mixtures * drawn, l2_scale=scale).loss
+    assert np.abs(weighted.predict(mixtures, l2_scale=2.0).loss - expected).max() < 1e-6
+
+
 def test_mixture_equals_the_subset_it_stands_for(estimator):
     one = estimator.predict_subsets([["a", "c"], {"a": 1.0, "c": 1.0}]).loss
     assert np.array_equal(one[0], one[1])
