@@ -7,10 +7,12 @@ import numpy as np
 
 from ..errors import EstimationError
 from ..store import FeatureTable
+from .intervals import IntervalWidth
 from .mixtures import epoch_length, mixture_weights
+from .outcomes import predicted_outcomes
 from .reduction import FeatureReduction
-from .regularization import ObservedRun, Regularization, choose_regularization, training_length_l2
-from .surrogate import solve_surrogate
+from .regularization import ObservedRun, Regularization, choose_regularization, losses_of, training_length_l2
+from .surrogate import SurrogateProblem
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class Prediction:
         accuracy (`np.ndarray` of shape `(S, T)`):
             Share of validation examples whose answer gets more than half of the probability; for two labels this is the
             accuracy.
+        loss_low (`np.ndarray` of shape `(S, T)`):
+            Lower ends of 90 % intervals for the true losses; NaN without a run that calibrates, see [`IntervalWidth`].
+        loss_high (`np.ndarray` of shape `(S, T)`): their upper ends.
         coefficients (`np.ndarray` of shape `(S, k)`): the surrogate's optimum.
         gradient_norm (`np.ndarray` of shape `(S,)`): how exactly it was solved.
     """
@@ -32,6 +37,8 @@ class Prediction:
     mixtures: np.ndarray
     loss: np.ndarray
     accuracy: np.ndarray
+    loss_low: np.ndarray
+    loss_high: np.ndarray
     coefficients: np.ndarray
     gradient_norm: np.ndarray
 
@@ -86,17 +93,27 @@ class SubsetEstimator:
             {**dict.fromkeys(self.task_names, 1.0), **(sampling_weights or {})}, self.task_names
         )
         self.reduction = FeatureReduction.fit(train.features, num_components)
-        self._train = (self.reduction.apply(train.features), train.margin.astype(np.float64), train.task)
+        self._train = SurrogateProblem(self.reduction.apply(train.features), train.margin, train.task)
+        order = np.argsort(validation.task, kind="stable")
         self._validation = (
-            self.reduction.apply(validation.features),
-            validation.margin.astype(np.float64),
-            validation.task,
+            self.reduction.apply(validation.features)[order],
+            validation.margin[order].astype(np.float64),
+            validation.task[order],
         )
+        self._validation_ids = validation.example_id[order].tolist()
         if not np.isfinite(self._validation[0]).all():
             raise EstimationError("A validation feature is not finite.")
+        self.observed_runs = tuple(observed_runs)
+        self.interval = IntervalWidth()
         self.regularization: Regularization = choose_regularization(
-            lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss, self.task_names, observed_runs
+            lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss,
+            self.task_names,
+            self.observed_runs,
         )
+        if self.observed_runs:
+            mixtures, losses = losses_of(self.observed_runs, self.task_names)
+            predicted, _, displacement = self._outcomes(self.predict(mixtures).coefficients)
+            self.interval = IntervalWidth.fit(predicted, displacement, losses)
 
     def predict_subsets(self, subsets: Iterable[Iterable[str] | Mapping[str, float]]) -> Prediction:
         """Outcomes of named subsets, or of dicts from name to mixture weight."""
@@ -120,29 +137,34 @@ class SubsetEstimator:
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
         drawn = mixtures * self.sampling_weights
         l2 = training_length_l2(
-            scale, epoch_length(drawn, self.counts), epoch_length(self.sampling_weights, self.counts)
+            scale,
+            epoch_length(drawn, self.counts),
+            epoch_length(self.sampling_weights, self.counts),
         )
-        solution = solve_surrogate(*self._train, drawn, l2)
-        features, margin, task = self._validation
-        z = margin + solution.coefficients @ features.T
+        solution = self._train.solve(drawn, l2)
+        loss, accuracy, displacement = self._outcomes(solution.coefficients)
         return Prediction(
             self.task_names,
             mixtures,
-            self._per_task(np.logaddexp(0.0, -z), task),
-            self._per_task((z > 0).astype(np.float64), task),
+            loss,
+            accuracy,
+            *self.interval.around(loss, displacement),
             solution.coefficients,
             solution.gradient_norm,
         )
 
-    def _per_task(self, values: np.ndarray, task: np.ndarray) -> np.ndarray:
-        """Mean over each task's validation rows: `(S, n)` to `(S, T)`."""
-        indicator = np.eye(len(self.task_names))[task]
-        return values @ (indicator / indicator.sum(axis=0))
+    def _outcomes(self, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return predicted_outcomes(*self._validation, len(self.task_names), coefficients)
 
     def base_loss(self) -> np.ndarray:
         """Validation loss of each task at the linearisation point, `(T,)`."""
-        _, margin, task = self._validation
-        return self._per_task(np.logaddexp(0.0, -margin)[None], task)[0]
+        return self._outcomes(np.zeros((1, self.reduction.components.shape[1])))[0][0]
+
+    def linear_margins(self, coefficients: np.ndarray) -> dict[tuple[str, str], float]:
+        """Margin m_i + x_i.w of every validation example, by (task, example id), for one w `(k,)`."""
+        features, margin, task = self._validation
+        names = (self.task_names[index] for index in task)
+        return dict(zip(zip(names, self._validation_ids), (margin + features @ coefficients).tolist()))
 
     def parameters_at(self, coefficients: np.ndarray) -> np.ndarray:
         """Coefficients of the captured features `(..., d)`; through the projection's transpose they move the model."""

@@ -1,11 +1,18 @@
-"""Capture wide, solve narrow: principal components of the gradient features."""
+"""Capture wide, solve narrow: principal components of the gradient features.
 
+Features may be a memory map of any float type: they are read in blocks, and no copy of all of them is made.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import eigh
 
 from ..errors import EstimationError
+
+# Features that are held in float64 at once.
+_BLOCK = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -30,29 +37,49 @@ class FeatureReduction:
         Raises:
             `EstimationError`: for features that are not finite or all zero.
         """
-        if not np.isfinite(features).all():
-            raise EstimationError(
-                f"Row {int(np.argmin(np.isfinite(features).all(axis=1)))} has a feature that is not finite."
-            )
-        scale = float(np.linalg.norm(features, axis=1).mean())
+        n, d = features.shape
+        scale = sum(_row_norms(start, block).sum() for start, block in _blocks(features)) / n
         if scale == 0:
             raise EstimationError("Every gradient feature is zero: at this point no example moves the adapter.")
-        n, d = features.shape
         k = min(num_components, n, d)
-        x = features.astype(np.float64) / scale
         if d <= n:
-            _, vectors = eigh(x.T @ x, subset_by_index=[d - k, d - 1])
+            _, vectors = eigh(_gram(features), subset_by_index=[d - k, d - 1])
             components = vectors[:, ::-1]
         else:
-            values, vectors = eigh(x @ x.T, subset_by_index=[n - k, n - 1])
+            values, vectors = eigh(_gram(features.T), subset_by_index=[n - k, n - 1])
             kept = values > values[-1] * 1e-12
-            components = (x.T @ (vectors[:, kept] / np.sqrt(values[kept])))[:, ::-1]
-        return cls(scale, np.ascontiguousarray(components))
+            left = vectors[:, kept] / np.sqrt(values[kept])
+            right = sum(block.T @ left[start : start + len(block)] for start, block in _blocks(features))
+            components = right[:, ::-1]
+        return cls(float(scale), np.ascontiguousarray(components))
 
     def apply(self, features: np.ndarray) -> np.ndarray:
         """Features `(n, d)` to components `(n, k)`, float64."""
-        return (features @ self.components.astype(features.dtype)).astype(np.float64) / self.scale
+        out = np.empty((len(features), self.components.shape[1]))
+        for start, block in _blocks(features):
+            np.matmul(block, self.components, out=out[start : start + len(block)])
+        out /= self.scale
+        return out
 
     def restore(self, w: np.ndarray) -> np.ndarray:
         """Coefficients of the components `(..., k)` to coefficients of the captured features `(..., d)`."""
         return w @ self.components.T / self.scale
+
+
+def _blocks(features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """First row and float64 copy of consecutive blocks of rows."""
+    rows = max(1, _BLOCK // features.shape[1])
+    for start in range(0, len(features), rows):
+        yield start, features[start : start + rows].astype(np.float64)
+
+
+def _gram(features: np.ndarray) -> np.ndarray:
+    """X^T X of features `(n, d)`, `(d, d)`."""
+    return sum(block.T @ block for _, block in _blocks(features))
+
+
+def _row_norms(start: int, block: np.ndarray) -> np.ndarray:
+    finite = np.isfinite(block).all(axis=1)
+    if not finite.all():
+        raise EstimationError(f"Row {start + int(np.argmin(finite))} has a feature that is not finite.")
+    return np.linalg.norm(block, axis=1)

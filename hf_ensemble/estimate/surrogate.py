@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from ..errors import EstimationError
+from .newton import TaskRows, WeightedRows, approach, minimize
 
-# Rows times mixtures that are held at once, in float64 (a handful of such arrays are alive).
-_CHUNK = 16_000_000
+# Pairs of a mixture and a row that it weighs that are held at once, at about 30 bytes each.
+_CHUNK = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,128 @@ class SurrogateSolution:
     Args:
         coefficients (`np.ndarray` of shape `(S, k)`): w of each mixture.
         gradient_norm (`np.ndarray` of shape `(S,)`): norm of the objective's gradient there.
+        iterations (`np.ndarray` of shape `(S,)`): Newton steps that it took.
     """
 
     coefficients: np.ndarray
     gradient_norm: np.ndarray
+    iterations: np.ndarray
+
+
+class SurrogateProblem:
+    """Training rows in the order and the precisions that solving needs, for any number of calls.
+
+    Args:
+        features (`np.ndarray` of shape `(n, k)`):
+            Training features. Principal components are solved fastest: the preconditioner is diagonal.
+        margin (`np.ndarray` of shape `(n,)`): margins at the linearisation point.
+        task (`np.ndarray` of shape `(n,)`): index of each row's task.
+        device (`torch.device` or `str`, *optional*): where to solve, the CPU by default; it needs float64.
+
+    Raises:
+        `EstimationError`: for features and margins that are not finite.
+    """
+
+    def __init__(
+        self, features: np.ndarray, margin: np.ndarray, task: np.ndarray, device: torch.device | str | None = None
+    ):
+        _check_finite(features=features, margins=margin)
+        self.counts = np.bincount(task)
+        self.num_components = features.shape[1]
+        # A task's rows lie side by side, so that each product reads one piece of memory.
+        order = np.argsort(task, kind="stable")
+        x = torch.from_numpy(features[order].astype(np.float64, copy=False)).to(device)
+        m = torch.from_numpy(margin[order].astype(np.float64, copy=False)).to(device)
+        single = x.float()
+        self._tasks = [
+            TaskRows(rows, rows32, (rows32 * rows32).mean(0), margins)
+            for rows, rows32, margins in zip(*(array.split(self.counts.tolist()) for array in (x, single, m)))
+        ]
+        self._device = x.device
+
+    def solve(
+        self,
+        mixtures: np.ndarray,
+        l2: np.ndarray,
+        tolerance: float = 1e-8,
+        max_iterations: int = 50,
+        initial: np.ndarray | None = None,
+    ) -> SurrogateSolution:
+        """Solve the surrogate of every mixture by Newton's method with conjugate gradients.
+
+        The time is linear in the pairs of a mixture and a row that it weighs; no Hessian is formed. Mixtures are solved
+        in chunks, so that the memory does not grow with their number, apart from the result.
+
+        Args:
+            mixtures (`np.ndarray` of shape `(S, T)`): weight of one row of each task; 0 and 1 for subsets.
+            l2 (`np.ndarray` of shape `(S,)`): ridge penalty of each mixture.
+            tolerance (`float`, *optional*, defaults to 1e-8): gradient norm to reach.
+            max_iterations (`int`, *optional*, defaults to 50): Newton steps.
+            initial (`np.ndarray` of shape `(S, k)`, *optional*):
+                Where to begin, such as the optima of similar mixtures; the linearisation point, w = 0, by default.
+
+        Raises:
+            `EstimationError`:
+                For an empty mixture, negative or non-finite values, wrong shapes, or when the tolerance is not reached.
+        """
+        mixtures = np.asarray(mixtures, dtype=np.float64)
+        l2 = np.broadcast_to(np.asarray(l2, dtype=np.float64), len(mixtures))
+        if mixtures.ndim != 2 or mixtures.shape[1] < len(self.counts):
+            raise EstimationError(f"Expected mixtures over {len(self.counts)} tasks, found shape {mixtures.shape}.")
+        _check_finite(mixtures=mixtures, l2=l2)
+        if (mixtures < 0).any():
+            raise EstimationError(f"Mixture {int(np.argmax((mixtures < 0).any(axis=1)))} has a negative weight.")
+        if (l2 <= 0).any():
+            raise EstimationError("l2 has to be positive: the surrogate has no minimum without it.")
+        counts = np.pad(self.counts, (0, mixtures.shape[1] - len(self.counts)))
+        totals = mixtures @ counts
+        if (totals == 0).any():
+            raise EstimationError(f"Mixture {int(np.argmin(totals))} is empty: no training row has a weight.")
+        if initial is not None:
+            initial = np.asarray(initial, dtype=np.float64)
+            if initial.shape != (len(mixtures), self.num_components):
+                raise EstimationError(
+                    f"Expected initial coefficients of shape {(len(mixtures), self.num_components)}, found "
+                    f"{initial.shape}."
+                )
+            _check_finite(**{"initial coefficients": initial})
+        row_weights = mixtures / totals[:, None]
+        parts = [
+            self._solve_chunk(
+                row_weights[part], l2[part], None if initial is None else initial[part], tolerance, max_iterations
+            )
+            for part in _chunks((mixtures > 0) @ counts)
+        ]
+        return SurrogateSolution(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+    def _solve_chunk(self, row_weights, l2, start, tolerance, max_iterations):
+        weights = torch.from_numpy(row_weights).to(self._device)
+        ridge = 2 * torch.from_numpy(l2.copy()).to(self._device).unsqueeze(1)
+        if start is None:
+            w, approached = approach(self._blocks(weights.float()), ridge.float(), tolerance, max_iterations)
+            w, max_left = w.double(), max_iterations - int(approached.max())
+        else:
+            w, approached, max_left = torch.from_numpy(start.copy()).to(self._device), 0, max_iterations
+        w, norm, steps = minimize(self._blocks(weights, w), w, ridge, tolerance, max_left)
+        if not (norm <= tolerance).all():
+            raise EstimationError(
+                f"The surrogate did not reach the gradient norm {tolerance} in {max_iterations} steps (found "
+                f"{float(norm.max()):.2g}). Its l2 may be too small for these features."
+            )
+        return w.cpu().numpy(), norm.cpu().numpy(), (steps + approached).cpu().numpy()
+
+    def _blocks(self, weights: torch.Tensor, w: torch.Tensor | None = None) -> list[WeightedRows]:
+        """The tasks that the mixtures weigh, in the precision of `weights` `(S, T)`, at w or at the start w = 0."""
+        blocks = []
+        for task, rows in enumerate(self._tasks):
+            weighing = weights[:, task].nonzero()[:, 0]
+            if len(weighing) and len(rows.margin):
+                if w is None:
+                    z = rows.margin.to(weights.dtype).repeat(len(weighing), 1)
+                else:
+                    z = torch.addmm(rows.margin, w[weighing], rows.features.T)
+                blocks.append(WeightedRows(rows, weighing, weights[weighing, task].unsqueeze(1), z))
+        return blocks
 
 
 def solve_surrogate(
@@ -37,113 +156,21 @@ def solve_surrogate(
     l2: np.ndarray,
     tolerance: float = 1e-8,
     max_iterations: int = 50,
+    initial: np.ndarray | None = None,
+    device: torch.device | str | None = None,
 ) -> SurrogateSolution:
-    """Solve the surrogate of every mixture by Newton's method with conjugate gradients.
-
-    The mixtures share every matrix product with the features; their Hessians are never formed.
-
-    Args:
-        features (`np.ndarray` of shape `(n, k)`): training features.
-        margin (`np.ndarray` of shape `(n,)`): margins at the linearisation point.
-        task (`np.ndarray` of shape `(n,)`): index of each row's task.
-        mixtures (`np.ndarray` of shape `(S, T)`): weight of one row of each task; 0 and 1 for subsets.
-        l2 (`np.ndarray` of shape `(S,)`): ridge penalty of each mixture.
-        tolerance (`float`, *optional*, defaults to 1e-8): gradient norm to reach.
-        max_iterations (`int`, *optional*, defaults to 50): Newton steps.
-
-    Raises:
-        `EstimationError`: for an empty mixture, negative or non-finite values, or when the tolerance is not reached.
-    """
-    mixtures = np.asarray(mixtures, dtype=np.float64)
-    l2 = np.broadcast_to(np.asarray(l2, dtype=np.float64), len(mixtures))
-    _check(features, margin, mixtures, l2)
-    counts = np.bincount(task, minlength=mixtures.shape[1])
-    totals = mixtures @ counts
-    if (totals == 0).any():
-        raise EstimationError(f"Mixture {int(np.argmin(totals))} is empty: no training row has a weight.")
-    chunk = max(1, _CHUNK // max(1, len(margin)))
-    parts = []
-    for start in range(0, len(mixtures), chunk):
-        part = slice(start, start + chunk)
-        # Rows that no mixture of the chunk weighs cost nothing.
-        used = np.flatnonzero((mixtures[part] > 0).any(axis=0)[task])
-        row_weights = (mixtures[part] / totals[part, None])[:, task[used]]
-        parts.append(_newton(features[used], margin[used], row_weights, l2[part], tolerance, max_iterations))
-    return SurrogateSolution(*(np.concatenate(arrays) for arrays in zip(*parts)))
+    """One call of [`SurrogateProblem.solve`], with its arguments and those of [`SurrogateProblem`]."""
+    return SurrogateProblem(features, margin, task, device).solve(mixtures, l2, tolerance, max_iterations, initial)
 
 
-def _check(features, margin, mixtures, l2) -> None:
-    for name, array in (("features", features), ("margins", margin), ("mixtures", mixtures), ("l2", l2)):
+def _check_finite(**arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise EstimationError(f"The {name} hold a value that is not finite.")
-    if (mixtures < 0).any():
-        raise EstimationError(f"Mixture {int(np.argmax((mixtures < 0).any(axis=1)))} has a negative weight.")
-    if (l2 <= 0).any():
-        raise EstimationError("l2 has to be positive: the surrogate has no minimum without it.")
 
 
-def _newton(features, margin, row_weights, l2, tolerance, max_iterations):
-    x = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64))
-    m = torch.from_numpy(np.asarray(margin, dtype=np.float64))
-    b = torch.from_numpy(row_weights)
-    ridge = 2 * torch.from_numpy(np.array(l2)).unsqueeze(1)
-    w = torch.zeros(len(b), x.shape[1], dtype=torch.float64)
-
-    def objective(z, w):
-        return (b * torch.nn.functional.softplus(-z)).sum(1) + 0.5 * (ridge * w * w).sum(1)
-
-    z = m.expand(len(b), -1)
-    value = objective(z, w)
-    for _ in range(max_iterations):
-        gradient = ridge * w - (b * torch.sigmoid(-z)) @ x
-        norm = gradient.norm(dim=1)
-        if (norm <= tolerance).all():
-            break
-        curvature = b * torch.sigmoid(z) * torch.sigmoid(-z)
-        step = -_conjugate_gradient(x, curvature, ridge, gradient, norm)
-        z_step = step @ x.T
-        slope = (gradient * step).sum(1)
-        size = torch.ones(len(b), 1, dtype=torch.float64)
-        for _ in range(40):
-            trial_z, trial_w = z + size * z_step, w + size * step
-            trial = objective(trial_z, trial_w)
-            # At the optimum two values differ by rounding alone.
-            worse = trial > value + 1e-4 * size[:, 0] * slope + 1e-15 * value.abs() + 1e-18
-            if not worse.any():
-                break
-            size = torch.where(worse.unsqueeze(1), size / 2, size)
-        z, w, value = trial_z, trial_w, trial
-    else:
-        raise EstimationError(
-            f"The surrogate did not reach the gradient norm {tolerance} in {max_iterations} steps (found "
-            f"{float(norm.max()):.2g}). Its l2 may be too small for these features."
-        )
-    return w.numpy(), norm.numpy()
-
-
-def _conjugate_gradient(x, curvature, ridge, gradient, norm, max_iterations=250):
-    """Solve (X^T diag(c) X + ridge) v = gradient for every mixture, to a share of its own gradient."""
-    # Jacobi preconditioner: principal components make the Hessian nearly diagonal.
-    inverse_diagonal = 1.0 / (curvature @ (x * x) + ridge)
-    # Accuracy in step with the outer iteration gives Newton's fast convergence (Dembo et al. 1982).
-    target = torch.minimum(torch.full_like(norm, 0.1), norm.sqrt()) * norm
-    v = torch.zeros_like(gradient)
-    residual = gradient.clone()
-    y = inverse_diagonal * residual
-    direction = y.clone()
-    rho = (residual * y).sum(1)
-    for _ in range(max_iterations):
-        active = residual.norm(dim=1) > target
-        if not active.any():
-            break
-        product = (curvature * (direction @ x.T)) @ x + ridge * direction
-        step = torch.where(active, rho / (direction * product).sum(1).clamp(min=1e-300), torch.zeros_like(rho))
-        v += step.unsqueeze(1) * direction
-        residual -= step.unsqueeze(1) * product
-        y = inverse_diagonal * residual
-        rho_next = (residual * y).sum(1)
-        direction = (
-            y + torch.where(active, rho_next / rho.clamp(min=1e-300), torch.zeros_like(rho)).unsqueeze(1) * direction
-        )
-        rho = rho_next
-    return v
+def _chunks(pairs: np.ndarray) -> list[slice]:
+    """Consecutive mixtures whose rows `pairs` `(S,)` add up to about `_CHUNK`."""
+    chunk = (np.cumsum(pairs) - pairs) // _CHUNK
+    edges = np.flatnonzero(np.diff(chunk, prepend=-1, append=chunk[-1:] + 1))
+    return [slice(start, stop) for start, stop in zip(edges[:-1], edges[1:])]

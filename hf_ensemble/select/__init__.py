@@ -3,7 +3,7 @@
 from .affinity import affinity_matrix, predicted_affinity
 from .grouping import Grouping, group_tasks, partition_loss
 from .partition import semidefinite_partition, spectral_partition
-from .sampling import random_subsets
+from .sampling import calibration_subsets, mixed_subsets, random_subsets
 from .selection import Selection, forward_selection, random_ensemble_selection, select_tasks
 from .selector import DataSelector
 
@@ -12,8 +12,10 @@ __all__ = [
     "Grouping",
     "Selection",
     "affinity_matrix",
+    "calibration_subsets",
     "forward_selection",
     "group_tasks",
+    "mixed_subsets",
     "partition_loss",
     "predicted_affinity",
     "random_ensemble_selection",

@@ -1,0 +1,198 @@
+"""Newton's method for many mixtures at once, task by task.
+
+A mixture costs only the rows that it weighs: every matrix product is between one task's rows and the mixtures that
+weigh that task. The way to the optimum is in float32; there, objective, gradient and the test that it is one are in
+float64, while the linear systems stay in float32: the next gradient corrects their rounding (iterative refinement).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .conjugate_gradient import conjugate_gradient
+
+# Relative accuracy of a Newton step: loose while far from the optimum, never beyond what float32 holds.
+_LOOSEST, _TIGHTEST = 0.1, 1e-3
+# From this gradient norm one Newton step comes near the optimum, and float32 still knows the gradient well.
+_NEAR = 1e-4
+# Newton steps in float32 at most.
+_MOST_SINGLE = 15
+
+
+@dataclass
+class TaskRows:
+    """The `n` rows of one task.
+
+    Args:
+        features (`torch.Tensor` of shape `(n, k)`): features, float64.
+        single (`torch.Tensor` of shape `(n, k)`): the same in float32.
+        mean_square (`torch.Tensor` of shape `(k,)`): mean of the squared features, float32.
+        margin (`torch.Tensor` of shape `(n,)`): margins at the linearisation point, float64.
+    """
+
+    features: torch.Tensor
+    single: torch.Tensor
+    mean_square: torch.Tensor
+    margin: torch.Tensor
+
+
+@dataclass
+class WeightedRows:
+    """One task's rows under the `s` mixtures that weigh them.
+
+    Args:
+        rows (`TaskRows`): the rows.
+        mixtures (`torch.Tensor` of shape `(s,)`): positions of these mixtures among all that are being solved.
+        weight (`torch.Tensor` of shape `(s, 1)`): weight of one row, positive.
+        z (`torch.Tensor` of shape `(s, n)`): m + x.w of every row.
+        curvature (`torch.Tensor` of shape `(s, n)`, *optional*):
+            Second derivative of every row's weighted loss, float32; there after `differentiate`.
+    """
+
+    rows: TaskRows
+    mixtures: torch.Tensor
+    weight: torch.Tensor
+    z: torch.Tensor
+    curvature: torch.Tensor | None = None
+
+    @property
+    def features(self) -> torch.Tensor:
+        """The rows' features in the precision of z."""
+        return self.rows.features if self.z.dtype == torch.float64 else self.rows.single
+
+    def loss(self, z: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the rows' losses, `(s,)`."""
+        return -torch.nn.functional.logsigmoid(z).sum(1) * self.weight[:, 0]
+
+    def differentiate(self) -> torch.Tensor:
+        """Gradient of the loss `(s, k)`; keeps the curvature."""
+        wrong = torch.sigmoid(-self.z)
+        slope = self.weight * wrong
+        self.curvature = (slope * (1 - wrong)).float()
+        return -slope @ self.features
+
+    def restricted(self, kept: torch.Tensor) -> "WeightedRows":
+        """These rows under the mixtures that are kept, `(S,)` bool; their positions close ranks."""
+        own = kept[self.mixtures]
+        position = torch.cumsum(kept, 0) - 1
+        return WeightedRows(self.rows, position[self.mixtures[own]], self.weight[own], self.z[own], self.curvature[own])
+
+
+def approach(
+    blocks: list[WeightedRows], ridge: torch.Tensor, tolerance: float, max_iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From w = 0 to a point near the optimum, in float32, for `S` mixtures.
+
+    The last step is not checked: [`minimize`] judges the result.
+
+    Args:
+        blocks (`list[WeightedRows]`): the tasks that any of the mixtures weighs, in float32, with z at w = 0.
+        ridge (`torch.Tensor` of shape `(S, 1)`): strength of the penalty, float32.
+        tolerance (`float`): gradient norm to aim at.
+        max_iterations (`int`): Newton steps; at most.
+
+    Returns:
+        `tuple`: coefficients `(S, k)` and Newton steps `(S,)`.
+    """
+    w = ridge.new_zeros(len(ridge), blocks[0].rows.single.shape[1])
+    value = _objective(blocks, w, ridge)
+    solution, steps = w.clone(), torch.zeros(len(w), dtype=torch.long, device=w.device)
+    left = torch.arange(len(w), device=w.device)
+    for iteration in range(1, min(max_iterations, _MOST_SINGLE) + 1):
+        gradient, norm = _gradient(blocks, w, ridge)
+        step = -_newton_direction(blocks, gradient, norm, ridge, tolerance)
+        solution[left], steps[left] = w + step, iteration
+        far = norm > _NEAR
+        if not far.any():
+            break
+        if not far.all():
+            blocks = [block.restricted(far) for block in blocks]
+            left, w, ridge, value, gradient, step = (a[far] for a in (left, w, ridge, value, gradient, step))
+        w, value = _line_search(blocks, w, value, step, (gradient * step).sum(1), ridge)
+        solution[left] = w
+    return solution, steps
+
+
+def minimize(
+    blocks: list[WeightedRows], start: torch.Tensor, ridge: torch.Tensor, tolerance: float, max_iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Minimise the weighted loss plus ridge/2 |w|^2 in float64, for `S` mixtures.
+
+    Args:
+        blocks (`list[WeightedRows]`): the tasks that any of the mixtures weighs, with z at the start.
+        start (`torch.Tensor` of shape `(S, k)`): where to begin.
+        ridge (`torch.Tensor` of shape `(S, 1)`): strength of the penalty.
+        tolerance (`float`): gradient norm to reach.
+        max_iterations (`int`): Newton steps.
+
+    Returns:
+        `tuple`: coefficients `(S, k)`, gradient norms `(S,)` and Newton steps `(S,)`. Mixtures that did not reach the
+        tolerance have a greater norm.
+    """
+    solution, norms = start.clone(), torch.empty_like(start[:, 0])
+    steps = torch.zeros(len(start), dtype=torch.long, device=start.device)
+    left = torch.arange(len(start), device=start.device)
+    w, value = start, _objective(blocks, start, ridge)
+    for iteration in range(max_iterations + 1):
+        gradient, norm = _gradient(blocks, w, ridge)
+        solution[left], norms[left], steps[left] = w, norm, iteration
+        kept = ~(norm <= tolerance)
+        if not kept.any() or iteration == max_iterations:
+            break
+        if not kept.all():
+            blocks = [block.restricted(kept) for block in blocks]
+            left, w, ridge, value, gradient, norm = (a[kept] for a in (left, w, ridge, value, gradient, norm))
+        step = -_newton_direction(blocks, gradient, norm, ridge, tolerance)
+        w, value = _line_search(blocks, w, value, step, (gradient * step).sum(1), ridge)
+    return solution, norms, steps
+
+
+def _gradient(blocks, w, ridge):
+    """Gradients and their norms; keeps the blocks' curvature."""
+    gradient = ridge * w
+    for block in blocks:
+        gradient.index_add_(0, block.mixtures, block.differentiate())
+    return gradient, gradient.norm(dim=1)
+
+
+def _objective(blocks, w, ridge):
+    value = 0.5 * (ridge * w * w).sum(1)
+    for block in blocks:
+        value.index_add_(0, block.mixtures, block.loss(block.z))
+    return value
+
+
+def _line_search(blocks, w, value, step, slope, ridge):
+    """Halve the step of each mixture until its objective falls enough (Armijo 1966); moves the blocks' z."""
+    z_steps = [step[block.mixtures] @ block.features.T for block in blocks]
+    size, rounding = torch.ones_like(ridge), 5 * torch.finfo(value.dtype).eps
+    for halvings in range(41):
+        trial = w + size * step
+        trial_value = 0.5 * (ridge * trial * trial).sum(1)
+        for block, z_step in zip(blocks, z_steps):
+            trial_value.index_add_(0, block.mixtures, block.loss(torch.addcmul(block.z, size[block.mixtures], z_step)))
+        # At the optimum two values differ by rounding alone.
+        worse = trial_value > value + 1e-4 * size[:, 0] * slope + rounding * value.abs() + 1e-18
+        if not worse.any() or halvings == 40:
+            break
+        size = torch.where(worse.unsqueeze(1), size / 2, size)
+    for block, z_step in zip(blocks, z_steps):
+        block.z.addcmul_(size[block.mixtures], z_step)
+    return trial, trial_value
+
+
+def _newton_direction(blocks, gradient, norm, ridge, tolerance):
+    """Solve (X^T diag(c) X + ridge) v = gradient for every mixture, in float32."""
+    # Accuracy in step with the outer iteration gives Newton's fast convergence (Dembo et al. 1982); more than the
+    # tolerance asks for is wasted.
+    target = torch.maximum(norm.sqrt().clamp(_TIGHTEST, _LOOSEST), 0.3 * tolerance / norm).clamp(max=_LOOSEST)
+    # Jacobi preconditioner: principal components make the Hessian nearly diagonal. The mean curvature of a task's rows
+    # is near enough for it, and costs no matrix product.
+    diagonal = ridge.float().expand(gradient.shape).clone()
+    for block in blocks:
+        diagonal.index_add_(0, block.mixtures, block.curvature.sum(1, keepdim=True) * block.rows.mean_square)
+    terms = [(block.curvature, block.mixtures, block.rows.single) for block in blocks]
+    # The system is linear: scaled to norm 1, small gradients stay in the range of float32.
+    scaled = (gradient / norm.unsqueeze(1)).float()
+    direction = conjugate_gradient(terms, diagonal, ridge.float(), scaled, target.float())
+    return norm.unsqueeze(1) * direction.to(norm.dtype)
