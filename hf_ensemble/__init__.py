@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "tasks": ["LabelSpace", "TaskSet", "load_task_folder"],
     "store": ["FeatureTable", "GradientStore"],
-    "capture": ["CaptureConfig", "capture_gradients"],
+    "capture": ["CaptureConfig", "capture_gradients", "transplanted"],
     "estimate": ["ObservedRun", "Prediction", "SubsetEstimator"],
     "select": ["DataSelector", "Grouping", "Selection"],
     "ensemble": ["LabelSimilarityForSequenceClassification", "PeftEnsembleModel"],
@@ -22,6 +22,7 @@ _EXPORTS = {
         "EnsembleSFTConfig",
         "EnsembleSFTTrainer",
         "EnsembleTrainer",
+        "FidelityReport",
         "SelectionConfig",
         "SelectionSFTConfig",
         "SelectionSFTTrainer",

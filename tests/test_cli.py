@@ -53,6 +53,22 @@ def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
     assert str(tmp_path / "out" / "ensemble" / "README.md") in printed
 
 
+def test_fidelity_measures_draws_and_goes_on(tmp_path, base_folder, capsys):
+    data = write_tasks(tmp_path / "data", toy.sft_tasks())
+    arguments = {"data": data, "model_name_or_path": base_folder, "output_dir": tmp_path / "out", "bf16": "false"}
+    command = ["fidelity", *flags(**arguments, num_subsets=4, num_repeated=1, num_transplanted=1)]
+    assert main(command) == 0
+    report = json.loads((tmp_path / "out" / "estimate" / "fidelity.json").read_text())
+    assert 3 <= len(report["subsets"]) <= 4 and report["ceiling"]["num_subsets"] == 1
+    assert (tmp_path / "out" / "estimate" / "fidelity.png").stat().st_size > 5000
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "How far predictions are to be trusted" in printed and "mean relative error of the loss" in printed
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "estimate" / "fidelity.json").read_text())["true_loss"] == report["true_loss"]
+    assert main(["fidelity"]) == 1 and "hf-ensemble fidelity --help" in capsys.readouterr().err
+    assert main([*command, "--num_subsets", "0"]) == 1 and "num_subsets has to be 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("head", ["auto", "linear"])
 def test_run_over_classification_for_a_target(tmp_path, head):
     base = toy.save_model(toy.bert(2).bert, tmp_path / "base")

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -26,6 +27,7 @@ from hf_ensemble import (
 from hf_ensemble.errors import ConfigurationError, RunMismatchError, TaskError
 from hf_ensemble.store import GradientStore
 from hf_ensemble.tasks import TASK, TaskWeightedSampler
+from hf_ensemble.train.scored_runs import scored_run
 from hf_ensemble.train.task_trainer import TaskSFTTrainer, TaskTrainer
 
 SMALL = {
@@ -87,12 +89,13 @@ def test_run_leaves_the_artefacts_it_promises(finished):
         "weights",
     }
     names = ["tasks.json", "groups.json", "evaluation.json", "baseline/adapter_model.safetensors"]
-    names += [f"estimate/{name}.json" for name in ("estimate", "weights", "baseline_scores")]
+    names += [f"estimate/{name}.json" for name in ("estimate", "weights")]
     names += [f"ensemble/{n}" for n in ("README.md", "ensemble_config.json", "assets/affinity.png")]
     names += [f"ensemble/adapters/{n}/adapter_model.safetensors" for n in trainer.ensemble.adapter_names]
     assert set(trainer.ensemble.adapter_names) - {"baseline"} == {"group_0", "group_1"}
     assert [name for name in names if not (run / name).is_file()] == []
     assert sorted(p.name for p in (run / "training").iterdir()) == ["baseline.json", "group_0.json", "group_1.json"]
+    assert len(list((run / "scored_runs").glob("*.json"))) == 1
     assert not list(run.rglob("*.tmp"))
     assert output.global_step > 0 and output.metrics["eval_mean_accuracy"] == trainer.evaluate()["eval_mean_accuracy"]
 
@@ -467,7 +470,12 @@ def test_evaluation_before_and_during_training_is_the_plain_one(tmp_path, base_f
 
 def test_without_baseline(tmp_path, base_folder):
     trainer = sft_trainer(
-        tmp_path / "run", base_folder, num_groups=2, train_baseline=False, ensemble_weights="own_group"
+        tmp_path / "run",
+        base_folder,
+        num_groups=2,
+        train_baseline=False,
+        calibration_runs=0,
+        ensemble_weights="own_group",
     )
     metrics = trainer.train().metrics
     assert not any("baseline" in key for key in metrics)
@@ -522,18 +530,54 @@ def test_selection_of_classification_tasks(tmp_path):
 
 
 def test_fidelity_compares_with_real_trainings_and_resumes(finished, monkeypatch):
-    trainer, _, base = finished
-    store = GradientStore(trainer.run_directory.path / "gradients")
-    estimator = SubsetEstimator(store.table("train"), store.table("validation"), 20)
-    subsets = [["sums"], ["sums", "diffs"], ["more_sums", "diffs"]]
-    report = measure_fidelity(trainer, estimator, subsets=subsets)
-    assert report.subsets == subsets and len(report.true_loss) == 3
-    predicted = estimator.predict_subsets(subsets).loss
-    errors = [abs(p - t) / t for row_p, row_t in zip(predicted, report.true_loss) for p, t in zip(row_p, row_t)]
-    assert report.mean_relative_error == pytest.approx(sum(errors) / 9)
+    trainer, _, _ = finished
+    estimator = trainer.selector(trainer.capture()).estimator
+    # The baseline calibrates, so that all tasks together are no test.
+    assert [sorted(run.mixture) for run in estimator.observed_runs] == [sorted(trainer.tasks)]
+    subsets = [["sums"], ["diffs"], ["sums", "diffs"], ["more_sums", "diffs"], trainer.tasks.names]
+    report = measure_fidelity(trainer, subsets=subsets, num_repeated=3, num_transplanted=1)
+    assert report.subsets == subsets[:4] and report.calibration_subsets == [list(trainer.tasks)]
+    predicted = estimator.predict_subsets(subsets[:4])
+    true = np.array(report.true_loss)
+    assert report.mean_relative_error == pytest.approx(np.mean(np.abs(predicted.loss - true) / true))
+    held = (predicted.loss_low <= true) & (true <= predicted.loss_high)
+    assert report.interval_coverage == pytest.approx(held.mean()) and report.interval_level == 0.9
+    assert report.ceiling.num_subsets == 3 and report.ceiling.mean_relative_error > 0
+    assert report.first_order.num_subsets == 1 and report.first_order.training_distance > 0
+    assert report.speed_up > 0
+    saved = json.loads((trainer.run_directory.path / "estimate" / "fidelity.json").read_text())
+    assert saved["true_loss"] == report.true_loss
+    # Two subsets hold a task: too few for a rank correlation, and JSON has no NaN.
+    assert np.isnan(report.mean_task_spearman_inside) == (saved["mean_task_spearman_inside"] is None)
     monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert measure_fidelity(trainer, estimator, subsets=subsets).true_loss == report.true_loss
-    assert (trainer.run_directory.path / "estimate" / "fidelity.json").is_file()
+    again = measure_fidelity(trainer, subsets=subsets, num_repeated=3, num_transplanted=1)
+    assert again.true_loss == report.true_loss
+    assert again.first_order == report.first_order
+
+
+def test_a_scored_run_is_a_plain_training_and_its_seed_counts(finished):
+    trainer, _, _ = finished
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    run, other = scored_run(trainer, ["sums"]), scored_run(trainer, ["sums"], seed=7)
+    assert run.scores["sums"]["loss"] != other.scores["sums"]["loss"] and run.distance > 0
+    trained = trainer.adapter_training.run("plain", ["sums"], trainer.run_directory.path / "plain")
+    assert trained.distance == pytest.approx(run.distance)
+    scores = trainer.score_adapter(trainer.run_directory.path / "plain", trainer.eval_dataset, "x")
+    assert scores["diffs"]["loss"] == pytest.approx(run.scores["diffs"]["loss"], abs=1e-6)
+    assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters() if n in before)
+    assert not [path for path in (trainer.run_directory.path / "scored_runs").iterdir() if path.is_dir()]
+
+
+def test_calibration_runs_are_made_once(tmp_path, base_folder, monkeypatch):
+    trainer = sft_trainer(tmp_path / "run", base_folder, train_baseline=False, calibration_runs=2, num_train_epochs=1)
+    runs = trainer.observed_runs()
+    assert len(runs) == 2 and set(runs[0].mixture) == set(trainer.tasks) and len(runs[1].mixture) == 1
+    monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert trainer.observed_runs() == runs
+    none = sft_trainer(tmp_path / "none", base_folder, train_baseline=False, calibration_runs=0)
+    assert none.observed_runs() == []
+    with pytest.raises(ConfigurationError, match="calibration_runs has to be 0 or more"):
+        sft_trainer(tmp_path / "bad", base_folder, calibration_runs=-1)
 
 
 def test_bad_arguments_are_named(tmp_path, base_folder):

@@ -4,16 +4,19 @@ from .capture import capture_gradients
 from .config import CaptureConfig
 from .gradients import GradientExtractor, evaluation_mode
 from .identity import model_identity
-from .margin import log_odds, margins
+from .margin import MarginKind, log_odds, margins
 from .projection import SeededProjection
+from .transplant import transplanted
 
 __all__ = [
     "CaptureConfig",
     "GradientExtractor",
+    "MarginKind",
     "SeededProjection",
     "capture_gradients",
     "evaluation_mode",
     "log_odds",
     "margins",
     "model_identity",
+    "transplanted",
 ]

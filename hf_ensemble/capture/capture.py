@@ -37,9 +37,8 @@ def capture_gradients(
     """Capture the gradient features of all training and validation examples.
 
     The model is left as it was: modes, gradients and random state. A killed pass, started again with the same
-    arguments,
-    goes on at the first unfinished shard and ends with the same store. Under a distributed launcher the processes share
-    the shards.
+    arguments, goes on at the first unfinished shard and ends with the same store. Under a distributed launcher the
+    processes share the shards.
 
     Args:
         model (`nn.Module`):

@@ -13,11 +13,9 @@ class SeededProjection:
     """x = P^T g for a gradient g given parameter by parameter, with E[P P^T] = I.
 
     Every entry of g goes into one of the `dim` features with a random sign. A parameter's entries are taken in blocks
-    of
-    `dim`; within a block they go to consecutive features from a random start on. Two entries of a block never meet,
-    two of
-    different blocks meet with probability 1 / dim, so inner products are unbiased and their variance is at most that of
-    a count sketch (Charikar et al. 2002), and applying P is a signed, shifted addition.
+    of `dim`; within a block they go to consecutive features from a random start on. Two entries of a block never meet,
+    two of different blocks meet with probability 1 / dim, so inner products are unbiased and their variance is at most
+    that of a count sketch (Charikar et al. 2002), and applying P is a signed, shifted addition.
 
     Signs and starts are drawn from (seed, parameter name, shape), on the CPU, so that they are the same on every
     device, in every process and after every restart.

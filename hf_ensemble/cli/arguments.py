@@ -13,16 +13,13 @@ from ..errors import ConfigurationError
 
 
 @dataclass
-class RunArguments:
-    """What `hf-ensemble run` works on; a trainer's own arguments and trl's model arguments stand beside these."""
+class DataArguments:
+    """Which tasks a command works on, and how a text classifier is made of the model."""
 
     data: str | None = field(
         default=None, metadata={"help": "Folder of tasks: NAME/{train,validation,test}.jsonl, or NAME.jsonl."}
     )
     tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the folder to take; all by default."})
-    target: str | None = field(
-        default=None, metadata={"help": "Choose auxiliary tasks for this one and train once, instead of an ensemble."}
-    )
     validation_fraction: float | None = field(
         default=None, metadata={"help": "Share of a lone NAME.jsonl to hold out for evaluation."}
     )
@@ -35,14 +32,50 @@ class RunArguments:
             "checkpoint's own, or a fresh one), or 'auto': linear where the checkpoint has a trained head."
         },
     )
-    fidelity_subsets: int = field(
-        default=0, metadata={"help": "Random subsets to fine-tune for real, to compare predictions with the truth."}
-    )
-    fidelity_subset_size: int | None = field(default=None, metadata={"help": "Tasks of such a subset."})
 
     def __post_init__(self):
         if self.head not in ("auto", "linear", "label_similarity"):
             raise ConfigurationError(f"head has to be 'auto', 'linear' or 'label_similarity', found {self.head!r}.")
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """What `hf-ensemble run` takes beside a trainer's own arguments and trl's model arguments."""
+
+    target: str | None = field(
+        default=None, metadata={"help": "Choose auxiliary tasks for this one and train once, instead of an ensemble."}
+    )
+    fidelity_subsets: int = field(
+        default=0, metadata={"help": "Random subsets to fine-tune for real, to compare predictions with the truth."}
+    )
+    fidelity_subset_size: int | None = field(
+        default=None, metadata={"help": "Tasks of such a subset; all sizes in turn by default."}
+    )
+
+
+@dataclass
+class FidelityArguments(DataArguments):
+    """What `hf-ensemble fidelity` takes beside a trainer's own arguments and trl's model arguments."""
+
+    num_subsets: int = field(default=20, metadata={"help": "Random subsets to fine-tune for real."})
+    subset_sizes: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of tasks to take in turn; from one task to all by default."}
+    )
+    num_repeated: int = field(
+        default=0, metadata={"help": "Of the subsets, how many to train with a second seed, for the noise ceiling."}
+    )
+    num_transplanted: int = field(
+        default=3,
+        metadata={"help": "Subsets whose optimum is put into the model, for the first-order error."},
+    )
+
+    subset_seed: int = field(default=0, metadata={"help": "Seed of the draw of subsets."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("num_subsets", 1), ("num_repeated", 0), ("num_transplanted", 0)):
+            if getattr(self, name) < least:
+                raise ConfigurationError(f"{name} has to be {least} or more, found {getattr(self, name)}.")
 
 
 @dataclass

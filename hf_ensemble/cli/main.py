@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="the whole flow on a small world of generated tasks, no network", add_help=False)
     commands.add_parser("run", help="the whole flow on a folder of JSONL tasks and a model path", add_help=False)
+    help_text = "fine-tune random subsets for real, to see how far predictions are to be trusted"
+    commands.add_parser("fidelity", help=help_text, add_help=False)
     known, rest = parser.parse_known_args(argv)
     try:
         _quiet()
@@ -36,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .demo.flow import demo
 
             demo(rest)
+        elif known.command == "fidelity":
+            from .fidelity import fidelity
+
+            fidelity(rest)
         else:
             from .run import run
 

@@ -58,6 +58,7 @@ def selection_table(selection: Selection, expected: Mapping[str, str] | None = N
 
 
 def fidelity_table(report: FidelityReport) -> Table:
+    """Every subset with its mean predicted and true loss."""
     table = Table(
         title="Prediction against truth: mean validation loss of subsets fine-tuned for real",
         caption=f"over all tasks: mean relative error {report.mean_relative_error:.1%}, "
@@ -68,6 +69,43 @@ def fidelity_table(report: FidelityReport) -> Table:
     table.add_column("true", justify="right")
     for subset, predicted, true in zip(report.subsets, report.predicted_loss, report.true_loss):
         table.add_row(", ".join(subset), f"{sum(predicted) / len(predicted):.4f}", f"{sum(true) / len(true):.4f}")
+    return table
+
+
+def fidelity_summary(report: FidelityReport) -> Table:
+    """Every measure of a fidelity report."""
+    table = Table(title="How far predictions are to be trusted")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    rows = [
+        ("mean relative error of the loss", f"{report.mean_relative_error:.1%}"),
+        ("mean error of the accuracy", f"{report.mean_accuracy_error:.3f}"),
+        ("mean per-task Spearman", f"{report.mean_task_spearman:.2f}"),
+        ("    over subsets that hold the task", f"{report.mean_task_spearman_inside:.2f}"),
+        ("    over subsets that do not", f"{report.mean_task_spearman_outside:.2f}"),
+        ("correlation of losses", f"{report.correlation:.3f}"),
+        ("correlation of their changes by training", f"{report.change_correlation:.3f}"),
+        (f"true losses inside of {report.interval_level:.0%} intervals", f"{report.interval_coverage:.0%}"),
+    ]
+    if report.ceiling is not None:
+        ceiling = report.ceiling
+        rows += [
+            (
+                f"another seed of the truth ({ceiling.num_subsets} subsets): relative error",
+                f"{ceiling.mean_relative_error:.1%}",
+            ),
+            (
+                "    its Spearman, and the predictions' on these subsets",
+                f"{ceiling.mean_task_spearman:.2f}, {ceiling.predicted_mean_task_spearman:.2f}",
+            ),
+        ]
+    if report.first_order is not None:
+        rows.append(("first-order error of the margins (squared)", f"{report.first_order.squared_error:.2%}"))
+    if report.speed_up is not None:
+        rows.append(("100 trainings, in time of capture and 100 predictions", f"{report.speed_up:.0f}"))
+    rows.append(("penalty", f"c = {report.l2_scale:.3g}, from {report.l2_evidence}"))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

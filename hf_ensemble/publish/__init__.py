@@ -2,5 +2,12 @@
 
 from .card import EnsembleCardData, write_model_card
 from .hub import push_ensemble_to_hub
+from .pictures import affinity_heat_map, fidelity_picture
 
-__all__ = ["EnsembleCardData", "push_ensemble_to_hub", "write_model_card"]
+__all__ = [
+    "EnsembleCardData",
+    "affinity_heat_map",
+    "fidelity_picture",
+    "push_ensemble_to_hub",
+    "write_model_card",
+]

@@ -1,5 +1,7 @@
 """Pictures of a run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,24 @@ import numpy as np
 from .._files import write_atomically
 
 
+@contextmanager
+def _drawing(path: Path, figsize: tuple[float, float]) -> Iterator[Any]:
+    """Axes to draw on, in the cards' style; saved as `path` when the block ends."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    style = resources.files("hf_ensemble.model_cards") / "pictures.mplstyle"
+    with resources.as_file(style) as style_file, plt.style.context(str(style_file)):
+        figure, axes = plt.subplots(figsize=figsize, layout="constrained")
+        try:
+            yield axes
+            write_atomically(path, lambda file: figure.savefig(file, format="png"))
+        finally:
+            plt.close(figure)
+
+
 def affinity_heat_map(grouping: dict[str, Any], path: Path) -> None:
     """Heat map of the affinity, tasks ordered by group, as a PNG.
 
@@ -16,10 +36,7 @@ def affinity_heat_map(grouping: dict[str, Any], path: Path) -> None:
         grouping (`dict`): as in `groups.json`.
         path (`Path`): where to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     names = grouping["task_names"]
     ordered = [task for tasks in grouping["groups"].values() for task in tasks]
@@ -28,10 +45,8 @@ def affinity_heat_map(grouping: dict[str, Any], path: Path) -> None:
     # How a task does beside itself was never asked.
     np.fill_diagonal(affinity, np.nan)
     limit = float(np.nanmax(np.abs(affinity))) or 1.0
-    style = resources.files("hf_ensemble.model_cards") / "pictures.mplstyle"
-    with resources.as_file(style) as style_file, plt.style.context(str(style_file)):
-        side = 2.4 + 0.34 * len(ordered)
-        figure, axes = plt.subplots(figsize=(side + 1.0, side), layout="constrained")
+    side = 2.4 + 0.34 * len(ordered)
+    with _drawing(path, (side + 1.0, side)) as axes:
         # Blue to red by way of white: told apart by the colour-blind, and centred where a pair makes no difference.
         image = axes.imshow(affinity, cmap="RdBu", vmin=-limit, vmax=limit)
         axes.set_xticks(range(len(ordered)), ordered, rotation=60, ha="right", rotation_mode="anchor")
@@ -40,11 +55,33 @@ def affinity_heat_map(grouping: dict[str, Any], path: Path) -> None:
         for tasks in grouping["groups"].values():
             size = len(tasks)
             corner = (start - 0.5, start - 0.5)
-            axes.add_patch(plt.Rectangle(corner, size, size, fill=False, edgecolor="black", linewidth=1.6))
+            axes.add_patch(Rectangle(corner, size, size, fill=False, edgecolor="black", linewidth=1.6))
             start += size
         axes.set_xlabel("trained beside")
         axes.set_ylabel("task")
         axes.set_title("Predicted affinity, boxes are groups")
-        figure.colorbar(image, ax=axes, shrink=0.8, label="loss below usual (spreads)")
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))
-        plt.close(figure)
+        axes.figure.colorbar(image, ax=axes, shrink=0.8, label="loss below usual (spreads)")
+
+
+def fidelity_picture(report: Any, path: Path) -> None:
+    """Predicted against true losses with the predictions' intervals, filled where the subset holds the task, as a PNG.
+
+    Args:
+        report ([`FidelityReport`]): what was measured.
+        path (`Path`): where to write.
+    """
+    predicted, true, low, high = (
+        np.array(values) for values in (report.predicted_loss, report.true_loss, report.loss_low, report.loss_high)
+    )
+    inside = np.array([[name in subset for name in report.task_names] for subset in report.subsets])
+    with _drawing(path, (5.6, 5.2)) as axes:
+        ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
+        axes.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
+        axes.vlines(true, low, high, color="0.8", linewidth=0.6, zorder=0)
+        for held, label in ((True, "trained on"), (False, "not trained on")):
+            style = {"facecolors": "#0072b2" if held else "none", "edgecolors": "#0072b2" if held else "#d55e00"}
+            axes.scatter(true[inside == held], predicted[inside == held], s=14, linewidths=0.8, label=label, **style)
+        axes.set_xlabel("true validation loss (nats per token)")
+        axes.set_ylabel("predicted")
+        axes.set_title(f"{len(true)} subsets of {true.shape[1]} tasks: prediction against truth")
+        axes.legend(title="task was", loc="upper left")

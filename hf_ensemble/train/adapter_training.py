@@ -33,6 +33,7 @@ class TrainedAdapter:
         seconds (`float`): wall time of the training.
         training_loss (`float`): mean over its steps.
         global_step (`int`): optimizer steps.
+        distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
     """
 
     name: str
@@ -41,13 +42,14 @@ class TrainedAdapter:
     seconds: float
     training_loss: float
     global_step: int
+    distance: float
 
 
 class AdapterTraining:
     """Trains the active adapter of a multi-task trainer's model on subsets of its tasks.
 
-    Every training begins at the same parameters theta0 and the same seed, whatever was trained before it, and leaves
-    the model at theta0. What was trained lies in its folder.
+    Every training begins at the same parameters theta0, and at the same seed if no other is asked for, whatever was
+    trained before it, and leaves the model at theta0. What was trained lies in its folder.
 
     Args:
         trainer (`MultiTaskMixin`): brings model, tables, arguments and what an inner trainer takes.
@@ -70,6 +72,14 @@ class AdapterTraining:
                 if name in self.theta0:
                     parameter.copy_(self.theta0[name])
 
+    def distance(self) -> float:
+        """Euclidean norm of the parameters' move away from theta0."""
+        squares = 0.0
+        for name, parameter in self.trainer.model.named_parameters():
+            if name in self.theta0:
+                squares += float((parameter.detach().cpu().float() - self.theta0[name].float()).square().sum())
+        return squares**0.5
+
     def load(self, folder: Path) -> None:
         """Put a saved adapter's weights into the model; trainings still begin at theta0."""
         weights = load_file(str(folder / "adapter_model.safetensors"))
@@ -84,7 +94,9 @@ class AdapterTraining:
             if name in self.theta0
         }
 
-    def run(self, name: str, mixture: Mapping[str, float] | Sequence[str], folder: Path) -> TrainedAdapter:
+    def run(
+        self, name: str, mixture: Mapping[str, float] | Sequence[str], folder: Path, seed: int | None = None
+    ) -> TrainedAdapter:
         """Train on a subset or mixture of the tasks and save the adapter; a finished training is read instead.
 
         A training that was interrupted goes on from its last checkpoint, where the arguments make checkpoints.
@@ -93,6 +105,7 @@ class AdapterTraining:
             name (`str`): for logs and checkpoints; what is known of the training goes to `training/NAME.json`.
             mixture (`dict[str, float]` or `Sequence[str]`): weight of each task's rows, or the tasks.
             folder (`Path`): where the adapter goes.
+            seed (`int`, *optional*): of the training's order and dropout, in place of the arguments' own.
         """
         weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
         work = Path(self.trainer.args.output_dir) / "training" / name
@@ -110,7 +123,7 @@ class AdapterTraining:
         rows = _rows_of(self.trainer.train_dataset, weights)
         base = self.trainer.model.get_base_model()
         forward = base.__dict__.get("forward")
-        inner = self._inner_trainer(name, work, weights, rows)
+        inner = self._inner_trainer(name, work, weights, rows, seed)
         start = time.perf_counter()
         result = inner.train(resume_from_checkpoint=_last_whole_checkpoint(work))
         seconds = time.perf_counter() - start
@@ -120,7 +133,13 @@ class AdapterTraining:
             # SFTTrainer wraps the forward that it finds: without this each training would wrap the last one's.
             base.forward = forward
         trained = TrainedAdapter(
-            name, weights, len(rows), round(seconds, 3), float(result.training_loss), int(result.global_step)
+            name,
+            weights,
+            len(rows),
+            round(seconds, 3),
+            float(result.training_loss),
+            int(result.global_step),
+            self.distance(),
         )
         if self.trainer.is_world_process_zero():
             save_adapter(self.trainer.model, self.adapter_name, folder)
@@ -131,8 +150,10 @@ class AdapterTraining:
         self.reset()
         return trained
 
-    def _inner_trainer(self, name: str, work: Path, weights: dict[str, float], rows: Dataset):
+    def _inner_trainer(self, name: str, work: Path, weights: dict[str, float], rows: Dataset, seed: int | None = None):
         args = copy.copy(self.trainer.args)
+        if seed is not None:
+            args.seed = args.data_seed = seed
         args.output_dir = str(work)
         args.push_to_hub = False
         args.run_name = f"{args.run_name or Path(self.trainer.args.output_dir).name}-{name}"

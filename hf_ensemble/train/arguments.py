@@ -27,6 +27,13 @@ class EstimateArguments:
     )
     feature_dtype: str = field(default="float16", metadata={"help": "Stored precision: 'float16' or 'float32'."})
     num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
+    calibration_runs: int = field(
+        default=1,
+        metadata={
+            "help": "Fine-tunings that calibrate the estimates: the first is on all tasks (an ensemble's baseline), "
+            "further ones on a few tasks each. 0: the penalty is chosen without any, and predicted losses are rough."
+        },
+    )
     overwrite_run: bool = field(
         default=False, metadata={"help": "Start over when output_dir holds a run of another configuration."}
     )
@@ -34,6 +41,8 @@ class EstimateArguments:
     def __post_init__(self):
         if self.num_components <= 0:
             raise ConfigurationError(f"num_components has to be positive, found {self.num_components}.")
+        if not isinstance(self.calibration_runs, int) or self.calibration_runs < 0:
+            raise ConfigurationError(f"calibration_runs has to be 0 or more, found {self.calibration_runs!r}.")
         self.capture_config()
         super().__post_init__()
 

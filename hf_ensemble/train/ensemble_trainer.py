@@ -16,14 +16,14 @@ from ..ensemble import EnsembleMember, PeftEnsembleModel, fit_weights
 from ..ensemble.config import ADAPTERS_FOLDER
 from ..ensemble.files import load_adapter
 from ..errors import ConfigurationError
-from ..estimate import ObservedRun
 from ..publish import push_ensemble_to_hub, write_model_card
 from ..select import Grouping
 from ..store import GradientStore
 from .arguments import EnsembleConfig, EnsembleSFTConfig
-from .evaluation import answer_logits, score_tasks
+from .evaluation import Scores, answer_logits, score_tasks
 from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
-from .stages import Scores, StagesMixin
+from .scored_runs import keep_scored_run
+from .stages import StagesMixin
 
 BASELINE = "baseline"
 # Validation rows per task that the ensemble's weights are fitted to: enough for a few weights, small in memory.
@@ -63,7 +63,9 @@ class EnsembleMixin(StagesMixin):
         trained = []
         if self.args.train_baseline:
             with run.stage("baseline"):
-                trained.append(self.adapter_training.run(BASELINE, self.tasks.names, run.path / BASELINE))
+                baseline = self.adapter_training.run(BASELINE, self.tasks.names, run.path / BASELINE)
+                keep_scored_run(self, baseline, run.path / BASELINE, description="Evaluating baseline")
+                trained.append(baseline)
         self.grouping = self._group(store)
         for name, tasks in self.grouping.groups.items():
             with run.stage(f"adapter:{name}"):
@@ -79,22 +81,9 @@ class EnsembleMixin(StagesMixin):
         loss = sum(a.training_loss * a.global_step for a in trained) / max(steps, 1)
         return TrainOutput(steps, loss, metrics)
 
-    def observed_runs(self) -> list[ObservedRun]:
-        """True fine-tunings that exist anyway: the one adapter for all."""
-        if not self.args.train_baseline:
-            return []
-        return [ObservedRun(dict.fromkeys(self.tasks, 1.0), self._baseline_losses())]
-
-    def _baseline_losses(self) -> dict[str, float]:
-        """Validation loss of every task under the one adapter for all, scored once per run."""
-        file = self.run_directory.path / "estimate" / "baseline_scores.json"
-        if not file.exists():
-            folder = self.run_directory.path / BASELINE
-            scores = self.score_adapter(folder, self.eval_dataset, "Evaluating baseline")
-            if self.is_world_process_zero():
-                write_json(file, scores)
-            self.accelerator.wait_for_everyone()
-        return {name: score["loss"] for name, score in read_json(file).items()}
+    def num_calibration_runs(self) -> int:
+        """The one adapter for all is a run that exists anyway."""
+        return max(self.args.calibration_runs, int(self.args.train_baseline))
 
     def _group(self, store: GradientStore) -> Grouping:
         file = self.run_directory.path / "groups.json"

@@ -1,6 +1,7 @@
 """Loss and accuracy of every task, for any function from a batch to logits."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,11 +9,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from ..capture import evaluation_mode
+from ..capture import MarginKind, evaluation_mode, margins
 from ..tasks import TASK, LabelSpace, pop_meta, restrict_to_labels, score_answers
 from ..tasks.answers import answer_positions
 
 LogitsFunction = Callable[[dict[str, Any], list[str]], torch.Tensor]
+Scores = dict[str, dict[str, float]]
 
 
 def score_tasks(
@@ -21,7 +23,7 @@ def score_tasks(
     datasets: Mapping[str, Dataset],
     label_space: LabelSpace | None = None,
     description: str = "Evaluating",
-) -> dict[str, dict[str, float]]:
+) -> Scores:
     """Score each task.
 
     Args:
@@ -40,23 +42,50 @@ def score_tasks(
     hidden = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
     with tqdm(total=total, desc=description, unit="example", leave=False, disable=hidden) as bar:
         for name, dataset in datasets.items():
-            losses, correct = [], []
-            for inputs, labels, tasks in _batches(trainer, dataset):
-                logits = logits_of(inputs, tasks)
-                if logits.dim() == 2 and label_space is not None:
-                    logits = restrict_to_labels(logits, label_space.mask(tasks))
-                answers = score_answers(logits, labels, _shift(trainer))
-                gathered = trainer.accelerator.gather_for_metrics((answers.loss, answers.exact_match.float()))
-                losses.append(gathered[0].cpu())
-                correct.append(gathered[1].cpu())
-                bar.update(len(gathered[0]))
-            losses, correct = torch.cat(losses).double(), torch.cat(correct).double()
+            examples = score_examples(trainer, logits_of, dataset, label_space, bar=bar)
             scores[name] = {
-                "loss": float(losses.mean()),
-                "accuracy": float(correct.mean()),
-                "num_examples": len(losses),
+                "loss": float(examples.loss.double().mean()),
+                "accuracy": float(examples.correct.double().mean()),
+                "num_examples": len(examples.loss),
             }
     return scores
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """Of each of a dataset's `n` examples, in its order, on the CPU.
+
+    Args:
+        loss (`torch.Tensor` of shape `(n,)`): mean token loss, in nats.
+        correct (`torch.Tensor` of shape `(n,)`): 1.0 where greedy decoding gives the whole answer.
+        margin (`torch.Tensor` of shape `(n,)`): log-odds of the answer.
+    """
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+    margin: torch.Tensor
+
+
+def score_examples(
+    trainer: Trainer,
+    logits_of: LogitsFunction,
+    dataset: Dataset,
+    label_space: LabelSpace | None = None,
+    margin: MarginKind = "geometric_mean",
+    bar: tqdm | None = None,
+) -> ExampleScores:
+    """Score each example of one task's token table; arguments as of [`score_tasks`], `margin` as of [`margins`]."""
+    parts = []
+    for inputs, labels, tasks in _batches(trainer, dataset):
+        logits = logits_of(inputs, tasks)
+        if logits.dim() == 2 and label_space is not None:
+            logits = restrict_to_labels(logits, label_space.mask(tasks))
+        answers = score_answers(logits, labels, _shift(trainer))
+        own = (answers.loss, answers.exact_match.float(), margins(answers, margin))
+        parts.append([tensor.cpu() for tensor in trainer.accelerator.gather_for_metrics(own)])
+        if bar is not None:
+            bar.update(len(parts[-1][0]))
+    return ExampleScores(*(torch.cat(tensors) for tensors in zip(*parts)))
 
 
 def answer_logits(

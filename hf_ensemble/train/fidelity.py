@@ -1,19 +1,63 @@
 """Predictions against the truth: subsets of the tasks fine-tuned for real."""
 
-import hashlib
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
-from .._files import read_json, write_json
+from .._files import write_json
+from ..capture import transplanted
 from ..estimate import SubsetEstimator
-from ..select import random_subsets
+from ..estimate.agreement import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
+from ..select import mixed_subsets
+from ..store import GradientStore
+from ..tasks import EXAMPLE_ID
+from .evaluation import score_examples
+from .scored_runs import ScoredRun, scored_run
 from .stages import StagesMixin
+
+# A second training of a subset has this seed beside the arguments' own.
+_OTHER_SEED = 1
+
+
+@dataclass(frozen=True)
+class NoiseCeiling:
+    """The truth against itself: the same subsets, trained with another seed.
+
+    Args:
+        num_subsets (`int`): trained twice.
+        mean_relative_error (`float`): of the second losses as a prediction of the first.
+        mean_task_spearman (`float`): of both trainings' losses.
+        predicted_mean_task_spearman (`float`): of the predictions with the first losses, on the same subsets.
+    """
+
+    num_subsets: int
+    mean_relative_error: float
+    mean_task_spearman: float
+    predicted_mean_task_spearman: float
+
+
+@dataclass(frozen=True)
+class FirstOrderError:
+    """How far the model is from linear where the surrogate's optima lie: by real forward passes at theta0 + P w.
+
+    Args:
+        num_subsets (`int`): whose optima were put into the model.
+        squared_error (`float`): sum of (m - (m_i + x_i.w))^2 over sum of m^2, m the margin at theta0 + P w of every
+            validation example; the residual of GradEx, arXiv 2409.19458.
+        loss_relative_error (`float`): mean relative error of the linear losses against those at theta0 + P w.
+        transplanted_distance (`float`): mean norm of P w.
+        training_distance (`float`): mean norm of the way that training went on the same subsets.
+    """
+
+    num_subsets: int
+    squared_error: float
+    loss_relative_error: float
+    transplanted_distance: float
+    training_distance: float
 
 
 @dataclass(frozen=True)
@@ -22,101 +66,221 @@ class FidelityReport:
 
     Args:
         task_names (`list[str]`): the tasks.
-        subsets (`list[list[str]]`): what was fine-tuned on.
+        subsets (`list[list[str]]`): what was fine-tuned on; none of them calibrated the estimates.
         predicted_loss (`list[list[float]]`): `(S, T)`.
+        loss_low (`list[list[float]]`): lower ends of the predictions' intervals, `(S, T)`.
+        loss_high (`list[list[float]]`): upper ends.
         true_loss (`list[list[float]]`): `(S, T)`.
+        predicted_accuracy (`list[list[float]]`): `(S, T)`, see [`Prediction`].
         true_accuracy (`list[list[float]]`): `(S, T)`.
-        mean_relative_error (`float`): mean of |predicted - true| / true over all pairs.
-        mean_task_spearman (`float`): Spearman correlation over the subsets, per task, averaged.
-        task_spearman (`dict[str, float]`): the same, by task.
-        correlation (`float`): Pearson correlation over all pairs.
+        mean_relative_error (`float`): mean of |predicted - true| / true of the loss over all pairs.
+        mean_accuracy_error (`float`): mean of |predicted - true| of the accuracy over all pairs.
+        task_spearman (`dict[str, float]`): Spearman correlation over the subsets, by task.
+        mean_task_spearman (`float`): its mean over tasks.
+        mean_task_spearman_inside (`float`): the same, of each task over the subsets that hold it.
+        mean_task_spearman_outside (`float`): the same over the subsets that do not.
+        correlation (`float`): Pearson correlation of the losses over all pairs.
+        change_correlation (`float`): the same of the losses' changes from theta0.
+        interval_level (`float`): nominal coverage of the intervals.
+        interval_coverage (`float`): share of true losses inside of theirs.
+        ceiling (`NoiseCeiling`, *optional*): where subsets were trained twice.
+        first_order (`FirstOrderError`, *optional*): where optima were put into the model.
+        calibration_subsets (`list[list[str]]`): what the runs that calibrated the estimates were trained on.
         l2_scale (`float`): the constant c of the estimates.
         l2_evidence (`str`): where c came from.
         training_seconds (`list[float]`): wall time of each fine-tuning.
+        capture_seconds (`float`, *optional*): wall time of the capture pass.
         prediction_seconds (`float`): wall time of all predictions together.
+        speed_up (`float`, *optional*):
+            Time to truly train 100 such subsets over time to capture and to predict 100 of them.
     """
 
     task_names: list[str]
     subsets: list[list[str]]
     predicted_loss: list[list[float]]
+    loss_low: list[list[float]]
+    loss_high: list[list[float]]
     true_loss: list[list[float]]
+    predicted_accuracy: list[list[float]]
     true_accuracy: list[list[float]]
     mean_relative_error: float
-    mean_task_spearman: float
+    mean_accuracy_error: float
     task_spearman: dict[str, float]
+    mean_task_spearman: float
+    mean_task_spearman_inside: float
+    mean_task_spearman_outside: float
     correlation: float
+    change_correlation: float
+    interval_level: float
+    interval_coverage: float
+    ceiling: NoiseCeiling | None
+    first_order: FirstOrderError | None
+    calibration_subsets: list[list[str]]
     l2_scale: float
     l2_evidence: str
     training_seconds: list[float]
+    capture_seconds: float | None
     prediction_seconds: float
+    speed_up: float | None
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        write_json(Path(path), asdict(self))
+        """Write as JSON; a figure that is not defined (too few subsets) is null."""
+        write_json(Path(path), _finite(asdict(self)))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def measure_fidelity(
     trainer: StagesMixin,
-    estimator: SubsetEstimator,
+    estimator: SubsetEstimator | None = None,
     num_subsets: int = 20,
-    subset_size: int | None = None,
+    sizes: Sequence[int] | None = None,
     subsets: Sequence[Sequence[str]] | None = None,
+    num_repeated: int = 0,
+    num_transplanted: int = 3,
     seed: int = 0,
 ) -> FidelityReport:
     """Fine-tune random subsets of the tasks with the user's own trainer, and compare with the predictions.
 
-    Every finished subset is kept in `OUTPUT_DIR/fidelity`, so that a killed measurement goes on where it stopped.
+    It captures gradients first where the run has none. Every finished subset is kept in `OUTPUT_DIR/scored_runs`, so
+    that a killed measurement goes on where it stopped. Subsets that calibrated the estimates are left out.
 
     Args:
         trainer (`EnsembleTrainer` or another trainer over several tasks): trains and scores.
-        estimator (`SubsetEstimator`): predictions from the features captured at the same starting point.
+        estimator (`SubsetEstimator`, *optional*): predictions; the run's own by default.
         num_subsets (`int`, *optional*, defaults to 20): random subsets.
-        subset_size (`int`, *optional*): tasks of a subset; a third of them, and at least 2, by default.
+        sizes (`Sequence[int]`, *optional*): their sizes, in turn; from one task to all by default.
         subsets (`Sequence[Sequence[str]]`, *optional*): in place of random ones.
-        seed (`int`, *optional*, defaults to 0): seed of the subsets.
+        num_repeated (`int`, *optional*, defaults to 0): of the subsets, the first so many are trained with a second
+            seed, for the noise ceiling.
+        num_transplanted (`int`, *optional*, defaults to 3): subsets whose optimum is put into the model, for the error
+            of the first-order approximation alone.
+        seed (`int`, *optional*, defaults to 0): of the draws of subsets.
+
+    Raises:
+        `EstimationError`: for subsets with unknown tasks.
     """
     run = trainer.open_run()
+    store = trainer.capture()
+    estimator = trainer.selector(store).estimator if estimator is None else estimator
     names = list(estimator.task_names)
     if subsets is None:
-        size = subset_size or max(2, round(len(names) / 3))
-        drawn = random_subsets(len(names), size, num_subsets, seed)
+        drawn = mixed_subsets(len(names), num_subsets, sizes, seed)
         subsets = [[name for name, held in zip(names, row) if held] for row in drawn]
+    seen = [sorted(observed.mixture) for observed in estimator.observed_runs]
+    subsets = [list(subset) for subset in subsets if sorted(subset) not in seen]
     start = time.perf_counter()
-    predicted = estimator.predict_subsets(subsets).loss
+    prediction = estimator.predict_subsets(subsets)
     prediction_seconds = time.perf_counter() - start
-    truth, accuracy, seconds = [], [], []
-    for number, subset in enumerate(subsets):
-        digest = hashlib.blake2b("|".join(sorted(subset)).encode(), digest_size=8).hexdigest()
-        record = run.path / "fidelity" / f"subset-{digest}.json"
-        if not record.exists():
-            folder = run.path / "fidelity" / "adapter"
-            shutil.rmtree(folder, ignore_errors=True)
-            trained = trainer.adapter_training.run(f"fidelity-{digest}", subset, folder)
-            scores = trainer.score_adapter(folder, trainer.eval_dataset, f"Fidelity {number + 1}/{len(subsets)}")
-            if trainer.is_world_process_zero():
-                write_json(record, {"subset": list(subset), "scores": scores, "seconds": trained.seconds})
-            trainer.accelerator.wait_for_everyone()
-        kept = read_json(record)
-        truth.append([kept["scores"][name]["loss"] for name in names])
-        accuracy.append([kept["scores"][name]["accuracy"] for name in names])
-        seconds.append(kept["seconds"])
-    true = np.array(truth)
-    ranks = {name: float(spearmanr(predicted[:, i], true[:, i]).statistic) for i, name in enumerate(names)}
+    first = [
+        scored_run(trainer, subset, description=f"Subset {number}/{len(subsets)}")
+        for number, subset in enumerate(subsets, start=1)
+    ]
+    second = [
+        scored_run(trainer, subset, trainer.args.seed + _OTHER_SEED, f"Second seed {number}/{num_repeated}")
+        for number, subset in enumerate(subsets[:num_repeated], start=1)
+    ]
+    low, high = prediction.loss_low, prediction.loss_high
+    true, accuracy = (_measure(first, names, measure) for measure in ("loss", "accuracy"))
+    inside = np.array([[name in subset for name in names] for subset in subsets])
+    ranks = task_spearman(prediction.loss, true)
+    base = estimator.base_loss()
+    capture_seconds = run.seconds("gradients")
+    seconds = [one.seconds for one in first]
     report = FidelityReport(
         task_names=names,
-        subsets=[list(subset) for subset in subsets],
-        predicted_loss=predicted.tolist(),
-        true_loss=truth,
-        true_accuracy=accuracy,
-        mean_relative_error=float(np.mean(np.abs(predicted - true) / true)),
-        mean_task_spearman=float(np.mean(list(ranks.values()))),
-        task_spearman=ranks,
-        correlation=float(np.corrcoef(predicted.ravel(), true.ravel())[0, 1]),
+        subsets=subsets,
+        predicted_loss=prediction.loss.tolist(),
+        loss_low=low.tolist(),
+        loss_high=high.tolist(),
+        true_loss=true.tolist(),
+        predicted_accuracy=prediction.accuracy.tolist(),
+        true_accuracy=accuracy.tolist(),
+        mean_relative_error=mean_relative_error(prediction.loss, true),
+        mean_accuracy_error=float(np.mean(np.abs(prediction.accuracy - accuracy))),
+        task_spearman=dict(zip(names, ranks.tolist())),
+        mean_task_spearman=mean_or_nan(ranks),
+        mean_task_spearman_inside=mean_or_nan(task_spearman(prediction.loss, true, inside)),
+        mean_task_spearman_outside=mean_or_nan(task_spearman(prediction.loss, true, ~inside)),
+        correlation=correlation(prediction.loss, true),
+        change_correlation=correlation(prediction.loss - base, true - base),
+        interval_level=estimator.interval.level,
+        interval_coverage=coverage(low, high, true),
+        ceiling=_ceiling(prediction.loss, true, second, names),
+        first_order=_first_order(trainer, store, estimator, prediction, first, num_transplanted),
+        calibration_subsets=[list(observed.mixture) for observed in estimator.observed_runs],
         l2_scale=estimator.regularization.l2_scale,
         l2_evidence=estimator.regularization.evidence,
         training_seconds=seconds,
+        capture_seconds=capture_seconds,
         prediction_seconds=prediction_seconds,
+        speed_up=None
+        if capture_seconds is None
+        else 100 * np.mean(seconds) / (capture_seconds + 100 * prediction_seconds / len(subsets)),
     )
     if trainer.is_world_process_zero():
         report.save(run.path / "estimate" / "fidelity.json")
     return report
+
+
+def _measure(runs: Sequence[ScoredRun], names: Sequence[str], measure: str) -> np.ndarray:
+    return np.array([[run.scores[name][measure] for name in names] for run in runs])
+
+
+def _ceiling(predicted, true, second: Sequence[ScoredRun], names: Sequence[str]) -> NoiseCeiling | None:
+    if not second:
+        return None
+    again = _measure(second, names, "loss")
+    count = len(again)
+    return NoiseCeiling(
+        num_subsets=count,
+        mean_relative_error=mean_relative_error(again, true[:count]),
+        mean_task_spearman=mean_or_nan(task_spearman(again, true[:count])),
+        predicted_mean_task_spearman=mean_or_nan(task_spearman(predicted[:count], true[:count])),
+    )
+
+
+def _first_order(trainer, store: GradientStore, estimator, prediction, runs, count: int) -> FirstOrderError | None:
+    chosen = np.unique(np.linspace(0, len(runs) - 1, min(count, len(runs))).round().astype(int))
+    if not len(chosen):
+        return None
+    error = norm = 0.0
+    losses, linear_losses, distances = [], [], []
+    for row in chosen:
+        trainer.adapter_training.reset()
+        with transplanted(trainer.model, store, estimator.parameters_at(prediction.coefficients[row])):
+            distances.append(trainer.adapter_training.distance())
+            true = validation_margins(trainer, store)
+        linear = estimator.linear_margins(prediction.coefficients[row])
+        for name in estimator.task_names:
+            examples = [key for key in linear if key[0] == name]
+            own, expected = (np.array([margins[key] for key in examples]) for margins in (true, linear))
+            error += float(np.sum((own - expected) ** 2))
+            norm += float(np.sum(own**2))
+            losses.append(np.logaddexp(0.0, -own).mean())
+            linear_losses.append(np.logaddexp(0.0, -expected).mean())
+    return FirstOrderError(
+        num_subsets=len(chosen),
+        squared_error=error / norm,
+        loss_relative_error=mean_relative_error(np.array(linear_losses), np.array(losses)),
+        transplanted_distance=float(np.mean(distances)),
+        training_distance=float(np.mean([runs[row].distance for row in chosen])),
+    )
+
+
+def validation_margins(trainer, store: GradientStore) -> dict[tuple[str, str], float]:
+    """Margin of every validation example at the model's present parameters, by (task, example id)."""
+    kind = store.identity["config"]["margin"]
+    logits_of = trainer.adapter_logits(trainer.adapter_training.adapter_name)
+    margins = {}
+    for name, dataset in trainer.eval_dataset.items():
+        scores = score_examples(trainer, logits_of, dataset, trainer.label_space, kind)
+        margins.update({(name, example): float(m) for example, m in zip(dataset[EXAMPLE_ID], scores.margin)})
+    return margins

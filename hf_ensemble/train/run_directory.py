@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 # What stands on the choice of groups or auxiliary tasks, and what the choice stands on.
 _CHOICE_ARTEFACTS = ("groups.json", "selection.json", "evaluation.json", "results.json", "ensemble", "adapter")
 _CHOICE_STAGES = ("group", "select", "weights", "adapter")
-_BASIC_ARTEFACTS = ("gradients", "estimate", "baseline", "meta", "training", "fidelity", "tasks.json", "run.json")
+_BASIC_ARTEFACTS = ("gradients", "estimate", "baseline", "meta", "training", "scored_runs", "tasks.json", "run.json")
 
 
 @dataclass

@@ -13,15 +13,14 @@ from ..capture import capture_gradients, model_identity
 from ..ensemble.files import load_adapter
 from ..estimate import ObservedRun
 from ..logging import get_logger
-from ..select import DataSelector
+from ..select import DataSelector, calibration_subsets
 from ..store import GradientStore
 from .adapter_training import AdapterTraining
-from .evaluation import LogitsFunction, score_tasks
+from .evaluation import LogitsFunction, Scores, score_tasks
 from .run_directory import RunDirectory
+from .scored_runs import scored_run
 
 logger = get_logger(__name__)
-
-Scores = dict[str, dict[str, float]]
 
 # Arguments that say where and how to report or how fast to go, not what to train.
 _UNCOMPARED = ("output_dir", "run_name", "project", "disable_tqdm", "overwrite_run", "local_rank", "report_to")
@@ -30,7 +29,7 @@ _UNCOMPARED += ("dataloader_persistent_workers", "dataloader_prefetch_factor")
 _UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
 # Arguments that only the choice of groups or auxiliary tasks depends on.
 _CHOICES = ("num_components", "num_groups", "max_groups", "grouping_method", "num_subsets", "ensemble_weights")
-_CHOICES += ("selection_method", "max_auxiliary")
+_CHOICES += ("selection_method", "max_auxiliary", "calibration_runs")
 
 
 class StagesMixin:
@@ -96,9 +95,18 @@ class StagesMixin:
                 disable_tqdm=bool(self.args.disable_tqdm),
             )
 
+    def num_calibration_runs(self) -> int:
+        """How many true fine-tunings calibrate the estimates."""
+        return self.args.calibration_runs
+
     def observed_runs(self) -> list[ObservedRun]:
-        """True fine-tunings that exist anyway and can calibrate the estimates."""
-        return []
+        """The true fine-tunings that calibrate the estimates; those that the run does not hold yet are made."""
+        self.open_run()
+        subsets = calibration_subsets(self.tasks.names, self.num_calibration_runs(), self.args.seed)
+        return [
+            scored_run(self, subset, description=f"Calibration run {number}/{len(subsets)}").as_observed()
+            for number, subset in enumerate(subsets, start=1)
+        ]
 
     def selector(self, store: GradientStore) -> DataSelector:
         """Predictions from the run's store, with all evidence that the run has."""

@@ -9,12 +9,12 @@ from transformers import AutoTokenizer
 
 from ..._files import write_json
 from ...ensemble import PeftEnsembleModel
-from ...select import DataSelector, Selection
+from ...select import Selection
 from ...tasks import TaskSet
 from ...train import EnsembleSFTConfig, EnsembleSFTTrainer, measure_fidelity
 from ..arguments import DemoArguments, RunArguments, parse
 from ..report import console, fidelity_table, grouping_table, results_table, selection_table
-from ..run import collect_results, estimator_of
+from ..run import collect_results
 from .tiny_model import build_tokenizer, train_base_model
 from .world import CORRUPTED, FAMILIES, TARGET, World, build_world
 
@@ -40,9 +40,7 @@ def demo(argv: Sequence[str]) -> dict:
     trainer.train()
     results = collect_results(trainer, tasks, RunArguments())
     selection = select_for_target(trainer, folder / "run")
-    report = measure_fidelity(
-        trainer, estimator_of(trainer), subsets=fidelity_subsets(arguments.fidelity_subsets), seed=arguments.seed
-    )
+    report = measure_fidelity(trainer, subsets=fidelity_subsets(arguments.fidelity_subsets))
     reloaded, difference = reload_and_compare(trainer, tasks)
     results.update(
         target=TARGET,
@@ -96,7 +94,7 @@ def demo_trainer(base: str, tasks: TaskSet, output_dir: Path, seed: int) -> Ense
 
 def select_for_target(trainer: EnsembleSFTTrainer, folder: Path) -> Selection:
     """What helps the target, from the gradients that the run has captured."""
-    selection = DataSelector(estimator_of(trainer)).select(TARGET)
+    selection = trainer.selector(trainer.capture()).select(TARGET)
     selection.save(folder / "selection.json")
     return selection
 
