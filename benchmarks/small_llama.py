@@ -27,14 +27,15 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def texts(folder: Path, without: set[str]) -> list[str]:
-    """Each row as one string."""
+    """Each row as one string, joined as a fine-tuning joins prompt and completion: with nothing between."""
     rows = []
     for file in sorted(folder.rglob("train.jsonl")):
         if file.parent.name not in without:
             for line in file.read_text().splitlines():
                 row = json.loads(line)
-                parts = ("prompt", "completion") if "prompt" in row else ("text", "label_text")
-                rows.append(" ".join(row[part] for part in parts))
+                rows.append(
+                    row["prompt"] + row["completion"] if "prompt" in row else f"{row['text']} {row['label_text']}"
+                )
     return rows
 
 
@@ -64,9 +65,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--without", nargs="+", default=[])
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--block", type=int, default=192)
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--vocabulary", type=int, default=384)
+    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument("--epochs", type=float, default=3)
     arguments = parser.parse_args()
     set_seed(0)
     rows = texts(arguments.data, set(arguments.without))
@@ -101,6 +102,7 @@ def main() -> None:
             report_to="none",
             logging_steps=100,
             use_cpu=True,
+            bf16=True,
             seed=0,
         ),
         train_dataset=dataset,

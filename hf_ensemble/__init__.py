@@ -12,7 +12,7 @@ _EXPORTS = {
     "tasks": ["LabelSpace", "TaskSet", "load_task_folder"],
     "store": ["FeatureTable", "GradientStore"],
     "capture": ["CaptureConfig", "capture_gradients", "transplanted"],
-    "estimate": ["ObservedRun", "Prediction", "SubsetEstimator"],
+    "estimate": ["ObservedRun", "Prediction", "SubsetEstimator", "TrainingRecipe"],
     "select": ["DataSelector", "Grouping", "Selection"],
     "ensemble": ["LabelSimilarityForSequenceClassification", "PeftEnsembleModel"],
     "publish": ["push_ensemble_to_hub", "write_model_card"],

@@ -1,235 +1,17 @@
-import oracles
+"""The capture pass and its store."""
+
 import pytest
 import torch
 import toy
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel
 
-from hf_ensemble.capture import CaptureConfig, GradientExtractor, SeededProjection, capture_gradients, log_odds, margins
+from hf_ensemble.capture import CaptureConfig, GradientExtractor, Preconditioner, capture_gradients
 from hf_ensemble.errors import CaptureError, ConfigurationError, StoreError, StoreMismatchError
 from hf_ensemble.store import GradientStore
-from hf_ensemble.tasks import TaskCollator, TaskSet, data_collator_for, encode, score_answers
+from hf_ensemble.tasks import TaskSet, data_collator_for, encode
 
 
 def relative_error(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
-
-
-def causal_batch(padding_side, count=5):
-    tokenizer = toy.tokenizer(padding_side)
-    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    tasks = TaskSet.from_datasets({"t": toy.sum_rows(count)}, {"t": toy.sum_rows(2)})
-    rows = list(encode(tasks.table("train"), tokenizer, tasks.row_format))
-    # Different lengths, so that something is padded.
-    for i, row in enumerate(rows):
-        for key in ("input_ids", "attention_mask", "labels"):
-            row[key] = row[key][i % 3 :]
-    return rows, TaskCollator(pad)
-
-
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_absolute_positions_do_not_count_padding(padding_side):
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(toy.VOCABULARY), n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    model = get_peft_model(GPT2LMHeadModel(config), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"]))
-    toy.randomize(model)
-    rows, collator = causal_batch(padding_side)
-    extractor = GradientExtractor(model, projection_dim=None)
-    together = extractor(collator(rows)).features
-    alone = torch.cat([extractor(collator([row])).features for row in rows])
-    assert not extractor.fallback and relative_error(together, alone) < 1e-5
-
-
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("kind", ["geometric_mean", "mean_log_odds"])
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.5}])
-def test_causal_lm_gradients_equal_one_backward_per_example(padding_side, kind, settings):
-    model = toy.with_lora(toy.llama(), **settings).train()
-    rows, collator = causal_batch(padding_side)
-    found = GradientExtractor(model, projection_dim=None, margin=kind)(collator(rows))
-    assert model.training and all(p.grad is None for p in model.parameters())
-    model.eval()
-
-    def margin_alone(i):
-        ids, labels = (torch.tensor([rows[i][key]]) for key in ("input_ids", "labels"))
-        return oracles.margins(model(input_ids=ids).logits, labels, kind)[0]
-
-    expected = oracles.per_example_gradients(model, margin_alone, len(rows))
-    assert relative_error(found.features, expected) < 1e-5
-    assert relative_error(found.margin, torch.stack([margin_alone(i) for i in range(len(rows))])) < 1e-5
-    assert torch.allclose(nn.functional.softplus(-found.margin), found.loss, atol=1e-6) or kind == "mean_log_odds"
-
-
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_classifier_gradients_equal_one_backward_per_example(padding_side):
-    tokenizer = toy.tokenizer(padding_side)
-    tasks = TaskSet.from_datasets(toy.text_tasks(train=3))
-    space = tasks.label_space
-    model = toy.with_lora(toy.bert(len(space)), r=3)
-    rows = list(encode(tasks.table("train"), tokenizer, tasks.row_format, space))
-    collator = data_collator_for(tasks.row_format, tokenizer, labels_are_tokens=False)
-    extractor = GradientExtractor(model, projection_dim=None, label_space=space)
-    found = extractor(collator(rows))
-    # The head is trained too, with its bias, and read by hooks like the adapter.
-    assert any("classifier" in name and name.endswith("bias") for name in extractor.hooked)
-    assert not extractor.fallback
-
-    def margin_alone(i):
-        # BERT reads its answer off the first position and numbers positions from the padding on, so what it says
-        # depends on the side: right-padded rows are checked alone, left-padded ones as they stand in the batch.
-        inputs = {"input_ids": torch.tensor([rows[i]["input_ids"]])}
-        if padding_side == "left":
-            inputs = {key: collator(rows)[key][i : i + 1] for key in ("input_ids", "attention_mask")}
-        own = list(space.task_labels[rows[i]["task"]])
-        return oracles.margins(model(**inputs).logits[:, own], torch.tensor([own.index(rows[i]["labels"])]))[0]
-
-    expected = oracles.per_example_gradients(model, margin_alone, len(rows))
-    assert relative_error(found.features, expected) < 1e-5
-
-
-def test_any_batch_size_and_order_gives_the_same_features():
-    model = toy.with_lora(toy.llama())
-    rows, collator = causal_batch("right", count=6)
-    extractor = GradientExtractor(model, projection_dim=256)
-    together = extractor(collator(rows)).features
-    alone = torch.cat([extractor(collator([row])).features for row in rows])
-    backward = extractor(collator(rows[::-1])).features.flip(0)
-    assert relative_error(alone, together) < 1e-5
-    assert relative_error(backward, together) < 1e-5
-
-
-def test_activation_checkpointing_changes_nothing():
-    model = toy.with_lora(toy.llama())
-    rows, collator = causal_batch("right")
-    plain = GradientExtractor(model, projection_dim=None)(collator(rows)).features
-    model.enable_input_require_grads()
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    assert torch.equal(GradientExtractor(model.train(), projection_dim=None)(collator(rows)).features, plain)
-
-
-class Flattened(nn.Module):
-    """A layer that mixes examples into one long batch, as a mixture of experts does."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-
-
-def test_layers_that_hooks_cannot_read_take_the_exact_fallback():
-    model = toy.with_lora(toy.llama())
-    mlp = model.get_base_model().model.layers[0].mlp
-    mlp.up_proj = Flattened(mlp.up_proj)
-    rows, collator = causal_batch("right")
-    extractor = GradientExtractor(model, projection_dim=None)
-    found = extractor(collator(rows)).features
-    assert {name.split(".")[-3] for name in extractor.fallback} == {"lora_A", "lora_B"}
-
-    def margin_alone(i):
-        ids, labels = (torch.tensor([rows[i][key]]) for key in ("input_ids", "labels"))
-        return oracles.margins(model(input_ids=ids).logits, labels)[0]
-
-    assert relative_error(found, oracles.per_example_gradients(model, margin_alone, len(rows))) < 1e-5
-
-
-class Reweighted(nn.Module):
-    """A layer whose weight is also used outside of its forward, which a hook cannot see."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x) + nn.functional.linear(x, self.layer.weight)
-
-
-def test_hooks_that_do_not_add_up_to_autograd_are_replaced():
-    model = toy.bert(4)
-    model.requires_grad_(False)
-    model.classifier.weight.requires_grad_(True)
-    model.classifier = Reweighted(model.classifier)
-    extractor = GradientExtractor(model, projection_dim=None)
-    ids = torch.randint(3, 20, (3, 6))
-    labels = torch.tensor([0, 3, 1])
-    found = extractor({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}).features
-    assert extractor.fallback == ["classifier.layer.weight"]
-
-    def margin_alone(i):
-        return oracles.margins(model(input_ids=ids[i : i + 1]).logits, labels[i : i + 1])[0]
-
-    assert relative_error(found, oracles.per_example_gradients(model, margin_alone, 3)) < 1e-5
-
-
-def test_margin_is_finite_for_any_probability():
-    log_probs = torch.tensor([-200.0, -30.0, -1.0, -1e-3, -1e-9, 0.0])
-    assert torch.isfinite(log_odds(log_probs)).all()
-    assert torch.isclose(log_odds(torch.tensor(0.25).log()), torch.tensor(1 / 3).log())
-    with pytest.raises(ConfigurationError, match="margin has to be one of"):
-        margins(score_answers(torch.randn(1, 3, 4), torch.ones(1, 3, dtype=torch.long)), "mean")
-
-
-def projection(dim, seed=0, shapes=((7, 50), (3, 130), (11,))):
-    return SeededProjection({f"p{i}": torch.Size(s) for i, s in enumerate(shapes)}, dim, seed)
-
-
-def project(own, gradient):
-    """Project flat gradients (n, P)."""
-    features = torch.zeros(len(gradient), own.dim)
-    offset = 0
-    for name, shape in own.shapes.items():
-        own.add(features, name, gradient[:, offset : offset + shape.numel()].reshape(-1, *shape))
-        offset += shape.numel()
-    return features
-
-
-def test_projection_matrix_is_signs_with_unit_rows():
-    own = projection(64)
-    matrix = project(own, torch.eye(own.num_parameters))
-    assert torch.equal(matrix.abs().sum(1), torch.ones(own.num_parameters))
-    assert torch.equal((matrix != 0).sum(1), torch.ones(own.num_parameters, dtype=torch.long))
-    assert 0.4 < (matrix.sum(1) > 0).float().mean() < 0.6
-    assert torch.equal(matrix, project(projection(64), torch.eye(own.num_parameters)))
-    assert not torch.equal(matrix, project(projection(64, seed=1), torch.eye(own.num_parameters)))
-
-
-@pytest.mark.parametrize("dim", [64, 500, None])
-def test_transpose_is_the_adjoint(dim):
-    own = projection(dim)
-    gradient, w = torch.randn(3, own.num_parameters), torch.randn(own.dim)
-    moved = torch.cat([part.reshape(-1) for part in own.transpose(w).values()])
-    assert torch.allclose(project(own, gradient) @ w, gradient @ moved, atol=1e-3)
-
-
-def test_inner_products_are_unbiased_and_their_error_falls_with_the_root_of_dim():
-    torch.manual_seed(0)
-    shapes = ((40, 100), (4000,))
-    x, y = torch.randn(2, 8000)
-    y = 0.5 * x + y
-    errors = {}
-    for dim in (64, 256, 1024):
-        products = []
-        for seed in range(100):
-            features = project(projection(dim, seed, shapes), torch.stack([x, y]))
-            products.append(float(features[0] @ features[1]))
-        difference = torch.tensor(products) - float(x @ y)
-        errors[dim] = float(difference.std())
-        assert abs(difference.mean()) < 4 * difference.std() / 10
-        # A dense Rademacher projection has this standard deviation.
-        dense = float(((x.norm() * y.norm()) ** 2 + (x @ y) ** 2) ** 0.5) / dim**0.5
-        assert errors[dim] < 1.3 * dense
-    assert 1.4 < errors[64] / errors[256] < 2.9
-    assert 1.4 < errors[256] / errors[1024] < 2.9
-
-
-def test_projection_needs_parameters_and_a_positive_size():
-    with pytest.raises(CaptureError, match="no trainable parameter"):
-        SeededProjection({}, 4)
-    with pytest.raises(CaptureError, match="positive"):
-        projection(0)
-    assert projection(10**6).exact
 
 
 def capture(folder, model=None, rows=None, **changes):
@@ -240,7 +22,7 @@ def capture(folder, model=None, rows=None, **changes):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name.startswith("shard")}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
 
 
 @pytest.fixture(autouse=True)
@@ -269,7 +51,9 @@ def test_store_rows_equal_the_extractor(whole_store):
     tasks = TaskSet.from_datasets(toy.sft_tasks(train=24, validation=6))
     rows = list(encode(tasks.table("validation"), tokenizer, tasks.row_format))
     collator = data_collator_for(tasks.row_format, tokenizer, labels_are_tokens=True)
-    expected = GradientExtractor(model, 64)(collator(rows))
+    extractor = GradientExtractor(model, 64)
+    extractor.preconditioner = Preconditioner({n: torch.from_numpy(s) for n, s in store.preconditioner().items()})
+    expected = extractor(collator(rows))
     table = store.table("validation")
     assert table.example_id.tolist() == [row["example_id"] for row in rows]
     assert relative_error(torch.from_numpy(table.features), expected.features) < 1e-5

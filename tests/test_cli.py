@@ -4,12 +4,13 @@ import pytest
 import toy
 import yaml
 
-from hf_ensemble.cli.arguments import with_config
+from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.demo import flow
 from hf_ensemble.cli.demo.world import CORRUPTED, FAMILIES, TARGET, build_world
 from hf_ensemble.cli.main import main
 from hf_ensemble.ensemble import PeftEnsembleModel
 from hf_ensemble.errors import ConfigurationError, TaskError
+from hf_ensemble.train import EnsembleSFTConfig
 
 FLAGS = {
     "use_cpu": "true",
@@ -100,7 +101,8 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path, base_folder
 def test_flags_win_over_the_configuration_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("a: 1\nlist: [x, y]\nnothing: null\n")
-    assert with_config(["--a", "2", "--config", str(path)]) == ["--a", "1", "--list", "x", "y", "--a", "2"]
+    expected = ["--a", "1", "--list", "x", "y", "--nothing", "null", "--a", "2"]
+    assert with_config(["--a", "2", "--config", str(path)]) == expected
     assert with_config(["--a", "2"]) == ["--a", "2"]
     for text, message in [("- a\n", "map names to values"), ("a: [", "not YAML")]:
         path.write_text(text)
@@ -110,6 +112,14 @@ def test_flags_win_over_the_configuration_file(tmp_path):
         with_config(["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(ConfigurationError, match="takes a YAML file"):
         with_config(["--config"])
+
+
+def test_null_is_none_for_numbers_and_the_default_elsewhere():
+    argv = ["--projection_dim", "null", "--report_to", "null", "--tasks", "null", "--num_subsets", "null"]
+    (own,), rest = parse([FidelityArguments], argv, True)
+    assert own.tasks is None and own.num_subsets == 20 and rest == argv[:4]
+    (config,), _ = parse([EnsembleSFTConfig], [*rest, "--use_cpu", "true", "--bf16", "false"])
+    assert config.projection_dim is None and config.report_to == EnsembleSFTConfig(use_cpu=True, bf16=False).report_to
 
 
 def test_world_is_the_same_for_a_seed_and_its_families_contradict_each_other():

@@ -482,7 +482,7 @@ def test_without_baseline(tmp_path, base_folder):
     assert not (tmp_path / "run" / "baseline").exists()
     assert all(list(row.values()) == [1.0] for row in trainer.ensemble.weights.values())
     estimate = json.loads((tmp_path / "run" / "estimate" / "estimate.json").read_text())
-    assert estimate["l2_evidence"] == "validation_loss"
+    assert estimate["l2_evidence"] == "replay"
 
 
 @pytest.mark.parametrize("meta", [False, True])

@@ -5,6 +5,7 @@ from .config import CaptureConfig
 from .gradients import GradientExtractor, evaluation_mode
 from .identity import model_identity
 from .margin import MarginKind, log_odds, margins
+from .preconditioner import Preconditioner
 from .projection import SeededProjection
 from .transplant import transplanted
 
@@ -12,6 +13,7 @@ __all__ = [
     "CaptureConfig",
     "GradientExtractor",
     "MarginKind",
+    "Preconditioner",
     "SeededProjection",
     "capture_gradients",
     "evaluation_mode",

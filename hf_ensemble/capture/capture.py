@@ -19,8 +19,11 @@ from ..tasks import EXAMPLE_ID, TASK, RowFormat, TaskCollator, TaskSet, data_col
 from .config import CaptureConfig
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
+from .preconditioner import Preconditioner
 
 SHARD_SIZE = 512
+# Training rows whose gradients' second moments make the preconditioner, evenly spaced over all tasks.
+MOMENT_ROWS = 256
 
 
 def capture_gradients(
@@ -113,6 +116,10 @@ def capture_gradients(
         )
     missing = writer.missing_shards()
     state.wait_for_everyone()
+    if config.preconditioner != "none":
+        extractor.preconditioner = _preconditioner(
+            extractor, writer, encoded["train"], data_collator, config.batch_size, state
+        )
     mine = missing[state.process_index :: state.num_processes]
     _capture_shards(extractor, writer, mine, encoded, data_collator, config.batch_size, disable_tqdm)
     state.wait_for_everyone()
@@ -121,6 +128,20 @@ def capture_gradients(
         writer.finish(coverage=coverage, versions=package_versions())
     state.wait_for_everyone()
     return GradientStore(output_dir)
+
+
+def _preconditioner(extractor, writer, rows: Dataset, data_collator, batch_size, state) -> Preconditioner:
+    """The store's own, which the main process makes where there is none yet."""
+    if state.is_main_process and writer.preconditioner() is None:
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(MOMENT_ROWS, len(rows))).round().astype(int))
+        chosen_rows = sorted((_without_none(rows[int(i)]) for i in chosen), key=lambda row: len(row["input_ids"]))
+        moments: dict[str, torch.Tensor] = {}
+        for start in range(0, len(chosen_rows), batch_size):
+            extractor.add_second_moments(data_collator(chosen_rows[start : start + batch_size]), moments)
+        scales = Preconditioner.from_second_moments(moments).scales
+        writer.write_preconditioner({name: scale.cpu().numpy() for name, scale in scales.items()})
+    state.wait_for_everyone()
+    return Preconditioner({name: torch.from_numpy(scale) for name, scale in writer.preconditioner().items()})
 
 
 def _capture_shards(extractor, writer, shards, encoded, data_collator, batch_size, disable_tqdm) -> None:

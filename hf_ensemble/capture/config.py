@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from ..errors import ConfigurationError
 from ..store.layout import numpy_dtype
 from .margin import MARGIN_KINDS
+from .preconditioner import PRECONDITIONERS
 
 
 @dataclass
@@ -27,6 +28,13 @@ class CaptureConfig:
         default="geometric_mean",
         metadata={"help": "Log-odds of an answer of several tokens: 'geometric_mean' or 'mean_log_odds'."},
     )
+    preconditioner: str = field(
+        default="adam",
+        metadata={
+            "help": "Metric of the gradients: 'adam' scales parameters so that the steps of Adam and its kin are "
+            "gradient steps; 'none' is for plain SGD."
+        },
+    )
     feature_dtype: str = field(default="float16", metadata={"help": "Stored precision: 'float16' or 'float32'."})
     batch_size: int = field(default=16, metadata={"help": "Examples per forward and backward pass."})
     max_length: int | None = field(default=None, metadata={"help": "Truncate rows to this many tokens."})
@@ -38,6 +46,10 @@ class CaptureConfig:
             raise ConfigurationError(f"batch_size has to be positive, found {self.batch_size}.")
         if self.margin not in MARGIN_KINDS:
             raise ConfigurationError(f"margin has to be one of {MARGIN_KINDS}, found {self.margin!r}.")
+        if self.preconditioner not in PRECONDITIONERS:
+            raise ConfigurationError(
+                f"preconditioner has to be one of {PRECONDITIONERS}, found {self.preconditioner!r}."
+            )
         numpy_dtype(self.feature_dtype)
 
     def identity(self) -> dict:

@@ -1,6 +1,6 @@
 """One small vector per example: the projected gradient of its margin."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +9,18 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError
-from ..tasks import TASK, LabelSpace, pop_meta, restrict_to_labels, score_answers
+from ..tasks import TASK, AnswerScores, LabelSpace, pop_meta, restrict_to_labels, score_answers
 from .margin import MarginKind, margins
+from .preconditioner import Preconditioner
 from .projection import SeededProjection
 from .taps import LinearTaps
 
 # How far the sum of the hooks' gradients may lie from autograd's own, relative to its largest entry. Both add the same
 # numbers in another order: float32 leaves about 1e-6, bfloat16 activations about 1e-2; a wrong hook is off by about 1.
 _AGREEMENT = 0.05
+
+# Takes a parameter's name, gradients `(b, *shape)` in float32 and the examples of the batch that they belong to.
+_Receiver = Callable[[str, torch.Tensor, slice], None]
 
 
 @dataclass
@@ -42,6 +46,7 @@ class GradientExtractor:
         seed (`int`, *optional*, defaults to 0): seed of the projection.
         margin (`str`, *optional*, defaults to `"geometric_mean"`): see [`margins`].
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
+        preconditioner (`Preconditioner`, *optional*): applied to every gradient before the projection.
 
     Raises:
         `CaptureError`: when no parameter is trainable, or a trainable one is quantized.
@@ -54,10 +59,12 @@ class GradientExtractor:
         seed: int = 0,
         margin: MarginKind = "geometric_mean",
         label_space: LabelSpace | None = None,
+        preconditioner: Preconditioner | None = None,
     ):
         self.model = model
         self.margin = margin
         self.label_space = label_space
+        self.preconditioner = preconditioner
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.projection = SeededProjection({n: p.shape for n, p in self.parameters.items()}, projection_dim, seed)
         self.taps = LinearTaps(model, self.parameters)
@@ -80,6 +87,54 @@ class GradientExtractor:
         Raises:
             `CaptureError`: for an example without an answer token.
         """
+        features = torch.empty(0)
+
+        def begin(batch_size: int, device: torch.device) -> _Receiver:
+            nonlocal features
+            features = torch.zeros(batch_size, self.projection.dim, device=device)
+
+            def receive(name: str, gradient: torch.Tensor, rows: slice) -> None:
+                gradient = gradient.to(device)
+                if self.preconditioner is not None:
+                    gradient = self.preconditioner(name, gradient)
+                self.projection.add(features[rows], name, gradient)
+
+            return receive
+
+        margin, scores = self._gradients(batch, lambda margin: margin, begin)
+        return BatchGradients(features.cpu(), margin.cpu(), scores.loss.detach().cpu(), scores.num_tokens.cpu())
+
+    def add_second_moments(self, batch: Mapping[str, Any], moments: dict[str, torch.Tensor]) -> None:
+        """Add the squares of the examples' loss gradients, parameter by parameter, to `moments`.
+
+        The loss is the surrogate's own, log(1 + exp(-m)). Gradients that are not finite are left out.
+
+        Args:
+            batch (`dict`): as for a call.
+            moments (`dict[str, torch.Tensor]`): sums so far, by parameter in its shape; empty at the start.
+        """
+        squares: dict[str, torch.Tensor] = {}
+
+        def begin(batch_size: int, device: torch.device) -> _Receiver:
+            squares.clear()
+
+            def receive(name: str, gradient: torch.Tensor, rows: slice) -> None:
+                finite = gradient.flatten(start_dim=1).isfinite().all(dim=1)
+                squares[name] = squares.get(name, 0) + gradient[finite].square().sum(dim=0).cpu()
+
+            return receive
+
+        self._gradients(batch, lambda margin: torch.nn.functional.softplus(-margin), begin)
+        for name, parameter in self.parameters.items():
+            moments[name] = moments.get(name, torch.zeros(parameter.shape)) + squares.get(name, 0)
+
+    def _gradients(
+        self,
+        batch: Mapping[str, Any],
+        objective: Callable[[torch.Tensor], torch.Tensor],
+        begin: Callable[[int, torch.device], _Receiver],
+    ) -> tuple[torch.Tensor, AnswerScores]:
+        """Every example's gradient of `objective(margin)`; `begin` is called anew for each attempt."""
         inputs = dict(batch)
         meta = pop_meta(inputs)
         device = next(iter(self.parameters.values())).device
@@ -88,28 +143,28 @@ class GradientExtractor:
         label_mask = self.label_space.mask(meta[TASK]) if self.label_space is not None else None
         with evaluation_mode(self.model), torch.enable_grad():
             while True:
-                attempt = self._attempt(inputs, labels, label_mask)
+                receive = begin(labels.shape[0], labels.device)
+                attempt = self._attempt(inputs, labels, label_mask, objective, receive)
                 if attempt is not None:
                     return attempt
 
-    def _attempt(self, inputs, labels, label_mask) -> BatchGradients | None:
+    def _attempt(self, inputs, labels, label_mask, objective, receive) -> tuple[torch.Tensor, AnswerScores] | None:
         """One pass; `None` when it moved parameters from the hooks to the fallback and has to be taken again."""
-        batch_size = labels.shape[0]
-        features = torch.zeros(batch_size, self.projection.dim, device=labels.device)
         totals: dict[str, torch.Tensor] = {}
 
-        def receive(name: str, gradient: torch.Tensor) -> None:
-            self.projection.add(features, name, gradient.to(features.device))
+        def hooked(name: str, gradient: torch.Tensor) -> None:
+            receive(name, gradient, slice(None))
             if not self._checked:
                 totals[name] = totals.get(name, 0) + gradient.sum(dim=0)
 
         fallback = self.fallback
-        with self.taps.reading(batch_size, self.hooked, receive) as unusable:
+        with self.taps.reading(labels.shape[0], self.hooked, hooked) as unusable:
             scores = self._scores(inputs, labels, label_mask)
             margin = margins(scores, self.margin)
+            values = objective(margin)
             wanted = [self.parameters[name] for name in self.hooked]
             summed = (
-                torch.autograd.grad(margin.sum(), wanted, retain_graph=bool(fallback), allow_unused=True)
+                torch.autograd.grad(values.sum(), wanted, retain_graph=bool(fallback), allow_unused=True)
                 if wanted
                 else ()
             )
@@ -119,10 +174,8 @@ class GradientExtractor:
             self.hooked = [name for name in self.hooked if name not in unusable]
             return None
         self._checked = True
-        self._add_fallback(features, margin, fallback)
-        return BatchGradients(
-            features.cpu(), margin.detach().cpu(), scores.loss.detach().cpu(), scores.num_tokens.cpu()
-        )
+        self._one_by_one(values, fallback, receive)
+        return margin.detach(), scores
 
     def _scores(self, inputs, labels, label_mask):
         mask = inputs.get("attention_mask")
@@ -156,17 +209,16 @@ class GradientExtractor:
                 wrong.add(name)
         return wrong
 
-    def _add_fallback(self, features: torch.Tensor, margin: torch.Tensor, names: list[str]) -> None:
+    def _one_by_one(self, values: torch.Tensor, names: list[str], receive: _Receiver) -> None:
         if not names:
             return
         wanted = [self.parameters[name] for name in names]
-        for i in range(len(margin)):
-            last = i + 1 == len(margin)
-            gradients = torch.autograd.grad(margin[i], wanted, retain_graph=not last, allow_unused=True)
+        for i in range(len(values)):
+            last = i + 1 == len(values)
+            gradients = torch.autograd.grad(values[i], wanted, retain_graph=not last, allow_unused=True)
             for name, gradient in zip(names, gradients):
                 if gradient is not None:
-                    own = gradient.detach().unsqueeze(0).float().to(features.device)
-                    self.projection.add(features[i : i + 1], name, own)
+                    receive(name, gradient.detach().unsqueeze(0).float(), slice(i, i + 1))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A surrogate's optimum put into the model: theta0 + P w."""
+"""A surrogate's optimum put into the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,23 +10,26 @@ from torch import nn
 from ..errors import CaptureError, StoreMismatchError
 from ..store import GradientStore
 from .identity import model_identity
+from .preconditioner import Preconditioner
 from .projection import SeededProjection
 
 
 @contextmanager
 def transplanted(model: nn.Module, store: GradientStore, coefficients: np.ndarray) -> Iterator[nn.Module]:
-    """While open, the trained parameters of `model` are theta0 + P w; afterwards theta0, also after an exception.
+    """While open, the trained parameters of `model` are theta0 + S P w; afterwards theta0, also after an exception.
+
+    S is the store's preconditioner, the identity where it has none.
 
     To first order the model's margins are then m_i + x_i.w: what an estimate says of a mixture can be checked, or any
     metric of the task taken, by real forward passes (GradEx, arXiv 2409.19458, and its published code).
 
-    P w is longer than the way that training goes to the same effect: on average by the square root of (trained
+    The move is longer than the way that training goes to the same effect: on average by the square root of (trained
     parameters with a gradient / projected dimensions). A store of exact gradients (`projection_dim=None`) takes the
     shortest way.
 
     Args:
         model (`nn.Module`): at theta0, where the store's gradients were taken.
-        store (`GradientStore`): says theta0 and P.
+        store (`GradientStore`): says theta0, P and S.
         coefficients (`np.ndarray` of shape `(d,)`): w of the captured features, see [`SubsetEstimator.parameters_at`].
 
     Raises:
@@ -46,6 +49,10 @@ def transplanted(model: nn.Module, store: GradientStore, coefficients: np.ndarra
     if w.shape != (projection.dim,) or not torch.isfinite(w).all():
         raise CaptureError(f"Expected {projection.dim} finite coefficients, found an array of {tuple(w.shape)}.")
     moves = projection.transpose(w)
+    scales = store.preconditioner()
+    if scales is not None:
+        preconditioner = Preconditioner({name: torch.from_numpy(scale) for name, scale in scales.items()})
+        moves = {name: preconditioner(name, move) for name, move in moves.items()}
     theta0 = {name: p.detach().clone() for name, p in parameters.items()}
     try:
         with torch.no_grad():

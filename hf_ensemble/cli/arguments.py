@@ -1,10 +1,10 @@
 """Flags and YAML of the commands."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -68,7 +68,6 @@ class FidelityArguments(DataArguments):
         default=3,
         metadata={"help": "Subsets whose optimum is put into the model, for the first-order error."},
     )
-
     subset_seed: int = field(default=0, metadata={"help": "Seed of the draw of subsets."})
 
     def __post_init__(self):
@@ -110,9 +109,8 @@ def with_config(argv: Sequence[str]) -> list[str]:
         raise ConfigurationError(f"{str(path)!r} has to map names to values, found {type(content).__name__}.")
     flags: list[str] = []
     for key, value in content.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
     return flags + argv[:position] + argv[position + 2 :]
 
 
@@ -121,11 +119,35 @@ def parse(
 ) -> tuple[list[Any], list[str]]:
     """Dataclasses from flags, and the flags that none of them knows.
 
+    The value `null` is None for numbers that may be None, and the default elsewhere.
+
     Raises:
         `ConfigurationError`: for unknown flags, unless `remaining_allowed`.
     """
     parser = HfArgumentParser(tuple(classes), prog=f"hf-ensemble {command}", allow_abbrev=False)
-    *parsed, remaining = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    argv = _nulls(parser, classes, list(argv))
+    *parsed, remaining = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if remaining and not remaining_allowed:
         raise ConfigurationError(f"Unknown arguments: {' '.join(remaining)}. See hf-ensemble {command} --help.")
     return parsed, remaining
+
+
+def _nulls(parser: HfArgumentParser, classes: Sequence[type], argv: list[str]) -> list[str]:
+    """Let the parser read `null` for numbers that may be None; take it away from other fields it knows."""
+    hints = {name: hint for own in classes for name, hint in get_type_hints(own).items()}
+    known = {flag: action for action in parser._actions for flag in action.option_strings}
+    kept: list[str] = []
+    for word in argv:
+        action = known.get(kept[-1]) if kept and word == "null" else None
+        if action is None:
+            kept.append(word)
+        elif action.type in (int, float) and action.nargs is None and type(None) in get_args(hints[action.dest]):
+            action.type = _none_or(action.type)
+            kept.append(word)
+        else:
+            kept.pop()
+    return kept
+
+
+def _none_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "null" else kind(text)

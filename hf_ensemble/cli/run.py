@@ -52,7 +52,7 @@ def collect_results(trainer, tasks: TaskSet, arguments: RunArguments) -> dict[st
         },
         "configuration": trainer.run_directory.record["configuration"],
         "versions": package_versions(),
-        "stage_seconds": {name: stage["seconds"] for name, stage in trainer.run_directory.record["stages"].items()},
+        "stage_seconds": {name: stage.get("seconds") for name, stage in trainer.run_directory.record["stages"].items()},
     }
     if arguments.target is None:
         results["groups"] = trainer.grouping.groups

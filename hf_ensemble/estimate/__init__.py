@@ -3,7 +3,8 @@
 from .estimator import Prediction, SubsetEstimator
 from .reduction import FeatureReduction
 from .regularization import ObservedRun, Regularization, choose_regularization
-from .surrogate import SurrogateSolution, solve_surrogate
+from .replay import TrainingRecipe
+from .surrogate import SurrogateProblem, SurrogateSolution, solve_surrogate
 
 __all__ = [
     "FeatureReduction",
@@ -11,7 +12,9 @@ __all__ = [
     "Prediction",
     "Regularization",
     "SubsetEstimator",
+    "SurrogateProblem",
     "SurrogateSolution",
+    "TrainingRecipe",
     "choose_regularization",
     "solve_surrogate",
 ]

@@ -12,6 +12,7 @@ from .mixtures import epoch_length, mixture_weights
 from .outcomes import predicted_outcomes
 from .reduction import FeatureReduction
 from .regularization import ObservedRun, Regularization, choose_regularization, losses_of, training_length_l2
+from .replay import TrainingRecipe, replayed_coefficients
 from .surrogate import SurrogateProblem
 
 
@@ -58,6 +59,8 @@ class SubsetEstimator:
             Fine-tunings that exist anyway, with their validation losses: the evidence for c.
         sampling_weights (`dict[str, float]`, *optional*):
             How often training draws a row of each task, relative to the others; every mixture is multiplied by them.
+        recipe (`TrainingRecipe`, *optional*):
+            The training that is predicted. Without observed runs it is replayed: the next best evidence for c.
 
     Raises:
         `EstimationError`: for tasks without rows, and features that are not finite.
@@ -78,6 +81,7 @@ class SubsetEstimator:
         num_components: int = 400,
         observed_runs: Sequence[ObservedRun] = (),
         sampling_weights: Mapping[str, float] | None = None,
+        recipe: TrainingRecipe | None = None,
     ):
         if train.task_names != validation.task_names:
             raise EstimationError(
@@ -93,7 +97,8 @@ class SubsetEstimator:
             {**dict.fromkeys(self.task_names, 1.0), **(sampling_weights or {})}, self.task_names
         )
         self.reduction = FeatureReduction.fit(train.features, num_components)
-        self._train = SurrogateProblem(self.reduction.apply(train.features), train.margin, train.task)
+        reduced = self.reduction.apply(train.features)
+        self._train = SurrogateProblem(reduced, train.margin, train.task)
         order = np.argsort(validation.task, kind="stable")
         self._validation = (
             self.reduction.apply(validation.features)[order],
@@ -105,10 +110,12 @@ class SubsetEstimator:
             raise EstimationError("A validation feature is not finite.")
         self.observed_runs = tuple(observed_runs)
         self.interval = IntervalWidth()
+        replayed = [self._replayed_run(train, reduced, recipe)] if recipe is not None and not observed_runs else []
         self.regularization: Regularization = choose_regularization(
             lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss,
             self.task_names,
             self.observed_runs,
+            replayed,
         )
         if self.observed_runs:
             mixtures, losses = losses_of(self.observed_runs, self.task_names)
@@ -152,6 +159,15 @@ class SubsetEstimator:
             solution.coefficients,
             solution.gradient_norm,
         )
+
+    def _replayed_run(self, train: FeatureTable, reduced: np.ndarray, recipe: TrainingRecipe) -> ObservedRun:
+        """A training on all tasks, of the linearised model."""
+        squared_norms = np.einsum("ij,ij->i", train.features, train.features, dtype=np.float64)
+        coefficients = replayed_coefficients(
+            reduced, train.margin, self.sampling_weights[train.task], squared_norms, self.reduction.scale, recipe
+        )
+        losses = self._outcomes(coefficients[None])[0][0]
+        return ObservedRun(dict.fromkeys(self.task_names, 1.0), dict(zip(self.task_names, losses.tolist())))
 
     def _outcomes(self, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return predicted_outcomes(*self._validation, len(self.task_names), coefficients)

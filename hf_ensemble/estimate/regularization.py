@@ -36,12 +36,12 @@ class Regularization:
 
     Args:
         l2_scale (`float`): c.
-        evidence (`str`): `"observed_runs"` or `"validation_loss"`.
+        evidence (`str`): `"observed_runs"`, `"replay"` or `"validation_loss"`.
         criterion (`float`): value that c minimises: mean relative error over the runs' losses, or mean predicted loss.
     """
 
     l2_scale: float
-    evidence: Literal["observed_runs", "validation_loss"]
+    evidence: Literal["observed_runs", "replay", "validation_loss"]
     criterion: float
 
 
@@ -79,23 +79,27 @@ def choose_regularization(
     predict_loss: Callable[[np.ndarray, float], np.ndarray],
     task_names: Sequence[str],
     observed_runs: Sequence[ObservedRun] = (),
+    replayed_runs: Sequence[ObservedRun] = (),
 ) -> Regularization:
     """Find c.
 
-    With observed runs: the c whose predictions of those runs have the least mean relative error, so that the surrogate
-    moves as far as the user's training moves. Without: the c with the least predicted validation loss over all tasks
-    trained alone and all together, as if the user's training length were about right for these data.
+    With observed runs, or else with replayed ones: the c whose predictions of those runs have the least mean relative
+    error, so that the surrogate moves as far as the user's training moves. With neither: the c with the least predicted
+    validation loss over all tasks trained alone and all together, as if the user's training length were about right for
+    these data, which it seldom is.
 
     Args:
         predict_loss (`Callable`): from mixtures `(S, T)` and a candidate for c to predicted losses `(S, T)`.
         task_names (`Sequence[str]`): the tasks.
         observed_runs (`Sequence[ObservedRun]`, *optional*): true fine-tunings.
+        replayed_runs (`Sequence[ObservedRun]`, *optional*): trainings of the linearised model.
 
     Raises:
         `EstimationError`: for runs without a known task or loss.
     """
-    if observed_runs:
-        mixtures, truth = losses_of(observed_runs, task_names)
+    evidence = "observed_runs" if observed_runs else "replay" if replayed_runs else "validation_loss"
+    if evidence != "validation_loss":
+        mixtures, truth = losses_of(observed_runs or replayed_runs, task_names)
 
         def criterion(loss: np.ndarray) -> float:
             return float(np.nanmean(np.abs(loss - truth) / truth))
@@ -120,4 +124,4 @@ def choose_regularization(
     low, high = np.log(_GRID[max(best - 1, 0)]), np.log(_GRID[min(best + 1, len(_GRID) - 1)])
     refined = minimize_scalar(lambda log_scale: evaluate(np.exp(log_scale)), bounds=(low, high), method="bounded")
     value, scale = min((float(refined.fun), float(np.exp(refined.x))), (values[best], float(_GRID[best])))
-    return Regularization(scale, "observed_runs" if observed_runs else "validation_loss", value)
+    return Regularization(scale, evidence, value)

@@ -150,9 +150,12 @@ def random_ensemble_selection(
 
 
 def _caution(estimator: SubsetEstimator) -> str:
-    if estimator.regularization.evidence == "observed_runs":
-        return ""
-    return " Not calibrated by a true fine-tuning: trust the order, not the values."
+    cautions = {
+        "observed_runs": "",
+        "replay": " Not calibrated by a true fine-tuning, but by a replay: trust the order more than the values.",
+        "validation_loss": " Nothing says how long the training is: trust neither the values nor close calls.",
+    }
+    return cautions[estimator.regularization.evidence]
 
 
 def _settings(estimator: SubsetEstimator, own: dict) -> dict:

@@ -1,6 +1,7 @@
 """What lies in a gradient store's directory.
 
     manifest.json             identity, plan, versions, status; written first, marked complete last
+    preconditioner.safetensors  what every parameter's gradient was multiplied by, where it was; before any shard
     shard-00000.features.npy  (rows, dim) array; row i times its scale is the gradient feature
     shard-00000.rows.arrow    split, task, example_id, margin, loss, num_tokens, scale of each row
     shard-00000.json          checksums of the two; written last, so that a shard with this file is whole
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors.numpy
 
 from .._files import read_json
 from ..errors import ConfigurationError, StoreError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PRECONDITIONER = "preconditioner.safetensors"
 FeatureDtype = Literal["float16", "float32"]
 
 
@@ -60,3 +63,9 @@ def read_manifest(folder: Path) -> dict:
         raise StoreError(
             f"{MANIFEST} in {str(folder)!r} is damaged: {error}. Capture into another directory."
         ) from error
+
+
+def read_preconditioner(folder: Path) -> dict[str, np.ndarray] | None:
+    """What every parameter's gradient was multiplied by, by name; `None` where gradients were taken as they are."""
+    path = folder / PRECONDITIONER
+    return safetensors.numpy.load_file(path) if path.is_file() else None

@@ -10,7 +10,16 @@ import pyarrow.feather
 
 from .._files import read_json, sha256_of
 from ..errors import StoreError
-from .layout import FORMAT_VERSION, MANIFEST, features_file, marker_file, read_manifest, rows_file
+from .layout import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PRECONDITIONER,
+    features_file,
+    marker_file,
+    read_manifest,
+    read_preconditioner,
+    rows_file,
+)
 
 
 @dataclass(frozen=True)
@@ -74,19 +83,24 @@ class GradientStore:
 
     def verify(self) -> None:
         """Compare every file with its checksum; raises [`StoreError`] that names the file."""
+        if "preconditioner_sha256" in self.manifest:
+            self._verify_file(PRECONDITIONER, self.manifest["preconditioner_sha256"], MANIFEST)
         for shard in self._shards:
             marker = marker_file(self.folder, shard)
             if not marker.is_file():
                 raise StoreError(f"{marker.name} is missing from {str(self.folder)!r}. Capture again.")
             for name, checksum in read_json(marker)["sha256"].items():
-                path = self.folder / Path(name).name
-                if not path.is_file():
-                    raise StoreError(f"{path.name} is missing from {str(self.folder)!r}. Capture again.")
-                if sha256_of(path) != checksum:
-                    raise StoreError(
-                        f"{path.name} in {str(self.folder)!r} is not what was written (its checksum differs). Delete "
-                        f"{marker.name} and capture again."
-                    )
+                self._verify_file(Path(name).name, checksum, marker.name)
+
+    def _verify_file(self, name: str, checksum: str, record: str) -> None:
+        path = self.folder / name
+        if not path.is_file():
+            raise StoreError(f"{name} is missing from {str(self.folder)!r}. Capture again.")
+        if sha256_of(path) != checksum:
+            raise StoreError(
+                f"{name} in {str(self.folder)!r} is not what was written (its checksum differs). Delete {record} and "
+                "capture again."
+            )
 
     def _read_rows(self) -> pa.Table:
         tables = [pa.feather.read_table(rows_file(self.folder, shard)) for shard in self._shards]
@@ -107,6 +121,10 @@ class GradientStore:
 
     def __len__(self) -> int:
         return self.manifest["num_rows"]
+
+    def preconditioner(self) -> dict[str, np.ndarray] | None:
+        """What every parameter's gradient was multiplied by, by name; `None` where gradients were taken as they are."""
+        return read_preconditioner(self.folder)
 
     def table(self, split: str, tasks: Sequence[str] | None = None) -> FeatureTable:
         """Rows of one split, of all tasks or of some.

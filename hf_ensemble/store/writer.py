@@ -8,10 +8,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather
+import safetensors.numpy
 
 from .._files import named_differences, sha256_of, write_atomically, write_json
 from ..errors import StoreError, StoreMismatchError
-from .layout import FORMAT_VERSION, MANIFEST, features_file, marker_file, numpy_dtype, read_manifest, rows_file
+from .layout import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PRECONDITIONER,
+    features_file,
+    marker_file,
+    numpy_dtype,
+    read_manifest,
+    read_preconditioner,
+    rows_file,
+)
+
+# Of a manifest, what tells how the store was made, not what it is made of.
+_RECORDS = ("status", "versions", "coverage", "preconditioner_sha256")
 
 
 @dataclass
@@ -98,13 +112,23 @@ class GradientStoreWriter:
 
     def _clear(self) -> None:
         (self.folder / MANIFEST).unlink()
+        (self.folder / PRECONDITIONER).unlink(missing_ok=True)
         for path in self.folder.glob("shard-*"):
             path.unlink()
 
     @staticmethod
     def _comparable(manifest: Mapping) -> dict:
         # Package versions are recorded beside the identity: an upgrade does not make a store another one.
-        return {key: value for key, value in manifest.items() if key not in ("status", "versions", "coverage")}
+        return {key: value for key, value in manifest.items() if key not in _RECORDS}
+
+    def write_preconditioner(self, scales: Mapping[str, np.ndarray]) -> None:
+        """Keep what every parameter's gradient is multiplied by, for those who go back to the parameters."""
+        data = safetensors.numpy.save({name: np.ascontiguousarray(scale) for name, scale in scales.items()})
+        write_atomically(self.folder / PRECONDITIONER, lambda file: file.write(data))
+
+    def preconditioner(self) -> dict[str, np.ndarray] | None:
+        """What [`write_preconditioner`] kept; `None` before it did."""
+        return read_preconditioner(self.folder)
 
     def missing_shards(self) -> list[int]:
         """Shards that are not whole yet."""
@@ -172,4 +196,7 @@ class GradientStoreWriter:
         missing = self.missing_shards()
         if missing:
             raise StoreError(f"The store in {str(self.folder)!r} lacks the shards {missing[:10]}.")
+        preconditioner = self.folder / PRECONDITIONER
+        if preconditioner.exists():
+            records["preconditioner_sha256"] = sha256_of(preconditioner)
         write_json(self.folder / MANIFEST, {**self.manifest, "status": "complete", **records})

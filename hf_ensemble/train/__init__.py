@@ -2,7 +2,8 @@
 
 from .arguments import EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
 from .ensemble_trainer import EnsembleSFTTrainer, EnsembleTrainer
-from .fidelity import FidelityReport, measure_fidelity
+from .fidelity import measure_fidelity
+from .fidelity_report import FidelityReport
 from .selection_trainer import SelectionSFTTrainer, SelectionTrainer
 
 __all__ = [

@@ -25,6 +25,13 @@ class EstimateArguments:
         default="geometric_mean",
         metadata={"help": "Log-odds of an answer of several tokens: 'geometric_mean' or 'mean_log_odds'."},
     )
+    preconditioner: str = field(
+        default="auto",
+        metadata={
+            "help": "Metric of the gradients: 'adam' scales parameters so that the steps of Adam and its kin are "
+            "gradient steps, 'none' is for plain SGD, 'auto' goes by the optimizer."
+        },
+    )
     feature_dtype: str = field(default="float16", metadata={"help": "Stored precision: 'float16' or 'float32'."})
     num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
     calibration_runs: int = field(
@@ -43,8 +50,12 @@ class EstimateArguments:
             raise ConfigurationError(f"num_components has to be positive, found {self.num_components}.")
         if not isinstance(self.calibration_runs, int) or self.calibration_runs < 0:
             raise ConfigurationError(f"calibration_runs has to be 0 or more, found {self.calibration_runs!r}.")
-        self.capture_config()
         super().__post_init__()
+        self.capture_config()
+
+    def optimizer_metric(self) -> str:
+        """The preconditioner in which the optimizer's steps are gradient steps."""
+        return "none" if getattr(self.optim, "value", self.optim) == "sgd" else "adam"
 
     def capture_config(self, batch_size: int = 16) -> CaptureConfig:
         """The capture pass's own settings."""
@@ -52,6 +63,7 @@ class EstimateArguments:
             projection_dim=self.projection_dim,
             projection_seed=self.projection_seed,
             margin=self.margin,
+            preconditioner=self.optimizer_metric() if self.preconditioner == "auto" else self.preconditioner,
             feature_dtype=self.feature_dtype,
             batch_size=batch_size,
         )

@@ -2,139 +2,23 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .._files import write_json
 from ..capture import transplanted
+from ..errors import EstimationError
 from ..estimate import SubsetEstimator
 from ..estimate.agreement import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
 from ..select import mixed_subsets
 from ..store import GradientStore
 from ..tasks import EXAMPLE_ID
 from .evaluation import score_examples
+from .fidelity_report import FidelityReport, FirstOrderError, NoiseCeiling
 from .scored_runs import ScoredRun, scored_run
 from .stages import StagesMixin
 
 # A second training of a subset has this seed beside the arguments' own.
 _OTHER_SEED = 1
-
-
-@dataclass(frozen=True)
-class NoiseCeiling:
-    """The truth against itself: the same subsets, trained with another seed.
-
-    Args:
-        num_subsets (`int`): trained twice.
-        mean_relative_error (`float`): of the second losses as a prediction of the first.
-        mean_task_spearman (`float`): of both trainings' losses.
-        predicted_mean_task_spearman (`float`): of the predictions with the first losses, on the same subsets.
-    """
-
-    num_subsets: int
-    mean_relative_error: float
-    mean_task_spearman: float
-    predicted_mean_task_spearman: float
-
-
-@dataclass(frozen=True)
-class FirstOrderError:
-    """How far the model is from linear where the surrogate's optima lie: by real forward passes at theta0 + P w.
-
-    Args:
-        num_subsets (`int`): whose optima were put into the model.
-        squared_error (`float`): sum of (m - (m_i + x_i.w))^2 over sum of m^2, m the margin at theta0 + P w of every
-            validation example; the residual of GradEx, arXiv 2409.19458.
-        loss_relative_error (`float`): mean relative error of the linear losses against those at theta0 + P w.
-        transplanted_distance (`float`): mean norm of P w.
-        training_distance (`float`): mean norm of the way that training went on the same subsets.
-    """
-
-    num_subsets: int
-    squared_error: float
-    loss_relative_error: float
-    transplanted_distance: float
-    training_distance: float
-
-
-@dataclass(frozen=True)
-class FidelityReport:
-    """Predicted and true validation losses of `S` subsets and `T` tasks.
-
-    Args:
-        task_names (`list[str]`): the tasks.
-        subsets (`list[list[str]]`): what was fine-tuned on; none of them calibrated the estimates.
-        predicted_loss (`list[list[float]]`): `(S, T)`.
-        loss_low (`list[list[float]]`): lower ends of the predictions' intervals, `(S, T)`.
-        loss_high (`list[list[float]]`): upper ends.
-        true_loss (`list[list[float]]`): `(S, T)`.
-        predicted_accuracy (`list[list[float]]`): `(S, T)`, see [`Prediction`].
-        true_accuracy (`list[list[float]]`): `(S, T)`.
-        mean_relative_error (`float`): mean of |predicted - true| / true of the loss over all pairs.
-        mean_accuracy_error (`float`): mean of |predicted - true| of the accuracy over all pairs.
-        task_spearman (`dict[str, float]`): Spearman correlation over the subsets, by task.
-        mean_task_spearman (`float`): its mean over tasks.
-        mean_task_spearman_inside (`float`): the same, of each task over the subsets that hold it.
-        mean_task_spearman_outside (`float`): the same over the subsets that do not.
-        correlation (`float`): Pearson correlation of the losses over all pairs.
-        change_correlation (`float`): the same of the losses' changes from theta0.
-        interval_level (`float`): nominal coverage of the intervals.
-        interval_coverage (`float`): share of true losses inside of theirs.
-        ceiling (`NoiseCeiling`, *optional*): where subsets were trained twice.
-        first_order (`FirstOrderError`, *optional*): where optima were put into the model.
-        calibration_subsets (`list[list[str]]`): what the runs that calibrated the estimates were trained on.
-        l2_scale (`float`): the constant c of the estimates.
-        l2_evidence (`str`): where c came from.
-        training_seconds (`list[float]`): wall time of each fine-tuning.
-        capture_seconds (`float`, *optional*): wall time of the capture pass.
-        prediction_seconds (`float`): wall time of all predictions together.
-        speed_up (`float`, *optional*):
-            Time to truly train 100 such subsets over time to capture and to predict 100 of them.
-    """
-
-    task_names: list[str]
-    subsets: list[list[str]]
-    predicted_loss: list[list[float]]
-    loss_low: list[list[float]]
-    loss_high: list[list[float]]
-    true_loss: list[list[float]]
-    predicted_accuracy: list[list[float]]
-    true_accuracy: list[list[float]]
-    mean_relative_error: float
-    mean_accuracy_error: float
-    task_spearman: dict[str, float]
-    mean_task_spearman: float
-    mean_task_spearman_inside: float
-    mean_task_spearman_outside: float
-    correlation: float
-    change_correlation: float
-    interval_level: float
-    interval_coverage: float
-    ceiling: NoiseCeiling | None
-    first_order: FirstOrderError | None
-    calibration_subsets: list[list[str]]
-    l2_scale: float
-    l2_evidence: str
-    training_seconds: list[float]
-    capture_seconds: float | None
-    prediction_seconds: float
-    speed_up: float | None
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON; a figure that is not defined (too few subsets) is null."""
-        write_json(Path(path), _finite(asdict(self)))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def measure_fidelity(
@@ -165,7 +49,7 @@ def measure_fidelity(
         seed (`int`, *optional*, defaults to 0): of the draws of subsets.
 
     Raises:
-        `EstimationError`: for subsets with unknown tasks.
+        `EstimationError`: for subsets with unknown tasks, and when no subset is left to compare with.
     """
     run = trainer.open_run()
     store = trainer.capture()
@@ -176,6 +60,10 @@ def measure_fidelity(
         subsets = [[name for name, held in zip(names, row) if held] for row in drawn]
     seen = [sorted(observed.mixture) for observed in estimator.observed_runs]
     subsets = [list(subset) for subset in subsets if sorted(subset) not in seen]
+    if not subsets:
+        raise EstimationError(
+            f"Every subset calibrates the estimates already: {seen}. Ask for more subsets, or for other ones."
+        )
     start = time.perf_counter()
     prediction = estimator.predict_subsets(subsets)
     prediction_seconds = time.perf_counter() - start

@@ -103,6 +103,7 @@ class RunDirectory:
         return self.record["stages"].get(stage, {}).get("status") == "done"
 
     def seconds(self, stage: str) -> float | None:
+        """Wall time of a finished stage; `None` where it was interrupted and taken up again."""
         return self.record["stages"].get(stage, {}).get("seconds")
 
     @contextmanager
@@ -112,9 +113,13 @@ class RunDirectory:
             logger.info("Stage %r is done already.", name)
             yield False
             return
+        interrupted = name in self.record["stages"]
+        self.record["stages"][name] = {"status": "begun"}
+        self._write()
         start = time.perf_counter()
         yield True
-        self.record["stages"][name] = {"status": "done", "seconds": round(time.perf_counter() - start, 3)}
+        seconds = None if interrupted else round(time.perf_counter() - start, 3)
+        self.record["stages"][name] = {"status": "done", "seconds": seconds}
         self._write()
 
     def _write(self) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class ScoredRun:
         subset (`list[str]`): the tasks.
         seed (`int`): of the training's order and dropout.
         scores (`dict[str, dict[str, float]]`): validation loss and accuracy of every task.
-        seconds (`float`): wall time of the training.
+        seconds (`float`): wall time of the training and its scoring.
         distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
     """
 
@@ -69,9 +70,11 @@ def keep_scored_run(
     seed = trainer.args.seed if seed is None else seed
     record = _record(trainer, list(trained.mixture), seed)
     if not record.exists():
+        start = time.perf_counter()
         scores = trainer.score_adapter(folder, trainer.eval_dataset, description)
+        seconds = trained.seconds + time.perf_counter() - start
         if trainer.is_world_process_zero():
-            run = ScoredRun(list(trained.mixture), seed, scores, trained.seconds, trained.distance)
+            run = ScoredRun(list(trained.mixture), seed, scores, round(seconds, 3), trained.distance)
             write_json(record, asdict(run))
         trainer.accelerator.wait_for_everyone()
     return ScoredRun(**read_json(record))

@@ -17,6 +17,7 @@ from ..select import DataSelector, calibration_subsets
 from ..store import GradientStore
 from .adapter_training import AdapterTraining
 from .evaluation import LogitsFunction, Scores, score_tasks
+from .recipe import training_recipe
 from .run_directory import RunDirectory
 from .scored_runs import scored_run
 
@@ -110,9 +111,13 @@ class StagesMixin:
 
     def selector(self, store: GradientStore) -> DataSelector:
         """Predictions from the run's store, with all evidence that the run has."""
-        observed_runs = self.observed_runs()
         return DataSelector.from_store(
-            store, self.tasks.names, self.args.num_components, observed_runs, self.tasks.sampling_weights
+            store,
+            self.tasks.names,
+            self.args.num_components,
+            self.observed_runs(),
+            self.tasks.sampling_weights,
+            training_recipe(self, store),
         )
 
     def push_to_hub(
