@@ -24,11 +24,12 @@ from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection,
 from hf_ensemble.capture.capture import MOMENT_ROWS
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.trainers import build_trainer, load_tasks
-from hf_ensemble.estimate import ObservedRun, SubsetEstimator, choose_regularization
+from hf_ensemble.estimate import ObservedRun, SubsetEstimator, TrainingRecipe, choose_regularization
 from hf_ensemble.estimate.agreement import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
 from hf_ensemble.estimate.mixtures import epoch_length
 from hf_ensemble.select import calibration_subsets
 from hf_ensemble.store import FeatureTable, GradientStore
+from hf_ensemble.train.recipe import learning_rates
 
 REFERENCE = {
     "linearised at": "theta0",
@@ -38,7 +39,7 @@ REFERENCE = {
     "components": 400,
     "training rows": "all",
     "exponent": 1.25,
-    "calibration runs": 2,
+    "evidence": "2 runs",
 }
 
 
@@ -47,11 +48,19 @@ def variants(margins: list[str]) -> Iterator[dict[str, Any]]:
     yield REFERENCE
     others = {
         "preconditioner": ["none"],
-        "projection": ["4096, seed 1", "4096, seed 2", "1024, seed 0", "400, seed 0", "exact"],
+        "projection": [
+            "exact",
+            "16384, seed 0",
+            "8192, seed 0",
+            "4096, seed 1",
+            "4096, seed 2",
+            "1024, seed 0",
+            "400, seed 0",
+        ],
         "components": [25, 50, 100, 200, 800, 1600],
         "training rows": ["1/2", "1/4", "1/8"],
         "exponent": [1.0, 1.5, 2.0],
-        "calibration runs": [1, 0],
+        "evidence": ["1 run", "replay", "validation loss"],
         "linearised at": ["warm-up"],
         "margin": [margin for margin in margins if margin != REFERENCE["margin"]],
     }
@@ -81,6 +90,12 @@ class Captures:
             split: dataclasses.replace(table, features=_projected(table.features, scales, choice["projection"]))
             for split, table in parts.items()
         }
+
+    def recipe(self, choice: Mapping[str, Any]) -> TrainingRecipe:
+        """The training, for a replay in Adam's metric."""
+        train = self._exact(choice["linearised at"], choice["margin"])["train"]
+        rates, batch_size = learning_rates(self.trainer)
+        return TrainingRecipe(rates, batch_size, Preconditioner({"all": self._adam_scales(train)}).num_moving())
 
     def _exact(self, point: str, margin: str) -> dict[str, FeatureTable]:
         if (point, margin) not in self._tables:
@@ -162,9 +177,7 @@ class Truth:
         losses = {
             (tuple(sorted(run["subset"])), run["seed"]): [run["scores"][name]["loss"] for name in names] for run in runs
         }
-        calibrating = [
-            tuple(sorted(subset)) for subset in calibration_subsets(names, REFERENCE["calibration runs"], seed)
-        ]
+        calibrating = [tuple(sorted(subset)) for subset in calibration_subsets(names, 2, seed)]
         observed = [
             ObservedRun(dict.fromkeys(subset, 1.0), dict(zip(names, losses[subset, seed]))) for subset in calibrating
         ]
@@ -180,10 +193,12 @@ class Truth:
         )
 
 
-def estimated(tables: Mapping[str, FeatureTable], truth: Truth, choice: Mapping[str, Any], base: np.ndarray) -> dict:
+def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base: np.ndarray) -> dict:
     """How well a choice predicts."""
-    runs = truth.calibration[: choice["calibration runs"]]
-    estimator = SubsetEstimator(tables["train"], tables["validation"], choice["components"], runs)
+    tables = captures.tables(choice)
+    runs = truth.calibration[: {"2 runs": 2, "1 run": 1}.get(choice["evidence"], 0)]
+    recipe = captures.recipe(choice) if choice["evidence"] == "replay" else None
+    estimator = SubsetEstimator(tables["train"], tables["validation"], choice["components"], runs, recipe=recipe)
     all_rows = epoch_length(np.ones((1, len(truth.names))), estimator.counts)
 
     def predict(mixtures: np.ndarray, l2_scale: float):
@@ -192,12 +207,15 @@ def estimated(tables: Mapping[str, FeatureTable], truth: Truth, choice: Mapping[
         )
         return estimator.predict(mixtures, l2_scale * lengthening)
 
-    chosen = choose_regularization(lambda mixtures, c: predict(mixtures, c).loss, truth.names, runs)
+    chosen = estimator.regularization
+    if choice["exponent"] != REFERENCE["exponent"]:
+        chosen = choose_regularization(lambda mixtures, c: predict(mixtures, c).loss, truth.names, runs)
     prediction = predict(truth.mixtures, chosen.l2_scale)
     ranks = task_spearman(prediction.loss, truth.loss)
     inside = truth.mixtures > 0
     own, other = prediction.loss[truth.repeated], truth.loss[truth.repeated]
     return {
+        "evidence": chosen.evidence,
         "l2_scale": chosen.l2_scale,
         "criterion": chosen.criterion,
         "mean_relative_error": mean_relative_error(prediction.loss, truth.loss),
@@ -259,14 +277,12 @@ def main() -> None:
     out = trainer.open_run().path
     truth = Truth.read(out / "scored_runs", trainer.tasks.names, trainer.args.seed)
     captures = Captures(trainer, out / "compared")
-    rows, base = [], None
+    validation = captures.tables(REFERENCE)["validation"]
+    losses = np.logaddexp(0, -validation.margin.astype(np.float64))
+    base = np.array([losses[validation.task == task].mean() for task in range(len(truth.names))])
+    rows = []
     for choice in variants(own.margins):
-        tables = captures.tables(choice)
-        if base is None:
-            validation = tables["validation"]
-            losses = np.logaddexp(0, -validation.margin.astype(np.float64))
-            base = np.array([losses[validation.task == task].mean() for task in range(len(truth.names))])
-        rows.append({"choice": choice, "result": estimated(tables, truth, choice, base)})
+        rows.append({"choice": choice, "result": estimated(captures, truth, choice, base)})
         print({key: value for key, value in choice.items() if value != REFERENCE[key]}, rows[-1]["result"], flush=True)
     report = {
         "num_subsets": len(truth.loss),
