@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..errors import EstimationError
 from ..store import FeatureTable
@@ -61,6 +62,7 @@ class SubsetEstimator:
             How often training draws a row of each task, relative to the others; every mixture is multiplied by them.
         recipe (`TrainingRecipe`, *optional*):
             The training that is predicted. Without observed runs it is replayed: the next best evidence for c.
+        device (`torch.device` or `str`, *optional*): where surrogates are solved, the CPU by default.
 
     Raises:
         `EstimationError`: for tasks without rows, and features that are not finite.
@@ -82,6 +84,7 @@ class SubsetEstimator:
         observed_runs: Sequence[ObservedRun] = (),
         sampling_weights: Mapping[str, float] | None = None,
         recipe: TrainingRecipe | None = None,
+        device: torch.device | str | None = None,
     ):
         if train.task_names != validation.task_names:
             raise EstimationError(
@@ -98,7 +101,7 @@ class SubsetEstimator:
         )
         self.reduction = FeatureReduction.fit(train.features, num_components)
         reduced = self.reduction.apply(train.features)
-        self._train = SurrogateProblem(reduced, train.margin, train.task)
+        self._train = SurrogateProblem(reduced, train.margin, train.task, device)
         order = np.argsort(validation.task, kind="stable")
         self._validation = (
             self.reduction.apply(validation.features)[order],
