@@ -20,16 +20,15 @@ import torch
 from datasets import concatenate_datasets
 from trl import ModelConfig
 
-from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection, capture_gradients
+from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection, capture_gradients, training_recipe
 from hf_ensemble.capture.capture import MOMENT_ROWS
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.trainers import build_trainer, load_tasks
-from hf_ensemble.estimate import ObservedRun, SubsetEstimator, TrainingRecipe, choose_regularization
+from hf_ensemble.estimate import ObservedRun, SubsetEstimator, choose_regularization
 from hf_ensemble.estimate.agreement import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
 from hf_ensemble.estimate.mixtures import epoch_length
 from hf_ensemble.select import calibration_subsets
-from hf_ensemble.store import FeatureTable, GradientStore
-from hf_ensemble.train.recipe import learning_rates
+from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe
 
 REFERENCE = {
     "linearised at": "theta0",
@@ -94,8 +93,9 @@ class Captures:
     def recipe(self, choice: Mapping[str, Any]) -> TrainingRecipe:
         """The training, for a replay in Adam's metric."""
         train = self._exact(choice["linearised at"], choice["margin"])["train"]
-        rates, batch_size = learning_rates(self.trainer)
-        return TrainingRecipe(rates, batch_size, Preconditioner({"all": self._adam_scales(train)}).num_moving())
+        steps = self.trainer.adapter_training.num_steps(self.trainer.tasks.names)
+        num_moving = Preconditioner({"all": self._adam_scales(train)}).num_moving()
+        return dataclasses.replace(training_recipe(self.trainer.args, steps), num_parameters=num_moving)
 
     def _exact(self, point: str, margin: str) -> dict[str, FeatureTable]:
         if (point, margin) not in self._tables:

@@ -23,19 +23,22 @@ from transformers import (
     set_seed,
 )
 
+PARTS, LABELLED = ("prompt", "completion"), ("text", "label_text")
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def texts(folder: Path, without: set[str]) -> list[str]:
-    """Each row as one string, joined as a fine-tuning joins prompt and completion: with nothing between."""
+    """Each row as one string in the form of the instruction tasks: a text, `Output:`, and right behind it the answer.
+
+    A model that has seen many kinds of answers there is not taken aback by those of a new task.
+    """
     rows = []
     for file in sorted(folder.rglob("train.jsonl")):
         if file.parent.name not in without:
             for line in file.read_text().splitlines():
                 row = json.loads(line)
-                rows.append(
-                    row["prompt"] + row["completion"] if "prompt" in row else f"{row['text']} {row['label_text']}"
-                )
+                asked, answer = (row[key] for key in (PARTS if "prompt" in row else LABELLED))
+                rows.append(f"{asked.removesuffix('Output:').rstrip()}\nOutput:{answer}")
     return rows
 
 
@@ -67,7 +70,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", default=[])
     parser.add_argument("--vocabulary", type=int, default=384)
     parser.add_argument("--block", type=int, default=256)
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--epochs", type=float, default=2)
     arguments = parser.parse_args()
     set_seed(0)
     rows = texts(arguments.data, set(arguments.without))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from transformers import TrainerCallback
 
-from ..capture import CaptureConfig, capture_gradients
+from ..capture import CaptureConfig, capture_gradients, optimizer_metric, training_recipe
 from ..errors import ConfigurationError
 from ..store import GradientStore
 from ..tasks import TaskSet
@@ -23,11 +23,14 @@ class GradientCaptureCallback(TrainerCallback):
     Args:
         tasks (`TaskSet`): what to capture; its rows need not be the ones trained on.
         output_dir (`str` or `Path`): the store's directory.
-        config (`CaptureConfig`, *optional*): settings of the pass.
+        config (`CaptureConfig`, *optional*): settings of the pass; the optimizer's metric by default.
         when (`str`, *optional*, defaults to `"train_begin"`):
             `"train_begin"` captures at the untrained adapter, which answers what adding or leaving out a task does;
             `"train_end"` at the trained one.
         overwrite (`bool`, *optional*, defaults to `False`): replace a store of another model, data or configuration.
+
+    At the beginning, the store is told of the training's length and learning rates, which estimates without a true
+    fine-tuning are calibrated by: they are for fine-tunings on all of the tasks like this one.
 
     Of a chat, the assistant's last turn is the answer; an `SFTTrainer` with `assistant_only_loss=False` trains on every
     turn.
@@ -56,7 +59,7 @@ class GradientCaptureCallback(TrainerCallback):
             raise ConfigurationError(f"when has to be 'train_begin' or 'train_end', found {when!r}.")
         self.tasks = tasks
         self.output_dir = Path(output_dir)
-        self.config = config or CaptureConfig()
+        self.config = config
         self.when = when
         self.overwrite = overwrite
         self.store: GradientStore | None = None
@@ -68,16 +71,17 @@ class GradientCaptureCallback(TrainerCallback):
             # A resumed training begins in the middle; what was captured at its beginning still stands.
             self.store = GradientStore(self.output_dir)
         else:
-            self._capture(args, model, processing_class)
+            self._capture(args, model, processing_class, state.max_steps if state is not None else None)
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if self.when == "train_end":
             self._capture(args, model, processing_class)
 
-    def _capture(self, args, model, processing_class) -> None:
+    def _capture(self, args, model, processing_class, num_steps: int | None = None) -> None:
         if processing_class is None:
             raise ConfigurationError("Capturing needs the tokenizer: pass processing_class to the Trainer.")
-        config = self.config
+        metric = optimizer_metric(args)
+        config = self.config or CaptureConfig(preconditioner=metric)
         if config.max_length is None:
             # As SFTTrainer truncates.
             config = replace(config, max_length=getattr(args, "max_length", None))
@@ -89,4 +93,5 @@ class GradientCaptureCallback(TrainerCallback):
             processing_class=processing_class,
             overwrite=self.overwrite,
             disable_tqdm=bool(args.disable_tqdm),
+            recipe=training_recipe(args, num_steps) if num_steps and config.preconditioner == metric else None,
         )

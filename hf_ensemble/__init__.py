@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "tasks": ["LabelSpace", "TaskSet", "load_task_folder"],
-    "store": ["FeatureTable", "GradientStore"],
+    "store": ["FeatureTable", "GradientStore", "TrainingRecipe"],
     "capture": ["CaptureConfig", "capture_gradients", "transplanted"],
-    "estimate": ["ObservedRun", "Prediction", "SubsetEstimator", "TrainingRecipe"],
+    "estimate": ["ObservedRun", "Prediction", "SubsetEstimator"],
     "select": ["DataSelector", "Grouping", "Selection"],
     "ensemble": ["LabelSimilarityForSequenceClassification", "PeftEnsembleModel"],
     "publish": ["push_ensemble_to_hub", "write_model_card"],

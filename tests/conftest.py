@@ -11,6 +11,7 @@ import pytest
 import torch
 import toy
 import transformers
+from trainers import sft_trainer
 
 datasets.disable_progress_bars()
 transformers.logging.disable_progress_bar()
@@ -25,6 +26,16 @@ def tokenizer():
 def base_folder(tmp_path):
     """A saved tiny Llama with its tokenizer."""
     return toy.save_model(toy.llama(), tmp_path / "base")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished ensemble run."""
+    folder = tmp_path_factory.mktemp("finished")
+    base = toy.save_model(toy.llama(), folder / "base")
+    trainer = sft_trainer(folder / "run", base, num_groups=2)
+    output = trainer.train()
+    return trainer, output, base
 
 
 def pytest_collection_modifyitems(items):

@@ -14,11 +14,13 @@ def relative_error(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def capture(folder, model=None, rows=None, **changes):
+def capture(folder, model=None, rows=None, recipe=None, **changes):
     config = CaptureConfig(**{"projection_dim": 64, "feature_dtype": "float32", "batch_size": 4, **changes})
     tasks = TaskSet.from_datasets(rows or toy.sft_tasks(train=24, validation=6))
     model = model or toy.with_lora(toy.llama())
-    return capture_gradients(model, tasks, config, folder, processing_class=toy.tokenizer(), disable_tqdm=True)
+    return capture_gradients(
+        model, tasks, config, folder, processing_class=toy.tokenizer(), disable_tqdm=True, recipe=recipe
+    )
 
 
 def contents(folder):
@@ -95,7 +97,7 @@ def test_a_capture_killed_before_its_last_word_is_completed(tmp_path, monkeypatc
     from hf_ensemble.store import GradientStoreWriter
 
     with monkeypatch.context() as patch:
-        patch.setattr(GradientStoreWriter, "finish", lambda self, **records: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(GradientStoreWriter, "finish", lambda self, *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             capture(tmp_path / "store")
     monkeypatch.setattr(GradientStoreWriter, "write_shard", lambda *a: pytest.fail("captured again"))

@@ -2,10 +2,12 @@
 
 import pytest
 import toy
-from test_train import sft_config, split
+from test_capture import capture
+from trainers import sft_config, split
+from transformers import TrainingArguments
 
-from hf_ensemble import EnsembleSFTTrainer
-from hf_ensemble.train.recipe import learning_rates, training_recipe
+from hf_ensemble import DataSelector, EnsembleSFTTrainer, TaskSet, TrainingRecipe
+from hf_ensemble.capture import learning_rates, training_recipe
 
 
 def trainer_with(folder, base, tasks=None, **settings):
@@ -32,16 +34,42 @@ def test_learning_rates_are_those_of_the_training(tmp_path, base_folder, setting
     trainer.open_run()
     trainer.adapter_training.run("all", trainer.tasks.names, tmp_path / "all")
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    rates, batch_size = learning_rates(trainer)
-    assert rates == pytest.approx(logged)
-    assert batch_size == trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    num_steps = trainer.adapter_training.num_steps(trainer.tasks.names)
+    assert learning_rates(trainer.args, num_steps) == pytest.approx(logged)
+    recipe = trainer.capture().recipe
+    assert recipe.learning_rates == pytest.approx(logged)
+    assert recipe.batch_size == trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+
+
+def test_sampling_weights_lengthen_the_training(tmp_path, base_folder):
+    tasks = TaskSet.from_datasets(toy.sft_tasks(), sampling_weights={"sums": 2.0})
+    trainer = EnsembleSFTTrainer(
+        model=base_folder, args=sft_config(tmp_path), train_dataset=tasks, peft_config=toy.lora()
+    )
+    trainer.open_run()
+    trained = trainer.adapter_training.run("all", tasks.names, tmp_path / "all")
+    assert trainer.adapter_training.num_steps(tasks.names) == trained.global_step
+
+
+def test_long_trainings_are_put_together():
+    args = TrainingArguments(use_cpu=True, lr_scheduler_type="linear", learning_rate=1e-3)
+    recipe = training_recipe(args, 10_000)
+    assert len(recipe.learning_rates) == 200
+    assert sum(recipe.learning_rates) == pytest.approx(sum(learning_rates(args, 10_000)))
 
 
 def test_a_metric_that_is_not_the_optimizers_cannot_be_replayed(tmp_path, base_folder):
-    trainer = trainer_with(tmp_path / "adam", base_folder)
-    assert training_recipe(trainer, trainer.capture()).num_parameters > 1
-    trainer = trainer_with(tmp_path / "sgd", base_folder, optim="sgd")
-    store = trainer.capture()
-    assert store.preconditioner() is None and training_recipe(trainer, store).num_parameters is None
-    trainer = trainer_with(tmp_path / "mixed", base_folder, preconditioner="none")
-    assert training_recipe(trainer, trainer.capture()) is None
+    assert trainer_with(tmp_path / "adam", base_folder).capture().recipe.num_parameters > 1
+    store = trainer_with(tmp_path / "sgd", base_folder, optim="sgd").capture()
+    assert store.preconditioner() is None and store.recipe.num_parameters is None
+    assert trainer_with(tmp_path / "mixed", base_folder, preconditioner="none").capture().recipe is None
+
+
+def test_a_finished_store_is_told_of_another_training(tmp_path):
+    for rate in (1e-3, 1e-2, None):
+        recipe = None if rate is None else TrainingRecipe([rate] * 5, 4)
+        store = capture(tmp_path, recipe=recipe)
+        assert store.recipe is None if rate is None else store.recipe.learning_rates == [rate] * 5
+    assert DataSelector.from_store(store, num_components=10).estimator.regularization.evidence == "validation_loss"
+    store = capture(tmp_path, recipe=TrainingRecipe([1e-3] * 5, 4))
+    assert DataSelector.from_store(store, num_components=10).estimator.regularization.evidence == "replay"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_ensemble import FeatureTable, ObservedRun, SubsetEstimator, TrainingRecipe
-from hf_ensemble.errors import EstimationError
+from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate.replay import replayed_coefficients
 
 
@@ -111,5 +111,5 @@ def test_observed_runs_are_better_evidence():
     "arguments", [([], 4), ([0.0], 4), ([-1.0, 1.0], 4), ([np.nan], 4), ([1.0], 0), ([1.0], 4, -2.0)]
 )
 def test_bad_recipes_are_refused(arguments):
-    with pytest.raises(EstimationError, match="recipe needs|Expected a positive"):
+    with pytest.raises(ConfigurationError, match="recipe needs|Expected a positive"):
         TrainingRecipe(*arguments)

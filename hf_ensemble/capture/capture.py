@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._compat import keep_quantized_weights_in_place, package_versions
 from ..errors import CaptureError
-from ..store import CapturedRows, GradientStore, GradientStoreWriter
+from ..store import CapturedRows, GradientStore, GradientStoreWriter, TrainingRecipe
 from ..tasks import EXAMPLE_ID, TASK, RowFormat, TaskCollator, TaskSet, data_collator_for, encode, length_limit
 from .config import CaptureConfig
 from .gradients import BatchGradients, GradientExtractor
@@ -23,7 +24,7 @@ from .preconditioner import Preconditioner
 
 SHARD_SIZE = 512
 # Training rows whose gradients' second moments make the preconditioner, evenly spaced over all tasks.
-MOMENT_ROWS = 256
+MOMENT_ROWS = 128
 
 
 def capture_gradients(
@@ -36,6 +37,7 @@ def capture_gradients(
     encoded: Mapping[str, Dataset] | None = None,
     overwrite: bool = False,
     disable_tqdm: bool = False,
+    recipe: TrainingRecipe | None = None,
 ) -> GradientStore:
     """Capture the gradient features of all training and validation examples.
 
@@ -56,6 +58,9 @@ def capture_gradients(
             Token tables by split with `task` and `example_id`, when a trainer has made them already.
         overwrite (`bool`, *optional*, defaults to `False`): replace a store of another identity.
         disable_tqdm (`bool`, *optional*, defaults to `False`): no progress bar.
+        recipe (`TrainingRecipe`, *optional*):
+            The training on all tasks that goes on from here, kept in the store for estimates. How many parameters move
+            is filled in where the preconditioner tells.
 
     Returns:
         `GradientStore`: the finished store.
@@ -123,9 +128,13 @@ def capture_gradients(
     mine = missing[state.process_index :: state.num_processes]
     _capture_shards(extractor, writer, mine, encoded, data_collator, config.batch_size, disable_tqdm)
     state.wait_for_everyone()
+    if recipe is not None and extractor.preconditioner is not None:
+        recipe = replace(recipe, num_parameters=extractor.preconditioner.num_moving())
     if state.is_main_process and (missing or not writer.is_complete()):
         coverage = {"hooked": extractor.hooked, "fallback": extractor.fallback}
-        writer.finish(coverage=coverage, versions=package_versions())
+        writer.finish(recipe, coverage=coverage, versions=package_versions())
+    elif state.is_main_process:
+        writer.update_recipe(recipe)
     state.wait_for_everyone()
     return GradientStore(output_dir)
 

@@ -3,7 +3,6 @@
 from .estimator import Prediction, SubsetEstimator
 from .reduction import FeatureReduction
 from .regularization import ObservedRun, Regularization, choose_regularization
-from .replay import TrainingRecipe
 from .surrogate import SurrogateProblem, SurrogateSolution, solve_surrogate
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "SubsetEstimator",
     "SurrogateProblem",
     "SurrogateSolution",
-    "TrainingRecipe",
     "choose_regularization",
     "solve_surrogate",
 ]

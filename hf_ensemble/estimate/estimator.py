@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from ..errors import EstimationError
-from ..store import FeatureTable
+from ..store import FeatureTable, TrainingRecipe
 from .intervals import IntervalWidth
 from .mixtures import epoch_length, mixture_weights
 from .outcomes import predicted_outcomes
 from .reduction import FeatureReduction
 from .regularization import ObservedRun, Regularization, choose_regularization, losses_of, training_length_l2
-from .replay import TrainingRecipe, replayed_coefficients
+from .replay import replayed_coefficients
 from .surrogate import SurrogateProblem
 
 

@@ -1,43 +1,11 @@
 """A training replayed on the linearised model: how far the user's optimizer would go, without a fine-tuning."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
-from ..errors import EstimationError
+from ..store import TrainingRecipe
 
 # Optimizer steps in a row are taken together so that no replay has more than these.
 _MAX_STEPS = 200
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """What decides how far a training on all tasks goes.
-
-    Args:
-        learning_rates (`Sequence[float]`): of every optimizer step, in order.
-        batch_size (`int`): rows of an optimizer step, over all devices.
-        num_parameters (`float`, *optional*):
-            Of Adam and its kin: how many parameters take full steps, see [`Preconditioner.num_moving`]. `None` for
-            plain gradient descent.
-
-    Raises:
-        `EstimationError`: for a recipe without steps, or with values that are not positive.
-    """
-
-    learning_rates: Sequence[float]
-    batch_size: int
-    num_parameters: float | None = None
-
-    def __post_init__(self):
-        rates = np.asarray(self.learning_rates, dtype=np.float64)
-        if rates.ndim != 1 or not len(rates) or not np.isfinite(rates).all() or (rates < 0).any() or not rates.any():
-            raise EstimationError("A recipe needs the learning rate of every step, not negative and not all zero.")
-        if self.batch_size < 1 or (self.num_parameters is not None and self.num_parameters <= 0):
-            raise EstimationError(
-                f"Expected a positive batch_size and num_parameters, found {self.batch_size}, {self.num_parameters}."
-            )
 
 
 def replayed_coefficients(

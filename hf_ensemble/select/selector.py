@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..estimate import ObservedRun, SubsetEstimator, TrainingRecipe
+from ..estimate import ObservedRun, SubsetEstimator
 from ..store import GradientStore
 from .affinity import predicted_affinity
 from .grouping import Grouping, group_tasks
@@ -39,9 +39,11 @@ class DataSelector:
         num_components: int = 400,
         observed_runs: Sequence[ObservedRun] = (),
         sampling_weights: Mapping[str, float] | None = None,
-        recipe: TrainingRecipe | None = None,
     ) -> "DataSelector":
-        """From a store's directory, over all of its tasks or some; see [`SubsetEstimator`] for the rest."""
+        """From a store's directory, over all of its tasks or some; see [`SubsetEstimator`] for the rest.
+
+        Without observed runs, the training that the store knows of is replayed.
+        """
         store = store if isinstance(store, GradientStore) else GradientStore(store)
         names = store.task_names if tasks is None else tasks
         return cls(
@@ -51,7 +53,7 @@ class DataSelector:
                 num_components,
                 observed_runs,
                 sampling_weights,
-                recipe,
+                store.recipe,
             )
         )
 

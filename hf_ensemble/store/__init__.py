@@ -1,6 +1,7 @@
 """Gradient features on disk: a directory that explains itself, written in shards, mapped when read."""
 
 from .reader import FeatureTable, GradientStore
+from .recipe import TrainingRecipe
 from .writer import CapturedRows, GradientStoreWriter
 
-__all__ = ["CapturedRows", "FeatureTable", "GradientStore", "GradientStoreWriter"]
+__all__ = ["CapturedRows", "FeatureTable", "GradientStore", "GradientStoreWriter", "TrainingRecipe"]

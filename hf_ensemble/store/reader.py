@@ -20,6 +20,7 @@ from .layout import (
     read_preconditioner,
     rows_file,
 )
+from .recipe import TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ class GradientStore:
     def identity(self) -> dict:
         """What the features were made of."""
         return self.manifest["identity"]
+
+    @property
+    def recipe(self) -> TrainingRecipe | None:
+        """The training that goes on from here, where the capture was told of it."""
+        record = self.manifest.get("recipe")
+        return None if record is None else TrainingRecipe(**record)
 
     @property
     def dim(self) -> int:

@@ -1,7 +1,7 @@
 """Writing a gradient store, shard by shard."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from .layout import (
     read_preconditioner,
     rows_file,
 )
+from .recipe import TrainingRecipe
 
 # Of a manifest, what tells how the store was made, not what it is made of.
-_RECORDS = ("status", "versions", "coverage", "preconditioner_sha256")
+_RECORDS = ("status", "versions", "coverage", "preconditioner_sha256", "recipe")
 
 
 @dataclass
@@ -187,8 +188,8 @@ class GradientStoreWriter:
                 "precision (float16 weights overflow; bfloat16 or float32 do not)."
             )
 
-    def finish(self, **records: Any) -> None:
-        """Mark the store complete, with `records` (how it was made) in its manifest.
+    def finish(self, recipe: TrainingRecipe | None = None, **records: Any) -> None:
+        """Mark the store complete, with the training that goes on from here and `records` (how it was made).
 
         Raises:
             `StoreError`: while shards are missing.
@@ -199,4 +200,13 @@ class GradientStoreWriter:
         preconditioner = self.folder / PRECONDITIONER
         if preconditioner.exists():
             records["preconditioner_sha256"] = sha256_of(preconditioner)
+        if recipe is not None:
+            records["recipe"] = asdict(recipe)
         write_json(self.folder / MANIFEST, {**self.manifest, "status": "complete", **records})
+
+    def update_recipe(self, recipe: TrainingRecipe | None) -> None:
+        """Of a finished store, replace the training that goes on from here."""
+        manifest = read_manifest(self.folder)
+        record = None if recipe is None else asdict(recipe)
+        if manifest.get("recipe") != record:
+            write_json(self.folder / MANIFEST, {**manifest, "recipe": record})

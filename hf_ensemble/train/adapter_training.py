@@ -1,12 +1,15 @@
 """Training one adapter after another from one starting point, each by an ordinary trainer."""
 
 import copy
+import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import set_peft_model_state_dict
@@ -15,6 +18,7 @@ from trl import SFTConfig
 
 from .._files import read_json, write_json
 from ..ensemble.files import save_adapter
+from ..estimate.mixtures import epoch_length
 from ..logging import get_logger
 from ..tasks import TASK
 from .multi_task_trainer import MultiTaskMixin
@@ -93,6 +97,17 @@ class AdapterTraining:
             for name, parameter in self.trainer.model.named_parameters()
             if name in self.theta0
         }
+
+    def num_steps(self, subset: Sequence[str]) -> int:
+        """Optimizer steps of a training on these tasks."""
+        args, tasks = self.trainer.args, self.trainer.tasks
+        if args.max_steps > 0:
+            return args.max_steps
+        counts = Counter(self.trainer.train_dataset[TASK])
+        weights = np.array([tasks.sampling_weights[task] for task in subset])
+        rows = epoch_length(weights, np.array([counts[task] for task in subset]))
+        batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+        return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
     def run(
         self, name: str, mixture: Mapping[str, float] | Sequence[str], folder: Path, seed: int | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ..capture import CaptureConfig
+from ..capture import CaptureConfig, optimizer_metric
 from ..errors import ConfigurationError
 from ..select.grouping import GROUPING_METHODS
 from ..select.selection import SELECTION_METHODS
@@ -53,17 +53,13 @@ class EstimateArguments:
         super().__post_init__()
         self.capture_config()
 
-    def optimizer_metric(self) -> str:
-        """The preconditioner in which the optimizer's steps are gradient steps."""
-        return "none" if getattr(self.optim, "value", self.optim) == "sgd" else "adam"
-
     def capture_config(self, batch_size: int = 16) -> CaptureConfig:
         """The capture pass's own settings."""
         return CaptureConfig(
             projection_dim=self.projection_dim,
             projection_seed=self.projection_seed,
             margin=self.margin,
-            preconditioner=self.optimizer_metric() if self.preconditioner == "auto" else self.preconditioner,
+            preconditioner=optimizer_metric(self) if self.preconditioner == "auto" else self.preconditioner,
             feature_dtype=self.feature_dtype,
             batch_size=batch_size,
         )

@@ -9,15 +9,14 @@ from datasets import Dataset, concatenate_datasets
 
 from .._compat import adapters_untouched
 from .._files import read_json, write_json
-from ..capture import capture_gradients, model_identity
+from ..capture import capture_gradients, model_identity, optimizer_metric, training_recipe
 from ..ensemble.files import load_adapter
 from ..estimate import ObservedRun
 from ..logging import get_logger
 from ..select import DataSelector, calibration_subsets
-from ..store import GradientStore
+from ..store import GradientStore, TrainingRecipe
 from .adapter_training import AdapterTraining
 from .evaluation import LogitsFunction, Scores, score_tasks
-from .recipe import training_recipe
 from .run_directory import RunDirectory
 from .scored_runs import scored_run
 
@@ -94,7 +93,15 @@ class StagesMixin:
                 },
                 overwrite=self.args.overwrite_run,
                 disable_tqdm=bool(self.args.disable_tqdm),
+                recipe=self._recipe(),
             )
+
+    def _recipe(self) -> TrainingRecipe | None:
+        """The training on all tasks; `None` where the features are not in the optimizer's metric."""
+        args = self.args
+        if args.capture_config().preconditioner != optimizer_metric(args):
+            return None
+        return training_recipe(args, self.adapter_training.num_steps(self.tasks.names))
 
     def num_calibration_runs(self) -> int:
         """How many true fine-tunings calibrate the estimates."""
@@ -117,7 +124,6 @@ class StagesMixin:
             self.args.num_components,
             self.observed_runs(),
             self.tasks.sampling_weights,
-            training_recipe(self, store),
         )
 
     def push_to_hub(

@@ -1,0 +1,37 @@
+"""How a training goes on from where its gradients were captured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """What decides how far a training on all tasks goes.
+
+    Args:
+        learning_rates (`Sequence[float]`): of every optimizer step in order, or their sums over consecutive stretches.
+        batch_size (`int`): rows of an optimizer step, over all devices.
+        num_parameters (`float`, *optional*):
+            Of Adam and its kin: how many parameters take full steps, see [`Preconditioner.num_moving`]. `None` for
+            plain gradient descent.
+
+    Raises:
+        `ConfigurationError`: for a recipe without steps, or with values that are not positive.
+    """
+
+    learning_rates: Sequence[float]
+    batch_size: int
+    num_parameters: float | None = None
+
+    def __post_init__(self):
+        rates = np.asarray(self.learning_rates, dtype=np.float64)
+        if rates.ndim != 1 or not len(rates) or not np.isfinite(rates).all() or (rates < 0).any() or not rates.any():
+            raise ConfigurationError("A recipe needs the learning rate of every step, not negative and not all zero.")
+        if self.batch_size < 1 or (self.num_parameters is not None and self.num_parameters <= 0):
+            raise ConfigurationError(
+                f"Expected a positive batch_size and num_parameters, found {self.batch_size}, {self.num_parameters}."
+            )
