@@ -38,6 +38,7 @@ def test_learning_rates_are_those_of_the_training(tmp_path, base_folder, setting
     assert learning_rates(trainer.args, num_steps) == pytest.approx(logged)
     recipe = trainer.capture().recipe
     assert recipe.learning_rates == pytest.approx(logged)
+    assert recipe.fixed_steps == ("max_steps" in settings)
     assert recipe.batch_size == trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
 
 
@@ -73,3 +74,14 @@ def test_a_finished_store_is_told_of_another_training(tmp_path):
     assert DataSelector.from_store(store, num_components=10).estimator.regularization.evidence == "validation_loss"
     store = capture(tmp_path, recipe=TrainingRecipe([1e-3] * 5, 4))
     assert DataSelector.from_store(store, num_components=10).estimator.regularization.evidence == "replay"
+
+
+def test_some_of_the_tasks_are_trained_on_for_fewer_steps(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "hf_ensemble.estimate.estimator.replayed_coefficients",
+        lambda features, *rest: seen.append(rest[-1]) or 0.1 * features.mean(0),
+    )
+    store = capture(tmp_path, recipe=TrainingRecipe([0.3, 0.6], 4))
+    DataSelector.from_store(store, ["sums"], num_components=10)
+    assert seen[0].learning_rates == pytest.approx([0.1, 0.2])

@@ -99,6 +99,14 @@ def test_a_longer_training_has_a_smaller_penalty():
     assert np.isnan(long.predict_subsets([["a"]]).loss_low).all()
 
 
+def test_trainings_of_equal_length_have_equal_penalties():
+    estimators = [tables(TrainingRecipe([1e-2] * 40, 16, 60.0, fixed_steps=fixed)) for fixed in (False, True)]
+    both, one = np.ones((1, 2)), np.array([[1.0, 0.0]])
+    assert np.allclose(*(estimator.predict(both, 1.0).coefficients for estimator in estimators))
+    short, long = (np.linalg.norm(estimator.predict(one, 1.0).coefficients) for estimator in estimators)
+    assert long > 1.2 * short
+
+
 def test_observed_runs_are_better_evidence():
     free = tables(TrainingRecipe([1e-3] * 40, 16, 60.0))
     seen = free.predict(np.ones((1, 2)), l2_scale=5.0).loss[0]

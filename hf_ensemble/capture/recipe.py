@@ -19,7 +19,7 @@ def training_recipe(args: TrainingArguments, num_steps: int) -> TrainingRecipe:
     """What the arguments make of a training of `num_steps` optimizer steps; how many parameters move is not in it."""
     rates = np.array_split(learning_rates(args, num_steps), min(num_steps, _STRETCHES))
     batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return TrainingRecipe([float(stretch.sum()) for stretch in rates], batch_size)
+    return TrainingRecipe([float(stretch.sum()) for stretch in rates], batch_size, fixed_steps=args.max_steps > 0)
 
 
 def learning_rates(args: TrainingArguments, num_steps: int) -> list[float]:

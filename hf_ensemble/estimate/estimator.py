@@ -61,7 +61,8 @@ class SubsetEstimator:
         sampling_weights (`dict[str, float]`, *optional*):
             How often training draws a row of each task, relative to the others; every mixture is multiplied by them.
         recipe (`TrainingRecipe`, *optional*):
-            The training that is predicted. Without observed runs it is replayed: the next best evidence for c.
+            The training that is predicted. Without observed runs it is replayed: the next best evidence for c. Where it
+            takes the same number of steps for every mixture, l2 is the same for all.
         device (`torch.device` or `str`, *optional*): where surrogates are solved, the CPU by default.
 
     Raises:
@@ -113,6 +114,7 @@ class SubsetEstimator:
             raise EstimationError("A validation feature is not finite.")
         self.observed_runs = tuple(observed_runs)
         self.interval = IntervalWidth()
+        self._fixed_steps = recipe is not None and recipe.fixed_steps
         replayed = [self._replayed_run(train, reduced, recipe)] if recipe is not None and not observed_runs else []
         self.regularization: Regularization = choose_regularization(
             lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss,
@@ -146,11 +148,9 @@ class SubsetEstimator:
             raise EstimationError("The mixtures hold a value that is not finite.")
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
         drawn = mixtures * self.sampling_weights
-        l2 = training_length_l2(
-            scale,
-            epoch_length(drawn, self.counts),
-            epoch_length(self.sampling_weights, self.counts),
-        )
+        all_rows = epoch_length(self.sampling_weights, self.counts)
+        rows = np.full(len(drawn), all_rows) if self._fixed_steps else epoch_length(drawn, self.counts)
+        l2 = training_length_l2(scale, rows, all_rows)
         solution = self._train.solve(drawn, l2)
         loss, accuracy, displacement = self._outcomes(solution.coefficients)
         return Prediction(

@@ -46,16 +46,13 @@ class DataSelector:
         """
         store = store if isinstance(store, GradientStore) else GradientStore(store)
         names = store.task_names if tasks is None else tasks
-        return cls(
-            SubsetEstimator(
-                store.table("train", names),
-                store.table("validation", names),
-                num_components,
-                observed_runs,
-                sampling_weights,
-                store.recipe,
-            )
-        )
+        train = store.table("train", names)
+        recipe = store.recipe
+        if recipe is not None:
+            # Fewer rows are trained on for fewer steps.
+            recipe = recipe.shortened(len(train) / store.num_rows("train"))
+        validation = store.table("validation", names)
+        return cls(SubsetEstimator(train, validation, num_components, observed_runs, sampling_weights, recipe))
 
     def select(self, target: str, method: str = "forward", k: int | None = None, **options) -> Selection:
         """Auxiliary tasks that help `target`, at most `k`.

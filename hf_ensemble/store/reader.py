@@ -133,6 +133,10 @@ class GradientStore:
         """What every parameter's gradient was multiplied by, by name; `None` where gradients were taken as they are."""
         return read_preconditioner(self.folder)
 
+    def num_rows(self, split: str) -> int:
+        """Rows of one split."""
+        return self.rows["split"].to_pylist().count(split)
+
     def table(self, split: str, tasks: Sequence[str] | None = None) -> FeatureTable:
         """Rows of one split, of all tasks or of some.
 

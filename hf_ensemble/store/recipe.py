@@ -1,7 +1,7 @@
 """How a training goes on from where its gradients were captured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,8 @@ class TrainingRecipe:
         num_parameters (`float`, *optional*):
             Of Adam and its kin: how many parameters take full steps, see [`Preconditioner.num_moving`]. `None` for
             plain gradient descent.
+        fixed_steps (`bool`, *optional*, defaults to `False`):
+            Whether every training takes the same number of steps, whatever it trains on (`max_steps`).
 
     Raises:
         `ConfigurationError`: for a recipe without steps, or with values that are not positive.
@@ -26,6 +28,7 @@ class TrainingRecipe:
     learning_rates: Sequence[float]
     batch_size: int
     num_parameters: float | None = None
+    fixed_steps: bool = False
 
     def __post_init__(self):
         rates = np.asarray(self.learning_rates, dtype=np.float64)
@@ -35,3 +38,9 @@ class TrainingRecipe:
             raise ConfigurationError(
                 f"Expected a positive batch_size and num_parameters, found {self.batch_size}, {self.num_parameters}."
             )
+
+    def shortened(self, share: float) -> "TrainingRecipe":
+        """The same training over a share of the rows."""
+        return (
+            self if self.fixed_steps else replace(self, learning_rates=[share * rate for rate in self.learning_rates])
+        )
