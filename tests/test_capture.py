@@ -3,24 +3,12 @@
 import pytest
 import torch
 import toy
+from captures import capture, relative_error
 
-from hf_ensemble.capture import CaptureConfig, GradientExtractor, Preconditioner, capture_gradients
+from hf_ensemble.capture import CaptureConfig, GradientExtractor, Preconditioner
 from hf_ensemble.errors import CaptureError, ConfigurationError, StoreError, StoreMismatchError
 from hf_ensemble.store import GradientStore
 from hf_ensemble.tasks import TaskSet, data_collator_for, encode
-
-
-def relative_error(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def capture(folder, model=None, rows=None, recipe=None, **changes):
-    config = CaptureConfig(**{"projection_dim": 64, "feature_dtype": "float32", "batch_size": 4, **changes})
-    tasks = TaskSet.from_datasets(rows or toy.sft_tasks(train=24, validation=6))
-    model = model or toy.with_lora(toy.llama())
-    return capture_gradients(
-        model, tasks, config, folder, processing_class=toy.tokenizer(), disable_tqdm=True, recipe=recipe
-    )
 
 
 def contents(folder):

@@ -4,29 +4,14 @@ import oracles
 import pytest
 import torch
 import toy
+from captures import causal_batch, relative_error
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_ensemble.capture import GradientExtractor, log_odds, margins
 from hf_ensemble.errors import ConfigurationError
-from hf_ensemble.tasks import TaskCollator, TaskSet, data_collator_for, encode, score_answers
-
-
-def relative_error(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def causal_batch(padding_side, count=5):
-    tokenizer = toy.tokenizer(padding_side)
-    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    tasks = TaskSet.from_datasets({"t": toy.sum_rows(count)}, {"t": toy.sum_rows(2)})
-    rows = list(encode(tasks.table("train"), tokenizer, tasks.row_format))
-    # Different lengths, so that something is padded.
-    for i, row in enumerate(rows):
-        for key in ("input_ids", "attention_mask", "labels"):
-            row[key] = row[key][i % 3 :]
-    return rows, TaskCollator(pad)
+from hf_ensemble.tasks import TaskSet, data_collator_for, encode, score_answers
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from test_capture import capture, relative_error
+from captures import capture, relative_error
 
 from hf_ensemble.capture import CaptureConfig, GradientExtractor, Preconditioner, capture_gradients
 from hf_ensemble.errors import CaptureError, StoreError

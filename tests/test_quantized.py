@@ -4,8 +4,8 @@ import oracles
 import pytest
 import torch
 import toy
+from captures import causal_batch, relative_error
 from peft import get_peft_model
-from test_capture import causal_batch, relative_error
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_ensemble import EnsembleSFTConfig, EnsembleSFTTrainer, PeftEnsembleModel

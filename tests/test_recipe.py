@@ -2,7 +2,7 @@
 
 import pytest
 import toy
-from test_capture import capture
+from captures import capture
 from trainers import sft_config, split
 from transformers import TrainingArguments
 
