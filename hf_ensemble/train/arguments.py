@@ -33,6 +33,10 @@ class EstimateArguments:
         },
     )
     feature_dtype: str = field(default="float16", metadata={"help": "Stored precision: 'float16' or 'float32'."})
+    capture_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples per backward pass of the capture; per_device_eval_batch_size by default."},
+    )
     num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
     calibration_runs: int = field(
         default=1,
@@ -53,7 +57,7 @@ class EstimateArguments:
         super().__post_init__()
         self.capture_config()
 
-    def capture_config(self, batch_size: int = 16) -> CaptureConfig:
+    def capture_config(self) -> CaptureConfig:
         """The capture pass's own settings."""
         return CaptureConfig(
             projection_dim=self.projection_dim,
@@ -61,7 +65,7 @@ class EstimateArguments:
             margin=self.margin,
             preconditioner=optimizer_metric(self) if self.preconditioner == "auto" else self.preconditioner,
             feature_dtype=self.feature_dtype,
-            batch_size=batch_size,
+            batch_size=self.per_device_eval_batch_size if self.capture_batch_size is None else self.capture_batch_size,
         )
 
 
