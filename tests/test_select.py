@@ -34,7 +34,7 @@ def test_forward_selection_takes_what_helps_and_stops(selector):
     assert losses == sorted(losses, reverse=True)
     final = selector.estimator.predict_subsets([selection.tasks]).loss[0, 0]
     assert final == pytest.approx(losses[-1])
-    assert selection.why.endswith("trust the order, not the values.")
+    assert selection.why.endswith("trust neither the values nor close calls.")
     # No single addition is predicted to help any further.
     for task in set("abcd") - set(selection.tasks):
         assert selector.estimator.predict_subsets([[*selection.tasks, task]]).loss[0, 0] >= losses[-1]
