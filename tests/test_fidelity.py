@@ -10,7 +10,7 @@ from trainers import sft_trainer
 from hf_ensemble import (
     measure_fidelity,
 )
-from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.errors import ConfigurationError, EstimationError
 from hf_ensemble.train.scored_runs import scored_run
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
@@ -39,6 +39,8 @@ def test_fidelity_compares_with_real_trainings_and_resumes(finished, monkeypatch
     again = measure_fidelity(trainer, subsets=subsets, num_repeated=3, num_transplanted=1)
     assert again.true_loss == report.true_loss
     assert again.first_order == report.first_order
+    with pytest.raises(EstimationError, match="Every subset calibrates the estimates already"):
+        measure_fidelity(trainer, subsets=[trainer.tasks.names])
 
 
 def test_a_scored_run_is_a_plain_training_and_its_seed_counts(finished):

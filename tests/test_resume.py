@@ -11,6 +11,7 @@ from hf_ensemble import (
 )
 from hf_ensemble.errors import RunMismatchError
 from hf_ensemble.store import GradientStore
+from hf_ensemble.train.run_directory import RunDirectory
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 
@@ -157,3 +158,19 @@ def test_an_old_record_is_not_taken_for_a_new_adapter(tmp_path, base_folder):
     (tmp_path / "adapter").rmdir()
     second = trainer.adapter_training.run("one", ["diffs"], tmp_path / "adapter")
     assert list(second.mixture) == ["diffs"] and (tmp_path / "adapter").is_dir()
+
+
+def test_the_time_of_an_interrupted_stage_is_not_known(tmp_path):
+    for interrupt in (True, False):
+        run = RunDirectory.open(tmp_path, {"a": 1}, {})
+        try:
+            with run.stage("gradients") as todo:
+                assert todo
+                if interrupt:
+                    raise KeyboardInterrupt
+            with run.stage("group"):
+                pass
+        except KeyboardInterrupt:
+            pass
+    again = RunDirectory.open(tmp_path, {"a": 1}, {})
+    assert again.is_done("gradients") and again.seconds("gradients") is None and again.seconds("group") >= 0
