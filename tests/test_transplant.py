@@ -1,4 +1,4 @@
-"""theta0 + P w in the model."""
+"""A surrogate's optimum in the model."""
 
 import numpy as np
 import pytest

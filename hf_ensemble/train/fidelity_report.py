@@ -28,14 +28,14 @@ class NoiseCeiling:
 
 @dataclass(frozen=True)
 class FirstOrderError:
-    """How far the model is from linear where the surrogate's optima lie: by real forward passes at theta0 + P w.
+    """How far the model is from linear where the surrogate's optima lie: by real forward passes at theta0 + S P w.
 
     Args:
         num_subsets (`int`): whose optima were put into the model.
-        squared_error (`float`): sum of (m - (m_i + x_i.w))^2 over sum of m^2, m the margin at theta0 + P w of every
+        squared_error (`float`): sum of (m - (m_i + x_i.w))^2 over sum of m^2, m the margin at theta0 + S P w of every
             validation example; the residual of GradEx, arXiv 2409.19458.
-        loss_relative_error (`float`): mean relative error of the linear losses against those at theta0 + P w.
-        transplanted_distance (`float`): mean norm of P w.
+        loss_relative_error (`float`): mean relative error of the linear losses against those at theta0 + S P w.
+        transplanted_distance (`float`): mean norm of S P w.
         training_distance (`float`): mean norm of the way that training went on the same subsets.
     """
 
