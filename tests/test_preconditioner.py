@@ -112,13 +112,17 @@ def test_a_lost_or_altered_file_is_named_and_made_again(tmp_path):
     file = tmp_path / "preconditioner.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(StoreError, match="preconditioner.safetensors .* is not what was written"):
+    with pytest.raises(StoreError, match="is not what was written .*Delete preconditioner.safetensors"):
         GradientStore(tmp_path)
     file.unlink()
     with pytest.raises(StoreError, match="preconditioner.safetensors is missing"):
         GradientStore(tmp_path)
-    again = capture(tmp_path).preconditioner()
-    assert all((again[name] == scale).all() for name, scale in before.items())
+    # Another batch size adds up in another order: the checksum goes with the file.
+    again = capture(tmp_path, batch_size=7).preconditioner()
+    assert all(np.allclose(again[name], scale, rtol=1e-4) for name, scale in before.items())
+    file.write_bytes(data[:100])
+    with pytest.raises(StoreError, match="is damaged.* Delete it and capture again"):
+        capture(tmp_path)
 
 
 def test_one_step_of_adam_is_a_gradient_step_in_the_scaled_coordinates(tmp_path):

@@ -1,5 +1,6 @@
 """The recipe that is replayed is the training that is run."""
 
+import numpy as np
 import pytest
 import toy
 from captures import capture
@@ -7,7 +8,7 @@ from trainers import sft_config, split
 from transformers import TrainingArguments
 
 from hf_ensemble import DataSelector, EnsembleSFTTrainer, TaskSet, TrainingRecipe
-from hf_ensemble.capture import learning_rates, training_recipe
+from hf_ensemble.capture import learning_rates, optimizer_metric, training_recipe
 
 
 def trainer_with(folder, base, tasks=None, **settings):
@@ -67,13 +68,21 @@ def test_a_metric_that_is_not_the_optimizers_cannot_be_replayed(tmp_path, base_f
 
 
 def test_a_finished_store_is_told_of_another_training(tmp_path):
-    for rate in (1e-3, 1e-2, None):
-        recipe = None if rate is None else TrainingRecipe([rate] * 5, 4)
-        store = capture(tmp_path, recipe=recipe)
-        assert store.recipe is None if rate is None else store.recipe.learning_rates == [rate] * 5
+    store = capture(tmp_path)
+    assert store.recipe is None
     assert DataSelector.from_store(store, num_components=10).estimator.regularization.evidence == "validation_loss"
-    store = capture(tmp_path, recipe=TrainingRecipe([1e-3] * 5, 4))
+    for rate in (1e-3, 1e-2):
+        assert capture(tmp_path, recipe=TrainingRecipe(np.full(5, rate), 4)).recipe.learning_rates == [rate] * 5
+    # Opening it once more takes nothing away.
+    store = capture(tmp_path)
     assert DataSelector.from_store(store, num_components=10).estimator.regularization.evidence == "replay"
+
+
+def test_what_cannot_be_replayed_has_no_recipe():
+    for settings in ({"optim": "adagrad"}, {"learning_rate": 0.0}, {"max_steps": 1, "warmup_steps": 10}):
+        args = TrainingArguments(use_cpu=True, **settings)
+        assert training_recipe(args, max(args.max_steps, 4 if args.max_steps < 0 else 1)) is None
+    assert optimizer_metric(TrainingArguments(use_cpu=True, optim="lomo")) == "none"
 
 
 def test_some_of_the_tasks_are_trained_on_for_fewer_steps(tmp_path, monkeypatch):

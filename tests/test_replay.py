@@ -81,6 +81,21 @@ def test_many_steps_are_taken_together():
     assert abs(few - many) < 1e-3
 
 
+@pytest.mark.parametrize("num_parameters, rate, steps", [(None, 1.0, 20_000), (None, 4.0, 10_000), (1e6, 1e-3, 10_000)])
+def test_steps_that_are_taken_together_do_not_overshoot(num_parameters, rate, steps):
+    x, m = rows(n=600, d=40)
+    x = x * np.arange(1, 41) ** -0.5
+    x /= np.linalg.norm(x, axis=1).mean()
+    norms = (x**2).sum(1)
+    recipe = TrainingRecipe([rate * steps / 200] * 200, 16, num_parameters)
+    found = loss(m, x, replayed_coefficients(x, m, np.ones(len(x)), norms, 1.0, recipe))
+    # So long a training ends at the optimum of the linear model, which gradient flow never overshoots.
+    w = np.zeros(40)
+    for _ in range(20_000):
+        w += 2.0 * (1 / (1 + np.exp(m + x @ w))) @ x / len(x)
+    assert found == pytest.approx(loss(m, x, w), abs=3e-3)
+
+
 def tables(recipe=None, **kwargs):
     x, m = rows(n=400)
     names = ("a", "b")

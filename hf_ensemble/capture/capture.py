@@ -134,7 +134,7 @@ def capture_gradients(
         coverage = {"hooked": extractor.hooked, "fallback": extractor.fallback}
         writer.finish(recipe, coverage=coverage, versions=package_versions())
     elif state.is_main_process:
-        writer.update_recipe(recipe)
+        writer.renew(recipe)
     state.wait_for_everyone()
     return GradientStore(output_dir)
 
@@ -145,8 +145,9 @@ def _preconditioner(extractor, writer, rows: Dataset, data_collator, batch_size,
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(MOMENT_ROWS, len(rows))).round().astype(int))
         chosen_rows = sorted((_without_none(rows[int(i)]) for i in chosen), key=lambda row: len(row["input_ids"]))
         moments: dict[str, torch.Tensor] = {}
-        for start in range(0, len(chosen_rows), batch_size):
-            extractor.add_second_moments(data_collator(chosen_rows[start : start + batch_size]), moments)
+        with torch.random.fork_rng():
+            for start in range(0, len(chosen_rows), batch_size):
+                extractor.add_second_moments(data_collator(chosen_rows[start : start + batch_size]), moments)
         scales = Preconditioner.from_second_moments(moments).scales
         writer.write_preconditioner({name: scale.cpu().numpy() for name, scale in scales.items()})
     state.wait_for_everyone()

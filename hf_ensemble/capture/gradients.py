@@ -107,8 +107,8 @@ class GradientExtractor:
     def add_second_moments(self, batch: Mapping[str, Any], moments: dict[str, torch.Tensor]) -> None:
         """Add the squares of the examples' loss gradients, parameter by parameter, to `moments`.
 
-        The loss is the surrogate's own, log(1 + exp(-m)). Gradients that are not finite are left out; those of a layer that is
-        called several times count call by call.
+        The loss is the surrogate's own, log(1 + exp(-m)). Gradients that are not finite are left out; those of a layer
+        that is called several times count call by call.
 
         Args:
             batch (`dict`): as for a call.

@@ -57,4 +57,6 @@ class Preconditioner:
 
         A norm in the scaled coordinates, squared, is the mean second moment times this number.
         """
-        return float(sum((scale.double() ** -4 - _FLOOR).clamp(min=0).sqrt().sum() for scale in self.scales.values()))
+        return float(
+            sum((scale.cpu().double() ** -4 - _FLOOR).clamp(min=0).sqrt().sum() for scale in self.scales.values())
+        )

@@ -10,16 +10,32 @@ from ..store import TrainingRecipe
 _STRETCHES = 200
 
 
+_PLAIN_GRADIENT_DESCENT = ("sgd", "schedule_free_sgd", "lomo")
+
+
 def optimizer_metric(args: TrainingArguments) -> str:
     """The preconditioner in which the optimizer's steps are gradient steps: `"none"` of SGD, `"adam"` of all others."""
-    return "none" if getattr(args.optim, "value", args.optim) == "sgd" else "adam"
+    return "none" if _optimizer(args) in _PLAIN_GRADIENT_DESCENT else "adam"
 
 
-def training_recipe(args: TrainingArguments, num_steps: int) -> TrainingRecipe:
-    """What the arguments make of a training of `num_steps` optimizer steps; how many parameters move is not in it."""
-    rates = np.array_split(learning_rates(args, num_steps), min(num_steps, _STRETCHES))
+def training_recipe(args: TrainingArguments, num_steps: int) -> TrainingRecipe | None:
+    """What the arguments make of a training of `num_steps` optimizer steps; how many parameters move is not in it.
+
+    Returns:
+        `TrainingRecipe`: or `None` where nothing can be replayed: an optimizer that is neither of Adam's kind nor plain
+        gradient descent, or a learning rate that is zero throughout.
+    """
+    known = "adam" in _optimizer(args) or _optimizer(args) in _PLAIN_GRADIENT_DESCENT
+    rates = learning_rates(args, num_steps)
+    if not known or not any(rates):
+        return None
+    stretches = np.array_split(rates, min(num_steps, _STRETCHES))
     batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return TrainingRecipe([float(stretch.sum()) for stretch in rates], batch_size, fixed_steps=args.max_steps > 0)
+    return TrainingRecipe([float(stretch.sum()) for stretch in stretches], batch_size, fixed_steps=args.max_steps > 0)
+
+
+def _optimizer(args: TrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def learning_rates(args: TrainingArguments, num_steps: int) -> list[float]:

@@ -110,8 +110,13 @@ def with_config(argv: Sequence[str]) -> list[str]:
     flags: list[str] = []
     for key, value in content.items():
         values = value if isinstance(value, list) else [value]
-        flags += [f"--{key}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
+        flags += [f"--{key}", *map(_flag_text, values)]
     return flags + argv[:position] + argv[position + 2 :]
+
+
+def _flag_text(value: Any) -> str:
+    is_json = value is None or isinstance(value, (dict, bool))
+    return json.dumps(value, default=str) if is_json else str(value)
 
 
 def parse(

@@ -1,11 +1,14 @@
 """A training replayed on the linearised model: how far the user's optimizer would go, without a fine-tuning."""
 
 import numpy as np
+from scipy.linalg import eigvalsh
 
 from ..store import TrainingRecipe
 
 # Optimizer steps in a row are taken together so that no replay has more than these.
 _MAX_STEPS = 200
+# Smaller steps that such a stretch is cut into; training that is not through by then goes to and fro at an optimum.
+_MAX_SUBSTEPS = 100
 
 
 def replayed_coefficients(
@@ -20,7 +23,8 @@ def replayed_coefficients(
 
     With G the mean gradient and E the mean square norm of a batch's gradient, all in the preconditioner's coordinates,
     a step of plain gradient descent is -lr G; one of Adam, whose second moments follow the gradients as these shrink,
-    is -lr sqrt(num_parameters / E) G. The mean over batches is followed, not single batches.
+    is -lr sqrt(num_parameters / E) G. The mean over batches is followed, not single batches, and where steps that are
+    taken together would overshoot, in as many smaller ones.
 
     Args:
         features (`np.ndarray` of shape `(n, k)`): reduced training features.
@@ -31,17 +35,28 @@ def replayed_coefficients(
         recipe (`TrainingRecipe`): the training.
     """
     share = weights / weights.sum()
-    rates = np.asarray(recipe.learning_rates, dtype=np.float64)
+    # The loss is nowhere more curved than this: a step of its inverse does not overshoot.
+    curvature = float(eigvalsh(features.T @ (share[:, None] * features))[-1]) / 4
     w, z = np.zeros(features.shape[1]), margin.astype(np.float64)
-    for part in np.array_split(rates, min(_MAX_STEPS, len(rates))):
-        residual = np.exp(-np.logaddexp(0.0, z))
-        gradient = (share * residual) @ features
-        step = part.sum() * scale**2
-        if recipe.num_parameters is not None:
-            mean_square = scale**2 * (gradient @ gradient)
-            single = (share * residual**2) @ squared_norms
-            batch_square = mean_square + max(single - mean_square, 0.0) / recipe.batch_size
-            step *= np.sqrt(recipe.num_parameters / batch_square) if batch_square else 0.0
-        w += step * gradient
-        z = margin + features @ w
+    for stretch in np.array_split(np.asarray(recipe.learning_rates, dtype=np.float64), _stretches(recipe)):
+        left = float(stretch.sum())
+        for _ in range(_MAX_SUBSTEPS):
+            residual = np.exp(-np.logaddexp(0.0, z))
+            gradient = (share * residual) @ features
+            speed = scale**2
+            if recipe.num_parameters is not None:
+                mean_square = scale**2 * (gradient @ gradient)
+                single = (share * residual**2) @ squared_norms
+                batch_square = mean_square + max(single - mean_square, 0.0) / recipe.batch_size
+                speed *= np.sqrt(recipe.num_parameters / batch_square) if batch_square else 0.0
+            step = min(left * speed, 1 / curvature)
+            w += step * gradient
+            z = margin + features @ w
+            left -= step / speed if speed else left
+            if left <= 1e-12:
+                break
     return w
+
+
+def _stretches(recipe: TrainingRecipe) -> int:
+    return min(_MAX_STEPS, len(recipe.learning_rates))

@@ -66,6 +66,17 @@ def read_manifest(folder: Path) -> dict:
 
 
 def read_preconditioner(folder: Path) -> dict[str, np.ndarray] | None:
-    """What every parameter's gradient was multiplied by, by name; `None` where gradients were taken as they are."""
+    """What every parameter's gradient was multiplied by, by name; `None` where gradients were taken as they are.
+
+    Raises:
+        `StoreError`: for a damaged file.
+    """
     path = folder / PRECONDITIONER
-    return safetensors.numpy.load_file(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise StoreError(
+            f"{PRECONDITIONER} in {str(folder)!r} is damaged: {error}. Delete it and capture again."
+        ) from error

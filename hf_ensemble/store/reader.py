@@ -85,7 +85,7 @@ class GradientStore:
     def verify(self) -> None:
         """Compare every file with its checksum; raises [`StoreError`] that names the file."""
         if "preconditioner_sha256" in self.manifest:
-            self._verify_file(PRECONDITIONER, self.manifest["preconditioner_sha256"], MANIFEST)
+            self._verify_file(PRECONDITIONER, self.manifest["preconditioner_sha256"], PRECONDITIONER)
         for shard in self._shards:
             marker = marker_file(self.folder, shard)
             if not marker.is_file():

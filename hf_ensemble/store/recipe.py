@@ -38,6 +38,7 @@ class TrainingRecipe:
             raise ConfigurationError(
                 f"Expected a positive batch_size and num_parameters, found {self.batch_size}, {self.num_parameters}."
             )
+        object.__setattr__(self, "learning_rates", rates.tolist())
 
     def shortened(self, share: float) -> "TrainingRecipe":
         """The same training over a share of the rows."""

@@ -197,16 +197,22 @@ class GradientStoreWriter:
         missing = self.missing_shards()
         if missing:
             raise StoreError(f"The store in {str(self.folder)!r} lacks the shards {missing[:10]}.")
+        write_json(self.folder / MANIFEST, {**self.manifest, "status": "complete", **records, **self._present(recipe)})
+
+    def _present(self, recipe: TrainingRecipe | None) -> dict[str, Any]:
+        """Records of what may be renewed in a finished store."""
+        records: dict[str, Any] = {}
         preconditioner = self.folder / PRECONDITIONER
         if preconditioner.exists():
             records["preconditioner_sha256"] = sha256_of(preconditioner)
         if recipe is not None:
             records["recipe"] = asdict(recipe)
-        write_json(self.folder / MANIFEST, {**self.manifest, "status": "complete", **records})
+        return records
 
-    def update_recipe(self, recipe: TrainingRecipe | None) -> None:
-        """Of a finished store, replace the training that goes on from here."""
+    def renew(self, recipe: TrainingRecipe | None) -> None:
+        """Of a finished store, replace the training that goes on from here, and the checksum of a preconditioner that
+        was made again."""
         manifest = read_manifest(self.folder)
-        record = None if recipe is None else asdict(recipe)
-        if manifest.get("recipe") != record:
-            write_json(self.folder / MANIFEST, {**manifest, "recipe": record})
+        renewed = {**manifest, **self._present(recipe)}
+        if renewed != manifest:
+            write_json(self.folder / MANIFEST, renewed)

@@ -42,7 +42,7 @@ class EstimateArguments:
         default=1,
         metadata={
             "help": "Fine-tunings that calibrate the estimates: the first is on all tasks (an ensemble's baseline), "
-            "further ones on a few tasks each. 0: the penalty is chosen without any, and predicted losses are rough."
+            "further ones on a few tasks each. 0: the training is replayed on the captured gradients, less exactly."
         },
     )
     overwrite_run: bool = field(
