@@ -224,7 +224,12 @@ def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base:
         "mean_task_spearman_repeated": mean_or_nan(task_spearman(own, other)),
         "correlation": correlation(prediction.loss, truth.loss),
         "change_correlation": correlation(prediction.loss - base, truth.loss - base),
-        "interval_coverage": coverage(prediction.loss_low, prediction.loss_high, truth.loss) if runs else None,
+        "interval_coverage": (
+            # The intervals are fitted to the reference's exponent.
+            coverage(prediction.loss_low, prediction.loss_high, truth.loss)
+            if runs and choice["exponent"] == REFERENCE["exponent"]
+            else None
+        ),
     }
 
 

@@ -55,10 +55,10 @@ def table(report: dict) -> str:
     if report["first_order"]:
         first = report["first_order"]
         rows += [
-            ("first-order error of the margins at theta0 + P w (squared)", cell(first["squared_error"], ".2%")),
+            ("first-order error of the margins at theta0 + S P w (squared)", cell(first["squared_error"], ".2%")),
             ("first-order error of the losses there", cell(first["loss_relative_error"], ".1%")),
             (
-                "distance of theta0 + P w, of the true training",
+                "distance of theta0 + S P w, of the true training",
                 f"{first['transplanted_distance']:.2f}, {first['training_distance']:.2f}",
             ),
         ]

@@ -55,6 +55,8 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, kind, when):
     assert len(losses) == 18 and losses == with_losses
     assert all(torch.equal(value, with_parameters[name]) for name, value in parameters.items())
     assert len(own.store) == 54
+    # What is captured at the end is followed by no training.
+    assert (own.store.recipe is None) == (when == "train_end")
     selector = DataSelector.from_store(tmp_path / "store", num_components=20)
     assert selector.select("sums").target == "sums"
 

@@ -42,7 +42,7 @@ def test_store_rows_equal_the_extractor(whole_store):
     rows = list(encode(tasks.table("validation"), tokenizer, tasks.row_format))
     collator = data_collator_for(tasks.row_format, tokenizer, labels_are_tokens=True)
     extractor = GradientExtractor(model, 64)
-    extractor.preconditioner = Preconditioner({n: torch.from_numpy(s) for n, s in store.preconditioner().items()})
+    extractor.preconditioner = Preconditioner(store.preconditioner())
     expected = extractor(collator(rows))
     table = store.table("validation")
     assert table.example_id.tolist() == [row["example_id"] for row in rows]

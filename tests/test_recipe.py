@@ -8,7 +8,8 @@ from trainers import sft_config, split
 from transformers import TrainingArguments
 
 from hf_ensemble import DataSelector, EnsembleSFTTrainer, TaskSet, TrainingRecipe
-from hf_ensemble.capture import learning_rates, optimizer_metric, training_recipe
+from hf_ensemble.capture import optimizer_metric, training_recipe
+from hf_ensemble.capture.recipe import learning_rates
 
 
 def trainer_with(folder, base, tasks=None, **settings):

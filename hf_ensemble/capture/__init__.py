@@ -7,7 +7,7 @@ from .identity import model_identity
 from .margin import MarginKind, log_odds, margins
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
-from .recipe import learning_rates, optimizer_metric, training_recipe
+from .recipe import optimizer_metric, training_recipe
 from .transplant import transplanted
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "SeededProjection",
     "capture_gradients",
     "evaluation_mode",
-    "learning_rates",
     "log_odds",
     "margins",
     "model_identity",

@@ -151,7 +151,7 @@ def _preconditioner(extractor, writer, rows: Dataset, data_collator, batch_size,
         scales = Preconditioner.from_second_moments(moments).scales
         writer.write_preconditioner({name: scale.cpu().numpy() for name, scale in scales.items()})
     state.wait_for_everyone()
-    return Preconditioner({name: torch.from_numpy(scale) for name, scale in writer.preconditioner().items()})
+    return Preconditioner(writer.preconditioner())
 
 
 def _capture_shards(extractor, writer, shards, encoded, data_collator, batch_size, disable_tqdm) -> None:

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from ..errors import CaptureError
 
 PRECONDITIONERS: tuple[str, ...] = ("adam", "none")
 
-# Second moments below this share of their mean count as this share: a parameter that hardly has a gradient is not to
-# outweigh all others.
+# Share of their mean that is added to the second moments: a parameter that hardly has a gradient is not to outweigh all
+# others.
 _FLOOR = 1e-3
 
 
@@ -21,11 +22,11 @@ class Preconditioner:
     training goes. Back in the parameters' own coordinates a move is multiplied by s again.
 
     Args:
-        scales (`dict[str, torch.Tensor]`): s of each parameter, by name, in its shape.
+        scales (`dict[str, torch.Tensor]` or `dict[str, np.ndarray]`): s of each parameter, by name, in its shape.
     """
 
-    def __init__(self, scales: Mapping[str, torch.Tensor]):
-        self.scales = dict(scales)
+    def __init__(self, scales: Mapping[str, torch.Tensor | np.ndarray]):
+        self.scales = {name: torch.as_tensor(scale) for name, scale in scales.items()}
 
     @classmethod
     def from_second_moments(cls, moments: Mapping[str, torch.Tensor]) -> "Preconditioner":

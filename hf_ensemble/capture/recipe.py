@@ -1,14 +1,9 @@
 """A trainer's arguments as the recipe that an estimate replays."""
 
-import numpy as np
 import torch
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from ..store import TrainingRecipe
-
-# Stretches that the steps of a long training are put together to.
-_STRETCHES = 200
-
 
 _PLAIN_GRADIENT_DESCENT = ("sgd", "schedule_free_sgd", "lomo")
 
@@ -29,9 +24,8 @@ def training_recipe(args: TrainingArguments, num_steps: int) -> TrainingRecipe |
     rates = learning_rates(args, num_steps)
     if not known or not any(rates):
         return None
-    stretches = np.array_split(rates, min(num_steps, _STRETCHES))
     batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return TrainingRecipe([float(stretch.sum()) for stretch in stretches], batch_size, fixed_steps=args.max_steps > 0)
+    return TrainingRecipe(rates, batch_size, fixed_steps=args.max_steps > 0)
 
 
 def _optimizer(args: TrainingArguments) -> str:

@@ -23,8 +23,8 @@ def transplanted(model: nn.Module, store: GradientStore, coefficients: np.ndarra
     To first order the model's margins are then m_i + x_i.w: what an estimate says of a mixture can be checked, or any
     metric of the task taken, by real forward passes (GradEx, arXiv 2409.19458, and its published code).
 
-    The move is longer than the way that training goes to the same effect: on average by the square root of (trained
-    parameters with a gradient / projected dimensions). A store of exact gradients (`projection_dim=None`) takes the
+    Over a random projection the move is longer than the way that training goes to the same effect, many times so with a
+    preconditioner, and first order describes short ways. A store of exact gradients (`projection_dim=None`) takes the
     shortest way.
 
     Args:
@@ -51,7 +51,7 @@ def transplanted(model: nn.Module, store: GradientStore, coefficients: np.ndarra
     moves = projection.transpose(w)
     scales = store.preconditioner()
     if scales is not None:
-        preconditioner = Preconditioner({name: torch.from_numpy(scale) for name, scale in scales.items()})
+        preconditioner = Preconditioner(scales)
         moves = {name: preconditioner(name, move) for name, move in moves.items()}
     theta0 = {name: p.detach().clone() for name, p in parameters.items()}
     try:

@@ -25,7 +25,6 @@ def fidelity(argv: Sequence[str]) -> FidelityReport:
     trainer = build_trainer(arguments, model_arguments, tasks, flags)
     report = measure_fidelity(
         trainer,
-        None,
         arguments.num_subsets,
         arguments.subset_sizes,
         num_repeated=arguments.num_repeated,

@@ -65,7 +65,7 @@ def collect_results(trainer, tasks: TaskSet, arguments: RunArguments) -> dict[st
         }
     if arguments.fidelity_subsets:
         sizes = [arguments.fidelity_subset_size] if arguments.fidelity_subset_size else None
-        trainer.fidelity = measure_fidelity(trainer, None, arguments.fidelity_subsets, sizes, seed=trainer.args.seed)
+        trainer.fidelity = measure_fidelity(trainer, arguments.fidelity_subsets, sizes, seed=trainer.args.seed)
         results["fidelity"] = read_json(Path(trainer.args.output_dir) / "estimate" / "fidelity.json")
     return results
 

@@ -12,8 +12,7 @@ class IntervalWidth:
     """Half-widths of intervals around predicted losses, on the logarithmic scale: quantile * sqrt(displacement).
 
     The displacement of a task is the root mean square of x_i.w over its validation rows, the way that the mixture moves
-    its margins: where nothing moves, nothing can be wrong. Of a constant width, the displacement, its root and the
-    predicted change of the loss, the root had the narrowest intervals at equal coverage on subsets fine-tuned for real.
+    its margins: where nothing moves, nothing can be wrong.
 
     Args:
         quantile (`float`): of |log(true / predicted)| / sqrt(displacement) over the runs that calibrate; NaN without

@@ -5,9 +5,7 @@ from scipy.linalg import eigvalsh
 
 from ..store import TrainingRecipe
 
-# Optimizer steps in a row are taken together so that no replay has more than these.
-_MAX_STEPS = 200
-# Smaller steps that such a stretch is cut into; training that is not through by then goes to and fro at an optimum.
+# Smaller steps that a recipe's stretch is cut into; training that is not through by then goes to and fro at an optimum.
 _MAX_SUBSTEPS = 100
 
 
@@ -38,8 +36,7 @@ def replayed_coefficients(
     # The loss is nowhere more curved than this: a step of its inverse does not overshoot.
     curvature = float(eigvalsh(features.T @ (share[:, None] * features))[-1]) / 4
     w, z = np.zeros(features.shape[1]), margin.astype(np.float64)
-    for stretch in np.array_split(np.asarray(recipe.learning_rates, dtype=np.float64), _stretches(recipe)):
-        left = float(stretch.sum())
+    for left in recipe.learning_rates:
         for _ in range(_MAX_SUBSTEPS):
             residual = np.exp(-np.logaddexp(0.0, z))
             gradient = (share * residual) @ features
@@ -56,7 +53,3 @@ def replayed_coefficients(
             if left <= 1e-12:
                 break
     return w
-
-
-def _stretches(recipe: TrainingRecipe) -> int:
-    return min(_MAX_STEPS, len(recipe.learning_rates))

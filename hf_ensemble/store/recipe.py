@@ -7,13 +7,17 @@ import numpy as np
 
 from ..errors import ConfigurationError
 
+# As many as a replay needs, and few enough for a manifest.
+_STRETCHES = 200
+
 
 @dataclass(frozen=True)
 class TrainingRecipe:
     """What decides how far a training on all tasks goes.
 
     Args:
-        learning_rates (`Sequence[float]`): of every optimizer step in order, or their sums over consecutive stretches.
+        learning_rates (`Sequence[float]`):
+            Of every optimizer step, in order. Of a long training, what is kept are their sums over 200 stretches.
         batch_size (`int`): rows of an optimizer step, over all devices.
         num_parameters (`float`, *optional*):
             Of Adam and its kin: how many parameters take full steps, see [`Preconditioner.num_moving`]. `None` for
@@ -38,7 +42,8 @@ class TrainingRecipe:
             raise ConfigurationError(
                 f"Expected a positive batch_size and num_parameters, found {self.batch_size}, {self.num_parameters}."
             )
-        object.__setattr__(self, "learning_rates", rates.tolist())
+        stretches = np.array_split(rates, min(len(rates), _STRETCHES))
+        object.__setattr__(self, "learning_rates", [float(stretch.sum()) for stretch in stretches])
 
     def shortened(self, share: float) -> "TrainingRecipe":
         """The same training over a share of the rows."""

@@ -7,7 +7,6 @@ import numpy as np
 
 from ..capture import transplanted
 from ..errors import EstimationError
-from ..estimate import SubsetEstimator
 from ..estimate.agreement import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
 from ..select import mixed_subsets
 from ..store import GradientStore
@@ -23,7 +22,6 @@ _OTHER_SEED = 1
 
 def measure_fidelity(
     trainer: StagesMixin,
-    estimator: SubsetEstimator | None = None,
     num_subsets: int = 20,
     sizes: Sequence[int] | None = None,
     subsets: Sequence[Sequence[str]] | None = None,
@@ -38,7 +36,6 @@ def measure_fidelity(
 
     Args:
         trainer (`EnsembleTrainer` or another trainer over several tasks): trains and scores.
-        estimator (`SubsetEstimator`, *optional*): predictions; the run's own by default.
         num_subsets (`int`, *optional*, defaults to 20): random subsets.
         sizes (`Sequence[int]`, *optional*): their sizes, in turn; from one task to all by default.
         subsets (`Sequence[Sequence[str]]`, *optional*): in place of random ones.
@@ -53,7 +50,7 @@ def measure_fidelity(
     """
     run = trainer.open_run()
     store = trainer.capture()
-    estimator = trainer.selector(store).estimator if estimator is None else estimator
+    estimator = trainer.selector(store).estimator
     names = list(estimator.task_names)
     if subsets is None:
         drawn = mixed_subsets(len(names), num_subsets, sizes, seed)
