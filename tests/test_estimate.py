@@ -39,7 +39,7 @@ def test_default_tolerance_predicts_losses_to_1e_5(estimator):
     m, task, mv, task_v = train.margin, train.task, validation.margin, validation.task
     for row, mixture in enumerate(mixtures):
         epoch = mixture @ estimator.counts / mixture.max()
-        l2 = estimator.regularization.l2_scale / 160 * (160 / epoch) ** 1.25
+        l2 = estimator.regularization.l2_scale / epoch
         w = oracles.fit(x, m, mixture[task], l2)
         loss = np.logaddexp(0, -(mv + xv @ w))
         for column in range(4):
@@ -128,9 +128,7 @@ def test_sampling_weights_multiply_every_mixture(estimator):
     drawn = np.array([1.0, 3.0, 1.0, 0.5])
     weighted = SubsetEstimator(*world(), sampling_weights=dict(zip(NAMES, drawn)))
     mixtures = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 2, 0]])
-    # 40 rows a task: an epoch of all tasks is 40 * 5.5 / 3 rows with the weights and 160 without.
-    scale = 2.0 * (40 * 5.5 / 3 / 160) ** 0.25
-    expected = estimator.predict(mixtures * drawn, l2_scale=scale).loss
+    expected = estimator.predict(mixtures * drawn, l2_scale=2.0).loss
     assert np.abs(weighted.predict(mixtures, l2_scale=2.0).loss - expected).max() < 1e-6
 
 

@@ -139,7 +139,7 @@ def test_larger_penalty_gives_fewer_groups():
     assert counts == sorted(counts, reverse=True) and counts[-1] == 1
 
 
-@pytest.mark.parametrize("method", ["spectral", "semidefinite"])
+@pytest.mark.parametrize("method", ["direct", "spectral", "semidefinite"])
 def test_grouping_is_a_partition_with_the_least_predicted_loss(selector, method):
     grouping = selector.group(method=method, num_subsets=40)
     assert sorted(task for tasks in grouping.groups.values() for task in tasks) == list("abcd")

@@ -9,12 +9,13 @@ import torch
 from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
 from .intervals import IntervalWidth
-from .mixtures import epoch_length, mixture_weights
+from .mixtures import mixture_weights
 from .outcomes import predicted_outcomes
-from .reduction import FeatureReduction
-from .regularization import ObservedRun, Regularization, choose_regularization, losses_of, training_length_l2
+from .reduction import FeatureReduction, squared_row_norms
+from .regularization import ObservedRun, Regularization, choose_regularization, losses_of
 from .replay import replayed_coefficients
 from .surrogate import SurrogateProblem
+from .training_length import TrainingLength
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SubsetEstimator:
     """Predicts how fine-tuning on any subset or mixture of tasks would turn out, from gradient features alone.
 
     The surrogate's l2 stands for how long one trains: with the epochs fixed, more rows mean more steps and a longer way
-    from the linearisation point, so l2 falls with the length of an epoch, see [`training_length_l2`].
+    from the linearisation point, and Adam's steps are as long where gradients are small, see [`TrainingLength`].
     Its constant c is found by evidence, see [`choose_regularization`].
 
     Args:
@@ -61,8 +62,8 @@ class SubsetEstimator:
         sampling_weights (`dict[str, float]`, *optional*):
             How often training draws a row of each task, relative to the others; every mixture is multiplied by them.
         recipe (`TrainingRecipe`, *optional*):
-            The training that is predicted. Without observed runs it is replayed: the next best evidence for c. Where it
-            takes the same number of steps for every mixture, l2 is the same for all.
+            The training that is predicted: what l2 of each mixture follows. Without observed runs it is replayed, the
+            next best evidence for c.
         device (`torch.device` or `str`, *optional*): where surrogates are solved, the CPU by default.
 
     Raises:
@@ -114,8 +115,18 @@ class SubsetEstimator:
             raise EstimationError("A validation feature is not finite.")
         self.observed_runs = tuple(observed_runs)
         self.interval = IntervalWidth()
-        self._fixed_steps = recipe is not None and recipe.fixed_steps
-        replayed = [self._replayed_run(train, reduced, recipe)] if recipe is not None and not observed_runs else []
+        squared_norms = squared_row_norms(train.features) if recipe is not None else np.zeros(len(train))
+        self._length = TrainingLength(
+            reduced,
+            squared_norms / self.reduction.scale**2,
+            train.margin,
+            train.task,
+            self.sampling_weights,
+            recipe,
+        )
+        replayed = []
+        if recipe is not None and not observed_runs:
+            replayed = [self._replayed_run(train, reduced, squared_norms, recipe)]
         self.regularization: Regularization = choose_regularization(
             lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss,
             self.task_names,
@@ -148,10 +159,7 @@ class SubsetEstimator:
             raise EstimationError("The mixtures hold a value that is not finite.")
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
         drawn = mixtures * self.sampling_weights
-        all_rows = epoch_length(self.sampling_weights, self.counts)
-        rows = np.full(len(drawn), all_rows) if self._fixed_steps else epoch_length(drawn, self.counts)
-        l2 = training_length_l2(scale, rows, all_rows)
-        solution = self._train.solve(drawn, l2)
+        solution = self._train.solve(drawn, self._length.l2(scale, drawn))
         loss, accuracy, displacement = self._outcomes(solution.coefficients)
         return Prediction(
             self.task_names,
@@ -163,9 +171,10 @@ class SubsetEstimator:
             solution.gradient_norm,
         )
 
-    def _replayed_run(self, train: FeatureTable, reduced: np.ndarray, recipe: TrainingRecipe) -> ObservedRun:
+    def _replayed_run(
+        self, train: FeatureTable, reduced: np.ndarray, squared_norms: np.ndarray, recipe: TrainingRecipe
+    ) -> ObservedRun:
         """A training on all tasks, of the linearised model."""
-        squared_norms = np.einsum("ij,ij->i", train.features, train.features, dtype=np.float64)
         coefficients = replayed_coefficients(
             reduced, train.margin, self.sampling_weights[train.task], squared_norms, self.reduction.scale, recipe
         )
@@ -178,6 +187,10 @@ class SubsetEstimator:
     def base_loss(self) -> np.ndarray:
         """Validation loss of each task at the linearisation point, `(T,)`."""
         return self._outcomes(np.zeros((1, self.reduction.components.shape[1])))[0][0]
+
+    def task_gradients(self) -> np.ndarray:
+        """Mean loss gradient of each task's training rows at the linearisation point, in components, `(T, k)`."""
+        return self._length.task_gradients()
 
     def linear_margins(self, coefficients: np.ndarray) -> dict[tuple[str, str], float]:
         """Margin m_i + x_i.w of every validation example, by (task, example id), for one w `(k,)`."""

@@ -66,6 +66,11 @@ class FeatureReduction:
         return w @ self.components.T / self.scale
 
 
+def squared_row_norms(features: np.ndarray) -> np.ndarray:
+    """Squared norm of each row of features `(n, d)`, `(n,)`, float64."""
+    return np.concatenate([np.einsum("ij,ij->i", block, block) for _, block in _blocks(features)])
+
+
 def _blocks(features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """First row and float64 copy of consecutive blocks of rows."""
     rows = max(1, _BLOCK // features.shape[1])

@@ -12,7 +12,6 @@ from ..logging import get_logger
 from .mixtures import mixture_weights
 
 _GRID = np.logspace(-3, 3, 25)
-_EXPONENT = 1.25
 
 logger = get_logger(__name__)
 
@@ -43,23 +42,6 @@ class Regularization:
     l2_scale: float
     evidence: Literal["observed_runs", "replay", "validation_loss"]
     criterion: float
-
-
-def training_length_l2(l2_scale: float | np.ndarray, rows: np.ndarray, all_rows: float) -> np.ndarray:
-    """Penalty of mixtures of `rows` training rows each, `(S,)`:  l2 = c / all_rows * (all_rows / rows)^1.25.
-
-    With the epochs fixed, more rows mean more steps and a longer way from the linearisation point. Gradient descent on
-    the linearised model would make the exponent 1; a fresh LoRA goes faster than that the longer it trains, because its
-    A has no gradient before its B has moved. 1.25 ranked subsets best on real
-    classification tasks; 1 had the smaller errors there and on instruction tasks, see docs/estimation.md.
-
-    Args:
-        l2_scale (`float` or `np.ndarray` of shape `(S,)`): c; for all rows together l2 is c / all_rows.
-        rows (`np.ndarray` of shape `(S,)`): weighted number of training rows of each mixture.
-        all_rows (`float`): training rows of all tasks.
-    """
-    # A mixture without rows is refused by the solver; its penalty has only to be a number.
-    return l2_scale / all_rows * (all_rows / np.where(rows > 0, rows, all_rows)) ** _EXPONENT
 
 
 def losses_of(runs: Sequence[ObservedRun], task_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ import numpy as np
 from scipy.linalg import eigvalsh
 
 from ..store import TrainingRecipe
+from .training_length import batch_mean_square
 
 # Smaller steps that a recipe's stretch is cut into; training that is not through by then goes to and fro at an optimum.
 _MAX_SUBSTEPS = 100
@@ -44,7 +45,7 @@ def replayed_coefficients(
             if recipe.num_parameters is not None:
                 mean_square = scale**2 * (gradient @ gradient)
                 single = (share * residual**2) @ squared_norms
-                batch_square = mean_square + max(single - mean_square, 0.0) / recipe.batch_size
+                batch_square = batch_mean_square(mean_square, single, recipe.batch_size)
                 speed *= np.sqrt(recipe.num_parameters / batch_square) if batch_square else 0.0
             step = min(left * speed, 1 / curvature)
             w += step * gradient

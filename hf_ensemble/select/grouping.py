@@ -10,9 +10,12 @@ from .._files import read_json, write_json
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from .affinity import predicted_affinity
+from .direct_search import GroupLosses, improved, merge_path
 from .partition import semidefinite_partition, spectral_partition
 
-GROUPING_METHODS = ("spectral", "semidefinite")
+GROUPING_METHODS = ("direct", "spectral", "semidefinite")
+# Partitions of the merge path, those of least loss, that "auto" improves.
+_NUM_IMPROVED = 3
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Grouping:
 
     Args:
         groups (`dict[str, list[str]]`): tasks of each group, by the group's name.
-        method (`str`): `"spectral"` or `"semidefinite"`.
+        method (`str`): `"direct"`, `"spectral"` or `"semidefinite"`.
         task_names (`list[str]`): order of the affinity's rows.
         affinity (`list[list[float]]`): see [`predicted_affinity`].
         predicted_loss (`dict[str, float]`): mean predicted validation loss over the tasks, by the number of groups.
@@ -59,21 +62,32 @@ def partition_loss(estimator: SubsetEstimator, groups: Sequence[Sequence[str]]) 
 def group_tasks(
     estimator: SubsetEstimator,
     num_groups: int | str = "auto",
-    method: str = "spectral",
+    method: str = "direct",
     max_groups: int | None = None,
+    group_cost: float = 0.0,
+    num_candidates: int = 10,
     num_subsets: int = 400,
     subset_size: int | None = None,
     seed: int = 0,
 ) -> Grouping:
-    """Partition the tasks by their predicted affinity.
+    """Partition the tasks so that those that help each other train together.
+
+    `"direct"` lowers the predicted loss of the partition itself: groups are merged where it costs least, then tasks are
+    moved and swapped, from there and from the spectral clusters. The other methods cut the affinity matrix.
 
     Args:
         estimator (`SubsetEstimator`): predictions.
         num_groups (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Groups. `"auto"` cuts the tasks into 1, 2, ... up to `max_groups` groups and keeps the cut with the least
-            predicted loss; the semidefinite program's own number, from its trace penalty, is among the candidates.
-        method (`str`, *optional*, defaults to `"spectral"`): `"spectral"` or `"semidefinite"`.
+            predicted loss and cost; the semidefinite program's own number, from its trace penalty, is among the
+            candidates.
+        method (`str`, *optional*, defaults to `"direct"`): `"direct"`, `"spectral"` or `"semidefinite"`.
         max_groups (`int`, *optional*): most groups that `"auto"` considers; the number of tasks by default.
+        group_cost (`float`, *optional*, defaults to 0.0):
+            By how much one more group has to lower the mean loss over the tasks, in nats, for `"auto"` to take it.
+        num_candidates (`int`, *optional*, defaults to 10):
+            Of `"direct"`: groups, or tasks of other groups, that each is tried with. From the number of tasks on every
+            one is.
         num_subsets, subset_size, seed: see [`predicted_affinity`].
 
     Raises:
@@ -85,31 +99,32 @@ def group_tasks(
     if num_groups != "auto" and not (isinstance(num_groups, int) and 1 <= num_groups <= len(names)):
         raise ConfigurationError(f"num_groups has to be 'auto' or from 1 to {len(names)}, found {num_groups!r}.")
     affinity = predicted_affinity(estimator, num_subsets, subset_size, seed) if len(names) > 1 else np.zeros((1, 1))
-
-    def cut(count: int | None) -> list[list[str]]:
-        if method == "spectral" and count is not None:
-            labels = spectral_partition(affinity, count, seed)
-        else:
-            labels, _ = semidefinite_partition(affinity, count)
-        return [[name for name, own in zip(names, labels) if own == label] for label in range(labels.max() + 1)]
-
-    if num_groups == "auto":
-        most = min(max_groups or len(names), len(names))
-        cuts = [cut(count) for count in range(1, most + 1)]
-        if method == "semidefinite":
-            own = cut(None)
-            cuts += [own] if len(own) <= most else []
+    group_losses = GroupLosses(lambda mixtures: estimator.predict(mixtures).loss)
+    most = min(max_groups or len(names), len(names))
+    counts = list(range(1, most + 1)) if num_groups == "auto" else [num_groups]
+    if method == "direct":
+        directions = estimator.task_gradients()
+        partitions = _searched(group_losses, affinity, directions, counts, group_cost, num_candidates, seed)
+    elif method == "spectral":
+        partitions = [spectral_partition(affinity, count, seed) for count in counts]
     else:
-        cuts = [cut(num_groups)]
-    losses = [partition_loss(estimator, groups) for groups in cuts]
-    best = int(np.argmin(losses))
+        partitions = [semidefinite_partition(affinity, count)[0] for count in counts]
+        if num_groups == "auto":
+            own, _ = semidefinite_partition(affinity)
+            partitions += [own] if own.max() < most else []
+    losses = [group_losses.of_partition(labels) / len(names) for labels in partitions]
+    sizes = [int(labels.max()) + 1 for labels in partitions]
+    best = int(np.argmin([loss + group_cost * size for loss, size in zip(losses, sizes)]))
     curve: dict[str, float] = {}
-    for groups, loss in zip(cuts, losses):
-        curve[str(len(groups))] = min(loss, curve.get(str(len(groups)), np.inf))
-    found = f"{len(cuts[best])} groups have the least predicted loss, {losses[best]:.4f}, of {len(cuts)} partitions"
-    asked = f"{len(cuts[best])} groups were asked for; their predicted loss is {losses[best]:.4f}"
+    for size, loss in zip(sizes, losses):
+        curve[str(size)] = min(loss, curve.get(str(size), np.inf))
+    found = f"{sizes[best]} groups have the least predicted loss, {losses[best]:.4f}, of {len(losses)} partitions"
+    if group_cost:
+        found = f"{sizes[best]} groups have the least predicted loss and cost of {len(losses)} partitions"
+    asked = f"{sizes[best]} groups were asked for; their predicted loss is {losses[best]:.4f}"
+    groups = [[name for name, own in zip(names, partitions[best]) if own == label] for label in range(sizes[best])]
     return Grouping(
-        groups={f"group_{i}": tasks for i, tasks in enumerate(cuts[best])},
+        groups={f"group_{i}": tasks for i, tasks in enumerate(groups)},
         method=method,
         task_names=list(names),
         affinity=affinity.tolist(),
@@ -118,6 +133,8 @@ def group_tasks(
         settings={
             "num_groups": num_groups,
             "max_groups": max_groups,
+            "group_cost": group_cost,
+            "num_candidates": num_candidates,
             "num_subsets": num_subsets,
             "subset_size": subset_size,
             "seed": seed,
@@ -125,3 +142,27 @@ def group_tasks(
             "l2_evidence": estimator.regularization.evidence,
         },
     )
+
+
+def _searched(
+    losses: GroupLosses,
+    affinity: np.ndarray,
+    directions: np.ndarray,
+    counts: Sequence[int],
+    group_cost: float,
+    num_candidates: int,
+    seed: int,
+) -> list[np.ndarray]:
+    """For each number of groups a partition by merges; the best are improved, from there and from spectral clusters."""
+    path = {labels.max() + 1: (labels, loss) for labels, loss in merge_path(losses, directions, num_candidates)}
+    price = group_cost * len(affinity)
+    found = []
+    for rank, count in enumerate(sorted(counts, key=lambda count: path[count][1] + price * count)):
+        labels = path[count][0]
+        if rank < _NUM_IMPROVED:
+            starts = [labels, spectral_partition(affinity, count, seed)]
+            labels = min(
+                (improved(losses, start, directions, num_candidates) for start in starts), key=losses.of_partition
+            )
+        found.append(labels)
+    return sorted(found, key=max)

@@ -65,7 +65,7 @@ class DataSelector:
         """
         return select_tasks(self.estimator, target, method, max_tasks=k, **options)
 
-    def group(self, num_groups: int | str = "auto", method: str = "spectral", **options) -> Grouping:
+    def group(self, num_groups: int | str = "auto", method: str = "direct", **options) -> Grouping:
         """Groups of tasks to train one adapter each; see [`group_tasks`]."""
         return group_tasks(self.estimator, num_groups, method, **options)
 

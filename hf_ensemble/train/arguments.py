@@ -79,7 +79,7 @@ class EnsembleArguments(EstimateArguments):
     max_groups: int | None = field(
         default=None, metadata={"help": "Most groups to consider when the number is chosen."}
     )
-    grouping_method: str = field(default="spectral", metadata={"help": "'spectral' or 'semidefinite'."})
+    grouping_method: str = field(default="direct", metadata={"help": "'direct', 'spectral' or 'semidefinite'."})
     num_subsets: int = field(default=400, metadata={"help": "Random subsets whose outcomes make the affinity."})
     train_baseline: bool = field(
         default=True,

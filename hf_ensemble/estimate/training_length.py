@@ -1,0 +1,80 @@
+"""How far a training on each mixture goes, relative to one on all tasks: what the surrogate's penalty stands for."""
+
+import numpy as np
+
+from ..store import TrainingRecipe
+from .mixtures import epoch_length
+
+
+def batch_mean_square(mean_square: np.ndarray, squares: np.ndarray, batch_size: int) -> np.ndarray:
+    """E |g|^2 of the mean gradient g of `batch_size` rows: |E g_i|^2 + (E |g_i|^2 - |E g_i|^2) / batch_size.
+
+    Args:
+        mean_square (`np.ndarray`): squared norm of the mean gradient, |E g_i|^2.
+        squares (`np.ndarray`, of the same shape): mean squared norm of one row's gradient, E |g_i|^2.
+        batch_size (`int`): rows of a batch.
+    """
+    return mean_square + np.maximum(squares - mean_square, 0.0) / batch_size
+
+
+class TrainingLength:
+    """The penalty l2(a) of a mixture a: with T(a) how far a training goes per unit of gradient,
+
+        l2(a) = c / E(all) * T(all) / T(a),    T(a) = E(a) / sqrt(Q(a))
+
+    E is the length of an epoch, see [`epoch_length`]: with the epochs fixed, more rows mean more steps. Gradient
+    descent on a linear model goes a way that is proportional to them, and a penalty inverse to them ends as far away.
+    Q is the mean square norm of a batch's gradient at the linearisation point: a step of Adam divides by its root, so
+    that tasks with small gradients move as far as those with large ones. For plain gradient descent, and where the
+    training is not known, Q is left out; where every training takes as many steps, E is.
+
+    Args:
+        features (`np.ndarray` of shape `(n, k)`): reduced training features.
+        squared_norms (`np.ndarray` of shape `(n,)`): of the features' rows before they were reduced, in the same units.
+        margin (`np.ndarray` of shape `(n,)`): margins at the linearisation point.
+        task (`np.ndarray` of shape `(n,)`): index of each row's task; every task has rows.
+        sampling_weights (`np.ndarray` of shape `(T,)`): weight of each task's rows when all tasks are trained.
+        recipe (`TrainingRecipe`, *optional*): the training.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        squared_norms: np.ndarray,
+        margin: np.ndarray,
+        task: np.ndarray,
+        sampling_weights: np.ndarray,
+        recipe: TrainingRecipe | None = None,
+    ):
+        self._counts = np.bincount(task)
+        self._fixed_steps = recipe is not None and recipe.fixed_steps
+        self._batch_size = recipe.batch_size if recipe is not None and recipe.num_parameters is not None else None
+        residual = np.exp(-np.logaddexp(0.0, np.asarray(margin, dtype=np.float64)))
+        # Sums over each task's rows: of the loss gradients, and of their squared norms.
+        self._gradients = np.stack(
+            [residual[task == index] @ features[task == index] for index in range(len(self._counts))]
+        )
+        self._squares = np.bincount(task, residual**2 * squared_norms)
+        self._all = sampling_weights[None]
+
+    def l2(self, scale: float | np.ndarray, mixtures: np.ndarray) -> np.ndarray:
+        """Penalty of mixtures `(S, T)` for c = `scale` (one, or one for each mixture), `(S,)`."""
+        all_rows = epoch_length(self._all, self._counts)
+        # A mixture without rows is refused by the solver; its penalty has only to be a number.
+        mixtures = np.where((mixtures @ self._counts > 0)[:, None], mixtures, self._all)
+        return scale / all_rows * self._distance(self._all) / self._distance(mixtures)
+
+    def task_gradients(self) -> np.ndarray:
+        """Mean loss gradient of each task's rows, `(T, k)`; downhill is towards larger margins."""
+        return self._gradients / self._counts[:, None]
+
+    def _distance(self, mixtures: np.ndarray) -> np.ndarray:
+        """T of each mixture, `(S,)`, in units of its own."""
+        steps = np.ones(len(mixtures)) if self._fixed_steps else epoch_length(mixtures, self._counts)
+        if self._batch_size is None:
+            return steps
+        rows = mixtures @ self._counts
+        mean_square = np.square(mixtures @ self._gradients / rows[:, None]).sum(axis=1)
+        square = batch_mean_square(mean_square, mixtures @ self._squares / rows, self._batch_size)
+        # Without any gradient nothing moves, however long the steps.
+        return steps / np.sqrt(np.maximum(square, np.finfo(float).tiny))

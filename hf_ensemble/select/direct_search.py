@@ -1,0 +1,181 @@
+"""A partition of the tasks with a small predicted loss, searched for directly: merges, then moves and swaps.
+
+Nothing here knows where the losses come from. A group is a boolean mask over the tasks; its loss is the sum over its
+tasks of what each loses when the group is trained together.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from .partition import canonical
+
+# What a step has to gain, relative to the loss of all groups: less is the solver's own error.
+_MIN_GAIN = 1e-6
+
+
+class GroupLosses:
+    """Losses of groups, each predicted once.
+
+    Args:
+        predict (`Callable`): from mixtures `(S, T)` of zeros and ones to the loss of every task, `(S, T)`.
+    """
+
+    def __init__(self, predict: Callable[[np.ndarray], np.ndarray]):
+        self._predict = predict
+        self._known: dict[bytes, float] = {}
+
+    def __call__(self, masks: Iterable[np.ndarray]) -> np.ndarray:
+        """Sum of the members' losses of each mask `(T,)`, `(S,)`."""
+        masks = list(masks)
+        new = {mask.tobytes(): mask for mask in masks if mask.tobytes() not in self._known}
+        if new:
+            rows = np.stack(list(new.values()))
+            totals = np.where(rows, self._predict(rows.astype(np.float64)), 0.0).sum(axis=1)
+            self._known.update(zip(new, totals.tolist()))
+        return np.array([self._known[mask.tobytes()] for mask in masks])
+
+    def of_partition(self, labels: np.ndarray) -> float:
+        """Sum over the groups of a partition `(T,)`."""
+        return float(self([labels == group for group in range(labels.max() + 1)]).sum())
+
+
+def merge_path(losses: GroupLosses, directions: np.ndarray, num_candidates: int) -> list[tuple[np.ndarray, float]]:
+    """Partitions into T, T - 1, ..., 1 groups, each made of the one before by the merge that costs least.
+
+    Only groups that pull alike are tried: each with the `num_candidates` groups whose summed directions have the
+    greatest cosine with its own.
+
+    Args:
+        losses (`GroupLosses`): losses of groups.
+        directions (`np.ndarray` of shape `(T, k)`): a direction for each task.
+        num_candidates (`int`): groups that each group is tried with; from T - 1 on the search is exhaustive.
+
+    Returns:
+        `list[tuple[np.ndarray, float]]`: labels `(T,)` of each partition and the loss of all its groups.
+    """
+    size = len(directions)
+    masks = dict(enumerate(np.eye(size, dtype=bool)))
+    sums = dict(enumerate(_normalised(directions)))
+    own = dict(enumerate(losses(masks.values())))
+    path = [(np.arange(size), sum(own.values()))]
+    costs: dict[tuple[int, int], float] = {}
+
+    def try_with(groups: Iterable[int]) -> None:
+        present = np.array(list(masks))
+        vectors = _normalised(np.stack([sums[other] for other in present]))
+        pairs = set()
+        for group in groups:
+            alike = vectors @ (sums[group] / max(np.linalg.norm(sums[group]), 1e-12))
+            alike[present == group] = -np.inf
+            nearest = present[np.argsort(-alike, kind="stable")[: min(num_candidates, len(present) - 1)]]
+            pairs |= {(min(group, other), max(group, other)) for other in nearest.tolist()}
+        pairs = sorted(pairs - costs.keys())
+        merged = losses(masks[first] | masks[second] for first, second in pairs)
+        costs.update((pair, total - own[pair[0]] - own[pair[1]]) for pair, total in zip(pairs, merged))
+
+    try_with(range(size))
+    for new in range(size, 2 * size - 1):
+        if not costs:
+            try_with(list(masks))
+        # Of equal costs the first pair, so that the path does not depend on the order of the dict.
+        first, second = min(costs, key=lambda pair: (costs[pair], pair))
+        own[new] = own.pop(first) + own.pop(second) + costs[first, second]
+        masks[new], sums[new] = masks.pop(first) | masks.pop(second), sums.pop(first) + sums.pop(second)
+        for pair in [pair for pair in costs if first in pair or second in pair]:
+            del costs[pair]
+        if len(masks) > 1:
+            try_with([new])
+        path.append((_labels(masks.values()), sum(own.values())))
+    return path
+
+
+def improved(
+    losses: GroupLosses, labels: np.ndarray, directions: np.ndarray, num_candidates: int, max_rounds: int = 50
+) -> np.ndarray:
+    """Move single tasks to other groups and swap pairs of tasks for as long as this lowers the loss.
+
+    In each round every move of a task to one of the `num_candidates` groups that pull most like it is tried, and, when
+    no move gains, every swap with the `num_candidates` tasks of other groups that pull most like it. Of those that
+    gain, the best are taken that have no group in common, so that each gains what was predicted. Groups are never
+    emptied.
+
+    Args:
+        losses (`GroupLosses`): losses of groups.
+        labels (`np.ndarray` of shape `(T,)`): the partition to start from.
+        directions (`np.ndarray` of shape `(T, k)`): a direction for each task.
+        num_candidates (`int`): see above.
+        max_rounds (`int`, *optional*, defaults to 50): rounds at most.
+
+    Returns:
+        `np.ndarray` of shape `(T,)`: labels of a partition into as many groups, with at most the loss of the first.
+    """
+    labels = canonical(labels)
+    vectors = _normalised(directions)
+    for _ in range(max_rounds):
+        moved = _step(losses, labels, _moves(labels, vectors, num_candidates))
+        if not moved and not _step(losses, labels, _swaps(labels, vectors, num_candidates)):
+            break
+    return canonical(labels)
+
+
+Change = list[tuple[int, int]]
+
+
+def _step(losses: GroupLosses, labels: np.ndarray, changes: list[Change]) -> bool:
+    """Make the best changes, each a list of (task, new group), that touch no group twice; whether there were any."""
+    if not changes:
+        return False
+    count = labels.max() + 1
+    masks = np.stack([labels == group for group in range(count)])
+    present = losses(masks)
+    touched, results = [], []
+    for change in changes:
+        after = {}
+        for task, group in change:
+            for changed, value in ((labels[task], False), (group, True)):
+                after.setdefault(changed, masks[changed].copy())[task] = value
+        touched.append(list(after))
+        results += list(after.values())
+    totals = iter(losses(results))
+    gains = np.array([sum(present[group] - next(totals) for group in groups) for groups in touched])
+    used: set[int] = set()
+    for index in np.argsort(-gains, kind="stable"):
+        if gains[index] <= _MIN_GAIN * present.sum():
+            break
+        if not used & set(touched[index]):
+            used |= set(touched[index])
+            for task, group in changes[index]:
+                labels[task] = group
+    return bool(used)
+
+
+def _moves(labels: np.ndarray, vectors: np.ndarray, num_candidates: int) -> list[Change]:
+    count = labels.max() + 1
+    sums = _normalised(np.stack([vectors[labels == group].sum(axis=0) for group in range(count)]))
+    alike = vectors @ sums.T
+    alike[np.arange(len(labels)), labels] = -np.inf
+    nearest = np.argsort(-alike, axis=1, kind="stable")[:, : min(num_candidates, count - 1)]
+    sizes = np.bincount(labels)
+    return [[(task, int(group))] for task in range(len(labels)) if sizes[labels[task]] > 1 for group in nearest[task]]
+
+
+def _swaps(labels: np.ndarray, vectors: np.ndarray, num_candidates: int) -> list[Change]:
+    alike = vectors @ vectors.T
+    alike[labels[:, None] == labels] = -np.inf
+    nearest = np.argsort(-alike, axis=1, kind="stable")[:, :num_candidates]
+    pairs = {
+        (min(task, other), max(task, other))
+        for task, others in enumerate(nearest.tolist())
+        for other in others
+        if labels[task] != labels[other]
+    }
+    return [[(first, int(labels[second])), (second, int(labels[first]))] for first, second in sorted(pairs)]
+
+
+def _normalised(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _labels(masks: Iterable[np.ndarray]) -> np.ndarray:
+    return canonical(np.argmax(np.stack(list(masks)), axis=0))
