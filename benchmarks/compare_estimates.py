@@ -37,7 +37,8 @@ REFERENCE = {
     "projection": "4096, seed 0",
     "components": 400,
     "training rows": "all",
-    "exponent": 1.25,
+    "steps": "of each mixture",
+    "exponent": 1.0,
     "evidence": "2 runs",
 }
 
@@ -58,7 +59,8 @@ def variants(margins: list[str]) -> Iterator[dict[str, Any]]:
         ],
         "components": [25, 50, 100, 200, 800, 1600],
         "training rows": ["1/2", "1/4", "1/8"],
-        "exponent": [1.0, 1.5, 2.0],
+        "steps": ["equal"],
+        "exponent": [0.75, 1.25, 1.5],
         "evidence": ["1 run", "replay", "validation loss"],
         "linearised at": ["warm-up"],
         "margin": [margin for margin in margins if margin != REFERENCE["margin"]],
@@ -197,7 +199,8 @@ def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base:
     """How well a choice predicts."""
     tables = captures.tables(choice)
     runs = truth.calibration[: {"2 runs": 2, "1 run": 1}.get(choice["evidence"], 0)]
-    recipe = captures.recipe(choice) if choice["evidence"] == "replay" else None
+    known = choice["evidence"] != "validation loss" and choice["steps"] != "equal"
+    recipe = captures.recipe(choice) if known else None
     estimator = SubsetEstimator(tables["train"], tables["validation"], choice["components"], runs, recipe=recipe)
     all_rows = epoch_length(np.ones((1, len(truth.names))), estimator.counts)
 

@@ -23,7 +23,6 @@ from threadpoolctl import threadpool_limits
 from hf_ensemble.estimate import FeatureReduction
 from hf_ensemble.estimate.mixtures import epoch_length
 from hf_ensemble.estimate.outcomes import predicted_outcomes
-from hf_ensemble.estimate.regularization import training_length_l2
 from hf_ensemble.estimate.surrogate import SurrogateProblem
 
 COMPONENTS = 400
@@ -57,7 +56,7 @@ def random_subsets(count: int, tasks: int, size: int, seed: int = 1) -> np.ndarr
 
 def penalties(mixtures: np.ndarray, rows: int) -> np.ndarray:
     counts = np.full(mixtures.shape[1], rows)
-    return training_length_l2(L2_SCALE, epoch_length(mixtures, counts), counts.sum())
+    return L2_SCALE / epoch_length(mixtures, counts)
 
 
 def peak_memory() -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg import cho_factor, cho_solve
 
 from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
@@ -16,6 +17,9 @@ from .regularization import ObservedRun, Regularization, choose_regularization, 
 from .replay import replayed_coefficients
 from .surrogate import SurrogateProblem
 from .training_length import TrainingLength
+
+# Gradient norm at which derivatives by the mixture are taken: they are more sensitive than the losses.
+_TIGHT = 1e-10
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,40 @@ class SubsetEstimator:
     def base_loss(self) -> np.ndarray:
         """Validation loss of each task at the linearisation point, `(T,)`."""
         return self._outcomes(np.zeros((1, self.reduction.components.shape[1])))[0][0]
+
+    def weighted_loss(self, weights: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
+        """Predicted loss of a weighted set of tasks, and its derivatives by the sampling weights that it comes from.
+
+        By the implicit function theorem at the surrogate's optimum: with H its Hessian there and L the loss,
+
+            dL / d a_k = -(dL / dw) H^-1 (d^2 F / dw d a_k)
+
+        Args:
+            weights (`np.ndarray` of shape `(T,)`):
+                How often training draws a row of each task, from 0 to 1; an epoch draws `weights @ counts` rows. The
+                estimator's own sampling weights do not multiply them.
+            targets (`np.ndarray` of shape `(T,)`): weight of each task's predicted loss in the sum.
+
+        Returns:
+            `tuple[float, np.ndarray]`: the weighted sum of the losses, in nats, and its derivatives `(T,)`.
+
+        Raises:
+            `EstimationError`: for weights that are all zero, negative, larger than one or not finite.
+        """
+        weights = np.asarray(weights, dtype=np.float64)
+        if weights.shape != self.counts.shape or not ((weights >= 0) & (weights <= 1)).all() or not weights.any():
+            raise EstimationError(f"Expected {len(self.counts)} weights from 0 to 1, not all zero, found {weights}.")
+        l2, l2_slope = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
+        w = self._train.solve(weights[None], np.array([l2]), _TIGHT).coefficients[0]
+        features, margin, task = self._validation
+        z = margin + features @ w
+        of_row = (targets / np.bincount(task))[task]
+        value = float(of_row @ np.logaddexp(0.0, -z))
+        slope = -(of_row * np.exp(-np.logaddexp(0.0, z))) @ features
+        hessian, gradients = self._train.derivatives(weights, w, l2)
+        direction = cho_solve(cho_factor(hessian), slope)
+        mixed = (gradients + 2 * l2 * np.outer(self.counts, w)) / (weights @ self.counts) + 2 * np.outer(l2_slope, w)
+        return value, -mixed @ direction
 
     def task_gradients(self) -> np.ndarray:
         """Mean loss gradient of each task's training rows at the linearisation point, in components, `(T, k)`."""

@@ -118,6 +118,20 @@ class SurrogateProblem:
         ]
         return SurrogateSolution(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
+    def derivatives(self, mixture: np.ndarray, w: np.ndarray, l2: float) -> tuple[np.ndarray, np.ndarray]:
+        """Hessian `(k, k)` of a mixture's `(T,)` objective at w `(k,)`; each task's summed loss gradient `(T, k)`."""
+        point = torch.from_numpy(np.ascontiguousarray(w, dtype=np.float64)).to(self._device)
+        hessian = 2 * l2 * torch.eye(len(w), dtype=torch.float64, device=self._device)
+        gradients = torch.zeros(len(mixture), len(w), dtype=torch.float64, device=self._device)
+        total = float(mixture[: len(self.counts)] @ self.counts)
+        for task, rows in enumerate(self._tasks):
+            wrong = torch.sigmoid(-(rows.margin + rows.features @ point))
+            gradients[task] = -(wrong @ rows.features)
+            if mixture[task]:
+                curvature = (wrong * (1 - wrong) * float(mixture[task]) / total).unsqueeze(1)
+                hessian += rows.features.T @ (curvature * rows.features)
+        return hessian.cpu().numpy(), gradients.cpu().numpy()
+
     def _solve_chunk(self, row_weights, l2, start, tolerance, max_iterations):
         weights = torch.from_numpy(row_weights).to(self._device)
         ridge = 2 * torch.from_numpy(l2.copy()).to(self._device).unsqueeze(1)

@@ -64,6 +64,30 @@ class TrainingLength:
         mixtures = np.where((mixtures @ self._counts > 0)[:, None], mixtures, self._all)
         return scale / all_rows * self._distance(self._all) / self._distance(mixtures)
 
+    def l2_in_the_box(self, scale: float, mixture: np.ndarray) -> tuple[float, np.ndarray]:
+        """Penalty of one mixture `(T,)` of weights up to one, and its derivatives by these, `(T,)`.
+
+        An epoch draws sum_k a_k n_k rows. That is what trainings do where the largest weight is one; below, they are
+        taken to be as much shorter, which is smooth where several weights are the largest.
+        """
+        counts = self._counts
+        rows = mixture @ counts
+        l2 = float(self.l2(scale, mixture[None])[0])
+        log_slope = np.zeros(len(counts))
+        if not self._fixed_steps:
+            l2 /= mixture.max()
+            log_slope -= counts / rows
+        if self._batch_size is not None:
+            gradient, squares = mixture @ self._gradients / rows, mixture @ self._squares / rows
+            mean_square = gradient @ gradient
+            mean_slope = 2 * (self._gradients @ gradient - mean_square * counts) / rows
+            squares_slope = (self._squares - squares * counts) / rows
+            square = batch_mean_square(mean_square, squares, self._batch_size)
+            # Rows whose gradients are all alike have no noise, and stay so only without other tasks.
+            noise_slope = (squares_slope - mean_slope) / self._batch_size if squares > mean_square else 0.0
+            log_slope += (mean_slope + noise_slope) / np.maximum(2 * square, np.finfo(float).tiny)
+        return l2, l2 * log_slope
+
     def task_gradients(self) -> np.ndarray:
         """Mean loss gradient of each task's rows, `(T, k)`; downhill is towards larger margins."""
         return self._gradients / self._counts[:, None]

@@ -1,7 +1,8 @@
-"""Choices made from predictions: tasks for a target, tasks in groups."""
+"""Choices made from predictions: tasks for a target, shares of tasks, tasks in groups."""
 
 from .affinity import affinity_matrix, predicted_affinity
 from .grouping import Grouping, group_tasks, partition_loss
+from .mixture import Mixture, optimise_mixture
 from .partition import semidefinite_partition, spectral_partition
 from .sampling import calibration_subsets, mixed_subsets, random_subsets
 from .selection import Selection, forward_selection, random_ensemble_selection, select_tasks
@@ -10,12 +11,14 @@ from .selector import DataSelector
 __all__ = [
     "DataSelector",
     "Grouping",
+    "Mixture",
     "Selection",
     "affinity_matrix",
     "calibration_subsets",
     "forward_selection",
     "group_tasks",
     "mixed_subsets",
+    "optimise_mixture",
     "partition_loss",
     "predicted_affinity",
     "random_ensemble_selection",

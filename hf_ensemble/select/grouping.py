@@ -12,6 +12,7 @@ from ..estimate import SubsetEstimator
 from .affinity import predicted_affinity
 from .direct_search import GroupLosses, improved, merge_path
 from .partition import semidefinite_partition, spectral_partition
+from .provenance import settings_of
 
 GROUPING_METHODS = ("direct", "spectral", "semidefinite")
 # Partitions of the merge path, those of least loss, that "auto" improves.
@@ -130,17 +131,18 @@ def group_tasks(
         affinity=affinity.tolist(),
         predicted_loss=curve,
         why=f"{found if num_groups == 'auto' else asked}.",
-        settings={
-            "num_groups": num_groups,
-            "max_groups": max_groups,
-            "group_cost": group_cost,
-            "num_candidates": num_candidates,
-            "num_subsets": num_subsets,
-            "subset_size": subset_size,
-            "seed": seed,
-            "l2_scale": estimator.regularization.l2_scale,
-            "l2_evidence": estimator.regularization.evidence,
-        },
+        settings=settings_of(
+            estimator,
+            {
+                "num_groups": num_groups,
+                "max_groups": max_groups,
+                "group_cost": group_cost,
+                "num_candidates": num_candidates,
+                "num_subsets": num_subsets,
+                "subset_size": subset_size,
+                "seed": seed,
+            },
+        ),
     )
 
 

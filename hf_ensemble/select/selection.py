@@ -8,6 +8,7 @@ import numpy as np
 from .._files import read_json, write_json
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
+from .provenance import caution, settings_of
 from .sampling import random_subsets
 
 SELECTION_METHODS = ("forward", "random_ensemble")
@@ -96,8 +97,8 @@ def forward_selection(estimator: SubsetEstimator, target: str, max_tasks: int | 
         "forward",
         scores,
         path,
-        why + _caution(estimator),
-        _settings(estimator, {"max_tasks": max_tasks}),
+        why + caution(estimator),
+        settings_of(estimator, {"max_tasks": max_tasks}),
     )
 
 
@@ -145,26 +146,8 @@ def random_ensemble_selection(
     )
     settings = {"max_tasks": max_tasks, "num_subsets": num_subsets, "subset_size": size, "seed": seed}
     return Selection(
-        target, tasks, "random_ensemble", scores, path, why + _caution(estimator), _settings(estimator, settings)
+        target, tasks, "random_ensemble", scores, path, why + caution(estimator), settings_of(estimator, settings)
     )
-
-
-def _caution(estimator: SubsetEstimator) -> str:
-    cautions = {
-        "observed_runs": "",
-        "replay": " Not calibrated by a true fine-tuning, but by a replay: trust the order more than the values.",
-        "validation_loss": " Nothing says how long the training is: trust neither the values nor close calls.",
-    }
-    return cautions[estimator.regularization.evidence]
-
-
-def _settings(estimator: SubsetEstimator, own: dict) -> dict:
-    return {
-        **own,
-        "num_components": estimator.reduction.components.shape[1],
-        "l2_scale": estimator.regularization.l2_scale,
-        "l2_evidence": estimator.regularization.evidence,
-    }
 
 
 def select_tasks(estimator: SubsetEstimator, target: str, method: str = "forward", **options) -> Selection:

@@ -9,6 +9,7 @@ from ..estimate import ObservedRun, SubsetEstimator
 from ..store import GradientStore
 from .affinity import predicted_affinity
 from .grouping import Grouping, group_tasks
+from .mixture import Mixture, optimise_mixture
 from .selection import Selection, select_tasks
 
 
@@ -64,6 +65,10 @@ class DataSelector:
             options: further arguments of [`forward_selection`] or [`random_ensemble_selection`].
         """
         return select_tasks(self.estimator, target, method, max_tasks=k, **options)
+
+    def mixture(self, targets: str | Sequence[str] | Mapping[str, float], **options) -> Mixture:
+        """Sampling weights of the tasks that do best on `targets`; see [`optimise_mixture`]."""
+        return optimise_mixture(self.estimator, targets, **options)
 
     def group(self, num_groups: int | str = "auto", method: str = "direct", **options) -> Grouping:
         """Groups of tasks to train one adapter each; see [`group_tasks`]."""
