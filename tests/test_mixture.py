@@ -83,6 +83,16 @@ def test_caps_bound_the_auxiliary_tasks(selector):
     assert "b" not in named and named["a"] > 0
 
 
+def test_as_a_selection_it_names_the_helpers(selector):
+    mixture, selection = selector.mixture("a"), selector.select("a", "mixture")
+    assert selection.tasks[:2] == ["a", "b"] and selection.weights == pytest.approx(mixture.weights)
+    assert selection.path[-1]["predicted_loss"] == mixture.predicted_loss <= selection.path[0]["predicted_loss"]
+    assert selection.scores["b"] < selection.scores["c"] and set(selection.scores) == set("bcd")
+    assert selector.select("a", "mixture", k=0).tasks == ["a"]
+    assert len(selector.select("a", "mixture", k=1).auxiliary) == 1
+    assert set(selector.select("a").weights.values()) == {1.0}
+
+
 def test_sampling_weights_are_replaced():
     free = DataSelector(SubsetEstimator(*world()))
     weighted = SubsetEstimator(*world(), sampling_weights={"a": 0.5, "b": 2.0})

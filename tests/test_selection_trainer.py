@@ -10,6 +10,7 @@ from trainers import sft_config, split, text_trainer
 from transformers import AutoModelForCausalLM
 
 from hf_ensemble import (
+    Selection,
     SelectionConfig,
     SelectionSFTConfig,
     SelectionSFTTrainer,
@@ -45,6 +46,24 @@ def test_selection_trains_once_on_what_it_chose(tmp_path, base_folder, meta):
         assert torch.allclose(trainer.model.eval()(input_ids=ids).logits, saved.eval()(input_ids=ids).logits, atol=1e-6)
     again = SelectionSFTTrainer(**arguments).train().metrics
     assert again["eval_loss"] == pytest.approx(metrics["eval_loss"])
+
+
+def test_a_mixture_is_trained_with_its_weights(tmp_path, base_folder):
+    tasks = toy.sft_tasks()
+    trainer = SelectionSFTTrainer(
+        model=base_folder,
+        args=sft_config(tmp_path / "run", SelectionSFTConfig, selection_method="mixture", calibration_runs=0),
+        train_dataset=split(tasks, "train"),
+        eval_dataset=split(tasks, "validation"),
+        peft_config=toy.lora(),
+        target="sums",
+    )
+    trainer.train()
+    record = json.loads((tmp_path / "run" / "training" / "adapter.json").read_text())
+    assert record["mixture"] == pytest.approx(trainer.selection.weights)
+    assert trainer.selection.method == "mixture" and max(record["mixture"].values()) == 1.0
+    again = Selection.load(tmp_path / "run" / "selection.json")
+    assert again == trainer.selection and again.weights == record["mixture"]
 
 
 def test_selection_of_classification_tasks(tmp_path):

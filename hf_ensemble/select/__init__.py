@@ -2,13 +2,15 @@
 
 from .affinity import affinity_matrix, predicted_affinity
 from .grouping import Grouping, group_tasks, partition_loss
+from .methods import SELECTION_METHODS, mixture_selection, select_tasks
 from .mixture import Mixture, optimise_mixture
 from .partition import semidefinite_partition, spectral_partition
 from .sampling import calibration_subsets, mixed_subsets, random_subsets
-from .selection import Selection, forward_selection, random_ensemble_selection, select_tasks
+from .selection import Selection, forward_selection, random_ensemble_selection
 from .selector import DataSelector
 
 __all__ = [
+    "SELECTION_METHODS",
     "DataSelector",
     "Grouping",
     "Mixture",
@@ -18,6 +20,7 @@ __all__ = [
     "forward_selection",
     "group_tasks",
     "mixed_subsets",
+    "mixture_selection",
     "optimise_mixture",
     "partition_loss",
     "predicted_affinity",

@@ -1,6 +1,6 @@
 """Which auxiliary tasks help a target."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,6 @@ from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from .provenance import caution, settings_of
 from .sampling import random_subsets
-
-SELECTION_METHODS = ("forward", "random_ensemble")
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,12 @@ class Selection:
         scores (`dict[str, float]`):
             One per auxiliary task, lower is better. Forward: predicted target loss of the last step that weighed the
             task, with it added. Random ensemble: mean predicted target loss over the random subsets that hold it.
+            Mixture: predicted target loss with this auxiliary task alone.
         path (`list[dict]`): the steps of the search, each with its predicted target loss.
         why (`str`): one sentence.
         settings (`dict`): everything needed to make this selection again from the same features.
+        weights (`dict[str, float]`, *optional*):
+            How often training draws a row of each task, times the task's own sampling weight; alike by default.
     """
 
     target: str
@@ -37,6 +38,11 @@ class Selection:
     path: list[dict]
     why: str
     settings: dict
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.weights:
+            object.__setattr__(self, "weights", dict.fromkeys(self.tasks, 1.0))
 
     @property
     def auxiliary(self) -> list[str]:
@@ -148,11 +154,3 @@ def random_ensemble_selection(
     return Selection(
         target, tasks, "random_ensemble", scores, path, why + caution(estimator), settings_of(estimator, settings)
     )
-
-
-def select_tasks(estimator: SubsetEstimator, target: str, method: str = "forward", **options) -> Selection:
-    """Run one method by name. Raises `ConfigurationError` for another name."""
-    methods: dict = {"forward": forward_selection, "random_ensemble": random_ensemble_selection}
-    if method not in methods:
-        raise ConfigurationError(f"method has to be one of {SELECTION_METHODS}, found {method!r}.")
-    return methods[method](estimator, target, **options)

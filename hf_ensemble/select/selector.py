@@ -9,8 +9,9 @@ from ..estimate import ObservedRun, SubsetEstimator
 from ..store import GradientStore
 from .affinity import predicted_affinity
 from .grouping import Grouping, group_tasks
+from .methods import select_tasks
 from .mixture import Mixture, optimise_mixture
-from .selection import Selection, select_tasks
+from .selection import Selection
 
 
 class DataSelector:
@@ -60,9 +61,9 @@ class DataSelector:
 
         Args:
             target (`str`): the task to do well on.
-            method (`str`, *optional*, defaults to `"forward"`): `"forward"` or `"random_ensemble"`.
+            method (`str`, *optional*, defaults to `"forward"`): `"forward"`, `"random_ensemble"` or `"mixture"`.
             k (`int`, *optional*): auxiliary tasks to take at most.
-            options: further arguments of [`forward_selection`] or [`random_ensemble_selection`].
+            options: further arguments of [`forward_selection`], [`random_ensemble_selection`] or [`mixture_selection`].
         """
         return select_tasks(self.estimator, target, method, max_tasks=k, **options)
 

@@ -7,8 +7,8 @@ from trl import SFTConfig
 
 from ..capture import CaptureConfig, optimizer_metric
 from ..errors import ConfigurationError
+from ..select import SELECTION_METHODS
 from ..select.grouping import GROUPING_METHODS
-from ..select.selection import SELECTION_METHODS
 
 WEIGHTINGS = ("fitted", "own_group")
 
@@ -113,7 +113,7 @@ class EnsembleArguments(EstimateArguments):
 class SelectionArguments(EstimateArguments):
     """How auxiliary tasks are chosen for a target."""
 
-    selection_method: str = field(default="forward", metadata={"help": "'forward' or 'random_ensemble'."})
+    selection_method: str = field(default="forward", metadata={"help": "'forward', 'random_ensemble' or 'mixture'."})
     max_auxiliary: int | None = field(default=None, metadata={"help": "Auxiliary tasks to take at most."})
     meta_initialization: bool = field(
         default=False,

@@ -51,7 +51,7 @@ class SelectionMixin(StagesMixin):
         store = self.capture()
         self.selection = self._select(store)
         with run.stage("adapter"):
-            trained = self.adapter_training.run("adapter", self.selection.tasks, run.path / "adapter")
+            trained = self.adapter_training.run("adapter", self.selection.weights, run.path / "adapter")
         self.adapter_training.load(run.path / "adapter")
         metrics = self.evaluate()
         return TrainOutput(trained.global_step, trained.training_loss, metrics)
