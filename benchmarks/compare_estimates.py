@@ -22,11 +22,11 @@ from trl import ModelConfig
 
 from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection, capture_gradients, training_recipe
 from hf_ensemble.capture.capture import MOMENT_ROWS
+from hf_ensemble.capture.recipe import fresh_lora_gain
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.trainers import build_trainer, load_tasks
-from hf_ensemble.estimate import ObservedRun, SubsetEstimator, choose_regularization
+from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.estimate.agreement import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
-from hf_ensemble.estimate.mixtures import epoch_length
 from hf_ensemble.select import calibration_subsets
 from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe
 
@@ -38,7 +38,7 @@ REFERENCE = {
     "components": 400,
     "training rows": "all",
     "steps": "of each mixture",
-    "exponent": 1.0,
+    "growth": "of A",
     "evidence": "2 runs",
 }
 
@@ -59,8 +59,8 @@ def variants(margins: list[str]) -> Iterator[dict[str, Any]]:
         ],
         "components": [25, 50, 100, 200, 800, 1600],
         "training rows": ["1/2", "1/4", "1/8"],
-        "steps": ["equal"],
-        "exponent": [0.75, 1.25, 1.5],
+        "steps": ["equal, no growth"],
+        "growth": ["none", "x 1/2", "x 2", "x 4"],
         "evidence": ["1 run", "replay", "validation loss"],
         "linearised at": ["warm-up"],
         "margin": [margin for margin in margins if margin != REFERENCE["margin"]],
@@ -92,12 +92,21 @@ class Captures:
             for split, table in parts.items()
         }
 
-    def recipe(self, choice: Mapping[str, Any]) -> TrainingRecipe:
-        """The training, for a replay in Adam's metric."""
+    def recipe(self, choice: Mapping[str, Any]) -> TrainingRecipe | None:
+        """The training in Adam's metric, as far as the choice knows it."""
+        if choice["evidence"] == "validation loss":
+            return None
         train = self._exact(choice["linearised at"], choice["margin"])["train"]
         steps = self.trainer.adapter_training.num_steps(self.trainer.tasks.names)
         num_moving = Preconditioner({"all": self._adam_scales(train)}).num_moving()
-        return dataclasses.replace(training_recipe(self.trainer.args, steps), num_parameters=num_moving)
+        recipe = training_recipe(self.trainer.args, steps)
+        if choice["steps"] == "equal, no growth":
+            return recipe
+        growth = {"none": 0.0, "x 1/2": 0.5, "x 2": 2.0, "x 4": 4.0}.get(choice["growth"], 1.0)
+        self.trainer.adapter_training.reset()
+        return dataclasses.replace(
+            recipe, num_parameters=num_moving, input_gain=growth * fresh_lora_gain(self.trainer.model)
+        )
 
     def _exact(self, point: str, margin: str) -> dict[str, FeatureTable]:
         if (point, margin) not in self._tables:
@@ -199,21 +208,10 @@ def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base:
     """How well a choice predicts."""
     tables = captures.tables(choice)
     runs = truth.calibration[: {"2 runs": 2, "1 run": 1}.get(choice["evidence"], 0)]
-    known = choice["evidence"] != "validation loss" and choice["steps"] != "equal"
-    recipe = captures.recipe(choice) if known else None
+    recipe = captures.recipe(choice)
     estimator = SubsetEstimator(tables["train"], tables["validation"], choice["components"], runs, recipe=recipe)
-    all_rows = epoch_length(np.ones((1, len(truth.names))), estimator.counts)
-
-    def predict(mixtures: np.ndarray, l2_scale: float):
-        lengthening = (all_rows / epoch_length(mixtures, estimator.counts)) ** (
-            choice["exponent"] - REFERENCE["exponent"]
-        )
-        return estimator.predict(mixtures, l2_scale * lengthening)
-
     chosen = estimator.regularization
-    if choice["exponent"] != REFERENCE["exponent"]:
-        chosen = choose_regularization(lambda mixtures, c: predict(mixtures, c).loss, truth.names, runs)
-    prediction = predict(truth.mixtures, chosen.l2_scale)
+    prediction = estimator.predict(truth.mixtures)
     ranks = task_spearman(prediction.loss, truth.loss)
     inside = truth.mixtures > 0
     own, other = prediction.loss[truth.repeated], truth.loss[truth.repeated]
@@ -227,12 +225,7 @@ def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base:
         "mean_task_spearman_repeated": mean_or_nan(task_spearman(own, other)),
         "correlation": correlation(prediction.loss, truth.loss),
         "change_correlation": correlation(prediction.loss - base, truth.loss - base),
-        "interval_coverage": (
-            # The intervals are fitted to the reference's exponent.
-            coverage(prediction.loss_low, prediction.loss_high, truth.loss)
-            if runs and choice["exponent"] == REFERENCE["exponent"]
-            else None
-        ),
+        "interval_coverage": (coverage(prediction.loss_low, prediction.loss_high, truth.loss) if runs else None),
     }
 
 

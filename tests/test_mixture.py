@@ -11,6 +11,7 @@ from hf_ensemble.errors import ConfigurationError, EstimationError
 RECIPES = {
     "no recipe": None,
     "adam": TrainingRecipe([1e-2] * 20, 8, 60.0),
+    "fresh LoRA": TrainingRecipe([1e-2] * 20, 8, 60.0, 400.0),
     "gradient descent": TrainingRecipe([1e-2] * 20, 8),
     "fixed steps": TrainingRecipe([1e-2] * 20, 8, 60.0, fixed_steps=True),
 }

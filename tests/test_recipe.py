@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 import toy
 from captures import capture
+from peft import IA3Config, get_peft_model
 from trainers import sft_config, split
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_ensemble import DataSelector, EnsembleSFTTrainer, TaskSet, TrainingRecipe
 from hf_ensemble.capture import optimizer_metric, training_recipe
-from hf_ensemble.capture.recipe import learning_rates
+from hf_ensemble.capture.recipe import fresh_lora_gain, learning_rates
 
 
 def trainer_with(folder, base, tasks=None, **settings):
@@ -77,6 +79,38 @@ def test_a_finished_store_is_told_of_another_training(tmp_path):
     # Opening it once more takes nothing away.
     store = capture(tmp_path)
     assert DataSelector.from_store(store, num_components=10).estimator.regularization.evidence == "replay"
+
+
+def test_input_gain_is_how_much_a_response_grows(tmp_path, base_folder):
+    trainer = trainer_with(tmp_path / "fresh", base_folder)
+    gains, sizes = [], []
+    for name, a in trainer.model.named_parameters():
+        if "lora_A" in name:
+            b = trainer.model.get_parameter(name.replace("lora_A", "lora_B"))
+            # Along the signs of a random input, by a small step.
+            x = torch.randn(2000, a.shape[1], generator=torch.Generator().manual_seed(0))
+            grown = 1e-3 * x.sign() * x
+            gains.append(float(grown.sum(1).mean() / 1e-3 / (x @ a.detach().T).square().mean().sqrt()))
+            sizes.append(b.numel())
+    # |x|_1 is sqrt(2 / pi) of sqrt(n) |x| for random inputs.
+    expected = np.average(gains, weights=sizes) / (2 / np.pi) ** 0.5
+    assert fresh_lora_gain(trainer.model) == pytest.approx(expected, rel=0.05)
+    assert trainer.capture().recipe.input_gain == fresh_lora_gain(trainer.model)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert fresh_lora_gain(trainer.model) == 0.0
+
+
+def test_adapters_without_a_fresh_start_do_not_grow(base_folder):
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    assert fresh_lora_gain(base) == 0.0
+    ia3 = get_peft_model(
+        base,
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+    )
+    assert fresh_lora_gain(ia3) == 0.0
 
 
 def test_what_cannot_be_replayed_has_no_recipe():

@@ -131,8 +131,9 @@ def test_observed_runs_are_better_evidence():
 
 
 @pytest.mark.parametrize(
-    "arguments", [([], 4), ([0.0], 4), ([-1.0, 1.0], 4), ([np.nan], 4), ([1.0], 0), ([1.0], 4, -2.0)]
+    "arguments",
+    [([], 4), ([0.0], 4), ([-1.0, 1.0], 4), ([np.nan], 4), ([1.0], 0), ([1.0], 4, -2.0), ([1.0], 4, 2.0, -1.0)],
 )
 def test_bad_recipes_are_refused(arguments):
-    with pytest.raises(ConfigurationError, match="recipe needs|Expected a positive"):
+    with pytest.raises(ConfigurationError, match="recipe needs|Expected a"):
         TrainingRecipe(*arguments)

@@ -60,7 +60,19 @@ def test_trainings_of_fixed_steps_do_not_follow_the_epoch():
     assert np.allclose(length(TrainingRecipe([1e-3], 4, fixed_steps=True)).l2(5.0, MIXTURES), 5.0 / 65)
 
 
-@pytest.mark.parametrize("recipe", [None, TrainingRecipe([1e-3] * 10, 4, 100.0)])
+def test_a_fresh_lora_goes_faster_the_longer_it_trains():
+    rates = [1e-3] * 50
+    plain, growing = (length(TrainingRecipe(rates, 4, 100.0, gain)) for gain in (0.0, 700.0))
+    growth = 700.0 * 0.05 / 70
+    share = np.array([rows_of_epoch(mixture) / rows_of_epoch(WEIGHTS) for mixture in MIXTURES])
+    expected = plain.l2(5.0, MIXTURES) * (1 + growth) / (1 + growth * share)
+    assert np.allclose(growing.l2(5.0, MIXTURES), expected)
+    # All tasks together have the same penalty, and shorter trainings a larger one.
+    assert np.allclose(growing.l2(5.0, MIXTURES[3:]), plain.l2(5.0, MIXTURES[3:]))
+    assert (growing.l2(5.0, MIXTURES[:3]) > 1.05 * plain.l2(5.0, MIXTURES[:3])).all()
+
+
+@pytest.mark.parametrize("recipe", [None, TrainingRecipe([1e-3] * 10, 4, 100.0, 300.0)])
 def test_a_mixture_is_the_same_however_its_weights_are_scaled(recipe):
     found = length(recipe)
     assert np.allclose(found.l2(1.0, MIXTURES), found.l2(1.0, 7.0 * MIXTURES))

@@ -21,6 +21,7 @@ from .config import CaptureConfig
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
 from .preconditioner import Preconditioner
+from .recipe import fresh_lora_gain
 
 SHARD_SIZE = 512
 # Training rows whose gradients' second moments make the preconditioner, evenly spaced over all tasks.
@@ -129,7 +130,9 @@ def capture_gradients(
     _capture_shards(extractor, writer, mine, encoded, data_collator, config.batch_size, disable_tqdm)
     state.wait_for_everyone()
     if recipe is not None and extractor.preconditioner is not None:
-        recipe = replace(recipe, num_parameters=extractor.preconditioner.num_moving())
+        recipe = replace(
+            recipe, num_parameters=extractor.preconditioner.num_moving(), input_gain=fresh_lora_gain(model)
+        )
     if state.is_main_process and (missing or not writer.is_complete()):
         coverage = {"hooked": extractor.hooked, "fallback": extractor.fallback}
         writer.finish(recipe, coverage=coverage, versions=package_versions())

@@ -1,6 +1,7 @@
 """A trainer's arguments as the recipe that an estimate replays."""
 
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from ..store import TrainingRecipe
@@ -26,6 +27,28 @@ def training_recipe(args: TrainingArguments, num_steps: int) -> TrainingRecipe |
         return None
     batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return TrainingRecipe(rates, batch_size, fixed_steps=args.max_steps > 0)
+
+
+def fresh_lora_gain(model: torch.nn.Module) -> float:
+    """How much A's response to an input grows per unit that all of its entries move along the input's signs.
+
+    With n inputs the response grows by |x|_1, about sqrt(n) |x|, and is rms(A) |x| at the start: sqrt(n) / rms(A), the
+    mean over the adapted layers by the size of their B. Layers whose B is not zero are beyond that start; where they
+    are all, and where there is no LoRA, this is 0.
+
+    Args:
+        model (`torch.nn.Module`): a model with its adapter, at the linearisation point.
+    """
+    gain, size = 0.0, 0
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.active_adapters:
+                if name in layer.lora_A and layer.lora_B[name].weight.requires_grad:
+                    a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+                    size += b.numel()
+                    if not b.any():
+                        gain += b.numel() * a[0].numel() ** 0.5 / float(a.float().square().mean().sqrt())
+    return gain / size if size else 0.0
 
 
 def _optimizer(args: TrainingArguments) -> str:

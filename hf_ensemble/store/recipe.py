@@ -22,6 +22,9 @@ class TrainingRecipe:
         num_parameters (`float`, *optional*):
             Of Adam and its kin: how many parameters take full steps, see [`Preconditioner.num_moving`]. `None` for
             plain gradient descent.
+        input_gain (`float`, *optional*, defaults to 0.0):
+            How much the response of a fresh LoRA's A to an input grows, relative to its own, per unit that Adam moves
+            all entries of A in one direction, see [`fresh_lora_gain`]; 0 for other adapters.
         fixed_steps (`bool`, *optional*, defaults to `False`):
             Whether every training takes the same number of steps, whatever it trains on (`max_steps`).
 
@@ -32,6 +35,7 @@ class TrainingRecipe:
     learning_rates: Sequence[float]
     batch_size: int
     num_parameters: float | None = None
+    input_gain: float = 0.0
     fixed_steps: bool = False
 
     def __post_init__(self):
@@ -42,6 +46,8 @@ class TrainingRecipe:
             raise ConfigurationError(
                 f"Expected a positive batch_size and num_parameters, found {self.batch_size}, {self.num_parameters}."
             )
+        if not self.input_gain >= 0:
+            raise ConfigurationError(f"Expected an input_gain of 0 or more, found {self.input_gain}.")
         stretches = np.array_split(rates, min(len(rates), _STRETCHES))
         object.__setattr__(self, "learning_rates", [float(stretch.sum()) for stretch in stretches])
 
