@@ -13,7 +13,7 @@ _EXPORTS = {
     "store": ["FeatureTable", "GradientStore", "TrainingRecipe"],
     "capture": ["CaptureConfig", "capture_gradients", "transplanted"],
     "estimate": ["ObservedRun", "Prediction", "SubsetEstimator"],
-    "select": ["DataSelector", "Grouping", "Mixture", "Selection"],
+    "select": ["DataSelector", "ExampleScores", "Grouping", "Mixture", "Selection"],
     "ensemble": ["LabelSimilarityForSequenceClassification", "PeftEnsembleModel"],
     "publish": ["push_ensemble_to_hub", "write_model_card"],
     "callbacks": ["GradientCaptureCallback"],

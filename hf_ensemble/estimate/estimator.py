@@ -107,6 +107,7 @@ class SubsetEstimator:
         )
         self.reduction = FeatureReduction.fit(train.features, num_components)
         reduced = self.reduction.apply(train.features)
+        self.training_ids = tuple(zip((self.task_names[index] for index in train.task), train.example_id.tolist()))
         self._train = SurrogateProblem(reduced, train.margin, train.task, device)
         order = np.argsort(validation.task, kind="stable")
         self._validation = (
@@ -211,10 +212,41 @@ class SubsetEstimator:
         Raises:
             `EstimationError`: for weights that are all zero, negative, larger than one or not finite.
         """
+        weights = self._checked_weights(weights)
+        l2, l2_slope = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
+        w, value, direction, gradients = self._response(weights, l2, targets)
+        mixed = (gradients + 2 * l2 * np.outer(self.counts, w)) / (weights @ self.counts) + 2 * np.outer(l2_slope, w)
+        return value, -mixed @ direction
+
+    def example_influence(self, weights: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """By how much the targets' predicted loss falls when a training row is drawn once more, row by row, `(n,)`.
+
+        To first order, with the length of the training unchanged: the derivative of the loss by the row's own weight,
+        as in [`weighted_loss`], with the sign turned. Rows that harm have negative values; those of tasks that are not
+        drawn have values too.
+
+        Args:
+            weights (`np.ndarray` of shape `(T,)`): how often training draws a row of each task, from 0 to 1.
+            targets (`np.ndarray` of shape `(T,)`): weight of each task's predicted loss in the sum.
+
+        Raises:
+            `EstimationError`: as of [`weighted_loss`].
+        """
+        weights = self._checked_weights(weights)
+        l2, _ = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
+        w, _, direction, _ = self._response(weights, l2, targets)
+        return (self._train.row_slopes(w, direction) + 2 * l2 * (w @ direction)) / (weights @ self.counts)
+
+    def _checked_weights(self, weights: np.ndarray) -> np.ndarray:
         weights = np.asarray(weights, dtype=np.float64)
         if weights.shape != self.counts.shape or not ((weights >= 0) & (weights <= 1)).all() or not weights.any():
             raise EstimationError(f"Expected {len(self.counts)} weights from 0 to 1, not all zero, found {weights}.")
-        l2, l2_slope = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
+        return weights
+
+    def _response(
+        self, weights: np.ndarray, l2: float, targets: np.ndarray
+    ) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+        """At the optimum w: w, the targets' loss, H^-1 times its gradient, and each task's summed gradient there."""
         w = self._train.solve(weights[None], np.array([l2]), _TIGHT).coefficients[0]
         features, margin, task = self._validation
         z = margin + features @ w
@@ -222,9 +254,7 @@ class SubsetEstimator:
         value = float(of_row @ np.logaddexp(0.0, -z))
         slope = -(of_row * np.exp(-np.logaddexp(0.0, z))) @ features
         hessian, gradients = self._train.derivatives(weights, w, l2)
-        direction = cho_solve(cho_factor(hessian), slope)
-        mixed = (gradients + 2 * l2 * np.outer(self.counts, w)) / (weights @ self.counts) + 2 * np.outer(l2_slope, w)
-        return value, -mixed @ direction
+        return w, value, cho_solve(cho_factor(hessian), slope), gradients
 
     def task_gradients(self) -> np.ndarray:
         """Mean loss gradient of each task's training rows at the linearisation point, in components, `(T, k)`."""

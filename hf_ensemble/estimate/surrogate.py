@@ -54,6 +54,7 @@ class SurrogateProblem:
         self.num_components = features.shape[1]
         # A task's rows lie side by side, so that each product reads one piece of memory.
         order = np.argsort(task, kind="stable")
+        self._order = order
         x = torch.from_numpy(features[order].astype(np.float64, copy=False)).to(device)
         m = torch.from_numpy(margin[order].astype(np.float64, copy=False)).to(device)
         single = x.float()
@@ -131,6 +132,16 @@ class SurrogateProblem:
                 curvature = (wrong * (1 - wrong) * float(mixture[task]) / total).unsqueeze(1)
                 hessian += rows.features.T @ (curvature * rows.features)
         return hessian.cpu().numpy(), gradients.cpu().numpy()
+
+    def row_slopes(self, w: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        """Slope of every row's loss at w along a direction, both `(k,)`; in the order of the rows given, `(n,)`."""
+        point, along = (torch.from_numpy(array.copy()).to(self._device) for array in (w, direction))
+        slopes = [
+            -torch.sigmoid(-(rows.margin + rows.features @ point)) * (rows.features @ along) for rows in self._tasks
+        ]
+        out = np.empty(len(self._order))
+        out[self._order] = torch.cat(slopes).cpu().numpy()
+        return out
 
     def _solve_chunk(self, row_weights, l2, start, tolerance, max_iterations):
         weights = torch.from_numpy(row_weights).to(self._device)

@@ -1,6 +1,7 @@
 """Choices made from predictions: tasks for a target, shares of tasks, tasks in groups."""
 
 from .affinity import affinity_matrix, predicted_affinity
+from .examples import ExampleScores, score_examples
 from .grouping import Grouping, group_tasks, partition_loss
 from .methods import SELECTION_METHODS, mixture_selection, select_tasks
 from .mixture import Mixture, optimise_mixture
@@ -12,6 +13,7 @@ from .selector import DataSelector
 __all__ = [
     "SELECTION_METHODS",
     "DataSelector",
+    "ExampleScores",
     "Grouping",
     "Mixture",
     "Selection",
@@ -26,6 +28,7 @@ __all__ = [
     "predicted_affinity",
     "random_ensemble_selection",
     "random_subsets",
+    "score_examples",
     "select_tasks",
     "semidefinite_partition",
     "spectral_partition",

@@ -78,7 +78,7 @@ def optimise_mixture(
         `ConfigurationError`: for unknown tasks, target weights that are not positive, and caps outside of 0 to 1.
     """
     names, counts = estimator.task_names, estimator.counts
-    targets = _target_weights(targets, estimator)
+    targets = target_weights(targets, estimator)
     upper = _upper_bounds(caps, targets, names)
     goal = mixture_weights(targets, names)
 
@@ -122,7 +122,8 @@ def optimise_mixture(
     )
 
 
-def _target_weights(targets: str | Sequence[str] | Mapping[str, float], estimator: SubsetEstimator) -> dict[str, float]:
+def target_weights(targets: str | Sequence[str] | Mapping[str, float], estimator: SubsetEstimator) -> dict[str, float]:
+    """Weight of each target's loss; several without weights count alike. Raises [`ConfigurationError`] for bad ones."""
     if isinstance(targets, str):
         targets = [targets]
     weights = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(targets, 1.0 / max(len(targets), 1))

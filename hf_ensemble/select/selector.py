@@ -8,6 +8,7 @@ import numpy as np
 from ..estimate import ObservedRun, SubsetEstimator
 from ..store import GradientStore
 from .affinity import predicted_affinity
+from .examples import ExampleScores, score_examples
 from .grouping import Grouping, group_tasks
 from .methods import select_tasks
 from .mixture import Mixture, optimise_mixture
@@ -70,6 +71,14 @@ class DataSelector:
     def mixture(self, targets: str | Sequence[str] | Mapping[str, float], **options) -> Mixture:
         """Sampling weights of the tasks that do best on `targets`; see [`optimise_mixture`]."""
         return optimise_mixture(self.estimator, targets, **options)
+
+    def score_examples(
+        self,
+        targets: str | Sequence[str] | Mapping[str, float],
+        tasks: Sequence[str] | Mapping[str, float] | None = None,
+    ) -> ExampleScores:
+        """How much each training row helps `targets` in a training on `tasks`; see [`score_examples`]."""
+        return score_examples(self.estimator, targets, tasks)
 
     def group(self, num_groups: int | str = "auto", method: str = "direct", **options) -> Grouping:
         """Groups of tasks to train one adapter each; see [`group_tasks`]."""

@@ -3,11 +3,12 @@
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, concatenate_datasets
 
 from ..errors import TaskError
+from .columns import EXAMPLE_ID
 from .labels import LabelSpace
 from .rows import RowFormat, add_identity, detect_format, label_names_of
 
@@ -179,6 +180,37 @@ class TaskSet(Mapping[str, Task]):
             raise TaskError(f"Unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
         kept = [task for name, task in self._tasks.items() if name in names]
         return TaskSet(kept, {task.name: self.sampling_weights[task.name] for task in kept})
+
+    def without(self, examples: Mapping[str, Iterable[str]]) -> "TaskSet":
+        """The same tasks without some training rows: ids by task, as [`ExampleScores.worst`] gives them.
+
+        Raises:
+            `TaskError`: for unknown tasks or ids, and when no row of a task is left.
+        """
+        unknown = sorted(set(examples) - set(self._tasks))
+        if unknown:
+            raise TaskError(f"Unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
+        kept = []
+        for task in self._tasks.values():
+            dropped = set(examples.get(task.name, ()))
+            ids = task.splits["train"][EXAMPLE_ID]
+            foreign = sorted(dropped - set(ids))
+            if foreign:
+                raise TaskError(f"Task {task.name!r} has no training rows with the ids {foreign[:5]}.")
+            rows = [index for index, example in enumerate(ids) if example not in dropped]
+            if not rows:
+                raise TaskError(f"No training row of task {task.name!r} is left.")
+            if dropped:
+                train, fingerprint = add_identity(
+                    task.name, "train", task.splits["train"].select(rows), task.row_format
+                )
+                task = replace(
+                    task,
+                    splits={**task.splits, "train": train},
+                    fingerprints={**task.fingerprints, "train": fingerprint},
+                )
+            kept.append(task)
+        return TaskSet(kept, self.sampling_weights)
 
     def reweighted(self, sampling_weights: Mapping[str, float]) -> "TaskSet":
         """The same tasks with other sampling weights."""
