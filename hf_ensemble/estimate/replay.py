@@ -20,9 +20,9 @@ def replayed_coefficients(
 ) -> np.ndarray:
     """Where a training on the linearised model ends, `(k,)`.
 
-    With G the mean gradient and E the mean square norm of a batch's gradient, all in the preconditioner's coordinates,
+    With G the mean gradient and Q the mean square norm of a batch's gradient, all in the preconditioner's coordinates,
     a step of plain gradient descent is -lr G; one of Adam, whose second moments follow the gradients as these shrink,
-    is -lr sqrt(num_parameters / E) G. The mean over batches is followed, not single batches, and where steps that are
+    is -lr sqrt(num_parameters / Q) G. The mean over batches is followed, not single batches, and where steps that are
     taken together would overshoot, in as many smaller ones.
 
     Args:
