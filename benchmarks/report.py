@@ -9,8 +9,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 SYSTEMS = {"base": "base model", "baseline": "one adapter for all", "ensemble": "ensemble"}
 
 
@@ -22,7 +20,7 @@ def without_paths(results: dict) -> dict:
 
 
 def tables(results: dict) -> str:
-    """Accuracy of every system, groups and fidelity as Markdown."""
+    """Accuracy of every system and the groups as Markdown."""
     scores = results["scores"]
     group_of = {task: name for name, tasks in results["groups"].items() for task in tasks}
     lines = [f"Accuracy on {results['split']} rows.", ""]
@@ -33,27 +31,7 @@ def tables(results: dict) -> str:
         cells = [f"{scores[system][task]['accuracy']:.3f}" for system in systems]
         lines.append(f"| {task} | {group_of[task]} | {' | '.join(cells)} |")
     means = [f"{results['mean_accuracy'][system]:.3f}" for system in systems]
-    lines += [f"| **mean** | | {' | '.join(means)} |", ""]
-    fidelity = results["fidelity"]
-    predicted, true = np.array(fidelity["predicted_loss"]), np.array(fidelity["true_loss"])
-    ratio = np.mean(fidelity["training_seconds"]) / fidelity["prediction_seconds"]
-    lines += [
-        f"Predicted against true validation losses of {len(true)} random subsets, fine-tuned for real:",
-        "",
-        "| measure | value |",
-        "|---|---|",
-        f"| mean relative error | {fidelity['mean_relative_error']:.1%} |",
-        f"| mean per-task Spearman | {fidelity['mean_task_spearman']:.2f} |",
-        f"| correlation | {fidelity['correlation']:.3f} |",
-        f"| l2 | {fidelity['l2_scale']:.2f} / N for all N rows, from {fidelity['l2_evidence'].replace('_', ' ')} |",
-        f"| one fine-tuning takes, in predictions of all {len(true)} subsets | {ratio:.0f} |",
-        "",
-        "| task | Spearman | mean predicted loss | mean true loss |",
-        "|---|---|---|---|",
-    ]
-    for column, task in enumerate(fidelity["task_names"]):
-        cells = [f"{fidelity['task_spearman'][task]:.2f}", f"{predicted[:, column].mean():.3f}"]
-        lines.append(f"| {task} | {' | '.join(cells)} | {true[:, column].mean():.3f} |")
+    lines += [f"| **mean** | | {' | '.join(means)} |"]
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,8 @@ from test_estimate import NAMES, world
 from hf_ensemble import DataSelector, ExampleScores, FeatureTable, ObservedRun, SubsetEstimator, TaskSet
 from hf_ensemble.errors import ConfigurationError, EstimationError, TaskError
 
+RUN = [ObservedRun(dict.fromkeys(NAMES, 1.0), dict.fromkeys(NAMES, 0.6))]
+
 
 @pytest.fixture(scope="module")
 def selector():
@@ -107,4 +109,14 @@ def test_bad_input_is_named(selector):
     with pytest.raises(EstimationError, match="Unknown tasks"):
         selector.score_examples("a", ["x"])
     with pytest.raises(EstimationError, match="from 0 to 1"):
-        selector.score_examples("a", {"a": 2.0})
+        selector.score_examples("a", {"a": 2.0, "b": -1.0})
+
+
+def test_sampling_weights_are_part_of_the_training():
+    plain = DataSelector(SubsetEstimator(*world(), observed_runs=RUN))
+    weighted = DataSelector(SubsetEstimator(*world(), observed_runs=RUN, sampling_weights={"b": 4.0}))
+    weighted.estimator.regularization = plain.estimator.regularization
+    found = weighted.score_examples("a", ["a", "b"])
+    assert found.weights == {"a": 0.25, "b": 1.0}
+    expected = plain.score_examples("a", {"a": 1.0, "b": 4.0}).scores["c"]
+    assert found.scores["c"] == pytest.approx(expected, rel=1e-6)

@@ -20,7 +20,7 @@ class ExampleScores:
 
     Args:
         targets (`dict[str, float]`): what to do well on: weight of each task's loss.
-        weights (`dict[str, float]`): the training: how often it draws a row of each task.
+        weights (`dict[str, float]`): the training: how often it draws a row of each task, the heaviest once.
         scores (`dict[str, dict[str, float]]`):
             For each task and example id, by how much the targets' predicted loss falls when the row is drawn once more;
             negative for rows that harm.
@@ -84,16 +84,17 @@ def score_examples(
         estimator (`SubsetEstimator`): predictions.
         targets (`str`, `Sequence[str]` or `dict[str, float]`): what to do well on; several count alike without weights.
         tasks (`Sequence[str]` or `dict[str, float]`, *optional*):
-            The training that the rows are part of, with weights from 0 to 1 if it is a mixture; all tasks by default.
-            Rows of other tasks are scored as additions to it.
+            The training that the rows are part of, with weights if it is a mixture; all tasks by default. The
+            estimator's sampling weights multiply them. Rows of other tasks are scored as additions.
 
     Raises:
         `ConfigurationError`: for unknown targets.
-        `EstimationError`: for unknown tasks, and weights outside of 0 to 1.
+        `EstimationError`: for unknown tasks, and weights that are negative or all zero.
     """
     names = estimator.task_names
     goals = target_weights(targets, estimator)
-    weights = mixture_weights(names if tasks is None else tasks, names)
+    weights = mixture_weights(names if tasks is None else tasks, names) * estimator.sampling_weights
+    weights = weights / (weights.max() or 1.0)
     influence = estimator.example_influence(weights, mixture_weights(goals, names))
     scores: dict[str, dict[str, float]] = {name: {} for name in names}
     for (task, example), value in zip(estimator.training_ids, influence.tolist()):
