@@ -38,6 +38,19 @@ def test_influence_is_what_drawing_a_row_more_changes(selector):
         assert found[row] == pytest.approx(-(loss(more) - loss(less)) / 2e-2, rel=2e-2, abs=1e-7)
 
 
+def test_rows_may_lie_in_any_order(selector):
+    train, validation = world()
+    order = np.random.default_rng(0).permutation(len(train.task))
+    arrays = (getattr(train, name)[order] for name in ("features", "margin", "task"))
+    mixed = FeatureTable(*arrays, train.task_names, train.example_id[order])
+    estimator = SubsetEstimator(mixed, validation)
+    estimator.regularization = selector.estimator.regularization
+    targets = np.array([1.0, 0.0, 0.5, 0.0])
+    expected = selector.estimator.example_influence(np.ones(4), targets)
+    assert np.allclose(estimator.example_influence(np.ones(4), targets), expected[order], rtol=1e-4, atol=1e-8)
+    assert estimator.training_ids == tuple(selector.estimator.training_ids[index] for index in order)
+
+
 def noisy_world(seed=0, n=400, d=20, noisy=0.25):
     """One task whose answers a hidden direction decides; of some rows the answer is turned around."""
     generator = np.random.default_rng(seed)

@@ -1,5 +1,7 @@
 """Sampling weights by the gradient of the predicted loss."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -64,6 +66,13 @@ def test_a_mixture_is_better_than_what_it_starts_from(selector):
         assert mixture.probabilities.keys() == mixture.weights.keys()
 
 
+def test_targets_that_contradict_each_other_share(selector):
+    """Between a and its opposite c, the best is neither whole: fewer rows of the lesser target."""
+    mixture = selector.mixture({"a": 1.0, "c": 0.4})
+    assert mixture.predicted_loss < mixture.subset_loss - 1e-3
+    assert any(0.05 < weight < 0.95 for weight in mixture.weights.values())
+
+
 def test_it_takes_what_helps_and_leaves_what_contradicts(selector):
     """Task b asks for what a asks for, c for the opposite."""
     mixture = selector.mixture("a")
@@ -92,6 +101,28 @@ def test_as_a_selection_it_names_the_helpers(selector):
     assert selector.select("a", "mixture", k=0).tasks == ["a"]
     assert len(selector.select("a", "mixture", k=1).auxiliary) == 1
     assert set(selector.select("a").weights.values()) == {1.0}
+
+
+def test_caps_hold_where_a_shorter_training_would_do():
+    estimator = SubsetEstimator(*world())
+    # So long a training that less of every row is better.
+    estimator.regularization = replace(estimator.regularization, l2_scale=1e-3)
+    mixture = DataSelector(estimator).mixture("a", caps=0.3)
+    assert max(mixture.weights.values()) == 1.0
+    assert all(weight <= 0.3 for name, weight in mixture.weights.items() if name != "a")
+
+
+def test_predictions_of_a_mixture_undo_the_shared_sampling_weights():
+    shared = {"a": 0.5, "b": 2.0, "d": 3.0}
+    selector = DataSelector(SubsetEstimator(*world(), sampling_weights=shared))
+    goals = {"a": 1.0, "c": 0.4}
+    mixture = selector.mixture(goals)
+    relative = {name: weight / shared.get(name, 1.0) for name, weight in mixture.weights.items()}
+    loss = selector.estimator.predict_subsets([relative]).loss[0] @ [1.0, 0.0, 0.4, 0.0]
+    assert mixture.predicted_loss == pytest.approx(loss, abs=1e-6)
+    own = selector.mixture("a").weights
+    relative = {name: weight / shared.get(name, 1.0) for name, weight in own.items()}
+    assert selector.select("a", "mixture").weights == pytest.approx(relative)
 
 
 def test_sampling_weights_are_replaced():

@@ -1,6 +1,7 @@
 """Trainers that choose auxiliary tasks for a target."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hf_ensemble import (
     SelectionTrainer,
 )
 from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.select import methods
 
 
 @pytest.mark.parametrize("meta", [False, True])
@@ -48,8 +50,16 @@ def test_selection_trains_once_on_what_it_chose(tmp_path, base_folder, meta):
     assert again["eval_loss"] == pytest.approx(metrics["eval_loss"])
 
 
-def test_a_mixture_is_trained_with_its_weights(tmp_path, base_folder):
+def test_a_mixture_is_trained_with_its_weights(tmp_path, base_folder, monkeypatch):
     tasks = toy.sft_tasks()
+    found = methods.optimise_mixture
+
+    def with_a_half(estimator, target, caps):
+        mixture = found(estimator, target, caps)
+        other = next(name for name in tasks if name != target)
+        return replace(mixture, weights={target: 1.0, other: 0.5}, probabilities={target: 0.7, other: 0.3})
+
+    monkeypatch.setattr(methods, "optimise_mixture", with_a_half)
     trainer = SelectionSFTTrainer(
         model=base_folder,
         args=sft_config(tmp_path / "run", SelectionSFTConfig, selection_method="mixture", calibration_runs=0),
@@ -61,7 +71,7 @@ def test_a_mixture_is_trained_with_its_weights(tmp_path, base_folder):
     trainer.train()
     record = json.loads((tmp_path / "run" / "training" / "adapter.json").read_text())
     assert record["mixture"] == pytest.approx(trainer.selection.weights)
-    assert trainer.selection.method == "mixture" and max(record["mixture"].values()) == 1.0
+    assert trainer.selection.method == "mixture" and sorted(record["mixture"].values()) == [0.5, 1.0]
     again = Selection.load(tmp_path / "run" / "selection.json")
     assert again == trainer.selection and again.weights == record["mixture"]
 
