@@ -55,6 +55,18 @@ def test_each_merge_is_the_cheapest():
         assert loss == pytest.approx(min(losses.of_partition(labels) for labels in merges))
 
 
+def test_many_groups_are_merged_several_at_once():
+    predict, directions = pairwise(3, 120)
+    calls = []
+    losses = GroupLosses(lambda mixtures: calls.append(len(mixtures)) or predict(mixtures))
+    path = merge_path(losses, directions, 5, fewest=7)
+    assert [labels.max() + 1 for labels, _ in path] == list(range(120, 6, -1))
+    assert len(calls) < 115
+    for labels, loss in path[::10]:
+        assert losses.of_partition(labels) == pytest.approx(loss)
+    assert path[-1][1] < path[0][1]
+
+
 def test_nothing_is_left_to_gain_by_a_move():
     predict, directions = pairwise(2)
     losses = GroupLosses(predict)

@@ -40,16 +40,20 @@ class GroupLosses:
         return float(self([labels == group for group in range(labels.max() + 1)]).sum())
 
 
-def merge_path(losses: GroupLosses, directions: np.ndarray, num_candidates: int) -> list[tuple[np.ndarray, float]]:
-    """Partitions into T, T - 1, ..., 1 groups, each made of the one before by the merge that costs least.
+def merge_path(
+    losses: GroupLosses, directions: np.ndarray, num_candidates: int, fewest: int = 1
+) -> list[tuple[np.ndarray, float]]:
+    """Partitions into T, T - 1, ..., `fewest` groups, each made of the one before by the merge that costs least.
 
     Only groups that pull alike are tried: each with the `num_candidates` groups whose summed directions have the
-    greatest cosine with its own.
+    greatest cosine with its own. From a hundred groups on, the cheapest fiftieth of the merges is made before others
+    are tried.
 
     Args:
         losses (`GroupLosses`): losses of groups.
         directions (`np.ndarray` of shape `(T, k)`): a direction for each task.
         num_candidates (`int`): groups that each group is tried with; from T - 1 on the search is exhaustive.
+        fewest (`int`, *optional*, defaults to 1): where to stop.
 
     Returns:
         `list[tuple[np.ndarray, float]]`: labels `(T,)` of each partition and the loss of all its groups.
@@ -74,20 +78,34 @@ def merge_path(losses: GroupLosses, directions: np.ndarray, num_candidates: int)
         merged = losses(masks[first] | masks[second] for first, second in pairs)
         costs.update((pair, total - own[pair[0]] - own[pair[1]]) for pair, total in zip(pairs, merged))
 
-    try_with(range(size))
-    for new in range(size, 2 * size - 1):
+    unused = size
+    new: Iterable[int] = range(size)
+    while len(masks) > fewest:
+        try_with(new)
         if not costs:
             try_with(list(masks))
-        # Of equal costs the first pair, so that the path does not depend on the order of the dict.
-        first, second = min(costs, key=lambda pair: (costs[pair], pair))
-        own[new] = own.pop(first) + own.pop(second) + costs[first, second]
-        masks[new], sums[new] = masks.pop(first) | masks.pop(second), sums.pop(first) + sums.pop(second)
-        for pair in [pair for pair in costs if first in pair or second in pair]:
-            del costs[pair]
-        if len(masks) > 1:
-            try_with([new])
-        path.append((_labels(masks.values()), sum(own.values())))
+        new = []
+        for first, second in _cheapest(costs, min(max(1, len(masks) // 50), len(masks) - fewest)):
+            own[unused] = own.pop(first) + own.pop(second) + costs[first, second]
+            masks[unused], sums[unused] = masks.pop(first) | masks.pop(second), sums.pop(first) + sums.pop(second)
+            new.append(unused)
+            unused += 1
+            path.append((_labels(masks.values()), sum(own.values())))
+        costs = {pair: cost for pair, cost in costs.items() if pair[0] in masks and pair[1] in masks}
     return path
+
+
+def _cheapest(costs: dict[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
+    """At most `count` pairs that have no group in common; of equal costs the first pair."""
+    chosen: list[tuple[int, int]] = []
+    used: set[int] = set()
+    for pair in sorted(costs, key=lambda pair: (costs[pair], pair)):
+        if not used & set(pair):
+            chosen.append(pair)
+            used |= set(pair)
+            if len(chosen) == count:
+                break
+    return chosen
 
 
 def improved(

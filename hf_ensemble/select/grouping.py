@@ -156,7 +156,10 @@ def _searched(
     seed: int,
 ) -> list[np.ndarray]:
     """For each number of groups a partition by merges; the best are improved, from there and from spectral clusters."""
-    path = {labels.max() + 1: (labels, loss) for labels, loss in merge_path(losses, directions, num_candidates)}
+    path = {
+        labels.max() + 1: (labels, loss)
+        for labels, loss in merge_path(losses, directions, num_candidates, fewest=min(counts))
+    }
     price = group_cost * len(affinity)
     found = []
     for rank, count in enumerate(sorted(counts, key=lambda count: path[count][1] + price * count)):
