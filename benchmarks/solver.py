@@ -56,7 +56,8 @@ def random_subsets(count: int, tasks: int, size: int, seed: int = 1) -> np.ndarr
 
 def penalties(mixtures: np.ndarray, rows: int) -> np.ndarray:
     counts = np.full(mixtures.shape[1], rows)
-    return L2_SCALE / epoch_length(mixtures, counts)
+    # It falls with the length of an epoch, a little faster than that grows.
+    return L2_SCALE / counts.sum() * (counts.sum() / epoch_length(mixtures, counts)) ** 1.25
 
 
 def peak_memory() -> int:
