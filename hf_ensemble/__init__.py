@@ -15,7 +15,7 @@ _EXPORTS = {
     "estimate": ["ObservedRun", "Prediction", "SubsetEstimator"],
     "select": ["DataSelector", "ExampleScores", "Grouping", "Mixture", "Selection"],
     "ensemble": ["LabelSimilarityForSequenceClassification", "PeftEnsembleModel"],
-    "publish": ["push_ensemble_to_hub", "write_model_card"],
+    "publish": ["draw_choice", "push_ensemble_to_hub", "write_model_card"],
     "callbacks": ["GradientCaptureCallback"],
     "train": [
         "EnsembleConfig",

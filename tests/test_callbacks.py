@@ -58,7 +58,7 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, kind, when):
     # What is captured at the end is followed by no training.
     assert (own.store.recipe is None) == (when == "train_end")
     selector = DataSelector.from_store(tmp_path / "store", num_components=20)
-    assert selector.select("sums").target == "sums"
+    assert selector.select("sums").targets == {"sums": 1.0}
 
 
 def test_begin_and_end_capture_different_points(tmp_path):

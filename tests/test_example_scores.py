@@ -81,10 +81,13 @@ def test_worst_and_harmful_rows_are_named(selector, tmp_path):
     worst = scores.worst(0.25)
     assert all(len(ids) == 10 for ids in worst.values())
     values = scores.scores["b"]
+    assert list(worst["b"]) == sorted(values, key=values.get)[:10]
+    first = next(iter(worst["c"].values()))
+    assert "1 of 40 from below" in first and "predicted to raise the loss of a" in first
     assert max(values[example] for example in worst["b"]) <= min(
         value for example, value in values.items() if example not in worst["b"]
     )
-    assert list(scores.worst(0.1, ["c"])) == ["c"] and scores.worst(0.0)["a"] == []
+    assert list(scores.worst(0.1, ["c"])) == ["c"] and scores.worst(0.0)["a"] == {}
     assert {example for example, value in values.items() if value < 0} == set(scores.harmful()["b"])
     # What contradicts a harms it.
     assert np.mean(list(scores.scores["c"].values())) < np.mean(list(scores.scores["b"].values()))

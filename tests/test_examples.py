@@ -92,7 +92,7 @@ def test_sft_before_and_after(run_example, base_folder):
 def test_selection(run_example, base_folder):
     out, printed = run_example("selection.py", base_folder, toy.sft_tasks(), "--target", "sums")
     selection = Selection.load(out / "selection.json")
-    assert selection.target == selection.tasks[0] == "sums"
+    assert list(selection.targets) == selection.tasks[:1] == ["sums"]
     assert selection.why in printed
     for task in selection.auxiliary:
         assert f"{task}: taken" in printed

@@ -88,7 +88,7 @@ def test_a_card_without_evaluation_or_picture_is_still_a_card(run, tmp_path, mon
 
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "evaluation.json").unlink()
-    monkeypatch.setattr("hf_ensemble.publish.card.affinity_heat_map", lambda *a: 1 / 0)
+    monkeypatch.setattr("hf_ensemble.publish.card.draw_choice", lambda *a: 1 / 0)
     text = write_model_card(tmp_path / "run", "user/name").read_text()
     assert "Not evaluated yet." in text and 'from_pretrained("user/name")' in text and "affinity.png" not in text
 

@@ -56,6 +56,7 @@ def test_a_mixture_is_trained_with_its_weights(tmp_path, base_folder, monkeypatc
 
     def with_a_half(estimator, target, caps):
         mixture = found(estimator, target, caps)
+        (target,) = target
         other = next(name for name in tasks if name != target)
         return replace(mixture, weights={target: 1.0, other: 0.5}, probabilities={target: 0.7, other: 0.3})
 

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..errors import ConfigurationError
+from ..select import GROUPING_METHODS, SELECTION_METHODS
 
 
 @dataclass
@@ -75,6 +76,51 @@ class FidelityArguments(DataArguments):
         for name, least in (("num_subsets", 1), ("num_repeated", 0), ("num_transplanted", 0)):
             if getattr(self, name) < least:
                 raise ConfigurationError(f"{name} has to be {least} or more, found {getattr(self, name)}.")
+
+
+@dataclass
+class ChoiceArguments:
+    """Where the gradients lie that a choice is made from, and where it goes."""
+
+    store: str | None = field(
+        default=None,
+        metadata={"help": "Folder of captured gradients, or a run's output_dir: then its true fine-tunings calibrate."},
+    )
+    output_dir: str = field(default="choice", metadata={"help": "Where the choice and its pictures go."})
+    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the store to take; all by default."})
+    num_components: int = field(default=400, metadata={"help": "Principal components of an estimate."})
+
+
+@dataclass
+class SelectArguments(ChoiceArguments):
+    """What `hf-ensemble select` takes."""
+
+    target: list[str] | None = field(default=None, metadata={"help": "What to do well on; all tasks by default."})
+    method: str = field(default="forward", metadata={"help": f"One of {', '.join(SELECTION_METHODS)}."})
+    max_tasks: int | None = field(default=None, metadata={"help": "Tasks to take beside the targets at most."})
+    max_examples: int | None = field(default=None, metadata={"help": "Training rows of these tasks at most."})
+    max_tokens: int | None = field(default=None, metadata={"help": "Answer tokens of these rows at most."})
+    include: list[str] | None = field(
+        default=None, metadata={"help": "Tasks that have to be in; the targets by default."}
+    )
+    exclude: list[str] | None = field(default=None, metadata={"help": "Tasks that have to be out."})
+    metric: str = field(default="loss", metadata={"help": "'loss' or 'accuracy'."})
+    clusters: dict[str, int] | str | None = field(
+        default=None, metadata={"help": "Divide tasks into parts to choose among, as JSON: '{\"mr\": 5}'."}
+    )
+    score_examples: bool = field(default=False, metadata={"help": "Score every training row, too."})
+
+
+@dataclass
+class GroupArguments(ChoiceArguments):
+    """What `hf-ensemble group` takes."""
+
+    num_groups: int | None = field(default=None, metadata={"help": "Groups; found by predicted loss by default."})
+    max_groups: int | None = field(default=None, metadata={"help": "Most groups to consider."})
+    method: str = field(default="direct", metadata={"help": f"One of {', '.join(GROUPING_METHODS)}."})
+    group_cost: float = field(default=0.0, metadata={"help": "What one more group has to gain, in nats."})
+    overlap: bool = field(default=False, metadata={"help": "Let a task help other groups than its own."})
+    seed: int = field(default=0, metadata={"help": "Seed of random subsets and clustering."})
 
 
 @dataclass

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("run", help="the whole flow on a folder of JSONL tasks and a model path", add_help=False)
     help_text = "fine-tune random subsets for real, to see how far predictions are to be trusted"
     commands.add_parser("fidelity", help=help_text, add_help=False)
+    commands.add_parser("select", help="choose tasks that help a target, from captured gradients", add_help=False)
+    commands.add_parser("group", help="group tasks to train an adapter each, from captured gradients", add_help=False)
     known, rest = parser.parse_known_args(argv)
     try:
         _quiet()
@@ -42,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .fidelity import fidelity
 
             fidelity(rest)
+        elif known.command == "select":
+            from .choose import select
+
+            select(rest)
+        elif known.command == "group":
+            from .choose import group
+
+            group(rest)
         else:
             from .run import run
 

@@ -1,13 +1,14 @@
 """Tables of the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ..ensemble import PeftEnsembleModel
-from ..select import Grouping, Selection
+from ..select import ExampleScores, Grouping, Selection
 from ..train import FidelityReport
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -22,7 +23,8 @@ def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
     for member in ensemble.members:
         users = [task for task, row in ensemble.weights.items() if row.get(member.name, 0) > 0]
         trained_on = ", ".join(member.tasks) if member.name in grouping.groups else "all tasks"
-        table.add_row(member.name, trained_on, "its tasks" if users == member.tasks else ", ".join(users) or "none")
+        own = grouping.groups.get(member.name)
+        table.add_row(member.name, trained_on, "its tasks" if users == own else ", ".join(users) or "none")
     return table
 
 
@@ -45,15 +47,68 @@ def results_table(results: Mapping[str, Scores], split: str) -> Table:
 
 def selection_table(selection: Selection, expected: Mapping[str, str] | None = None) -> Table:
     """Every auxiliary task with its score; `expected` adds a column that says what is known of it."""
-    table = Table(title=f"What helps {selection.target}", caption=selection.why)
+    table = Table(title=f"What helps {', '.join(selection.targets)}", caption=selection.why)
     table.add_column("task")
-    table.add_column("score (predicted loss)", justify="right")
+    table.add_column("score (lower is better)", justify="right")
     table.add_column("selected")
     if expected:
         table.add_column("what it is")
     for task, score in sorted(selection.scores.items(), key=lambda item: item[1]):
-        row = [task, f"{score:.4f}", "yes" if task in selection.auxiliary else ""]
+        taken = f"weight {selection.weights[task]:.2f}" if task in selection.weights else ""
+        row = [task, f"{score:.4f}", "yes" if taken == "weight 1.00" else taken]
         table.add_row(*row, *([expected.get(task, "")] if expected else []))
+    return table
+
+
+def path_table(selection: Selection) -> Table:
+    """The steps of a search, each with its interval and its close calls, and the baselines."""
+    table = Table(title=f"How {selection.method.replace('_', ' ')} selection came there")
+    table.add_column("step")
+    table.add_column("predicted loss", justify="right")
+    table.add_column("90 % interval", justify="right")
+    table.add_column("close calls")
+    for step in selection.path:
+        change = f"without {step['removed']}" if "removed" in step else step["added"]
+        interval = step.get("interval")
+        table.add_row(
+            change,
+            f"{step['predicted_loss']:.4f}",
+            "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
+            _listed(step.get("close_calls", [])),
+        )
+    table.add_section()
+    for name, loss in selection.baselines.items():
+        table.add_row(f"baseline: {name.replace('_', ' ')}", f"{loss:.4f}", "", "")
+    return table
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
+
+
+def group_curve_table(grouping: Grouping) -> Table:
+    """Tasks of each group, and the predicted loss by the number of groups."""
+    table = Table(title="Groups", caption=grouping.why)
+    table.add_column("group")
+    table.add_column("tasks")
+    table.add_column("helpers")
+    for name, tasks in grouping.groups.items():
+        table.add_row(name, ", ".join(tasks), ", ".join(grouping.helpers.get(name, [])))
+    table.add_section()
+    for count, loss in grouping.predicted_loss.items():
+        table.add_row(f"{count} groups", f"predicted loss {loss:.4f}", "")
+    return table
+
+
+def example_table(scores: ExampleScores) -> Table:
+    """Quartiles of the rows' scores by task."""
+    table = Table(title=f"Training rows, for {', '.join(scores.targets)}", caption=scores.why)
+    for column in ("task", "rows", "that harm", "lower quartile", "median", "upper quartile"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task, own in scores.scores.items():
+        values = list(own.values())
+        quartiles = (f"{value:.2e}" for value in np.quantile(values, [0.25, 0.5, 0.75]))
+        table.add_row(task, str(len(values)), str(sum(value < 0 for value in values)), *quartiles)
     return table
 
 

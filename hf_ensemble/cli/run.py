@@ -11,7 +11,7 @@ from .._files import read_json, write_json
 from ..tasks import TaskSet
 from ..train import EnsembleSFTConfig, measure_fidelity
 from .arguments import RunArguments, parse, with_config
-from .report import console, fidelity_table, grouping_table, results_table, selection_table
+from .report import console, fidelity_table, grouping_table, path_table, results_table, selection_table
 from .trainers import build_trainer, load_tasks
 
 
@@ -77,6 +77,7 @@ def report(trainer, results: dict[str, Any]) -> None:
     if "groups" in results:
         out.print(grouping_table(trainer.grouping, trainer.ensemble))
     else:
+        out.print(path_table(trainer.selection))
         out.print(selection_table(trainer.selection))
     out.print(results_table(results["scores"], results["split"]))
     if "fidelity" in results:

@@ -1,7 +1,8 @@
 """From gradient features to the outcome of fine-tuning on any subset or mixture of the tasks."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,9 @@ class SubsetEstimator:
             )
         self.task_names = train.task_names
         self.counts = np.bincount(train.task, minlength=len(self.task_names))
+        self.token_counts = None
+        if train.num_tokens is not None:
+            self.token_counts = np.bincount(train.task, train.num_tokens, len(self.task_names)).astype(int)
         for split, table in (("training", train), ("validation", validation)):
             rows = np.bincount(table.task, minlength=len(self.task_names))
             if (rows == 0).any():
@@ -105,6 +109,8 @@ class SubsetEstimator:
         self.sampling_weights = mixture_weights(
             {**dict.fromkeys(self.task_names, 1.0), **(sampling_weights or {})}, self.task_names
         )
+        self._fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
+        self._recipe = recipe
         self.reduction = FeatureReduction.fit(train.features, num_components)
         reduced = self.reduction.apply(train.features)
         self.training_ids = tuple(zip((self.task_names[index] for index in train.task), train.example_id.tolist()))
@@ -188,6 +194,42 @@ class SubsetEstimator:
 
     def _outcomes(self, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return predicted_outcomes(*self._validation, len(self.task_names), coefficients)
+
+    def provenance(self) -> dict[str, Any]:
+        """What the predictions are made from, as values that JSON can hold: two estimators that agree predict alike."""
+        return {
+            "features": self._fingerprints,
+            "task_names": list(self.task_names),
+            "num_components": self.reduction.components.shape[1],
+            "sampling_weights": dict(zip(self.task_names, self.sampling_weights.tolist())),
+            "observed_runs": [{"mixture": dict(run.mixture), "losses": dict(run.losses)} for run in self.observed_runs],
+            "recipe": None if self._recipe is None else asdict(self._recipe),
+            "l2_scale": self.regularization.l2_scale,
+            "l2_evidence": self.regularization.evidence,
+        }
+
+    def score_spread(
+        self, coefficients: np.ndarray, reference: np.ndarray, targets: np.ndarray, metric: str = "loss"
+    ) -> np.ndarray:
+        """Standard error of the difference between what two optima make of the targets, `(S,)`.
+
+        From the spread of the difference over the targets' validation rows: how far another draw of validation rows
+        would have changed it. It knows nothing of errors of the surrogate.
+
+        Args:
+            coefficients (`np.ndarray` of shape `(S, k)`): optima, see [`Prediction`].
+            reference (`np.ndarray` of shape `(k,)`): the optimum to compare with.
+            targets (`np.ndarray` of shape `(T,)`): weight of each task in the sum.
+            metric (`str`, *optional*, defaults to `"loss"`): or `"accuracy"`.
+        """
+        features, margin, task = self._validation
+        variance = np.zeros(len(coefficients))
+        for index in np.flatnonzero(targets):
+            rows = task == index
+            z = margin[rows] + np.vstack([coefficients, reference]) @ features[rows].T
+            scores = (z > 0).astype(np.float64) if metric == "accuracy" else np.logaddexp(0.0, -z)
+            variance += targets[index] ** 2 * (scores[:-1] - scores[-1]).var(axis=1) / rows.sum()
+        return np.sqrt(variance)
 
     def base_loss(self) -> np.ndarray:
         """Validation loss of each task at the linearisation point, `(T,)`."""

@@ -11,7 +11,8 @@ from .._files import read_json, write_atomically
 from ..ensemble.config import SavedEnsembleConfig
 from ..errors import EnsembleLoadError
 from ..logging import get_logger
-from .pictures import affinity_heat_map
+from ..select import Grouping
+from .choice_pictures import draw_choice
 
 logger = get_logger(__name__)
 
@@ -22,25 +23,25 @@ TEMPLATE = "ensemble_card.md.jinja"
 class EnsembleCardData:
     """Everything the template shows.
 
-    All but the picture is read from the run's files.
+    All but the pictures is read from the run's files.
 
     Args:
         ensemble (`SavedEnsembleConfig`): base model, adapters, weights, versions.
         tasks (`dict`): as in `tasks.json`.
-        grouping (`dict`, *optional*): as in `groups.json`.
+        grouping ([`Grouping`], *optional*): the tasks' groups.
         results (`dict`): scores by split, system (`"ensemble"`, `"baseline"`) and task.
         configuration (`dict`): configuration and choices as in `run.json`, without paths of this machine.
         estimate (`dict`): as in `estimate/estimate.json`.
-        affinity_picture (`str`, *optional*): path of the heat map beside the card.
+        pictures (`list[str]`, *optional*): paths of the grouping's pictures beside the card.
     """
 
     ensemble: SavedEnsembleConfig
     tasks: dict[str, Any] = field(default_factory=dict)
-    grouping: dict[str, Any] | None = None
+    grouping: Grouping | None = None
     results: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
     configuration: dict[str, Any] = field(default_factory=dict)
     estimate: dict[str, Any] = field(default_factory=dict)
-    affinity_picture: str | None = None
+    pictures: list[str] = field(default_factory=list)
 
     @classmethod
     def from_run(cls, run: Path) -> "EnsembleCardData":
@@ -52,7 +53,7 @@ class EnsembleCardData:
         return cls(
             ensemble=SavedEnsembleConfig.load(run / "ensemble"),
             tasks=read("tasks.json", {}).get("tasks", {}),
-            grouping=read("groups.json", None),
+            grouping=Grouping.load(run / "groups.json") if (run / "groups.json").is_file() else None,
             results=read("evaluation.json", {}),
             configuration=_public({key: read("run.json", {}).get(key, {}) for key in ("configuration", "choices")}),
             estimate=read("estimate/estimate.json", {}),
@@ -68,6 +69,9 @@ class EnsembleCardData:
         return next((split for split in ("test", "eval", *self.results) if split in self.results), None)
 
     def group_of(self, task: str) -> str:
+        if self.grouping is not None:
+            # Where groups overlap, several have trained on the task: its own is the one that it was put into.
+            return next((name for name, tasks in self.grouping.groups.items() if task in tasks), "-")
         return next((member.name for member in self.ensemble.members if task in member.tasks), "-")
 
     def result_rows(self) -> list[dict[str, Any]]:
@@ -142,12 +146,13 @@ def write_model_card(run: str | Path, repo_id: str | None = None) -> Path:
     """
     run = Path(run)
     data = EnsembleCardData.from_run(run)
-    if data.grouping is not None and len(data.grouping["task_names"]) > 1:
+    if data.grouping is not None and len(data.grouping.task_names) > 1:
+        assets = run / "ensemble" / "assets"
         try:
-            affinity_heat_map(data.grouping, run / "ensemble" / "assets" / "affinity.png")
-            data.affinity_picture = "assets/affinity.png"
+            drawn = draw_choice(data.grouping, assets, ("png",))
+            data.pictures = [f"assets/{picture.name}" for picture in drawn]
         except Exception:  # a picture that cannot be drawn (fonts, backends) must not cost a finished training its card
-            logger.warning("The affinity heat map could not be drawn.", exc_info=True)
+            logger.warning("The pictures of the groups could not be drawn.", exc_info=True)
     template = resources.files("hf_ensemble.model_cards") / TEMPLATE
     card = ModelCard.from_template(
         data.card_data(),

@@ -1,58 +1,38 @@
 """Pictures of a run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .._files import write_atomically
+from ..select import Grouping
+from .drawing import BLUE, ORANGE, drawing
 
 
-@contextmanager
-def _drawing(path: Path, figsize: tuple[float, float]) -> Iterator[Any]:
-    """Axes to draw on, in the cards' style; saved as `path` when the block ends."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
-    style = resources.files("hf_ensemble.model_cards") / "pictures.mplstyle"
-    with resources.as_file(style) as style_file, plt.style.context(str(style_file)):
-        figure, axes = plt.subplots(figsize=figsize, layout="constrained")
-        try:
-            yield axes
-            write_atomically(path, lambda file: figure.savefig(file, format="png"))
-        finally:
-            plt.close(figure)
-
-
-def affinity_heat_map(grouping: dict[str, Any], path: Path) -> None:
-    """Heat map of the affinity, tasks ordered by group, as a PNG.
+def affinity_heat_map(grouping: Grouping, path: Path) -> None:
+    """Heat map of the affinity, tasks ordered by group, as PNG or SVG.
 
     Args:
-        grouping (`dict`): as in `groups.json`.
+        grouping ([`Grouping`]): what to draw.
         path (`Path`): where to write.
     """
     from matplotlib.patches import Rectangle
 
-    names = grouping["task_names"]
-    ordered = [task for tasks in grouping["groups"].values() for task in tasks]
+    names = grouping.task_names
+    ordered = [task for tasks in grouping.groups.values() for task in tasks]
     positions = [names.index(task) for task in ordered]
-    affinity = np.array(grouping["affinity"])[np.ix_(positions, positions)]
+    affinity = np.array(grouping.affinity)[np.ix_(positions, positions)]
     # How a task does beside itself was never asked.
     np.fill_diagonal(affinity, np.nan)
     limit = float(np.nanmax(np.abs(affinity))) or 1.0
     side = 2.4 + 0.34 * len(ordered)
-    with _drawing(path, (side + 1.0, side)) as axes:
+    with drawing(path, (side + 1.0, side)) as axes:
         # Blue to red by way of white: told apart by the colour-blind, and centred where a pair makes no difference.
         image = axes.imshow(affinity, cmap="RdBu", vmin=-limit, vmax=limit)
         axes.set_xticks(range(len(ordered)), ordered, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(ordered)), ordered)
         start = 0
-        for tasks in grouping["groups"].values():
+        for tasks in grouping.groups.values():
             size = len(tasks)
             corner = (start - 0.5, start - 0.5)
             axes.add_patch(Rectangle(corner, size, size, fill=False, edgecolor="black", linewidth=1.6))
@@ -64,7 +44,7 @@ def affinity_heat_map(grouping: dict[str, Any], path: Path) -> None:
 
 
 def fidelity_picture(report: Any, path: Path) -> None:
-    """Predicted against true losses with the predictions' intervals, filled where the subset holds the task, as a PNG.
+    """Predicted against true losses with the predictions' intervals, filled where the subset holds the task.
 
     Args:
         report ([`FidelityReport`]): what was measured.
@@ -74,12 +54,12 @@ def fidelity_picture(report: Any, path: Path) -> None:
         np.array(values) for values in (report.predicted_loss, report.true_loss, report.loss_low, report.loss_high)
     )
     inside = np.array([[name in subset for name in report.task_names] for subset in report.subsets])
-    with _drawing(path, (5.6, 5.2)) as axes:
+    with drawing(path, (5.6, 5.2)) as axes:
         ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
         axes.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
         axes.vlines(true, low, high, color="0.8", linewidth=0.6, zorder=0)
         for held, label in ((True, "trained on"), (False, "not trained on")):
-            style = {"facecolors": "#0072b2" if held else "none", "edgecolors": "#0072b2" if held else "#d55e00"}
+            style = {"facecolors": BLUE if held else "none", "edgecolors": BLUE if held else ORANGE}
             axes.scatter(true[inside == held], predicted[inside == held], s=14, linewidths=0.8, label=label, **style)
         axes.set_xlabel("true validation loss (nats per token)")
         axes.set_ylabel("predicted")

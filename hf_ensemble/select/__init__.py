@@ -1,26 +1,35 @@
 """Choices made from predictions: tasks for a target, shares of tasks, tasks in groups."""
 
 from .affinity import affinity_matrix, predicted_affinity
+from .baselines import mean_cosines
 from .examples import ExampleScores, score_examples
-from .grouping import Grouping, group_tasks, partition_loss
+from .grouping import GROUPING_METHODS, Grouping, group_tasks, partition_loss
 from .methods import SELECTION_METHODS, mixture_selection, select_tasks
 from .mixture import Mixture, optimise_mixture
-from .partition import semidefinite_partition, spectral_partition
+from .partition import coclustering, semidefinite_partition, spectral_partition
+from .problem import SelectionProblem
 from .sampling import calibration_subsets, mixed_subsets, random_subsets
-from .selection import Selection, forward_selection, random_ensemble_selection
+from .searches import backward_selection, exhaustive_selection, forward_selection, random_ensemble_selection
+from .selection import Selection
 from .selector import DataSelector
 
 __all__ = [
+    "GROUPING_METHODS",
     "SELECTION_METHODS",
     "DataSelector",
     "ExampleScores",
     "Grouping",
     "Mixture",
     "Selection",
+    "SelectionProblem",
     "affinity_matrix",
+    "backward_selection",
     "calibration_subsets",
+    "coclustering",
+    "exhaustive_selection",
     "forward_selection",
     "group_tasks",
+    "mean_cosines",
     "mixed_subsets",
     "mixture_selection",
     "optimise_mixture",

@@ -25,19 +25,60 @@ class GroupLosses:
         self._predict = predict
         self._known: dict[bytes, float] = {}
 
-    def __call__(self, masks: Iterable[np.ndarray]) -> np.ndarray:
-        """Sum of the members' losses of each mask `(T,)`, `(S,)`."""
+    def __call__(self, masks: Iterable[np.ndarray], trained: Iterable[np.ndarray] | None = None) -> np.ndarray:
+        """Sum of the members' losses of each mask `(T,)`, when the members, or what `trained` says, train together."""
         masks = list(masks)
-        new = {mask.tobytes(): mask for mask in masks if mask.tobytes() not in self._known}
+        trained = masks if trained is None else list(trained)
+        keys = [mask.tobytes() + own.tobytes() for mask, own in zip(masks, trained)]
+        new = {key: row for row, key in enumerate(keys) if key not in self._known}
         if new:
-            rows = np.stack(list(new.values()))
-            totals = np.where(rows, self._predict(rows.astype(np.float64)), 0.0).sum(axis=1)
+            rows = list(new.values())
+            predicted = self._predict(np.stack([trained[row] for row in rows]).astype(np.float64))
+            totals = np.where(np.stack([masks[row] for row in rows]), predicted, 0.0).sum(axis=1)
             self._known.update(zip(new, totals.tolist()))
-        return np.array([self._known[mask.tobytes()] for mask in masks])
+        return np.array([self._known[key] for key in keys])
 
-    def of_partition(self, labels: np.ndarray) -> float:
-        """Sum over the groups of a partition `(T,)`."""
-        return float(self([labels == group for group in range(labels.max() + 1)]).sum())
+    def of_partition(self, labels: np.ndarray, trained: np.ndarray | None = None) -> float:
+        """Sum over the groups of a partition `(T,)`, where group g trains on `trained[g]` `(T,)`, or on its tasks."""
+        return float(self(members(labels), trained).sum())
+
+
+def members(labels: np.ndarray) -> np.ndarray:
+    """Groups of a partition `(T,)` as masks `(G, T)`."""
+    return labels == np.arange(labels.max() + 1)[:, None]
+
+
+def with_helpers(losses: GroupLosses, labels: np.ndarray, directions: np.ndarray, num_candidates: int) -> np.ndarray:
+    """What each group trains on when tasks of other groups may help: added one by one while its own tasks gain.
+
+    Args:
+        losses (`GroupLosses`): losses of groups.
+        labels (`np.ndarray` of shape `(T,)`): the partition.
+        directions (`np.ndarray` of shape `(T, k)`): a direction for each task.
+        num_candidates (`int`): tasks of other groups that are tried in each step, those that pull most alike.
+
+    Returns:
+        `np.ndarray` of shape `(G, T)`: masks.
+    """
+    own = members(labels)
+    trained = own.copy()
+    vectors = _normalised(directions)
+    for group, mask in enumerate(own):
+        best = float(losses([mask], [mask])[0])
+        alike = vectors @ vectors[mask].sum(axis=0)
+        while True:
+            outside = np.flatnonzero(~trained[group])
+            tried = outside[np.argsort(-alike[outside], kind="stable")[:num_candidates]]
+            if not len(tried):
+                break
+            larger = np.repeat(trained[group][None], len(tried), axis=0)
+            larger[np.arange(len(tried)), tried] = True
+            found = losses([mask] * len(tried), larger)
+            winner = int(np.argmin(found))
+            if best - found[winner] < _MIN_GAIN * best:
+                break
+            best, trained[group] = float(found[winner]), larger[winner]
+    return trained
 
 
 def merge_path(

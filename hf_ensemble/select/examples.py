@@ -4,13 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from .._files import read_json, write_json
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from ..estimate.mixtures import mixture_weights
-from .mixture import target_weights
+from .problem import Targets, target_weights
 from .provenance import caution, settings_of
 
 
@@ -34,8 +32,10 @@ class ExampleScores:
     why: str
     settings: dict
 
-    def worst(self, share: float, tasks: Sequence[str] | None = None) -> dict[str, list[str]]:
-        """Ids of the rows with the lowest scores, the lowest first, by task.
+    def worst(self, share: float, tasks: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
+        """The rows with the lowest scores by task, the lowest first: ids, each with the reason.
+
+        What [`TaskSet.without`] takes.
 
         Args:
             share (`float`): of each task's rows, from 0 to 1.
@@ -49,17 +49,20 @@ class ExampleScores:
         unknown = sorted(set(tasks or ()) - set(self.scores))
         if unknown:
             raise ConfigurationError(f"Unknown tasks {unknown}; the tasks are {list(self.scores)}.")
-        found = {}
-        for task in self.scores if tasks is None else tasks:
-            own = self.scores[task]
-            found[task] = sorted(own, key=own.get)[: round(share * len(own))]
-        return found
+        chosen = self.scores if tasks is None else tasks
+        return {task: self._lowest(task, round(share * len(self.scores[task]))) for task in chosen}
 
-    def harmful(self) -> dict[str, list[str]]:
-        """Ids of the rows with a negative score, the lowest first, by task."""
+    def harmful(self) -> dict[str, dict[str, str]]:
+        """The rows with a negative score by task, the lowest first: ids, each with the reason."""
+        return {task: self._lowest(task, sum(score < 0 for score in own.values())) for task, own in self.scores.items()}
+
+    def _lowest(self, task: str, count: int) -> dict[str, str]:
+        own = self.scores[task]
+        targets = ", ".join(self.targets)
         return {
-            task: [example for example in sorted(own, key=own.get) if own[example] < 0]
-            for task, own in self.scores.items()
+            example: f"score {own[example]:.2e}, {rank} of {len(own)} from below: drawn once more, it is predicted to "
+            f"{'raise' if own[example] < 0 else 'lower'} the loss of {targets}"
+            for rank, example in enumerate(sorted(own, key=own.get)[:count], start=1)
         }
 
     def save(self, path: str | Path) -> None:
@@ -73,7 +76,7 @@ class ExampleScores:
 
 def score_examples(
     estimator: SubsetEstimator,
-    targets: str | Sequence[str] | Mapping[str, float],
+    targets: Targets,
     tasks: Sequence[str] | Mapping[str, float] | None = None,
 ) -> ExampleScores:
     """Score every training row by its influence on the targets' predicted loss.
@@ -106,5 +109,5 @@ def score_examples(
         {name: float(weight) for name, weight in zip(names, weights) if weight},
         scores,
         why + caution(estimator),
-        settings_of(estimator, {"num_rows": len(influence), "mean_absolute": float(np.abs(influence).mean())}),
+        settings_of(estimator, {"tasks": tasks if tasks is None or isinstance(tasks, Mapping) else list(tasks)}),
     )

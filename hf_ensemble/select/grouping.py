@@ -1,7 +1,7 @@
 """Which tasks belong together: n tasks into m groups."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,11 @@ from .._files import read_json, write_json
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from .affinity import predicted_affinity
-from .direct_search import GroupLosses, improved, merge_path
-from .partition import semidefinite_partition, spectral_partition
+from .direct_search import GroupLosses, improved, members, merge_path, with_helpers
+from .partition import coclustering, semidefinite_partition, spectral_partition
 from .provenance import settings_of
 
-GROUPING_METHODS = ("direct", "spectral", "semidefinite")
+GROUPING_METHODS = ("direct", "spectral", "semidefinite", "coclustering")
 # Partitions of the merge path, those of least loss, that "auto" improves.
 _NUM_IMPROVED = 3
 
@@ -25,12 +25,14 @@ class Grouping:
 
     Args:
         groups (`dict[str, list[str]]`): tasks of each group, by the group's name.
-        method (`str`): `"direct"`, `"spectral"` or `"semidefinite"`.
+        method (`str`): `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`.
         task_names (`list[str]`): order of the affinity's rows.
         affinity (`list[list[float]]`): see [`predicted_affinity`].
         predicted_loss (`dict[str, float]`): mean predicted validation loss over the tasks, by the number of groups.
         why (`str`): one sentence.
         settings (`dict`): everything needed to make this grouping again from the same features.
+        helpers (`dict[str, list[str]]`, *optional*):
+            Tasks of other groups that a group trains on too, where groups may overlap.
     """
 
     groups: dict[str, list[str]]
@@ -40,9 +42,15 @@ class Grouping:
     predicted_loss: dict[str, float]
     why: str
     settings: dict
+    helpers: dict[str, list[str]] = field(default_factory=dict)
 
     def group_of(self, task: str) -> str:
         return next(name for name, tasks in self.groups.items() if task in tasks)
+
+    def trained_on(self, group: str) -> list[str]:
+        """The tasks of a group and its helpers, in the order of all tasks."""
+        held = {*self.groups[group], *self.helpers.get(group, ())}
+        return [task for task in self.task_names if task in held]
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
@@ -67,6 +75,7 @@ def group_tasks(
     max_groups: int | None = None,
     group_cost: float = 0.0,
     num_candidates: int = 10,
+    overlap: bool = False,
     num_subsets: int = 400,
     subset_size: int | None = None,
     seed: int = 0,
@@ -74,7 +83,8 @@ def group_tasks(
     """Partition the tasks so that those that help each other train together.
 
     `"direct"` lowers the predicted loss of the partition itself: groups are merged where it costs least, then tasks are
-    moved and swapped, from there and from the spectral clusters. The other methods cut the affinity matrix.
+    moved and swapped, from there and from the spectral clusters. The other methods cut the affinity matrix;
+    `"coclustering"` cuts tasks and helpers at once, see [`Grouping.helpers`].
 
     Args:
         estimator (`SubsetEstimator`): predictions.
@@ -82,13 +92,17 @@ def group_tasks(
             Groups. `"auto"` cuts the tasks into 1, 2, ... up to `max_groups` groups and keeps the cut with the least
             predicted loss and cost; the semidefinite program's own number, from its trace penalty, is among the
             candidates.
-        method (`str`, *optional*, defaults to `"direct"`): `"direct"`, `"spectral"` or `"semidefinite"`.
+        method (`str`, *optional*, defaults to `"direct"`):
+            `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`.
         max_groups (`int`, *optional*): most groups that `"auto"` considers; the number of tasks by default.
         group_cost (`float`, *optional*, defaults to 0.0):
             By how much one more group has to lower the mean loss over the tasks, in nats, for `"auto"` to take it.
         num_candidates (`int`, *optional*, defaults to 10):
             Of `"direct"`: groups, or tasks of other groups, that each is tried with. From the number of tasks on every
             one is.
+        overlap (`bool`, *optional*, defaults to `False`):
+            Let a task help other groups than its own: to each group of the best partition, tasks of others are added
+            for as long as this lowers the loss of its own tasks.
         num_subsets, subset_size, seed: see [`predicted_affinity`].
 
     Raises:
@@ -103,17 +117,23 @@ def group_tasks(
     group_losses = GroupLosses(lambda mixtures: estimator.predict(mixtures).loss)
     most = min(max_groups or len(names), len(names))
     counts = list(range(1, most + 1)) if num_groups == "auto" else [num_groups]
+    directions = estimator.task_gradients()
+    trained: list[np.ndarray] | None = None
     if method == "direct":
-        directions = estimator.task_gradients()
         partitions = _searched(group_losses, affinity, directions, counts, group_cost, num_candidates, seed)
     elif method == "spectral":
         partitions = [spectral_partition(affinity, count, seed) for count in counts]
+    elif method == "coclustering":
+        pairs = [coclustering(affinity, count, seed) for count in counts]
+        partitions, trained = [labels for labels, _ in pairs], [masks for _, masks in pairs]
     else:
         partitions = [semidefinite_partition(affinity, count)[0] for count in counts]
         if num_groups == "auto":
             own, _ = semidefinite_partition(affinity)
             partitions += [own] if own.max() < most else []
-    losses = [group_losses.of_partition(labels) / len(names) for labels in partitions]
+    if trained is None:
+        trained = [members(labels) for labels in partitions]
+    losses = [group_losses.of_partition(labels, own) / len(names) for labels, own in zip(partitions, trained)]
     sizes = [int(labels.max()) + 1 for labels in partitions]
     best = int(np.argmin([loss + group_cost * size for loss, size in zip(losses, sizes)]))
     curve: dict[str, float] = {}
@@ -122,15 +142,22 @@ def group_tasks(
     found = f"{sizes[best]} groups have the least predicted loss, {losses[best]:.4f}, of {len(losses)} partitions"
     if group_cost:
         found = f"{sizes[best]} groups have the least predicted loss and cost of {len(losses)} partitions"
+    masks = trained[best]
+    if overlap:
+        masks = with_helpers(group_losses, partitions[best], directions, num_candidates)
     asked = f"{sizes[best]} groups were asked for; their predicted loss is {losses[best]:.4f}"
-    groups = [[name for name, own in zip(names, partitions[best]) if own == label] for label in range(sizes[best])]
+    why = found if num_groups == "auto" else asked
+    helpers = masks & ~members(partitions[best])
+    if helpers.any():
+        with_help = group_losses.of_partition(partitions[best], masks) / len(names)
+        why = f"{why}; with {helpers.sum()} helpers it is {with_help:.4f}"
     return Grouping(
-        groups={f"group_{i}": tasks for i, tasks in enumerate(groups)},
+        groups=_named(names, members(partitions[best])),
         method=method,
         task_names=list(names),
         affinity=affinity.tolist(),
         predicted_loss=curve,
-        why=f"{found if num_groups == 'auto' else asked}.",
+        why=f"{why}.",
         settings=settings_of(
             estimator,
             {
@@ -138,12 +165,18 @@ def group_tasks(
                 "max_groups": max_groups,
                 "group_cost": group_cost,
                 "num_candidates": num_candidates,
+                "overlap": overlap,
                 "num_subsets": num_subsets,
                 "subset_size": subset_size,
                 "seed": seed,
             },
         ),
+        helpers={name: tasks for name, tasks in _named(names, helpers).items() if tasks},
     )
+
+
+def _named(names: Sequence[str], masks: np.ndarray) -> dict[str, list[str]]:
+    return {f"group_{row}": [name for name, held in zip(names, mask) if held] for row, mask in enumerate(masks)}
 
 
 def _searched(

@@ -11,8 +11,9 @@ from .._files import read_json, write_json
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from ..estimate.mixtures import mixture_weights
+from .problem import SelectionProblem, Targets, target_weights
 from .provenance import caution, settings_of
-from .selection import check_target, forward_selection
+from .searches import forward_selection
 
 # Rows of a task with less are not worth drawing.
 _LEAST_WEIGHT = 1e-3
@@ -56,7 +57,7 @@ class Mixture:
 
 def optimise_mixture(
     estimator: SubsetEstimator,
-    targets: str | Sequence[str] | Mapping[str, float],
+    targets: Targets,
     caps: float | Mapping[str, float] = 1.0,
     max_iterations: int = 100,
 ) -> Mixture:
@@ -68,7 +69,8 @@ def optimise_mixture(
 
     Args:
         estimator (`SubsetEstimator`): predictions. Its own sampling weights are replaced, not multiplied.
-        targets (`str`, `Sequence[str]` or `dict[str, float]`): what to do well on; several count alike without weights.
+        targets (`str`, `Sequence[str]` or `dict[str, float]`, *optional*):
+            What to do well on; several count alike without weights, `None` stands for all tasks.
         caps (`float` or `dict[str, float]`, *optional*, defaults to 1.0):
             Largest weight of a row of any auxiliary task, or of those that are named; 0 leaves a task out. Targets
             have 1.
@@ -98,7 +100,7 @@ def optimise_mixture(
         kept = np.where(found.x < _LEAST_WEIGHT, 0.0, found.x)
         return np.minimum(kept / kept.max(), upper) if kept.any() else start
 
-    chosen = [forward_selection(estimator, target).tasks for target in targets]
+    chosen = [forward_selection(SelectionProblem(estimator, target)).tasks for target in targets]
     subsets = [np.minimum(mixture_weights(tasks, names), upper) for tasks in (*chosen, names)]
     losses = [predicted(subset) for subset in subsets]
     first = int(np.argmin(losses))
@@ -118,20 +120,10 @@ def optimise_mixture(
         subset,
         losses[first],
         why + caution(estimator),
-        settings_of(estimator, {"caps": caps, "max_iterations": max_iterations}),
+        settings_of(
+            estimator, {"caps": caps if isinstance(caps, float | int) else dict(caps), "max_iterations": max_iterations}
+        ),
     )
-
-
-def target_weights(targets: str | Sequence[str] | Mapping[str, float], estimator: SubsetEstimator) -> dict[str, float]:
-    """Weight of each target's loss; several without weights count alike. Raises [`ConfigurationError`] for bad ones."""
-    if isinstance(targets, str):
-        targets = [targets]
-    weights = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(targets, 1.0 / max(len(targets), 1))
-    if not weights or not all(np.isfinite(weight) and weight > 0 for weight in weights.values()):
-        raise ConfigurationError(f"Expected targets with positive weights, found {weights}.")
-    for target in weights:
-        check_target(estimator, target)
-    return {name: float(weight) for name, weight in weights.items()}
 
 
 def _upper_bounds(caps: float | Mapping[str, float], targets: Mapping[str, float], names: Sequence[str]) -> np.ndarray:

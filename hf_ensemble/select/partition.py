@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
-from sklearn.cluster import SpectralClustering
+from sklearn.cluster import SpectralClustering, SpectralCoclustering
 
 from ..errors import EstimationError
 
@@ -18,12 +18,44 @@ def spectral_partition(affinity: np.ndarray, num_groups: int, seed: int = 0) -> 
     """
     if num_groups == 1 or num_groups >= len(affinity):
         return np.zeros(len(affinity), dtype=int) if num_groups == 1 else np.arange(len(affinity))
-    symmetric = (affinity + affinity.T) / 2
-    # Spectral clustering takes similarities; exp keeps the order and makes them positive.
-    spread = symmetric[~np.eye(len(symmetric), dtype=bool)].std() or 1.0
-    similarity = np.exp(symmetric / spread)
+    similarity = _positive((affinity + affinity.T) / 2)
     model = SpectralClustering(num_groups, affinity="precomputed", random_state=seed, assign_labels="kmeans", n_init=20)
     return canonical(model.fit_predict(similarity))
+
+
+def coclustering(affinity: np.ndarray, num_groups: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of tasks and of their helpers at once, which may overlap.
+
+    Spectral co-clustering (Dhillon 2001) of the affinity's rows, the tasks that are helped, and its columns, those that
+    help: a group trains on its rows and on its columns, and a task whose column lies in another group serves both.
+
+    Args:
+        affinity (`np.ndarray` of shape `(T, T)`): higher is better; not symmetrised.
+        num_groups (`int`): groups; fewer where some would have no row.
+        seed (`int`, *optional*, defaults to 0): seed of the k-means inside.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: group of each task `(T,)`, and what each group trains on, `(G, T)` masks.
+    """
+    size = len(affinity)
+    if num_groups == 1 or num_groups >= size:
+        rows = columns = np.zeros(size, dtype=int) if num_groups == 1 else np.arange(size)
+    else:
+        similarity = _positive(affinity)
+        # Nothing helps a task as its own rows do.
+        np.fill_diagonal(similarity, similarity.max(axis=1))
+        model = SpectralCoclustering(num_groups, random_state=seed, n_init=20).fit(similarity)
+        rows, columns = model.row_labels_, model.column_labels_
+    labels = canonical(rows)
+    names = list(dict.fromkeys(rows.tolist()))
+    trained = np.stack([(rows == name) | (columns == name) for name in names])
+    return labels, trained
+
+
+def _positive(affinity: np.ndarray) -> np.ndarray:
+    """Similarities: exp keeps the affinities' order and makes them positive."""
+    spread = affinity[~np.eye(len(affinity), dtype=bool)].std() or 1.0
+    return np.exp(affinity / spread)
 
 
 def semidefinite_partition(

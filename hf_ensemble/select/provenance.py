@@ -1,7 +1,10 @@
-"""What every choice says about the predictions that it was made from."""
+"""What every choice says about the predictions that it was made from, and how it is made again."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from .._files import named_differences
+from ..errors import StoreMismatchError
 from ..estimate import SubsetEstimator
 
 
@@ -16,10 +19,23 @@ def caution(estimator: SubsetEstimator) -> str:
 
 
 def settings_of(estimator: SubsetEstimator, own: dict[str, Any]) -> dict[str, Any]:
-    """A choice's own settings and the estimator's: what makes it again from the same features."""
-    return {
-        **own,
-        "num_components": estimator.reduction.components.shape[1],
-        "l2_scale": estimator.regularization.l2_scale,
-        "l2_evidence": estimator.regularization.evidence,
-    }
+    """A choice's own settings, and beside them what its predictions were made from."""
+    return {**own, "estimator": estimator.provenance()}
+
+
+def check_same_features(estimator: SubsetEstimator, settings: Mapping[str, Any]) -> None:
+    """Refuse to make a choice again from other features than its own.
+
+    Raises:
+        `StoreMismatchError`: that names what differs.
+    """
+    compared = ("task_names", "features", "recipe")
+    found, expected = estimator.provenance(), settings["estimator"]
+    differences = list(
+        named_differences({key: found[key] for key in compared}, {key: expected[key] for key in compared})
+    )
+    if differences:
+        raise StoreMismatchError(
+            f"The choice was made from other features than these: {'; '.join(differences)}. Capture the gradients that "
+            "it was made from again, or choose anew."
+        )

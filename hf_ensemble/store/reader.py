@@ -1,5 +1,7 @@
 """Reading a gradient store."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ class FeatureTable:
         task (`np.ndarray` of shape `(n,)`): index of each row's task in `task_names`.
         task_names (`tuple[str, ...]`): names of the tasks.
         example_id (`np.ndarray` of shape `(n,)`): identity of each row within its task.
+        num_tokens (`np.ndarray` of shape `(n,)`, *optional*): answer tokens of each row, where they are known.
     """
 
     features: np.ndarray
@@ -40,6 +43,14 @@ class FeatureTable:
     task: np.ndarray
     task_names: tuple[str, ...]
     example_id: np.ndarray
+    num_tokens: np.ndarray | None = None
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that depend on every value and every name."""
+        digest = hashlib.sha256(json.dumps([self.task_names, self.example_id.tolist()]).encode())
+        for array in (self.features, self.margin, self.task):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.margin)
@@ -157,6 +168,7 @@ class GradientStore:
             task=row_tasks[positions],
             task_names=names,
             example_id=np.array(self.rows["example_id"].to_pylist())[positions],
+            num_tokens=self.rows["num_tokens"].to_numpy()[positions],
         )
 
     def _features(self, positions: np.ndarray) -> np.ndarray:

@@ -182,7 +182,8 @@ class TaskSet(Mapping[str, Task]):
         return TaskSet(kept, {task.name: self.sampling_weights[task.name] for task in kept})
 
     def without(self, examples: Mapping[str, Iterable[str]]) -> "TaskSet":
-        """The same tasks without some training rows: ids by task, as [`ExampleScores.worst`] gives them.
+        """The same tasks without some training rows: ids by task, as [`ExampleScores.worst`] and
+        [`DataSelector.left_out`] give them with their reasons.
 
         Raises:
             `TaskError`: for unknown tasks or ids, and when no row of a task is left.

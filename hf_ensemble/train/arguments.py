@@ -7,8 +7,7 @@ from trl import SFTConfig
 
 from ..capture import CaptureConfig, optimizer_metric
 from ..errors import ConfigurationError
-from ..select import SELECTION_METHODS
-from ..select.grouping import GROUPING_METHODS
+from ..select import GROUPING_METHODS, SELECTION_METHODS
 
 WEIGHTINGS = ("fitted", "own_group")
 
@@ -79,7 +78,12 @@ class EnsembleArguments(EstimateArguments):
     max_groups: int | None = field(
         default=None, metadata={"help": "Most groups to consider when the number is chosen."}
     )
-    grouping_method: str = field(default="direct", metadata={"help": "'direct', 'spectral' or 'semidefinite'."})
+    grouping_method: str = field(
+        default="direct", metadata={"help": "'direct', 'spectral', 'semidefinite' or 'coclustering'."}
+    )
+    overlapping_groups: bool = field(
+        default=False, metadata={"help": "Let a group train on tasks of other groups that help its own."}
+    )
     num_subsets: int = field(default=400, metadata={"help": "Random subsets whose outcomes make the affinity."})
     train_baseline: bool = field(
         default=True,
@@ -113,7 +117,10 @@ class EnsembleArguments(EstimateArguments):
 class SelectionArguments(EstimateArguments):
     """How auxiliary tasks are chosen for a target."""
 
-    selection_method: str = field(default="forward", metadata={"help": "'forward', 'random_ensemble' or 'mixture'."})
+    selection_method: str = field(
+        default="forward",
+        metadata={"help": "'forward', 'backward', 'exhaustive', 'random_ensemble', 'mixture', or a baseline."},
+    )
     max_auxiliary: int | None = field(default=None, metadata={"help": "Auxiliary tasks to take at most."})
     meta_initialization: bool = field(
         default=False,

@@ -67,7 +67,8 @@ class EnsembleMixin(StagesMixin):
                 keep_scored_run(self, baseline, run.path / BASELINE, description="Evaluating baseline")
                 trained.append(baseline)
         self.grouping = self._group(store)
-        for name, tasks in self.grouping.groups.items():
+        for name in self.grouping.groups:
+            tasks = self.grouping.trained_on(name)
             with run.stage(f"adapter:{name}"):
                 folder = run.path / "ensemble" / ADAPTERS_FOLDER / name
                 if self.args.train_baseline and len(tasks) == len(self.tasks):
@@ -96,10 +97,11 @@ class EnsembleMixin(StagesMixin):
                 self.args.num_groups or "auto",
                 self.args.grouping_method,
                 max_groups=self.args.max_groups,
+                overlap=self.args.overlapping_groups,
                 num_subsets=self.args.num_subsets,
                 seed=self.args.seed,
             )
-            prediction = self.estimator.predict_subsets(grouping.groups.values())
+            prediction = self.estimator.predict_subsets([grouping.trained_on(name) for name in grouping.groups])
             if self.is_world_process_zero():
                 regularization = self.estimator.regularization
                 estimate = {
@@ -133,7 +135,7 @@ class EnsembleMixin(StagesMixin):
         """
         run = self.run_directory.path
         folder = run / "ensemble"
-        members = [EnsembleMember(name, list(tasks)) for name, tasks in self.grouping.groups.items()]
+        members = [EnsembleMember(name, self.grouping.trained_on(name)) for name in self.grouping.groups]
         own = {task: {self.grouping.group_of(task): 1.0} for task in self.tasks}
         file = run / "estimate" / "weights.json"
         shared = EnsembleMember(BASELINE, list(self.tasks))

@@ -28,8 +28,8 @@ _UNCOMPARED += ("per_device_eval_batch_size", "capture_batch_size", "dataloader_
 _UNCOMPARED += ("dataloader_persistent_workers", "dataloader_prefetch_factor")
 _UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
 # Arguments that only the choice of groups or auxiliary tasks depends on.
-_CHOICES = ("num_components", "num_groups", "max_groups", "grouping_method", "num_subsets", "ensemble_weights")
-_CHOICES += ("selection_method", "max_auxiliary", "calibration_runs")
+_CHOICES = ("num_components", "num_groups", "max_groups", "grouping_method", "overlapping_groups")
+_CHOICES += ("num_subsets", "ensemble_weights", "selection_method", "max_auxiliary", "calibration_runs")
 
 
 class StagesMixin:

@@ -1,0 +1,217 @@
+"""Choices for a target, each trained for real: predicted ones beside the simpler ways to choose.
+
+    python benchmarks/selection.py TARGET --targets sst2 mr [--runs FIDELITY.json] [--part 0/2] FLAGS
+
+FLAGS are those of `hf-ensemble fidelity`. Every way but "all" and "alone" takes as many auxiliary tasks as forward
+selection does for the target; a random choice is another one for each seed. `--runs` names a fidelity report of the
+same tasks and recipe: fine-tunings that the learned predictor has for free. Finished trainings are kept in
+OUTPUT_DIR/chosen, so that a killed benchmark goes on; with `--part` a process makes every second training, say, and
+stops. Writes TARGET.json and .md.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import concatenate_datasets
+from trl import ModelConfig
+
+from hf_ensemble._files import write_json
+from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
+from hf_ensemble.cli.trainers import build_trainer, load_tasks
+from hf_ensemble.estimate import ObservedRun
+from hf_ensemble.select import Selection, SelectionProblem, mean_cosines
+from hf_ensemble.select.baselines import learned_selection, similarity_selection, transport_selection
+from hf_ensemble.store import FeatureTable
+from hf_ensemble.tasks import EXAMPLE_ID, TASK, pop_meta
+
+Choices = dict[str, dict[str, list[Selection]]]
+LAST = ("optimal transport", "learned predictor")
+
+
+def representations(trainer, like: FeatureTable, split: str) -> FeatureTable:
+    """The base model's sentence embeddings of the rows that a store has gradients of."""
+    rows = trainer.train_dataset
+    if split == "validation":
+        rows = concatenate_datasets([trainer.eval_dataset[name] for name in trainer.tasks])
+    found = {}
+    model = trainer.model.get_base_model().eval()
+    for start in range(0, len(rows), 64):
+        features = [rows[index] for index in range(start, min(start + 64, len(rows)))]
+        inputs = trainer.data_collator(features)
+        meta = pop_meta(inputs)
+        with torch.no_grad(), trainer.model.disable_adapter():
+            embedded = model.embed(inputs["input_ids"], inputs["attention_mask"]).numpy()
+        found.update(zip(zip(meta[TASK], meta[EXAMPLE_ID]), embedded))
+    keys = zip((like.task_names[index] for index in like.task), like.example_id.tolist())
+    return replace(like, features=np.stack([found[key] for key in keys]))
+
+
+def choose(trainer, targets: list[str], seeds: list[int], runs: list[ObservedRun]) -> tuple[Choices, list[dict]]:
+    """For each target and way to choose, the choice for each seed; and what is taken for every other task."""
+    store = trainer.capture()
+    selector = trainer.selector(store)
+    estimator = selector.estimator
+    hidden = [
+        representations(trainer, store.table(split, estimator.task_names), split) for split in ("train", "validation")
+    ]
+    choices: Choices = {}
+    taken = []
+    for target in estimator.task_names:
+        forward, mixture = selector.select(target), selector.select(target, "mixture")
+        taken.append({"target": target, "forward": forward.auxiliary, "mixture": mixture.weights})
+        if target not in targets:
+            continue
+        problem, size = SelectionProblem(estimator, target), len(forward.auxiliary)
+        fixed = {
+            "forward selection": forward,
+            "mixture": mixture,
+            "all tasks": selector.select(target, "all"),
+            "target alone": selector.select(target, "alone"),
+            "gradient similarity": selector.select(target, "gradient_similarity", size),
+            "representation similarity": similarity_selection(
+                problem, size, mean_cosines(*hidden), "representation_similarity"
+            ),
+            "random": None,
+            "optimal transport": transport_selection(problem, size, *hidden),
+        }
+        if runs:
+            fixed["learned predictor"] = learned_selection(problem, size, runs)
+        choices[target] = {
+            way: [selector.select(target, "random", size, seed=seed) for seed in seeds]
+            if selection is None
+            else [selection] * len(seeds)
+            for way, selection in fixed.items()
+        }
+    return choices, taken
+
+
+def trainings(choices: Choices, seeds: list[int]) -> Iterator[tuple[Selection, int]]:
+    """Choice and seed of each training, seed by seed; the costlier baselines last."""
+    ways = dict.fromkeys(way for own in choices.values() for way in own)
+    for later in (False, True):
+        for position, seed in enumerate(seeds):
+            for way in ways:
+                if (way in LAST) == later:
+                    for own in choices.values():
+                        yield own[way][position], seed
+
+
+def key_of(selection: Selection, seed: int) -> str:
+    weights = json.dumps(sorted(selection.weights.items()))
+    return f"{hashlib.blake2b(weights.encode(), digest_size=8).hexdigest()}-seed{seed}"
+
+
+def trained(trainer, selection: Selection, seed: int, test: dict) -> dict:
+    """Test scores on the target after training on a choice."""
+    key = key_of(selection, seed)
+    folder = Path(trainer.args.output_dir) / "chosen" / key
+    (target,) = selection.targets
+    record = folder.with_suffix(f".{target}.json")
+    if not record.exists():
+        adapter = trainer.adapter_training.run(f"chosen-{key}", selection.weights, folder, seed)
+        scores = trainer.score_adapter(folder, {target: test[target]}, "Test rows")
+        write_json(record, {**scores[target], "seconds": adapter.seconds, "steps": adapter.global_step})
+    return json.loads(record.read_text())
+
+
+def summary(choices: Choices, scores: dict, seeds: list[int]) -> dict:
+    """Mean over targets of test accuracy and loss of each way, for each seed."""
+    return {
+        way: {
+            measure: [
+                float(np.mean([scores[target][way][position][measure] for target in choices]))
+                for position in range(len(seeds))
+            ]
+            for measure in ("accuracy", "loss")
+        }
+        for way in next(iter(choices.values()))
+    }
+
+
+def markdown(report: dict) -> str:
+    targets, seeds = list(report["scores"]), report["seeds"]
+    lines = [
+        f"Test accuracy on the target, mean over {len(seeds)} seeds ± their standard deviation. The last columns are "
+        "means over targets, of accuracy and of test loss.",
+        "",
+        f"| trained on | {' | '.join(targets)} | mean accuracy | mean loss |",
+        f"|---|{'---|' * (len(targets) + 2)}",
+    ]
+    for way, mean in report["mean"].items():
+        cells = []
+        for target in targets:
+            own = [score["accuracy"] for score in report["scores"][target][way]]
+            cells.append(f"{np.mean(own):.3f} ± {np.std(own, ddof=1):.3f} ({len(report['tasks'][target][way])})")
+        total = [
+            f"{np.mean(mean[measure]):.3f} ± {np.std(mean[measure], ddof=1):.3f}" for measure in ("accuracy", "loss")
+        ]
+        lines.append(f"| {way} | {' | '.join(cells)} | {' | '.join(total)} |")
+    lines += [
+        "",
+        "In brackets: the number of tasks trained on.",
+        "",
+        "| target | forward selection takes, in this order |",
+    ]
+    lines.append("|---|---|")
+    lines += [f"| {row['target']} | {', '.join(row['forward'])} |" for row in report["taken"]]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--targets", nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--part", default="0/1")
+    own, flags = parser.parse_known_args()
+    (arguments, model_arguments), flags = parse([FidelityArguments, ModelConfig], with_config(flags), True)
+    tasks = load_tasks(arguments, model_arguments, "fidelity")
+    trainer = build_trainer(arguments, model_arguments, tasks, flags)
+    runs = []
+    if own.runs is not None:
+        known = json.loads(own.runs.read_text())
+        runs = [
+            ObservedRun(dict.fromkeys(subset, 1.0), dict(zip(known["task_names"], losses)))
+            for subset, losses in zip(known["subsets"], known["true_loss"])
+        ]
+    choices, taken = choose(trainer, own.targets, own.seeds, runs)
+    test = trainer.prepare_rows({target: tasks.split("test")[target] for target in own.targets})
+    part, parts = (int(number) for number in own.part.split("/"))
+    wanted = {key_of(selection, seed): None for selection, seed in trainings(choices, own.seeds)}
+    mine = set(list(wanted)[part::parts])
+    for selection, seed in trainings(choices, own.seeds):
+        if key_of(selection, seed) in mine:
+            print(*selection.targets, selection.method, seed, trained(trainer, selection, seed, test), flush=True)
+    if parts > 1:
+        return
+    scores = {
+        target: {
+            way: [trained(trainer, selection, seed, test) for selection, seed in zip(selections, own.seeds)]
+            for way, selections in ways.items()
+        }
+        for target, ways in choices.items()
+    }
+    report = {
+        "seeds": own.seeds,
+        "mean": summary(choices, scores, own.seeds),
+        "scores": scores,
+        "tasks": {target: {way: chosen[0].tasks for way, chosen in ways.items()} for target, ways in choices.items()},
+        "choices": {
+            target: {way: [asdict(one) for one in chosen] for way, chosen in ways.items()}
+            for target, ways in choices.items()
+        },
+        "taken": taken,
+    }
+    own.target.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    own.target.with_suffix(".md").write_text(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Planted groups, and groups that overlap."""
+
+import numpy as np
+import pytest
+
+from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.estimate import ObservedRun, SubsetEstimator
+from hf_ensemble.select import DataSelector, coclustering
+from hf_ensemble.select.direct_search import GroupLosses, members, with_helpers
+from hf_ensemble.store import FeatureTable
+
+METHODS = ("direct", "spectral", "semidefinite", "coclustering")
+
+
+def planted(seed=0, num_groups=3, size=4, rows=25, dim=90):
+    """Tasks of a group want the same move, those of another group one against it; names tell the group."""
+    rng = np.random.default_rng(seed)
+    moves = rng.normal(size=(num_groups, dim)) / np.sqrt(dim)
+    moves -= 1.2 * moves.mean(axis=0)
+    order = rng.permutation(num_groups * size)
+    groups = order % num_groups
+    names = tuple(f"task_{index}_of_{group}" for index, group in enumerate(groups))
+
+    def table(count):
+        task = np.repeat(np.arange(len(names)), count)
+        features = 0.6 * rng.normal(size=(len(task), dim)) / np.sqrt(dim) + moves[groups[task]]
+        margin = rng.normal(size=len(task)).astype(np.float32)
+        ids = np.array([str(index) for index in range(len(task))])
+        return FeatureTable(features.astype(np.float32), margin, task, names, ids)
+
+    train, validation = table(rows), table(rows)
+    losses = np.logaddexp(0, -validation.margin)
+    base = {name: float(losses[validation.task == index].mean()) for index, name in enumerate(names)}
+    run = ObservedRun(dict.fromkeys(names, 1.0), {name: 0.97 * loss for name, loss in base.items()})
+    return SubsetEstimator(train, validation, observed_runs=[run])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_groups_are_found_exactly(method, seed):
+    grouping = DataSelector(planted(seed)).group(3, method)
+    assert all(len({name[-1] for name in tasks}) == 1 for tasks in grouping.groups.values())
+    assert len(grouping.groups) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_curve_falls_until_groups_are_torn(method):
+    grouping = DataSelector(planted()).group("auto", method)
+    assert len(grouping.groups) == 3
+    assert grouping.predicted_loss["1"] > grouping.predicted_loss["2"] > grouping.predicted_loss["3"]
+
+
+def one_way(size=6, seed=0):
+    """Tasks of two families; task 0 also helps the other family, which harms it."""
+    effect = np.full((size, size), 0.3)
+    effect[: size // 2, : size // 2] = effect[size // 2 :, size // 2 :] = -0.2
+    effect[size // 2 :, 0] = -0.4
+    np.fill_diagonal(effect, 0.0)
+    effect += 1e-3 * np.random.default_rng(seed).normal(size=effect.shape)
+    return effect
+
+
+def test_helpers_serve_several_groups():
+    effect = one_way()
+    losses = GroupLosses(lambda mixtures: mixtures @ effect.T + 5.0)
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    trained = with_helpers(losses, labels, np.random.default_rng(1).normal(size=(6, 4)), 6)
+    expected = members(labels)
+    expected[1, 0] = True
+    assert (trained == expected).all()
+    assert losses.of_partition(labels, trained) < losses.of_partition(labels)
+    # Nothing else would have helped either group.
+    for group, mask in enumerate(members(labels)):
+        for other in np.flatnonzero(~trained[group]):
+            larger = trained[group].copy()
+            larger[other] = True
+            assert losses([mask], [larger])[0] >= losses([mask], [trained[group]])[0]
+
+
+def test_losses_of_groups_with_helpers_are_those_of_their_own_tasks():
+    effect = one_way()
+    losses = GroupLosses(lambda mixtures: mixtures @ effect.T + 5.0)
+    mask, trained = np.array([True, True, False, False, False, False]), np.array([True, True, True, False, True, False])
+    expected = sum(5.0 + effect[task, trained].sum() for task in (0, 1))
+    assert losses([mask], [trained])[0] == pytest.approx(expected)
+    # What was asked first is not mistaken for it.
+    assert losses([mask])[0] == pytest.approx(sum(5.0 + effect[task, mask].sum() for task in (0, 1)))
+    assert losses([mask], [trained])[0] == pytest.approx(expected)
+
+
+def test_coclusters_share_helpers():
+    affinity = -one_way(8)
+    np.fill_diagonal(affinity, 0.0)
+    labels, trained = coclustering(affinity, 2)
+    assert len({tuple(labels[:4]), tuple(labels[4:])}) == 2 and len(set(labels[:4])) == len(set(labels[4:])) == 1
+    assert (trained >= members(labels)).all()
+    for count, expected in ((1, np.ones((1, 8))), (8, np.eye(8))):
+        assert (coclustering(affinity, count)[1] == expected).all()
+
+
+@pytest.mark.parametrize("options", [{"method": "direct", "overlap": True}, {"method": "coclustering"}])
+def test_a_grouping_tells_its_helpers(options):
+    estimator = planted()
+    grouping = DataSelector(estimator).group(3, **options)
+    names = estimator.task_names
+    assert sorted(task for tasks in grouping.groups.values() for task in tasks) == sorted(names)
+    for group, tasks in grouping.groups.items():
+        trained = grouping.trained_on(group)
+        assert set(trained) == {*tasks, *grouping.helpers.get(group, ())}
+        assert trained == sorted(trained, key=names.index)
+        assert not set(tasks) & set(grouping.helpers.get(group, ()))
+    if grouping.helpers:
+        loss = np.mean(
+            [
+                estimator.predict_subsets([grouping.trained_on(group)]).loss[0, names.index(task)]
+                for group, tasks in grouping.groups.items()
+                for task in tasks
+            ]
+        )
+        assert f"{loss:.4f}" in grouping.why
+
+
+def test_overlap_never_raises_the_predicted_loss():
+    estimator = planted(1)
+    plain, shared = (DataSelector(estimator).group(4, overlap=overlap) for overlap in (False, True))
+    assert plain.groups == shared.groups and not plain.helpers
+
+    def loss(grouping):
+        found = estimator.predict_subsets([grouping.trained_on(group) for group in grouping.groups]).loss
+        index = {name: column for column, name in enumerate(estimator.task_names)}
+        return sum(found[row, index[task]] for row, tasks in enumerate(grouping.groups.values()) for task in tasks)
+
+    assert loss(shared) <= loss(plain)
+
+
+def test_unknown_methods_are_named():
+    with pytest.raises(ConfigurationError, match="coclustering"):
+        DataSelector(planted()).group(2, "kmeans")
