@@ -23,6 +23,12 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
+def commands(name: str) -> list[str]:
+    """The README's command lines of one command."""
+    lines = [line for block in blocks(README, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith(f"hf-ensemble {name} ")]
+
+
 @pytest.fixture
 def readers_folder(tmp_path, monkeypatch, base_folder):
     """A working directory as the README's reader has it."""
@@ -50,16 +56,22 @@ def test_readme_snippets_run_one_after_another(readers_folder):
     assert sorted(task for tasks in groups.values() for task in tasks) == sorted(DATASETS)
     assert len(namespace["generated"]) == len(namespace["prompts"])
     assert set(namespace["model"].weights) == set(DATASETS)
-    for saved in ("out/ensemble/README.md", "for-gsm8k/adapter/adapter_model.safetensors", "plain/gradients"):
+    for command in commands("select") + commands("group"):
+        assert main(shlex.split(command)[1:]) == 0
+    for saved in (
+        "choice/selection.json",
+        "choice/groups.json",
+        "choice/groups.png",
+        "out/ensemble/README.md",
+        "for-gsm8k/adapter/adapter_model.safetensors",
+        "plain/gradients",
+    ):
         assert Path(saved).exists(), saved
 
 
 def test_readme_command_line_runs(readers_folder):
-    commands = [
-        line for block in blocks(README, "bash") for line in block.splitlines() if line.startswith("hf-ensemble ")
-    ]
-    assert len(commands) == 1
-    flags = shlex.split(commands[0].replace(MODEL, readers_folder))[1:]
+    (command,) = commands("run")
+    flags = shlex.split(command.replace(MODEL, readers_folder))[1:]
     assert main([*flags, "--use_cpu", "--num_train_epochs", "1", "--disable_tqdm", "True"]) == 0
     assert Path("run/results.json").is_file()
     assert Path("run/ensemble/ensemble_config.json").is_file()
