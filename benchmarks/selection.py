@@ -10,7 +10,6 @@ stops. Writes TARGET.json and .md.
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -19,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import concatenate_datasets
+from trained import TrainedMixtures
 from trl import ModelConfig
 
-from hf_ensemble._files import write_json
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.trainers import build_trainer, load_tasks
 from hf_ensemble.estimate import ObservedRun
@@ -102,24 +101,6 @@ def trainings(choices: Choices, seeds: list[int]) -> Iterator[tuple[Selection, i
                         yield own[way][position], seed
 
 
-def key_of(selection: Selection, seed: int) -> str:
-    weights = json.dumps(sorted(selection.weights.items()))
-    return f"{hashlib.blake2b(weights.encode(), digest_size=8).hexdigest()}-seed{seed}"
-
-
-def trained(trainer, selection: Selection, seed: int, test: dict) -> dict:
-    """Test scores on the target after training on a choice."""
-    key = key_of(selection, seed)
-    folder = Path(trainer.args.output_dir) / "chosen" / key
-    (target,) = selection.targets
-    record = folder.with_suffix(f".{target}.json")
-    if not record.exists():
-        adapter = trainer.adapter_training.run(f"chosen-{key}", selection.weights, folder, seed)
-        scores = trainer.score_adapter(folder, {target: test[target]}, "Test rows")
-        write_json(record, {**scores[target], "seconds": adapter.seconds, "steps": adapter.global_step})
-    return json.loads(record.read_text())
-
-
 def summary(choices: Choices, scores: dict, seeds: list[int]) -> dict:
     """Mean over targets of test accuracy and loss of each way, for each seed."""
     return {
@@ -182,18 +163,17 @@ def main() -> None:
             for subset, losses in zip(known["subsets"], known["true_loss"])
         ]
     choices, taken = choose(trainer, own.targets, own.seeds, runs)
-    test = trainer.prepare_rows({target: tasks.split("test")[target] for target in own.targets})
-    part, parts = (int(number) for number in own.part.split("/"))
-    wanted = {key_of(selection, seed): None for selection, seed in trainings(choices, own.seeds)}
-    mine = set(list(wanted)[part::parts])
-    for selection, seed in trainings(choices, own.seeds):
-        if key_of(selection, seed) in mine:
-            print(*selection.targets, selection.method, seed, trained(trainer, selection, seed, test), flush=True)
-    if parts > 1:
+    runs_for_real = TrainedMixtures(trainer, tasks)
+    wanted = [(selection.weights, seed, list(selection.targets)) for selection, seed in trainings(choices, own.seeds)]
+    runs_for_real.make(wanted, own.part)
+    if not own.part.endswith("/1"):
         return
     scores = {
         target: {
-            way: [trained(trainer, selection, seed, test) for selection, seed in zip(selections, own.seeds)]
+            way: [
+                runs_for_real.scores(selection.weights, seed, [target])[target]
+                for selection, seed in zip(selections, own.seeds)
+            ]
             for way, selections in ways.items()
         }
         for target, ways in choices.items()

@@ -5,7 +5,7 @@ import pytest
 
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.select import DataSelector, coclustering
+from hf_ensemble.select import DataSelector, coclustering, partition_loss
 from hf_ensemble.select.direct_search import GroupLosses, members, with_helpers
 from hf_ensemble.store import FeatureTable
 
@@ -136,3 +136,13 @@ def test_overlap_never_raises_the_predicted_loss():
 def test_unknown_methods_are_named():
     with pytest.raises(ConfigurationError, match="coclustering"):
         DataSelector(planted()).group(2, "kmeans")
+
+
+def test_groups_stand_beside_their_baselines():
+    estimator = planted()
+    grouping = DataSelector(estimator).group(3)
+    names, found = estimator.task_names, grouping.baselines
+    assert found["one group"] == pytest.approx(partition_loss(estimator, [names]))
+    assert found["one per task"] == pytest.approx(partition_loss(estimator, [[name] for name in names]))
+    assert grouping.predicted_loss["3"] < min(found.values())
+    assert found["random"] > found["one per task"]

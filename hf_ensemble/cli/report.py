@@ -97,6 +97,9 @@ def group_curve_table(grouping: Grouping) -> Table:
     table.add_section()
     for count, loss in grouping.predicted_loss.items():
         table.add_row(f"{count} groups", f"predicted loss {loss:.4f}", "")
+    table.add_section()
+    for name, loss in grouping.baselines.items():
+        table.add_row(f"baseline: {name}", f"predicted loss {loss:.4f}", "")
     return table
 
 

@@ -90,7 +90,9 @@ def transport_selection(
     try:
         import ot
     except ImportError as error:
-        raise ConfigurationError("Optimal transport needs the package POT: pip install POT, or hf_ensemble[transport].") from error
+        raise ConfigurationError(
+            "Optimal transport needs the package POT: pip install POT, or hf_ensemble[transport]."
+        ) from error
     goal = np.isin(validation.task, [problem.names.index(target) for target in problem.targets])
     # Of normalised rows the squared distance is twice one less the cosine.
     cost = ot.dist(train.features, validation.features[goal], metric="cosine").astype(np.float64)

@@ -17,6 +17,8 @@ from .provenance import settings_of
 GROUPING_METHODS = ("direct", "spectral", "semidefinite", "coclustering")
 # Partitions of the merge path, those of least loss, that "auto" improves.
 _NUM_IMPROVED = 3
+# Random partitions that a grouping is compared with.
+_NUM_RANDOM = 10
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Grouping:
         settings (`dict`): everything needed to make this grouping again from the same features.
         helpers (`dict[str, list[str]]`, *optional*):
             Tasks of other groups that a group trains on too, where groups may overlap.
+        baselines (`dict[str, float]`, *optional*):
+            Mean predicted loss with one group, with one group per task, and with as many groups at random.
     """
 
     groups: dict[str, list[str]]
@@ -43,6 +47,7 @@ class Grouping:
     why: str
     settings: dict
     helpers: dict[str, list[str]] = field(default_factory=dict)
+    baselines: dict[str, float] = field(default_factory=dict)
 
     def group_of(self, task: str) -> str:
         return next(name for name, tasks in self.groups.items() if task in tasks)
@@ -172,7 +177,20 @@ def group_tasks(
             },
         ),
         helpers={name: tasks for name, tasks in _named(names, helpers).items() if tasks},
+        baselines=_baselines(group_losses, len(names), sizes[best], seed),
     )
+
+
+def _baselines(losses: GroupLosses, num_tasks: int, num_groups: int, seed: int) -> dict[str, float]:
+    """Mean losses of partitions that nothing speaks for, the random ones on average."""
+    generator = np.random.default_rng(seed)
+    # Dealt like cards: sizes differ by one at most.
+    dealt = [generator.permutation(np.arange(num_tasks) % num_groups) for _ in range(_NUM_RANDOM)]
+    return {
+        "one group": losses.of_partition(np.zeros(num_tasks, dtype=int)) / num_tasks,
+        "one per task": losses.of_partition(np.arange(num_tasks)) / num_tasks,
+        "random": float(np.mean([losses.of_partition(labels) for labels in dealt])) / num_tasks,
+    }
 
 
 def _named(names: Sequence[str], masks: np.ndarray) -> dict[str, list[str]]:

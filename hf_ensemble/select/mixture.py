@@ -1,7 +1,7 @@
 """In which shares to train on the tasks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from .._files import read_json, write_json
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from ..estimate.mixtures import mixture_weights
+from .baselines import predicted_baselines
 from .problem import SelectionProblem, Targets, target_weights
 from .provenance import caution, settings_of
 from .searches import forward_selection
@@ -35,6 +36,8 @@ class Mixture:
         subset_loss (`float`): its predicted loss.
         why (`str`): one sentence.
         settings (`dict`): everything needed to make this mixture again from the same features.
+        baselines (`dict[str, float]`, *optional*):
+            Predicted loss with all tasks, with the targets alone, and with as many tasks at random.
     """
 
     targets: dict[str, float]
@@ -45,6 +48,7 @@ class Mixture:
     subset_loss: float
     why: str
     settings: dict
+    baselines: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
@@ -108,6 +112,7 @@ def optimise_mixture(
     loss, weights = min([(losses[first], subsets[first]), *ends], key=lambda end: end[0])
     drawn = weights * counts / (weights @ counts)
     subset = [name for name, weight in zip(names, subsets[first]) if weight]
+    helpers = sum(weight > 0 and name not in targets for name, weight in zip(names, weights))
     why = (
         f"The predicted validation loss of {', '.join(targets)} is {loss:.4f} with these weights, and "
         f"{losses[first]:.4f} with the best subset, of {len(subset)} tasks."
@@ -123,6 +128,7 @@ def optimise_mixture(
         settings_of(
             estimator, {"caps": caps if isinstance(caps, float | int) else dict(caps), "max_iterations": max_iterations}
         ),
+        predicted_baselines(SelectionProblem(estimator, targets), helpers),
     )
 
 

@@ -16,10 +16,10 @@ class Selection:
         tasks (`list[str]`): the tasks to train on: those that had to be in, then the others, the most helpful first.
         method (`str`): name of the method, see [`DataSelector.select`].
         scores (`dict[str, float]`):
-            One per task that was weighed, lower is better. Forward and backward: predicted target score of the last
-            step that weighed the task, with it added or left out. Random ensemble: mean over the random subsets that
-            hold it. Exhaustive: of the best subset that holds it. Mixture: with this task alone beside the targets.
-            Similarities: less the mean cosine.
+            One per task that was weighed, lower is better. Forward: predicted score of the last step that weighed the
+            task, with it added. Backward: score with the task less the score without it, when it was last weighed.
+            Random ensemble: mean over the random subsets that hold it. Exhaustive: of the best subset that holds it.
+            Mixture: with this task alone beside the targets. Similarities: the mean cosine, negated.
         path (`list[dict]`):
             The steps of the search: what was `added` or `removed`, the `predicted_loss` of the targets with the
             `interval` that holds the true loss in 90 of 100 cases (`None` without a run that calibrates), and
