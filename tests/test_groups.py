@@ -146,3 +146,15 @@ def test_groups_stand_beside_their_baselines():
     assert found["one per task"] == pytest.approx(partition_loss(estimator, [[name] for name in names]))
     assert grouping.predicted_loss["3"] < min(found.values())
     assert found["random"] > found["one per task"]
+
+
+@pytest.mark.parametrize(
+    ("method", "tried"), [("direct", 9), ("spectral", 4), ("coclustering", 4), ("semidefinite", 3)]
+)
+def test_of_many_numbers_of_groups_some_are_tried(method, tried, monkeypatch):
+    monkeypatch.setattr(
+        "hf_ensemble.select.grouping._MOST_COUNTS", {"spectral": 4, "coclustering": 4, "semidefinite": 2}
+    )
+    grouping = DataSelector(planted()).group("auto", method, max_groups=9)
+    assert len(grouping.predicted_loss) == tried
+    assert {"1", "9"} <= set(grouping.predicted_loss) or method == "coclustering"

@@ -17,6 +17,9 @@ from .provenance import settings_of
 GROUPING_METHODS = ("direct", "spectral", "semidefinite", "coclustering")
 # Partitions of the merge path, those of least loss, that "auto" improves.
 _NUM_IMPROVED = 3
+# Numbers of groups that "auto" cuts the affinity matrix into, where there are more tasks: a semidefinite program of a
+# hundred tasks takes seconds.
+_MOST_COUNTS = {"spectral": 30, "coclustering": 30, "semidefinite": 8}
 # Random partitions that a grouping is compared with.
 _NUM_RANDOM = 10
 
@@ -96,7 +99,8 @@ def group_tasks(
         num_groups (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Groups. `"auto"` cuts the tasks into 1, 2, ... up to `max_groups` groups and keeps the cut with the least
             predicted loss and cost; the semidefinite program's own number, from its trace penalty, is among the
-            candidates.
+            candidates. Of more than 30 numbers, `"direct"` tries all, the other methods some, evenly spaced on a
+            logarithmic scale.
         method (`str`, *optional*, defaults to `"direct"`):
             `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`.
         max_groups (`int`, *optional*): most groups that `"auto"` considers; the number of tasks by default.
@@ -121,7 +125,7 @@ def group_tasks(
     affinity = predicted_affinity(estimator, num_subsets, subset_size, seed) if len(names) > 1 else np.zeros((1, 1))
     group_losses = GroupLosses(lambda mixtures: estimator.predict(mixtures).loss)
     most = min(max_groups or len(names), len(names))
-    counts = list(range(1, most + 1)) if num_groups == "auto" else [num_groups]
+    counts = [num_groups] if num_groups != "auto" else _counts(most, method)
     directions = estimator.task_gradients()
     trained: list[np.ndarray] | None = None
     if method == "direct":
@@ -179,6 +183,13 @@ def group_tasks(
         helpers={name: tasks for name, tasks in _named(names, helpers).items() if tasks},
         baselines=_baselines(group_losses, len(names), sizes[best], seed),
     )
+
+
+def _counts(most: int, method: str) -> list[int]:
+    """Numbers of groups to try."""
+    if method == "direct" or most <= max(_MOST_COUNTS.values()):
+        return list(range(1, most + 1))
+    return sorted({int(round(count)) for count in np.geomspace(1, most, _MOST_COUNTS[method])})
 
 
 def _baselines(losses: GroupLosses, num_tasks: int, num_groups: int, seed: int) -> dict[str, float]:
