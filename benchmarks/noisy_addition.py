@@ -2,11 +2,11 @@
 
     python benchmarks/noisy_addition.py TARGET
 
-A GPT-2-shaped model is trained from scratch on additions of five digits with their intermediate steps. 500 further
-examples, 300 of them right and 200 with random digits for an answer, lie in 20 groups of 25; 25 more right ones are the
-target's own training rows, and 200 its validation rows. Groups are scored by the predicted loss of the target over 200
-random subsets of 7 groups, and single examples by their influence on it. Nothing is fine-tuned. Writes TARGET.json and
-TARGET.md.
+A GPT-2-shaped model is trained from scratch on additions of five digits with their intermediate steps, two in five of
+them with random digits for an answer: it knows addition, and that it cannot rely on it. 500 further examples, 300 of
+them right and 200 random, lie in 20 groups of 25; 25 more right ones are the target's own training rows, and 200 its
+validation rows. Groups are scored by the predicted loss of the target over 200 random subsets of 7 groups, and single
+examples by their influence on it. Nothing is fine-tuned. Writes TARGET.json and TARGET.md.
 """
 
 import argparse
@@ -59,10 +59,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pretrained(tokens: PreTrainedTokenizerFast, rows: int, seed: int) -> GPT2LMHeadModel:
-    """The model after one pass over `rows` right additions."""
+    """The model after one pass over `rows` additions, right and random ones in the shares of the groups."""
     set_seed(seed)
     generator = random.Random(seed)
-    texts = ["".join(addition(generator).values()) + tokens.eos_token for _ in range(rows)]
+    share = 1 - CLEAN_GROUPS / GROUPS
+    texts = ["".join(addition(generator, generator.random() < share).values()) + tokens.eos_token for _ in range(rows)]
     encoded = tokens(texts, padding=True)
     ids, mask = np.array(encoded["input_ids"]), np.array(encoded["attention_mask"])
     data = {"input_ids": ids, "attention_mask": mask, "labels": np.where(mask == 1, ids, -100)}
