@@ -64,7 +64,7 @@ def test_helpers_serve_several_groups():
     effect = one_way()
     losses = GroupLosses(lambda mixtures: mixtures @ effect.T + 5.0)
     labels = np.array([0, 0, 0, 1, 1, 1])
-    trained = with_helpers(losses, labels, np.random.default_rng(1).normal(size=(6, 4)), 6)
+    trained = with_helpers(losses, labels, members(labels), np.random.default_rng(1).normal(size=(6, 4)), 6)
     expected = members(labels)
     expected[1, 0] = True
     assert (trained == expected).all()

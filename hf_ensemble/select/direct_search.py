@@ -48,23 +48,25 @@ def members(labels: np.ndarray) -> np.ndarray:
     return labels == np.arange(labels.max() + 1)[:, None]
 
 
-def with_helpers(losses: GroupLosses, labels: np.ndarray, directions: np.ndarray, num_candidates: int) -> np.ndarray:
+def with_helpers(
+    losses: GroupLosses, labels: np.ndarray, trained: np.ndarray, directions: np.ndarray, num_candidates: int
+) -> np.ndarray:
     """What each group trains on when tasks of other groups may help: added one by one while its own tasks gain.
 
     Args:
         losses (`GroupLosses`): losses of groups.
         labels (`np.ndarray` of shape `(T,)`): the partition.
+        trained (`np.ndarray` of shape `(G, T)`): what each group trains on before, its own tasks at least.
         directions (`np.ndarray` of shape `(T, k)`): a direction for each task.
         num_candidates (`int`): tasks of other groups that are tried in each step, those that pull most alike.
 
     Returns:
         `np.ndarray` of shape `(G, T)`: masks.
     """
-    own = members(labels)
-    trained = own.copy()
+    trained = trained.copy()
     vectors = _normalised(directions)
-    for group, mask in enumerate(own):
-        best = float(losses([mask], [mask])[0])
+    for group, mask in enumerate(members(labels)):
+        best = float(losses([mask], [trained[group]])[0])
         alike = vectors @ vectors[mask].sum(axis=0)
         while True:
             outside = np.flatnonzero(~trained[group])

@@ -127,41 +127,31 @@ def group_tasks(
     most = min(max_groups or len(names), len(names))
     counts = [num_groups] if num_groups != "auto" else _counts(most, method)
     directions = estimator.task_gradients()
-    trained: list[np.ndarray] | None = None
     if method == "direct":
         partitions = _searched(group_losses, affinity, directions, counts, group_cost, num_candidates, seed)
-    elif method == "spectral":
-        partitions = [spectral_partition(affinity, count, seed) for count in counts]
-    elif method == "coclustering":
-        pairs = [coclustering(affinity, count, seed) for count in counts]
-        partitions, trained = [labels for labels, _ in pairs], [masks for _, masks in pairs]
+        cuts = [(labels, members(labels)) for labels in partitions]
     else:
-        partitions = [semidefinite_partition(affinity, count)[0] for count in counts]
-        if num_groups == "auto":
-            own, _ = semidefinite_partition(affinity)
-            partitions += [own] if own.max() < most else []
-    if trained is None:
-        trained = [members(labels) for labels in partitions]
-    losses = [group_losses.of_partition(labels, own) / len(names) for labels, own in zip(partitions, trained)]
-    sizes = [int(labels.max()) + 1 for labels in partitions]
+        cuts = _cuts(method, affinity, counts, num_groups == "auto", most, seed)
+    losses = [group_losses.of_partition(labels, trained) / len(names) for labels, trained in cuts]
+    sizes = [len(trained) for _, trained in cuts]
     best = int(np.argmin([loss + group_cost * size for loss, size in zip(losses, sizes)]))
     curve: dict[str, float] = {}
     for size, loss in zip(sizes, losses):
         curve[str(size)] = min(loss, curve.get(str(size), np.inf))
-    found = f"{sizes[best]} groups have the least predicted loss, {losses[best]:.4f}, of {len(losses)} partitions"
-    if group_cost:
-        found = f"{sizes[best]} groups have the least predicted loss and cost of {len(losses)} partitions"
-    masks = trained[best]
+    labels, trained = cuts[best]
     if overlap:
-        masks = with_helpers(group_losses, partitions[best], directions, num_candidates)
-    asked = f"{sizes[best]} groups were asked for; their predicted loss is {losses[best]:.4f}"
-    why = found if num_groups == "auto" else asked
-    helpers = masks & ~members(partitions[best])
+        trained = with_helpers(group_losses, labels, trained, directions, num_candidates)
+    helpers = trained & ~members(labels)
+    why = f"{sizes[best]} groups have the least predicted loss, {losses[best]:.4f}, of {len(losses)} partitions"
+    if num_groups != "auto":
+        why = f"{num_groups} groups were asked for; the predicted loss of {sizes[best]} is {losses[best]:.4f}"
+    elif group_cost:
+        why = f"{sizes[best]} groups have the least predicted loss and cost of {len(losses)} partitions"
     if helpers.any():
-        with_help = group_losses.of_partition(partitions[best], masks) / len(names)
+        with_help = group_losses.of_partition(labels, trained) / len(names)
         why = f"{why}; with {helpers.sum()} helpers it is {with_help:.4f}"
     return Grouping(
-        groups=_named(names, members(partitions[best])),
+        groups=_named(names, members(labels)),
         method=method,
         task_names=list(names),
         affinity=affinity.tolist(),
@@ -183,6 +173,22 @@ def group_tasks(
         helpers={name: tasks for name, tasks in _named(names, helpers).items() if tasks},
         baselines=_baselines(group_losses, len(names), sizes[best], seed),
     )
+
+
+def _cuts(
+    method: str, affinity: np.ndarray, counts: Sequence[int], is_auto: bool, most: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Partitions of the affinity matrix, and what each group of them trains on."""
+    if method == "coclustering":
+        return [coclustering(affinity, count, seed) for count in counts]
+    if method == "spectral":
+        partitions = [spectral_partition(affinity, count, seed) for count in counts]
+    else:
+        partitions = [semidefinite_partition(affinity, count)[0] for count in counts]
+        if is_auto:
+            own, _ = semidefinite_partition(affinity)
+            partitions += [own] if own.max() < most else []
+    return [(labels, members(labels)) for labels in partitions]
 
 
 def _counts(most: int, method: str) -> list[int]:

@@ -68,7 +68,7 @@ def optimise_mixture(
     """The sampling weights with the least predicted loss of the targets.
 
     By L-BFGS-B with the derivatives of [`SubsetEstimator.weighted_loss`], from the subset that [`forward_selection`]
-    finds for each target and from all tasks. The predicted loss is not convex in the weights: the result is the best of
+    finds for the targets and from all tasks. The predicted loss is not convex in the weights: the result is the best of
     these local minima and of the subsets themselves.
 
     Args:
@@ -104,8 +104,10 @@ def optimise_mixture(
         kept = np.where(found.x < _LEAST_WEIGHT, 0.0, found.x)
         return np.minimum(kept / kept.max(), upper) if kept.any() else start
 
-    chosen = [forward_selection(SelectionProblem(estimator, target)).tasks for target in targets]
-    subsets = [np.minimum(mixture_weights(tasks, names), upper) for tasks in (*chosen, names)]
+    problem = SelectionProblem(estimator, targets)
+    chosen = forward_selection(problem).tasks
+    subsets = [np.minimum(mixture_weights(tasks, names), upper) for tasks in (chosen, names)]
+    subsets = [subset for subset in subsets if subset.any()]
     losses = [predicted(subset) for subset in subsets]
     first = int(np.argmin(losses))
     ends = [(predicted(weights), weights) for weights in map(search, subsets)]
@@ -128,7 +130,7 @@ def optimise_mixture(
         settings_of(
             estimator, {"caps": caps if isinstance(caps, float | int) else dict(caps), "max_iterations": max_iterations}
         ),
-        predicted_baselines(SelectionProblem(estimator, targets), helpers),
+        predicted_baselines(problem, helpers),
     )
 
 
