@@ -11,11 +11,11 @@ from ..errors import ConfigurationError
 from ..store import GradientStore
 from ..tasks import TaskSet
 
-When = Literal["train_begin", "train_end"]
+When = Literal["train_begin", "train_end", "epoch"] | int
 
 
 class GradientCaptureCallback(TrainerCallback):
-    """Captures the gradient features of named datasets at the beginning or the end of a plain training.
+    """Captures the gradient features of named datasets in the course of a plain training.
 
     The training is the same with and without it, to the last bit: the pass leaves parameters, their `.grad`, the
     modes of the modules and the random state as they were.
@@ -26,8 +26,12 @@ class GradientCaptureCallback(TrainerCallback):
         config (`CaptureConfig`, *optional*): settings of the pass; the optimizer's metric by default.
         when (`str`, *optional*, defaults to `"train_begin"`):
             `"train_begin"` captures at the untrained adapter, which answers what adding or leaving out a task does;
-            `"train_end"` at the trained one.
+            `"train_end"` at the trained one; `"epoch"` after every epoch and a number after every so many optimizer
+            steps, each into a store of its own, `OUTPUT_DIR/epoch-1` or `OUTPUT_DIR/step-100`.
         overwrite (`bool`, *optional*, defaults to `False`): replace a store of another model, data or configuration.
+
+    Attributes:
+        store (`GradientStore`): the latest one, `None` before the first.
 
     At the beginning, the store is told of the training's length and learning rates, which estimates without a true
     fine-tuning are calibrated by: they are for fine-tunings on all of the tasks like this one.
@@ -55,8 +59,11 @@ class GradientCaptureCallback(TrainerCallback):
         when: When = "train_begin",
         overwrite: bool = False,
     ):
-        if when not in ("train_begin", "train_end"):
-            raise ConfigurationError(f"when has to be 'train_begin' or 'train_end', found {when!r}.")
+        is_number = isinstance(when, int) and not isinstance(when, bool) and when > 0
+        if when not in ("train_begin", "train_end", "epoch") and not is_number:
+            raise ConfigurationError(
+                f"when has to be 'train_begin', 'train_end', 'epoch' or a number of steps, found {when!r}."
+            )
         self.tasks = tasks
         self.output_dir = Path(output_dir)
         self.config = config
@@ -71,13 +78,22 @@ class GradientCaptureCallback(TrainerCallback):
             # A resumed training begins in the middle; what was captured at its beginning still stands.
             self.store = GradientStore(self.output_dir)
         else:
-            self._capture(args, model, processing_class, state.max_steps if state is not None else None)
+            num_steps = state.max_steps if state is not None else None
+            self._capture(args, model, processing_class, self.output_dir, num_steps)
+
+    def on_epoch_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if self.when == "epoch":
+            self._capture(args, model, processing_class, self.output_dir / f"epoch-{round(state.epoch)}")
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if isinstance(self.when, int) and state.global_step % self.when == 0:
+            self._capture(args, model, processing_class, self.output_dir / f"step-{state.global_step}")
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if self.when == "train_end":
-            self._capture(args, model, processing_class)
+            self._capture(args, model, processing_class, self.output_dir)
 
-    def _capture(self, args, model, processing_class, num_steps: int | None = None) -> None:
+    def _capture(self, args, model, processing_class, folder: Path, num_steps: int | None = None) -> None:
         if processing_class is None:
             raise ConfigurationError("Capturing needs the tokenizer: pass processing_class to the Trainer.")
         metric = optimizer_metric(args)
@@ -89,7 +105,7 @@ class GradientCaptureCallback(TrainerCallback):
             model,
             self.tasks,
             config,
-            self.output_dir,
+            folder,
             processing_class=processing_class,
             overwrite=self.overwrite,
             disable_tqdm=bool(args.disable_tqdm),

@@ -47,7 +47,7 @@ def callback(folder, **changes):
 
 
 @pytest.mark.parametrize("kind", ["trainer", "sft"])
-@pytest.mark.parametrize("when", ["train_begin", "train_end"])
+@pytest.mark.parametrize("when", ["train_begin", "train_end", "epoch", 7])
 def test_training_is_the_same_to_the_last_bit(tmp_path, kind, when):
     own = callback(tmp_path / "store", when=when)
     with_losses, with_parameters = train(kind, tmp_path / "a", [own])
@@ -55,9 +55,14 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, kind, when):
     assert len(losses) == 18 and losses == with_losses
     assert all(torch.equal(value, with_parameters[name]) for name, value in parameters.items())
     assert len(own.store) == 54
-    # What is captured at the end is followed by no training.
-    assert (own.store.recipe is None) == (when == "train_end")
-    selector = DataSelector.from_store(tmp_path / "store", num_components=20)
+    # Only what is captured at the beginning is followed by a training on everything.
+    assert (own.store.recipe is None) == (when != "train_begin")
+    folders = {"epoch": ["epoch-1", "epoch-2"], 7: ["step-14", "step-7"]}.get(when)
+    if folders is not None:
+        assert sorted(path.name for path in (tmp_path / "store").iterdir() if path.is_dir()) == folders
+        points = {GradientStore(tmp_path / "store" / name).identity["model"]["theta0"] for name in folders}
+        assert len(points) == 2
+    selector = DataSelector.from_store(own.store, num_components=20)
     assert selector.select("sums").targets == {"sums": 1.0}
 
 
@@ -85,7 +90,8 @@ def test_a_resumed_training_keeps_what_was_captured_at_its_beginning(tmp_path):
 
 
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(ConfigurationError, match="when has to be"):
-        callback(tmp_path, when="sometimes")
+    for when in ("sometimes", 0, -3, True):
+        with pytest.raises(ConfigurationError, match="when has to be"):
+            callback(tmp_path, when=when)
     with pytest.raises(ConfigurationError, match="pass processing_class"):
         callback(tmp_path).on_train_begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), None, None)

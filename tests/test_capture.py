@@ -59,13 +59,13 @@ def test_a_killed_capture_goes_on_and_ends_with_the_same_store(tmp_path, monkeyp
     folder = tmp_path / "store"
     write, written = GradientStoreWriter.write_shard, []
 
-    def killed(self, shard, rows):
+    def killed(self, shard, rows, **kwargs):
         if len(written) == kill_after:
             # What a process leaves that dies between the features and the marker of a shard.
             (self.folder / f"shard-{shard:05d}.features.npy").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(shard)
-        write(self, shard, rows)
+        write(self, shard, rows, **kwargs)
 
     monkeypatch.setattr(GradientStoreWriter, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -73,9 +73,12 @@ def test_a_killed_capture_goes_on_and_ends_with_the_same_store(tmp_path, monkeyp
     with pytest.raises(StoreError, match="unfinished"):
         GradientStore(folder)
     redone = []
-    monkeypatch.setattr(
-        GradientStoreWriter, "write_shard", lambda self, shard, rows: (redone.append(shard), write(self, shard, rows))
-    )
+
+    def counted(self, shard, rows, **kwargs):
+        redone.append(shard)
+        write(self, shard, rows, **kwargs)
+
+    monkeypatch.setattr(GradientStoreWriter, "write_shard", counted)
     capture(folder)
     assert not set(redone) & set(written)
     assert contents(folder) == contents(whole_store[0])
@@ -88,7 +91,7 @@ def test_a_capture_killed_before_its_last_word_is_completed(tmp_path, monkeypatc
         patch.setattr(GradientStoreWriter, "finish", lambda self, *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             capture(tmp_path / "store")
-    monkeypatch.setattr(GradientStoreWriter, "write_shard", lambda *a: pytest.fail("captured again"))
+    monkeypatch.setattr(GradientStoreWriter, "write_shard", lambda *a, **k: pytest.fail("captured again"))
     assert len(capture(tmp_path / "store")) == 90
 
 
@@ -150,6 +153,8 @@ def test_config_is_checked():
         ({"projection_dim": 0}, "projection_dim"),
         ({"batch_size": 0}, "batch_size"),
         ({"margin": "mean"}, "margin"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens"),
+        ({"non_finite": "ignore"}, "non_finite"),
         ({"feature_dtype": "bfloat16"}, "float16"),
     ]:
         with pytest.raises(ConfigurationError, match=message):

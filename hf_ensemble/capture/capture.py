@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from .._compat import keep_quantized_weights_in_place, package_versions
 from ..errors import CaptureError
-from ..store import CapturedRows, GradientStore, GradientStoreWriter, TrainingRecipe
+from ..logging import get_logger
+from ..store import CapturedRows, GradientStore, GradientStoreWriter, TrainingRecipe, sole_writer
 from ..tasks import EXAMPLE_ID, TASK, RowFormat, TaskCollator, TaskSet, data_collator_for, encode, length_limit
+from .batches import HalvingOnFullMemory, length_sorted_batches
 from .config import CaptureConfig
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
 from .preconditioner import Preconditioner
 from .recipe import fresh_lora_gain
+
+logger = get_logger(__name__)
 
 SHARD_SIZE = 512
 # Training rows whose gradients' second moments make the preconditioner, evenly spaced over all tasks.
@@ -68,7 +73,9 @@ def capture_gradients(
 
     Raises:
         `StoreMismatchError`: when the directory holds a store of another model, data or configuration.
-        `StoreError`: for gradients that are not finite, each named.
+        `StoreError`:
+            For gradients that are not finite, each named, unless the configuration excludes them; when another pass is
+            writing into the directory, and when the disk has no room for the store.
         `CaptureError`: when the model has no trainable parameter, or a row no answer token.
 
     Example:
@@ -109,55 +116,64 @@ def capture_gradients(
         },
         "config": config.identity(),
     }
-    with state.main_process_first():
-        writer = GradientStoreWriter(
-            Path(output_dir),
-            identity,
-            plan,
-            extractor.projection.dim,
-            config.feature_dtype,
-            SHARD_SIZE,
-            overwrite,
-            state.is_main_process,
-        )
-    missing = writer.missing_shards()
-    state.wait_for_everyone()
-    if config.preconditioner != "none":
-        extractor.preconditioner = _preconditioner(
-            extractor, writer, encoded["train"], data_collator, config.batch_size, state
-        )
-    mine = missing[state.process_index :: state.num_processes]
-    _capture_shards(extractor, writer, mine, encoded, data_collator, config.batch_size, disable_tqdm)
-    state.wait_for_everyone()
-    if recipe is not None and extractor.preconditioner is not None:
-        recipe = replace(
-            recipe, num_parameters=extractor.preconditioner.num_moving(), input_gain=fresh_lora_gain(model)
-        )
-    if state.is_main_process and (missing or not writer.is_complete()):
-        coverage = {"hooked": extractor.hooked, "fallback": extractor.fallback}
-        writer.finish(recipe, coverage=coverage, versions=package_versions())
-    elif state.is_main_process:
-        writer.renew(recipe)
-    state.wait_for_everyone()
-    return GradientStore(output_dir)
+    with sole_writer(output_dir) if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            writer = GradientStoreWriter(
+                Path(output_dir),
+                identity,
+                plan,
+                extractor.projection.dim,
+                config.feature_dtype,
+                SHARD_SIZE,
+                overwrite,
+                state.is_main_process,
+            )
+        missing = writer.missing_shards()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            writer.check_space()
+        if config.preconditioner != "none":
+            extractor.preconditioner = _preconditioner(
+                extractor, writer, encoded["train"], data_collator, config, state
+            )
+        mine = missing[state.process_index :: state.num_processes]
+        _capture_shards(extractor, writer, mine, encoded, data_collator, config, disable_tqdm)
+        state.wait_for_everyone()
+        if recipe is not None and extractor.preconditioner is not None:
+            recipe = replace(
+                recipe, num_parameters=extractor.preconditioner.num_moving(), input_gain=fresh_lora_gain(model)
+            )
+        if state.is_main_process and (missing or not writer.is_complete()):
+            coverage = {"hooked": extractor.hooked, "fallback": extractor.fallback}
+            writer.finish(recipe, coverage=coverage, versions=package_versions())
+        elif state.is_main_process:
+            writer.renew(recipe)
+        state.wait_for_everyone()
+    store = GradientStore(output_dir)
+    if store.excluded and state.is_main_process:
+        named = ", ".join(f"{task}/{example_id}" for _, task, example_id in store.excluded[:5])
+        logger.warning("%d examples are left out: their gradients are not finite: %s.", len(store.excluded), named)
+    return store
 
 
-def _preconditioner(extractor, writer, rows: Dataset, data_collator, batch_size, state) -> Preconditioner:
+def _preconditioner(extractor, writer, rows: Dataset, data_collator, config, state) -> Preconditioner:
     """The store's own, which the main process makes where there is none yet."""
     if state.is_main_process and writer.preconditioner() is None:
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(MOMENT_ROWS, len(rows))).round().astype(int))
-        chosen_rows = sorted((_without_none(rows[int(i)]) for i in chosen), key=lambda row: len(row["input_ids"]))
+        chosen_rows = [_without_none(rows[int(i)]) for i in chosen]
         moments: dict[str, torch.Tensor] = {}
+        add = HalvingOnFullMemory(lambda batch: extractor.add_second_moments(data_collator(batch), moments))
+        lengths = [len(row["input_ids"]) for row in chosen_rows]
         with torch.random.fork_rng():
-            for start in range(0, len(chosen_rows), batch_size):
-                extractor.add_second_moments(data_collator(chosen_rows[start : start + batch_size]), moments)
+            for batch in length_sorted_batches(lengths, config.batch_size, config.max_batch_tokens):
+                add([chosen_rows[position] for position in batch])
         scales = Preconditioner.from_second_moments(moments).scales
         writer.write_preconditioner({name: scale.cpu().numpy() for name, scale in scales.items()})
     state.wait_for_everyone()
     return Preconditioner(writer.preconditioner())
 
 
-def _capture_shards(extractor, writer, shards, encoded, data_collator, batch_size, disable_tqdm) -> None:
+def _capture_shards(extractor, writer, shards, encoded, data_collator, config, disable_tqdm) -> None:
     starts = dict(zip(encoded, np.cumsum([0, *(len(table) for table in encoded.values())])))
     bounds = list(starts.items())
 
@@ -167,21 +183,22 @@ def _capture_shards(extractor, writer, shards, encoded, data_collator, batch_siz
 
     total = sum(len(writer.rows_of(shard)) for shard in shards)
     hidden = disable_tqdm or not PartialState().is_local_main_process
+    extract = HalvingOnFullMemory(lambda batch: extractor(data_collator(batch)))
     with tqdm(total=total, desc="Capturing gradients", unit="example", disable=hidden) as bar, torch.random.fork_rng():
         for shard in shards:
-            rows = [row_at(position) for position in writer.rows_of(shard)]
-            writer.write_shard(shard, _capture_rows(extractor, rows, data_collator, batch_size, bar))
+            rows = [_without_none(row_at(position)) for position in writer.rows_of(shard)]
+            captured = _capture_rows(extract, rows, config, bar)
+            writer.write_shard(shard, captured, exclude_non_finite=config.non_finite == "exclude")
 
 
-def _capture_rows(extractor, rows, data_collator, batch_size, bar) -> CapturedRows:
+def _capture_rows(extract: HalvingOnFullMemory, rows: list[dict], config: CaptureConfig, bar: tqdm) -> CapturedRows:
     """Batches of similar length waste little on padding; the results go back to the plan's order."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    batches = length_sorted_batches([len(row["input_ids"]) for row in rows], config.batch_size, config.max_batch_tokens)
     parts: list[BatchGradients] = []
-    for start in range(0, len(order), batch_size):
-        batch = [_without_none(rows[i]) for i in order[start : start + batch_size]]
-        parts.append(extractor(data_collator(batch)))
+    for batch in batches:
+        parts += extract([rows[position] for position in batch])
         bar.update(len(batch))
-    back = np.argsort(order)
+    back = np.argsort([position for batch in batches for position in batch])
 
     def joined(name: str) -> np.ndarray:
         return torch.cat([getattr(part, name) for part in parts]).numpy()[back]

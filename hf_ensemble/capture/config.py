@@ -1,10 +1,10 @@
 """Settings of a capture pass."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from ..errors import ConfigurationError
 from ..store.layout import numpy_dtype
-from .margin import MARGIN_KINDS
+from .margin import MARGIN_KINDS, MarginKind, margin_identity
 from .preconditioner import PRECONDITIONERS
 
 
@@ -24,9 +24,12 @@ class CaptureConfig:
         },
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the random projection."})
-    margin: str = field(
+    margin: MarginKind = field(
         default="geometric_mean",
-        metadata={"help": "Log-odds of an answer of several tokens: 'geometric_mean' or 'mean_log_odds'."},
+        metadata={
+            "help": "Log-odds of an answer of several tokens: 'geometric_mean' or 'mean_log_odds'; or a function from "
+            "logits and labels to one number per example, of which log(1 + exp(-m)) is taken for the loss."
+        },
     )
     preconditioner: str = field(
         default="adam",
@@ -36,7 +39,16 @@ class CaptureConfig:
         },
     )
     feature_dtype: str = field(default="float16", metadata={"help": "Stored precision: 'float16' or 'float32'."})
-    batch_size: int = field(default=16, metadata={"help": "Examples per forward and backward pass."})
+    batch_size: int = field(
+        default=16, metadata={"help": "Examples per forward and backward pass at most; fewer where memory runs out."}
+    )
+    max_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens per forward and backward pass at most, padding included."}
+    )
+    non_finite: str = field(
+        default="error",
+        metadata={"help": "Examples whose gradients are not finite: 'error' names them, 'exclude' leaves them out."},
+    )
     max_length: int | None = field(default=None, metadata={"help": "Truncate rows to this many tokens."})
 
     def __post_init__(self):
@@ -44,8 +56,12 @@ class CaptureConfig:
             raise ConfigurationError(f"projection_dim has to be positive or None, found {self.projection_dim}.")
         if self.batch_size <= 0:
             raise ConfigurationError(f"batch_size has to be positive, found {self.batch_size}.")
-        if self.margin not in MARGIN_KINDS:
-            raise ConfigurationError(f"margin has to be one of {MARGIN_KINDS}, found {self.margin!r}.")
+        if self.max_batch_tokens is not None and self.max_batch_tokens <= 0:
+            raise ConfigurationError(f"max_batch_tokens has to be positive or None, found {self.max_batch_tokens}.")
+        if self.non_finite not in ("error", "exclude"):
+            raise ConfigurationError(f"non_finite has to be 'error' or 'exclude', found {self.non_finite!r}.")
+        if self.margin not in MARGIN_KINDS and not callable(self.margin):
+            raise ConfigurationError(f"margin has to be one of {MARGIN_KINDS} or a function, found {self.margin!r}.")
         if self.preconditioner not in PRECONDITIONERS:
             raise ConfigurationError(
                 f"preconditioner has to be one of {PRECONDITIONERS}, found {self.preconditioner!r}."
@@ -53,5 +69,6 @@ class CaptureConfig:
         numpy_dtype(self.feature_dtype)
 
     def identity(self) -> dict:
-        """The settings that decide the features' values; the batch size does not."""
-        return {key: value for key, value in asdict(self).items() if key != "batch_size"}
+        """The settings that decide the features' values; how many go through the model at once does not."""
+        settings = {**vars(self), "margin": margin_identity(self.margin)}
+        return {key: value for key, value in settings.items() if key not in ("batch_size", "max_batch_tokens")}

@@ -44,7 +44,9 @@ class GradientExtractor:
         model (`nn.Module`): a model whose trained parameters require gradients, all others not.
         projection_dim (`int`, *optional*): features per example; `None` keeps the exact gradient.
         seed (`int`, *optional*, defaults to 0): seed of the projection.
-        margin (`str`, *optional*, defaults to `"geometric_mean"`): see [`margins`].
+        margin (`str` or `Callable`, *optional*, defaults to `"geometric_mean"`):
+            See [`margins`]; or a function from logits and labels to one number per example, `(B,)`, each of which
+            depends on its own example alone.
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
         preconditioner (`Preconditioner`, *optional*): applied to every gradient before the projection.
 
@@ -160,8 +162,8 @@ class GradientExtractor:
 
         fallback = self.fallback
         with self.taps.reading(labels.shape[0], self.hooked, hooked) as unusable:
-            scores = self._scores(inputs, labels, label_mask)
-            margin = margins(scores, self.margin)
+            logits, scores = self._scores(inputs, labels, label_mask)
+            margin = self._margins(logits, labels, scores)
             values = objective(margin)
             wanted = [self.parameters[name] for name in self.hooked]
             summed = (
@@ -189,7 +191,19 @@ class GradientExtractor:
         scores = score_answers(logits, labels, self._shift)
         if (scores.num_tokens == 0).any():
             raise CaptureError("An example of the batch has no answer token: every label is -100. Drop such rows.")
-        return scores
+        return logits, scores
+
+    def _margins(self, logits: torch.Tensor, labels: torch.Tensor, scores: AnswerScores) -> torch.Tensor:
+        if not callable(self.margin):
+            return margins(scores, self.margin)
+        values = self.margin(logits, labels)
+        if not torch.is_tensor(values) or values.shape != labels.shape[:1] or not values.requires_grad:
+            found = f"shape {tuple(values.shape)}" if torch.is_tensor(values) else type(values).__name__
+            raise CaptureError(
+                f"The output function has to return a differentiable tensor with one number per example, of shape "
+                f"{tuple(labels.shape[:1])}; found {found}."
+            )
+        return values.float()
 
     def _no_cache(self) -> dict[str, bool]:
         # Key-value caches would be built, and gradients kept through them, for nothing.

@@ -1,13 +1,18 @@
 """The margin of an example: the log-odds of its answer."""
 
-from typing import Literal
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
 from ..errors import ConfigurationError
 from ..tasks import AnswerScores
 
-MarginKind = Literal["geometric_mean", "mean_log_odds"]
+# From logits `(B, T, V)` or `(B, num_labels)` and labels `(B, T)` or `(B,)` to one number per example `(B,)`.
+OutputFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+MarginKind = Literal["geometric_mean", "mean_log_odds"] | OutputFunction
 MARGIN_KINDS: tuple[str, ...] = ("geometric_mean", "mean_log_odds")
 
 # The nearest float32 below zero that keeps log(1 - p) finite and its derivative within float32's range.
@@ -35,3 +40,16 @@ def margins(scores: AnswerScores, kind: MarginKind = "geometric_mean") -> torch.
     if kind == "mean_log_odds":
         return scores.mean_over_tokens(log_odds(scores.log_probs))
     raise ConfigurationError(f"margin has to be one of {MARGIN_KINDS}, found {kind!r}.")
+
+
+def margin_identity(kind: MarginKind) -> str:
+    """A name that another output function does not have: a function's own and its source's fingerprint."""
+    if isinstance(kind, str):
+        return kind
+    source: Any = getattr(kind, "__code__", None)
+    try:
+        content = inspect.getsource(kind).encode()
+    except (OSError, TypeError):
+        content = b"" if source is None else source.co_code
+    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', type(kind).__qualname__)}:{digest}"

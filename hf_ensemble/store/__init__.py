@@ -2,6 +2,6 @@
 
 from .reader import FeatureTable, GradientStore
 from .recipe import TrainingRecipe
-from .writer import CapturedRows, GradientStoreWriter
+from .writer import CapturedRows, GradientStoreWriter, sole_writer
 
-__all__ = ["CapturedRows", "FeatureTable", "GradientStore", "GradientStoreWriter", "TrainingRecipe"]
+__all__ = ["CapturedRows", "FeatureTable", "GradientStore", "GradientStoreWriter", "TrainingRecipe", "sole_writer"]

@@ -3,7 +3,7 @@
     manifest.json               identity, plan, versions, status; written first, marked complete last
     preconditioner.safetensors  what every parameter's gradient was multiplied by, where it was; before any shard
     shard-00000.features.npy    (rows, dim) array; row i times its scale is the gradient feature
-    shard-00000.rows.arrow      split, task, example_id, margin, loss, num_tokens, scale of each row
+    shard-00000.rows.arrow      split, task, example_id, margin, loss, num_tokens, scale, excluded of each row
     shard-00000.json            checksums of the two; written last, so that a shard with this file is whole
 
 A shard holds a fixed stretch of the plan (the list of all rows to capture), so that a killed pass goes on with the
@@ -19,7 +19,7 @@ import safetensors.numpy
 from .._files import read_json
 from ..errors import ConfigurationError, StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PRECONDITIONER = "preconditioner.safetensors"
 FeatureDtype = Literal["float16", "float32"]

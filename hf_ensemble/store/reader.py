@@ -144,9 +144,19 @@ class GradientStore:
         """What every parameter's gradient was multiplied by, by name; `None` where gradients were taken as they are."""
         return read_preconditioner(self.folder)
 
+    @property
+    def excluded(self) -> list[tuple[str, str, str]]:
+        """Split, task and example id of the rows that were left out, since their gradients are not finite."""
+        left_out = self.rows.filter(self.rows["excluded"])
+        return list(zip(*(left_out[name].to_pylist() for name in ("split", "task", "example_id"))))
+
     def num_rows(self, split: str) -> int:
-        """Rows of one split."""
-        return self.rows["split"].to_pylist().count(split)
+        """Rows of one split that were not left out."""
+        return int(self._kept(split).sum())
+
+    def _kept(self, split: str) -> np.ndarray:
+        here = np.array(self.rows["split"].to_pylist()) == split
+        return here & ~self.rows["excluded"].to_numpy(zero_copy_only=False)
 
     def table(self, split: str, tasks: Sequence[str] | None = None) -> FeatureTable:
         """Rows of one split, of all tasks or of some.
@@ -156,9 +166,8 @@ class GradientStore:
         """
         names = self.task_names if tasks is None else tuple(tasks)
         index = {name: i for i, name in enumerate(names)}
-        row_splits = np.array(self.rows["split"].to_pylist())
         row_tasks = np.array([index.get(task, -1) for task in self.rows["task"].to_pylist()])
-        positions = np.flatnonzero((row_splits == split) & (row_tasks >= 0))
+        positions = np.flatnonzero(self._kept(split) & (row_tasks >= 0))
         lacking = [name for name, i in index.items() if not (row_tasks[positions] == i).any()]
         if lacking:
             raise StoreError(f"The store in {str(self.folder)!r} has no {split!r} rows of the tasks {lacking}.")

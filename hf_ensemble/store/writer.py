@@ -1,6 +1,8 @@
 """Writing a gradient store, shard by shard."""
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import safetensors.numpy
+from filelock import FileLock, Timeout
 
 from .._files import named_differences, sha256_of, write_atomically, write_json
 from ..errors import StoreError, StoreMismatchError
+from ..logging import get_logger
 from .layout import (
     FORMAT_VERSION,
     MANIFEST,
@@ -24,6 +28,8 @@ from .layout import (
     rows_file,
 )
 from .recipe import TrainingRecipe
+
+logger = get_logger(__name__)
 
 # Of a manifest, what tells how the store was made, not what it is made of.
 _RECORDS = ("status", "versions", "coverage", "preconditioner_sha256", "recipe")
@@ -143,8 +149,29 @@ class GradientStoreWriter:
         """Positions in the plan that a shard holds."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.plan)))
 
-    def write_shard(self, shard: int, rows: CapturedRows) -> None:
+    def check_space(self) -> None:
+        """Say how large the missing shards will be.
+
+        Raises:
+            `StoreError`: when the disk has no room for them.
+        """
+        rows = sum(len(self.rows_of(shard)) for shard in self.missing_shards())
+        size, free = rows * self.dim * self.dtype.itemsize, shutil.disk_usage(self.folder).free
+        logger.info("%d examples to capture into %s: %.1f MiB.", rows, self.folder, size / 2**20)
+        if size > free:
+            raise StoreError(
+                f"The store in {str(self.folder)!r} needs {size / 2**30:.1f} GiB more, its disk has {free / 2**30:.1f} "
+                "free. Choose another directory, or a smaller projection_dim."
+            )
+
+    def write_shard(self, shard: int, rows: CapturedRows, exclude_non_finite: bool = False) -> None:
         """Write one shard whole.
+
+        Args:
+            shard (`int`): which.
+            rows (`CapturedRows`): its rows, in the plan's order.
+            exclude_non_finite (`bool`, *optional*, defaults to `False`):
+                Mark rows that hold a value that is not finite as excluded, in place of an error.
 
         Raises:
             `StoreError`: when the rows do not fill the shard, or hold a value that is not finite (the task and example
@@ -153,7 +180,11 @@ class GradientStoreWriter:
         positions = self.rows_of(shard)
         if rows.features.shape != (len(positions), self.dim):
             raise StoreError(f"Shard {shard} takes {(len(positions), self.dim)} features, found {rows.features.shape}.")
-        self._check_finite(positions, rows)
+        excluded = ~_finite(rows)
+        if exclude_non_finite:
+            rows = _without(rows, excluded)
+        elif excluded.any():
+            self._refuse(positions, excluded)
         # float16 spans 6e-8 to 65504, gradients span more: each row is stored relative to its largest entry.
         scale = np.abs(rows.features).max(axis=1, initial=0.0).astype(np.float32)
         scale[scale == 0] = 1.0
@@ -168,6 +199,7 @@ class GradientStoreWriter:
                 "loss": rows.loss.astype(np.float32),
                 "num_tokens": rows.num_tokens.astype(np.int64),
                 "scale": scale,
+                "excluded": excluded,
             }
         )
         write_atomically(features_file(self.folder, shard), lambda file: np.save(file, features, allow_pickle=False))
@@ -178,15 +210,14 @@ class GradientStoreWriter:
         files = {p.name: sha256_of(p) for p in (features_file(self.folder, shard), rows_file(self.folder, shard))}
         write_json(marker_file(self.folder, shard), {"rows": len(positions), "sha256": files})
 
-    def _check_finite(self, positions: range, rows: CapturedRows) -> None:
-        finite = np.isfinite(rows.features).all(axis=1) & np.isfinite(rows.margin) & np.isfinite(rows.loss)
-        if not finite.all():
-            bad = [self.plan[positions[i]] for i in np.flatnonzero(~finite)]
-            named = ", ".join(f"{task}/{example_id}" for _, task, example_id in bad[:5])
-            raise StoreError(
-                f"{len(bad)} examples have gradients that are not finite: {named}. Check these rows and the model's "
-                "precision (float16 weights overflow; bfloat16 or float32 do not)."
-            )
+    def _refuse(self, positions: range, excluded: np.ndarray) -> None:
+        bad = [self.plan[positions[i]] for i in np.flatnonzero(excluded)]
+        named = ", ".join(f"{task}/{example_id}" for _, task, example_id in bad[:5])
+        raise StoreError(
+            f"{len(bad)} examples have gradients that are not finite: {named}. Check these rows and the model's "
+            "precision (float16 weights overflow; bfloat16 or float32 do not), or leave them out with "
+            "non_finite='exclude'."
+        )
 
     def finish(self, recipe: TrainingRecipe | None = None, **records: Any) -> None:
         """Mark the store complete, with the training that goes on from here and `records` (how it was made).
@@ -216,3 +247,40 @@ class GradientStoreWriter:
         renewed = {**manifest, **self._present(recipe)}
         if renewed != manifest:
             write_json(self.folder / MANIFEST, renewed)
+
+
+def _finite(rows: CapturedRows) -> np.ndarray:
+    return np.isfinite(rows.features).all(axis=1) & np.isfinite(rows.margin) & np.isfinite(rows.loss)
+
+
+def _without(rows: CapturedRows, excluded: np.ndarray) -> CapturedRows:
+    """Zeros in the place of excluded rows."""
+    return CapturedRows(
+        np.where(excluded[:, None], 0, rows.features),
+        np.where(excluded, 0, rows.margin),
+        np.where(excluded, 0, rows.loss),
+        rows.num_tokens,
+    )
+
+
+@contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """While open, no other process writes into the store; a lock that a killed process held is free at once.
+
+    Raises:
+        `StoreError`: when another one is writing.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the store: a new store's directory has to be empty.
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise StoreError(
+            f"Another capture is writing into {str(folder)!r}. Wait for it, or choose another directory."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,73 @@
+"""Which rows go through the model together."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from ..logging import get_logger
+
+logger = get_logger(__name__)
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
+
+
+def length_sorted_batches(lengths: Sequence[int], max_rows: int, max_tokens: int | None = None) -> list[list[int]]:
+    """Positions of rows in batches of similar length, the shortest first.
+
+    Args:
+        lengths (`Sequence[int]`): tokens of each row.
+        max_rows (`int`): rows of a batch at most.
+        max_tokens (`int`, *optional*): tokens of a batch at most, padding included; a longer row goes alone.
+    """
+    batches: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # Rows come in ascending order: the newest is what the batch is padded to.
+        fits = batches and len(batches[-1]) < max_rows
+        if fits and max_tokens is not None:
+            fits = (len(batches[-1]) + 1) * lengths[position] <= max_tokens
+        if fits:
+            batches[-1].append(position)
+        else:
+            batches.append([position])
+    return batches
+
+
+class HalvingOnFullMemory:
+    """Calls a function on rows, and on halves of them where memory runs out.
+
+    The number of rows that did fit is kept for the calls that follow.
+
+    Args:
+        function (`Callable`): from a list of rows to a result.
+    """
+
+    def __init__(self, function: Callable[[list[Row]], Result]):
+        self._function = function
+        self._most: int | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> list[Result]:
+        """Results of consecutive pieces of the rows.
+
+        Raises:
+            Whatever the function raises; running out of memory only where a single row does not fit.
+        """
+        results, waiting = [], [list(rows)]
+        while waiting:
+            piece = waiting.pop()
+            if self._most is not None and len(piece) > self._most:
+                waiting += [piece[self._most :], piece[: self._most]]
+                continue
+            try:
+                results.append(self._function(piece))
+                continue
+            except Exception as error:
+                if len(piece) == 1 or not should_reduce_batch_size(error):
+                    raise
+            # Outside of the handler: the exception holds the tensors of the failed attempt.
+            clear_device_cache(garbage_collection=True)
+            self._most = (len(piece) + 1) // 2
+            logger.warning("%d rows at once do not fit into memory: going on with %d.", len(piece), self._most)
+            waiting.append(piece)
+        return results
