@@ -218,3 +218,12 @@ def test_killed_twenty_times_it_ends_with_the_same_store(tmp_path, monkeypatch):
             assert resumed.manifest == whole.manifest
             shutil.rmtree(tmp_path / "killed")
     assert killed >= 10
+
+
+def test_a_sharded_model_is_refused():
+    model = toy.with_lora(toy.llama())
+    name, parameter = next((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    # What DeepSpeed marks the parameters with that it has shared out.
+    parameter.ds_id = 0
+    with pytest.raises(CaptureError, match=f"1 trained parameters are sharded over devices, among them '{name}'"):
+        GradientExtractor(model, 16)

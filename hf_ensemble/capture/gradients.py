@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import CaptureError
 from ..tasks import TASK, AnswerScores, LabelSpace, pop_meta, restrict_to_labels, score_answers
@@ -51,7 +52,7 @@ class GradientExtractor:
         preconditioner (`Preconditioner`, *optional*): applied to every gradient before the projection.
 
     Raises:
-        `CaptureError`: when no parameter is trainable, or a trainable one is quantized.
+        `CaptureError`: when no parameter is trainable, or a trainable one is quantized or sharded over devices.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class GradientExtractor:
         self.label_space = label_space
         self.preconditioner = preconditioner
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _check_whole(self.parameters)
         self.projection = SeededProjection({n: p.shape for n, p in self.parameters.items()}, projection_dim, seed)
         self.taps = LinearTaps(model, self.parameters)
         self.hooked = [name for name in self.parameters if name in self.taps.covered]
@@ -246,3 +248,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _check_whole(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise `CaptureError` for a parameter of which this process holds a shard: FSDP, ZeRO-3, tensor parallelism."""
+    sharded = [
+        name
+        for name, parameter in parameters.items()
+        if isinstance(parameter.data, DTensor) or hasattr(parameter, "ds_id") or hasattr(parameter, "_local_shard")
+    ]
+    if sharded:
+        raise CaptureError(
+            f"{len(sharded)} trained parameters are sharded over devices, among them {sharded[0]!r}: no process has a "
+            "whole gradient of them. Capture before the model is sharded, or on one device."
+        )

@@ -36,6 +36,13 @@ class EstimateArguments:
         default=None,
         metadata={"help": "Examples per backward pass of the capture; per_device_eval_batch_size by default."},
     )
+    capture_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens per backward pass of the capture at most, padding included."}
+    )
+    non_finite: str = field(
+        default="error",
+        metadata={"help": "Examples whose gradients are not finite: 'error' names them, 'exclude' leaves them out."},
+    )
     num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
     calibration_runs: int = field(
         default=1,
@@ -65,6 +72,8 @@ class EstimateArguments:
             preconditioner=optimizer_metric(self) if self.preconditioner == "auto" else self.preconditioner,
             feature_dtype=self.feature_dtype,
             batch_size=self.per_device_eval_batch_size if self.capture_batch_size is None else self.capture_batch_size,
+            max_batch_tokens=self.capture_batch_tokens,
+            non_finite=self.non_finite,
         )
 
 

@@ -24,8 +24,13 @@ logger = get_logger(__name__)
 
 # Arguments that say where and how to report or how fast to go, not what to train.
 _UNCOMPARED = ("output_dir", "run_name", "project", "disable_tqdm", "overwrite_run", "local_rank", "report_to")
-_UNCOMPARED += ("per_device_eval_batch_size", "capture_batch_size", "dataloader_num_workers", "dataloader_pin_memory")
-_UNCOMPARED += ("dataloader_persistent_workers", "dataloader_prefetch_factor")
+_UNCOMPARED += ("per_device_eval_batch_size", "capture_batch_size", "capture_batch_tokens")
+_UNCOMPARED += (
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+)
 _UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
 # Arguments that only the choice of groups or auxiliary tasks depends on.
 _CHOICES = ("num_components", "num_groups", "max_groups", "grouping_method", "overlapping_groups")
