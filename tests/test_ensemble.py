@@ -5,7 +5,7 @@ import pytest
 import torch
 import toy
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel, DynamicCache
 
 from hf_ensemble import LabelSimilarityForSequenceClassification, PeftEnsembleModel
 from hf_ensemble.ensemble import fit_weights
@@ -74,8 +74,13 @@ def test_rows_run_only_the_adapters_that_they_weigh(ensemble, members, batch):
     seen = []
     layer = members.get_base_model().model.layers[0].self_attn.q_proj
     layer.register_forward_hook(lambda module, inputs, output: seen.append((module.active_adapters[0], len(inputs[0]))))
+    ensemble.fused = False
     ensemble(**batch, task=TASKS)
     assert sorted(seen) == [("a", 3), ("b", 3), ("c", 2)]
+    seen.clear()
+    ensemble.fused = True
+    ensemble(**batch, task=TASKS)
+    assert [count for _, count in seen] == [8]
 
 
 def test_loss_is_the_mean_over_answer_tokens(ensemble, members, batch):
@@ -240,9 +245,12 @@ def test_bad_arguments_are_named(ensemble, members, batch):
         (lambda: PeftEnsembleModel(members, ["a"], {"x": {"b": 1.0}}), "unknown adapters"),
         (lambda: PeftEnsembleModel(members, ["a"], {"x": {"a": 0.0}}), "not all zero"),
         (lambda: PeftEnsembleModel(members, ["a"], {"x": {"a": float("nan")}}), "finite"),
-        (lambda: ensemble(**batch, task="w"), r"No weights for the tasks \['w'\]"),
         (lambda: ensemble(**batch, task=["x"]), "one task for each of 4 rows, found 1"),
-        (lambda: ensemble.generate(**batch, cache_implementation="static"), "cache_implementation cannot be set"),
+        (lambda: ensemble.generate(**batch, cache_implementation="quantized"), "'dynamic' or 'static', found 'quant"),
+        (lambda: ensemble.generate(**batch, past_key_values=DynamicCache()), "past_key_values cannot be set"),
+        (lambda: ensemble.generate(**batch, output_attentions=True), "output_attentions cannot be set"),
+        (lambda: ensemble(**batch, routing="magic"), "Unknown routing 'magic'; known: 'default', 'prompt'"),
+        (lambda: PeftEnsembleModel(members, ["a"], combination="sum"), "Unknown combination 'sum'"),
     ]:
         with pytest.raises(EnsembleError, match=message):
             call()

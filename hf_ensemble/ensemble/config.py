@@ -6,13 +6,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from .._compat import package_versions
 from .._files import read_json, write_json
 from ..errors import EnsembleError, EnsembleLoadError
+from .combination import COMBINATIONS
 
 CONFIG_NAME = "ensemble_config.json"
 ADAPTERS_FOLDER = "adapters"
 FORMAT_VERSION = 1
+ROUTINGS = ("default", "prompt")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
@@ -52,6 +56,8 @@ class SavedEnsembleConfig:
         default_weights (`dict[str, float]`): for rows of no known task.
         label_space (`dict`, *optional*): label sets of classification tasks.
         versions (`dict[str, str]`): packages that wrote it.
+        combination (`str`): what is summed, see [`PeftEnsembleModel`].
+        routing (`str`): weights of rows of no known task, see [`PeftEnsembleModel`].
     """
 
     base_model: BaseModelReference
@@ -60,12 +66,13 @@ class SavedEnsembleConfig:
     default_weights: dict[str, float]
     label_space: dict | None = None
     versions: dict[str, str] = field(default_factory=package_versions)
+    combination: str = "logits"
+    routing: str = "default"
 
     def save(self, folder: Path) -> None:
         data = {
             "format": "hf_ensemble.ensemble",
             "format_version": FORMAT_VERSION,
-            "combination": "logits",
             **asdict(self),
         }
         write_json(folder / CONFIG_NAME, data)
@@ -88,8 +95,9 @@ class SavedEnsembleConfig:
                     f"{CONFIG_NAME} has format version {data['format_version']}, this release reads {FORMAT_VERSION}. "
                     "Install a newer hf_ensemble."
                 )
-            if data["combination"] != "logits":
-                raise EnsembleLoadError(f"{CONFIG_NAME}: unknown combination {data['combination']!r}, known: 'logits'.")
+            for key, known in (("combination", COMBINATIONS), ("routing", ROUTINGS)):
+                if data.get(key, known[0]) not in known:
+                    raise EnsembleLoadError(f"{CONFIG_NAME}: unknown {key} {data[key]!r}, known: {', '.join(known)}.")
             config = cls(
                 BaseModelReference(**data["base_model"]),
                 [EnsembleMember(**member) for member in data["members"]],
@@ -97,6 +105,8 @@ class SavedEnsembleConfig:
                 data["default_weights"],
                 data.get("label_space"),
                 data.get("versions", {}),
+                data.get("combination", COMBINATIONS[0]),
+                data.get("routing", ROUTINGS[0]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, EnsembleLoadError):
@@ -112,6 +122,26 @@ def check_adapter_name(name: str) -> None:
     if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
         raise EnsembleLoadError(
             f"Adapter name {name!r} is not usable as a folder's name: use letters, digits, '_' and '-'."
+        )
+
+
+def check_members(model: PeftModel, names: list[str]) -> None:
+    """Raise [`EnsembleError`] unless these are different LoRA adapters of the model."""
+    for name in names:
+        check_adapter_name(name)
+    lacking = sorted(set(names) - set(model.peft_config))
+    if lacking or not names or len(set(names)) < len(names):
+        raise EnsembleError(
+            f"Expected different adapters of the model as members, found {names}; the model has "
+            f"{list(model.peft_config)}."
+        )
+    foreign = [name for name in names if model.peft_config[name].peft_type != "LORA"]
+    if foreign:
+        raise EnsembleError(f"Members of an ensemble are LoRA adapters; {foreign} are not.")
+    invoked = [name for name in names if getattr(model.peft_config[name], "alora_invocation_tokens", None)]
+    if invoked:
+        raise EnsembleError(
+            f"The adapters {invoked} wait for invocation tokens (aLoRA), which an ensemble does not do."
         )
 
 
