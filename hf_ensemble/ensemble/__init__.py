@@ -2,6 +2,7 @@
 
 from .config import BaseModelReference, EnsembleMember
 from .label_similarity import LabelSimilarityConfig, LabelSimilarityForSequenceClassification
+from .merge import MergedAdapter
 from .model import PeftEnsembleModel
 from .weights import FittedWeights, fit_weights
 
@@ -11,6 +12,7 @@ __all__ = [
     "FittedWeights",
     "LabelSimilarityConfig",
     "LabelSimilarityForSequenceClassification",
+    "MergedAdapter",
     "PeftEnsembleModel",
     "fit_weights",
 ]

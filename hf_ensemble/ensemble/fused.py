@@ -144,9 +144,14 @@ def _serving(model: nn.Module, serve: Callable) -> Iterator[None]:
             del layer.forward
 
 
+def is_linear_lora(layer: nn.Module) -> bool:
+    """Whether the layer is a linear one with LoRA adapters, quantized or not."""
+    return type(layer) in _STACKABLE
+
+
 def _is_stackable(layer: nn.Module, names: list[str]) -> bool:
     """Whether the layer adds B A x scaling for each of these adapters, and nothing else."""
-    if type(layer) not in _STACKABLE or layer.merged or layer.disable_adapters:
+    if not is_linear_lora(layer) or layer.merged or layer.disable_adapters:
         return False
     return not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names)
 

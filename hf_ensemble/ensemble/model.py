@@ -11,7 +11,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutpu
 
 from .._compat import keep_quantized_weights_in_place
 from ..errors import EnsembleError
-from ..logging import get_logger
 from ..tasks import IGNORE_INDEX, LabelSpace, restrict_to_labels
 from ..tasks.answers import answer_positions
 from .cache import EnsembleCache, cache_maker
@@ -27,10 +26,11 @@ from .config import (
 from .files import base_reference, load_adapter, load_ensemble, local_folder, save_ensemble
 from .generation import check_generation, generate_by_outputs
 from .inference import MemberForward, summed_weights
+from .merge import MergedAdapter, merge_adapters
 from .routing import check_routing, prompt_weights
 from .rows import batch_size_of
-
-logger = get_logger(__name__)
+from .serving import vllm_obstacles
+from .task_weights import Tasks, label_mask, tasks_of_rows, warn_of_unknown, weight_rows
 
 
 class PeftEnsembleModel(nn.Module):
@@ -97,7 +97,6 @@ class PeftEnsembleModel(nn.Module):
         self.routing = routing
         self.routing_temperature = 0.1
         self.fused = True
-        self._unknown_tasks: set[str] = set()
         keep_quantized_weights_in_place(model)
 
     @property
@@ -125,7 +124,7 @@ class PeftEnsembleModel(nn.Module):
         base = self.model.get_base_model()
         return bool(hasattr(base, "can_generate") and base.can_generate())
 
-    def row_weights(self, task: str | Sequence[str | None] | None, batch_size: int) -> torch.Tensor:
+    def row_weights(self, task: Tasks, batch_size: int) -> torch.Tensor:
         """Weight of each adapter for each row, `(batch_size, members)`.
 
         Args:
@@ -135,27 +134,9 @@ class PeftEnsembleModel(nn.Module):
         Raises:
             `EnsembleError`: for a list of another length than the batch.
         """
-        tasks = self._tasks(task, batch_size)
-        rows = [self.weights.get(t, self.default_weights) for t in tasks]
-        return torch.tensor(
-            [[float(row.get(name, 0.0)) for name in self.adapter_names] for row in rows], device=self.device
-        )
-
-    def _tasks(self, task: str | Sequence[str | None] | None, batch_size: int) -> list[str | None]:
-        """The task of each row, `None` where it has no weights."""
-        tasks = list(task) if isinstance(task, (list, tuple)) else [task] * batch_size
-        if len(tasks) != batch_size:
-            raise EnsembleError(f"Expected one task for each of {batch_size} rows, found {len(tasks)}.")
-        unknown = {t for t in tasks if t is not None and t not in self.weights} - self._unknown_tasks
-        if unknown:
-            self._unknown_tasks |= unknown
-            logger.warning(
-                "No weights for the tasks %s; they get those of no task (routing=%r). Known: %s.",
-                sorted(map(str, unknown)),
-                self.routing,
-                sorted(self.weights),
-            )
-        return [t if t in self.weights else None for t in tasks]
+        tasks = tasks_of_rows(task, batch_size)
+        warn_of_unknown(tasks, self.weights, self.routing)
+        return weight_rows(tasks, self.weights, self.default_weights, self.adapter_names, self.device)
 
     def _routed_weights(self, task, routing: str | None, inputs: Mapping[str, Any], labels=None) -> torch.Tensor:
         """[`row_weights`], with rows of no known task weighed by the prompt where the routing says so."""
@@ -163,7 +144,7 @@ class PeftEnsembleModel(nn.Module):
         weights = self.row_weights(task, batch_size)
         routing = routing or self.routing
         check_routing(routing)
-        rows = [row for row, name in enumerate(self._tasks(task, batch_size)) if name is None]
+        rows = [row for row, name in enumerate(tasks_of_rows(task, batch_size)) if name not in self.weights]
         if routing == "default" or not rows:
             return weights
         if not self.can_generate() or self.config.is_encoder_decoder or inputs.get("input_ids") is None:
@@ -191,7 +172,7 @@ class PeftEnsembleModel(nn.Module):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        task: str | Sequence[str | None] | None = None,
+        task: Tasks = None,
         routing: str | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | Seq2SeqLMOutput | SequenceClassifierOutput:
@@ -222,7 +203,7 @@ class PeftEnsembleModel(nn.Module):
         cache = inputs.pop("past_key_values", None)
         if self.can_generate():
             inputs.setdefault("use_cache", cache is not None)
-        mask = self._label_mask(task, len(weights))
+        mask = label_mask(task, len(weights), self.label_space)
         if self.combination == "weights":
             with summed_weights(self.model, self.adapter_names, weights):
                 output = base.forward(**inputs, **({} if cache is None else {"past_key_values": cache}))
@@ -240,16 +221,6 @@ class PeftEnsembleModel(nn.Module):
         kind = Seq2SeqLMOutput if encoder_decoder else CausalLMOutputWithPast
         return kind(loss=loss, logits=logits, past_key_values=cache)
 
-    def _label_mask(self, task: str | Sequence[str | None] | None, batch_size: int) -> torch.Tensor | None:
-        """Labels that each row of a classifier may answer with, bool `(batch_size, num_labels)`."""
-        if self.label_space is None or task is None:
-            return None
-        tasks = [task] * batch_size if isinstance(task, str) else list(task)
-        known = [row for row, name in enumerate(tasks) if name in self.label_space.task_labels]
-        mask = torch.ones(batch_size, len(self.label_space), dtype=torch.bool)
-        mask[known] = self.label_space.mask([tasks[row] for row in known])
-        return mask
-
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         shift = not getattr(self.config, "is_encoder_decoder", False)
         answers, targets, _ = answer_positions(logits, labels, shift)
@@ -259,7 +230,7 @@ class PeftEnsembleModel(nn.Module):
     def generate(
         self,
         input_ids: torch.Tensor | None = None,
-        task: str | Sequence[str | None] | None = None,
+        task: Tasks = None,
         inputs: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         routing: str | None = None,
@@ -292,6 +263,36 @@ class PeftEnsembleModel(nn.Module):
             with summed_weights(self.model, self.adapter_names, weights):
                 return base.generate(input_ids=input_ids, **masks, **kwargs)
         return generate_by_outputs(self._run(), base, weights, input_ids, attention_mask, **kwargs)
+
+    def merge(
+        self, task: str | None = None, rank: int | None = None, method: str = "sum", **options: Any
+    ) -> MergedAdapter:
+        """The adapters of a task as one plain PEFT adapter.
+
+        Args:
+            task (`str`, *optional*): whose weights; the default weights without one.
+            rank (`int`, *optional*): cap of the rank, and the error that it makes is stated. Without it the rank is
+                the sum of the adapters' ranks, and `sum` and `lines` are exact.
+            method (`str`, *optional*, defaults to `"sum"`):
+                `sum` is what the combination `weights` computes; `lines` (LiNeS) scales it by depth with `alpha` and
+                `beta`; `ties`, `dare_linear`, `dare_ties` (with `density`, and `seed` for DARE), `breadcrumbs` (with
+                `drop_smallest` and `drop_largest`) and `pcb` (PCB-Merging, with `density`) merge entry by entry.
+            options: of the method.
+
+        Returns:
+            [`MergedAdapter`]: to be saved as plain PEFT files, or put on a model.
+
+        Raises:
+            `EnsembleError`: for an unknown task or method, and adapters that have no merged form.
+        """
+        if task is not None and task not in self.weights:
+            raise EnsembleError(f"No weights for the task {task!r}; known: {sorted(self.weights)}.")
+        weights = self.default_weights if task is None else self.weights[task]
+        return merge_adapters(self.model, weights, rank, method, **options)
+
+    def vllm_obstacles(self) -> dict[str, list[str]]:
+        """For each adapter, why vLLM would refuse it or compute it wrongly; empty lists where it serves them."""
+        return {name: vllm_obstacles(self.model.peft_config[name]) for name in self.adapter_names}
 
     def ensemble_config(self) -> SavedEnsembleConfig:
         """What `ensemble_config.json` will hold."""
