@@ -1,6 +1,7 @@
 """Several adapters over one base model as one model."""
 
 from .config import BaseModelReference, EnsembleMember
+from .fitting import WeightFit
 from .label_similarity import LabelSimilarityConfig, LabelSimilarityForSequenceClassification
 from .merge import MergedAdapter
 from .model import PeftEnsembleModel
@@ -14,5 +15,6 @@ __all__ = [
     "LabelSimilarityForSequenceClassification",
     "MergedAdapter",
     "PeftEnsembleModel",
+    "WeightFit",
     "fit_weights",
 ]

@@ -14,7 +14,7 @@ from ..logging import get_logger
 from .cache import EnsembleCache
 from .combination import CombinedOutputs
 from .fused import CannotFuseError, Stacks, grouped_adapters, summed_adapters
-from .rows import AdapterRows, take_rows
+from .rows import AdapterRows, batch_size_of, take_rows
 
 logger = get_logger(__name__)
 
@@ -67,6 +67,11 @@ class MemberForward:
         for k, logits in self._logits(rows, inputs, cache):
             combined.add(rows.rows[k], rows.weights[k], logits)
         return combined.result()
+
+    def members(self, inputs: Mapping[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Number and logits of every adapter, on all rows."""
+        weights = torch.ones(batch_size_of(inputs), len(self.names), device=inputs["input_ids"].device)
+        yield from self._logits(AdapterRows.from_weights(weights, self.names), inputs, None)
 
     def encode(self, encoder: torch.nn.Module, weights: torch.Tensor, inputs: Mapping[str, Any]) -> None:
         """Run the encoder once for each pair; later calls decode from these states."""

@@ -24,6 +24,7 @@ from .config import (
     check_weights,
 )
 from .files import base_reference, load_adapter, load_ensemble, local_folder, save_ensemble
+from .fitting import Collator, Rows, WeightFit, fit_ensemble
 from .generation import check_generation, generate_by_outputs
 from .inference import MemberForward, summed_weights
 from .merge import MergedAdapter, merge_adapters
@@ -154,10 +155,11 @@ class PeftEnsembleModel(nn.Module):
             )
         index = torch.tensor(rows, device=self.device)
         own = [None if v is None else v[index] for v in (inputs["input_ids"], inputs.get("attention_mask"), labels)]
-        weights[index] = prompt_weights(self._run("logits"), *own, temperature=self.routing_temperature)
+        weights[index] = prompt_weights(self.member_forward("logits"), *own, temperature=self.routing_temperature)
         return weights
 
-    def _run(self, combination: str | None = None) -> MemberForward:
+    def member_forward(self, combination: str | None = None) -> MemberForward:
+        """What computes the adapters' logits on a batch; to be used in a `with` statement."""
         return MemberForward(
             self.model,
             self.model.get_base_model().forward,
@@ -211,7 +213,7 @@ class PeftEnsembleModel(nn.Module):
         else:
             if cache is None and inputs.get("use_cache"):
                 cache = EnsembleCache(cache_maker(base.config))
-            with self._run() as run:
+            with self.member_forward() as run:
                 logits = run(weights, inputs, cache, mask)
         if mask is not None and logits.dim() == 2:
             logits = restrict_to_labels(logits, mask)
@@ -262,7 +264,7 @@ class PeftEnsembleModel(nn.Module):
             masks = {} if attention_mask is None else {"attention_mask": attention_mask}
             with summed_weights(self.model, self.adapter_names, weights):
                 return base.generate(input_ids=input_ids, **masks, **kwargs)
-        return generate_by_outputs(self._run(), base, weights, input_ids, attention_mask, **kwargs)
+        return generate_by_outputs(self.member_forward(), base, weights, input_ids, attention_mask, **kwargs)
 
     def merge(
         self, task: str | None = None, rank: int | None = None, method: str = "sum", **options: Any
@@ -289,6 +291,42 @@ class PeftEnsembleModel(nn.Module):
             raise EnsembleError(f"No weights for the task {task!r}; known: {sorted(self.weights)}.")
         weights = self.default_weights if task is None else self.weights[task]
         return merge_adapters(self.model, weights, rank, method, **options)
+
+    def fit_weights(
+        self,
+        dataset: "Mapping[str, Rows] | Rows",
+        constraint: str = "simplex",
+        data_collator: Collator | None = None,
+        batch_size: int = 8,
+        min_weight: float = 0.0,
+        max_values: int = 2**27,
+    ) -> WeightFit:
+        """Learn the weights of each task, and default weights for all of them, on the adapters' outputs.
+
+        Every adapter runs once over the rows; the mean loss of the combined outputs is convex in the weights and is
+        minimised on the cached logits. The ensemble has the new weights afterwards.
+
+        Args:
+            dataset (`dict[str, Dataset]` or rows with a column `task`):
+                Rows of token ids and labels, of each task. Rows that the adapters were not trained on.
+            constraint (`str`, *optional*, defaults to `"simplex"`):
+                `simplex` (none below 0, sum 1), `convex` (none below 0, any sum) or `free`.
+            data_collator (`Callable`, *optional*): from rows to a batch; pads on the right by default.
+            batch_size (`int`, *optional*, defaults to 8): rows per forward of each adapter.
+            min_weight (`float`, *optional*, defaults to 0.0): on the simplex, lighter adapters are left out.
+            max_values (`int`, *optional*): most logits to keep, 4 bytes each.
+
+        Returns:
+            [`WeightFit`]: with the losses of equal weights and of single adapters beside.
+
+        Raises:
+            `EnsembleError`: see `fitting.fit_ensemble`.
+        """
+        fit = fit_ensemble(self, dataset, constraint, data_collator, batch_size, min_weight, max_values)
+        self.weights = {**self.weights, **{task: fit.weights_of(fitted) for task, fitted in fit.tasks.items()}}
+        self.default_weights = fit.weights_of(fit.overall)
+        check_weights({**self.weights, "default": self.default_weights}, self.adapter_names)
+        return fit
 
     def vllm_obstacles(self) -> dict[str, list[str]]:
         """For each adapter, why vLLM would refuse it or compute it wrongly; empty lists where it serves them."""

@@ -49,10 +49,8 @@ def prompt_weights(
         scored = scored & (labels[:, 1:] == IGNORE_INDEX)
     scores = []
     with run:
-        for column in range(len(run.names)):
-            alone = torch.zeros(len(input_ids), len(run.names), device=input_ids.device)
-            alone[:, column] = 1.0
-            log_probs = torch.log_softmax(run(alone, inputs)[:, :-1], -1)
+        for _, logits in run.members(inputs):
+            log_probs = torch.log_softmax(logits[:, :-1].float(), -1)
             own = log_probs.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
             scores.append((own * scored).sum(1) / scored.sum(1).clamp(min=1))
     return torch.softmax(torch.stack(scores, 1) / temperature, 1)
