@@ -24,7 +24,11 @@ KINDS = {
     "dora": [{"use_dora": True}, {}, {"use_dora": True, "use_rslora": True}],
     "embeddings": [{"target_modules": ["embed_tokens", "q_proj"]}, {}, {"target_modules": ["embed_tokens"]}],
     "output layer": [{"target_modules": ["lm_head", "v_proj"]}, {}, {"target_modules": ["lm_head"]}],
-    "saved modules": [{"modules_to_save": ["lm_head"]}, {}, {"modules_to_save": ["lm_head", "norm"]}],
+    "saved modules": [
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "o_proj"]},
+        {"target_modules": ["up_proj"], "modules_to_save": ["lm_head", "norm"]},
+    ],
     "lora bias": [{"lora_bias": True, "target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}, {}],
     "tokens": [{"trainable_token_indices": [5, 6]}, {}, {"trainable_token_indices": [7]}],
 }

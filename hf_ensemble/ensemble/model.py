@@ -1,7 +1,6 @@
 """`PeftEnsembleModel`: one base model, several adapters, one weighted answer."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,26 +14,20 @@ from ..tasks import IGNORE_INDEX, LabelSpace, restrict_to_labels
 from ..tasks.answers import answer_positions
 from .cache import EnsembleCache, cache_maker
 from .combination import check_combination
-from .config import (
-    BaseModelReference,
-    EnsembleMember,
-    SavedEnsembleConfig,
-    check_adapter_name,
-    check_members,
-    check_weights,
-)
-from .files import base_reference, load_adapter, load_ensemble, local_folder, save_ensemble
+from .config import BaseModelReference, EnsembleMember, check_members, check_weights
+from .files import base_reference
 from .fitting import Collator, Rows, WeightFit, fit_ensemble
 from .generation import check_generation, generate_by_outputs
 from .inference import MemberForward, summed_weights
 from .merge import MergedAdapter, merge_adapters
 from .routing import check_routing, prompt_weights
 from .rows import batch_size_of
+from .saving import SavingMixin
 from .serving import vllm_obstacles
 from .task_weights import Tasks, label_mask, tasks_of_rows, warn_of_unknown, weight_rows
 
 
-class PeftEnsembleModel(nn.Module):
+class PeftEnsembleModel(SavingMixin, nn.Module):
     """A weighted ensemble of adapters over one base model: logits(x) = sum_k A[task(x), k] logits_k(x).
 
     Each adapter runs on the rows that give it a weight, and on no others; all of a batch run in one forward of the
@@ -331,82 +324,3 @@ class PeftEnsembleModel(nn.Module):
     def vllm_obstacles(self) -> dict[str, list[str]]:
         """For each adapter, why vLLM would refuse it or compute it wrongly; empty lists where it serves them."""
         return {name: vllm_obstacles(self.model.peft_config[name]) for name in self.adapter_names}
-
-    def ensemble_config(self) -> SavedEnsembleConfig:
-        """What `ensemble_config.json` will hold."""
-        return SavedEnsembleConfig(
-            self.base_model_reference,
-            self.members,
-            self.weights,
-            self.default_weights,
-            None if self.label_space is None else self.label_space.to_dict(),
-            combination=self.combination,
-            routing=self.routing,
-        )
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `ensemble_config.json` and one plain PEFT adapter per member, safetensors only."""
-        save_ensemble(Path(folder), self.model, self.ensemble_config())
-
-    @classmethod
-    def from_adapters(
-        cls,
-        base_model: nn.Module,
-        adapters: Mapping[str, str | Path],
-        weights: Mapping[str, Mapping[str, float]] | None = None,
-        token: str | None = None,
-        **kwargs: Any,
-    ) -> "PeftEnsembleModel":
-        """An ensemble of adapters that lie in different folders or Hub repositories.
-
-        Args:
-            base_model (`PreTrainedModel`): the base model.
-            adapters (`dict[str, str]`): folder or Hub id of each adapter, by the name it gets.
-            weights (`dict[str, dict[str, float]]`, *optional*): weight of each adapter, by task.
-            token (`str`, *optional*): Hub token.
-            kwargs: further arguments of the class.
-
-        Raises:
-            `EnsembleLoadError`: for an adapter that is missing, foreign or not safetensors.
-        """
-        model: Any = base_model
-        for name, source in adapters.items():
-            check_adapter_name(name)
-            model = load_adapter(model, local_folder(str(source), None, token), name)
-        return cls(model, list(adapters), weights, **kwargs).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        revision: str | None = None,
-        base_model: "str | nn.Module | None" = None,
-        token: str | None = None,
-        **model_kwargs: Any,
-    ) -> "PeftEnsembleModel":
-        """Load an ensemble from a folder or the Hub.
-
-        Args:
-            name_or_path (`str` or `Path`): folder, or Hub id.
-            revision (`str`, *optional*): branch, tag or commit of a Hub id.
-            base_model (`str` or `PreTrainedModel`, *optional*): in place of the base that the ensemble names.
-            token (`str`, *optional*): Hub token.
-            model_kwargs: passed to the base model's `from_pretrained` (`dtype`, `device_map`, `quantization_config`,
-            ...).
-
-        Raises:
-            `EnsembleLoadError`: for a folder that is no ensemble, an adapter that is missing, foreign or not
-            safetensors,
-                a name that leads out of the folder; the message names file and fault.
-        """
-        model, config = load_ensemble(str(name_or_path), revision, base_model, token, model_kwargs)
-        return cls(
-            model,
-            config.members,
-            config.weights,
-            config.default_weights,
-            None if config.label_space is None else LabelSpace.from_dict(config.label_space),
-            config.base_model,
-            config.combination,
-            config.routing,
-        ).eval()
