@@ -196,6 +196,10 @@ def test_decoding_by_hand_with_a_cache(ensemble, model, batch):
         if combination == "logits":
             assert torch.equal(ids, expected)
     assert ensemble(**batch, task=TASKS).past_key_values is None
+    ensemble.combination = "logits"
+    cache = ensemble(**batch, task=TASKS, use_cache=True).past_key_values
+    with pytest.raises(EnsembleError, match="states of other rows or adapters"):
+        ensemble(new, task="x", past_key_values=cache)
 
 
 class Interrupted(RuntimeError):

@@ -55,8 +55,11 @@ def test_exact_merge_equals_the_weights_and_loads_with_stock_peft(kind, batch, t
         merged = ensemble.merge("x")
         assert merged.relative_error == 0.0 and merged.module_errors == {}
         folder = tmp_path / f"merged-{first}"
+        folder.mkdir()
+        (folder / "notes").touch()
         merged.save_pretrained(folder)
-        assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        files = ["adapter_config.json", "adapter_model.safetensors", "notes"]
+        assert sorted(path.name for path in folder.iterdir()) == files
         stock = PeftModel.from_pretrained(llama(), folder).eval()
         expected = ensemble(**batch, task="x").logits
         assert torch.allclose(stock(**batch).logits, expected, atol=1e-5)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
 
+from ..errors import EnsembleError
+from .fused import Stacks
 from .rows import AdapterRows
 
 
@@ -30,12 +32,25 @@ class EnsembleCache(DynamicCache):
         super().__init__()
         self._make = make
         self.parts: list[tuple[Cache, list[torch.Tensor]]] = []
+        self._batch: tuple[bool, list] | None = None
+        # The adapters' states are theirs alone, so what is stacked of the adapters holds for as long.
+        self.stacks = Stacks()
 
     def of(self, rows: AdapterRows, fused: bool) -> list[Cache]:
-        """The caches of a batch, the same ones at every step: one for all adapters, or one for each."""
+        """The caches of a batch, the same ones at every step: one for all adapters, or one for each.
+
+        Raises:
+            `EnsembleError`: for a batch of other rows or adapters than the one that the cache was begun with.
+        """
+        batch = (fused, [(name, own.tolist()) for name, own in zip(rows.names, rows.rows)])
         if not self.parts:
             groups = [rows.rows] if fused else [[own] for own in rows.rows]
-            self.parts = [(self._make(), group) for group in groups]
+            self.parts, self._batch = [(self._make(), group) for group in groups], batch
+        if batch != self._batch:
+            raise EnsembleError(
+                "The cache holds the states of other rows or adapters: expected the tasks and the batch that it was "
+                f"begun with, {self._batch[1]}, found {batch[1]}. Begin with past_key_values=None."
+            )
         return [cache for cache, _ in self.parts]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

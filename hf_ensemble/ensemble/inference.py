@@ -112,7 +112,8 @@ class MemberForward:
         own.update(self._states(rows))
         if cache is not None:
             (own["past_key_values"],) = cache.of(rows, fused=True)
-        with grouped_adapters(self.model, rows.names, rows.sizes, self._stacks):
+        stacks = self._stacks if cache is None or torch.is_grad_enabled() else cache.stacks
+        with grouped_adapters(self.model, rows.names, rows.sizes, stacks):
             outputs = getattr(self.forward(**own), output)
         return outputs.split(rows.sizes)
 

@@ -1,6 +1,7 @@
 """One plain PEFT adapter in place of a weighted set of adapters."""
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
-from .._files import write_folder_atomically
+from .._files import write_atomically
 from ..errors import EnsembleError
 from ..logging import get_logger
 from . import task_vectors
+from .adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .deltas import AdapterDelta, adapter_delta, lora_modules, saved_modules
 from .low_rank import padded, truncated, truncated_matrix
 from .quantization import warn_of_requantization
@@ -59,13 +61,14 @@ class MergedAdapter:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the two files of a plain PEFT adapter, which `PeftModel.from_pretrained` loads."""
-
-        def write(target: Path) -> None:
-            self.config.save_pretrained(str(target))
-            tensors = {key: value.contiguous() for key, value in self.state_dict.items()}
-            save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
-
-        write_folder_atomically(Path(folder), write)
+        tensors = {key: value.contiguous() for key, value in self.state_dict.items()}
+        weights = save(tensors, metadata={"format": "pt"})
+        with tempfile.TemporaryDirectory() as work:
+            self.config.save_pretrained(work)
+            text = (Path(work) / ADAPTER_CONFIG).read_bytes()
+        # The configuration comes last: it is what makes the folder an adapter.
+        write_atomically(Path(folder) / ADAPTER_WEIGHTS, lambda file: file.write(weights))
+        write_atomically(Path(folder) / ADAPTER_CONFIG, lambda file: file.write(text))
 
     def add_to(self, model: nn.Module, name: str = "default") -> PeftModel:
         """Put the adapter on a base model, or beside the adapters of a `PeftModel`, frozen and active.
