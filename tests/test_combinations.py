@@ -5,7 +5,14 @@ import pytest
 import torch
 import toy
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.errors import EnsembleError
@@ -306,3 +313,20 @@ def test_what_mixes_rows_runs_one_adapter_after_the_other(ensemble, model, batch
     with pytest.raises(EnsembleError, match="cannot be computed"):
         ensemble(input_ids=torch.ones(4, 7, dtype=torch.long)[:3, :5], task=["x", "y", "z"])
     assert ensemble(**batch, task="x").logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_adapters_of_experts_run_one_after_the_other(batch):
+    """PEFT adapts the experts of a mixture through bare parameters, which have no rows."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 45, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    base = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    experts = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model = make(base, [{**experts, "r": r} for r in (2, 4, 2)])
+    ensemble = PeftEnsembleModel(model, NAMES, WEIGHTS)
+    expected = ensembles.weighted_logits(model, NAMES, batch, rows_of(TASKS))
+    assert torch.allclose(ensemble(**batch, task=TASKS).logits, expected, atol=1e-5)
+    ensemble.combination = "weights"
+    with pytest.raises(EnsembleError, match="'weights' cannot be computed: .*Use 'logits'"):
+        ensemble(**batch, task=TASKS)

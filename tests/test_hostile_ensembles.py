@@ -4,10 +4,12 @@ import json
 import os
 import pickle
 import shutil
+import textwrap
 
 import pytest
 import torch
 import toy
+from hub_server import local_hub, run_against_hub
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_combinations import KINDS, NAMES, llama, make
@@ -143,6 +145,10 @@ CASES = {
     "weights of others": (ensemble(lambda d: d["weights"]["x"].update(d=1.0)), f"{CONFIG}.*unknown adapters \\['d'\\]"),
     "weight nan": (ensemble(lambda d: d["weights"]["x"].update(first=float("nan"))), f"{CONFIG}.*'x'.*finite"),
     "weight infinite": (ensemble(lambda d: d["default_weights"].update(first=1e999)), f"{CONFIG}.*'default'.*finite"),
+    "weights of a task called default": (
+        ensemble(lambda d: d["weights"].update(default={"first": float("nan")})),
+        f"{CONFIG}.*'default'.*finite",
+    ),
     "weight of text": (ensemble(lambda d: d["weights"]["x"].update(first="1")), f"{CONFIG}.*'x'.*finite numbers"),
     "weights zero": (ensemble(lambda d: d["weights"]["x"].update(first=0.0, second=0)), f"{CONFIG}.*not all zero"),
     "weights a list": (ensemble(lambda d: d.update(weights=[1.0])), f"{CONFIG}.*damaged"),
@@ -327,3 +333,38 @@ def test_adapters_of_different_folders(origin, tmp_path):
         PeftEnsembleModel.from_pretrained(sources)
     with_base = PeftEnsembleModel.from_pretrained(sources, base_model=str(origin / "base"))
     assert with_base.adapter_names == ["a1", "b2"]
+
+
+def test_adapters_of_different_repositories(origin, tmp_path):
+    with local_hub(tmp_path / "hub") as endpoint:
+        code = f"""
+            import torch
+            from huggingface_hub import HfApi
+            from transformers import AutoModelForCausalLM
+            from hf_ensemble import PeftEnsembleModel
+            from hf_ensemble.ensemble import AdapterSource
+            from hf_ensemble.errors import EnsembleLoadError
+
+            api, saved = HfApi(), {str(origin / "saved")!r}
+            for name in ("one", "two"):
+                api.create_repo(f"tester/{{name}}")
+            api.upload_folder(repo_id="tester/one", folder_path=f"{{saved}}/adapters/first")
+            first = api.upload_folder(repo_id="tester/two", folder_path=saved)
+            api.upload_file(
+                repo_id="tester/two", path_in_repo="adapters/second/adapter_config.json", path_or_fileobj=b"broken"
+            )
+            base = AutoModelForCausalLM.from_pretrained({str(origin / "base")!r})
+            sources = {{"a1": "tester/one", "b2": AdapterSource("tester/two", first.oid, "adapters/second")}}
+            made = PeftEnsembleModel.from_adapters(base, sources, {{"x": {{"a1": 0.5, "b2": 0.5}}}})
+            ids = torch.arange(3, 9).unsqueeze(0)
+            expected = PeftEnsembleModel.from_pretrained(saved)(ids, task="x").logits
+            assert torch.allclose(made(ids, task="x").logits, expected, atol=1e-6)
+            base = AutoModelForCausalLM.from_pretrained({str(origin / "base")!r})
+            try:
+                PeftEnsembleModel.from_adapters(base, {{"b2": AdapterSource("tester/two", None, "adapters/second")}})
+            except EnsembleLoadError as error:
+                assert "adapter_config.json is damaged" in str(error)
+            else:
+                raise AssertionError("the newest revision is damaged")
+        """
+        run_against_hub(textwrap.dedent(code), endpoint, tmp_path / "client")

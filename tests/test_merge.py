@@ -88,6 +88,7 @@ def test_merged_adapter_beside_the_members(model, batch):
 def test_merged_adapters_have_one_rank_and_short_names(model):
     merged = ensemble_of(model).merge("x")
     assert (merged.rank, merged.config.lora_alpha) == (14, 14) and not merged.config.rank_pattern
+    assert merged.vllm_rank == 16 and merged.vllm_obstacles() == []
     assert set(merged.config.target_modules) == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip

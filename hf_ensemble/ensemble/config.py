@@ -137,7 +137,8 @@ class SavedEnsembleConfig:
             raise EnsembleLoadError(f"{CONFIG_NAME}: the ensemble has no member.")
         if len(set(names)) < len(names):
             raise EnsembleLoadError(f"{CONFIG_NAME}: two members have the same name, found {names}.")
-        check_weights({**self.weights, "default": self.default_weights}, names, CONFIG_NAME)
+        check_weights(self.weights, names, CONFIG_NAME)
+        check_weights({"default": self.default_weights}, names, CONFIG_NAME)
         if self.label_space is not None:
             outputs = len(self.label_space["names"])
             for task, labels in self.label_space["task_labels"].items():

@@ -20,6 +20,7 @@ from .adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .deltas import AdapterDelta, adapter_delta, lora_modules, saved_modules
 from .low_rank import padded, truncated, truncated_matrix
 from .quantization import warn_of_requantization
+from .serving import vllm_obstacles, vllm_rank
 
 logger = get_logger(__name__)
 
@@ -58,6 +59,15 @@ class MergedAdapter:
     @property
     def rank(self) -> int:
         return self.config.r
+
+    @property
+    def vllm_rank(self) -> int | None:
+        """The least `max_lora_rank` that vLLM serves the adapter with; `None` above its largest."""
+        return vllm_rank(self.config)
+
+    def vllm_obstacles(self) -> list[str]:
+        """Why vLLM would refuse the adapter, or compute it wrongly; empty where it serves it."""
+        return vllm_obstacles(self.config)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the two files of a plain PEFT adapter, which `PeftModel.from_pretrained` loads."""

@@ -84,7 +84,8 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         self.model = model
         self.weights = {task: dict(row) for task, row in (weights or {}).items()}
         self.default_weights = dict(default_weights or dict.fromkeys(self.adapter_names, 1.0 / len(self.members)))
-        check_weights({**self.weights, "default": self.default_weights}, self.adapter_names)
+        check_weights(self.weights, self.adapter_names)
+        check_weights({"default": self.default_weights}, self.adapter_names)
         self.label_space = label_space
         self.base_model_reference = base_model or base_reference(model)
         self.combination = combination
@@ -318,7 +319,8 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         fit = fit_ensemble(self, dataset, constraint, data_collator, batch_size, min_weight, max_values)
         self.weights = {**self.weights, **{task: fit.weights_of(fitted) for task, fitted in fit.tasks.items()}}
         self.default_weights = fit.weights_of(fit.overall)
-        check_weights({**self.weights, "default": self.default_weights}, self.adapter_names)
+        check_weights(self.weights, self.adapter_names)
+        check_weights({"default": self.default_weights}, self.adapter_names)
         return fit
 
     def vllm_obstacles(self) -> dict[str, list[str]]:
