@@ -31,6 +31,7 @@ class CombinedOutputs:
         self.mask = mask
         self.total: torch.Tensor | None = None
         self.weight_sum: torch.Tensor | None = None
+        self._own = False
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> None:
         """Add one adapter's `logits` of shape `(len(rows), ..., V)` with a weight per row; `rows` ascend."""
@@ -39,18 +40,20 @@ class CombinedOutputs:
         if self.combination == "probs":
             self._add_probabilities(rows, weights, shaped, logits)
             return
-        if len(rows) == self.batch_size:
-            if self.total is None:
-                self.total = logits if bool((weights == 1).all()) else shaped * logits
-            elif torch.is_grad_enabled():
-                self.total = self.total + shaped * logits
-            else:
-                # The first summand may be the model's own output or have broadcast: never written into.
-                self.total = torch.addcmul(self.total, shaped, logits)
+        ones, everywhere = bool((weights == 1).all()), len(rows) == self.batch_size
+        if self.total is None and everywhere:
+            # Nothing is written into what came from the model.
+            self.total, self._own = (logits, False) if ones else (shaped * logits, True)
             return
         if self.total is None:
             self.total = torch.zeros(self.batch_size, *logits.shape[1:], dtype=torch.float32, device=logits.device)
-        self.total = self.total.index_add(0, rows, shaped * logits)
+            self._own = True
+        if torch.is_grad_enabled() or not self._own:
+            self.total, self._own = self.total.index_add(0, rows, shaped * logits), True
+        elif everywhere:
+            self.total.addcmul_(shaped, logits)
+        else:
+            self.total.index_add_(0, rows, logits if ones else shaped * logits)
 
     def _add_probabilities(self, rows, weights, shaped, logits) -> None:
         if bool((weights < 0).any()):
