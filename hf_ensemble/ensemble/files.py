@@ -1,6 +1,5 @@
 """Ensembles on disk and on the Hub: a configuration beside plain PEFT adapters."""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,12 +8,16 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .._files import write_folder_atomically
 from ..errors import EnsembleLoadError
-from .config import ADAPTERS_FOLDER, BaseModelReference, SavedEnsembleConfig
+from .adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from .config import ADAPTERS_FOLDER, CONFIG_NAME, BaseModelReference, SavedEnsembleConfig
 
 _AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -22,8 +25,6 @@ _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
 }
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def base_reference(model: PeftModel) -> BaseModelReference:
@@ -56,7 +57,7 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
             # PEFT writes an adapter of another name than "default" into a folder of that name, beside a card.
             model.save_pretrained(work, selected_adapters=[name], safe_serialization=True)
             source = Path(work) if name == "default" else Path(work) / name
-            for file in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
+            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                 shutil.copy(source / file, target / file)
 
     write_folder_atomically(folder, write)
@@ -70,41 +71,65 @@ def save_ensemble(folder: Path, model: PeftModel, config: SavedEnsembleConfig) -
     config.save(folder)
 
 
-def check_adapter_config(path: Path, name: str) -> None:
-    """Refuse what would make PEFT read more than this folder, before PEFT sees it.
-
-    Raises:
-        `EnsembleLoadError`: for a damaged file, an adapter that is not LoRA, and fields that name other files or code.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        peft_type = config["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EnsembleLoadError(f"Adapter {name!r}: {path.name} is damaged: {error!r}.") from error
-    if peft_type != "LORA":
-        raise EnsembleLoadError(f"Adapter {name!r}: {path.name} says {peft_type!r}; members of an ensemble are LORA.")
-    if config.get("megatron_config"):
-        raise EnsembleLoadError(f"Adapter {name!r}: {path.name} sets megatron_config, which an ensemble does not read.")
-
-
-def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str) -> PeftModel:
+def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str, root: Path | None = None) -> PeftModel:
     """Put one adapter of a folder on a base model, or beside the adapters that it has, frozen.
 
+    Args:
+        model (`nn.Module`): a base model, or a `PeftModel`.
+        folder (`Path`): holds the adapter.
+        name (`str`): the name it gets.
+        root (`Path`, *optional*): nothing outside of it is read; the folder itself by default.
+
     Raises:
-        `EnsembleLoadError`: for missing files and for weights that do not fit the model.
+        `EnsembleLoadError`: for missing, damaged or hostile files, and for weights that do not fit the model. The model
+        is then as it was.
     """
-    for file in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
-        if not (folder / file).is_file():
-            raise EnsembleLoadError(f"Adapter {name!r}: {file} is missing from {str(folder)!r}.")
-    check_adapter_config(folder / _ADAPTER_CONFIG, name)
+    peft_model = model if isinstance(model, PeftModel) else None
+    base = model if peft_model is None else peft_model.get_base_model()
+    check_adapter(folder, name, base, root or folder)
+    loaded = peft_model
     try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        if peft_model is None:
+            loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
         else:
-            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
-    except Exception as error:  # safetensors, peft and torch each raise their own classes for damaged or foreign files
+            peft_model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        _check_complete(loaded, folder / ADAPTER_WEIGHTS, name)
+    except Exception as error:  # peft, transformers and torch each raise their own classes for adapters that do not fit
+        _take_off(model, peft_model, name)
+        if isinstance(error, EnsembleLoadError):
+            raise
         raise EnsembleLoadError(f"Adapter {name!r} in {str(folder)!r} does not fit the base model: {error}") from error
-    return model
+    return loaded
+
+
+def _check_complete(model: PeftModel, weights: Path, name: str) -> None:
+    """PEFT leaves what a file lacks at its initial values, without an error."""
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with safe_open(weights, framework="pt") as file:
+        found = set(file.keys())
+    lacking = sorted(set(expected) - found)
+    if lacking:
+        raise EnsembleLoadError(
+            f"Adapter {name!r}: {weights.name} lacks {len(lacking)} tensors that {ADAPTER_CONFIG} asks for, such as "
+            f"{lacking[0]!r}."
+        )
+
+
+def _take_off(model: nn.Module, peft_model: PeftModel | None, name: str) -> None:
+    """Undo a failed loading."""
+    if peft_model is not None:
+        if name in peft_model.peft_config:
+            peft_model.delete_adapter(name)
+        return
+    for path, module in list(model.named_modules()):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            wrapped = isinstance(module, AuxiliaryTrainingWrapper)
+            parent, _, child = path.rpartition(".")
+            plain = module.original_module if wrapped else module.get_base_layer()
+            setattr(model.get_submodule(parent), child, plain)
+    # PEFT keeps the configurations on the base model too, and would take the name for one that is there.
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def load_ensemble(
@@ -122,35 +147,49 @@ def load_ensemble(
             f"{name_or_path!r} names the base model {config.base_model.name_or_path!r}, a folder of another machine. "
             "Pass base_model=."
         )
-    if not config.members:
-        raise EnsembleLoadError(f"The ensemble in {name_or_path!r} has no member.")
-    model = base_model if isinstance(base_model, nn.Module) else _load_base(config, base_model, token, model_kwargs)
+    model: Any = base_model
+    if not isinstance(base_model, nn.Module):
+        model = load_base(config.base_model, base_model, token, model_kwargs)
     for member in config.members:
-        model = load_adapter(model, folder / ADAPTERS_FOLDER / member.name, member.name)
+        model = load_adapter(model, folder / ADAPTERS_FOLDER / member.name, member.name, folder)
     return model, config
 
 
-def local_folder(name_or_path: str, revision: str | None, token: str | None) -> Path:
-    """A folder itself, or the snapshot of a Hub id: configuration and safetensors, no pickle, no code."""
+def local_folder(name_or_path: str, revision: str | None, token: str | None, subfolder: str = "") -> Path:
+    """A folder itself, or the snapshot of a Hub id: configuration and safetensors, no pickle, no code.
+
+    Raises:
+        `EnsembleLoadError`: for what is neither, and for a subfolder that leads out of it.
+    """
+    parts = Path(subfolder).parts
+    if Path(subfolder).is_absolute() or ".." in parts:
+        raise EnsembleLoadError(f"The subfolder {subfolder!r} leads out of {name_or_path!r}.")
     if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+        return Path(name_or_path, *parts)
+    patterns = ["*.json", "*.safetensors", f"{ADAPTERS_FOLDER}/*/*.json", f"{ADAPTERS_FOLDER}/*/*.safetensors"]
+    if parts:
+        patterns = [f"{'/'.join(parts)}/*.json", f"{'/'.join(parts)}/*.safetensors"]
     try:
-        patterns = ["*.json", "*.safetensors", f"{ADAPTERS_FOLDER}/*/*.json", f"{ADAPTERS_FOLDER}/*/*.safetensors"]
-        return Path(snapshot_download(name_or_path, revision=revision, token=token, allow_patterns=patterns))
+        snapshot = snapshot_download(name_or_path, revision=revision, token=token, allow_patterns=patterns)
+        return Path(snapshot, *parts)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise EnsembleLoadError(f"{name_or_path!r} is neither a folder nor a repository to be had: {error}") from error
 
 
-def _load_base(
-    config: SavedEnsembleConfig, override: str | None, token: str | None, model_kwargs: dict[str, Any]
+def load_base(
+    reference: BaseModelReference, override: str | None, token: str | None, model_kwargs: dict[str, Any]
 ) -> nn.Module:
-    reference = config.base_model
+    """The base model, from safetensors; code of its repository runs only with `trust_remote_code` in `model_kwargs`.
+
+    Raises:
+        `EnsembleLoadError`: for an unknown class and a base that is not to be had, or only in an unsafe form.
+    """
     if reference.auto_class not in _AUTO_CLASSES.values():
-        raise EnsembleLoadError(f"The ensemble names the unknown model class {reference.auto_class!r}.")
+        raise EnsembleLoadError(f"{CONFIG_NAME} names the unknown model class {reference.auto_class!r}.")
     name = override or reference.name_or_path
     if not name:
         raise EnsembleLoadError("The ensemble does not name its base model. Pass base_model=.")
-    kwargs = dict(model_kwargs)
+    kwargs = {"trust_remote_code": False, **model_kwargs}
     if override is None and reference.revision is not None:
         kwargs.setdefault("revision", reference.revision)
     if reference.num_labels is not None:
@@ -159,7 +198,7 @@ def _load_base(
         return getattr(transformers, reference.auto_class).from_pretrained(
             name, token=token, use_safetensors=True, **kwargs
         )
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise EnsembleLoadError(
             f"The base model {name!r} cannot be loaded: {error} Pass base_model= where it lies elsewhere."
         ) from error

@@ -1,29 +1,37 @@
 """`PeftEnsembleModel`: one base model, several adapters, one weighted answer."""
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput, SequenceClassifierOutput
 
-from .._compat import adapters_untouched, keep_quantized_weights_in_place
+from .._compat import keep_quantized_weights_in_place
 from ..errors import EnsembleError
 from ..tasks import IGNORE_INDEX, LabelSpace, restrict_to_labels
 from ..tasks.answers import answer_positions
-from .cache import MemberCaches
-from .config import BaseModelReference, EnsembleMember, SavedEnsembleConfig, check_adapter_name, check_weights
-from .files import base_reference, load_adapter, load_ensemble, local_folder, save_ensemble
+from .cache import EnsembleCache, cache_maker
+from .combination import check_combination
+from .config import BaseModelReference, EnsembleMember, check_members, check_weights
+from .files import base_reference
+from .fitting import Collator, Rows, WeightFit, fit_ensemble
+from .generation import check_generation, generate_by_outputs
+from .inference import MemberForward, summed_weights
+from .merge import MergedAdapter, merge_adapters
+from .routing import check_routing, prompt_weights
+from .rows import batch_size_of
+from .saving import SavingMixin
+from .serving import vllm_obstacles
+from .task_weights import Tasks, label_mask, tasks_of_rows, warn_of_unknown, weight_rows
 
 
-class PeftEnsembleModel(nn.Module):
+class PeftEnsembleModel(SavingMixin, nn.Module):
     """A weighted ensemble of adapters over one base model: logits(x) = sum_k A[task(x), k] logits_k(x).
 
-    Each adapter runs on the rows that give it a weight, and on no others. Nothing of the base model is copied.
+    Each adapter runs on the rows that give it a weight, and on no others; all of a batch run in one forward of the
+    base. Nothing of the base model is copied.
 
     Args:
         model (`PeftModel`): holds every adapter by name.
@@ -32,6 +40,18 @@ class PeftEnsembleModel(nn.Module):
         default_weights (`dict[str, float]`, *optional*): for rows of no known task; all adapters alike by default.
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
         base_model (`BaseModelReference`, *optional*): where the base comes from; read off the model by default.
+        combination (`str`, *optional*, defaults to `"logits"`):
+            What is summed: `logits`, `log_probs` (the same distribution, normalised), `probs` (a mixture of the
+            adapters' distributions) or `weights` (one forward with the base's weights plus the weighted sum of the
+            adapters' deltas).
+        routing (`str`, *optional*, defaults to `"default"`):
+            Weights of rows of no known task: `default` takes `default_weights`, `prompt` weighs each adapter by how
+            well it predicts the prompt.
+
+    Attributes:
+        fused (`bool`): run all adapters of a batch at once. Set to `False` to run one after the other, which needs
+            less memory; layers that cannot be served at once run so by themselves.
+        routing_temperature (`float`): see [`prompt_weights`].
 
     Raises:
         `EnsembleError`: for members that the model lacks, and weights of unknown adapters.
@@ -53,27 +73,25 @@ class PeftEnsembleModel(nn.Module):
         default_weights: Mapping[str, float] | None = None,
         label_space: LabelSpace | None = None,
         base_model: BaseModelReference | None = None,
+        combination: str = "logits",
+        routing: str = "default",
     ):
         super().__init__()
         self.members = [m if isinstance(m, EnsembleMember) else EnsembleMember(m) for m in members]
-        names = [member.name for member in self.members]
-        for name in names:
-            check_adapter_name(name)
-        lacking = sorted(set(names) - set(model.peft_config))
-        if lacking or not names or len(set(names)) < len(names):
-            raise EnsembleError(
-                f"Expected different adapters of the model as members, found {names}; the model has "
-                f"{list(model.peft_config)}."
-            )
-        foreign = [name for name in names if model.peft_config[name].peft_type != "LORA"]
-        if foreign:
-            raise EnsembleError(f"Members of an ensemble are LoRA adapters; {foreign} are not.")
+        check_members(model, self.adapter_names)
+        check_combination(combination)
+        check_routing(routing)
         self.model = model
         self.weights = {task: dict(row) for task, row in (weights or {}).items()}
-        self.default_weights = dict(default_weights or {name: 1.0 / len(names) for name in names})
-        check_weights({**self.weights, "default": self.default_weights}, names)
+        self.default_weights = dict(default_weights or dict.fromkeys(self.adapter_names, 1.0 / len(self.members)))
+        check_weights(self.weights, self.adapter_names)
+        check_weights({"default": self.default_weights}, self.adapter_names)
         self.label_space = label_space
         self.base_model_reference = base_model or base_reference(model)
+        self.combination = combination
+        self.routing = routing
+        self.routing_temperature = 0.1
+        self.fused = True
         keep_quantized_weights_in_place(model)
 
     @property
@@ -92,36 +110,68 @@ class PeftEnsembleModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def row_weights(self, task: str | Sequence[str | None] | None, batch_size: int) -> torch.Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_base_model().dtype
+
+    def can_generate(self) -> bool:
+        """Whether the base model generates."""
+        base = self.model.get_base_model()
+        return bool(hasattr(base, "can_generate") and base.can_generate())
+
+    def row_weights(self, task: Tasks, batch_size: int) -> torch.Tensor:
         """Weight of each adapter for each row, `(batch_size, members)`.
 
         Args:
-            task (`str` or `Sequence[str]`, *optional*): one task for all rows, or one per row; `None` takes the
-                default.
+            task (`str` or `Sequence[str]`, *optional*): one task for all rows, or one per row; `None` and a task
+                without weights take the default weights.
 
         Raises:
-            `EnsembleError`: for a task without weights, or a list of another length than the batch.
+            `EnsembleError`: for a list of another length than the batch.
         """
-        tasks = list(task) if isinstance(task, (list, tuple)) else [task] * batch_size
-        if len(tasks) != batch_size:
-            raise EnsembleError(f"Expected one task for each of {batch_size} rows, found {len(tasks)}.")
-        unknown = sorted({str(t) for t in tasks if t is not None and t not in self.weights})
-        if unknown:
+        tasks = tasks_of_rows(task, batch_size)
+        warn_of_unknown(tasks, self.weights, self.routing)
+        return weight_rows(tasks, self.weights, self.default_weights, self.adapter_names, self.device)
+
+    def _routed_weights(self, task, routing: str | None, inputs: Mapping[str, Any], labels=None) -> torch.Tensor:
+        """[`row_weights`], with rows of no known task weighed by the prompt where the routing says so."""
+        batch_size = batch_size_of(inputs)
+        weights = self.row_weights(task, batch_size)
+        routing = routing or self.routing
+        check_routing(routing)
+        rows = [row for row, name in enumerate(tasks_of_rows(task, batch_size)) if name not in self.weights]
+        if routing == "default" or not rows:
+            return weights
+        if not self.can_generate() or self.config.is_encoder_decoder or inputs.get("input_ids") is None:
             raise EnsembleError(
-                f"No weights for the tasks {unknown}; known: {sorted(self.weights)}. Pass task=None for the "
-                "default weights."
+                "routing='prompt' needs a causal language model and prompts in input_ids. Pass task=, or "
+                "routing='default'."
             )
-        rows = [self.default_weights if t is None else self.weights[t] for t in tasks]
-        return torch.tensor([[row.get(name, 0.0) for name in self.adapter_names] for row in rows], device=self.device)
+        index = torch.tensor(rows, device=self.device)
+        own = [None if v is None else v[index] for v in (inputs["input_ids"], inputs.get("attention_mask"), labels)]
+        weights[index] = prompt_weights(self.member_forward("logits"), *own, temperature=self.routing_temperature)
+        return weights
+
+    def member_forward(self, combination: str | None = None) -> MemberForward:
+        """What computes the adapters' logits on a batch; to be used in a `with` statement."""
+        return MemberForward(
+            self.model,
+            self.model.get_base_model().forward,
+            self.adapter_names,
+            combination or self.combination,
+            # Dropout and checkpointing are the layers' own.
+            fused=self.fused and not self.model.training,
+        )
 
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        task: str | Sequence[str | None] | None = None,
+        task: Tasks = None,
+        routing: str | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | SequenceClassifierOutput:
+    ) -> CausalLMOutputWithPast | Seq2SeqLMOutput | SequenceClassifierOutput:
         """The ensemble's logits, and the loss where labels are given.
 
         Args:
@@ -131,198 +181,148 @@ class PeftEnsembleModel(nn.Module):
                 As the base model takes them. The loss is the mean over the labels of the batch; of a classification
                 task only the task's own labels count.
             task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
-            kwargs: further inputs of the base model.
+            routing (`str`, *optional*): in place of the ensemble's own.
+            kwargs: further inputs of the base model. With `use_cache=True` the output holds `past_key_values` for the
+                next call.
 
         Returns:
             The base model's kind of output, logits of shape `(B, T, V)` or `(B, num_labels)`; a classifier's labels
             that the row's task does not have are at minus infinity.
         """
+        base = self.model.get_base_model()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         inputs = {key: value for key, value in inputs.items() if value is not None}
-        batch_size = next(value for value in inputs.values() if torch.is_tensor(value)).shape[0]
-        weights = self.row_weights(task, batch_size)
-        with adapters_untouched(self.model):
-            logits = self._combined(self._base_forward(), weights, inputs)
-        if logits.dim() == 2:
-            logits = self._within_label_sets(logits, task)
+        encoder_decoder = getattr(self.config, "is_encoder_decoder", False)
+        if encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
+        weights = self._routed_weights(task, routing, inputs, labels)
+        cache = inputs.pop("past_key_values", None)
+        if self.can_generate():
+            inputs.setdefault("use_cache", cache is not None)
+        mask = label_mask(task, len(weights), self.label_space)
+        if self.combination == "weights":
+            with summed_weights(self.model, self.adapter_names, weights):
+                output = base.forward(**inputs, **({} if cache is None else {"past_key_values": cache}))
+            logits, cache = output.logits.float(), getattr(output, "past_key_values", None)
+        else:
+            if cache is None and inputs.get("use_cache"):
+                cache = EnsembleCache(cache_maker(base.config))
+            with self.member_forward() as run:
+                logits = run(weights, inputs, cache, mask)
+        if mask is not None and logits.dim() == 2:
+            logits = restrict_to_labels(logits, mask)
         loss = None if labels is None else self._loss(logits, labels)
         if logits.dim() == 2:
             return SequenceClassifierOutput(loss=loss, logits=logits)
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
-
-    def _within_label_sets(self, logits: torch.Tensor, task: str | Sequence[str | None] | None) -> torch.Tensor:
-        """Classification logits with the labels that a row's task does not have at minus infinity."""
-        if self.label_space is None or task is None:
-            return logits
-        tasks = [task] * len(logits) if isinstance(task, str) else list(task)
-        known = [row for row, name in enumerate(tasks) if name is not None]
-        mask = torch.ones(logits.shape, dtype=torch.bool)
-        mask[known] = self.label_space.mask([tasks[row] for row in known])
-        return restrict_to_labels(logits, mask)
+        kind = Seq2SeqLMOutput if encoder_decoder else CausalLMOutputWithPast
+        return kind(loss=loss, logits=logits, past_key_values=cache)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         shift = not getattr(self.config, "is_encoder_decoder", False)
         answers, targets, _ = answer_positions(logits, labels, shift)
         return nn.functional.cross_entropy(answers, targets, ignore_index=IGNORE_INDEX)
 
-    def _base_forward(self):
-        return self.model.get_base_model().forward
-
-    def _combined(self, forward, weights, inputs, caches: MemberCaches | None = None) -> torch.Tensor:
-        """Weighted sum of the adapters' logits, each computed on the rows that give it a weight."""
-        batch_size = len(weights)
-        combined: torch.Tensor | None = None
-        for column, name in enumerate(self.adapter_names):
-            rows = weights[:, column].nonzero().squeeze(1)
-            if not len(rows):
-                continue
-            own = inputs if len(rows) == batch_size else {key: _take(v, rows, batch_size) for key, v in inputs.items()}
-            if caches is not None:
-                own = {**own, "past_key_values": caches.members[name][0]}
-            self.model.set_adapter(name, inference_mode=True)
-            logits = forward(**own).logits.float()
-            part = weights[rows, column].view(-1, *[1] * (logits.dim() - 1)) * logits
-            if combined is None:
-                combined = torch.zeros(batch_size, *logits.shape[1:], dtype=torch.float32, device=logits.device)
-            combined = combined.index_add(0, rows, part)
-        return combined
-
     @torch.no_grad()
     def generate(
         self,
         input_ids: torch.Tensor | None = None,
-        task: str | Sequence[str | None] | None = None,
+        task: Tasks = None,
         inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        routing: str | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Continue prompts with the ensemble; takes what the base model's `generate` takes.
 
-        Each step's logits are the weighted sum over the adapters, each with its own key-value cache.
+        Each step's logits are combined over the adapters, each with key-value states of its own.
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`): prompts, padded on the left; `inputs` is another name.
             task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
-            kwargs: as of `GenerationMixin.generate`, greedy, sampling and beams alike.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
+            routing (`str`, *optional*): in place of the ensemble's own.
+            kwargs: as of `GenerationMixin.generate`: greedy, sampling and beams, streamers, stopping criteria, dynamic
+                and static caches.
 
         Raises:
             `EnsembleError`: for a classifier, or a cache of the caller's own.
         """
         base = self.model.get_base_model()
-        if not (hasattr(base, "can_generate") and base.can_generate()):
-            raise EnsembleError(f"{type(base).__name__} does not generate. Call the ensemble for its logits.")
-        for option in ("past_key_values", "cache_implementation"):
-            if kwargs.get(option) is not None:
-                raise EnsembleError(f"{option} cannot be set: every adapter of an ensemble keeps a cache of its own.")
+        check_generation(base, kwargs)
         input_ids = inputs if input_ids is None else input_ids
         if input_ids is None:
             raise EnsembleError("Expected prompts in input_ids, found none.")
-        weights = self.row_weights(task, len(input_ids))
-        use_cache = kwargs.get("use_cache", True)
-        caches = MemberCaches() if use_cache else None
-        with adapters_untouched(self.model), self._generating(base, weights, caches):
-            extra = {"past_key_values": caches} if use_cache else {}
-            return base.generate(input_ids=input_ids, **kwargs, **extra)
+        prompts = {"input_ids": input_ids, "attention_mask": attention_mask}
+        weights = self._routed_weights(task, routing, prompts)
+        if self.combination == "weights":
+            masks = {} if attention_mask is None else {"attention_mask": attention_mask}
+            with summed_weights(self.model, self.adapter_names, weights):
+                return base.generate(input_ids=input_ids, **masks, **kwargs)
+        return generate_by_outputs(self.member_forward(), base, weights, input_ids, attention_mask, **kwargs)
 
-    @contextmanager
-    def _generating(self, base, weights: torch.Tensor, caches: "MemberCaches | None") -> Iterator[None]:
-        """While open, the base model's forward is the ensemble's."""
-        patched = base.__dict__.get("forward")
-        forward = base.forward
-
-        @functools.wraps(forward)
-        def ensemble_forward(*args, past_key_values=None, **inputs):
-            batch_size = next(v for v in inputs.values() if torch.is_tensor(v)).shape[0]
-            # Beams and returned sequences lie beside each other: row r of the prompt is expanded to a run of rows.
-            rows = weights.repeat_interleave(batch_size // len(weights), dim=0)
-            if caches is not None and not caches.members:
-                caches.build(rows, self.adapter_names, base.config.get_text_config(decoder=True))
-            logits = self._combined(forward, rows, inputs, caches)
-            return CausalLMOutputWithPast(logits=logits, past_key_values=caches)
-
-        base.forward = ensemble_forward
-        try:
-            yield
-        finally:
-            if patched is None:
-                del base.forward
-            else:
-                base.forward = patched
-
-    def ensemble_config(self) -> SavedEnsembleConfig:
-        """What `ensemble_config.json` will hold."""
-        return SavedEnsembleConfig(
-            self.base_model_reference,
-            self.members,
-            self.weights,
-            self.default_weights,
-            None if self.label_space is None else self.label_space.to_dict(),
-        )
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `ensemble_config.json` and one plain PEFT adapter per member, safetensors only."""
-        save_ensemble(Path(folder), self.model, self.ensemble_config())
-
-    @classmethod
-    def from_adapters(
-        cls,
-        base_model: nn.Module,
-        adapters: Mapping[str, str | Path],
-        weights: Mapping[str, Mapping[str, float]] | None = None,
-        token: str | None = None,
-        **kwargs: Any,
-    ) -> "PeftEnsembleModel":
-        """An ensemble of adapters that lie in different folders or Hub repositories.
+    def merge(
+        self, task: str | None = None, rank: int | None = None, method: str = "sum", **options: Any
+    ) -> MergedAdapter:
+        """The adapters of a task as one plain PEFT adapter.
 
         Args:
-            base_model (`PreTrainedModel`): the base model.
-            adapters (`dict[str, str]`): folder or Hub id of each adapter, by the name it gets.
-            weights (`dict[str, dict[str, float]]`, *optional*): weight of each adapter, by task.
-            token (`str`, *optional*): Hub token.
-            kwargs: further arguments of the class.
+            task (`str`, *optional*): whose weights; the default weights without one.
+            rank (`int`, *optional*): cap of the rank, and the error that it makes is stated. Without it the rank is
+                the sum of the adapters' ranks, and `sum` and `lines` are exact.
+            method (`str`, *optional*, defaults to `"sum"`):
+                `sum` is what the combination `weights` computes; `lines` (LiNeS) scales it by depth with `alpha` and
+                `beta`; `ties`, `dare_linear`, `dare_ties` (with `density`, and `seed` for DARE), `breadcrumbs` (with
+                `drop_smallest` and `drop_largest`) and `pcb` (PCB-Merging, with `density`) merge entry by entry.
+            options: of the method.
+
+        Returns:
+            [`MergedAdapter`]: to be saved as plain PEFT files, or put on a model.
 
         Raises:
-            `EnsembleLoadError`: for an adapter that is missing, foreign or not safetensors.
+            `EnsembleError`: for an unknown task or method, and adapters that have no merged form.
         """
-        model: Any = base_model
-        for name, source in adapters.items():
-            check_adapter_name(name)
-            model = load_adapter(model, local_folder(str(source), None, token), name)
-        return cls(model, list(adapters), weights, **kwargs).eval()
+        if task is not None and task not in self.weights:
+            raise EnsembleError(f"No weights for the task {task!r}; known: {sorted(self.weights)}.")
+        weights = self.default_weights if task is None else self.weights[task]
+        return merge_adapters(self.model, weights, rank, method, **options)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        revision: str | None = None,
-        base_model: "str | nn.Module | None" = None,
-        token: str | None = None,
-        **model_kwargs: Any,
-    ) -> "PeftEnsembleModel":
-        """Load an ensemble from a folder or the Hub.
+    def fit_weights(
+        self,
+        dataset: "Mapping[str, Rows] | Rows",
+        constraint: str = "simplex",
+        data_collator: Collator | None = None,
+        batch_size: int = 8,
+        min_weight: float = 0.0,
+        max_values: int = 2**27,
+    ) -> WeightFit:
+        """Learn the weights of each task, and default weights for all of them, on the adapters' outputs.
+
+        Every adapter runs once over the rows; the mean loss of the combined outputs is convex in the weights and is
+        minimised on the cached logits. The ensemble has the new weights afterwards.
 
         Args:
-            name_or_path (`str` or `Path`): folder, or Hub id.
-            revision (`str`, *optional*): branch, tag or commit of a Hub id.
-            base_model (`str` or `PreTrainedModel`, *optional*): in place of the base that the ensemble names.
-            token (`str`, *optional*): Hub token.
-            model_kwargs: passed to the base model's `from_pretrained` (`dtype`, `device_map`, `quantization_config`,
-            ...).
+            dataset (`dict[str, Dataset]` or rows with a column `task`):
+                Rows of token ids and labels, of each task. Rows that the adapters were not trained on.
+            constraint (`str`, *optional*, defaults to `"simplex"`):
+                `simplex` (none below 0, sum 1), `convex` (none below 0, any sum) or `free`.
+            data_collator (`Callable`, *optional*): from rows to a batch; pads on the right by default.
+            batch_size (`int`, *optional*, defaults to 8): rows per forward of each adapter.
+            min_weight (`float`, *optional*, defaults to 0.0): on the simplex, lighter adapters are left out.
+            max_values (`int`, *optional*): most logits to keep, 4 bytes each.
+
+        Returns:
+            [`WeightFit`]: with the losses of equal weights and of single adapters beside.
 
         Raises:
-            `EnsembleLoadError`: for a folder that is no ensemble, an adapter that is missing, foreign or not
-            safetensors,
-                a name that leads out of the folder; the message names file and fault.
+            `EnsembleError`: see `fitting.fit_ensemble`.
         """
-        model, config = load_ensemble(str(name_or_path), revision, base_model, token, model_kwargs)
-        return cls(
-            model,
-            config.members,
-            config.weights,
-            config.default_weights,
-            None if config.label_space is None else LabelSpace.from_dict(config.label_space),
-            config.base_model,
-        ).eval()
+        fit = fit_ensemble(self, dataset, constraint, data_collator, batch_size, min_weight, max_values)
+        self.weights = {**self.weights, **{task: fit.weights_of(fitted) for task, fitted in fit.tasks.items()}}
+        self.default_weights = fit.weights_of(fit.overall)
+        check_weights(self.weights, self.adapter_names)
+        check_weights({"default": self.default_weights}, self.adapter_names)
+        return fit
 
-
-def _take(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
-    return value[rows] if torch.is_tensor(value) and value.dim() and value.shape[0] == batch_size else value
+    def vllm_obstacles(self) -> dict[str, list[str]]:
+        """For each adapter, why vLLM would refuse it or compute it wrongly; empty lists where it serves them."""
+        return {name: vllm_obstacles(self.model.peft_config[name]) for name in self.adapter_names}

@@ -180,7 +180,8 @@ class EnsembleMixin(StagesMixin):
                 self, self.adapter_logits(name), rows, self.label_space, _WEIGHT_EXAMPLES, max_values
             )
             logits.append(own)
-        fitted = fit_weights(torch.stack(logits), targets, owners)
+        # An adapter below a twentieth changes little but costs its forward pass.
+        fitted = fit_weights(torch.stack(logits), targets, owners, min_weight=0.05)
         return {name: float(w) for name, w in zip(ensemble.adapter_names, fitted.weights) if w > 0}
 
     def evaluate(

@@ -1,0 +1,260 @@
+"""What an ensemble's forward costs, beside other ways to run several adapters over one base model.
+
+    python benchmarks/ensemble_inference.py benchmarks/ensemble_inference
+
+writes `benchmarks/ensemble_inference.json` and `benchmarks/ensemble_inference.md`. A Llama-shaped model with random
+weights and m adapters (LoRA on every linear layer) answers B rows, once for a whole prompt (prefill) and token by token
+after it (decode). All sides give B combined rows of logits, but for the two references, which run one adapter alone.
+Times are of the process's CPU (of the device, on a GPU); the sides take turns, so that a busy machine slows all.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from hf_ensemble import PeftEnsembleModel
+from hf_ensemble.ensemble.cache import EnsembleCache, cache_maker
+
+SIDES = {
+    "one adapter, m x B rows": "reference of the sides below",
+    "set_adapter in turn": "PEFT, m forwards of B rows",
+    "mixed batch": "PEFT, adapter_names, one forward of m x B rows",
+    "ensemble, one after the other": "fused=False",
+    "ensemble, all at once": "fused=True, the default",
+    "one adapter, B rows": "reference of the sides below",
+    "ensemble, weights": "combination='weights', every adapter in every row",
+    "ensemble, one adapter a row": "weights with one entry, different adapters in the rows",
+}
+_SMALL, _LARGE = "one adapter, B rows", "one adapter, m x B rows"
+REFERENCE = dict.fromkeys(list(SIDES)[:5], _LARGE) | dict.fromkeys(list(SIDES)[5:], _SMALL)
+
+
+def make_model(arguments, device: torch.device) -> PeftModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.hidden_size * 8 // 3,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden_size // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    base = LlamaForCausalLM(config).eval()
+    lora = LoraConfig(r=arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = PeftModel(base, lora, adapter_name="m0")
+    for number in range(1, max(arguments.members)):
+        model.add_adapter(f"m{number}", lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+class Decoder:
+    """One adapter (or PEFT's mixed batch) as `forward(ids, cache)` on a `PeftModel`."""
+
+    def __init__(self, model: PeftModel, adapter: str | None, adapter_names: list[str] | None = None):
+        self.model, self.adapter = model, adapter
+        self.extra = {} if adapter_names is None else {"adapter_names": adapter_names}
+
+    def __call__(self, ids: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
+        if self.adapter is not None:
+            self.model.set_adapter(self.adapter, inference_mode=True)
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **self.extra).logits
+
+
+def sides(model: PeftModel, members: int, batch_size: int) -> dict[str, Callable]:
+    """Functions that make a runner, `runner(ids (B, T)) -> logits`, with a cache of its own where `cached`."""
+    names = [f"m{k}" for k in range(members)]
+    config = model.config
+
+    def alone(copies: int):
+        def make(cached: bool):
+            model.set_adapter("m0", inference_mode=True)
+            cache, run = DynamicCache(config=config) if cached else None, Decoder(model, None)
+            return lambda ids: run(ids.repeat(copies, 1), cache)
+
+        return make
+
+    def in_turn(cached: bool):
+        caches = [DynamicCache(config=config) if cached else None for _ in names]
+        runs = [Decoder(model, name) for name in names]
+        return lambda ids: sum(run(ids, cache) for run, cache in zip(runs, caches)) / members
+
+    def mixed(cached: bool):
+        cache = DynamicCache(config=config) if cached else None
+        run = Decoder(model, None, [name for name in names for _ in range(batch_size)])
+        return lambda ids: run(ids.repeat(members, 1), cache).view(members, len(ids), -1, config.vocab_size).mean(0)
+
+    def ensemble(fused: bool = True, combination: str = "logits", tasks=None, weights=None):
+        def make(cached: bool):
+            own = PeftEnsembleModel(model, names, weights, combination=combination)
+            own.fused = fused
+            cache = None
+            if cached:
+                plain = cache_maker(model.get_base_model().config)
+                cache = plain() if combination == "weights" else EnsembleCache(plain)
+            return lambda ids: own(ids, task=tasks, past_key_values=cache).logits
+
+        return make
+
+    single = {name: {name: 1.0} for name in names}
+    return {
+        "one adapter, m x B rows": alone(members),
+        "set_adapter in turn": in_turn,
+        "mixed batch": mixed,
+        "ensemble, one after the other": ensemble(fused=False),
+        "ensemble, all at once": ensemble(),
+        "one adapter, B rows": alone(1),
+        "ensemble, weights": ensemble(combination="weights"),
+        "ensemble, one adapter a row": ensemble(
+            tasks=[names[row % members] for row in range(batch_size)], weights=single
+        ),
+    }
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+@torch.no_grad()
+def measure(model: PeftModel, members: int, arguments, device: torch.device) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a prefill and of one decoded token, for each side."""
+    torch.manual_seed(1)
+    shape = (arguments.batch_size, arguments.length)
+    prompt = torch.randint(0, arguments.vocabulary, shape, device=device)
+    token = torch.randint(0, arguments.vocabulary, (arguments.batch_size, 1), device=device)
+    own = sides(model, members, arguments.batch_size)
+    prefill: dict[str, list[float]] = {name: [] for name in own}
+    decode: dict[str, list[float]] = {name: [] for name in own}
+    for repetition in range(arguments.repetitions + 1):
+        for name, make in own.items():
+            run = make(cached=False)
+            start = clock(device)
+            run(prompt)
+            # The first round warms up.
+            if repetition:
+                prefill[name].append(clock(device) - start)
+    for _ in range(arguments.repetitions):
+        for name, make in own.items():
+            run = make(cached=True)
+            run(prompt)
+            times = []
+            for _ in range(arguments.tokens):
+                start = clock(device)
+                run(token)
+                times.append(clock(device) - start)
+            # The first token after a prompt still makes what is kept for the next ones.
+            decode[name] += times[1:]
+    return {
+        name: {"prefill": 1e3 * statistics.median(prefill[name]), "decode": 1e3 * statistics.median(decode[name])}
+        for name in own
+    }
+
+
+@torch.no_grad()
+def generation(model: PeftModel, members: int, arguments, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of `generate`, prompt and tokens together."""
+    prompt = torch.randint(0, arguments.vocabulary, (arguments.batch_size, arguments.length), device=device)
+    names = [f"m{k}" for k in range(members)]
+    options = {"max_new_tokens": arguments.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ensemble = PeftEnsembleModel(model, names)
+    mixed = [name for name in names for _ in range(arguments.batch_size)]
+    repeated = prompt.repeat(members, 1)
+    runs = {
+        "one adapter, m x B rows": lambda: model.generate(input_ids=repeated, **options),
+        "mixed batch": lambda: model.generate(input_ids=repeated, adapter_names=mixed, **options),
+        "ensemble, all at once": lambda: ensemble.generate(prompt, **options),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(arguments.repetitions):
+        for name, run in runs.items():
+            model.set_adapter("m0", inference_mode=True)
+            start = clock(device)
+            run()
+            times[name].append(clock(device) - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def table(results: dict) -> str:
+    machine, shape = results["machine"], results["shape"]
+    lines = [
+        f"{results['parameters'] / 1e6:.0f}M parameters, LoRA of rank {shape['rank']} on every linear layer, B = "
+        f"{shape['batch_size']} rows, prompts of {shape['length']} tokens, {shape['repetitions']} repetitions; "
+        f"{machine['device']}, {machine['threads']} thread(s), {machine['dtype']}. Milliseconds, and the ratio to the "
+        "reference of the side.",
+    ]
+    for phase in ("prefill", "decode"):
+        lines += ["", f"| {phase} | " + " | ".join(f"m = {m}" for m in results["members"]) + " |"]
+        lines.append("|---" * (len(results["members"]) + 1) + "|")
+        for side in SIDES:
+            cells = []
+            for own in results["members"].values():
+                value, reference = own[side][phase], own[REFERENCE[side]][phase]
+                cells.append(f"{value:.1f}" + ("" if side == REFERENCE[side] else f" ({value / reference:.2f})"))
+            lines.append(f"| {side} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"| generate, {shape['tokens']} tokens | " + " | ".join(f"m = {m}" for m in results["members"]) + " |",
+    ]
+    lines.append("|---" * (len(results["members"]) + 1) + "|")
+    for side in next(iter(results["generate"].values())):
+        values = [(own[side], own["one adapter, m x B rows"]) for own in results["generate"].values()]
+        lines.append(f"| {side} | " + " | ".join(f"{a:.0f} ({a / b:.2f})" for a, b in values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="path of the results without .json and .md")
+    parser.add_argument("--members", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--hidden_size", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    model = make_model(arguments, device)
+    results = {
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+            "threads": arguments.threads,
+            "dtype": str(model.dtype),
+            "torch": torch.__version__,
+        },
+        "shape": {key: value for key, value in vars(arguments).items() if key not in ("output", "device", "members")},
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name),
+        "members": {},
+        "generate": {},
+    }
+    for members in arguments.members:
+        results["members"][str(members)] = measure(model, members, arguments, device)
+        results["generate"][str(members)] = generation(model, members, arguments, device)
+        Path(f"{arguments.output}.json").write_text(json.dumps(results, indent=1) + "\n")
+        Path(f"{arguments.output}.md").write_text(table(results))
+        print(table(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()

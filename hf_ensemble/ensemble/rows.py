@@ -1,0 +1,64 @@
+"""Which rows of a batch each adapter computes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Inputs whose first dimension is not the batch, whatever its length.
+_SHARED_INPUTS = ("cache_position", "logits_to_keep")
+
+
+@dataclass(frozen=True)
+class AdapterRows:
+    """The pairs of a row and an adapter that gives it a weight, adapter by adapter.
+
+    Args:
+        names (`list[str]`): adapters that some row weighs.
+        rows (`list[torch.Tensor]`): ascending row numbers of each of these adapters.
+        weights (`list[torch.Tensor]`): weight of the adapter for each of its rows.
+        batch_size (`int`): rows of the batch.
+    """
+
+    names: list[str]
+    rows: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    batch_size: int
+
+    @classmethod
+    def from_weights(cls, weights: torch.Tensor, names: Sequence[str]) -> "AdapterRows":
+        """Read off the non-zero entries of `weights`, `(batch_size, adapters)`."""
+        used = [(name, weights[:, column].nonzero().squeeze(1), column) for column, name in enumerate(names)]
+        used = [(name, rows, weights[rows, column]) for name, rows, column in used if len(rows)]
+        return cls([name for name, _, _ in used], [rows for _, rows, _ in used], [w for _, _, w in used], len(weights))
+
+    @property
+    def index(self) -> torch.Tensor:
+        """Row of each pair, `(pairs,)`."""
+        return torch.cat(self.rows)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of rows of each adapter."""
+        return [len(rows) for rows in self.rows]
+
+
+def batch_size_of(inputs: Mapping[str, Any]) -> int:
+    """Number of rows of a model's inputs."""
+    return next(v for k, v in inputs.items() if torch.is_tensor(v) and k not in _SHARED_INPUTS).shape[0]
+
+
+def take_rows(inputs: Mapping[str, Any], rows: torch.Tensor, batch_size: int) -> dict[str, Any]:
+    """The inputs of some rows; what does not belong to rows is passed on as it is."""
+    if len(rows) == batch_size and torch.equal(rows, torch.arange(batch_size, device=rows.device)):
+        return dict(inputs)
+    return {key: _take(key, value, rows, batch_size) for key, value in inputs.items()}
+
+
+def _take(key: str, value: Any, rows: torch.Tensor, batch_size: int) -> Any:
+    if not torch.is_tensor(value) or not value.dim() or key in _SHARED_INPUTS:
+        return value
+    if key.endswith("position_ids") and value.dim() == 3:  # positions along several axes come first, (axes, batch, T)
+        return value[:, rows] if value.shape[1] == batch_size else value
+    return value[rows] if value.shape[0] == batch_size else value

@@ -1,0 +1,29 @@
+"""What servers of adapters ask of them."""
+
+from peft import LoraConfig
+
+# vLLM's choices for max_lora_rank.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def vllm_rank(config: LoraConfig) -> int | None:
+    """The least `max_lora_rank` that vLLM serves an adapter with; `None` above its largest."""
+    return next((rank for rank in VLLM_RANKS if rank >= config.r), None)
+
+
+def vllm_obstacles(config: LoraConfig) -> list[str]:
+    """Why vLLM would refuse an adapter, or compute it wrongly; empty where it serves it."""
+    obstacles = []
+    if config.modules_to_save:
+        obstacles.append(f"modules_to_save {sorted(config.modules_to_save)}")
+    if config.use_dora:
+        obstacles.append("DoRA")
+    if config.bias != "none" or config.lora_bias:
+        obstacles.append("biases")
+    if config.rank_pattern or config.alpha_pattern:
+        obstacles.append("different ranks or scalings (rank_pattern, alpha_pattern)")
+    if config.trainable_token_indices or config.target_parameters:
+        obstacles.append("trainable tokens or parameters")
+    if vllm_rank(config) is None:
+        obstacles.append(f"rank {config.r} above {VLLM_RANKS[-1]}")
+    return obstacles
