@@ -170,6 +170,33 @@ def test_weights_cost_one_forward(ensemble, model, batch):
     assert seen == [4]
 
 
+@pytest.mark.parametrize("tasks", [TASKS, ["z"] * 4], ids=["by row", "alike"])
+@torch.no_grad()
+def test_weights_are_summed_once_for_a_decoding(ensemble, model, tasks, monkeypatch):
+    import hf_ensemble.ensemble.fused as fused
+
+    made = []
+    concatenated = fused._concatenated
+    monkeypatch.setattr(fused, "_concatenated", lambda *args: made.append(1) or concatenated(*args))
+    ensemble.combination = "weights"
+    tokens = torch.randint(3, 40, (4, 9), generator=torch.Generator().manual_seed(0))
+    output = ensemble(input_ids=tokens[:, :6], task=tasks, use_cache=True)
+    first, parts = len(made), [output.logits]
+    for position in range(6, 9):
+        output = ensemble(
+            input_ids=tokens[:, position : position + 1], task=tasks, past_key_values=output.past_key_values
+        )
+        parts.append(output.logits)
+    assert len(made) == first > 0
+    assert torch.allclose(torch.cat(parts, 1), ensemble(input_ids=tokens, task=tasks).logits, atol=1e-5)
+    # Another text is computed with the adapters as they are then.
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.mul_(2)
+    changed = ensemble(input_ids=tokens, task=tasks, use_cache=True).logits
+    assert not torch.allclose(changed, torch.cat(parts, 1), atol=1e-3)
+
+
 @torch.no_grad()
 def test_conv1d_layers_of_gpt2(batch):
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from .._compat import adapters_untouched
@@ -17,6 +18,8 @@ from .fused import CannotFuseError, Stacks, grouped_adapters, summed_adapters
 from .rows import AdapterRows, batch_size_of, take_rows
 
 logger = get_logger(__name__)
+
+_BESIDE = "_hf_ensemble_stacks"
 
 
 class MemberForward:
@@ -133,16 +136,38 @@ class MemberForward:
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=own)}
 
 
+def stacks_beside(cache: Any) -> Stacks:
+    """The adapters' concatenated matrices that go with a base model's key-value states: made once for a decoding."""
+    known = getattr(cache, _BESIDE, None)
+    if known is None or torch.is_grad_enabled():
+        return Stacks()
+    return known
+
+
+def keep_beside(cache: Any, stacks: Stacks) -> None:
+    """Leave them with the states for the next call."""
+    if isinstance(cache, Cache) and not torch.is_grad_enabled():
+        setattr(cache, _BESIDE, stacks)
+
+
 @contextmanager
-def summed_weights(model: PeftModel, names: Sequence[str], weights: torch.Tensor) -> Iterator[None]:
+def summed_weights(
+    model: PeftModel, names: Sequence[str], weights: torch.Tensor, stacks: Stacks | None = None
+) -> Iterator[None]:
     """While open, the base model computes each row with the weighted sum of the adapters' deltas.
+
+    Args:
+        model (`PeftModel`): holds the adapters.
+        names (`Sequence[str]`): adapters, in the order of the weights' columns.
+        weights (`torch.Tensor` of shape `(batch_size, len(names))`): weight of each adapter for each row.
+        stacks (`Stacks`, *optional*): of an earlier call with the same adapters.
 
     Raises:
         `EnsembleError`: for a model with a layer that cannot be served so.
     """
     used = weights.any(0).nonzero().squeeze(1).tolist()
     try:
-        with summed_adapters(model, [names[k] for k in used], weights[:, used], Stacks()):
+        with summed_adapters(model, [names[k] for k in used], weights[:, used], stacks or Stacks()):
             yield
     except CannotFuseError as error:
         raise EnsembleError(

@@ -18,7 +18,7 @@ from .config import BaseModelReference, EnsembleMember, check_members, check_wei
 from .files import base_reference
 from .fitting import Collator, Rows, WeightFit, fit_ensemble
 from .generation import check_generation, generate_by_outputs
-from .inference import MemberForward, summed_weights
+from .inference import MemberForward, keep_beside, stacks_beside, summed_weights
 from .merge import MergedAdapter, merge_adapters
 from .routing import check_routing, prompt_weights
 from .rows import batch_size_of
@@ -201,9 +201,11 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
             inputs.setdefault("use_cache", cache is not None)
         mask = label_mask(task, len(weights), self.label_space)
         if self.combination == "weights":
-            with summed_weights(self.model, self.adapter_names, weights):
+            stacks = stacks_beside(cache)
+            with summed_weights(self.model, self.adapter_names, weights, stacks):
                 output = base.forward(**inputs, **({} if cache is None else {"past_key_values": cache}))
             logits, cache = output.logits.float(), getattr(output, "past_key_values", None)
+            keep_beside(cache, stacks)
         else:
             if cache is None and inputs.get("use_cache"):
                 cache = EnsembleCache(cache_maker(base.config))
