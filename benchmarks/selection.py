@@ -51,7 +51,9 @@ def representations(trainer, like: FeatureTable, split: str) -> FeatureTable:
     return replace(like, features=np.stack([found[key] for key in keys]))
 
 
-def choose(trainer, targets: list[str], seeds: list[int], runs: list[ObservedRun]) -> tuple[Choices, list[dict]]:
+def choose(
+    trainer, targets: list[str], seeds: list[int], runs: list[ObservedRun], without: list[str]
+) -> tuple[Choices, list[dict]]:
     """For each target and way to choose, the choice for each seed; and what is taken for every other task."""
     store = trainer.capture()
     selector = trainer.selector(store)
@@ -86,6 +88,7 @@ def choose(trainer, targets: list[str], seeds: list[int], runs: list[ObservedRun
             if selection is None
             else [selection] * len(seeds)
             for way, selection in fixed.items()
+            if way not in without
         }
     return choices, taken
 
@@ -150,6 +153,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path)
+    parser.add_argument("--without", nargs="*", default=[], help="Ways to choose that are not trained.")
     parser.add_argument("--part", default="0/1")
     own, flags = parser.parse_known_args()
     (arguments, model_arguments), flags = parse([FidelityArguments, ModelConfig], with_config(flags), True)
@@ -162,7 +166,7 @@ def main() -> None:
             ObservedRun(dict.fromkeys(subset, 1.0), dict(zip(known["task_names"], losses)))
             for subset, losses in zip(known["subsets"], known["true_loss"])
         ]
-    choices, taken = choose(trainer, own.targets, own.seeds, runs)
+    choices, taken = choose(trainer, own.targets, own.seeds, runs, own.without)
     runs_for_real = TrainedMixtures(trainer, tasks)
     wanted = [(selection.weights, seed, list(selection.targets)) for selection, seed in trainings(choices, own.seeds)]
     runs_for_real.make(wanted, own.part)
