@@ -12,7 +12,7 @@ stops. Writes TARGET.json and .md.
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +131,9 @@ def markdown(report: dict) -> str:
         cells = []
         for target in targets:
             own = [score["accuracy"] for score in report["scores"][target][way]]
-            cells.append(f"{np.mean(own):.3f} ± {np.std(own, ddof=1):.3f} ({len(report['tasks'][target][way])})")
+            cells.append(
+                f"{np.mean(own):.3f} ± {np.std(own, ddof=1):.3f} ({len(report['choices'][target][way][0]['weights'])})"
+            )
         total = [
             f"{np.mean(mean[measure]):.3f} ± {np.std(mean[measure], ddof=1):.3f}" for measure in ("accuracy", "loss")
         ]
@@ -186,9 +188,11 @@ def main() -> None:
         "seeds": own.seeds,
         "mean": summary(choices, scores, own.seeds),
         "scores": scores,
-        "tasks": {target: {way: chosen[0].tasks for way, chosen in ways.items()} for target, ways in choices.items()},
         "choices": {
-            target: {way: [asdict(one) for one in chosen] for way, chosen in ways.items()}
+            target: {
+                way: [{"weights": one.weights, "predicted_loss": one.path[-1]["predicted_loss"]} for one in chosen]
+                for way, chosen in ways.items()
+            }
             for target, ways in choices.items()
         },
         "taken": taken,

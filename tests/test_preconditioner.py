@@ -92,7 +92,7 @@ def test_it_is_the_same_for_every_batch_size(tmp_path):
 def test_a_resumed_pass_keeps_the_stores_own(tmp_path, monkeypatch):
     from hf_ensemble.store import GradientStoreWriter
 
-    def killed(self, shard, rows):
+    def killed(self, shard, rows, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
