@@ -7,14 +7,14 @@ import torch
 import toy
 from scipy.optimize import minimize
 from test_combinations import KINDS, NAMES, llama, make
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration
 
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.ensemble import fit_weights
 from hf_ensemble.ensemble.convex import MAX_WEIGHT
 from hf_ensemble.ensemble.weights import logits_objective, mixed_loss, probs_objective
 from hf_ensemble.errors import EnsembleError
-from hf_ensemble.tasks import LabelSpace
+from hf_ensemble.tasks import LabelSpace, TaskCollator
 
 
 def cached(seed, members=4, examples=40, width=7, strength=2.0):
@@ -199,6 +199,17 @@ def test_forms_of_data(ensemble):
     ensemble.combination = "weights"
     with pytest.raises(EnsembleError, match="not convex"):
         ensemble.fit_weights(data)
+
+
+def test_a_trainer_s_collator_serves(ensemble):
+    data = {"x": rows_of(7, 0), "y": rows_of(5, 1)}
+    first = ensemble.fit_weights(data)
+    named = {task: [{**row, "task": task} for row in rows] for task, rows in data.items()}
+    for row in named["x"] + named["y"]:
+        del row["text"]
+    collator = TaskCollator(DataCollatorForSeq2Seq(toy.tokenizer(), label_pad_token_id=-100))
+    again = ensemble.fit_weights(named, data_collator=collator)
+    assert again.report()["y"] == pytest.approx(first.report()["y"], abs=1e-6)
 
 
 def test_classifiers_fit_within_their_label_sets():

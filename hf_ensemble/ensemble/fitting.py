@@ -9,7 +9,7 @@ import torch
 
 from ..errors import EnsembleError
 from ..logging import get_logger
-from ..tasks import IGNORE_INDEX, TASK, restrict_to_labels
+from ..tasks import IGNORE_INDEX, TASK, pop_meta, restrict_to_labels
 from ..tasks.answers import answer_positions
 from .task_weights import label_mask
 from .weights import FittedWeights, Objective, fit_objective, logits_objective, probs_objective
@@ -126,7 +126,9 @@ def _outputs(ensemble, task: str, rows: Rows, collate: Collator, batch_size: int
             )
             break
         examples = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        batch = {key: value.to(ensemble.device) for key, value in collate(examples).items()}
+        batch = dict(collate(examples))
+        pop_meta(batch)
+        batch = {key: value.to(ensemble.device) for key, value in batch.items()}
         if "labels" not in batch:
             raise EnsembleError(f"The rows of {task!r} have no labels to fit weights to.")
         logits, targets, own = _batch_outputs(ensemble, task, batch, shift)
