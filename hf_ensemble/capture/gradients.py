@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import CaptureError
-from ..tasks import TASK, AnswerScores, LabelSpace, pop_meta, restrict_to_labels, score_answers
+from ..tasks import IGNORE_INDEX, TASK, AnswerScores, LabelSpace, pop_meta, restrict_to_labels, score_answers
+from .head import AnswerHead
 from .margin import MarginKind, margins
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
@@ -74,6 +75,7 @@ class GradientExtractor:
         self.taps = LinearTaps(model, self.parameters)
         self.hooked = [name for name in self.parameters if name in self.taps.covered]
         self._checked = False
+        self._head = AnswerHead(model)
         self._shift = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
     @property
@@ -145,6 +147,7 @@ class GradientExtractor:
         device = next(iter(self.parameters.values())).device
         inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
         labels = inputs.pop("labels")
+        _check_answers(labels, self._shift)
         label_mask = self.label_space.mask(meta[TASK]) if self.label_space is not None else None
         with evaluation_mode(self.model), torch.enable_grad():
             while True:
@@ -187,15 +190,15 @@ class GradientExtractor:
         if labels.dim() == 2 and self._shift and mask is not None and (mask[:, 0] == 0).any():
             # Left padding: models number positions from the padding on unless told otherwise.
             inputs = {**inputs, "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0)}
-        logits = self.model(**inputs, **self._no_cache()).logits
+        inputs = {**inputs, **self._no_cache()}
+        if labels.dim() == 2 and self._head.usable and not callable(self.margin):
+            return None, self._head(inputs, labels, self._shift)
+        logits = self.model(**inputs).logits
         if logits.dim() == 2:
             logits = restrict_to_labels(logits, label_mask)
-        scores = score_answers(logits, labels, self._shift)
-        if (scores.num_tokens == 0).any():
-            raise CaptureError("An example of the batch has no answer token: every label is -100. Drop such rows.")
-        return logits, scores
+        return logits, score_answers(logits, labels, self._shift)
 
-    def _margins(self, logits: torch.Tensor, labels: torch.Tensor, scores: AnswerScores) -> torch.Tensor:
+    def _margins(self, logits: torch.Tensor | None, labels: torch.Tensor, scores: AnswerScores) -> torch.Tensor:
         if not callable(self.margin):
             return margins(scores, self.margin)
         values = self.margin(logits, labels)
@@ -248,6 +251,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _check_answers(labels: torch.Tensor, shift: bool) -> None:
+    """Raise `CaptureError` for an example without an answer token."""
+    tokens = labels[:, 1:] if labels.dim() == 2 and shift else labels.reshape(len(labels), -1)
+    if (tokens == IGNORE_INDEX).all(dim=1).any():
+        raise CaptureError("An example of the batch has no answer token: every label is -100. Drop such rows.")
 
 
 def _check_whole(parameters: Mapping[str, nn.Parameter]) -> None:

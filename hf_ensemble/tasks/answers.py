@@ -75,10 +75,17 @@ def answer_positions(logits: torch.Tensor, labels: torch.Tensor, shift: bool = T
     return logits[rows, positions].float(), labels[rows, positions], rows
 
 
+def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target, float32, and whether its logit is the largest: `(..., V)`, `(...)` to `(...)`."""
+    logits = logits.float()
+    log_probs = torch.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return log_probs, logits.detach().argmax(-1) == targets
+
+
 def score_answers(logits: torch.Tensor, labels: torch.Tensor, shift: bool = True) -> AnswerScores:
     """Score each example's answer. Shapes as in [`answer_positions`]."""
     batch_size = labels.shape[0]
     logits, targets, rows = answer_positions(logits, labels, shift)
-    log_probs = torch.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    log_probs, correct = token_scores(logits, targets)
     num_tokens = torch.zeros(batch_size, dtype=torch.long, device=rows.device).index_add(0, rows, torch.ones_like(rows))
-    return AnswerScores(log_probs, logits.detach().argmax(-1) == targets, rows, num_tokens)
+    return AnswerScores(log_probs, correct, rows, num_tokens)
