@@ -81,19 +81,21 @@ class GradientCaptureCallback(TrainerCallback):
             num_steps = state.max_steps if state is not None else None
             self._capture(args, model, processing_class, self.output_dir, num_steps)
 
-    def on_epoch_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+    def on_epoch_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if self.when == "epoch":
-            self._capture(args, model, processing_class, self.output_dir / f"epoch-{round(state.epoch)}")
+            folder = self.output_dir / f"epoch-{round(state.epoch)}"
+            self._capture(args, model, processing_class, folder, optimizer=optimizer)
 
-    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+    def on_step_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if isinstance(self.when, int) and state.global_step % self.when == 0:
-            self._capture(args, model, processing_class, self.output_dir / f"step-{state.global_step}")
+            folder = self.output_dir / f"step-{state.global_step}"
+            self._capture(args, model, processing_class, folder, optimizer=optimizer)
 
-    def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+    def on_train_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if self.when == "train_end":
-            self._capture(args, model, processing_class, self.output_dir)
+            self._capture(args, model, processing_class, self.output_dir, optimizer=optimizer)
 
-    def _capture(self, args, model, processing_class, folder: Path, num_steps: int | None = None) -> None:
+    def _capture(self, args, model, processing_class, folder: Path, num_steps=None, optimizer=None) -> None:
         if processing_class is None:
             raise ConfigurationError("Capturing needs the tokenizer: pass processing_class to the Trainer.")
         metric = optimizer_metric(args)
@@ -110,4 +112,5 @@ class GradientCaptureCallback(TrainerCallback):
             overwrite=self.overwrite,
             disable_tqdm=bool(args.disable_tqdm),
             recipe=training_recipe(args, num_steps) if num_steps and config.preconditioner == metric else None,
+            optimizer=optimizer,
         )

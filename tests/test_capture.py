@@ -155,7 +155,8 @@ def test_config_is_checked():
         ({"margin": "mean"}, "margin"),
         ({"max_batch_tokens": 0}, "max_batch_tokens"),
         ({"non_finite": "ignore"}, "non_finite"),
-        ({"feature_dtype": "bfloat16"}, "float16"),
+        ({"feature_dtype": "float64"}, "bfloat16"),
+        ({"preconditioner": "sgd"}, "optimizer"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             CaptureConfig(**settings)

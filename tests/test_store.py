@@ -30,7 +30,7 @@ def fill(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 4e-3), ("float32", 1e-6)])
 def test_features_survive_whatever_their_scale(tmp_path, dtype, tolerance):
     store = GradientStore(fill(tmp_path / "s", dtype=dtype))
     table = store.table("train")
@@ -41,6 +41,17 @@ def test_features_survive_whatever_their_scale(tmp_path, dtype, tolerance):
     assert store.table("validation", ["b"]).example_id.tolist() == ["id7", "id9"]
     with pytest.raises(StoreError, match=r"no 'test' rows of the tasks \['a', 'b'\]"):
         store.table("test")
+
+
+def test_examples_are_read_by_task_and_id(tmp_path):
+    store = GradientStore(fill(tmp_path / "s"))
+    some = store.table("train", {"b": ["id5", "id1"], "a": ["id2"]})
+    assert some.example_id.tolist() == ["id1", "id2", "id5"] and some.task_names == ("b", "a")
+    whole = store.table("train")
+    assert (some.features == whole.features[[1, 2, 5]]).all() and (some.margin == whole.margin[[1, 2, 5]]).all()
+    for wanted, named in [({"a": ["id1"]}, "a/id1"), ({"a": ["id8"]}, "a/id8"), ({"c": ["id1"]}, "c/id1")]:
+        with pytest.raises(StoreError, match=f"1 of the wanted examples, for example '{named}'"):
+            store.table("train", wanted)
 
 
 def test_unfinished_store_is_no_store(tmp_path):

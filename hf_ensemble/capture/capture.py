@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -17,10 +18,17 @@ from transformers import PreTrainedTokenizerBase
 from .._compat import keep_quantized_weights_in_place, package_versions
 from ..errors import CaptureError
 from ..logging import get_logger
-from ..store import CapturedRows, GradientStore, GradientStoreWriter, TrainingRecipe, sole_writer
+from ..store import (
+    CapturedRows,
+    GradientStore,
+    GradientStoreWriter,
+    GradientStoreWriters,
+    TrainingRecipe,
+    sole_writers,
+)
 from ..tasks import EXAMPLE_ID, TASK, RowFormat, TaskCollator, TaskSet, data_collator_for, encode, length_limit
 from .batches import HalvingOnFullMemory, length_sorted_batches
-from .config import CaptureConfig
+from .config import CaptureConfig, one_pass
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
 from .preconditioner import Preconditioner
@@ -33,10 +41,22 @@ SHARD_SIZE = 512
 MOMENT_ROWS = 128
 
 
+@overload
+def capture_gradients(
+    model: nn.Module, tasks: TaskSet, config: CaptureConfig | None = None, *args: Any, **kwargs: Any
+) -> GradientStore: ...
+
+
+@overload
+def capture_gradients(
+    model: nn.Module, tasks: TaskSet, config: Mapping[str, CaptureConfig], *args: Any, **kwargs: Any
+) -> dict[str, GradientStore]: ...
+
+
 def capture_gradients(
     model: nn.Module,
     tasks: TaskSet,
-    config: CaptureConfig | None = None,
+    config: CaptureConfig | Mapping[str, CaptureConfig] | None = None,
     output_dir: str | Path = "gradients",
     processing_class: PreTrainedTokenizerBase | None = None,
     data_collator: TaskCollator | None = None,
@@ -44,7 +64,8 @@ def capture_gradients(
     overwrite: bool = False,
     disable_tqdm: bool = False,
     recipe: TrainingRecipe | None = None,
-) -> GradientStore:
+    optimizer: torch.optim.Optimizer | None = None,
+) -> GradientStore | dict[str, GradientStore]:
     """Capture the gradient features of all training and validation examples.
 
     The model is left as it was: modes, gradients and random state. A killed pass, started again with the same
@@ -53,11 +74,14 @@ def capture_gradients(
 
     Args:
         model (`nn.Module`):
-            Causal language model or sequence classifier with trainable adapter parameters at theta0, where the
-            gradients are taken.
+            Causal language model, encoder-decoder or sequence classifier with trainable adapter parameters at theta0,
+            where the gradients are taken.
         tasks (`TaskSet`): what to capture.
-        config (`CaptureConfig`, *optional*): settings.
-        output_dir (`str` or `Path`, *optional*, defaults to `"gradients"`): the store's directory.
+        config (`CaptureConfig` or `dict[str, CaptureConfig]`, *optional*):
+            Settings; or several by name, which differ in the projection's size and seed and in the stored precision:
+            one pass then fills a store for each.
+        output_dir (`str` or `Path`, *optional*, defaults to `"gradients"`):
+            The store's directory; with several settings, each store's directory is named in it.
         processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; needed unless `encoded` is given.
         data_collator (`TaskCollator`, *optional*): collates encoded rows; a padding collator by default.
         encoded (`dict[str, Dataset]`, *optional*):
@@ -67,9 +91,11 @@ def capture_gradients(
         recipe (`TrainingRecipe`, *optional*):
             The training on all tasks that goes on from here, kept in the store for estimates. How many parameters move
             is filled in where the preconditioner tells.
+        optimizer (`torch.optim.Optimizer`, *optional*):
+            With `preconditioner="optimizer"`: Adam or one of its kin, whose second moments make the preconditioner.
 
     Returns:
-        `GradientStore`: the finished store.
+        `GradientStore`: the finished store; with several settings, the stores by name.
 
     Raises:
         `StoreMismatchError`: when the directory holds a store of another model, data or configuration.
@@ -77,6 +103,7 @@ def capture_gradients(
             For gradients that are not finite, each named, unless the configuration excludes them; when another pass is
             writing into the directory, and when the disk has no room for the store.
         `CaptureError`: when the model has no trainable parameter, or a row no answer token.
+        `ConfigurationError`: for several settings that one pass cannot serve.
 
     Example:
 
@@ -84,12 +111,14 @@ def capture_gradients(
     >>> store = capture_gradients(model, tasks, processing_class=tokenizer, output_dir="gradients")  # doctest: +SKIP
     ```
     """
-    config = config or CaptureConfig()
+    configs = one_pass(config) if isinstance(config, Mapping) else {"": config or CaptureConfig()}
+    folders = {name: Path(output_dir) / name for name in configs}
+    first = next(iter(configs.values()))
     keep_quantized_weights_in_place(model)
     if encoded is None:
         if processing_class is None:
             raise CaptureError("Expected a tokenizer in processing_class, or token tables in encoded; found neither.")
-        max_length = config.max_length if config.max_length is not None else length_limit(processing_class)
+        max_length = first.max_length if first.max_length is not None else length_limit(processing_class)
         encoded = {
             split: encode(tasks.table(split), processing_class, tasks.row_format, tasks.label_space, max_length)
             for split in ("train", "validation")
@@ -100,7 +129,11 @@ def capture_gradients(
         )
     state = PartialState()
     extractor = GradientExtractor(
-        model, config.projection_dim, config.projection_seed, config.margin, tasks.label_space
+        model,
+        [each.projection_dim for each in configs.values()],
+        [each.projection_seed for each in configs.values()],
+        first.margin,
+        tasks.label_space,
     )
     plan = [
         (split, task, example_id)
@@ -114,63 +147,73 @@ def capture_gradients(
             "fingerprint": tasks.fingerprint,
             "tokens": _fingerprint(encoded),
         },
-        "config": config.identity(),
     }
-    with sole_writer(output_dir) if state.is_main_process else nullcontext():
+    with sole_writers(list(folders.values())) if state.is_main_process else nullcontext():
         with state.main_process_first():
-            writer = GradientStoreWriter(
-                Path(output_dir),
-                identity,
-                plan,
-                extractor.projection.dim,
-                config.feature_dtype,
-                SHARD_SIZE,
-                overwrite,
-                state.is_main_process,
+            writers = GradientStoreWriters(
+                [
+                    GradientStoreWriter(
+                        folders[name],
+                        {**identity, "config": own.identity()},
+                        plan,
+                        projection.dim,
+                        own.feature_dtype,
+                        SHARD_SIZE,
+                        overwrite,
+                        state.is_main_process,
+                    )
+                    for (name, own), projection in zip(configs.items(), extractor.projections)
+                ]
             )
-        missing = writer.missing_shards()
+        missing = writers.missing_shards()
         state.wait_for_everyone()
         if state.is_main_process:
-            writer.check_space()
-        if config.preconditioner != "none":
-            extractor.preconditioner = _preconditioner(
-                extractor, writer, encoded["train"], data_collator, config, state
-            )
+            writers.check_space()
+        if first.preconditioner != "none":
+            if state.is_main_process:
+                kept = writers.preconditioner()
+                if kept is None:
+                    made = _preconditioner(extractor, encoded["train"], data_collator, first, optimizer)
+                    kept = {name: scale.cpu().numpy() for name, scale in made.scales.items()}
+                writers.write_preconditioner(kept)
+            state.wait_for_everyone()
+            extractor.preconditioner = Preconditioner(writers.preconditioner())
         mine = missing[state.process_index :: state.num_processes]
-        _capture_shards(extractor, writer, mine, encoded, data_collator, config, disable_tqdm)
+        _capture_shards(extractor, writers, mine, encoded, data_collator, first, disable_tqdm)
         state.wait_for_everyone()
         if recipe is not None and extractor.preconditioner is not None:
             recipe = replace(
                 recipe, num_parameters=extractor.preconditioner.num_moving(), input_gain=fresh_lora_gain(model)
             )
-        if state.is_main_process and (missing or not writer.is_complete()):
+        if state.is_main_process:
             coverage = {"hooked": extractor.hooked, "fallback": extractor.fallback}
-            writer.finish(recipe, coverage=coverage, versions=package_versions())
-        elif state.is_main_process:
-            writer.renew(recipe)
+            writers.finish(recipe, coverage=coverage, versions=package_versions())
         state.wait_for_everyone()
-    store = GradientStore(output_dir)
-    if store.excluded and state.is_main_process:
-        named = ", ".join(f"{task}/{example_id}" for _, task, example_id in store.excluded[:5])
-        logger.warning("%d examples are left out: their gradients are not finite: %s.", len(store.excluded), named)
-    return store
+    stores = {name: GradientStore(folder) for name, folder in folders.items()}
+    excluded = next(iter(stores.values())).excluded
+    if excluded and state.is_main_process:
+        named = ", ".join(f"{task}/{example_id}" for _, task, example_id in excluded[:5])
+        logger.warning("%d examples are left out: their gradients are not finite: %s.", len(excluded), named)
+    return stores if isinstance(config, Mapping) else stores[""]
 
 
-def _preconditioner(extractor, writer, rows: Dataset, data_collator, config, state) -> Preconditioner:
-    """The store's own, which the main process makes where there is none yet."""
-    if state.is_main_process and writer.preconditioner() is None:
-        chosen = np.unique(np.linspace(0, len(rows) - 1, min(MOMENT_ROWS, len(rows))).round().astype(int))
-        chosen_rows = [_without_none(rows[int(i)]) for i in chosen]
-        moments: dict[str, torch.Tensor] = {}
-        add = HalvingOnFullMemory(lambda batch: extractor.add_second_moments(data_collator(batch), moments))
-        lengths = [len(row["input_ids"]) for row in chosen_rows]
-        with torch.random.fork_rng():
-            for batch in length_sorted_batches(lengths, config.batch_size, config.max_batch_tokens):
-                add([chosen_rows[position] for position in batch])
-        scales = Preconditioner.from_second_moments(moments).scales
-        writer.write_preconditioner({name: scale.cpu().numpy() for name, scale in scales.items()})
-    state.wait_for_everyone()
-    return Preconditioner(writer.preconditioner())
+def _preconditioner(extractor, rows: Dataset, data_collator, config, optimizer) -> Preconditioner:
+    if config.preconditioner == "optimizer":
+        if optimizer is None:
+            raise CaptureError(
+                "preconditioner='optimizer' takes the second moments of the training's optimizer: pass it as "
+                "optimizer=..., or set preconditioner='adam', which takes them from some rows."
+            )
+        return Preconditioner.from_optimizer(optimizer, extractor.parameters)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(MOMENT_ROWS, len(rows))).round().astype(int))
+    chosen_rows = [_without_none(rows[int(i)]) for i in chosen]
+    moments: dict[str, torch.Tensor] = {}
+    add = HalvingOnFullMemory(lambda batch: extractor.add_second_moments(data_collator(batch), moments))
+    lengths = [len(row["input_ids"]) for row in chosen_rows]
+    with torch.random.fork_rng():
+        for batch in length_sorted_batches(lengths, config.batch_size, config.max_batch_tokens):
+            add([chosen_rows[position] for position in batch])
+    return Preconditioner.from_second_moments(moments)
 
 
 def _capture_shards(extractor, writer, shards, encoded, data_collator, config, disable_tqdm) -> None:

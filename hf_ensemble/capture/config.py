@@ -1,9 +1,11 @@
 """Settings of a capture pass."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import ConfigurationError
-from ..store.layout import numpy_dtype
+from ..store.layout import FEATURE_DTYPES, stored_dtype
 from .margin import MARGIN_KINDS, MarginKind, margin_identity
 from .preconditioner import PRECONDITIONERS
 
@@ -35,10 +37,13 @@ class CaptureConfig:
         default="adam",
         metadata={
             "help": "Metric of the gradients: 'adam' scales parameters so that the steps of Adam and its kin are "
-            "gradient steps; 'none' is for plain SGD."
+            "gradient steps, by the second moments of some rows' gradients; 'optimizer' takes them from an optimizer "
+            "that has been training; 'none' is for plain SGD."
         },
     )
-    feature_dtype: str = field(default="float16", metadata={"help": "Stored precision: 'float16' or 'float32'."})
+    feature_dtype: str = field(
+        default="float16", metadata={"help": f"Stored precision, one of {', '.join(FEATURE_DTYPES)}."}
+    )
     batch_size: int = field(
         default=16, metadata={"help": "Examples per forward and backward pass at most; fewer where memory runs out."}
     )
@@ -66,9 +71,35 @@ class CaptureConfig:
             raise ConfigurationError(
                 f"preconditioner has to be one of {PRECONDITIONERS}, found {self.preconditioner!r}."
             )
-        numpy_dtype(self.feature_dtype)
+        stored_dtype(self.feature_dtype)
 
     def identity(self) -> dict:
         """The settings that decide the features' values; how many go through the model at once does not."""
         settings = {**vars(self), "margin": margin_identity(self.margin)}
         return {key: value for key, value in settings.items() if key not in ("batch_size", "max_batch_tokens")}
+
+
+# What settings of one pass may differ in: each is made of the same gradients.
+_FREE = ("projection_dim", "projection_seed", "feature_dtype")
+
+
+def one_pass(configs: Mapping[str, CaptureConfig]) -> dict[str, CaptureConfig]:
+    """Several settings by name, after a check that one pass over the model serves them all.
+
+    Raises:
+        `ConfigurationError`: for settings that differ in more, and for a name that is no directory's.
+    """
+    if not configs:
+        raise ConfigurationError("Expected at least one CaptureConfig by name, found none.")
+    wrong = [name for name in configs if name in ("", ".", "..") or Path(name).name != name]
+    if wrong:
+        raise ConfigurationError(f"Each setting's name is that of a directory in output_dir, found {wrong[0]!r}.")
+    (first, common), *others = configs.items()
+    for name, other in others:
+        differing = [key for key in vars(common) if key not in _FREE and getattr(common, key) != getattr(other, key)]
+        if differing:
+            raise ConfigurationError(
+                f"The settings {first!r} and {name!r} differ in {differing}; in one pass they may differ in "
+                f"{list(_FREE)}. Capture them one after the other."
+            )
+    return dict(configs)

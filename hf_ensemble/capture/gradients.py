@@ -1,6 +1,6 @@
 """One small vector per example: the projected gradient of its margin."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +44,9 @@ class GradientExtractor:
 
     Args:
         model (`nn.Module`): a model whose trained parameters require gradients, all others not.
-        projection_dim (`int`, *optional*): features per example; `None` keeps the exact gradient.
-        seed (`int`, *optional*, defaults to 0): seed of the projection.
+        projection_dim (`int` or `Sequence[int]`, *optional*):
+            Features per example; `None` keeps the exact gradient. Several projections' features stand side by side.
+        seed (`int` or `Sequence[int]`, *optional*, defaults to 0): seed of the projection, or of each.
         margin (`str` or `Callable`, *optional*, defaults to `"geometric_mean"`):
             See [`margins`]; or a function from logits and labels to one number per example, `(B,)`, each of which
             depends on its own example alone.
@@ -59,8 +60,8 @@ class GradientExtractor:
     def __init__(
         self,
         model: nn.Module,
-        projection_dim: int | None = 4096,
-        seed: int = 0,
+        projection_dim: int | None | Sequence[int | None] = 4096,
+        seed: int | Sequence[int] = 0,
         margin: MarginKind = "geometric_mean",
         label_space: LabelSpace | None = None,
         preconditioner: Preconditioner | None = None,
@@ -71,7 +72,11 @@ class GradientExtractor:
         self.preconditioner = preconditioner
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         _check_whole(self.parameters)
-        self.projection = SeededProjection({n: p.shape for n, p in self.parameters.items()}, projection_dim, seed)
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        dims = projection_dim if isinstance(projection_dim, Sequence) else [projection_dim]
+        seeds = seed if isinstance(seed, Sequence) else [seed] * len(dims)
+        self.projections = [SeededProjection(shapes, *pair) for pair in zip(dims, seeds, strict=True)]
+        self.dim = sum(projection.dim for projection in self.projections)
         self.taps = LinearTaps(model, self.parameters)
         self.hooked = [name for name in self.parameters if name in self.taps.covered]
         self._checked = False
@@ -97,13 +102,16 @@ class GradientExtractor:
 
         def begin(batch_size: int, device: torch.device) -> _Receiver:
             nonlocal features
-            features = torch.zeros(batch_size, self.projection.dim, device=device)
+            features = torch.zeros(batch_size, self.dim, device=device)
 
             def receive(name: str, gradient: torch.Tensor, rows: slice) -> None:
                 gradient = gradient.to(device)
                 if self.preconditioner is not None:
                     gradient = self.preconditioner(name, gradient)
-                self.projection.add(features[rows], name, gradient)
+                first = 0
+                for projection in self.projections:
+                    projection.add(features[rows, first : first + projection.dim], name, gradient)
+                    first += projection.dim
 
             return receive
 

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import CaptureError
 
-PRECONDITIONERS: tuple[str, ...] = ("adam", "none")
+PRECONDITIONERS: tuple[str, ...] = ("adam", "optimizer", "none")
 
 # Share of their mean that is added to the second moments: a parameter that hardly has a gradient is not to outweigh all
 # others.
@@ -45,6 +45,33 @@ class Preconditioner:
             )
         mean = total / sum(int(moment.count_nonzero()) for moment in moments.values())
         return cls({name: (moment / mean + _FLOOR) ** -0.25 for name, moment in moments.items()})
+
+    @classmethod
+    def from_optimizer(
+        cls, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+    ) -> "Preconditioner":
+        """From the second moments that Adam or one of its kin has gathered in training.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): after its first step.
+            parameters (`dict[str, nn.Parameter]`): the trained parameters, by name.
+
+        Raises:
+            `CaptureError`: when the optimizer keeps no second moments of a parameter, entry by entry.
+        """
+        moments = {}
+        for name, parameter in parameters.items():
+            state = optimizer.state.get(parameter, {})
+            found = sorted(state) or "nothing"
+            moment = state.get("exp_avg_sq")
+            if moment is None or moment.shape != parameter.shape:
+                raise CaptureError(
+                    f"{type(optimizer).__name__} has no second moments of {name!r} (found {found}; expected "
+                    "exp_avg_sq in the parameter's shape). Adam and AdamW keep them from their first step on; "
+                    "with another optimizer, or before the first step, set preconditioner='adam' or 'none'."
+                )
+            moments[name] = moment.detach().float()
+        return cls.from_second_moments(moments)
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """One parameter's gradients or move `(..., *shape)`, times s."""

@@ -2,6 +2,16 @@
 
 from .reader import FeatureTable, GradientStore
 from .recipe import TrainingRecipe
+from .several import GradientStoreWriters, sole_writers
 from .writer import CapturedRows, GradientStoreWriter, sole_writer
 
-__all__ = ["CapturedRows", "FeatureTable", "GradientStore", "GradientStoreWriter", "TrainingRecipe", "sole_writer"]
+__all__ = [
+    "CapturedRows",
+    "FeatureTable",
+    "GradientStore",
+    "GradientStoreWriter",
+    "GradientStoreWriters",
+    "TrainingRecipe",
+    "sole_writer",
+    "sole_writers",
+]

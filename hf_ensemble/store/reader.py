@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .layout import (
     MANIFEST,
     PRECONDITIONER,
     features_file,
+    from_stored,
     marker_file,
     read_manifest,
     read_preconditioner,
@@ -158,16 +159,24 @@ class GradientStore:
         here = np.array(self.rows["split"].to_pylist()) == split
         return here & ~self.rows["excluded"].to_numpy(zero_copy_only=False)
 
-    def table(self, split: str, tasks: Sequence[str] | None = None) -> FeatureTable:
-        """Rows of one split, of all tasks or of some.
+    def table(self, split: str, tasks: Sequence[str] | Mapping[str, Sequence[str]] | None = None) -> FeatureTable:
+        """Rows of one split, of all tasks or of some; only they are read from disk.
+
+        Args:
+            split (`str`): `"train"` or `"validation"`.
+            tasks (`Sequence[str]` or `dict[str, Sequence[str]]`, *optional*):
+                Names of tasks, or the wanted example ids by task. Rows come in the store's order.
 
         Raises:
-            `StoreError`: when a task has no such rows.
+            `StoreError`: when a task has no such rows, or an example is not there.
         """
         names = self.task_names if tasks is None else tuple(tasks)
         index = {name: i for i, name in enumerate(names)}
         row_tasks = np.array([index.get(task, -1) for task in self.rows["task"].to_pylist()])
-        positions = np.flatnonzero(self._kept(split) & (row_tasks >= 0))
+        kept = self._kept(split) & (row_tasks >= 0)
+        if isinstance(tasks, Mapping):
+            kept &= self._among(tasks, kept)
+        positions = np.flatnonzero(kept)
         lacking = [name for name, i in index.items() if not (row_tasks[positions] == i).any()]
         if lacking:
             raise StoreError(f"The store in {str(self.folder)!r} has no {split!r} rows of the tasks {lacking}.")
@@ -180,6 +189,17 @@ class GradientStore:
             num_tokens=self.rows["num_tokens"].to_numpy()[positions],
         )
 
+    def _among(self, wanted: Mapping[str, Sequence[str]], kept: np.ndarray) -> np.ndarray:
+        pairs = {(task, example_id) for task, ids in wanted.items() for example_id in ids}
+        own = list(zip(self.rows["task"].to_pylist(), self.rows["example_id"].to_pylist()))
+        lacking = sorted(pairs - {pair for pair, is_kept in zip(own, kept) if is_kept})
+        if lacking:
+            raise StoreError(
+                f"The store in {str(self.folder)!r} has not got {len(lacking)} of the wanted examples, for example "
+                f"{'/'.join(lacking[0])!r}."
+            )
+        return np.array([pair in pairs for pair in own])
+
     def _features(self, positions: np.ndarray) -> np.ndarray:
         out = np.empty((len(positions), self.dim), dtype=np.float32)
         scale = self.rows["scale"].to_numpy()
@@ -188,6 +208,6 @@ class GradientStore:
             here = np.flatnonzero(positions // size == shard)
             if len(here):
                 mapped = np.load(features_file(self.folder, shard), mmap_mode="r", allow_pickle=False)
-                out[here] = mapped[positions[here] - shard * size]
+                out[here] = from_stored(mapped[positions[here] - shard * size], self.manifest["dtype"])
         out *= scale[positions, None]
         return out

@@ -20,12 +20,13 @@ from .layout import (
     FORMAT_VERSION,
     MANIFEST,
     PRECONDITIONER,
+    as_stored,
     features_file,
     marker_file,
-    numpy_dtype,
     read_manifest,
     read_preconditioner,
     rows_file,
+    stored_dtype,
 )
 from .recipe import TrainingRecipe
 
@@ -60,7 +61,7 @@ class GradientStoreWriter:
         identity (`dict`): nested JSON values that say what the features are made of: model, data, configuration.
         plan (`Sequence[tuple[str, str, str]]`): split, task and example id of every row, in the order to store.
         dim (`int`): columns of the features.
-        dtype (`str`): `"float16"` or `"float32"`.
+        dtype (`str`): `"float16"`, `"bfloat16"` or `"float32"`.
         shard_size (`int`): rows of a shard.
         overwrite (`bool`): drop whatever store of another identity is there.
         is_main_process (`bool`): whether this process writes the manifest.
@@ -83,7 +84,7 @@ class GradientStoreWriter:
         self.folder = Path(folder)
         self.plan = plan
         self.dim = dim
-        self.dtype = numpy_dtype(dtype)
+        self.dtype = stored_dtype(dtype)
         self.shard_size = shard_size
         self.manifest = {
             "format": "hf_ensemble.gradient_store",
@@ -139,30 +140,23 @@ class GradientStoreWriter:
 
     def missing_shards(self) -> list[int]:
         """Shards that are not whole yet."""
-        return [s for s in range(self.manifest["num_shards"]) if not marker_file(self.folder, s).exists()]
+        return [shard for shard in range(self.manifest["num_shards"]) if not self.has_shard(shard)]
+
+    def has_shard(self, shard: int) -> bool:
+        """Whether a shard is whole."""
+        return marker_file(self.folder, shard).exists()
 
     def is_complete(self) -> bool:
         """Whether the directory holds a finished store."""
         return read_manifest(self.folder)["status"] == "complete"
 
+    def num_missing_rows(self) -> int:
+        """Rows of the shards that are missing."""
+        return sum(len(self.rows_of(shard)) for shard in self.missing_shards())
+
     def rows_of(self, shard: int) -> range:
         """Positions in the plan that a shard holds."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.plan)))
-
-    def check_space(self) -> None:
-        """Say how large the missing shards will be.
-
-        Raises:
-            `StoreError`: when the disk has no room for them.
-        """
-        rows = sum(len(self.rows_of(shard)) for shard in self.missing_shards())
-        size, free = rows * self.dim * self.dtype.itemsize, shutil.disk_usage(self.folder).free
-        logger.info("%d examples to capture into %s: %.1f MiB.", rows, self.folder, size / 2**20)
-        if size > free:
-            raise StoreError(
-                f"The store in {str(self.folder)!r} needs {size / 2**30:.1f} GiB more, its disk has {free / 2**30:.1f} "
-                "free. Choose another directory, or a smaller projection_dim."
-            )
 
     def write_shard(self, shard: int, rows: CapturedRows, exclude_non_finite: bool = False) -> None:
         """Write one shard whole.
@@ -188,7 +182,7 @@ class GradientStoreWriter:
         # float16 spans 6e-8 to 65504, gradients span more: each row is stored relative to its largest entry.
         scale = np.abs(rows.features).max(axis=1, initial=0.0).astype(np.float32)
         scale[scale == 0] = 1.0
-        features = (rows.features / scale[:, None]).astype(self.dtype)
+        features = as_stored(rows.features / scale[:, None], self.manifest["dtype"])
         splits, tasks, ids = zip(*(self.plan[i] for i in positions))
         table = pa.table(
             {
@@ -261,6 +255,24 @@ def _without(rows: CapturedRows, excluded: np.ndarray) -> CapturedRows:
         np.where(excluded, 0, rows.loss),
         rows.num_tokens,
     )
+
+
+def check_space(writers: Sequence[GradientStoreWriter]) -> None:
+    """Say how large the missing shards of stores on one disk will be.
+
+    Raises:
+        `StoreError`: when the disk has no room for them.
+    """
+    folder = writers[0].folder
+    rows = max(writer.num_missing_rows() for writer in writers)
+    size = sum(writer.num_missing_rows() * writer.dim * writer.dtype.itemsize for writer in writers)
+    free = shutil.disk_usage(folder).free
+    logger.info("%d examples to capture into %s: %.1f MiB.", rows, folder, size / 2**20)
+    if size > free:
+        raise StoreError(
+            f"The store in {str(folder)!r} needs {size / 2**30:.1f} GiB more, its disk has {free / 2**30:.1f} free. "
+            "Choose another directory, or a smaller projection_dim."
+        )
 
 
 @contextmanager

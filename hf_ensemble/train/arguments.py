@@ -31,7 +31,9 @@ class EstimateArguments:
             "gradient steps, 'none' is for plain SGD, 'auto' goes by the optimizer."
         },
     )
-    feature_dtype: str = field(default="float16", metadata={"help": "Stored precision: 'float16' or 'float32'."})
+    feature_dtype: str = field(
+        default="float16", metadata={"help": "Stored precision: 'float16', 'bfloat16' or 'float32'."}
+    )
     capture_batch_size: int | None = field(
         default=None,
         metadata={"help": "Examples per backward pass of the capture; per_device_eval_batch_size by default."},
