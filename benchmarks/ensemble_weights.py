@@ -4,7 +4,8 @@
 
 FLAGS are those of `hf-ensemble fidelity`, with --num_groups. Adapters are trained as `hf-ensemble run` trains them;
 then each task's test rows are scored with equal weights, with the task's own group alone, with weights fitted on
-validation rows, and with weights by how well each adapter predicts the prompt. Writes TARGET.json and .md.
+validation rows, and, of causal language models, with weights by how well each adapter predicts the prompt. Writes
+TARGET.json and .md.
 """
 
 import argparse
@@ -18,19 +19,22 @@ from trl import ModelConfig
 
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.trainers import build_trainer, load_tasks
-from hf_ensemble.tasks import pop_meta, score_answers
+from hf_ensemble.tasks import pop_meta, restrict_to_labels, score_answers
 
 
 @torch.no_grad()
 def scores(trainer, rows, task: str | None) -> dict[str, float]:
-    """Mean loss and exact match over rows; with `task=None` each prompt weighs the adapters, its answer unseen."""
+    """Mean loss and accuracy over rows; with `task=None` each prompt weighs the adapters, its answer unseen."""
     ensemble, losses, matches = trainer.ensemble, [], []
+    space = trainer.tasks.label_space
     for start in range(0, len(rows), 32):
         batch = trainer.data_collator([rows[index] for index in range(start, min(start + 32, len(rows)))])
         pop_meta(batch)
         labels = batch.pop("labels")
         routing = "prompt" if task is None else "default"
         logits = ensemble(**batch, labels=labels, task=task, routing=routing).logits
+        if space is not None:
+            logits = restrict_to_labels(logits, space.mask([task] * len(labels)))
         answers = score_answers(logits, labels, shift=True)
         losses += answers.loss.tolist()
         matches += answers.exact_match.float().tolist()
@@ -60,7 +64,8 @@ def main() -> None:
         concatenate_datasets([trainer.eval_dataset[task] for task in names]), data_collator=trainer.data_collator
     )
     found["fitted"] = {task: scores(trainer, test[task], task) for task in names}
-    found["by the prompt"] = {task: scores(trainer, test[task], None) for task in names}
+    if tasks.label_space is None:
+        found["by the prompt"] = {task: scores(trainer, test[task], None) for task in names}
     report = {
         "adapters": {member.name: list(member.tasks) for member in ensemble.members},
         "weights": {task: ensemble.weights[task] for task in names},
@@ -72,8 +77,13 @@ def main() -> None:
         },
     }
     own.target.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    lines = [f"{len(adapters)} adapters, test rows of {len(names)} tasks; mean over tasks, and the loss of each.", ""]
-    lines += [f"| weights | mean loss | mean exact match | {' | '.join(names)} |", f"|---|{'---|' * (len(names) + 2)}"]
+    lines = [
+        f"{len(adapters)} adapters, test rows of {len(names)} tasks; means over tasks, and the loss of each. "
+        "Accuracy is exact match where answers are generated.",
+        "",
+        f"| weights | mean loss | mean accuracy | {' | '.join(names)} |",
+        f"|---|{'---|' * (len(names) + 2)}",
+    ]
     for way, mean in report["mean"].items():
         cells = [f"{found[way][task]['loss']:.3f}" for task in names]
         lines.append(f"| {way} | {mean['loss']:.4f} | {mean['accuracy']:.3f} | {' | '.join(cells)} |")
