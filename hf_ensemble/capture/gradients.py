@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from .._compat import keep_quantized_weights_in_place
 from ..errors import CaptureError
 from ..tasks import IGNORE_INDEX, TASK, AnswerScores, LabelSpace, pop_meta, restrict_to_labels, score_answers
+from .agreement import Agreement, tolerance
 from .head import AnswerHead
+from .inputs import prepared, row_of, unwrapped, without_virtual_tokens
 from .margin import MarginKind, margins
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
+from .reach import check_reached, check_whole
 from .taps import LinearTaps
-
-# How far the sum of the hooks' gradients may lie from autograd's own, relative to its largest entry. Both add the same
-# numbers in another order: float32 leaves about 1e-6, bfloat16 activations about 1e-2; a wrong hook is off by about 1.
-_AGREEMENT = 0.05
 
 # Takes a parameter's name, gradients `(b, *shape)` in float32 and the examples of the batch that they belong to.
 _Receiver = Callable[[str, torch.Tensor, slice], None]
@@ -39,11 +38,12 @@ class GradientExtractor:
     """Computes gradient features of batches.
 
     Linear layers (an adapter's A and B, a head) are read by hooks from one backward pass over the whole batch. Every
-    other trained parameter, and every one whose hooks do not add up to autograd's own gradient on the first batch, is
-    taken by one exact `torch.autograd.grad` per example.
+    other trained parameter, and every one whose hooks do not agree with autograd on the first batch that reaches it, is
+    taken by a forward and backward pass of each example alone.
 
     Args:
-        model (`nn.Module`): a model whose trained parameters require gradients, all others not.
+        model (`nn.Module`):
+            A model whose trained parameters require gradients, all others not. Distributed wrappers are taken off.
         projection_dim (`int` or `Sequence[int]`, *optional*):
             Features per example; `None` keeps the exact gradient. Several projections' features stand side by side.
         seed (`int` or `Sequence[int]`, *optional*, defaults to 0): seed of the projection, or of each.
@@ -54,7 +54,7 @@ class GradientExtractor:
         preconditioner (`Preconditioner`, *optional*): applied to every gradient before the projection.
 
     Raises:
-        `CaptureError`: when no parameter is trainable, or a trainable one is quantized or sharded over devices.
+        `CaptureError`: when no parameter is trainable, or a trainable one is sharded over devices.
     """
 
     def __init__(
@@ -66,12 +66,13 @@ class GradientExtractor:
         label_space: LabelSpace | None = None,
         preconditioner: Preconditioner | None = None,
     ):
-        self.model = model
+        self.model = model = unwrapped(model)
+        keep_quantized_weights_in_place(model)
         self.margin = margin
         self.label_space = label_space
         self.preconditioner = preconditioner
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        _check_whole(self.parameters)
+        check_whole(self.parameters)
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         dims = projection_dim if isinstance(projection_dim, Sequence) else [projection_dim]
         seeds = seed if isinstance(seed, Sequence) else [seed] * len(dims)
@@ -79,15 +80,22 @@ class GradientExtractor:
         self.dim = sum(projection.dim for projection in self.projections)
         self.taps = LinearTaps(model, self.parameters)
         self.hooked = [name for name in self.parameters if name in self.taps.covered]
-        self._checked = False
+        # Whose hooks were found to agree with autograd, on one row alone and on several.
+        self._agreeing: dict[bool, set[str]] = {False: set(), True: set()}
+        self._reached: set[str] | None = None
         self._head = AnswerHead(model)
         self._shift = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
     @property
     def fallback(self) -> list[str]:
-        """Parameters that take one backward pass per example."""
+        """Parameters that each example's own pass is taken for."""
         hooked = set(self.hooked)
         return [name for name in self.parameters if name not in hooked]
+
+    @property
+    def unreached(self) -> list[str]:
+        """Parameters that no example so far depends on, such as an expert that was never chosen."""
+        return [name for name in self.parameters if name not in (self._reached or ())]
 
     def __call__(self, batch: Mapping[str, Any]) -> BatchGradients:
         """Features of one batch.
@@ -96,7 +104,9 @@ class GradientExtractor:
             batch (`dict`): the model's inputs with `labels`; `task` (a list of names) where label sets differ.
 
         Raises:
-            `CaptureError`: for an example without an answer token.
+            `CaptureError`:
+                For an example without an answer token, for packed rows, and on the first batch for trained parameters
+                that no example depends on.
         """
         features = torch.empty(0)
 
@@ -154,7 +164,7 @@ class GradientExtractor:
         meta = pop_meta(inputs)
         device = next(iter(self.parameters.values())).device
         inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
-        labels = inputs.pop("labels")
+        inputs, labels = prepared(self.model, inputs, inputs.pop("labels"))
         _check_answers(labels, self._shift)
         label_mask = self.label_space.mask(meta[TASK]) if self.label_space is not None else None
         with evaluation_mode(self.model), torch.enable_grad():
@@ -166,32 +176,67 @@ class GradientExtractor:
 
     def _attempt(self, inputs, labels, label_mask, objective, receive) -> tuple[torch.Tensor, AnswerScores] | None:
         """One pass; `None` when it moved parameters from the hooks to the fallback and has to be taken again."""
-        totals: dict[str, torch.Tensor] = {}
+        found, reached = None, set()
+        if self.hooked:
+            found, reached, wrong = self._together(inputs, labels, label_mask, objective, receive)
+            if wrong:
+                self.hooked = [name for name in self.hooked if name not in wrong]
+                return None
+        if self.fallback:
+            alone, reached_alone = self._one_by_one(inputs, labels, label_mask, objective, receive)
+            found, reached = found or alone, reached | reached_alone
+        if self._reached is None:
+            check_reached(self.model, self.parameters, reached)
+        self._reached = reached | (self._reached or set())
+        return found
+
+    def _together(self, inputs, labels, label_mask, objective, receive):
+        """Hooks on one batched pass: margin and scores, the parameters reached, those whose hooks are wrong."""
+        size = labels.shape[0]
+        agreement = Agreement(size, labels.device)
+        unchecked = set(self.hooked) - self._agreeing[True] - (self._agreeing[False] if size == 1 else set())
 
         def hooked(name: str, gradient: torch.Tensor) -> None:
             receive(name, gradient, slice(None))
-            if not self._checked:
-                totals[name] = totals.get(name, 0) + gradient.sum(dim=0)
+            if name in to_check:
+                agreement.add(name, gradient)
 
-        fallback = self.fallback
-        with self.taps.reading(labels.shape[0], self.hooked, hooked) as unusable:
+        with self.taps.reading(size, self.hooked, hooked) as reading:
             logits, scores = self._scores(inputs, labels, label_mask)
             margin = self._margins(logits, labels, scores)
             values = objective(margin)
-            wanted = [self.parameters[name] for name in self.hooked]
-            summed = (
-                torch.autograd.grad(values.sum(), wanted, retain_graph=bool(fallback), allow_unused=True)
-                if wanted
-                else ()
-            )
-        if not self._checked:
-            unusable = unusable | self._disagreeing(dict(zip(self.hooked, summed)), totals)
-        if unusable:
-            self.hooked = [name for name in self.hooked if name not in unusable]
-            return None
-        self._checked = True
-        self._one_by_one(values, fallback, receive)
-        return margin.detach(), scores
+            # Whether one row is one example is only ever known of the batch at hand.
+            to_check = [name for name in self.hooked if name in unchecked | reading.flat]
+            reading.active = False
+            weighted = self._autograd((agreement.weights * values).sum(), to_check, retain_graph=True)
+            reading.active = True
+            summed = self._autograd(values.sum(), self.hooked)
+        allowed = tolerance(self.model, labels.device)
+        verdicts = {name: agreement.verdict(name, weighted.get(name), allowed) for name in to_check}
+        self._agreeing[size > 1].update(name for name, verdict in verdicts.items() if verdict)
+        wrong = reading.unusable | {name for name, verdict in verdicts.items() if verdict is False}
+        return (margin.detach(), scores), set(summed), wrong
+
+    def _one_by_one(self, inputs, labels, label_mask, objective, receive):
+        """Each example in a batch of its own: margin and scores of the batch, and the parameters reached."""
+        names, rows, reached = self.fallback, [], set()
+        for i in range(labels.shape[0]):
+            own, label = row_of(inputs, labels, i)
+            logits, scores = self._scores(own, label, label_mask[i : i + 1] if label_mask is not None else None)
+            margin = self._margins(logits, label, scores)
+            for name, gradient in self._autograd(objective(margin).sum(), names).items():
+                receive(name, gradient.unsqueeze(0).float(), slice(i, i + 1))
+                reached.add(name)
+            rows.append((margin.detach(), scores))
+        return (torch.cat([margin for margin, _ in rows]), _joined([scores for _, scores in rows])), reached
+
+    def _autograd(self, value: torch.Tensor, names: list[str], retain_graph: bool = False) -> dict[str, torch.Tensor]:
+        """Gradients of the parameters that `value` depends on, by name."""
+        if not names or not value.requires_grad:
+            return {}
+        wanted = [self.parameters[name] for name in names]
+        gradients = torch.autograd.grad(value, wanted, retain_graph=retain_graph, allow_unused=True)
+        return {name: gradient for name, gradient in zip(names, gradients) if gradient is not None}
 
     def _scores(self, inputs, labels, label_mask):
         mask = inputs.get("attention_mask")
@@ -201,7 +246,7 @@ class GradientExtractor:
         inputs = {**inputs, **self._no_cache()}
         if labels.dim() == 2 and self._head.usable and not callable(self.margin):
             return None, self._head(inputs, labels, self._shift)
-        logits = self.model(**inputs).logits
+        logits = without_virtual_tokens(self.model, self.model(**inputs).logits, labels)
         if logits.dim() == 2:
             logits = restrict_to_labels(logits, label_mask)
         return logits, score_answers(logits, labels, self._shift)
@@ -221,32 +266,6 @@ class GradientExtractor:
     def _no_cache(self) -> dict[str, bool]:
         # Key-value caches would be built, and gradients kept through them, for nothing.
         return {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
-
-    def _disagreeing(self, summed: dict[str, torch.Tensor | None], totals: dict[str, torch.Tensor]) -> set[str]:
-        """Parameters whose hooks' gradients do not add up to autograd's gradient of the batch."""
-        wrong = set()
-        for name, total in summed.items():
-            own = totals.get(name)
-            if total is None and own is None:
-                continue
-            if total is None or own is None:
-                wrong.add(name)
-                continue
-            total = total.float()
-            if (own - total).abs().max() > _AGREEMENT * total.abs().max() + 1e-8:
-                wrong.add(name)
-        return wrong
-
-    def _one_by_one(self, values: torch.Tensor, names: list[str], receive: _Receiver) -> None:
-        if not names:
-            return
-        wanted = [self.parameters[name] for name in names]
-        for i in range(len(values)):
-            last = i + 1 == len(values)
-            gradients = torch.autograd.grad(values[i], wanted, retain_graph=not last, allow_unused=True)
-            for name, gradient in zip(names, gradients):
-                if gradient is not None:
-                    receive(name, gradient.detach().unsqueeze(0).float(), slice(i, i + 1))
 
 
 @contextmanager
@@ -268,15 +287,11 @@ def _check_answers(labels: torch.Tensor, shift: bool) -> None:
         raise CaptureError("An example of the batch has no answer token: every label is -100. Drop such rows.")
 
 
-def _check_whole(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise `CaptureError` for a parameter of which this process holds a shard: FSDP, ZeRO-3, tensor parallelism."""
-    sharded = [
-        name
-        for name, parameter in parameters.items()
-        if isinstance(parameter.data, DTensor) or hasattr(parameter, "ds_id") or hasattr(parameter, "_local_shard")
-    ]
-    if sharded:
-        raise CaptureError(
-            f"{len(sharded)} trained parameters are sharded over devices, among them {sharded[0]!r}: no process has a "
-            "whole gradient of them. Capture before the model is sharded, or on one device."
-        )
+def _joined(scores: list[AnswerScores]) -> AnswerScores:
+    """Scores of a batch from those of its rows."""
+    return AnswerScores(
+        torch.cat([own.log_probs.detach() for own in scores]),
+        torch.cat([own.correct for own in scores]),
+        torch.cat([torch.full_like(own.rows, i) for i, own in enumerate(scores)]),
+        torch.cat([own.num_tokens for own in scores]),
+    )

@@ -1,30 +1,45 @@
 """Per-example gradients of linear layers, read off one backward pass."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's output; its backward hands over the layer's input and the output's gradient.
+class _Kept(torch.autograd.Function):
+    """A node that holds a layer's input.
 
-    The input is kept by `save_for_backward`, so activation checkpointing can drop and recompute it; a closure would
-    keep every input alive.
+    It is kept by `save_for_backward`, so activation checkpointing can drop and recompute it; a closure would keep
+    every input alive.
     """
 
     @staticmethod
-    def forward(ctx, output, layer_input, receive):
+    def forward(ctx, anchor, layer_input):
         ctx.save_for_backward(layer_input)
-        ctx.receive = receive
-        return output.view_as(output)
+        return anchor.new_empty(0)
 
     @staticmethod
     def backward(ctx, grad_output):
-        (layer_input,) = ctx.saved_tensors
-        ctx.receive(layer_input, grad_output)
-        return grad_output, None, None
+        return None, None
+
+
+@dataclass
+class Reading:
+    """The state of open hooks.
+
+    Args:
+        unusable (`set[str]`): parameters whose layer was called with inputs that are not one block of rows per example.
+        flat (`set[str]`): parameters whose layer was called with one row per example, as a head behind a pooler is,
+            or an expert that by chance got as many tokens as there are examples.
+        active (`bool`, *optional*, defaults to `True`): whether a backward hands gradients over.
+    """
+
+    unusable: set[str] = field(default_factory=set)
+    flat: set[str] = field(default_factory=set)
+    active: bool = True
 
 
 class LinearTaps:
@@ -40,61 +55,69 @@ class LinearTaps:
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]):
         names = {id(parameter): name for name, parameter in parameters.items()}
+        owners = Counter(id(own) for module in model.modules() for own in module._parameters.values())
         self._layers: list[tuple[nn.Linear, str | None, str | None]] = []
+        # A parameter of two modules would need the sum over both, which only the fallback takes.
+        self.covered: set[str] = set()
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                weight = names.get(id(module.weight))
-                bias = names.get(id(module.bias)) if module.bias is not None else None
+                own = [module._parameters.get(kind) for kind in ("weight", "bias")]
+                weight, bias = (names.get(id(p)) if p is not None and owners[id(p)] == 1 else None for p in own)
                 if weight or bias:
                     self._layers.append((module, weight, bias))
-        owners = [name for _, *pair in self._layers for name in pair if name]
-        # A parameter of two modules would need the sum over both, which only the fallback takes.
-        self.covered = {name for name in owners if owners.count(name) == 1}
+                    self.covered.update(name for name in (weight, bias) if name)
 
     @contextmanager
     def reading(
         self, batch_size: int, names: Sequence[str], receive: Callable[[str, torch.Tensor], None]
-    ) -> Iterator[set[str]]:
-        """While open, every backward calls `receive(name, gradient)` with gradients of shape `(B, *parameter)`.
+    ) -> Iterator[Reading]:
+        """While open and active, every backward calls `receive(name, gradient)` with gradients `(B, *parameter)`.
 
-        Yields the set of parameters whose layer was called with an input that is not one row (or block of rows) per
-        example, as in a mixture of experts: what those layers hand over is left out, and the caller has to take their
-        gradients in another way.
+        What layers that do not see one row (or block of rows) per example hand over is left out: the caller has to take
+        the gradients of `unusable` parameters in another way.
         """
-        wanted, unusable = set(names), set()
-        # The graph outlives the hooks: a later backward through it must not hand gradients over again.
-        is_open = True
+        wanted, reading = set(names), Reading()
 
         def hook(weight: str | None, bias: str | None):
+            own = {name for name in (weight, bias) if name in wanted}
+
             def take(layer_input, grad_output):
-                if not is_open:
-                    return
-                own = [name for name in (weight, bias) if name in wanted]
                 if layer_input.dim() < 2 or layer_input.shape[0] != batch_size:
-                    unusable.update(own)
+                    reading.unusable.update(own)
                     return
                 g = grad_output.reshape(batch_size, -1, grad_output.shape[-1]).float()
-                if weight in wanted:
+                if weight in own:
                     x = layer_input.reshape(batch_size, -1, layer_input.shape[-1]).float()
                     receive(weight, torch.bmm(g.transpose(1, 2), x))
-                if bias in wanted:
+                if bias in own:
                     receive(bias, g.sum(dim=1))
 
-            def forward_hook(module, inputs, output):
+            def forward_hook(module, inputs, keywords, output):
                 if not output.requires_grad:
-                    return None
-                return _Tap.apply(output, inputs[0].detach(), take)
+                    return
+                layer_input = (inputs[0] if inputs else keywords["input"]).detach()
+                if layer_input.dim() == 2 and layer_input.shape[0] == batch_size > 1:
+                    reading.flat.update(own)
+                kept = _Kept.apply(torch.empty(0, requires_grad=True), layer_input).grad_fn
+
+                def read(grad_output):
+                    # The graph outlives the hooks: a later backward must not hand gradients over again.
+                    if reading.active:
+                        take(kept.saved_tensors[0], grad_output)
+
+                # On the tensor, not in its place: a layer's output may be changed in place afterwards.
+                output.register_hook(read)
 
             return forward_hook
 
         handles = [
-            module.register_forward_hook(hook(weight, bias))
+            module.register_forward_hook(hook(weight, bias), with_kwargs=True)
             for module, weight, bias in self._layers
             if weight in wanted or bias in wanted
         ]
         try:
-            yield unusable
+            yield reading
         finally:
-            is_open = False
+            reading.active = False
             for handle in handles:
                 handle.remove()

@@ -1,0 +1,171 @@
+"""What a model is given: one example per row, its answer in the labels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from ..errors import CaptureError
+from ..tasks import IGNORE_INDEX
+
+# Inputs with one entry per token of a row, `(B, T)`.
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+# What collators call the bounds of documents that share a row.
+_BOUNDS = ("seq_lengths", "seq_idx", "cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without its distributed and compiled wrappers, whose names and hooks are not the model's own."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def prepared(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    """Inputs and labels that give each row its own example, whatever stands beside it.
+
+    An encoder-decoder model is given its decoder's inputs, which its forward would otherwise make of the labels.
+    Left padding of language models moves to the right, where no position, state or virtual token counts it.
+
+    Args:
+        model (`nn.Module`): the model.
+        inputs (`dict`): what it takes, without labels.
+        labels (`torch.Tensor` of shape `(B, T)` or `(B,)`): -100 where a token does not count.
+
+    Raises:
+        `CaptureError`:
+            For packed rows, for an encoder-decoder model that cannot make its decoder's inputs, and for left padding
+            behind virtual tokens that cannot be moved.
+    """
+    refuse_packed_rows(inputs)
+    inputs = dict(inputs)
+    if labels.dim() != 2:
+        return inputs, labels
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
+            inputs["decoder_input_ids"] = _decoder_input_ids(model, labels)
+        return inputs, labels
+    return _right_padded(model, inputs, labels)
+
+
+def refuse_packed_rows(inputs: Mapping[str, Any]) -> None:
+    """Raise `CaptureError` where a row holds several examples: one gradient per row is then not one per example."""
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    found = next((name for name in _BOUNDS if inputs.get(name) is not None), None)
+    if found is None and mask is not None:
+        if not torch.is_tensor(mask) or mask.dim() > 2:
+            found = "an attention_mask that is not of shape (batch, tokens)"
+        elif mask.dtype != torch.bool and not mask.is_floating_point() and mask.numel() and mask.max() > 1:
+            found = "an attention_mask that numbers documents"
+    if found is None and torch.is_tensor(positions) and positions.dim() == 2:
+        restarts = positions[:, 1:] <= positions[:, :-1]
+        if torch.is_tensor(mask) and mask.shape == positions.shape:
+            restarts = restarts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        if restarts.any():
+            found = "position_ids that start again within a row"
+    if found is not None:
+        raise CaptureError(
+            f"Expected one example per row, found {found}, as in packed or padding-free batches. Set packing=False and "
+            "padding_free=False, or capture each document as a row of its own."
+        )
+
+
+def num_virtual_tokens(model: nn.Module) -> int:
+    """Virtual tokens that the active adapter learns as a prompt or prefix; 0 for any other adapter or model."""
+    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    return getattr(config, "num_virtual_tokens", None) or 0 if getattr(config, "is_prompt_learning", False) else 0
+
+
+def without_virtual_tokens(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logits `(B, T, V)` at the positions of labels `(B, T)`: prompt learning puts virtual tokens before the row.
+
+    Raises:
+        `CaptureError`: for logits at other positions than the labels'.
+    """
+    if logits.dim() != 3 or labels.dim() != 2 or logits.shape[1] == labels.shape[1]:
+        return logits
+    if logits.shape[1] != labels.shape[1] + num_virtual_tokens(model):
+        raise CaptureError(
+            f"Expected logits at the {labels.shape[1]} positions of the labels, found {logits.shape[1]}: which of them "
+            "answer is not known. Give labels for every position of the logits."
+        )
+    return logits[:, -labels.shape[1] :]
+
+
+def row_of(inputs: Mapping[str, Any], labels: torch.Tensor, index: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """One example of a batch, as a batch of its own.
+
+    Padding on its right goes where nothing but the inputs of each token and their labels would notice.
+
+    Raises:
+        `CaptureError`: for an input that has no row per example.
+    """
+    size = labels.shape[0]
+    if size == 1:
+        return dict(inputs), labels
+    row = {name: _entry(name, value, index, size) for name, value in inputs.items()}
+    labels = labels[index : index + 1]
+    mask = row.get("attention_mask")
+    if not torch.is_tensor(mask) or not mask.any():
+        return row, labels
+    length = int(mask[0].nonzero().max()) + 1
+    per_token = [value for value in (*row.values(), labels) if torch.is_tensor(value) and value.dim() > 1]
+    removable = {name for name, value in row.items() if name in _PER_TOKEN and value.shape == mask.shape}
+    others = [name for name, value in row.items() if torch.is_tensor(value) and value.dim() and name not in removable]
+    if length == mask.shape[1] or others or any(value.shape != mask.shape for value in per_token):
+        return row, labels
+    if labels.dim() == 2:
+        if (labels[:, length:] != IGNORE_INDEX).any():
+            return row, labels
+        labels = labels[:, :length]
+    return {name: value[:, :length] if name in removable else value for name, value in row.items()}, labels
+
+
+def _entry(name: str, value: Any, index: int, size: int) -> Any:
+    if not torch.is_tensor(value) or value.dim() == 0:
+        return value
+    # Positions along several axes stand before the batch, `(axes, B, T)`.
+    axis = 1 if name == "position_ids" and value.dim() == 3 else 0
+    if value.shape[axis] == size:
+        return value.narrow(axis, index, 1)
+    if name == "position_ids" and value.shape[axis] == 1:
+        return value
+    raise CaptureError(
+        f"Expected one row of {name!r} for each of the {size} examples, found shape {tuple(value.shape)}: an example "
+        "cannot be taken alone, as its parameters without hooks need. Set batch_size=1."
+    )
+
+
+def _decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
+        make = getattr(base, name, None)
+        if callable(make):
+            return make(labels)
+    raise CaptureError(
+        f"Expected decoder_input_ids in the batch, as {type(base).__name__} cannot make them from labels; found "
+        "none. Give them by the data collator."
+    )
+
+
+def _right_padded(model, inputs: dict[str, Any], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    mask = inputs.get("attention_mask")
+    if mask is None or (mask[:, 0] != 0).all():
+        return inputs, labels
+    first = (mask != 0).int().argmax(dim=1, keepdim=True)
+    others = [
+        name
+        for name, value in inputs.items()
+        if torch.is_tensor(value) and value.dim() > 1 and not (name in _PER_TOKEN and value.shape == mask.shape)
+    ]
+    if others or labels.shape != mask.shape:
+        if num_virtual_tokens(model):
+            raise CaptureError(
+                "Expected padding on the right, as PEFT ignores positions behind virtual tokens; found it on the left, "
+                f'with {others or ["labels"]} of another shape than the attention mask. Set padding_side="right".'
+            )
+        # No token before a row's first one predicts it.
+        return inputs, labels.scatter(1, first, IGNORE_INDEX) if labels.shape == mask.shape else labels
+    order = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
+    moved = {name: value.gather(1, order) if name in _PER_TOKEN else value for name, value in inputs.items()}
+    return moved, labels.gather(1, order)
