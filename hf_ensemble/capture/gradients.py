@@ -235,7 +235,15 @@ class GradientExtractor:
         if not names or not value.requires_grad:
             return {}
         wanted = [self.parameters[name] for name in names]
-        gradients = torch.autograd.grad(value, wanted, retain_graph=retain_graph, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(value, wanted, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            raise CaptureError(
+                "Expected gradients of single parameters, which reentrant activation checkpointing does not give. Set "
+                "use_reentrant=False."
+            ) from error
         return {name: gradient for name, gradient in zip(names, gradients) if gradient is not None}
 
     def _scores(self, inputs, labels, label_mask):

@@ -41,11 +41,11 @@ def prepared(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) 
     inputs = dict(inputs)
     if labels.dim() != 2:
         return inputs, labels
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
-            inputs["decoder_input_ids"] = _decoder_input_ids(model, labels)
-        return inputs, labels
-    return _right_padded(model, inputs, labels)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return _right_padded(model, inputs, labels)
+    if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
+        inputs["decoder_input_ids"] = _decoder_input_ids(model, labels)
+    return _right_padded(model, inputs, None)[0], labels
 
 
 def refuse_packed_rows(inputs: Mapping[str, Any]) -> None:
@@ -148,24 +148,30 @@ def _decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _right_padded(model, inputs: dict[str, Any], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+def _right_padded(
+    model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor | None
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Labels move along where they have one entry per token of the inputs; a decoder's inputs do not."""
     mask = inputs.get("attention_mask")
     if mask is None or (mask[:, 0] != 0).all():
         return inputs, labels
     first = (mask != 0).int().argmax(dim=1, keepdim=True)
     others = [
         name
-        for name, value in inputs.items()
-        if torch.is_tensor(value) and value.dim() > 1 and not (name in _PER_TOKEN and value.shape == mask.shape)
+        for name, value in ({"labels": labels} | inputs).items()
+        if torch.is_tensor(value) and value.dim() > 1 and not name.startswith("decoder_")
+        if value.shape != mask.shape or name not in (*_PER_TOKEN, "labels")
     ]
-    if others or labels.shape != mask.shape:
+    if others:
         if num_virtual_tokens(model):
             raise CaptureError(
                 "Expected padding on the right, as PEFT ignores positions behind virtual tokens; found it on the left, "
-                f'with {others or ["labels"]} of another shape than the attention mask. Set padding_side="right".'
+                f"with {others[0]!r} that cannot be moved. Set padding_side='right'."
             )
         # No token before a row's first one predicts it.
-        return inputs, labels.scatter(1, first, IGNORE_INDEX) if labels.shape == mask.shape else labels
+        if labels is not None and labels.shape == mask.shape:
+            labels = labels.scatter(1, first, IGNORE_INDEX)
+        return inputs, labels
     order = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
     moved = {name: value.gather(1, order) if name in _PER_TOKEN else value for name, value in inputs.items()}
-    return moved, labels.gather(1, order)
+    return moved, labels.gather(1, order) if labels is not None else None

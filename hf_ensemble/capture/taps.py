@@ -9,21 +9,24 @@ import torch
 from torch import nn
 
 
-class _Kept(torch.autograd.Function):
-    """A node that holds a layer's input.
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output; its backward hands over the layer's input and the output's gradient.
 
-    It is kept by `save_for_backward`, so activation checkpointing can drop and recompute it; a closure would keep
-    every input alive.
+    The input is kept by `save_for_backward`, so activation checkpointing can drop and recompute it; a closure would
+    keep every input alive. The output is a copy, since a view of it could not be changed in place afterwards.
     """
 
     @staticmethod
-    def forward(ctx, anchor, layer_input):
+    def forward(ctx, output, layer_input, receive):
         ctx.save_for_backward(layer_input)
-        return anchor.new_empty(0)
+        ctx.receive = receive
+        return output.clone()
 
     @staticmethod
     def backward(ctx, grad_output):
-        return None, None
+        (layer_input,) = ctx.saved_tensors
+        ctx.receive(layer_input, grad_output)
+        return grad_output, None, None
 
 
 @dataclass
@@ -82,6 +85,9 @@ class LinearTaps:
             own = {name for name in (weight, bias) if name in wanted}
 
             def take(layer_input, grad_output):
+                # The graph outlives the hooks: a later backward must not hand gradients over again.
+                if not reading.active:
+                    return
                 if layer_input.dim() < 2 or layer_input.shape[0] != batch_size:
                     reading.unusable.update(own)
                     return
@@ -94,19 +100,11 @@ class LinearTaps:
 
             def forward_hook(module, inputs, keywords, output):
                 if not output.requires_grad:
-                    return
+                    return None
                 layer_input = (inputs[0] if inputs else keywords["input"]).detach()
                 if layer_input.dim() == 2 and layer_input.shape[0] == batch_size > 1:
                     reading.flat.update(own)
-                kept = _Kept.apply(torch.empty(0, requires_grad=True), layer_input).grad_fn
-
-                def read(grad_output):
-                    # The graph outlives the hooks: a later backward must not hand gradients over again.
-                    if reading.active:
-                        take(kept.saved_tensors[0], grad_output)
-
-                # On the tensor, not in its place: a layer's output may be changed in place afterwards.
-                output.register_hook(read)
+                return _Tap.apply(output, layer_input, take)
 
             return forward_hook
 
