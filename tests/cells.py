@@ -60,6 +60,21 @@ def expected(model, rows: list[dict], kind: str = "geometric_mean") -> torch.Ten
     return oracles.per_example_gradients(model, lambda i: margin_alone(model, rows[i], kind), len(rows))
 
 
+def expected_in_batch(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Gradients `(B, P)` of a language model's examples, each through a forward pass of the whole batch."""
+    model.eval()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    return oracles.per_example_gradients(
+        model, lambda i: oracles.margins(model(**inputs).logits, batch["labels"])[i], len(batch["labels"])
+    )
+
+
+def columns(model, names) -> torch.Tensor:
+    """Which of the `P` entries belong to these parameters, bool `(P,)`."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return torch.cat([torch.full((p.numel(),), name in names) for name, p in trained])
+
+
 def error(model, found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The largest difference relative to the largest entry, of all parameters and, a hundredth of it, of each one."""
     scale = float(wanted.abs().max())
