@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .._compat import keep_quantized_weights_in_place, package_versions
+from .._compat import package_versions
 from ..errors import CaptureError
 from ..logging import get_logger
 from ..store import (
@@ -31,6 +31,7 @@ from .batches import HalvingOnFullMemory, length_sorted_batches
 from .config import CaptureConfig, one_pass
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
+from .inputs import unwrapped
 from .preconditioner import Preconditioner
 from .recipe import fresh_lora_gain
 
@@ -114,7 +115,7 @@ def capture_gradients(
     configs = one_pass(config) if isinstance(config, Mapping) else {"": config or CaptureConfig()}
     folders = {name: Path(output_dir) / name for name in configs}
     first = next(iter(configs.values()))
-    keep_quantized_weights_in_place(model)
+    model = unwrapped(model)
     if encoded is None:
         if processing_class is None:
             raise CaptureError("Expected a tokenizer in processing_class, or token tables in encoded; found neither.")
@@ -180,6 +181,8 @@ def capture_gradients(
             extractor.preconditioner = Preconditioner(writers.preconditioner())
         mine = missing[state.process_index :: state.num_processes]
         _capture_shards(extractor, writers, mine, encoded, data_collator, first, disable_tqdm)
+        if mine and extractor.unreached:
+            logger.warning("No example depends on %s: zeros stand for them.", ", ".join(extractor.unreached[:5]))
         state.wait_for_everyone()
         if recipe is not None and extractor.preconditioner is not None:
             recipe = replace(
