@@ -1,5 +1,9 @@
 """Trained parameters that no example reaches, inputs that a model needs, wrappers around it."""
 
+import copy
+import logging
+
+import captures
 import cells
 import peft
 import pytest
@@ -68,6 +72,25 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros():
     found = extractor(cells.batch(rows)).features
     assert cells.error(model, found, cells.expected(model, rows)) < 1e-5
     assert extractor.unreached == [] and (found == 0).all(dim=0).any()
+
+
+class FirstExpert(torch.nn.Module):
+    def __init__(self, expert):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([expert, copy.deepcopy(expert)])
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+def test_what_no_example_of_a_pass_reached_is_named(tmp_path, caplog):
+    model = toy.with_lora(toy.llama(), target_modules=["up_proj"])
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.up_proj = FirstExpert(mlp.up_proj)
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("hf_ensemble").propagate = True
+        captures.capture(tmp_path / "store", model)
+    assert "No example depends on base_model.model.model.layers.0.mlp.up_proj.experts.1.lora_A" in caplog.text
 
 
 @pytest.mark.parametrize("adapter", ["lora", "prompt"])

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_ensemble.capture import GradientExtractor
 from hf_ensemble.capture.inputs import row_of
 from hf_ensemble.errors import CaptureError
+from hf_ensemble.tasks import TaskSet, data_collator_for, encode
 
 
 class Network(nn.Module):
@@ -196,6 +197,21 @@ def test_what_the_fallback_costs(adapter, batches, rows):
     # Each example alone, without the padding that the batch gives it.
     alone = [(1, int(length)) for length in batch["attention_mask"].sum(dim=1)]
     assert sizes == batches * [(5, 9)] + (alone if rows else [])
+
+
+def test_rows_alone_keep_their_label_sets():
+    tokenizer, tasks = toy.tokenizer(), TaskSet.from_datasets(toy.text_tasks(train=3))
+    space = tasks.label_space
+    batch = data_collator_for(tasks.row_format, tokenizer, labels_are_tokens=False)(
+        list(encode(tasks.table("train"), tokenizer, tasks.row_format, space))
+    )
+    model = toy.with_lora(toy.bert(len(space)))
+    together, alone = (GradientExtractor(model, projection_dim=None, label_space=space) for _ in range(2))
+    alone.hooked = []
+    wanted, found = together(batch), alone(batch)
+    assert relative_error(found.features, wanted.features) < 1e-5
+    assert torch.allclose(found.margin, wanted.margin, atol=1e-5) and torch.allclose(found.loss, wanted.loss, atol=1e-6)
+    assert torch.equal(found.num_tokens, wanted.num_tokens)
 
 
 def test_padding_goes_only_where_nothing_else_counts_tokens():

@@ -207,7 +207,6 @@ class GradientExtractor:
             values = objective(margin)
             # Whether one row is one example is only ever known of the batch at hand.
             to_check = [name for name in self.hooked if name in unchecked | reading.flat]
-            reading.active = False
             weighted = self._autograd((agreement.weights * values).sum(), to_check, retain_graph=True)
             reading.active = True
             summed = self._autograd(values.sum(), self.hooked)

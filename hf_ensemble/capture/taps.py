@@ -37,12 +37,12 @@ class Reading:
         unusable (`set[str]`): parameters whose layer was called with inputs that are not one block of rows per example.
         flat (`set[str]`): parameters whose layer was called with one row per example, as a head behind a pooler is,
             or an expert that by chance got as many tokens as there are examples.
-        active (`bool`, *optional*, defaults to `True`): whether a backward hands gradients over.
+        active (`bool`, *optional*, defaults to `False`): whether a backward hands gradients over.
     """
 
     unusable: set[str] = field(default_factory=set)
     flat: set[str] = field(default_factory=set)
-    active: bool = True
+    active: bool = False
 
 
 class LinearTaps:
@@ -74,7 +74,7 @@ class LinearTaps:
     def reading(
         self, batch_size: int, names: Sequence[str], receive: Callable[[str, torch.Tensor], None]
     ) -> Iterator[Reading]:
-        """While open and active, every backward calls `receive(name, gradient)` with gradients `(B, *parameter)`.
+        """While open and set active, every backward calls `receive(name, gradient)` with gradients `(B, *parameter)`.
 
         What layers that do not see one row (or block of rows) per example hand over is left out: the caller has to take
         the gradients of `unusable` parameters in another way.
