@@ -15,14 +15,13 @@ class Agreement:
 
     Args:
         batch_size (`int`): examples `B`.
-        device (`torch.device`): where the weights go.
     """
 
-    def __init__(self, batch_size: int, device: torch.device):
+    def __init__(self, batch_size: int):
         index = torch.arange(batch_size, dtype=torch.float64)
         # Alternating signs, and sizes from 0.5 to 1.5 of which neighbours differ much and no two are equal.
         weights = (0.5 + (index * 0.6180339887498949) % 1) * (1 - 2 * (index % 2))
-        self.weights = weights.float().to(device)
+        self.weights = weights.float()
         self._sums: dict[str, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
 

@@ -193,7 +193,7 @@ class GradientExtractor:
     def _together(self, inputs, labels, label_mask, objective, receive):
         """Hooks on one batched pass: margin and scores, the parameters reached, those whose hooks are wrong."""
         size = labels.shape[0]
-        agreement = Agreement(size, labels.device)
+        agreement = Agreement(size)
         unchecked = set(self.hooked) - self._agreeing[True] - (self._agreeing[False] if size == 1 else set())
 
         def hooked(name: str, gradient: torch.Tensor) -> None:
@@ -207,10 +207,11 @@ class GradientExtractor:
             values = objective(margin)
             # Whether one row is one example is only ever known of the batch at hand.
             to_check = [name for name in self.hooked if name in unchecked | reading.flat]
-            weighted = self._autograd((agreement.weights * values).sum(), to_check, retain_graph=True)
+            # A model over several devices may answer on another one than it is asked on.
+            weighted = self._autograd((agreement.weights.to(values.device) * values).sum(), to_check, retain_graph=True)
             reading.active = True
             summed = self._autograd(values.sum(), self.hooked)
-        allowed = tolerance(self.model, labels.device)
+        allowed = tolerance(self.model, labels.device) if to_check else 0.0
         verdicts = {name: agreement.verdict(name, weighted.get(name), allowed) for name in to_check}
         self._agreeing[size > 1].update(name for name, verdict in verdicts.items() if verdict)
         wrong = reading.unusable | {name for name, verdict in verdicts.items() if verdict is False}
