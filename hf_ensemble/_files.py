@@ -26,6 +26,12 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         raise
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process left in a folder that was killed while [`write_atomically`] wrote into it."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as JSON, whole or not at all."""
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -54,6 +54,17 @@ def test_examples_are_read_by_task_and_id(tmp_path):
             store.table("train", wanted)
 
 
+def test_a_writer_killed_over_its_first_file_is_no_obstacle(tmp_path):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / ".manifest.json.abc.tmp").write_bytes(b"half")
+    assert len(GradientStore(fill(folder))) == 10 and not list(folder.glob(".*"))
+    (folder / "notes.txt").write_text("kept")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(StoreError, match="not empty and holds no manifest"):
+        fill(folder)
+
+
 def test_unfinished_store_is_no_store(tmp_path):
     own = writer(tmp_path / "s")
     own.write_shard(1, rows(own.rows_of(1)))

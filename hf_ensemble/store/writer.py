@@ -13,7 +13,7 @@ import pyarrow.feather
 import safetensors.numpy
 from filelock import FileLock, Timeout
 
-from .._files import named_differences, sha256_of, write_atomically, write_json
+from .._files import named_differences, remove_leftovers, sha256_of, write_atomically, write_json
 from ..errors import StoreError, StoreMismatchError
 from ..logging import get_logger
 from .layout import (
@@ -102,6 +102,7 @@ class GradientStoreWriter:
 
     def _begin(self, overwrite: bool) -> None:
         path = self.folder / MANIFEST
+        remove_leftovers(self.folder)
         if path.exists():
             differences = list(
                 named_differences(self._comparable(read_manifest(self.folder)), self._comparable(self.manifest))
