@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
@@ -10,8 +12,8 @@ from hf_ensemble.store import FeatureTable
 NAMES = ("a", "b", "c", "d")
 
 
-def world(rows=40, dim=60, seed=0):
-    """Tasks a and b want the same move, c the opposite, d something else."""
+def world(rows=40, dim=60, seed=0, tokens=False):
+    """Tasks a and b want the same move, c the opposite, d something else; answers of one token, or of several."""
     rng = np.random.default_rng(seed)
     helpful, other = rng.normal(size=(2, dim)) / np.sqrt(dim)
     direction = np.stack([helpful, helpful, -helpful, other])
@@ -21,7 +23,8 @@ def world(rows=40, dim=60, seed=0):
         features = rng.normal(size=(4 * count, dim)) / np.sqrt(dim) + 0.5 * direction[task]
         margin = rng.normal(size=4 * count)
         ids = np.array([str(i) for i in range(4 * count)])
-        return FeatureTable(features.astype(np.float32), margin.astype(np.float32), task, NAMES, ids)
+        num_tokens = np.array([1, 9, 3, 20])[task] + rng.integers(0, 5, 4 * count) if tokens else None
+        return FeatureTable(features.astype(np.float32), margin.astype(np.float32), task, NAMES, ids, num_tokens)
 
     return table(rows), table(rows)
 
@@ -47,6 +50,24 @@ def test_default_tolerance_predicts_losses_to_1e_5(estimator):
             correct = ((mv + xv @ w) > 0)[task_v == column].mean()
             assert abs(prediction.accuracy[row, column] - correct) < 1e-9
     assert (prediction.gradient_norm <= 1e-8).all()
+
+
+def test_long_answers_count_by_their_tokens():
+    train, validation = world(tokens=True)
+    estimator = SubsetEstimator(train, validation)
+    x, xv = (estimator.reduction.apply(table.features) for table in (train, validation))
+    mixture = np.array([1.0, 1.0, 0.0, 0.5])
+    l2 = estimator.regularization.l2_scale / (mixture @ estimator.counts)
+    w = oracles.fit(x, train.margin, mixture[train.task] * train.num_tokens, l2)
+    loss = np.logaddexp(0, -(validation.margin + xv @ w))
+    found = estimator.predict(mixture).loss[0]
+    assert np.abs(found - [loss[validation.task == task].mean() for task in range(4)]).max() < 1e-5
+    # Answers of one token each are as good as answers of unknown length.
+    one, none = (
+        SubsetEstimator(replace(train, num_tokens=tokens), validation).predict(mixture).loss
+        for tokens in (np.ones(len(train)), None)
+    )
+    assert np.array_equal(one, none)
 
 
 def test_many_mixtures_at_once_equal_one_at_a_time(estimator, monkeypatch):

@@ -18,10 +18,12 @@ def selector():
     return DataSelector(SubsetEstimator(*world()))
 
 
-def test_influence_is_what_drawing_a_row_more_changes(selector):
+@pytest.mark.parametrize("tokens", [False, True], ids=["one token", "several tokens"])
+def test_influence_is_what_drawing_a_row_more_changes(tokens):
     """Against the optimum of the surrogate in which one row's weight is another, solved from scratch."""
-    estimator = selector.estimator
-    train, validation = world()
+    train, validation = world(tokens=tokens)
+    estimator = SubsetEstimator(train, validation)
+    of_tokens = train.num_tokens if tokens else np.ones(len(train))
     x, xv = (estimator.reduction.apply(table.features) for table in (train, validation))
     weights, targets = np.array([1.0, 0.5, 0.0, 0.8]), np.array([1.0, 0.0, 0.5, 0.0])
     l2 = estimator.regularization.l2_scale / (weights @ estimator.counts)
@@ -29,7 +31,7 @@ def test_influence_is_what_drawing_a_row_more_changes(selector):
     of_row = (targets / np.bincount(validation.task))[validation.task]
 
     def loss(row_weights):
-        w = oracles.fit(x, train.margin, row_weights, l2)
+        w = oracles.fit(x, train.margin, row_weights * of_tokens, l2)
         return of_row @ np.logaddexp(0, -(validation.margin + xv @ w))
 
     for row in (0, 45, 90, 159):

@@ -24,9 +24,10 @@ def selector():
     return DataSelector(SubsetEstimator(*world()))
 
 
+@pytest.mark.parametrize("tokens", [False, True], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_derivatives_equal_finite_differences(recipe):
-    estimator = SubsetEstimator(*world(), recipe=RECIPES[recipe])
+def test_derivatives_equal_finite_differences(recipe, tokens):
+    estimator = SubsetEstimator(*world(tokens=tokens), recipe=RECIPES[recipe])
     targets = np.array([1.0, 0.0, 0.5, 0.0])
     weights = np.array([0.9, 0.4, 0.2, 0.7])
     value, gradient = estimator.weighted_loss(weights, targets)

@@ -46,6 +46,22 @@ def test_weights_draw_rows_more_often():
     assert np.allclose(one, other)
 
 
+def test_rows_of_larger_losses_count_more_in_a_batch():
+    x, m = rows()
+    tokens = 1.0 + np.arange(len(x)) % 3
+    one = replayed_coefficients(x, m, np.ones(len(x)), (x**2).sum(1), 1.0, TrainingRecipe([0.5] * 9, 8), tokens)
+    # To plain gradient descent a row that counts twice is a row that is drawn twice.
+    two = replayed_coefficients(x, m, tokens, (x**2).sum(1), 1.0, TrainingRecipe([0.5] * 9, 8))
+    assert np.allclose(one, two)
+    # Adam divides by its batches' gradients, which vary more.
+    recipe = TrainingRecipe([0.01] * 9, 8, 60.0)
+    one, two = (
+        replayed_coefficients(x, m, *pair)
+        for pair in ((np.ones(len(x)), (x**2).sum(1), 1.0, recipe, tokens), (tokens, (x**2).sum(1), 1.0, recipe))
+    )
+    assert 0.9 < np.linalg.norm(one) / np.linalg.norm(two) < 1
+
+
 @pytest.mark.parametrize("rate", [0.002, 0.01])
 def test_it_goes_as_far_as_adam(rate):
     x, m = rows(n=320)

@@ -21,10 +21,11 @@ def rows(sizes=(20, 30, 15, 25), k=25, margin=2.0, seed=1):
 
 
 def assert_exact(features, margin, task, mixtures, l2, **options):
+    weights = options.get("row_weights", np.ones(len(task)))
     solution = solve_surrogate(features, margin, task, mixtures, l2, tolerance=1e-10, **options)
     assert (solution.gradient_norm <= 1e-10).all()
     for mixture, penalty, w in zip(mixtures, l2, solution.coefficients):
-        expected = oracles.fit(features, margin, mixture[task], penalty)
+        expected = oracles.fit(features, margin, mixture[task] * weights, penalty)
         assert np.abs(w - expected).max() < 1e-5
         loss = [np.logaddexp(0, -(margin + features @ v)) for v in (w, expected)]
         assert np.abs(loss[0] - loss[1]).max() < 1e-5
@@ -50,6 +51,15 @@ def test_surrogate_is_exact_for_any_penalty_and_weights():
     mixtures = 10.0 ** rng.uniform(-3, 3, size=(8, 4)) * (rng.random((8, 4)) < 0.6)
     mixtures[mixtures.sum(axis=1) == 0, 0] = 1.0
     assert_exact(*rows(k=12), mixtures, np.logspace(-5, 1, 8))
+
+
+@pytest.mark.parametrize("sizes", [(20, 30, 15, 25), (20, 0, 15, 25)])
+def test_surrogate_is_exact_for_rows_of_different_weights(sizes):
+    features, margin, task = rows(sizes)
+    tokens = np.random.default_rng(2).integers(1, 30, size=len(task)) / 9.0
+    assert_exact(features, margin, task, MIXTURES, PENALTIES, row_weights=tokens)
+    with pytest.raises(EstimationError, match="Row weights have to be positive, found 0"):
+        SurrogateProblem(features, margin, task, row_weights=np.where(task == 2, 0.0, 1.0))
 
 
 def test_surrogate_is_exact_for_margins_up_to_30():

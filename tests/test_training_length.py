@@ -18,16 +18,21 @@ def rows(seed=0, k=8):
     return features, generator.normal(size=len(TASK))
 
 
-def length(recipe=None):
+TOKENS = np.random.default_rng(3).integers(1, 12, size=len(TASK)) * np.array([1, 4, 2])[TASK]
+
+
+def length(recipe=None, row_weights=None):
     features, margin = rows()
-    return TrainingLength(features, (features**2).sum(1), margin, TASK, WEIGHTS, recipe)
+    return TrainingLength(features, (features**2).sum(1), margin, TASK, WEIGHTS, recipe, row_weights)
 
 
-def mean_square_of_batches(mixture, batch_size, draws=40_000):
-    """By drawing batches."""
+def mean_square_of_batches(mixture, batch_size, row_weights=None, draws=40_000):
+    """By drawing batches; of weighted rows, the mean divides by the weight that is expected of a batch."""
     features, margin = rows()
     gradients = features / (1 + np.exp(margin))[:, None]
     share = mixture[TASK] / mixture[TASK].sum()
+    if row_weights is not None:
+        gradients = gradients * (row_weights / (share @ row_weights))[:, None]
     picked = np.random.default_rng(1).choice(len(TASK), size=(draws, batch_size), p=share)
     return np.square(gradients[picked].mean(1)).sum(1).mean()
 
@@ -39,11 +44,12 @@ def rows_of_epoch(mixture):
 MIXTURES = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.3, 0.0, 1.2], [1.0, 2.0, 1.0]])
 
 
-def test_adam_divides_by_the_batches_gradients():
+@pytest.mark.parametrize("row_weights", [None, TOKENS / TOKENS.mean()], ids=["equal", "tokens"])
+def test_adam_divides_by_the_batches_gradients(row_weights):
     recipe = TrainingRecipe([1e-3] * 10, 4, 100.0)
-    far = [rows_of_epoch(mixture) / np.sqrt(mean_square_of_batches(mixture, 4)) for mixture in MIXTURES]
+    far = [rows_of_epoch(mixture) / np.sqrt(mean_square_of_batches(mixture, 4, row_weights)) for mixture in MIXTURES]
     expected = 5.0 / rows_of_epoch(WEIGHTS) * far[3] / np.array(far)
-    assert np.allclose(length(recipe).l2(5.0, MIXTURES), expected, rtol=0.02)
+    assert np.allclose(length(recipe, row_weights).l2(5.0, MIXTURES), expected, rtol=0.02)
     # Tasks with small gradients go as far: their penalty is small, and their features are as small.
     assert expected[1] < 0.2 * expected[0]
 

@@ -114,7 +114,10 @@ class SubsetEstimator:
         self.reduction = FeatureReduction.fit(train.features, num_components)
         reduced = self.reduction.apply(train.features)
         self.training_ids = tuple(zip((self.task_names[index] for index in train.task), train.example_id.tolist()))
-        self._train = SurrogateProblem(reduced, train.margin, train.task, device)
+        row_weights = _row_weights(train)
+        self._totals = np.bincount(train.task, row_weights)
+        self._row_weights = row_weights
+        self._train = SurrogateProblem(reduced, train.margin, train.task, device, row_weights)
         order = np.argsort(validation.task, kind="stable")
         self._validation = (
             self.reduction.apply(validation.features)[order],
@@ -134,6 +137,7 @@ class SubsetEstimator:
             train.task,
             self.sampling_weights,
             recipe,
+            row_weights,
         )
         replayed = []
         if recipe is not None and not observed_runs:
@@ -187,7 +191,13 @@ class SubsetEstimator:
     ) -> ObservedRun:
         """A training on all tasks, of the linearised model."""
         coefficients = replayed_coefficients(
-            reduced, train.margin, self.sampling_weights[train.task], squared_norms, self.reduction.scale, recipe
+            reduced,
+            train.margin,
+            self.sampling_weights[train.task],
+            squared_norms,
+            self.reduction.scale,
+            recipe,
+            self._row_weights,
         )
         losses = self._outcomes(coefficients[None])[0][0]
         return ObservedRun(dict.fromkeys(self.task_names, 1.0), dict(zip(self.task_names, losses.tolist())))
@@ -257,7 +267,7 @@ class SubsetEstimator:
         weights = self._checked_weights(weights)
         l2, l2_slope = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
         w, value, direction, gradients = self._response(weights, l2, targets)
-        mixed = (gradients + 2 * l2 * np.outer(self.counts, w)) / (weights @ self.counts) + 2 * np.outer(l2_slope, w)
+        mixed = (gradients + 2 * l2 * np.outer(self._totals, w)) / (weights @ self._totals) + 2 * np.outer(l2_slope, w)
         return value, -mixed @ direction
 
     def example_influence(self, weights: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -277,7 +287,8 @@ class SubsetEstimator:
         weights = self._checked_weights(weights)
         l2, _ = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
         w, _, direction, _ = self._response(weights, l2, targets)
-        return (self._train.row_slopes(w, direction) + 2 * l2 * (w @ direction)) / (weights @ self.counts)
+        slopes = self._train.row_slopes(w, direction) + 2 * l2 * (w @ direction) * self._row_weights
+        return slopes / (weights @ self._totals)
 
     def _checked_weights(self, weights: np.ndarray) -> np.ndarray:
         weights = np.asarray(weights, dtype=np.float64)
@@ -311,3 +322,10 @@ class SubsetEstimator:
     def parameters_at(self, coefficients: np.ndarray) -> np.ndarray:
         """Coefficients of the captured features `(..., d)`; through the projection's transpose they move the model."""
         return self.reduction.restore(coefficients)
+
+
+def _row_weights(train: FeatureTable) -> np.ndarray:
+    """Weight of each row's loss in a batch, their mean 1: transformers' and trl's losses are means over tokens."""
+    if train.num_tokens is None:
+        return np.ones(len(train))
+    return train.num_tokens / train.num_tokens.mean()

@@ -28,12 +28,18 @@ class TaskRows:
         single (`torch.Tensor` of shape `(n, k)`): the same in float32.
         mean_square (`torch.Tensor` of shape `(k,)`): mean of the squared features, float32.
         margin (`torch.Tensor` of shape `(n,)`): margins at the linearisation point, float64.
+        weight (`torch.Tensor` of shape `(n,)`, *optional*): weight of each row's loss, float64; 1 by default.
     """
 
     features: torch.Tensor
     single: torch.Tensor
     mean_square: torch.Tensor
     margin: torch.Tensor
+    weight: torch.Tensor | None = None
+
+    def weighted(self, values: torch.Tensor) -> torch.Tensor:
+        """Values `(..., n)` of the rows, times the rows' weights."""
+        return values if self.weight is None else values * self.weight.to(values.dtype)
 
 
 @dataclass
@@ -43,7 +49,7 @@ class WeightedRows:
     Args:
         rows (`TaskRows`): the rows.
         mixtures (`torch.Tensor` of shape `(s,)`): positions of these mixtures among all that are being solved.
-        weight (`torch.Tensor` of shape `(s, 1)`): weight of one row, positive.
+        weight (`torch.Tensor` of shape `(s, 1)`): weight of a task's rows, positive.
         z (`torch.Tensor` of shape `(s, n)`): m + x.w of every row.
         curvature (`torch.Tensor` of shape `(s, n)`, *optional*):
             Second derivative of every row's weighted loss, float32; there after `differentiate`.
@@ -62,12 +68,12 @@ class WeightedRows:
 
     def loss(self, z: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the rows' losses, `(s,)`."""
-        return -torch.nn.functional.logsigmoid(z).sum(1) * self.weight[:, 0]
+        return -self.rows.weighted(torch.nn.functional.logsigmoid(z)).sum(1) * self.weight[:, 0]
 
     def differentiate(self) -> torch.Tensor:
         """Gradient of the loss `(s, k)`; keeps the curvature."""
         wrong = torch.sigmoid(-self.z)
-        slope = self.weight * wrong
+        slope = self.rows.weighted(self.weight * wrong)
         self.curvature = (slope * (1 - wrong)).float()
         return -slope @ self.features
 

@@ -17,6 +17,7 @@ def replayed_coefficients(
     squared_norms: np.ndarray,
     scale: float,
     recipe: TrainingRecipe,
+    row_weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """Where a training on the linearised model ends, `(k,)`.
 
@@ -32,8 +33,12 @@ def replayed_coefficients(
         squared_norms (`np.ndarray` of shape `(n,)`): of the captured features' rows.
         scale (`float`): what the captured features were divided by, see [`FeatureReduction`].
         recipe (`TrainingRecipe`): the training.
+        row_weights (`np.ndarray` of shape `(n,)`, *optional*): weight of each row's loss in a batch; 1 by default.
     """
-    share = weights / weights.sum()
+    row_weights = np.ones(len(weights)) if row_weights is None else row_weights
+    share = weights * row_weights / (weights @ row_weights)
+    # Of a row's part in a batch's mean gradient, relative to its share: 1 without weights.
+    part = row_weights * weights.sum() / (weights @ row_weights)
     # The loss is nowhere more curved than this: a step of its inverse does not overshoot.
     curvature = float(eigvalsh(features.T @ (share[:, None] * features))[-1]) / 4
     w, z = np.zeros(features.shape[1]), margin.astype(np.float64)
@@ -44,7 +49,7 @@ def replayed_coefficients(
             speed = scale**2
             if recipe.num_parameters is not None:
                 mean_square = scale**2 * (gradient @ gradient)
-                single = (share * residual**2) @ squared_norms
+                single = (share * part * residual**2) @ squared_norms
                 batch_square = batch_mean_square(mean_square, single, recipe.batch_size)
                 speed *= np.sqrt(recipe.num_parameters / batch_square) if batch_square else 0.0
             step = min(left * speed, 1 / curvature)

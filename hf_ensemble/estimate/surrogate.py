@@ -2,9 +2,13 @@
 
 For a mixture a over tasks (GradEx, arXiv 2409.19458, equation 4, with weights instead of a subset):
 
-    w(a) = argmin_w  sum_k a_k sum_{i in k} log(1 + exp(-(m_i + x_i.w))) / sum_k a_k n_k  +  l2(a) |w|^2
+    w(a) = argmin_w  sum_k a_k sum_{i in k} u_i log(1 + exp(-(m_i + x_i.w))) / sum_k a_k sum_{i in k} u_i + l2(a) |w|^2
+
+with the rows' weights u: a language model's training averages over the tokens of a batch, so that u_i is the number of
+answer tokens where answers have several.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,26 +45,45 @@ class SurrogateProblem:
         margin (`np.ndarray` of shape `(n,)`): margins at the linearisation point.
         task (`np.ndarray` of shape `(n,)`): index of each row's task.
         device (`torch.device` or `str`, *optional*): where to solve, the CPU by default; it needs float64.
+        row_weights (`np.ndarray` of shape `(n,)`, *optional*): weight of each row's loss, positive; 1 by default.
 
     Raises:
-        `EstimationError`: for features and margins that are not finite.
+        `EstimationError`: for features, margins and weights that are not finite, and for weights that are not positive.
     """
 
     def __init__(
-        self, features: np.ndarray, margin: np.ndarray, task: np.ndarray, device: torch.device | str | None = None
+        self,
+        features: np.ndarray,
+        margin: np.ndarray,
+        task: np.ndarray,
+        device: torch.device | str | None = None,
+        row_weights: np.ndarray | None = None,
     ):
         _check_finite(features=features, margins=margin)
         self.counts = np.bincount(task)
+        # Sum of the rows' weights, by task.
+        self._totals = self.counts.astype(np.float64)
+        weights: Sequence[torch.Tensor | None] = [None] * len(self.counts)
+        if row_weights is not None:
+            _check_finite(**{"row weights": row_weights})
+            if (row_weights <= 0).any():
+                raise EstimationError(f"Row weights have to be positive, found {row_weights.min()}.")
+            self._totals = np.bincount(task, row_weights)
         self.num_components = features.shape[1]
         # A task's rows lie side by side, so that each product reads one piece of memory.
         order = np.argsort(task, kind="stable")
         self._order = order
         x = torch.from_numpy(features[order].astype(np.float64, copy=False)).to(device)
         m = torch.from_numpy(margin[order].astype(np.float64, copy=False)).to(device)
+        if row_weights is not None:
+            u = torch.from_numpy(row_weights[order].astype(np.float64, copy=False)).to(device)
+            weights = u.split(self.counts.tolist())
         single = x.float()
         self._tasks = [
-            TaskRows(rows, rows32, (rows32 * rows32).mean(0), margins)
-            for rows, rows32, margins in zip(*(array.split(self.counts.tolist()) for array in (x, single, m)))
+            TaskRows(rows, rows32, (rows32 * rows32).mean(0), margins, own_weights)
+            for rows, rows32, margins, own_weights in zip(
+                *(array.split(self.counts.tolist()) for array in (x, single, m)), weights
+            )
         ]
         self._device = x.device
 
@@ -99,7 +122,7 @@ class SurrogateProblem:
         if (l2 <= 0).any():
             raise EstimationError("l2 has to be positive: the surrogate has no minimum without it.")
         counts = np.pad(self.counts, (0, mixtures.shape[1] - len(self.counts)))
-        totals = mixtures @ counts
+        totals = mixtures[:, : len(counts)] @ np.pad(self._totals, (0, len(counts) - len(self._totals)))
         if (totals == 0).any():
             raise EstimationError(f"Mixture {int(np.argmin(totals))} is empty: no training row has a weight.")
         if initial is not None:
@@ -124,20 +147,21 @@ class SurrogateProblem:
         point = torch.from_numpy(np.ascontiguousarray(w, dtype=np.float64)).to(self._device)
         hessian = 2 * l2 * torch.eye(len(w), dtype=torch.float64, device=self._device)
         gradients = torch.zeros(len(mixture), len(w), dtype=torch.float64, device=self._device)
-        total = float(mixture[: len(self.counts)] @ self.counts)
+        total = float(mixture[: len(self.counts)] @ self._totals)
         for task, rows in enumerate(self._tasks):
             wrong = torch.sigmoid(-(rows.margin + rows.features @ point))
-            gradients[task] = -(wrong @ rows.features)
+            gradients[task] = -(rows.weighted(wrong) @ rows.features)
             if mixture[task]:
-                curvature = (wrong * (1 - wrong) * float(mixture[task]) / total).unsqueeze(1)
+                curvature = (rows.weighted(wrong * (1 - wrong)) * float(mixture[task]) / total).unsqueeze(1)
                 hessian += rows.features.T @ (curvature * rows.features)
         return hessian.cpu().numpy(), gradients.cpu().numpy()
 
     def row_slopes(self, w: np.ndarray, direction: np.ndarray) -> np.ndarray:
-        """Slope of every row's loss at w along a direction, both `(k,)`; in the order of the rows given, `(n,)`."""
+        """Slope of every row's weighted loss at w along a direction, both `(k,)`; in the order of the rows given."""
         point, along = (torch.from_numpy(array.copy()).to(self._device) for array in (w, direction))
         slopes = [
-            -torch.sigmoid(-(rows.margin + rows.features @ point)) * (rows.features @ along) for rows in self._tasks
+            -rows.weighted(torch.sigmoid(-(rows.margin + rows.features @ point))) * (rows.features @ along)
+            for rows in self._tasks
         ]
         out = np.empty(len(self._order))
         out[self._order] = torch.cat(slopes).cpu().numpy()
@@ -183,9 +207,11 @@ def solve_surrogate(
     max_iterations: int = 50,
     initial: np.ndarray | None = None,
     device: torch.device | str | None = None,
+    row_weights: np.ndarray | None = None,
 ) -> SurrogateSolution:
     """One call of [`SurrogateProblem.solve`], with its arguments and those of [`SurrogateProblem`]."""
-    return SurrogateProblem(features, margin, task, device).solve(mixtures, l2, tolerance, max_iterations, initial)
+    problem = SurrogateProblem(features, margin, task, device, row_weights)
+    return problem.solve(mixtures, l2, tolerance, max_iterations, initial)
 
 
 def _check_finite(**arrays: np.ndarray) -> None:

@@ -29,7 +29,8 @@ class TrainingLength:
     E is the length of an epoch, see [`epoch_length`]: with the epochs fixed, more rows mean more steps. Gradient
     descent on a linear model goes a way that is proportional to them, and a penalty inverse to them ends as far away.
     Q is the mean square norm of a batch's gradient at the linearisation point: a step of Adam divides by its root, so
-    that tasks with small gradients move as far as those with large ones. g is what a fresh LoRA gains by its A, which
+    that tasks with small gradients move as far as those with large ones; a batch's gradient is the mean of its rows'
+    weighted by their answers' tokens, as a language model's loss is. g is what a fresh LoRA gains by its A, which
     begins to move once B has: the longer it trains, the faster it goes, by the input gain times the sum of the learning
     rates times a measured constant. For plain gradient descent, and where the training is not known, Q and g are left
     out; where every training takes as many steps, E is.
@@ -41,6 +42,7 @@ class TrainingLength:
         task (`np.ndarray` of shape `(n,)`): index of each row's task; every task has rows.
         sampling_weights (`np.ndarray` of shape `(T,)`): weight of each task's rows when all tasks are trained.
         recipe (`TrainingRecipe`, *optional*): the training.
+        row_weights (`np.ndarray` of shape `(n,)`, *optional*): weight of each row's loss in a batch; 1 by default.
     """
 
     def __init__(
@@ -51,15 +53,19 @@ class TrainingLength:
         task: np.ndarray,
         sampling_weights: np.ndarray,
         recipe: TrainingRecipe | None = None,
+        row_weights: np.ndarray | None = None,
     ):
         self._counts = np.bincount(task)
+        row_weights = np.ones(len(task)) if row_weights is None else row_weights
+        # Sum of the rows' weights, by task.
+        self._totals = np.bincount(task, row_weights)
         self._fixed_steps = recipe is not None and recipe.fixed_steps
         self._batch_size = recipe.batch_size if recipe is not None and recipe.num_parameters is not None else None
         self._growth = 0.0
         if self._batch_size is not None:
             self._growth = _COHERENCE * recipe.input_gain * sum(recipe.learning_rates)
-        residual = np.exp(-np.logaddexp(0.0, np.asarray(margin, dtype=np.float64)))
-        # Sums over each task's rows: of the loss gradients, and of their squared norms.
+        residual = row_weights * np.exp(-np.logaddexp(0.0, np.asarray(margin, dtype=np.float64)))
+        # Sums over each task's rows: of the weighted loss gradients, and of their squared norms.
         self._gradients = np.stack(
             [residual[task == index] @ features[task == index] for index in range(len(self._counts))]
         )
@@ -87,10 +93,11 @@ class TrainingLength:
             growth = self._growth / self._all_rows
             log_slope -= counts / rows + growth * counts / (1 + growth * rows)
         if self._batch_size is not None:
-            gradient, squares = mixture @ self._gradients / rows, mixture @ self._squares / rows
-            mean_square = gradient @ gradient
-            mean_slope = 2 * (self._gradients @ gradient - mean_square * counts) / rows
-            squares_slope = (self._squares - squares * counts) / rows
+            gradient, squares = (values[0] for values in self._batch_gradients(mixture[None]))
+            mean_square, total = gradient @ gradient, mixture @ self._totals
+            mean_slope = 2 * (self._gradients @ gradient - mean_square * self._totals) / total
+            squares_slope = squares * (self._squares / (mixture @ self._squares) + counts / rows)
+            squares_slope -= 2 * squares * self._totals / total
             square = batch_mean_square(mean_square, squares, self._batch_size)
             # Rows whose gradients are all alike have no noise, and stay so only without other tasks.
             noise_slope = (squares_slope - mean_slope) / self._batch_size if squares > mean_square else 0.0
@@ -99,7 +106,13 @@ class TrainingLength:
 
     def task_gradients(self) -> np.ndarray:
         """Mean loss gradient of each task's rows, `(T, k)`; downhill is towards larger margins."""
-        return self._gradients / self._counts[:, None]
+        return self._gradients / self._totals[:, None]
+
+    def _batch_gradients(self, mixtures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of mixtures `(S, T)`: mean gradient `(S, k)`, and mean squared norm of a row's part in it `(S,)`."""
+        totals = mixtures @ self._totals
+        squares = (mixtures @ self._squares) * (mixtures @ self._counts) / totals**2
+        return mixtures @ self._gradients / totals[:, None], squares
 
     def _distance(self, mixtures: np.ndarray, heaviest: float | None = None) -> np.ndarray:
         """T of each mixture, `(S,)`, in units of its own; rows of weight `heaviest` are drawn once in an epoch."""
@@ -111,7 +124,7 @@ class TrainingLength:
             steps = steps * (1 + self._growth * steps / self._all_rows)
         if self._batch_size is None:
             return steps
-        mean_square = np.square(mixtures @ self._gradients / rows[:, None]).sum(axis=1)
-        square = batch_mean_square(mean_square, mixtures @ self._squares / rows, self._batch_size)
+        gradients, squares = self._batch_gradients(mixtures)
+        square = batch_mean_square(np.square(gradients).sum(axis=1), squares, self._batch_size)
         # Without any gradient nothing moves, however long the steps.
         return steps / np.sqrt(np.maximum(square, np.finfo(float).tiny))
