@@ -5,7 +5,8 @@
 writes TARGET.json and TARGET.md. An encoder with a classification head (LoRA r=4 on query, key and value) and a
 Llama-shaped model with random weights (LoRA r=8 on every linear layer) see rows of random tokens without padding. All
 sides take turns in one process, and their times stand beside the plain forward and backward of the same turn. Memory
-is measured in a process of its own for each side. `--parts memory` adds to the JSON of an earlier run.
+is measured in a process of its own for each side. Models and parts that are not asked for keep what an earlier run
+wrote into TARGET.
 """
 
 import argparse
@@ -35,7 +36,6 @@ PEERLESS = ("plain", "capture")
 
 def settings(arguments) -> list[Setting]:
     common = {"batch": arguments.batch, "length": arguments.length, "dim": arguments.dim, "device": arguments.device}
-    common["published_dtype"] = arguments.published_dtype
     made = []
     for model in arguments.models:
         own = {"model": model, **common, "path": arguments.model_name_or_path if model == "encoder" else None}
@@ -172,7 +172,6 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--slow_repetitions", type=int, default=2)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(DEFAULT_SIDES))
-    parser.add_argument("--published_dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--parts", nargs="+", choices=("time", "memory"), default=["time", "memory"])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quantization", choices=("nf4",))
@@ -191,12 +190,12 @@ def main() -> None:
         found = (
             largest_tensor(setting, Capture, rank, 2)
             if arguments.probe == "largest"
-            else peak_memory(setting, SIDES[arguments.probe], 2)
+            else peak_memory(setting, SIDES[arguments.probe])
         )
         print(json.dumps(found))
         return
     path = Path(f"{arguments.output}.json")
-    results = json.loads(path.read_text()) if path.exists() and "time" not in arguments.parts else {}
+    results = json.loads(path.read_text()) if path.exists() else {}
     results.setdefault("models", {})
     if "time" in arguments.parts:
         results["machine"] = {

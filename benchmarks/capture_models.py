@@ -66,7 +66,6 @@ class Setting:
     device: str = "cpu"
     quantization: str | None = None
     path: str | None = None
-    published_dtype: str = "float32"
     changes: dict = field(default_factory=dict)
 
     @property
