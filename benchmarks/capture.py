@@ -1,0 +1,223 @@
+"""What a capture pass costs beside a training step and beside other ways to per-example gradient features.
+
+    python benchmarks/capture.py TARGET --model_name_or_path ENCODER_DIR
+
+writes TARGET.json and TARGET.md. An encoder with a classification head (LoRA r=4 on query, key and value) and a
+Llama-shaped model with random weights (LoRA r=8 on every linear layer) see rows of random tokens without padding. All
+sides take turns in one process, and their times stand beside the plain forward and backward of the same turn. Memory
+is measured in a process of its own for each side. Models and parts that are not asked for keep what an earlier run
+wrote into TARGET.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from capture_memory import largest_tensor, peak_memory
+from capture_models import MODELS, Setting, largest_layer_gradients, make_model, make_rows, multiplied_weights
+from capture_table import table
+from peers import SIDES, Capture, Side, sign_matrix
+
+# Several times slower than the others: fewer turns.
+SLOW = ("published, whole batch", "Bergson, global", "TRAK's projector alone")
+DEFAULT_SIDES = tuple(name for name in SIDES if name != "capture, no preconditioner")
+PEERLESS = ("plain", "capture")
+
+
+def settings(arguments) -> list[Setting]:
+    common = {"batch": arguments.batch, "length": arguments.length, "dim": arguments.dim, "device": arguments.device}
+    made = []
+    for model in arguments.models:
+        own = {"model": model, **common, "path": arguments.model_name_or_path if model == "encoder" else None}
+        if model == "encoder":
+            made.append(Setting(**own))
+            continue
+        own["quantization"] = arguments.quantization
+        made.append(Setting(**own, answer=arguments.answer))
+        if arguments.quantization is None and arguments.answer < arguments.length:
+            made.append(Setting(**own, answer=arguments.length))
+    return made
+
+
+def sides_of(setting: Setting, arguments) -> list[str]:
+    """A quantized model is not taken through `torch.func`; rows that are all answer concern the first two sides."""
+    few = setting.causal and setting.answer >= setting.length
+    return [name for name in arguments.sides if not few or name in PEERLESS]
+
+
+def batches_of(setting: Setting, arguments) -> int:
+    return arguments.batches[min(arguments.models.index(setting.model), len(arguments.batches) - 1)]
+
+
+def clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def make_sides(model, setting: Setting, arguments) -> tuple[dict[str, Side], dict[str, str]]:
+    rows = make_rows(setting, setting.batch * batches_of(setting, arguments))
+    made, failed = {}, {}
+    for name in sides_of(setting, arguments):
+        try:
+            side = SIDES[name](model, setting, rows)
+            side.clock = lambda: clock(setting.device)
+            side.prepare()
+            made[name] = side
+        except ImportError as error:
+            failed[name] = f"not installed ({error.name})"
+        except Exception as error:
+            if name in PEERLESS:
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    return made, failed
+
+
+def measure(setting: Setting, arguments) -> dict:
+    """Seconds of every side and turn, per example."""
+    model = make_model(setting)
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": adapter,
+        "multiplied_weights": multiplied_weights(model),
+        "batches": batches_of(setting, arguments),
+        "largest_layer_gradients_bytes": largest_layer_gradients(model, setting.batch),
+    }
+    sides, failed = make_sides(model, setting, arguments)
+    sides["plain"].run()
+    turns: dict[str, list[dict]] = {name: [] for name in sides}
+    for turn in range(arguments.repetitions):
+        for name, side in sides.items():
+            if name in SLOW and turn >= arguments.slow_repetitions:
+                continue
+            gc.collect()
+            start = clock(setting.device), time.perf_counter()
+            try:
+                side.run()
+            except Exception as error:
+                if name in PEERLESS:
+                    raise
+                failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
+                continue
+            seconds = {"cpu": clock(setting.device) - start[0], "wall": time.perf_counter() - start[1]}
+            turns[name].append({**seconds, "examples": len(side.rows), "once": dict(side.once)})
+    result["sides"] = {
+        name: {**summary(turns[name], turns["plain"]), "facts": sides[name].facts, "note": sides[name].note}
+        for name in sides
+        if name not in failed
+    } | {name: {"failed": reason} for name, reason in failed.items()}
+    sign_matrix.cache_clear()
+    return result
+
+
+def summary(turns: list[dict], plain: list[dict]) -> dict:
+    """Seconds per example without what is done once, and the ratios to the plain pass of the same turns."""
+    own = {}
+    for kind in ("cpu", "wall"):
+        once = [sum(part[kind] for part in turn["once"].values()) for turn in turns]
+        per = [(turn[kind] - part) / turn["examples"] for turn, part in zip(turns, once)]
+        reference = [turn[kind] / turn["examples"] for turn in plain]
+        ratios = [a / b for a, b in zip(per, reference)]
+        own[kind] = {
+            "seconds_per_example": statistics.median(per),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+        }
+        for name in turns[0]["once"]:
+            parts = [turn["once"][name][kind] / turn["once"][name]["rows"] for turn in turns]
+            own[kind][f"{name}, ratio per row"] = statistics.median(a / b for a, b in zip(parts, reference))
+    return {"turns": turns, **own}
+
+
+def probe(setting: Setting, name: str, arguments) -> dict:
+    """One side's peak memory, measured in another process."""
+    command = [sys.executable, __file__, "-", "--probe", name, "--models", setting.model]
+    command += ["--answer", str(setting.answer)]
+    for key in ("batch", "length", "dim", "device", "quantization", "model_name_or_path", "threads"):
+        if getattr(arguments, key) is not None:
+            command += [f"--{key}", str(getattr(arguments, key))]
+    # Freed memory goes back at once, so that the peak is of what is alive.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    return json.loads(lines[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="path of the results without .json and .md")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["encoder", "llama"])
+    parser.add_argument("--model_name_or_path", help="the encoder's weights; from a config when left out")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[16, 2], help="of one turn, for each model; peers take one"
+    )
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--answer", type=int, default=32)
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--slow_repetitions", type=int, default=2)
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(DEFAULT_SIDES))
+    parser.add_argument("--parts", nargs="+", choices=("time", "memory"), default=["time", "memory"])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quantization", choices=("nf4",))
+    parser.add_argument("--peak_tflops", type=float, help="of the device, for the share of it that is reached")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
+    if arguments.probe:
+        (setting,) = [s for s in settings(arguments) if s.answer == arguments.answer][:1]
+        rank = 20 if setting.model == "llama" else None
+        found = (
+            largest_tensor(setting, Capture, rank, 2)
+            if arguments.probe == "largest"
+            else peak_memory(setting, SIDES[arguments.probe])
+        )
+        print(json.dumps(found))
+        return
+    path = Path(f"{arguments.output}.json")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results.setdefault("models", {})
+    if "time" in arguments.parts:
+        results["machine"] = {
+            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {os.cpu_count()} cores",
+            "threads": arguments.threads,
+            "torch": torch.__version__,
+        }
+        kept = ("output", "parts", "probe", "model_name_or_path")
+        results["shape"] = {key: value for key, value in vars(arguments).items() if key not in kept}
+    for part in arguments.parts:
+        for setting in settings(arguments):
+            own = results["models"].setdefault(setting.name, {})
+            if part == "time":
+                own.update(measure(setting, arguments))
+            else:
+                own["memory"] = {name: probe(setting, name, arguments) for name in sides_of(setting, arguments)}
+                if setting.model == "llama" and setting.answer < setting.length:
+                    own["largest_tensor"] = probe(setting, "largest", arguments)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            Path(f"{arguments.output}.md").write_text(table(results))
+            print(table(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Peak memory of one side of the capture benchmark, and the largest tensor of a capture. For a process of its own."""
+
+import ctypes
+import gc
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from capture_models import Setting, largest_layer_gradients, make_model, make_rows
+from peers import Capture, Plain, Side
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def status(name: str) -> int:
+    """Bytes of a line of the process's status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _settle() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_memory(setting: Setting, side: type[Side]) -> dict:
+    """Peak above the model at rest. A tiny model goes first: imports and buffers of libraries are not counted."""
+    tiny = replace(setting, path=None, quantization=None, changes=_TINY, dim=16)
+    _run(make_model(tiny), tiny, side, 2)
+    model = make_model(setting)
+    # The moments are taken from the training rows, which are one batch of these two.
+    batches = 2 if issubclass(side, Capture) else 1
+    _run(model, setting, Plain, 1)
+    _settle()
+    if setting.device == "cuda":
+        rest = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _run(model, setting, side, batches)
+        return {"rest_bytes": rest, "peak_extra_bytes": torch.cuda.max_memory_allocated() - rest}
+    rest, how = status("VmRSS"), "VmHWM after clear_refs"
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        how, rest = "ru_maxrss", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    missing = _run(model, setting, side, batches)
+    return {"how": how, "rest_bytes": rest, "peak_extra_bytes": status("VmHWM") - rest + missing}
+
+
+def _run(model, setting: Setting, side: type[Side], batches: int) -> int:
+    """Bytes of a matrix that the side needs and did not make."""
+    made = side(model, setting, make_rows(setting, setting.batch * batches))
+    made.prepare()
+    made.run()
+    return made.facts.get("matrix_bytes_not_made", 0)
+
+
+class _Largest(TorchDispatchMode):
+    """Records the largest storages that operations make anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[str, tuple[int, list[int], str]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                size = tensor.untyped_storage().nbytes()
+                if size > self.found.get(str(function), (0,))[0]:
+                    self.found[str(function)] = (size, list(tensor.shape), str(tensor.dtype))
+        return out
+
+
+def largest_tensor(setting: Setting, side: type[Side], rank: int | None, batches: int) -> dict:
+    """The largest tensors that PyTorch allocates during a capture; what NumPy allocates is not seen."""
+    setting = replace(setting, rank=rank)
+    model = make_model(setting)
+    with _Largest() as mode:
+        _run(model, setting, side, batches)
+    order = sorted(mode.found.items(), key=lambda item: -item[1][0])
+    return {
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "largest_layer_gradients_bytes": largest_layer_gradients(model, setting.batch),
+        "bytes": order[0][1][0],
+        "largest": [{"operation": name, "bytes": b, "shape": s, "dtype": d} for name, (b, s, d) in order[:6]],
+    }
