@@ -44,7 +44,7 @@ def settings(arguments) -> list[Setting]:
             continue
         own["quantization"] = arguments.quantization
         made.append(Setting(**own, answer=arguments.answer))
-        if arguments.quantization is None:
+        if arguments.quantization is None and arguments.answer < arguments.length:
             made.append(Setting(**own, answer=arguments.length))
     return made
 

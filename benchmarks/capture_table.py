@@ -42,8 +42,8 @@ def _capture_notes(own: dict) -> list[str]:
             f"of 10,000 rows {capture['ratio'] + 0.0128 * moments:.2f}."
         )
         for name, other in sides.items():
-            if name.startswith(("published", "Bergson")) and "cpu" in other:
-                lines.append(f"{name}: {other['cpu']['ratio'] / capture['ratio']:.1f} times the capture's time.")
+            if name.startswith(("published,", "Bergson")) and "cpu" in other:
+                lines.append(f"{name}: {other['cpu']['ratio'] / capture['ratio']:.2f} times the capture's time.")
     if {"plain", "capture"} <= memory.keys() and "peak_extra_bytes" in memory["capture"]:
         over = memory["capture"]["peak_extra_bytes"] - memory["plain"]["peak_extra_bytes"]
         layer = own.get("largest_layer_gradients_bytes", 0)
@@ -83,7 +83,7 @@ def table(results: dict) -> str:
         f"{machine['device']}, {machine['threads']} threads; batches of {shape['batch']} rows x "
         f"{shape['length']} tokens, {shape['dim']} features. Times are per example, of the process's CPU; beside them "
         "the median ratio to the plain pass of the same turn (spread, turns), and the same in wall time. Memory: peak "
-        "of a process of its own over the model at rest, and over the plain pass."
+        "of a process of its own over the model at rest, and over the plain pass; empty where it was not measured."
     ]
     for name, own in results["models"].items():
         own.setdefault("sides", {})
