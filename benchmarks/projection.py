@@ -83,6 +83,8 @@ class SignedShift(Construction):
 
     def draw(self, seed):
         self.projection = SeededProjection(self.shapes, self.dim, seed)
+        # It draws at the first use.
+        self.projection.transpose(torch.zeros(self.dim))
 
     def project(self, factors):
         features = torch.zeros(self.rows, self.dim)
