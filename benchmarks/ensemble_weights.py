@@ -3,9 +3,9 @@
     python benchmarks/ensemble_weights.py TARGET FLAGS
 
 FLAGS are those of `hf-ensemble fidelity`, with --num_groups. Adapters are trained as `hf-ensemble run` trains them;
-then each task's test rows are scored with equal weights, with the task's own group alone, with weights fitted on
-validation rows, and, of causal language models, with weights by how well each adapter predicts the prompt. Writes
-TARGET.json and .md.
+then each task's test rows are scored with equal weights, with the task's own group alone, with the adapter that is best
+on validation rows alone, with weights fitted on these rows, and, of causal language models, with weights by how well each
+adapter predicts the prompt. Writes TARGET.json and .md.
 """
 
 import argparse
@@ -63,6 +63,12 @@ def main() -> None:
     fit = ensemble.fit_weights(
         concatenate_datasets([trainer.eval_dataset[task] for task in names]), data_collator=trainer.data_collator
     )
+    fitted = ensemble.weights
+    ensemble.weights = {
+        task: {fit.adapter_names[int(np.argmin(fit.tasks[task].one_hot_losses))]: 1.0} for task in names
+    }
+    found["best single adapter"] = {task: scores(trainer, test[task], task) for task in names}
+    ensemble.weights = fitted
     found["fitted"] = {task: scores(trainer, test[task], task) for task in names}
     if tasks.label_space is None:
         found["by the prompt"] = {task: scores(trainer, test[task], None) for task in names}
