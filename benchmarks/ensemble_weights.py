@@ -3,9 +3,9 @@
     python benchmarks/ensemble_weights.py TARGET FLAGS
 
 FLAGS are those of `hf-ensemble fidelity`, with --num_groups. Adapters are trained as `hf-ensemble run` trains them;
-then each task's test rows are scored with equal weights, with the task's own group alone, with the adapter that is best
-on validation rows alone, with weights fitted on these rows, and, of causal language models, with weights by how well each
-adapter predicts the prompt. Writes TARGET.json and .md.
+then each task's test rows are scored with equal weights, with the task's own group alone, with the one adapter that is
+best on validation rows, with weights fitted on these rows, and, of causal language models, with weights by how well
+each adapter predicts the prompt. Writes TARGET.json and .md.
 """
 
 import argparse
