@@ -40,6 +40,7 @@ REFERENCE = {
     "steps": "of each mixture",
     "growth": "of A",
     "evidence": "2 runs",
+    "rows": "by their tokens",
 }
 
 
@@ -59,6 +60,7 @@ def variants(margins: list[str]) -> Iterator[dict[str, Any]]:
         ],
         "components": [25, 50, 100, 200, 800, 1600],
         "training rows": ["1/2", "1/4", "1/8"],
+        "rows": ["equal"],
         "steps": ["equal, no growth"],
         "growth": ["none", "x 1/2", "x 2", "x 4"],
         "evidence": ["1 run", "replay", "validation loss"],
@@ -156,7 +158,8 @@ class Captures:
 
 
 def _rows(table: FeatureTable, rows: np.ndarray) -> FeatureTable:
-    arrays = {name: getattr(table, name)[rows] for name in ("features", "margin", "task", "example_id")}
+    names = ("features", "margin", "task", "example_id", "num_tokens")
+    arrays = {name: getattr(table, name)[rows] for name in names}
     return dataclasses.replace(table, **arrays)
 
 
@@ -207,6 +210,8 @@ class Truth:
 def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base: np.ndarray) -> dict:
     """How well a choice predicts."""
     tables = captures.tables(choice)
+    if choice["rows"] == "equal":
+        tables = {split: dataclasses.replace(table, num_tokens=None) for split, table in tables.items()}
     runs = truth.calibration[: {"2 runs": 2, "1 run": 1}.get(choice["evidence"], 0)]
     recipe = captures.recipe(choice)
     estimator = SubsetEstimator(tables["train"], tables["validation"], choice["components"], runs, recipe=recipe)
