@@ -8,6 +8,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_ensemble.capture import GradientExtractor, head, margins
+from hf_ensemble.errors import CaptureError
 from hf_ensemble.tasks import score_answers
 
 WORDS = len(toy.VOCABULARY)
@@ -116,3 +117,16 @@ def test_an_exception_in_the_head_leaves_the_model_as_it_was():
     handle.remove()
     assert not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
     assert torch.equal(extractor(collator(rows)).features, expected)
+
+
+def test_outputs_at_other_positions_than_the_labels_are_refused():
+    model = toy.with_lora(toy.llama())
+    rows, collator = causal_batch("right")
+
+    def lengthened(module, inputs, output):
+        output.last_hidden_state = torch.nn.functional.pad(output.last_hidden_state, (0, 0, 2, 0))
+        return output
+
+    model.get_base_model().model.register_forward_hook(lengthened)
+    with pytest.raises(CaptureError, match="which of them answer is not known"):
+        GradientExtractor(model, projection_dim=16)(collator(rows))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..tasks import IGNORE_INDEX, AnswerScores, token_scores
+from .inputs import positions_before
 
 # Logits at once, in float32; a few copies of them live beside (their log-softmax and its gradient).
 LOGITS_BYTES = 64 * 2**20
@@ -64,8 +65,7 @@ class AnswerHead:
 
         def keep(module, arguments, output):
             states = output.last_hidden_state
-            # Prompt tuning puts virtual tokens before the row.
-            positions = index + (states.shape[1] - length)
+            positions = index + positions_before(self._model, states.shape[1], length)
             found.append(states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1])))
             return _with_states(output, found[-1][:, :1])
 

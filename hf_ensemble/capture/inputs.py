@@ -76,20 +76,25 @@ def num_virtual_tokens(model: nn.Module) -> int:
     return getattr(config, "num_virtual_tokens", None) or 0 if getattr(config, "is_prompt_learning", False) else 0
 
 
-def without_virtual_tokens(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits `(B, T, V)` at the positions of labels `(B, T)`: prompt learning puts virtual tokens before the row.
+def positions_before(model: nn.Module, found: int, labels: int) -> int:
+    """How many of a model's `found` positions come before those of the labels: prompt learning's virtual tokens.
 
     Raises:
-        `CaptureError`: for logits at other positions than the labels'.
+        `CaptureError`: for positions that are neither the labels' nor virtual.
     """
-    if logits.dim() != 3 or labels.dim() != 2 or logits.shape[1] == labels.shape[1]:
-        return logits
-    if logits.shape[1] != labels.shape[1] + num_virtual_tokens(model):
+    if found not in (labels, labels + num_virtual_tokens(model)):
         raise CaptureError(
-            f"Expected logits at the {labels.shape[1]} positions of the labels, found {logits.shape[1]}: which of them "
-            "answer is not known. Give labels for every position of the logits."
+            f"Expected outputs at the {labels} positions of the labels, found {found}: which of them answer is not "
+            "known. Give labels for every position of the model's outputs."
         )
-    return logits[:, -labels.shape[1] :]
+    return found - labels
+
+
+def without_virtual_tokens(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logits `(B, T, V)` at the positions of labels `(B, T)`; others as they are. See [`positions_before`]."""
+    if logits.dim() != 3 or labels.dim() != 2:
+        return logits
+    return logits[:, positions_before(model, logits.shape[1], labels.shape[1]) :]
 
 
 def row_of(inputs: Mapping[str, Any], labels: torch.Tensor, index: int) -> tuple[dict[str, Any], torch.Tensor]:
