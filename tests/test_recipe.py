@@ -124,7 +124,7 @@ def test_some_of_the_tasks_are_trained_on_for_fewer_steps(tmp_path, monkeypatch)
     seen = []
     monkeypatch.setattr(
         "hf_ensemble.estimate.estimator.replayed_coefficients",
-        lambda features, *rest: seen.append(rest[-1]) or 0.1 * features.mean(0),
+        lambda features, margin, weights, norms, scale, recipe, tokens: seen.append(recipe) or 0.1 * features.mean(0),
     )
     store = capture(tmp_path, recipe=TrainingRecipe([0.3, 0.6], 4))
     DataSelector.from_store(store, ["sums"], num_components=10)
