@@ -65,7 +65,12 @@ def test_a_killed_pass_goes_on_in_every_store(tmp_path, monkeypatch):
             run(tmp_path / "killed")
     # One store has two shards, the others one; one store has lost its preconditioner.
     (tmp_path / "killed" / "exact" / "preconditioner.safetensors").unlink()
+    written.clear()
+    monkeypatch.setattr(
+        GradientStoreWriter, "write_shard", lambda *args, **kwargs: written.append(1) or write(*args, **kwargs)
+    )
     run(tmp_path / "killed")
+    assert len(written) == sum(len(list((tmp_path / "whole" / name).glob("*.npy"))) for name in CONFIGS) - 4
     for name in CONFIGS:
         assert shards(tmp_path / "killed" / name) == shards(tmp_path / "whole" / name)
 

@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,34 @@ def batch():
 
 
 TASKS = ["x", "y", "z", "x"]
+
+
+def live_copies(shapes):
+    """Addresses of all tensors in the process that have one of the shapes."""
+    gc.collect()
+    return {x.data_ptr() for x in gc.get_objects() if isinstance(x, torch.Tensor) and tuple(x.shape) in shapes}
+
+
+@pytest.mark.parametrize("combination", ["logits", "log_probs", "probs", "weights"])
+@torch.no_grad()
+def test_one_base_is_in_memory(members, batch, combination):
+    base = [p for name, p in members.named_parameters() if "lora_" not in name and p.dim() == 2]
+    shapes = {tuple(parameter.shape) for parameter in base}
+    assert not shapes & {tuple(p.shape) for name, p in members.named_parameters() if "lora_" in name}
+    before = live_copies(shapes)
+    assert {parameter.data_ptr() for parameter in base} <= before
+    copied = base[0].clone()
+    assert live_copies(shapes) - before == {copied.data_ptr()}
+    del copied
+    # Without the task of a negative weight, which has no place in a mean of probabilities.
+    tasks = ["x", "y", "y", "x"]
+    ensemble = PeftEnsembleModel(members, ["a", "b", "c"], WEIGHTS, combination=combination)
+    during = []
+    members.get_base_model().lm_head.register_forward_hook(lambda *_: during.append(live_copies(shapes) - before))
+    ensemble(**batch, task=tasks)
+    ensemble.generate(**batch, task=tasks, max_new_tokens=2)
+    assert len(during) > 2 and not any(during)
+    assert live_copies(shapes) == before
 
 
 def reference_logits(model, batch, tasks, weights=WEIGHTS):

@@ -30,11 +30,13 @@ class AnswerHead:
     def __init__(self, model: nn.Module):
         self._model = model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._bodies = [part for part in (_part(base, "decoder"), _part(base, "encoder")) if part is not None]
+        body, encoder = _part(base, "decoder"), _part(base, "encoder")
+        # The one whose output the head is given comes first.
+        self._bodies = [part for part in (body, encoder) if part is not None]
         # Whether a trained parameter lies behind the body; known from the first batch on.
         self._is_trained: bool | None = None
         find_head = getattr(base, "get_output_embeddings", None)
-        self.usable = _part(base, "decoder") is not None and callable(find_head) and find_head() is not None
+        self.usable = body is not None and callable(find_head) and find_head() is not None
 
     def __call__(self, inputs: Mapping[str, Any], labels: torch.Tensor, shift: bool) -> AnswerScores:
         """Scores of a batch.

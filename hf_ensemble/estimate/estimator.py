@@ -114,10 +114,8 @@ class SubsetEstimator:
         self.reduction = FeatureReduction.fit(train.features, num_components)
         reduced = self.reduction.apply(train.features)
         self.training_ids = tuple(zip((self.task_names[index] for index in train.task), train.example_id.tolist()))
-        row_weights = _row_weights(train)
-        self._totals = np.bincount(train.task, row_weights)
-        self._row_weights = row_weights
-        self._train = SurrogateProblem(reduced, train.margin, train.task, device, row_weights)
+        self._row_weights = _row_weights(train)
+        self._train = SurrogateProblem(reduced, train.margin, train.task, device, self._row_weights)
         order = np.argsort(validation.task, kind="stable")
         self._validation = (
             self.reduction.apply(validation.features)[order],
@@ -137,7 +135,7 @@ class SubsetEstimator:
             train.task,
             self.sampling_weights,
             recipe,
-            row_weights,
+            self._row_weights,
         )
         replayed = []
         if recipe is not None and not observed_runs:
@@ -267,7 +265,9 @@ class SubsetEstimator:
         weights = self._checked_weights(weights)
         l2, l2_slope = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
         w, value, direction, gradients = self._response(weights, l2, targets)
-        mixed = (gradients + 2 * l2 * np.outer(self._totals, w)) / (weights @ self._totals) + 2 * np.outer(l2_slope, w)
+        mixed = (gradients + 2 * l2 * np.outer(self._train.totals, w)) / (weights @ self._train.totals) + 2 * np.outer(
+            l2_slope, w
+        )
         return value, -mixed @ direction
 
     def example_influence(self, weights: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -288,7 +288,7 @@ class SubsetEstimator:
         l2, _ = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
         w, _, direction, _ = self._response(weights, l2, targets)
         slopes = self._train.row_slopes(w, direction) + 2 * l2 * (w @ direction) * self._row_weights
-        return slopes / (weights @ self._totals)
+        return slopes / (weights @ self._train.totals)
 
     def _checked_weights(self, weights: np.ndarray) -> np.ndarray:
         weights = np.asarray(weights, dtype=np.float64)

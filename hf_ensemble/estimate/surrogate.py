@@ -62,13 +62,13 @@ class SurrogateProblem:
         _check_finite(features=features, margins=margin)
         self.counts = np.bincount(task)
         # Sum of the rows' weights, by task.
-        self._totals = self.counts.astype(np.float64)
+        self.totals = self.counts.astype(np.float64)
         weights: Sequence[torch.Tensor | None] = [None] * len(self.counts)
         if row_weights is not None:
             _check_finite(**{"row weights": row_weights})
             if (row_weights <= 0).any():
                 raise EstimationError(f"Row weights have to be positive, found {row_weights.min()}.")
-            self._totals = np.bincount(task, row_weights)
+            self.totals = np.bincount(task, row_weights)
         self.num_components = features.shape[1]
         # A task's rows lie side by side, so that each product reads one piece of memory.
         order = np.argsort(task, kind="stable")
@@ -122,7 +122,7 @@ class SurrogateProblem:
         if (l2 <= 0).any():
             raise EstimationError("l2 has to be positive: the surrogate has no minimum without it.")
         counts = np.pad(self.counts, (0, mixtures.shape[1] - len(self.counts)))
-        totals = mixtures[:, : len(counts)] @ np.pad(self._totals, (0, len(counts) - len(self._totals)))
+        totals = mixtures[:, : len(counts)] @ np.pad(self.totals, (0, len(counts) - len(self.totals)))
         if (totals == 0).any():
             raise EstimationError(f"Mixture {int(np.argmin(totals))} is empty: no training row has a weight.")
         if initial is not None:
@@ -147,7 +147,7 @@ class SurrogateProblem:
         point = torch.from_numpy(np.ascontiguousarray(w, dtype=np.float64)).to(self._device)
         hessian = 2 * l2 * torch.eye(len(w), dtype=torch.float64, device=self._device)
         gradients = torch.zeros(len(mixture), len(w), dtype=torch.float64, device=self._device)
-        total = float(mixture[: len(self.counts)] @ self._totals)
+        total = float(mixture[: len(self.counts)] @ self.totals)
         for task, rows in enumerate(self._tasks):
             wrong = torch.sigmoid(-(rows.margin + rows.features @ point))
             gradients[task] = -(rows.weighted(wrong) @ rows.features)

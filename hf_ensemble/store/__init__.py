@@ -3,7 +3,7 @@
 from .reader import FeatureTable, GradientStore
 from .recipe import TrainingRecipe
 from .several import GradientStoreWriters, sole_writers
-from .writer import CapturedRows, GradientStoreWriter, sole_writer
+from .writer import CapturedRows, GradientStoreWriter
 
 __all__ = [
     "CapturedRows",
@@ -12,6 +12,5 @@ __all__ = [
     "GradientStoreWriter",
     "GradientStoreWriters",
     "TrainingRecipe",
-    "sole_writer",
     "sole_writers",
 ]
