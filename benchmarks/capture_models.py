@@ -83,11 +83,13 @@ def make_model(setting: Setting) -> nn.Module:
     """With LoRA whose B is not zero, so that every adapter parameter has a gradient; in evaluation mode."""
     torch.manual_seed(0)
     if not setting.causal:
-        base = _encoder(setting)
-        lora = LoraConfig(r=setting.rank or 4, target_modules=["query", "key", "value"], task_type="SEQ_CLS")
+        base, task_type = _encoder(setting), "SEQ_CLS"
     else:
-        base = _llama(setting)
-        lora = LoraConfig(r=setting.rank or 8, target_modules="all-linear", task_type="CAUSAL_LM")
+        base, task_type = _llama(setting), "CAUSAL_LM"
+    # Of the blocks: Bergson does not take the pooler, which sees one vector per row.
+    lora = LoraConfig(
+        r=setting.rank or 8, target_modules="all-linear", exclude_modules=["pooler.dense"], task_type=task_type
+    )
     model = get_peft_model(base, lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -25,6 +25,11 @@ class Agreement:
         self._sums: dict[str, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
 
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of the examples' values `(B,)`, whose gradient the hooks' weighted sums have to be."""
+        # A model over several devices may answer on another one than it is asked on.
+        return (self.weights.to(values.device) * values).sum()
+
     def add(self, name: str, gradient: torch.Tensor) -> None:
         """Add a hook's gradients `(B, *shape)`."""
         weights = self.weights.to(gradient.device)

@@ -14,11 +14,12 @@ from ..tasks import IGNORE_INDEX, TASK, AnswerScores, LabelSpace, pop_meta, rest
 from .agreement import Agreement, tolerance
 from .head import AnswerHead
 from .inputs import prepared, row_of, unwrapped, without_virtual_tokens
+from .lora import LoraTaps
 from .margin import MarginKind, margins
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
 from .reach import check_reached, check_whole
-from .taps import LinearTaps
+from .taps import LinearTaps, Reading
 
 # Takes a parameter's name, gradients `(b, *shape)` in float32 and the examples of the batch that they belong to.
 _Receiver = Callable[[str, torch.Tensor, slice], None]
@@ -79,6 +80,7 @@ class GradientExtractor:
         self.projections = [SeededProjection(shapes, *pair) for pair in zip(dims, seeds, strict=True)]
         self.dim = sum(projection.dim for projection in self.projections)
         self.taps = LinearTaps(model, self.parameters)
+        self.lora_taps = LoraTaps(model, self.parameters)
         self.hooked = [name for name in self.parameters if name in self.taps.covered]
         # Whose hooks were found to agree with autograd, on one row alone and on several.
         self._agreeing: dict[bool, set[str]] = {False: set(), True: set()}
@@ -175,13 +177,13 @@ class GradientExtractor:
                     return attempt
 
     def _attempt(self, inputs, labels, label_mask, objective, receive) -> tuple[torch.Tensor, AnswerScores] | None:
-        """One pass; `None` when it moved parameters from the hooks to the fallback and has to be taken again."""
+        """One pass; `None` when it has to be taken again, since hooks were found wrong and are no longer used."""
         found, reached = None, set()
         if self.hooked:
-            found, reached, wrong = self._together(inputs, labels, label_mask, objective, receive)
-            if wrong:
-                self.hooked = [name for name in self.hooked if name not in wrong]
+            together = self._together(inputs, labels, label_mask, objective, receive)
+            if together is None:
                 return None
+            found, reached = together
         if self.fallback:
             alone, reached_alone = self._one_by_one(inputs, labels, label_mask, objective, receive)
             found, reached = found or alone, reached | reached_alone
@@ -191,7 +193,7 @@ class GradientExtractor:
         return found
 
     def _together(self, inputs, labels, label_mask, objective, receive):
-        """Hooks on one batched pass: margin and scores, the parameters reached, those whose hooks are wrong."""
+        """Hooks on one batched pass: margin and scores, and the parameters reached; `None` when hooks were wrong."""
         size = labels.shape[0]
         agreement = Agreement(size)
         unchecked = set(self.hooked) - self._agreeing[True] - (self._agreeing[False] if size == 1 else set())
@@ -201,29 +203,42 @@ class GradientExtractor:
             if name in to_check:
                 agreement.add(name, gradient)
 
-        with self.taps.reading(size, self.hooked, hooked) as reading:
-            logits, scores = self._scores(inputs, labels, label_mask)
-            margin = self._margins(logits, labels, scores)
+        # What the layers' own forward gives, before any stands in for it.
+        by_layers = [name for name in self.lora_taps.readable(set(self.hooked)) if name in unchecked]
+        weighted = {}
+        if by_layers:
+            values = objective(self._scored(inputs, labels, label_mask)[0])
+            weighted = self._autograd(agreement.total(values), by_layers)
+        reading = Reading(size)
+        with (
+            self.lora_taps.reading(reading, set(self.hooked), hooked),
+            self.taps.reading(reading, self.hooked, hooked),
+        ):
+            margin, scores = self._scored(inputs, labels, label_mask)
             values = objective(margin)
             # Whether one row is one example is only ever known of the batch at hand.
             to_check = [name for name in self.hooked if name in unchecked | reading.flat]
-            # A model over several devices may answer on another one than it is asked on.
-            weighted = self._autograd((agreement.weights.to(values.device) * values).sum(), to_check, retain_graph=True)
+            in_graph = [name for name in to_check if name not in reading.whole]
+            weighted |= self._autograd(agreement.total(values), in_graph, retain_graph=True)
             reading.active = True
             summed = self._autograd(values.sum(), self.hooked)
         allowed = tolerance(self.model, labels.device) if to_check else 0.0
         verdicts = {name: agreement.verdict(name, weighted.get(name), allowed) for name in to_check}
-        self._agreeing[size > 1].update(name for name, verdict in verdicts.items() if verdict)
         wrong = reading.unusable | {name for name, verdict in verdicts.items() if verdict is False}
-        return (margin.detach(), scores), set(summed), wrong
+        if wrong:
+            # A layer that was read as a whole is read part by part, and only then row by row.
+            self.lora_taps.refused |= wrong & reading.whole
+            self.hooked = [name for name in self.hooked if name not in wrong - reading.whole]
+            return None
+        self._agreeing[size > 1].update(name for name, verdict in verdicts.items() if verdict)
+        return (margin.detach(), scores), set(summed)
 
     def _one_by_one(self, inputs, labels, label_mask, objective, receive):
         """Each example in a batch of its own: margin and scores of the batch, and the parameters reached."""
         names, rows, reached = self.fallback, [], set()
         for i in range(labels.shape[0]):
             own, label = row_of(inputs, labels, i)
-            logits, scores = self._scores(own, label, label_mask[i : i + 1] if label_mask is not None else None)
-            margin = self._margins(logits, label, scores)
+            margin, scores = self._scored(own, label, label_mask[i : i + 1] if label_mask is not None else None)
             for name, gradient in self._autograd(objective(margin).sum(), names).items():
                 receive(name, gradient.unsqueeze(0).float(), slice(i, i + 1))
                 reached.add(name)
@@ -245,6 +260,11 @@ class GradientExtractor:
                 "use_reentrant=False."
             ) from error
         return {name: gradient for name, gradient in zip(names, gradients) if gradient is not None}
+
+    def _scored(self, inputs, labels, label_mask) -> tuple[torch.Tensor, AnswerScores]:
+        """Margin and scores of a batch."""
+        logits, scores = self._scores(inputs, labels, label_mask)
+        return self._margins(logits, labels, scores), scores
 
     def _scores(self, inputs, labels, label_mask):
         mask = inputs.get("attention_mask")

@@ -34,14 +34,18 @@ class Reading:
     """The state of open hooks.
 
     Args:
+        batch_size (`int`): examples `B`.
         unusable (`set[str]`): parameters whose layer was called with inputs that are not one block of rows per example.
         flat (`set[str]`): parameters whose layer was called with one row per example, as a head behind a pooler is,
             or an expert that by chance got as many tokens as there are examples.
+        whole (`set[str]`): parameters of LoRA layers that were read as a whole ([`LoraTaps`]).
         active (`bool`, *optional*, defaults to `False`): whether a backward hands gradients over.
     """
 
+    batch_size: int
     unusable: set[str] = field(default_factory=set)
     flat: set[str] = field(default_factory=set)
+    whole: set[str] = field(default_factory=set)
     active: bool = False
 
 
@@ -72,28 +76,28 @@ class LinearTaps:
 
     @contextmanager
     def reading(
-        self, batch_size: int, names: Sequence[str], receive: Callable[[str, torch.Tensor], None]
-    ) -> Iterator[Reading]:
-        """While open and set active, every backward calls `receive(name, gradient)` with gradients `(B, *parameter)`.
+        self, state: Reading, names: Sequence[str], receive: Callable[[str, torch.Tensor], None]
+    ) -> Iterator[None]:
+        """While open and `state` active, a backward calls `receive(name, gradient)` with gradients `(B, *parameter)`.
 
         What layers that do not see one row (or block of rows) per example hand over is left out: the caller has to take
         the gradients of `unusable` parameters in another way.
         """
-        wanted, reading = set(names), Reading()
+        wanted = set(names)
 
         def hook(weight: str | None, bias: str | None):
             own = {name for name in (weight, bias) if name in wanted}
 
             def take(layer_input, grad_output):
                 # The graph outlives the hooks: a later backward must not hand gradients over again.
-                if not reading.active:
+                if not state.active:
                     return
-                if layer_input.dim() < 2 or layer_input.shape[0] != batch_size:
-                    reading.unusable.update(own)
+                if layer_input.dim() < 2 or layer_input.shape[0] != state.batch_size:
+                    state.unusable.update(own)
                     return
-                g = grad_output.reshape(batch_size, -1, grad_output.shape[-1]).float()
+                g = grad_output.reshape(state.batch_size, -1, grad_output.shape[-1]).float()
                 if weight in own:
-                    x = layer_input.reshape(batch_size, -1, layer_input.shape[-1]).float()
+                    x = layer_input.reshape(state.batch_size, -1, layer_input.shape[-1]).float()
                     # The shorter side first: a product with few rows is several times as fast as one with few columns.
                     wide = x.shape[-1] > g.shape[-1]
                     product = torch.bmm(g.mT, x) if wide else torch.bmm(x.mT, g).mT
@@ -105,8 +109,8 @@ class LinearTaps:
                 if not output.requires_grad:
                     return None
                 layer_input = (inputs[0] if inputs else keywords["input"]).detach()
-                if layer_input.dim() == 2 and layer_input.shape[0] == batch_size > 1:
-                    reading.flat.update(own)
+                if layer_input.dim() == 2 and layer_input.shape[0] == state.batch_size > 1:
+                    state.flat.update(own)
                 return _Tap.apply(output, layer_input, take)
 
             return forward_hook
@@ -117,8 +121,8 @@ class LinearTaps:
             if weight in wanted or bias in wanted
         ]
         try:
-            yield reading
+            yield
         finally:
-            reading.active = False
+            state.active = False
             for handle in handles:
                 handle.remove()
