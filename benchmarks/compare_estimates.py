@@ -41,6 +41,7 @@ REFERENCE = {
     "growth": "of A",
     "evidence": "2 runs",
     "rows": "by their tokens",
+    "calibration": "of each task",
 }
 
 
@@ -61,6 +62,7 @@ def variants(margins: list[str]) -> Iterator[dict[str, Any]]:
         "components": [25, 50, 100, 200, 800, 1600],
         "training rows": ["1/2", "1/4", "1/8"],
         "rows": ["equal"],
+        "calibration": ["none"],
         "steps": ["equal, no growth"],
         "growth": ["none", "x 1/2", "x 2", "x 4"],
         "evidence": ["1 run", "replay", "validation loss"],
@@ -216,6 +218,8 @@ def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base:
     recipe = captures.recipe(choice)
     estimator = SubsetEstimator(tables["train"], tables["validation"], choice["components"], runs, recipe=recipe)
     chosen = estimator.regularization
+    if choice["calibration"] == "none":
+        estimator.calibration = None
     prediction = estimator.predict(truth.mixtures)
     ranks = task_spearman(prediction.loss, truth.loss)
     inside = truth.mixtures > 0
@@ -230,7 +234,10 @@ def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base:
         "mean_task_spearman_repeated": mean_or_nan(task_spearman(own, other)),
         "correlation": correlation(prediction.loss, truth.loss),
         "change_correlation": correlation(prediction.loss - base, truth.loss - base),
-        "interval_coverage": (coverage(prediction.loss_low, prediction.loss_high, truth.loss) if runs else None),
+        # The intervals are those around calibrated losses.
+        "interval_coverage": coverage(prediction.loss_low, prediction.loss_high, truth.loss)
+        if estimator.calibration is not None
+        else None,
     }
 
 

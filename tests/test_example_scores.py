@@ -134,6 +134,7 @@ def test_sampling_weights_are_part_of_the_training():
     plain = DataSelector(SubsetEstimator(*world(), observed_runs=RUN))
     weighted = DataSelector(SubsetEstimator(*world(), observed_runs=RUN, sampling_weights={"b": 4.0}))
     weighted.estimator.regularization = plain.estimator.regularization
+    weighted.estimator.calibration = plain.estimator.calibration
     found = weighted.score_examples("a", ["a", "b"])
     assert found.weights == {"a": 0.25, "b": 1.0}
     expected = plain.score_examples("a", {"a": 1.0, "b": 4.0}).scores["c"]

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from test_estimate import NAMES, world
 
-from hf_ensemble import DataSelector, Mixture, SubsetEstimator, TaskSet, TrainingRecipe
+from hf_ensemble import DataSelector, Mixture, ObservedRun, SubsetEstimator, TaskSet, TrainingRecipe
 from hf_ensemble.errors import ConfigurationError, EstimationError
 
 RECIPES = {
@@ -17,6 +17,10 @@ RECIPES = {
     "gradient descent": TrainingRecipe([1e-2] * 20, 8),
     "fixed steps": TrainingRecipe([1e-2] * 20, 8, 60.0, fixed_steps=True),
 }
+RUNS = [
+    ObservedRun(dict.fromkeys(NAMES, 1.0), dict(zip(NAMES, [0.55, 0.6, 0.65, 0.6]))),
+    ObservedRun({"a": 1.0}, dict(zip(NAMES, [0.55, 0.62, 0.66, 0.7]))),
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +29,12 @@ def selector():
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["one token", "several tokens"])
+@pytest.mark.parametrize("runs", [[], RUNS], ids=["no runs", "runs"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_derivatives_equal_finite_differences(recipe, tokens):
-    estimator = SubsetEstimator(*world(tokens=tokens), recipe=RECIPES[recipe])
+def test_derivatives_equal_finite_differences(recipe, runs, tokens):
+    estimator = SubsetEstimator(*world(tokens=tokens), recipe=RECIPES[recipe], observed_runs=runs)
+    if runs:
+        estimator.calibration = replace(estimator.calibration, curvature=1.5)
     targets = np.array([1.0, 0.0, 0.5, 0.0])
     weights = np.array([0.9, 0.4, 0.2, 0.7])
     value, gradient = estimator.weighted_loss(weights, targets)
@@ -47,9 +54,10 @@ def test_derivatives_equal_finite_differences(recipe, tokens):
     assert gradient[2] == pytest.approx((4 * one - two - 3 * value) / (2 * step), rel=0.02)
 
 
+@pytest.mark.parametrize("runs", [[], RUNS], ids=["no runs", "runs"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_its_value_is_the_prediction_where_the_largest_weight_is_one(recipe):
-    estimator = SubsetEstimator(*world(), recipe=RECIPES[recipe])
+def test_its_value_is_the_prediction_where_the_largest_weight_is_one(recipe, runs):
+    estimator = SubsetEstimator(*world(), recipe=RECIPES[recipe], observed_runs=runs)
     targets, weights = np.array([1.0, 0.0, 0.5, 0.0]), np.array([1.0, 0.4, 0.0, 1.0])
     value, _ = estimator.weighted_loss(weights, targets)
     assert value == pytest.approx(float(estimator.predict(weights).loss[0] @ targets), abs=1e-7)

@@ -1,5 +1,6 @@
 """Predicted outcomes of fine-tuning on any subset or mixture of tasks, from features alone."""
 
+from .calibration import LossCalibration
 from .estimator import Prediction, SubsetEstimator
 from .reduction import FeatureReduction
 from .regularization import ObservedRun, Regularization, choose_regularization
@@ -7,6 +8,7 @@ from .surrogate import SurrogateProblem, SurrogateSolution, solve_surrogate
 
 __all__ = [
     "FeatureReduction",
+    "LossCalibration",
     "ObservedRun",
     "Prediction",
     "Regularization",

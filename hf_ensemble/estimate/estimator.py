@@ -10,6 +10,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
+from .calibration import LossCalibration
 from .intervals import IntervalWidth
 from .mixtures import mixture_weights
 from .outcomes import predicted_outcomes
@@ -30,7 +31,9 @@ class Prediction:
     Args:
         task_names (`tuple[str, ...]`): the tasks.
         mixtures (`np.ndarray` of shape `(S, T)`): what was asked for.
-        loss (`np.ndarray` of shape `(S, T)`): mean validation loss of each task, in nats per answer token.
+        loss (`np.ndarray` of shape `(S, T)`):
+            Mean validation loss of each task, in nats per answer token; calibrated by runs where there are any, see
+            [`LossCalibration`].
         accuracy (`np.ndarray` of shape `(S, T)`):
             Share of validation examples whose answer gets more than half of the probability; for two labels this is the
             accuracy.
@@ -56,14 +59,15 @@ class SubsetEstimator:
 
     The surrogate's l2 stands for how long one trains: with the epochs fixed, more rows mean more steps and a longer way
     from the linearisation point, and Adam's steps are as long where gradients are small, see [`TrainingLength`].
-    Its constant c is found by evidence, see [`choose_regularization`].
+    Its constant c is found by evidence, see [`choose_regularization`]. Observed runs then calibrate each task's loss,
+    see [`LossCalibration`].
 
     Args:
         train (`FeatureTable`): features of the training rows.
         validation (`FeatureTable`): features of the validation rows, of the same tasks.
         num_components (`int`, *optional*, defaults to 400): principal components that the surrogate is solved in.
         observed_runs (`Sequence[ObservedRun]`, *optional*):
-            Fine-tunings that exist anyway, with their validation losses: the evidence for c.
+            Fine-tunings that exist anyway, with their validation losses: the evidence for c, and what calibrates.
         sampling_weights (`dict[str, float]`, *optional*):
             How often training draws a row of each task, relative to the others; every mixture is multiplied by them.
         recipe (`TrainingRecipe`, *optional*):
@@ -127,6 +131,7 @@ class SubsetEstimator:
             raise EstimationError("A validation feature is not finite.")
         self.observed_runs = tuple(observed_runs)
         self.interval = IntervalWidth()
+        self.calibration: LossCalibration | None = None
         squared_norms = squared_row_norms(train.features) if recipe is not None else np.zeros(len(train))
         self._length = TrainingLength(
             reduced,
@@ -148,8 +153,10 @@ class SubsetEstimator:
         )
         if self.observed_runs:
             mixtures, losses = losses_of(self.observed_runs, self.task_names)
+            everything = self.predict(np.ones((1, len(self.task_names)))).loss[0]
             predicted, _, displacement = self._outcomes(self.predict(mixtures).coefficients)
-            self.interval = IntervalWidth.fit(predicted, displacement, losses)
+            self.calibration, left_out = LossCalibration.fit(self.base_loss(), everything, predicted, losses)
+            self.interval = IntervalWidth.fit(left_out, displacement, losses)
 
     def predict_subsets(self, subsets: Iterable[Iterable[str] | Mapping[str, float]]) -> Prediction:
         """Outcomes of named subsets, or of dicts from name to mixture weight."""
@@ -160,7 +167,8 @@ class SubsetEstimator:
 
         Args:
             mixtures (`np.ndarray` of shape `(S, T)`): weight of one row of each task; 0 and 1 for subsets.
-            l2_scale (`float` or `np.ndarray` of shape `(S,)`, *optional*): c, where the estimator's own is not wanted.
+            l2_scale (`float` or `np.ndarray` of shape `(S,)`, *optional*):
+                c, where the estimator's own is not wanted: the losses are the surrogate's, which no run calibrates.
 
         Raises:
             `EstimationError`: for an empty mixture or negative weights.
@@ -174,6 +182,8 @@ class SubsetEstimator:
         drawn = mixtures * self.sampling_weights
         solution = self._train.solve(drawn, self._length.l2(scale, drawn))
         loss, accuracy, displacement = self._outcomes(solution.coefficients)
+        if self.calibration is not None and l2_scale is None:
+            loss = self.calibration(loss)
         return Prediction(
             self.task_names,
             mixtures,
@@ -232,11 +242,13 @@ class SubsetEstimator:
         """
         features, margin, task = self._validation
         variance = np.zeros(len(coefficients))
+        slope = self._calibration_slope(self._outcomes(reference[None])[0][0]) if metric == "loss" else 1.0
+        weights = targets * slope
         for index in np.flatnonzero(targets):
             rows = task == index
             z = margin[rows] + np.vstack([coefficients, reference]) @ features[rows].T
             scores = (z > 0).astype(np.float64) if metric == "accuracy" else np.logaddexp(0.0, -z)
-            variance += targets[index] ** 2 * (scores[:-1] - scores[-1]).var(axis=1) / rows.sum()
+            variance += weights[index] ** 2 * (scores[:-1] - scores[-1]).var(axis=1) / rows.sum()
         return np.sqrt(variance)
 
     def base_loss(self) -> np.ndarray:
@@ -264,7 +276,7 @@ class SubsetEstimator:
         """
         weights = self._checked_weights(weights)
         l2, l2_slope = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
-        w, value, direction, gradients = self._response(weights, l2, targets)
+        w, value, direction, gradients = self._at_optimum(weights, l2, targets)
         mixed = (gradients + 2 * l2 * np.outer(self._train.totals, w)) / (weights @ self._train.totals) + 2 * np.outer(
             l2_slope, w
         )
@@ -286,7 +298,7 @@ class SubsetEstimator:
         """
         weights = self._checked_weights(weights)
         l2, _ = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
-        w, _, direction, _ = self._response(weights, l2, targets)
+        w, _, direction, _ = self._at_optimum(weights, l2, targets)
         slopes = self._train.row_slopes(w, direction) + 2 * l2 * (w @ direction) * self._row_weights
         return slopes / (weights @ self._train.totals)
 
@@ -296,18 +308,23 @@ class SubsetEstimator:
             raise EstimationError(f"Expected {len(self.counts)} weights from 0 to 1, not all zero, found {weights}.")
         return weights
 
-    def _response(
+    def _at_optimum(
         self, weights: np.ndarray, l2: float, targets: np.ndarray
     ) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
         """At the optimum w: w, the targets' loss, H^-1 times its gradient, and each task's summed gradient there."""
         w = self._train.solve(weights[None], np.array([l2]), _TIGHT).coefficients[0]
         features, margin, task = self._validation
         z = margin + features @ w
-        of_row = (targets / np.bincount(task))[task]
-        value = float(of_row @ np.logaddexp(0.0, -z))
+        counts = np.bincount(task)
+        loss = np.bincount(task, np.logaddexp(0.0, -z)) / counts
+        value = float(targets @ (loss if self.calibration is None else self.calibration(loss)))
+        of_row = (targets * self._calibration_slope(loss) / counts)[task]
         slope = -(of_row * np.exp(-np.logaddexp(0.0, z))) @ features
         hessian, gradients = self._train.derivatives(weights, w, l2)
         return w, value, cho_solve(cho_factor(hessian), slope), gradients
+
+    def _calibration_slope(self, loss: np.ndarray) -> np.ndarray:
+        return np.ones_like(loss) if self.calibration is None else self.calibration.slope(loss)
 
     def task_gradients(self) -> np.ndarray:
         """Mean loss gradient of each task's training rows at the linearisation point, in components, `(T, k)`."""

@@ -103,11 +103,17 @@ class EnsembleMixin(StagesMixin):
             )
             prediction = self.estimator.predict_subsets([grouping.trained_on(name) for name in grouping.groups])
             if self.is_world_process_zero():
-                regularization = self.estimator.regularization
+                regularization, calibration = self.estimator.regularization, self.estimator.calibration
                 estimate = {
                     "l2_scale": regularization.l2_scale,
                     "l2_evidence": regularization.evidence,
                     "l2_criterion": regularization.criterion,
+                    "calibration": None
+                    if calibration is None
+                    else {
+                        "curvature": calibration.curvature,
+                        "factor": dict(zip(self.estimator.task_names, calibration.factor.tolist())),
+                    },
                     "num_components": int(self.estimator.reduction.components.shape[1]),
                     "base_loss": dict(zip(self.estimator.task_names, self.estimator.base_loss().tolist())),
                     "predicted_loss": {
