@@ -3,9 +3,10 @@
     python benchmarks/capture.py TARGET --model_name_or_path ENCODER_DIR
 
 writes TARGET.json and TARGET.md. An encoder with a classification head and a Llama-shaped model with random weights,
-both with LoRA r=8 on every linear layer of their blocks, see rows of random tokens without padding. All sides take turns
-in one process, and their times stand beside the plain forward and backward of the same turn. Memory is measured in a
-process of its own for each side. Models and parts that are not asked for keep what an earlier run wrote into TARGET.
+both with LoRA r=8 on every linear layer of their blocks, see rows of random tokens without padding. All sides take
+turns in one process, and their times stand beside the plain forward and backward of the same turn. Memory is measured
+in a process of its own for each side. Models and parts that are not asked for keep what an earlier run wrote into
+TARGET.
 """
 
 import argparse
