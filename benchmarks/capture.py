@@ -35,7 +35,7 @@ PEERLESS = ("plain", "capture")
 
 
 def settings(arguments) -> list[Setting]:
-    common = {"batch": arguments.batch, "length": arguments.length, "dim": arguments.dim, "device": arguments.device}
+    common = {key: getattr(arguments, key) for key in ("batch", "length", "dim", "device", "rank", "target_modules")}
     made = []
     for model in arguments.models:
         own = {"model": model, **common, "path": arguments.model_name_or_path if model == "encoder" else None}
@@ -145,9 +145,11 @@ def probe(setting: Setting, name: str, arguments) -> dict:
     """One side's peak memory, measured in another process."""
     command = [sys.executable, __file__, "-", "--probe", name, "--models", setting.model]
     command += ["--answer", str(setting.answer)]
-    for key in ("batch", "length", "dim", "device", "quantization", "model_name_or_path", "threads"):
+    for key in ("batch", "length", "dim", "device", "quantization", "model_name_or_path", "threads", "rank"):
         if getattr(arguments, key) is not None:
             command += [f"--{key}", str(getattr(arguments, key))]
+    if arguments.target_modules:
+        command += ["--target_modules", *arguments.target_modules]
     # Freed memory goes back at once, so that the peak is of what is alive.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -169,6 +171,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--answer", type=int, default=32)
     parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--rank", type=int, help="of the LoRA, 8 by default")
+    parser.add_argument("--target_modules", nargs="+", help="of the LoRA, every linear layer of the blocks by default")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--slow_repetitions", type=int, default=2)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(DEFAULT_SIDES))

@@ -63,6 +63,7 @@ class Setting:
     answer: int = 32
     dim: int = 1024
     rank: int | None = None
+    target_modules: tuple[str, ...] | None = None
     device: str = "cpu"
     quantization: str | None = None
     path: str | None = None
@@ -86,9 +87,12 @@ def make_model(setting: Setting) -> nn.Module:
         base, task_type = _encoder(setting), "SEQ_CLS"
     else:
         base, task_type = _llama(setting), "CAUSAL_LM"
-    # Of the blocks: Bergson does not take the pooler, which sees one vector per row.
     lora = LoraConfig(
-        r=setting.rank or 8, target_modules="all-linear", exclude_modules=["pooler.dense"], task_type=task_type
+        r=setting.rank or 8,
+        target_modules=setting.target_modules or "all-linear",
+        # Of the blocks: Bergson does not take the pooler, which sees one vector per row.
+        exclude_modules=["pooler.dense"],
+        task_type=task_type,
     )
     model = get_peft_model(base, lora)
     with torch.no_grad():
