@@ -5,7 +5,9 @@ import pytest
 import torch
 import toy
 from captures import causal_batch, relative_error
+from peft import get_peft_model
 from peft.tuners import lora
+from transformers import OlmoConfig, OlmoForCausalLM
 
 from hf_ensemble.capture import GradientExtractor
 from hf_ensemble.capture.lora import LoraTaps
@@ -101,7 +103,7 @@ def test_two_active_adapters_run_as_they_are():
     assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
 
 
-def test_mixed_precision_runs_as_it_is(own_forwards):
+def test_autocast_runs_as_it_is(own_forwards):
     model = toy.with_lora(toy.llama())
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
@@ -113,6 +115,33 @@ def test_mixed_precision_runs_as_it_is(own_forwards):
     assert own_forwards and torch.equal(found, expected)
 
 
+def test_float32_adapters_on_a_bfloat16_model(own_forwards):
+    """What PEFT makes by default: its layers cast the input up and the output down."""
+    model = toy.with_lora(toy.llama().to(torch.bfloat16))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    rows, collator = causal_batch("right")
+    extractor = GradientExtractor(model, projection_dim=None)
+    extractor(collator(rows))
+    own_forwards.clear()
+    found = extractor(collator(rows)).features
+    assert not own_forwards and not extractor.lora_taps.refused
+    in_float64 = rows_alone(model.double(), rows)
+    apart = in_parts(toy.with_lora(toy.llama().to(torch.bfloat16)))(collator(rows)).features
+    assert (found - in_float64).norm() < 1.5 * (apart - in_float64).norm()
+
+
+def test_an_output_may_be_changed_in_place():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OlmoConfig(vocab_size=len(toy.VOCABULARY), clip_qkv=0.5, pad_token_id=0, **sizes)
+    model = get_peft_model(OlmoForCausalLM(config).eval(), toy.lora())
+    toy.randomize(model)
+    rows, collator = causal_batch("right")
+    extractor = GradientExtractor(model, projection_dim=None)
+    assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
+    assert readable(extractor)
+
+
 def test_a_layer_that_does_something_else_is_found_out(monkeypatch):
     own = lora.Linear.forward
     monkeypatch.setattr(lora.Linear, "forward", lambda layer, x, *args, **kwargs: own(layer, x, *args, **kwargs) * 1.1)
@@ -122,6 +151,18 @@ def test_a_layer_that_does_something_else_is_found_out(monkeypatch):
     found = extractor(collator(rows)).features
     assert not readable(extractor) and not extractor.fallback
     assert relative_error(found, rows_alone(model, rows)) < 1e-5
+
+
+def test_it_is_found_out_also_where_the_first_batch_was_read_in_parts(monkeypatch):
+    own = lora.Linear.forward
+    monkeypatch.setattr(lora.Linear, "forward", lambda layer, x, *args, **kwargs: own(layer, x, *args, **kwargs) * 1.1)
+    model = toy.with_lora(toy.llama())
+    rows, collator = causal_batch("right")
+    extractor = GradientExtractor(model, projection_dim=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        extractor(collator(rows))
+    assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
+    assert extractor.lora_taps.refused
 
 
 def test_the_layers_have_their_own_forward_back_also_after_an_error(monkeypatch):

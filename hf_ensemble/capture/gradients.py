@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -82,8 +83,8 @@ class GradientExtractor:
         self.taps = LinearTaps(model, self.parameters)
         self.lora_taps = LoraTaps(model, self.parameters)
         self.hooked = [name for name in self.parameters if name in self.taps.covered]
-        # Whose hooks were found to agree with autograd, on one row alone and on several.
-        self._agreeing: dict[bool, set[str]] = {False: set(), True: set()}
+        # Whose hooks were found to agree with autograd, by whether on several rows and whether read as a whole.
+        self._agreeing: dict[tuple[bool, bool], set[str]] = {key: set() for key in product((False, True), repeat=2)}
         self._reached: set[str] | None = None
         self._head = AnswerHead(model)
         self._shift = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -196,7 +197,11 @@ class GradientExtractor:
         """Hooks on one batched pass: margin and scores, and the parameters reached; `None` when hooks were wrong."""
         size = labels.shape[0]
         agreement = Agreement(size)
-        unchecked = set(self.hooked) - self._agreeing[True] - (self._agreeing[False] if size == 1 else set())
+        # By whether they are read as a whole.
+        unchecked = [
+            set(self.hooked) - self._agreeing[True, whole] - (self._agreeing[False, whole] if size == 1 else set())
+            for whole in (False, True)
+        ]
 
         def hooked(name: str, gradient: torch.Tensor) -> None:
             receive(name, gradient, slice(None))
@@ -204,7 +209,7 @@ class GradientExtractor:
                 agreement.add(name, gradient)
 
         # What the layers' own forward gives, before any stands in for it.
-        by_layers = [name for name in self.lora_taps.readable(set(self.hooked)) if name in unchecked]
+        by_layers = [name for name in self.lora_taps.readable(set(self.hooked)) if name in unchecked[True]]
         weighted = {}
         if by_layers:
             values = objective(self._scored(inputs, labels, label_mask)[0])
@@ -217,20 +222,25 @@ class GradientExtractor:
             margin, scores = self._scored(inputs, labels, label_mask)
             values = objective(margin)
             # Whether one row is one example is only ever known of the batch at hand.
-            to_check = [name for name in self.hooked if name in unchecked | reading.flat]
+            new = (unchecked[False] - reading.whole) | (unchecked[True] & reading.whole) | reading.flat
+            to_check = [name for name in self.hooked if name in new]
             in_graph = [name for name in to_check if name not in reading.whole]
             weighted |= self._autograd(agreement.total(values), in_graph, retain_graph=True)
             reading.active = True
             summed = self._autograd(values.sum(), self.hooked)
         allowed = tolerance(self.model, labels.device) if to_check else 0.0
-        verdicts = {name: agreement.verdict(name, weighted.get(name), allowed) for name in to_check}
+        # Another forward rounds in another way, one layer after the other.
+        allowances = {name: 3 * allowed if name in reading.whole else allowed for name in to_check}
+        verdicts = {name: agreement.verdict(name, weighted.get(name), allowances[name]) for name in to_check}
         wrong = reading.unusable | {name for name, verdict in verdicts.items() if verdict is False}
         if wrong:
             # A layer that was read as a whole is read part by part, and only then row by row.
             self.lora_taps.refused |= wrong & reading.whole
             self.hooked = [name for name in self.hooked if name not in wrong - reading.whole]
             return None
-        self._agreeing[size > 1].update(name for name, verdict in verdicts.items() if verdict)
+        for name, verdict in verdicts.items():
+            if verdict:
+                self._agreeing[size > 1, name in reading.whole].add(name)
         return (margin.detach(), scores), set(summed)
 
     def _one_by_one(self, inputs, labels, label_mask, objective, receive):

@@ -17,27 +17,27 @@ _KNOWN = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
 class _LowRankUpdate(torch.autograd.Function):
-    """`result + scaling * x A^T B^T`, in one product; its backward hands over both factors' per-example gradients.
+    """`result + scaling * x A^T B^T` of rows `(n, out)` and `(n, in)`, added up in the factors' precision.
 
-    The summed gradients of A and B, which nobody asks for, are not taken: zeros stand for them, to tell that the
-    parameters were reached.
+    Its backward hands over what both factors' per-example gradients are made of. Their summed gradients, which nobody
+    asks for, are not taken: zeros stand for them, to tell that the parameters were reached.
     """
 
     @staticmethod
     def forward(ctx, result, x, a, b, scaling, receive):
-        inner = x.flatten(0, -2) @ a.T
+        inner = x.to(a.dtype) @ a.T
         ctx.save_for_backward(x, inner, a, b)
         ctx.scaling, ctx.receive = scaling, receive
-        return torch.addmm(result.flatten(0, -2), inner, b.T, alpha=scaling).view_as(result)
+        return torch.addmm(result.to(a.dtype), inner, b.T, alpha=scaling).to(result.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, inner, a, b = ctx.saved_tensors
         # Of scaling * A x.
-        grad_inner = (grad_output.flatten(0, -2) @ b).mul_(ctx.scaling)
+        grad_inner = (grad_output.to(b.dtype) @ b).mul_(ctx.scaling)
         ctx.receive(x, inner, grad_output, grad_inner)
-        grad_x = (grad_inner @ a).view_as(x) if ctx.needs_input_grad[1] else None
+        grad_x = (grad_inner @ a).to(x.dtype) if ctx.needs_input_grad[1] else None
         reached = grad_inner.new_zeros(())
         return grad_output, grad_x, reached.expand_as(a), reached.expand_as(b), None, None
 
@@ -48,8 +48,8 @@ class LoraTaps:
     With u = A x, g the output's gradient and v = scaling * B^T g, the gradient of example b is the sum over its
     tokens t of v[b, t] x[b, t]^T for A, and of scaling * g[b, t] u[b, t]^T for B.
 
-    Layers with another variant (DoRA), a trained LoRA bias, hooks on their parts, several active adapters, or inputs of
-    mixed precision run as they are, and are read by [`LinearTaps`].
+    Layers with another variant (DoRA), a LoRA bias, hooks on their parts or several active adapters run as they are, as
+    all do under autocast, and are read by [`LinearTaps`].
 
     Args:
         model (`nn.Module`): the model.
@@ -108,14 +108,13 @@ class LoraTaps:
 
         def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
             in_blocks = x.dim() > 2 and x.shape[0] == state.batch_size
-            mixed = not x.dtype == a.dtype == b.dtype or torch.is_autocast_enabled(x.device.type)
-            if args or kwargs or mixed or not in_blocks:
+            if args or kwargs or not in_blocks or torch.is_autocast_enabled(x.device.type):
                 return own(layer, x, *args, **kwargs)
-            result = layer.base_layer(x)
-            if result.dtype != x.dtype:
-                return own(layer, x)
             state.whole.update((name_a, name_b))
-            return _LowRankUpdate.apply(result, x, a, b, scaling, take)
+            result = layer.base_layer(x)
+            rows = _LowRankUpdate.apply(result.flatten(0, -2), x.flatten(0, -2), a, b, scaling, take)
+            # A view of the function's output may be changed in place behind it, the output of a view may not.
+            return rows.view(result.shape)
 
         return forward
 
@@ -128,6 +127,7 @@ def _adapter(layer: LoraLayer) -> str | None:
     factors = [layer.lora_A[active[0]], layer.lora_B[active[0]]]
     parts = [layer, layer.lora_dropout[active[0]], *factors]
     plain = all(type(factor) is nn.Linear and factor.bias is None for factor in factors)
+    plain &= layer.cast_input_dtype_enabled and factors[0].weight.dtype == factors[1].weight.dtype
     return active[0] if plain and all(_is_untouched(part) for part in parts) else None
 
 

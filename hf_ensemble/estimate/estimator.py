@@ -168,7 +168,7 @@ class SubsetEstimator:
         Args:
             mixtures (`np.ndarray` of shape `(S, T)`): weight of one row of each task; 0 and 1 for subsets.
             l2_scale (`float` or `np.ndarray` of shape `(S,)`, *optional*):
-                c, where the estimator's own is not wanted: the losses are the surrogate's, which no run calibrates.
+                c, where the estimator's own is not wanted: the losses are the surrogate's, without an interval.
 
         Raises:
             `EstimationError`: for an empty mixture or negative weights.
@@ -182,14 +182,17 @@ class SubsetEstimator:
         drawn = mixtures * self.sampling_weights
         solution = self._train.solve(drawn, self._length.l2(scale, drawn))
         loss, accuracy, displacement = self._outcomes(solution.coefficients)
-        if self.calibration is not None and l2_scale is None:
+        interval = self.interval
+        if l2_scale is not None:
+            interval = IntervalWidth()
+        elif self.calibration is not None:
             loss = self.calibration(loss)
         return Prediction(
             self.task_names,
             mixtures,
             loss,
             accuracy,
-            *self.interval.around(loss, displacement),
+            *interval.around(loss, displacement),
             solution.coefficients,
             solution.gradient_norm,
         )
@@ -224,6 +227,7 @@ class SubsetEstimator:
             "recipe": None if self._recipe is None else asdict(self._recipe),
             "l2_scale": self.regularization.l2_scale,
             "l2_evidence": self.regularization.evidence,
+            "calibration": None if self.calibration is None else self.calibration.by_task(self.task_names),
         }
 
     def score_spread(

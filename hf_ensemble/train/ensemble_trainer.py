@@ -108,12 +108,7 @@ class EnsembleMixin(StagesMixin):
                     "l2_scale": regularization.l2_scale,
                     "l2_evidence": regularization.evidence,
                     "l2_criterion": regularization.criterion,
-                    "calibration": None
-                    if calibration is None
-                    else {
-                        "curvature": calibration.curvature,
-                        "factor": dict(zip(self.estimator.task_names, calibration.factor.tolist())),
-                    },
+                    "calibration": None if calibration is None else calibration.by_task(self.estimator.task_names),
                     "num_components": int(self.estimator.reduction.components.shape[1]),
                     "base_loss": dict(zip(self.estimator.task_names, self.estimator.base_loss().tolist())),
                     "predicted_loss": {
