@@ -1,7 +1,8 @@
 """Predicted outcomes of fine-tuning on any subset or mixture of tasks, from features alone."""
 
 from .calibration import LossCalibration
-from .estimator import Prediction, SubsetEstimator
+from .estimator import SubsetEstimator
+from .prediction import Prediction
 from .reduction import FeatureReduction
 from .regularization import ObservedRun, Regularization, choose_regularization
 from .surrogate import SurrogateProblem, SurrogateSolution, solve_surrogate

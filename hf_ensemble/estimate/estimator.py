@@ -1,7 +1,7 @@
 """From gradient features to the outcome of fine-tuning on any subset or mixture of the tasks."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from .calibration import LossCalibration
 from .intervals import IntervalWidth
 from .mixtures import mixture_weights
 from .outcomes import predicted_outcomes
+from .prediction import Prediction
 from .reduction import FeatureReduction, squared_row_norms
 from .regularization import ObservedRun, Regularization, choose_regularization, losses_of
 from .replay import replayed_coefficients
@@ -22,36 +23,6 @@ from .training_length import TrainingLength
 
 # Gradient norm at which derivatives by the mixture are taken: they are more sensitive than the losses.
 _TIGHT = 1e-10
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Predicted outcomes of `S` mixtures on `T` tasks.
-
-    Args:
-        task_names (`tuple[str, ...]`): the tasks.
-        mixtures (`np.ndarray` of shape `(S, T)`): what was asked for.
-        loss (`np.ndarray` of shape `(S, T)`):
-            Mean validation loss of each task, in nats per answer token; calibrated by runs where there are any, see
-            [`LossCalibration`].
-        accuracy (`np.ndarray` of shape `(S, T)`):
-            Share of validation examples whose answer gets more than half of the probability; for two labels this is the
-            accuracy.
-        loss_low (`np.ndarray` of shape `(S, T)`):
-            Lower ends of 90 % intervals for the true losses; NaN without a run that calibrates, see [`IntervalWidth`].
-        loss_high (`np.ndarray` of shape `(S, T)`): their upper ends.
-        coefficients (`np.ndarray` of shape `(S, k)`): the surrogate's optimum.
-        gradient_norm (`np.ndarray` of shape `(S,)`): how exactly it was solved.
-    """
-
-    task_names: tuple[str, ...]
-    mixtures: np.ndarray
-    loss: np.ndarray
-    accuracy: np.ndarray
-    loss_low: np.ndarray
-    loss_high: np.ndarray
-    coefficients: np.ndarray
-    gradient_norm: np.ndarray
 
 
 class SubsetEstimator:
