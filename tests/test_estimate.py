@@ -1,7 +1,5 @@
 from dataclasses import replace
 
-import dataclasses
-
 import numpy as np
 import oracles
 import pytest
@@ -215,7 +213,7 @@ def test_intervals_come_from_the_runs_that_calibrate():
     assert inside.mean() >= 0.9
     # Another c is another surrogate, of which the runs say nothing.
     assert np.isnan(estimator.predict(np.ones((1, 4)), l2_scale=1e9).loss_low).all()
-    estimator.regularization = dataclasses.replace(estimator.regularization, l2_scale=1e9)
+    estimator.regularization = replace(estimator.regularization, l2_scale=1e9)
     still = estimator.predict(np.ones((1, 4)))
     assert np.abs(still.loss_high / still.loss_low - 1).max() < 1e-2
     assert estimator.observed_runs == tuple(runs)
