@@ -10,7 +10,6 @@ from peft.tuners import lora
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from hf_ensemble.capture import GradientExtractor
-from hf_ensemble.capture.lora import LoraTaps
 
 
 def readable(extractor):
@@ -45,6 +44,13 @@ def own_forwards(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def another_forward(monkeypatch):
+    """A LoRA layer that looks plain and is not."""
+    own = lora.Linear.forward
+    monkeypatch.setattr(lora.Linear, "forward", lambda layer, x, *args, **kwargs: own(layer, x, *args, **kwargs) * 1.1)
+
+
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize(
     "settings", [{}, {"use_rslora": True}, {"bias": "lora_only"}, {"rank_pattern": {"q_proj": 2}, "lora_dropout": 0.3}]
@@ -63,8 +69,7 @@ def test_plain_layers_skip_their_own_forward(own_forwards, settings, padding_sid
     assert relative_error(later, rows_alone(model.eval(), rows)) < 1e-5
 
 
-def test_gradients_below_a_layer_that_is_not_the_first():
-    """The input's gradient goes on through the stand-in, also where a layer's input needs none."""
+def test_gradients_go_on_below_a_layer_that_is_not_the_first():
     model = toy.with_lora(toy.llama(), target_modules=["embed_tokens", "q_proj", "down_proj"])
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
@@ -142,9 +147,7 @@ def test_an_output_may_be_changed_in_place():
     assert readable(extractor)
 
 
-def test_a_layer_that_does_something_else_is_found_out(monkeypatch):
-    own = lora.Linear.forward
-    monkeypatch.setattr(lora.Linear, "forward", lambda layer, x, *args, **kwargs: own(layer, x, *args, **kwargs) * 1.1)
+def test_a_layer_that_does_something_else_is_found_out(another_forward):
     model = toy.with_lora(toy.llama())
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
@@ -153,9 +156,7 @@ def test_a_layer_that_does_something_else_is_found_out(monkeypatch):
     assert relative_error(found, rows_alone(model, rows)) < 1e-5
 
 
-def test_it_is_found_out_also_where_the_first_batch_was_read_in_parts(monkeypatch):
-    own = lora.Linear.forward
-    monkeypatch.setattr(lora.Linear, "forward", lambda layer, x, *args, **kwargs: own(layer, x, *args, **kwargs) * 1.1)
+def test_it_is_found_out_also_where_the_first_batch_was_read_in_parts(another_forward):
     model = toy.with_lora(toy.llama())
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
@@ -182,10 +183,9 @@ def test_a_layer_with_a_shared_factor_is_left_to_the_fallback():
     model = toy.with_lora(toy.llama())
     first, second = [module for module in model.modules() if type(module) is lora.Linear][:2]
     second.lora_A["default"].weight = first.lora_A["default"].weight
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = LoraTaps(model, parameters).readable(set(parameters))
-    assert first not in found.values() and second not in found.values() and found
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
+    found = readable(extractor)
+    assert first not in found.values() and second not in found.values() and found
     assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
     assert extractor.fallback

@@ -1,9 +1,9 @@
 """One small vector per example: the projected gradient of its margin."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class GradientExtractor:
         self.lora_taps = LoraTaps(model, self.parameters)
         self.hooked = [name for name in self.parameters if name in self.taps.covered]
         # Whose hooks were found to agree with autograd, by whether on several rows and whether read as a whole.
-        self._agreeing: dict[tuple[bool, bool], set[str]] = {key: set() for key in product((False, True), repeat=2)}
+        self._agreeing: dict[tuple[bool, bool], set[str]] = defaultdict(set)
         self._reached: set[str] | None = None
         self._head = AnswerHead(model)
         self._shift = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)

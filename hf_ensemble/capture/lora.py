@@ -1,6 +1,5 @@
 """LoRA layers read as a whole, which saves most of what their own forward and backward cost beside the base layer."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
@@ -58,23 +57,23 @@ class LoraTaps:
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]):
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._owners = Counter(id(own) for module in model.modules() for own in module._parameters.values())
         known = {getattr(lora, name) for name in _KNOWN if hasattr(lora, name)}
         self._layers = [module for module in model.modules() if type(module) in known]
         # Parameters whose layers are left as they are, because a batch showed another gradient.
         self.refused: set[str] = set()
 
     def readable(self, wanted: Set[str]) -> dict[str, LoraLayer]:
-        """The layer of each of the `wanted` parameters that can be read as a whole as things stand."""
+        """The layer of each parameter that can be read as a whole as things stand, of those `wanted`.
+
+        Parameters that two modules share are not to be wanted: [`LinearTaps`] does not cover them.
+        """
         found = {}
         for layer in self._layers:
             adapter = _adapter(layer)
             if adapter is None:
                 continue
-            factors = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
-            names = [self._names.get(id(factor)) for factor in factors]
-            alone = all(self._owners[id(factor)] == 1 for factor in factors)
-            if alone and wanted >= set(names) and not self.refused.intersection(names):
+            names = [self._names.get(id(factors[adapter].weight)) for factors in (layer.lora_A, layer.lora_B)]
+            if wanted >= set(names) and not self.refused.intersection(names):
                 found |= dict.fromkeys(names, layer)
         return found
 
