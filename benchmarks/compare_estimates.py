@@ -22,11 +22,17 @@ from trl import ModelConfig
 
 from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection, capture_gradients, training_recipe
 from hf_ensemble.capture.capture import MOMENT_ROWS
-from hf_ensemble.capture.recipe import fresh_lora_gain
+from hf_ensemble.capture.training_arguments import fresh_lora_gain
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.trainers import build_trainer, load_tasks
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.estimate.agreement import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
+from hf_ensemble.estimate.fidelity_measures import (
+    correlation,
+    coverage,
+    mean_or_nan,
+    mean_relative_error,
+    task_spearman,
+)
 from hf_ensemble.select import calibration_subsets
 from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe
 

@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_ensemble import PeftEnsembleModel
-from hf_ensemble.ensemble.cache import EnsembleCache, cache_maker
+from hf_ensemble.ensemble.forward.cache import EnsembleCache, cache_maker
 
 SIDES = {
     "one adapter, m x B rows": "reference of the sides below",

@@ -10,11 +10,12 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "tasks": ["LabelSpace", "TaskSet", "load_task_folder"],
+    "models": ["LabelSimilarityForSequenceClassification"],
     "store": ["FeatureTable", "GradientStore", "TrainingRecipe"],
     "capture": ["CaptureConfig", "capture_gradients", "transplanted"],
     "estimate": ["ObservedRun", "Prediction", "SubsetEstimator"],
     "select": ["DataSelector", "ExampleScores", "Grouping", "Mixture", "Selection"],
-    "ensemble": ["LabelSimilarityForSequenceClassification", "PeftEnsembleModel"],
+    "ensemble": ["PeftEnsembleModel"],
     "publish": ["draw_choice", "push_ensemble_to_hub", "write_model_card"],
     "callbacks": ["GradientCaptureCallback"],
     "train": [

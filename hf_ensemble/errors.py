@@ -17,6 +17,10 @@ class ConfigurationError(HfEnsembleError, ValueError):
     """An argument or a combination of arguments makes no sense."""
 
 
+class ScoringError(HfEnsembleError, RuntimeError):
+    """A model's outputs do not tell how it answers the rows."""
+
+
 class CaptureError(HfEnsembleError, RuntimeError):
     """Gradients cannot be captured exactly for this model or these examples."""
 

@@ -9,9 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import pytest
 import torch
-import toy
 import transformers
-from trainers import sft_trainer
+
+from helpers import toy
+from helpers.trainers import sft_trainer
 
 datasets.disable_progress_bars()
 transformers.logging.disable_progress_bar()

@@ -1,14 +1,14 @@
 """One small vector per example: the projected gradient of the model's log-odds in the adapter's parameters."""
 
+from .applied_update import transplanted
 from .capture import capture_gradients
 from .config import CaptureConfig
-from .gradients import GradientExtractor, evaluation_mode
+from .gradients import GradientExtractor
 from .identity import model_identity
 from .margin import MarginKind, log_odds, margins
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
-from .recipe import optimizer_metric, training_recipe
-from .transplant import transplanted
+from .training_arguments import optimizer_metric, training_recipe
 
 __all__ = [
     "CaptureConfig",
@@ -17,7 +17,6 @@ __all__ = [
     "Preconditioner",
     "SeededProjection",
     "capture_gradients",
-    "evaluation_mode",
     "log_odds",
     "margins",
     "model_identity",

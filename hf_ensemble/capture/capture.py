@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from .._compat import package_versions
 from ..errors import CaptureError
 from ..logging import get_logger
+from ..models.batches import HalvingOnFullMemory, length_sorted_batches
+from ..models.wrappers import unwrapped
 from ..store import (
     CapturedRows,
     GradientStore,
@@ -27,13 +29,11 @@ from ..store import (
     sole_writers,
 )
 from ..tasks import EXAMPLE_ID, TASK, RowFormat, TaskCollator, TaskSet, data_collator_for, encode, length_limit
-from .batches import HalvingOnFullMemory, length_sorted_batches
 from .config import CaptureConfig, one_pass
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
-from .inputs import unwrapped
 from .preconditioner import Preconditioner
-from .recipe import fresh_lora_gain
+from .training_arguments import fresh_lora_gain
 
 logger = get_logger(__name__)
 

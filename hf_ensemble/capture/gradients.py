@@ -1,8 +1,7 @@
 """One small vector per example: the projected gradient of its margin."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +10,18 @@ from torch import nn
 
 from .._compat import keep_quantized_weights_in_place
 from ..errors import CaptureError
+from ..models.answer_head import AnswerHead
+from ..models.virtual_tokens import without_virtual_tokens
+from ..models.wrappers import evaluation_mode, unwrapped
 from ..tasks import IGNORE_INDEX, TASK, AnswerScores, LabelSpace, pop_meta, restrict_to_labels, score_answers
-from .agreement import Agreement, tolerance
-from .head import AnswerHead
-from .inputs import prepared, row_of, unwrapped, without_virtual_tokens
-from .lora import LoraTaps
+from .autograd_check import Agreement, tolerance
+from .inputs import prepared, row_of
+from .linear_hooks import LinearTaps, Reading
+from .lora_hooks import LoraTaps
 from .margin import MarginKind, margins
+from .parameter_checks import check_reached, check_whole
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
-from .reach import check_reached, check_whole
-from .taps import LinearTaps, Reading
 
 # Takes a parameter's name, gradients `(b, *shape)` in float32 and the examples of the batch that they belong to.
 _Receiver = Callable[[str, torch.Tensor, slice], None]
@@ -304,18 +305,6 @@ class GradientExtractor:
     def _no_cache(self) -> dict[str, bool]:
         # Key-value caches would be built, and gradients kept through them, for nothing.
         return {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off while open; every module's own mode is restored, also after an exception."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _check_answers(labels: torch.Tensor, shift: bool) -> None:

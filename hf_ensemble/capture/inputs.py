@@ -4,21 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..errors import CaptureError
+from ..models.virtual_tokens import num_virtual_tokens
 from ..tasks import IGNORE_INDEX
 
 # Inputs with one entry per token of a row, `(B, T)`.
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 # What collators call the bounds of documents that share a row.
 _BOUNDS = ("seq_lengths", "seq_idx", "cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without its distributed and compiled wrappers, whose names and hooks are not the model's own."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def prepared(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
@@ -68,33 +63,6 @@ def refuse_packed_rows(inputs: Mapping[str, Any]) -> None:
             f"Expected one example per row, found {found}, as in packed or padding-free batches. Set packing=False and "
             "padding_free=False, or capture each document as a row of its own."
         )
-
-
-def num_virtual_tokens(model: nn.Module) -> int:
-    """Virtual tokens that the active adapter learns as a prompt or prefix; 0 for any other adapter or model."""
-    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
-    return getattr(config, "num_virtual_tokens", None) or 0 if getattr(config, "is_prompt_learning", False) else 0
-
-
-def positions_before(model: nn.Module, found: int, labels: int) -> int:
-    """How many of a model's `found` positions come before those of the labels: prompt learning's virtual tokens.
-
-    Raises:
-        `CaptureError`: for positions that are neither the labels' nor virtual.
-    """
-    if found not in (labels, labels + num_virtual_tokens(model)):
-        raise CaptureError(
-            f"Expected outputs at the {labels} positions of the labels, found {found}: which of them answer is not "
-            "known. Give labels for every position of the model's outputs."
-        )
-    return found - labels
-
-
-def without_virtual_tokens(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits `(B, T, V)` at the positions of labels `(B, T)`; others as they are. See [`positions_before`]."""
-    if logits.dim() != 3 or labels.dim() != 2:
-        return logits
-    return logits[:, positions_before(model, logits.shape[1], labels.shape[1]) :]
 
 
 def row_of(inputs: Mapping[str, Any], labels: torch.Tensor, index: int) -> tuple[dict[str, Any], torch.Tensor]:

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
 from .._files import read_json, write_folder_atomically, write_json
-from ..ensemble import LabelSimilarityForSequenceClassification
 from ..errors import ConfigurationError
+from ..models import LabelSimilarityForSequenceClassification
 from ..tasks import RowFormat, TaskSet, load_task_folder
 from ..train import (
     EnsembleConfig,

@@ -1,20 +1,17 @@
 """Several adapters over one base model as one model."""
 
-from .config import BaseModelReference, EnsembleMember
-from .fitting import WeightFit
-from .label_similarity import LabelSimilarityConfig, LabelSimilarityForSequenceClassification
-from .merge import MergedAdapter
+from .members import BaseModelReference, EnsembleMember
+from .merging.merge import MergedAdapter
 from .model import PeftEnsembleModel
-from .saving import AdapterSource
-from .weights import FittedWeights, fit_weights
+from .saving.mixin import AdapterSource
+from .weighting.fitting import WeightFit
+from .weighting.objectives import FittedWeights, fit_weights
 
 __all__ = [
     "AdapterSource",
     "BaseModelReference",
     "EnsembleMember",
     "FittedWeights",
-    "LabelSimilarityConfig",
-    "LabelSimilarityForSequenceClassification",
     "MergedAdapter",
     "PeftEnsembleModel",
     "WeightFit",

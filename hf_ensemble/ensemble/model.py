@@ -12,19 +12,19 @@ from .._compat import keep_quantized_weights_in_place
 from ..errors import EnsembleError
 from ..tasks import IGNORE_INDEX, LabelSpace, restrict_to_labels
 from ..tasks.answers import answer_positions
-from .cache import EnsembleCache, cache_maker
-from .combination import check_combination
-from .config import BaseModelReference, EnsembleMember, check_members, check_weights
-from .files import base_reference
-from .fitting import Collator, Rows, WeightFit, fit_ensemble
-from .generation import check_generation, generate_by_outputs
-from .inference import MemberForward, keep_beside, stacks_beside, summed_weights
-from .merge import MergedAdapter, merge_adapters
-from .routing import check_routing, prompt_weights
-from .rows import batch_size_of
-from .saving import SavingMixin
-from .serving import vllm_obstacles
-from .task_weights import Tasks, label_mask, tasks_of_rows, warn_of_unknown, weight_rows
+from .forward.cache import EnsembleCache, cache_maker
+from .forward.combination import check_combination
+from .forward.generation import check_generation, generate_by_outputs
+from .forward.inference import MemberForward, keep_beside, stacks_beside, summed_weights
+from .forward.routing import check_routing, prompt_weights
+from .forward.rows import batch_size_of
+from .forward.task_weights import Tasks, label_mask, tasks_of_rows, warn_of_unknown, weight_rows
+from .members import BaseModelReference, EnsembleMember, check_members, check_weights
+from .merging.merge import MergedAdapter, merge_adapters
+from .saving.files import base_reference
+from .saving.mixin import SavingMixin
+from .saving.vllm import vllm_obstacles
+from .weighting.fitting import Collator, Rows, WeightFit, fit_ensemble
 
 
 class PeftEnsembleModel(SavingMixin, nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .._files import read_json, write_atomically
-from ..ensemble.config import SavedEnsembleConfig
+from ..ensemble.saving.ensemble_config import SavedEnsembleConfig
 from ..errors import EnsembleLoadError
 from ..logging import get_logger
 from ..select import Grouping

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi
 
 from .._files import read_json, write_json
-from ..ensemble.config import ADAPTERS_FOLDER, SavedEnsembleConfig
+from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER, SavedEnsembleConfig
 from ..logging import get_logger
 from .card import public_name, require_ensemble, write_model_card
 

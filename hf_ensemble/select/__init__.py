@@ -8,10 +8,10 @@ from .methods import SELECTION_METHODS, mixture_selection, select_tasks
 from .mixture import Mixture, optimise_mixture
 from .partition import coclustering, semidefinite_partition, spectral_partition
 from .problem import SelectionProblem
-from .sampling import calibration_subsets, mixed_subsets, random_subsets
 from .searches import backward_selection, exhaustive_selection, forward_selection, random_ensemble_selection
 from .selection import Selection
 from .selector import DataSelector
+from .subsets import calibration_subsets, mixed_subsets, random_subsets
 
 __all__ = [
     "GROUPING_METHODS",

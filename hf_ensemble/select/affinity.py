@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..estimate import SubsetEstimator
-from .sampling import random_subsets
+from .subsets import random_subsets
 
 
 def affinity_matrix(subsets: np.ndarray, scores: np.ndarray) -> np.ndarray:

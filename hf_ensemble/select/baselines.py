@@ -13,9 +13,9 @@ from ..estimate import ObservedRun
 from ..estimate.mixtures import mixture_weights
 from ..store import FeatureTable
 from .problem import SelectionProblem
-from .sampling import random_subsets
 from .searches import selection_of
 from .selection import Selection
+from .subsets import random_subsets
 
 # Subsets among which a learned predictor looks for its best.
 _NUM_CANDIDATES = 10_000

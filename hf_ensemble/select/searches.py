@@ -10,8 +10,8 @@ import numpy as np
 from ..errors import ConfigurationError
 from .problem import SelectionProblem
 from .provenance import caution, settings_of
-from .sampling import random_subsets
 from .selection import Selection
+from .subsets import random_subsets
 
 # Subsets that an exhaustive search predicts at most: a second's work.
 _MOST_SUBSETS = 20_000

@@ -1,8 +1,8 @@
 """Gradient features on disk: a directory that explains itself, written in shards, mapped when read."""
 
+from .multi_writer import GradientStoreWriters, sole_writers
 from .reader import FeatureTable, GradientStore
 from .recipe import TrainingRecipe
-from .several import GradientStoreWriters, sole_writers
 from .writer import CapturedRows, GradientStoreWriter
 
 __all__ = [

@@ -6,7 +6,7 @@ from .encoding import data_collator_for, encode, length_limit
 from .folder import load_task_folder
 from .labels import LabelSpace
 from .rows import RowFormat
-from .sampling import TaskWeightedSampler
+from .sampler import TaskWeightedSampler
 from .task_set import Task, TaskSet
 
 __all__ = [

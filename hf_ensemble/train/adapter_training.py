@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from trl import SFTConfig
 
 from .._files import read_json, write_json
-from ..ensemble.files import save_adapter
+from ..ensemble.saving.files import save_adapter
 from ..estimate.mixtures import epoch_length
 from ..logging import get_logger
 from ..tasks import TASK

@@ -13,8 +13,8 @@ from transformers.trainer_utils import TrainOutput
 from .._compat import adapters_untouched
 from .._files import read_json, write_folder_atomically, write_json
 from ..ensemble import EnsembleMember, PeftEnsembleModel, fit_weights
-from ..ensemble.config import ADAPTERS_FOLDER
-from ..ensemble.files import load_adapter
+from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER
+from ..ensemble.saving.files import load_adapter
 from ..errors import ConfigurationError
 from ..publish import push_ensemble_to_hub, write_model_card
 from ..select import Grouping

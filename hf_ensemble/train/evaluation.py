@@ -9,7 +9,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from ..capture import MarginKind, evaluation_mode, margins
+from ..capture import MarginKind, margins
+from ..models.wrappers import evaluation_mode
 from ..tasks import TASK, LabelSpace, pop_meta, restrict_to_labels, score_answers
 from ..tasks.answers import answer_positions
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..capture import transplanted
 from ..errors import EstimationError
-from ..estimate.agreement import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
+from ..estimate.fidelity_measures import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
 from ..select import mixed_subsets
 from ..store import GradientStore
 from ..tasks import EXAMPLE_ID

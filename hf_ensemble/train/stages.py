@@ -10,7 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from .._compat import adapters_untouched
 from .._files import read_json, write_json
 from ..capture import capture_gradients, model_identity, optimizer_metric, training_recipe
-from ..ensemble.files import load_adapter
+from ..ensemble.saving.files import load_adapter
 from ..estimate import ObservedRun
 from ..logging import get_logger
 from ..select import DataSelector, calibration_subsets

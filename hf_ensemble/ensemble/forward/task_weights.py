@@ -1,0 +1,58 @@
+"""From the tasks of a batch's rows to the weights of its adapters."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ...errors import EnsembleError
+from ...logging import get_logger
+from ...tasks import LabelSpace
+
+logger = get_logger(__name__)
+
+Tasks = str | Sequence[str | None] | None
+
+
+def tasks_of_rows(task: Tasks, batch_size: int) -> list[str | None]:
+    """The task of each row.
+
+    Raises:
+        `EnsembleError`: for a list of another length than the batch.
+    """
+    tasks = list(task) if isinstance(task, (list, tuple)) else [task] * batch_size
+    if len(tasks) != batch_size:
+        raise EnsembleError(f"Expected one task for each of {batch_size} rows, found {len(tasks)}.")
+    return tasks
+
+
+def weight_rows(
+    tasks: Sequence[str | None],
+    weights: Mapping[str, Mapping[str, float]],
+    default: Mapping[str, float],
+    names: Sequence[str],
+    device: torch.device,
+) -> torch.Tensor:
+    """Weight of each adapter for each row, `(batch_size, adapters)`; rows of no known task get the default."""
+    rows = [weights.get(task, default) for task in tasks]
+    return torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows], device=device)
+
+
+def warn_of_unknown(tasks: Sequence[str | None], known: Mapping[str, object], routing: str) -> None:
+    """Say once that a task has no weights."""
+    unknown = sorted({str(task) for task in tasks if task is not None and task not in known})
+    if unknown:
+        logger.warning_once(
+            f"No weights for the tasks {unknown}; they get those of no task (routing={routing!r}). "
+            f"Known: {sorted(known)}."
+        )
+
+
+def label_mask(task: Tasks, batch_size: int, label_space: LabelSpace | None) -> torch.Tensor | None:
+    """Labels that each row of a classifier may answer with, bool `(batch_size, num_labels)`."""
+    if label_space is None or task is None:
+        return None
+    tasks = tasks_of_rows(task, batch_size)
+    known = [row for row, name in enumerate(tasks) if name in label_space.task_labels]
+    mask = torch.ones(batch_size, len(label_space), dtype=torch.bool)
+    mask[known] = label_space.mask([tasks[row] for row in known])
+    return mask

@@ -1,0 +1,80 @@
+"""The members of an ensemble, where its base model comes from, and what weights may be."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from peft import PeftModel
+
+from ..errors import EnsembleError, EnsembleLoadError
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class BaseModelReference:
+    """Where an ensemble's base model comes from.
+
+    Args:
+        name_or_path (`str`): Hub id or folder.
+        revision (`str`, *optional*): commit of a Hub id.
+        auto_class (`str`): the transformers auto class that loads it.
+        num_labels (`int`, *optional*): outputs of a classification head that the base checkpoint lacks.
+    """
+
+    name_or_path: str
+    revision: str | None
+    auto_class: str
+    num_labels: int | None = None
+
+
+@dataclass(frozen=True)
+class EnsembleMember:
+    """One adapter: its name (also its folder under `adapters/`) and the tasks it was trained on."""
+
+    name: str
+    tasks: list[str] = field(default_factory=list)
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise [`EnsembleLoadError`] for a name that is no plain folder name, so that none leads out of the folder."""
+    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
+        raise EnsembleLoadError(
+            f"Adapter name {name!r} is not usable as a folder's name: use letters, digits, '_' and '-'."
+        )
+
+
+def check_members(model: PeftModel, names: list[str]) -> None:
+    """Raise [`EnsembleError`] unless these are different LoRA adapters of the model."""
+    for name in names:
+        check_adapter_name(name)
+    lacking = sorted(set(names) - set(model.peft_config))
+    if lacking or not names or len(set(names)) < len(names):
+        raise EnsembleError(
+            f"Expected different adapters of the model as members, found {names}; the model has "
+            f"{list(model.peft_config)}."
+        )
+    foreign = [name for name in names if model.peft_config[name].peft_type != "LORA"]
+    if foreign:
+        raise EnsembleError(f"Members of an ensemble are LoRA adapters; {foreign} are not.")
+    invoked = [name for name in names if getattr(model.peft_config[name], "alora_invocation_tokens", None)]
+    if invoked:
+        raise EnsembleError(
+            f"The adapters {invoked} wait for invocation tokens (aLoRA), which an ensemble does not do."
+        )
+
+
+def check_weights(weights: Mapping[str, Mapping[str, float]], members: list[str], where: str = "") -> None:
+    """Raise [`EnsembleError`] for a weight of an unknown adapter, one that is not finite, or a task without any."""
+    prefix = f"{where}: the" if where else "The"
+    for task, row in weights.items():
+        unknown = sorted(set(row) - set(members))
+        if unknown:
+            raise EnsembleError(
+                f"{prefix} weights of {task!r} name unknown adapters {unknown}; the adapters are {members}."
+            )
+        numbers = all(isinstance(w, (int, float)) and abs(w) < float("inf") for w in row.values())
+        if not numbers or not any(row.values()):
+            raise EnsembleError(
+                f"{prefix} weights of {task!r} have to be finite numbers and not all zero, found {dict(row)}."
+            )

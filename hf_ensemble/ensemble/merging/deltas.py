@@ -1,0 +1,101 @@
+"""What each adapter adds to the base model's weights, module by module."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from ...errors import EnsembleError
+from ..forward.fused import adapter_layers, is_linear_lora
+
+
+@dataclass(frozen=True)
+class AdapterDelta:
+    """One adapter's change of one module's weight, `up @ down`, or `dense` where it has no such factors (DoRA).
+
+    Args:
+        down (`torch.Tensor` of shape `(r, in)`): A, in float32.
+        up (`torch.Tensor` of shape `(out, r)`): B with the adapter's scaling, in float32.
+        dense (`torch.Tensor` of shape `(out, in)`, *optional*): the whole change.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    dense: torch.Tensor | None = None
+
+    def matrix(self) -> torch.Tensor:
+        """The change, `(out, in)`; of an embedding `(dim, vocabulary)`."""
+        return self.up @ self.down if self.dense is None else self.dense
+
+
+def lora_modules(model: PeftModel, names: Iterable[str]) -> Iterator[tuple[str, LoraLayer]]:
+    """Path in the base model and layer of each module that one of these adapters changes.
+
+    Raises:
+        `EnsembleError`: for adapters that are not of whole linear or embedding modules.
+    """
+    base = model.get_base_model()
+    paths = {module: path for path, module in base.named_modules()}
+    for layer in adapter_layers(base):
+        if isinstance(layer, ModulesToSaveWrapper) or not set(names) & set(layer._get_available_adapters()):
+            continue
+        path = paths[layer]
+        if not (is_linear_lora(layer) or type(layer) is LoraEmbedding):
+            kind = type(layer).__name__ if isinstance(layer, BaseTunerLayer) else "trainable tokens"
+            raise EnsembleError(f"{path!r} has adapters of the kind {kind}, which cannot be merged into one adapter.")
+        yield path, layer
+
+
+def adapter_delta(path: str, layer: LoraLayer, name: str) -> AdapterDelta | None:
+    """What the adapter `name` adds to the layer's weight; `None` where it does not have the layer.
+
+    Raises:
+        `EnsembleError`: for a LoRA bias, which is no change of a weight.
+    """
+    scaling = layer.scaling.get(name)
+    if name in layer.lora_embedding_A:
+        return AdapterDelta(layer.lora_embedding_A[name].float(), layer.lora_embedding_B[name].float() * scaling)
+    if name not in layer.lora_A:
+        return None
+    if layer.lora_bias.get(name):
+        raise EnsembleError(f"Adapter {name!r} has a LoRA bias at {path!r}, which cannot be merged into one adapter.")
+    down, up = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float() * scaling
+    variant = layer.lora_variant.get(name)
+    if variant is None:
+        return AdapterDelta(down, up)
+    base = base_weight(layer)
+    dense = variant.merge_safe(layer, name, base.clone()) - base
+    return AdapterDelta(down, up, dense.T if layer.fan_in_fan_out else dense)
+
+
+def base_weight(layer: LoraLayer) -> torch.Tensor:
+    """The base layer's weight in float32, dequantized."""
+    return dequantize_module_weight(layer.get_base_layer()).detach().float()
+
+
+def saved_modules(model: PeftModel, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Weighted parameters of the modules that adapters replace (`modules_to_save`): base + sum_k w_k (own_k - base)."""
+    result: dict[str, torch.Tensor] = {}
+    base = model.get_base_model()
+    for path, wrapper in base.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        used = [name for name in weights if name in wrapper.modules_to_save]
+        original = _parameters(wrapper.original_module)
+        for key, value in original.items() if used else ():
+            changes = [
+                weights[n] * (_parameters(wrapper.modules_to_save[n])[key].float() - value.float()) for n in used
+            ]
+            result[f"{path}.{key}"] = value.float() + sum(changes)
+    return result
+
+
+def _parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.detach() for key, value in module.state_dict().items()}

@@ -1,0 +1,248 @@
+"""One plain PEFT adapter in place of a weighted set of adapters."""
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import save
+from torch import nn
+
+from ..._files import write_atomically
+from ...errors import EnsembleError
+from ...logging import get_logger
+from ..saving.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..saving.vllm import vllm_obstacles, vllm_rank
+from . import task_vectors
+from .deltas import AdapterDelta, adapter_delta, lora_modules, saved_modules
+from .low_rank import padded, truncated, truncated_matrix
+from .quantization import warn_of_requantization
+
+logger = get_logger(__name__)
+
+DENSE_METHODS: dict[str, Callable[..., torch.Tensor]] = {
+    "ties": task_vectors.ties,
+    "dare_linear": task_vectors.dare_linear,
+    "dare_ties": task_vectors.dare_ties,
+    "breadcrumbs": task_vectors.breadcrumbs,
+    "pcb": task_vectors.pcb,
+}
+METHODS = ("sum", "lines", *DENSE_METHODS)
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """One plain LoRA adapter made of several; its scaling is 1.
+
+    Args:
+        config (`LoraConfig`): `adapter_config.json`.
+        state_dict (`dict[str, torch.Tensor]`): `adapter_model.safetensors`, in float32.
+        weights (`dict[str, float]`): of the adapters that were merged.
+        method (`str`): how they were merged.
+        relative_error (`float`): |merged - wanted| / |wanted| over all modules together, in the Frobenius norm, where
+            `wanted` is what the method gives before it is cut to the rank; 0.0 where nothing was cut.
+        module_errors (`dict[str, float]`): the same for each module that was cut.
+    """
+
+    config: LoraConfig
+    state_dict: dict[str, torch.Tensor] = field(repr=False)
+    weights: dict[str, float]
+    method: str
+    relative_error: float
+    module_errors: dict[str, float] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        return self.config.r
+
+    @property
+    def vllm_rank(self) -> int | None:
+        """The least `max_lora_rank` that vLLM serves the adapter with; `None` above its largest."""
+        return vllm_rank(self.config)
+
+    def vllm_obstacles(self) -> list[str]:
+        """Why vLLM would refuse the adapter, or compute it wrongly; empty where it serves it."""
+        return vllm_obstacles(self.config)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the two files of a plain PEFT adapter, which `PeftModel.from_pretrained` loads."""
+        tensors = {key: value.contiguous() for key, value in self.state_dict.items()}
+        weights = save(tensors, metadata={"format": "pt"})
+        with tempfile.TemporaryDirectory() as work:
+            self.config.save_pretrained(work)
+            text = (Path(work) / ADAPTER_CONFIG).read_bytes()
+        # The configuration comes last: it is what makes the folder an adapter.
+        write_atomically(Path(folder) / ADAPTER_WEIGHTS, lambda file: file.write(weights))
+        write_atomically(Path(folder) / ADAPTER_CONFIG, lambda file: file.write(text))
+
+    def add_to(self, model: nn.Module, name: str = "default") -> PeftModel:
+        """Put the adapter on a base model, or beside the adapters of a `PeftModel`, frozen and active.
+
+        Raises:
+            `EnsembleError`: where the model has an adapter of this name.
+        """
+        if isinstance(model, PeftModel):
+            if name in model.peft_config:
+                raise EnsembleError(f"The model already has an adapter {name!r}: pass another name.")
+            model.add_adapter(name, self.config)
+        else:
+            model = get_peft_model(model, self.config, adapter_name=name)
+        set_peft_model_state_dict(model, self.state_dict, adapter_name=name)
+        model.set_adapter(name, inference_mode=True)
+        return model.eval()
+
+
+@torch.no_grad()
+def merge_adapters(
+    model: PeftModel, weights: Mapping[str, float], rank: int | None = None, method: str = "sum", **options: Any
+) -> MergedAdapter:
+    """Merge a model's adapters, see [`PeftEnsembleModel.merge`].
+
+    Args:
+        model (`PeftModel`): holds the adapters.
+        weights (`dict[str, float]`): weight of each adapter.
+        rank (`int`, *optional*): cap of the rank. Without it, the sum of the adapters' ranks, which is exact for
+            `sum` and `lines`; the other methods' results have a higher rank.
+        method (`str`): one of [`METHODS`].
+        options: of the method, see `task_vectors`; for `lines`, `alpha` and `beta`.
+
+    Raises:
+        `EnsembleError`: for an unknown method or option, and adapters that have no such form.
+    """
+    _check(rank, method)
+    used = {name: float(weight) for name, weight in weights.items() if weight}
+    wanted: dict[str, Factors | torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    embeddings = set()
+    layers = {path: _layer_number(path) for path, _ in lora_modules(model, used)}
+    num_layers = 1 + max((number for number in layers.values() if number is not None), default=0)
+    for path, layer in lora_modules(model, used):
+        deltas = {name: adapter_delta(path, layer, name) for name in used}
+        held = {name: delta for name, delta in deltas.items() if delta is not None}
+        if not held:
+            continue
+        if any(name in layer.lora_embedding_A for name in held):
+            embeddings.add(path)
+        own = {name: used[name] for name in held}
+        if method == "lines":
+            factor = _with_options(task_vectors.lines_factor, layers[path], num_layers, **{**_LINES, **options})
+            own = {name: weight * factor for name, weight in own.items()}
+        wanted[path] = _merged_module(path, held, own, len(used), rank, method, options)
+        ranks[path] = sum(len(delta.down) for delta in held.values())
+        if isinstance(wanted[path], torch.Tensor) and rank is not None:
+            ranks[path] = min(wanted[path].shape)
+    if not wanted and not saved_modules(model, used):
+        raise EnsembleError(f"The adapters {list(used)} change no module of the model.")
+    cap = max(ranks.values(), default=1) if rank is None else min(rank, max(ranks.values(), default=1))
+    state, errors, relative_error = _factors(wanted, cap, embeddings)
+    saved = saved_modules(model, used)
+    state.update({f"base_model.model.{key}": value for key, value in saved.items()})
+    warn_of_requantization(model, used)
+    config = _config(model, next(iter(used)), list(wanted), saved, cap)
+    return MergedAdapter(config, state, used, method, relative_error, errors)
+
+
+_LINES = {"alpha": 1.0, "beta": 0.5}
+
+
+def _check(rank: int | None, method: str) -> None:
+    if method not in METHODS:
+        raise EnsembleError(f"Unknown method {method!r}; known: {', '.join(map(repr, METHODS))}.")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise EnsembleError(f"Expected a rank of at least 1, or None for the exact merge, found {rank!r}.")
+
+
+def _with_options(function: Callable, *args: Any, **options: Any) -> Any:
+    try:
+        return function(*args, **options)
+    except TypeError as error:
+        raise EnsembleError(f"{function.__name__} does not take the options {sorted(options)}: {error}.") from error
+
+
+def _merged_module(
+    path: str,
+    deltas: dict[str, AdapterDelta],
+    weights: dict[str, float],
+    num_adapters: int,
+    rank: int | None,
+    method: str,
+    options: dict[str, Any],
+) -> Factors | torch.Tensor:
+    """What the method makes of one module: factors where the rank allows it, else a matrix `(out, in)`."""
+    dense = [name for name, delta in deltas.items() if delta.dense is not None]
+    if method in DENSE_METHODS:
+        # An adapter without this module changes nothing here, which counts in an average.
+        matrices = [delta.matrix() for delta in deltas.values()]
+        absent = [torch.zeros_like(matrices[0])] * (num_adapters - len(matrices))
+        values = torch.tensor([*weights.values(), *[0.0] * len(absent)])
+        return _with_options(DENSE_METHODS[method], [*matrices, *absent], values, **options)
+    if options and method == "sum":
+        raise EnsembleError(f"The method 'sum' takes no options, found {sorted(options)}.")
+    if not dense:
+        down = torch.cat([delta.down for delta in deltas.values()])
+        return down, torch.cat([weights[name] * delta.up for name, delta in deltas.items()], 1)
+    if rank is None:
+        raise EnsembleError(
+            f"The adapters {dense} are DoRA: their change of {path!r} has full rank, so no merge is exact. Pass rank=."
+        )
+    return sum(weights[name] * delta.matrix() for name, delta in deltas.items())
+
+
+def _factors(wanted: dict[str, Factors | torch.Tensor], rank: int, embeddings: set[str]):
+    """PEFT's tensors of every module, all of one rank, with the errors of those that were cut."""
+    state, errors, lost, total = {}, {}, 0.0, 0.0
+    for path, change in wanted.items():
+        if isinstance(change, torch.Tensor):
+            down, up, error, size = truncated_matrix(change, rank)
+        elif len(change[0]) > rank:
+            down, up, error, size = truncated(*change, rank)
+        else:
+            (down, up), error = change, 0.0
+            size = float(((up.T @ up) * (down @ down.T)).sum())
+        if error > 0.0:
+            errors[path] = (error / size) ** 0.5
+        lost, total = lost + error, total + size
+        down, up = padded(down, up, rank)
+        keys = ("lora_embedding_A", "lora_embedding_B") if path in embeddings else ("lora_A.weight", "lora_B.weight")
+        state.update({f"base_model.model.{path}.{key}": value for key, value in zip(keys, (down, up))})
+    return state, errors, (lost / total) ** 0.5 if total else 0.0
+
+
+def _config(model: PeftModel, like: str, targets: list[str], saved: Mapping[str, Any], rank: int) -> LoraConfig:
+    """Same rank and scaling 1 everywhere: what every server of adapters reads."""
+    source = model.peft_config[like]
+    modules = sorted({key.rpartition(".")[0] for key in saved})
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_shortest_names(model, targets),
+        modules_to_save=modules or None,
+        task_type=source.task_type,
+        fan_in_fan_out=source.fan_in_fan_out,
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+        inference_mode=True,
+    )
+
+
+def _shortest_names(model: PeftModel, targets: list[str]) -> list[str]:
+    """The last parts of the targets' paths where these mean the same modules, else whole paths."""
+    short = {path.rpartition(".")[2] for path in targets}
+    base = model.get_base_model()
+    inner = ("base_layer", "lora_", "modules_to_save", "original_module")
+    meant = {
+        path
+        for path, _ in base.named_modules()
+        if path.rpartition(".")[2] in short and not any(part.startswith(inner) for part in path.split("."))
+    }
+    return sorted(short) if meant == set(targets) else sorted(targets)
+
+
+def _layer_number(path: str) -> int | None:
+    found = re.search(r"\.(\d+)\.", f".{path}.")
+    return None if found is None else int(found.group(1))

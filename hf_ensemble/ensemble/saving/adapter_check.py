@@ -1,0 +1,160 @@
+"""What an adapter's files have to be before PEFT reads them: LoRA for this base, finite, and nothing else."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ...errors import EnsembleLoadError
+from .adapter_tensors import check_tensor, split_key
+from .untrusted import checked_file, read_object
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Fields that make PEFT read other files, import code, or change the base that all adapters share.
+_REFUSED = {
+    "megatron_config": "which an ensemble does not read",
+    "layer_replication": "which changes the base model that all adapters share",
+    "alora_invocation_tokens": "whose adapter waits for tokens, which an ensemble does not do",
+    "arrow_config": "which routes between adapters by itself",
+    "use_qalora": "which an ensemble cannot compute",
+    "use_bdlora": "which an ensemble cannot compute",
+}
+_PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal", "eva", "mica", "kaiming")
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_MAX_PATTERN = 1000
+
+
+def check_adapter(folder: Path, name: str, base: nn.Module, root: Path) -> dict[str, Any]:
+    """Refuse a damaged, hostile or foreign adapter before PEFT sees it.
+
+    Args:
+        folder (`Path`): holds the adapter's two files.
+        name (`str`): for the messages.
+        base (`nn.Module`): the base model, with or without adapters.
+        root (`Path`): nothing outside of it is read.
+
+    Returns:
+        `dict`: what `adapter_config.json` holds.
+
+    Raises:
+        `EnsembleLoadError`: naming file and fault.
+    """
+    what = f"Adapter {name!r}"
+    config_file = checked_file(folder / ADAPTER_CONFIG, root, what)
+    weights_file = checked_file(folder / ADAPTER_WEIGHTS, root, what)
+    config = read_object(config_file, what)
+    check_config(config, what)
+    _check_weights(weights_file, config, base, what)
+    return config
+
+
+def check_config(config: Mapping[str, Any], what: str) -> None:
+    """The fields of `adapter_config.json` that decide what PEFT does with it."""
+
+    def refuse(text: str) -> None:
+        raise EnsembleLoadError(f"{what}: {ADAPTER_CONFIG} {text}.")
+
+    if "peft_type" not in config:
+        refuse("is damaged: it has no peft_type")
+    if config["peft_type"] != "LORA":
+        refuse(f"says {config['peft_type']!r}; members of an ensemble are LORA")
+    for key, reason in _REFUSED.items():
+        if config.get(key):
+            refuse(f"sets {key}, {reason}")
+    if config.get("init_lora_weights") not in _PLAIN_INITIALIZATIONS:
+        refuse(
+            f"has init_lora_weights {config['init_lora_weights']!r}, which changes the base model when it is loaded; "
+            "save the adapter with path_initial_model_for_weight_conversion"
+        )
+    if config.get("bias", "none") != "none":
+        refuse(f"has bias {config['bias']!r}: biases of the base model are shared by all adapters, expected 'none'")
+    ranks = {"r": config.get("r", 8), **_pattern(config, "rank_pattern", refuse)}
+    for key, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            refuse(f"has the rank {rank!r} ({key}), expected an integer above 0")
+    for key, alpha in {"lora_alpha": config.get("lora_alpha", 8), **_pattern(config, "alpha_pattern", refuse)}.items():
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            refuse(f"has the scaling {alpha!r} ({key}), expected a finite number")
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        value = config.get(key)
+        texts = [value] if isinstance(value, str) else value or []
+        if not isinstance(texts, list) or not all(isinstance(t, str) and 0 < len(t) <= _MAX_PATTERN for t in texts):
+            refuse(f"has {key} {value!r:.80}, expected names of modules")
+
+
+def _pattern(config: Mapping[str, Any], key: str, refuse) -> dict[str, Any]:
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, dict) or any(len(k) > _MAX_PATTERN for k in pattern):
+        refuse(f"has {key} {pattern!r:.80}, expected numbers by names of modules")
+    return pattern
+
+
+def _check_weights(path: Path, config: Mapping[str, Any], base: nn.Module, what: str) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+            dtypes = {key: file.get_slice(key).get_dtype() for key in keys}
+            _check_ranks(shapes, config, path, what)
+            saved = tuple(config.get("modules_to_save") or ())
+            for key in keys:
+                _check_one(file, key, shapes[key], dtypes[key], saved, base, f"{what}: {path.name}")
+            _check_pairs(keys, f"{what}: {path.name}")
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, EnsembleLoadError):
+            raise
+        raise EnsembleLoadError(f"{what}: {path.name} does not hold safetensors: {error}") from error
+
+
+def _check_one(file, key: str, shape: tuple, dtype: str, saved: tuple, base: nn.Module, what: str) -> None:
+    if dtype not in _FLOATS:
+        raise EnsembleLoadError(f"{what}: tensor {key!r} has the dtype {dtype}, expected one of {sorted(_FLOATS)}.")
+    own = check_tensor(base, key, shape, saved, what)
+    values = file.get_tensor(key)
+    if not bool(values.isfinite().all()):
+        raise EnsembleLoadError(f"{what}: tensor {key!r} has values that are not finite.")
+    if own is not None and not torch.equal(own.detach().to(values), values):
+        raise EnsembleLoadError(
+            f"{what}: tensor {key!r} would replace weights of the base model, which all adapters share."
+        )
+
+
+def _check_ranks(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: Path, what: str) -> None:
+    """Every rank that the configuration states is that of the tensors, so that PEFT allocates no more than the file."""
+    ranks = {}
+    for key, shape in shapes.items():
+        module, part = split_key(key)
+        if part in ("lora_A.weight", "lora_embedding_A") and shape:
+            ranks[module] = shape[0]
+    patterns = config.get("rank_pattern") or {}
+    bare = bool(config.get("target_parameters"))
+    for module, found in ranks.items():
+        stated = patterns.get(get_pattern_key(patterns.keys(), module), config.get("r", 8))
+        if stated != found and not (bare and found % stated == 0):
+            raise EnsembleLoadError(
+                f"{what}: {path.name} has rank {found} at {module!r}, where {ADAPTER_CONFIG} says {stated}."
+            )
+    largest = max(ranks.values(), default=0)
+    if ranks and max(config.get("r", 8), *patterns.values(), 0) > largest:
+        raise EnsembleLoadError(
+            f"{what}: {ADAPTER_CONFIG} states the rank {max(config.get('r', 8), *patterns.values(), 0)}, above any of "
+            f"{path.name}, whose largest is {largest}."
+        )
+
+
+def _check_pairs(keys: list[str], what: str) -> None:
+    parts: dict[str, set[str]] = {}
+    for key in keys:
+        module, part = split_key(key)
+        parts.setdefault(module, set()).add(part)
+    for module, own in parts.items():
+        for one, other in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+            if (one in own) != (other in own):
+                lacking = other if one in own else one
+                raise EnsembleLoadError(f"{what}: the tensor {f'{module}.{lacking}'!r} is missing.")

@@ -1,0 +1,120 @@
+"""`ensemble_config.json`: what a saved ensemble consists of."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..._compat import package_versions
+from ..._files import write_json
+from ...errors import EnsembleError, EnsembleLoadError
+from ..forward.combination import COMBINATIONS
+from ..forward.routing import ROUTINGS
+from ..members import BaseModelReference, EnsembleMember, check_adapter_name, check_weights
+from .untrusted import checked_file, read_object
+
+CONFIG_NAME = "ensemble_config.json"
+ADAPTERS_FOLDER = "adapters"
+FORMAT = "hf_ensemble.ensemble"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SavedEnsembleConfig:
+    """What `ensemble_config.json` holds.
+
+    Args:
+        base_model (`BaseModelReference`): the base model.
+        members (`list[EnsembleMember]`): the adapters, in the order of the weights' columns.
+        weights (`dict[str, dict[str, float]]`): weight of each adapter, by task; adapters left out weigh 0.
+        default_weights (`dict[str, float]`): for rows of no known task.
+        label_space (`dict`, *optional*): label sets of classification tasks.
+        versions (`dict[str, str]`): packages that wrote it.
+        combination (`str`): what is summed, see [`PeftEnsembleModel`].
+        routing (`str`): weights of rows of no known task, see [`PeftEnsembleModel`].
+    """
+
+    base_model: BaseModelReference
+    members: list[EnsembleMember]
+    weights: dict[str, dict[str, float]]
+    default_weights: dict[str, float]
+    label_space: dict | None = None
+    versions: dict[str, str] = field(default_factory=package_versions)
+    combination: str = "logits"
+    routing: str = "default"
+
+    def save(self, folder: Path) -> None:
+        data = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **asdict(self),
+        }
+        write_json(folder / CONFIG_NAME, data)
+
+    @classmethod
+    def load(cls, folder: Path) -> "SavedEnsembleConfig":
+        """Read and check a configuration.
+
+        Raises:
+            `EnsembleLoadError`: for a missing or foreign file, a newer format, or an adapter name that is no folder
+            name.
+        """
+        path = folder / CONFIG_NAME
+        if not path.is_file():
+            raise EnsembleLoadError(f"{str(folder)!r} holds no {CONFIG_NAME}: it is not a saved ensemble.")
+        where = f"The ensemble in {str(folder)!r}"
+        data = read_object(checked_file(path, folder, where), where)
+        version = data.get("format_version")
+        if data.get("format") != FORMAT or not isinstance(version, int):
+            raise EnsembleLoadError(
+                f"{CONFIG_NAME} in {str(folder)!r} is damaged: expected the format {FORMAT!r} with a format_version, "
+                f"found {data.get('format')!r} and {version!r}."
+            )
+        if version > FORMAT_VERSION:
+            raise EnsembleLoadError(
+                f"{CONFIG_NAME} has format version {version}, this release reads {FORMAT_VERSION}. Install a newer "
+                "hf_ensemble."
+            )
+        for key, known in (("combination", COMBINATIONS), ("routing", ROUTINGS)):
+            if data.get(key, known[0]) not in known:
+                raise EnsembleLoadError(f"{CONFIG_NAME}: unknown {key} {data[key]!r}, known: {', '.join(known)}.")
+        try:
+            config = cls(
+                BaseModelReference(**data["base_model"]),
+                [EnsembleMember(**member) for member in data["members"]],
+                data["weights"],
+                data["default_weights"],
+                data.get("label_space"),
+                data.get("versions", {}),
+                data.get("combination", COMBINATIONS[0]),
+                data.get("routing", ROUTINGS[0]),
+            )
+            config.check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, EnsembleError):
+                raise
+            raise EnsembleLoadError(f"{CONFIG_NAME} in {str(folder)!r} is damaged: {error!r}.") from error
+        return config
+
+    def check(self) -> None:
+        """Raise [`EnsembleLoadError`] for names that lead elsewhere and for values of other types."""
+        base = self.base_model
+        if not all(isinstance(v, str) for v in (base.name_or_path, base.auto_class, base.revision or "")):
+            raise EnsembleLoadError(f"{CONFIG_NAME}: base_model has to hold texts, found {base}.")
+        if not Path(base.name_or_path).is_absolute() and ".." in re.split(r"[/\\]", base.name_or_path):
+            raise EnsembleLoadError(f"{CONFIG_NAME}: the base model {base.name_or_path!r} leads out of its folder.")
+        names = [member.name for member in self.members]
+        for name in names:
+            check_adapter_name(name)
+        if not names:
+            raise EnsembleLoadError(f"{CONFIG_NAME}: the ensemble has no member.")
+        if len(set(names)) < len(names):
+            raise EnsembleLoadError(f"{CONFIG_NAME}: two members have the same name, found {names}.")
+        check_weights(self.weights, names, CONFIG_NAME)
+        check_weights({"default": self.default_weights}, names, CONFIG_NAME)
+        if self.label_space is not None:
+            outputs = len(self.label_space["names"])
+            for task, labels in self.label_space["task_labels"].items():
+                if not all(isinstance(label, int) and 0 <= label < outputs for label in labels):
+                    raise EnsembleLoadError(
+                        f"{CONFIG_NAME}: the labels of {task!r} are {labels!r}, expected numbers below {outputs}."
+                    )

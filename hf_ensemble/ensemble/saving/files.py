@@ -1,0 +1,205 @@
+"""Ensembles on disk and on the Hub: a configuration beside plain PEFT adapters."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..._files import write_folder_atomically
+from ...errors import EnsembleLoadError
+from ..members import BaseModelReference
+from .adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from .ensemble_config import ADAPTERS_FOLDER, CONFIG_NAME, SavedEnsembleConfig
+
+_AUTO_CLASSES = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+}
+
+
+def base_reference(model: PeftModel) -> BaseModelReference:
+    """Name, revision and auto class of a model's base.
+
+    Raises:
+        `EnsembleLoadError`: for a class that no auto class loads.
+    """
+    base = model.get_base_model()
+    name = type(base).__name__
+    auto_class = next((auto for suffix, auto in _AUTO_CLASSES.items() if name.endswith(suffix)), None)
+    if auto_class is None:
+        raise EnsembleLoadError(f"{name} is of no class that an ensemble can load again: {sorted(_AUTO_CLASSES)}.")
+    path = base.config._name_or_path or ""
+    is_classifier = auto_class == "AutoModelForSequenceClassification"
+    return BaseModelReference(
+        # A folder is found again from wherever the ensemble is loaded.
+        name_or_path=str(Path(path).resolve()) if path and Path(path).is_dir() else path,
+        revision=getattr(base.config, "_commit_hash", None),
+        auto_class=auto_class,
+        num_labels=base.config.num_labels if is_classifier else None,
+    )
+
+
+def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
+    """Write one adapter as plain PEFT files into `folder`, whole or not at all."""
+
+    def write(target: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent) as work:
+            # PEFT writes an adapter of another name than "default" into a folder of that name, beside a card.
+            model.save_pretrained(work, selected_adapters=[name], safe_serialization=True)
+            source = Path(work) if name == "default" else Path(work) / name
+            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                shutil.copy(source / file, target / file)
+
+    write_folder_atomically(folder, write)
+
+
+def save_ensemble(folder: Path, model: PeftModel, config: SavedEnsembleConfig) -> None:
+    """Write the adapters, then the configuration that makes the folder an ensemble."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for member in config.members:
+        save_adapter(model, member.name, folder / ADAPTERS_FOLDER / member.name)
+    config.save(folder)
+
+
+def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str, root: Path | None = None) -> PeftModel:
+    """Put one adapter of a folder on a base model, or beside the adapters that it has, frozen.
+
+    Args:
+        model (`nn.Module`): a base model, or a `PeftModel`.
+        folder (`Path`): holds the adapter.
+        name (`str`): the name it gets.
+        root (`Path`, *optional*): nothing outside of it is read; the folder itself by default.
+
+    Raises:
+        `EnsembleLoadError`: for missing, damaged or hostile files, and for weights that do not fit the model. The model
+        is then as it was.
+    """
+    peft_model = model if isinstance(model, PeftModel) else None
+    base = model if peft_model is None else peft_model.get_base_model()
+    check_adapter(folder, name, base, root or folder)
+    loaded = peft_model
+    try:
+        if peft_model is None:
+            loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+        else:
+            peft_model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        _check_complete(loaded, folder / ADAPTER_WEIGHTS, name)
+    except Exception as error:  # peft, transformers and torch each raise their own classes for adapters that do not fit
+        _take_off(model, peft_model, name)
+        if isinstance(error, EnsembleLoadError):
+            raise
+        raise EnsembleLoadError(f"Adapter {name!r} in {str(folder)!r} does not fit the base model: {error}") from error
+    return loaded
+
+
+def _check_complete(model: PeftModel, weights: Path, name: str) -> None:
+    """PEFT leaves what a file lacks at its initial values, without an error."""
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with safe_open(weights, framework="pt") as file:
+        found = set(file.keys())
+    lacking = sorted(set(expected) - found)
+    if lacking:
+        raise EnsembleLoadError(
+            f"Adapter {name!r}: {weights.name} lacks {len(lacking)} tensors that {ADAPTER_CONFIG} asks for, such as "
+            f"{lacking[0]!r}."
+        )
+
+
+def _take_off(model: nn.Module, peft_model: PeftModel | None, name: str) -> None:
+    """Undo a failed loading."""
+    if peft_model is not None:
+        if name in peft_model.peft_config:
+            peft_model.delete_adapter(name)
+        return
+    for path, module in list(model.named_modules()):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            wrapped = isinstance(module, AuxiliaryTrainingWrapper)
+            parent, _, child = path.rpartition(".")
+            plain = module.original_module if wrapped else module.get_base_layer()
+            setattr(model.get_submodule(parent), child, plain)
+    # PEFT keeps the configurations on the base model too, and would take the name for one that is there.
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def load_ensemble(
+    name_or_path: str,
+    revision: str | None,
+    base_model: "str | nn.Module | None",
+    token: str | None,
+    model_kwargs: dict[str, Any],
+) -> tuple[PeftModel, SavedEnsembleConfig]:
+    """Base model with all adapters, and the configuration; see `PeftEnsembleModel.from_pretrained`."""
+    folder = local_folder(name_or_path, revision, token)
+    config = SavedEnsembleConfig.load(folder)
+    if base_model is None and not Path(name_or_path).is_dir() and Path(config.base_model.name_or_path).is_absolute():
+        raise EnsembleLoadError(
+            f"{name_or_path!r} names the base model {config.base_model.name_or_path!r}, a folder of another machine. "
+            "Pass base_model=."
+        )
+    model: Any = base_model
+    if not isinstance(base_model, nn.Module):
+        model = load_base(config.base_model, base_model, token, model_kwargs)
+    for member in config.members:
+        model = load_adapter(model, folder / ADAPTERS_FOLDER / member.name, member.name, folder)
+    return model, config
+
+
+def local_folder(name_or_path: str, revision: str | None, token: str | None, subfolder: str = "") -> Path:
+    """A folder itself, or the snapshot of a Hub id: configuration and safetensors, no pickle, no code.
+
+    Raises:
+        `EnsembleLoadError`: for what is neither, and for a subfolder that leads out of it.
+    """
+    parts = Path(subfolder).parts
+    if Path(subfolder).is_absolute() or ".." in parts:
+        raise EnsembleLoadError(f"The subfolder {subfolder!r} leads out of {name_or_path!r}.")
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path, *parts)
+    patterns = ["*.json", "*.safetensors", f"{ADAPTERS_FOLDER}/*/*.json", f"{ADAPTERS_FOLDER}/*/*.safetensors"]
+    if parts:
+        patterns = [f"{'/'.join(parts)}/*.json", f"{'/'.join(parts)}/*.safetensors"]
+    try:
+        snapshot = snapshot_download(name_or_path, revision=revision, token=token, allow_patterns=patterns)
+        return Path(snapshot, *parts)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise EnsembleLoadError(f"{name_or_path!r} is neither a folder nor a repository to be had: {error}") from error
+
+
+def load_base(
+    reference: BaseModelReference, override: str | None, token: str | None, model_kwargs: dict[str, Any]
+) -> nn.Module:
+    """The base model, from safetensors; code of its repository runs only with `trust_remote_code` in `model_kwargs`.
+
+    Raises:
+        `EnsembleLoadError`: for an unknown class and a base that is not to be had, or only in an unsafe form.
+    """
+    if reference.auto_class not in _AUTO_CLASSES.values():
+        raise EnsembleLoadError(f"{CONFIG_NAME} names the unknown model class {reference.auto_class!r}.")
+    name = override or reference.name_or_path
+    if not name:
+        raise EnsembleLoadError("The ensemble does not name its base model. Pass base_model=.")
+    kwargs = {"trust_remote_code": False, **model_kwargs}
+    if override is None and reference.revision is not None:
+        kwargs.setdefault("revision", reference.revision)
+    if reference.num_labels is not None:
+        kwargs.setdefault("num_labels", reference.num_labels)
+    try:
+        return getattr(transformers, reference.auto_class).from_pretrained(
+            name, token=token, use_safetensors=True, **kwargs
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise EnsembleLoadError(
+            f"The base model {name!r} cannot be loaded: {error} Pass base_model= where it lies elsewhere."
+        ) from error

@@ -1,0 +1,164 @@
+"""How much each adapter counts for a task: a convex problem on cached logits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ...errors import EnsembleError
+from .convex import CONSTRAINTS, minimize_convex
+
+# Entries of the cached logits that are turned to float64 at a time.
+_CHUNK_VALUES = 2**23
+
+Objective = Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class FittedWeights:
+    """Weights `(m,)` and the mean example loss that they reach on the data they were fitted to, in nats.
+
+    Args:
+        weights (`np.ndarray` of shape `(m,)`): weight of each adapter.
+        loss (`float`): with these weights.
+        gap (`float`): the loss is at most this far above that of the best weights of the constraint.
+        uniform_loss (`float`): with equal weights.
+        one_hot_losses (`np.ndarray` of shape `(m,)`): with one adapter alone.
+        constraint (`str`): `simplex`, `convex` or `free`.
+    """
+
+    weights: np.ndarray
+    loss: float
+    gap: float = 0.0
+    uniform_loss: float = float("nan")
+    one_hot_losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    constraint: str = "simplex"
+
+
+def mixed_loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean over examples of the mean token loss of the weighted logits.
+
+    Args:
+        logits (`torch.Tensor` of shape `(m, n, V)`): logits of each adapter at the answer tokens.
+        targets (`torch.Tensor` of shape `(n,)`): the answer tokens.
+        rows (`torch.Tensor` of shape `(n,)`): the example each token belongs to, from 0 on.
+        weights (`torch.Tensor` of shape `(m,)`): weight of each adapter.
+    """
+    impossible = logits.isneginf().any(0)
+    combined = torch.einsum("m,mnv->nv", weights.to(logits.dtype), logits.masked_fill(impossible, 0.0))
+    combined = combined.double().masked_fill(impossible, float("-inf"))
+    losses = torch.nn.functional.cross_entropy(combined, targets, reduction="none")
+    return (losses * _token_shares(rows)).sum()
+
+
+def _token_shares(rows: torch.Tensor) -> torch.Tensor:
+    """What each token's loss counts in the mean over examples of the mean over their tokens, `(n,)`."""
+    counts = torch.bincount(rows)
+    return 1.0 / (counts[rows].double() * int((counts > 0).sum()))
+
+
+def logits_objective(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> Objective:
+    """Value, gradient and Hessian of [`mixed_loss`] in the weights, in float64."""
+    shares = _token_shares(rows)
+    members, tokens, width = logits.shape
+    step = max(1, _CHUNK_VALUES // (members * width))
+
+    def objective(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        weights = torch.tensor(w, dtype=torch.float64)
+        value, gradient, hessian = 0.0, torch.zeros(members).double(), torch.zeros(members, members).double()
+        for start in range(0, tokens, step):
+            own = logits[:, start : start + step].double()
+            share, target = shares[start : start + step], targets[start : start + step]
+            impossible = own.isneginf().any(0)
+            own = own.masked_fill(impossible, 0.0)
+            combined = torch.einsum("m,mnv->nv", weights, own).masked_fill(impossible, float("-inf"))
+            log_probs = torch.log_softmax(combined, -1)
+            probs = log_probs.exp()
+            at_target = target[:, None]
+            value += float(-(log_probs.gather(1, at_target).squeeze(1) * share).sum())
+            mean = torch.einsum("nv,mnv->mn", probs, own)
+            hit = own.gather(2, at_target.expand(members, -1, 1)).squeeze(2)
+            gradient += ((mean - hit) * share).sum(1)
+            second = torch.einsum("knv,jnv->kj", own * (probs * share[:, None]), own)
+            hessian += second - (mean * share) @ mean.T
+        return value, gradient.numpy(), hessian.numpy()
+
+    return objective
+
+
+def probs_objective(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> Objective:
+    """The same for the mean of the adapters' distributions; shapes as in [`mixed_loss`]."""
+    shares = _token_shares(rows).numpy()
+    log_probs = torch.stack([torch.log_softmax(own.double(), -1).gather(1, targets[:, None])[:, 0] for own in logits])
+    highest = log_probs.amax(0)
+    # Of each token in units of the best adapter's probability, so that none underflows.
+    relative, highest = (log_probs - highest).exp().numpy(), highest.numpy()
+
+    def objective(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        mixed = w @ relative
+        ratio = relative / mixed
+        value = float(-((np.log(mixed) + highest) * shares).sum())
+        return value, -(ratio * shares).sum(1), (ratio * shares) @ ratio.T
+
+    return objective
+
+
+def fit_weights(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor,
+    constraint: str = "simplex",
+    combination: str = "logits",
+    min_weight: float = 0.0,
+) -> FittedWeights:
+    """Weights with the least loss; shapes as in [`mixed_loss`].
+
+    The loss is convex in the weights, so the optimum is no worse than equal weights or any single adapter.
+
+    Args:
+        constraint (`str`): see [`fit_objective`].
+        combination (`str`): `logits` (or `log_probs`, whose loss is the same) or `probs`.
+        min_weight (`float`): lighter adapters are left out, see [`fit_objective`].
+    """
+    make = probs_objective if combination == "probs" else logits_objective
+    return fit_objective(make(logits, targets, rows), len(logits), constraint, combination, min_weight)
+
+
+def fit_objective(
+    objective: Objective,
+    members: int,
+    constraint: str = "simplex",
+    combination: str = "logits",
+    min_weight: float = 0.0,
+) -> FittedWeights:
+    """Minimise a convex loss of the weights.
+
+    Args:
+        objective (`Callable`): value, gradient and Hessian.
+        members (`int`): number of adapters.
+        constraint (`str`): `simplex` (none below 0, sum 1), `convex` (none below 0 or above 10, any sum) or `free`
+            (between -10 and 10).
+        combination (`str`): of the loss; a mean of distributions (`probs`) has weights on the simplex only.
+        min_weight (`float`): on the simplex, adapters below it are left out unless one adapter or equal weights are
+            then better: a light adapter changes little and costs its forward pass.
+
+    Raises:
+        `EnsembleError`: for an unknown constraint or one that the combination does not allow.
+    """
+    if constraint not in CONSTRAINTS:
+        raise EnsembleError(f"Unknown constraint {constraint!r}; known: {', '.join(map(repr, CONSTRAINTS))}.")
+    if combination == "probs" and constraint != "simplex":
+        raise EnsembleError("Weights of the combination 'probs' are shares: expected constraint='simplex'.")
+    uniform = np.full(members, 1.0 / members)
+    starts = [uniform, *np.eye(members)]
+    losses = [objective(w)[0] for w in starts]
+    best = int(np.argmin(losses))
+    weights, loss, gap = minimize_convex(objective, starts[best], constraint)
+    if min_weight > 0 and constraint == "simplex":
+        kept = np.where(weights < min_weight, 0.0, weights)
+        candidates: Sequence[np.ndarray] = [kept / kept.sum(), starts[best]] if kept.any() else [starts[best]]
+        lowest = loss - gap
+        weights, loss = min(((w, objective(w)[0]) for w in candidates), key=lambda pair: pair[1])
+        gap = loss - lowest
+    return FittedWeights(weights, loss, gap, losses[0], np.array(losses[1:]), constraint)

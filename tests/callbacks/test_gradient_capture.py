@@ -1,0 +1,97 @@
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from helpers import toy
+from hf_ensemble import CaptureConfig, DataSelector, GradientCaptureCallback, TaskSet
+from hf_ensemble.errors import ConfigurationError, StoreError, StoreMismatchError
+from hf_ensemble.store import GradientStore
+from hf_ensemble.tasks import RowFormat, encode
+
+SETTINGS = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "logging_steps": 1,
+}
+
+
+def train(kind, folder, callbacks):
+    """A plain training with dropout; returns its losses and its final parameters."""
+    tasks = TaskSet.from_datasets(toy.sft_tasks())
+    torch.manual_seed(0)
+    model = get_peft_model(toy.llama(), toy.lora(lora_dropout=0.3))
+    table, tokenizer = tasks.table("train"), toy.tokenizer()
+    if kind == "sft":
+        args = SFTConfig(output_dir=str(folder), bf16=False, **SETTINGS)
+        trainer = SFTTrainer(model, args, train_dataset=table, processing_class=tokenizer, callbacks=callbacks)
+    else:
+        rows = encode(table, tokenizer, RowFormat.PROMPT_COMPLETION).remove_columns(["task", "example_id"])
+        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+        args = TrainingArguments(output_dir=str(folder), **SETTINGS)
+        trainer = Trainer(model, args, collator, rows, processing_class=tokenizer, callbacks=callbacks)
+    trainer.train()
+    losses = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+    return losses, {name: p.clone() for name, p in model.named_parameters()}
+
+
+def callback(folder, **changes):
+    config = CaptureConfig(projection_dim=64, batch_size=5)
+    return GradientCaptureCallback(TaskSet.from_datasets(toy.sft_tasks()), folder, config, **changes)
+
+
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+@pytest.mark.parametrize("when", ["train_begin", "train_end", "epoch", 7])
+def test_training_is_the_same_to_the_last_bit(tmp_path, kind, when):
+    own = callback(tmp_path / "store", when=when)
+    with_losses, with_parameters = train(kind, tmp_path / "a", [own])
+    losses, parameters = train(kind, tmp_path / "b", None)
+    assert len(losses) == 18 and losses == with_losses
+    assert all(torch.equal(value, with_parameters[name]) for name, value in parameters.items())
+    assert len(own.store) == 54
+    # Only what is captured at the beginning is followed by a training on everything.
+    assert (own.store.recipe is None) == (when != "train_begin")
+    folders = {"epoch": ["epoch-1", "epoch-2"], 7: ["step-14", "step-7"]}.get(when)
+    if folders is not None:
+        assert sorted(path.name for path in (tmp_path / "store").iterdir() if path.is_dir()) == folders
+        points = {GradientStore(tmp_path / "store" / name).identity["model"]["theta0"] for name in folders}
+        assert len(points) == 2
+    selector = DataSelector.from_store(own.store, num_components=20)
+    assert selector.select("sums").targets == {"sums": 1.0}
+
+
+def test_begin_and_end_capture_different_points(tmp_path):
+    begin, end = callback(tmp_path / "begin"), callback(tmp_path / "end", when="train_end")
+    train("sft", tmp_path / "run", [begin, end])
+    assert begin.store.identity["model"]["theta0"] != end.store.identity["model"]["theta0"]
+    assert begin.store.identity["model"]["base_weights"] == end.store.identity["model"]["base_weights"]
+    # The end store belongs to the trained parameters: it is refused as a store of the untrained ones.
+    with pytest.raises(StoreMismatchError, match="theta0"):
+        train("sft", tmp_path / "again", [callback(tmp_path / "end")])
+    train("sft", tmp_path / "over", [callback(tmp_path / "end", overwrite=True)])
+    assert GradientStore(tmp_path / "end").identity == begin.store.identity
+
+
+def test_a_resumed_training_keeps_what_was_captured_at_its_beginning(tmp_path):
+    own = callback(tmp_path / "store")
+    train("sft", tmp_path / "run", [own])
+    resumed = callback(tmp_path / "store")
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    resumed.on_train_begin(args, TrainerState(global_step=3), None, model=None, processing_class=toy.tokenizer())
+    assert resumed.store.identity == own.store.identity
+    with pytest.raises(StoreError, match="Capture gradients first"):
+        callback(tmp_path / "none").on_train_begin(args, TrainerState(global_step=3), None)
+
+
+def test_bad_arguments_are_named(tmp_path):
+    for when in ("sometimes", 0, -3, True):
+        with pytest.raises(ConfigurationError, match="when has to be"):
+            callback(tmp_path, when=when)
+    with pytest.raises(ConfigurationError, match="pass processing_class"):
+        callback(tmp_path).on_train_begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), None, None)

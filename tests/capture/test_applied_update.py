@@ -1,0 +1,53 @@
+"""A surrogate's optimum in the model."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import toy
+from hf_ensemble.capture import CaptureConfig, capture_gradients, model_identity, transplanted
+from hf_ensemble.errors import CaptureError, StoreMismatchError
+from hf_ensemble.tasks import TaskSet
+
+
+def captured(folder, model, dim):
+    tasks = TaskSet.from_datasets(toy.sft_tasks(8, 4))
+    config = CaptureConfig(projection_dim=dim, feature_dtype="float32")
+    return capture_gradients(model, tasks, config, folder, toy.tokenizer(), disable_tqdm=True), tasks
+
+
+@pytest.mark.parametrize("dim", [None, 64])
+def test_margins_move_as_the_features_say(tmp_path, dim):
+    model = toy.with_lora(toy.llama())
+    store, tasks = captured(tmp_path / "at_theta0", model, dim)
+    before = store.table("validation")
+    w = store.table("train").features[0].astype(np.float64)
+    w *= 1e-3 / np.linalg.norm(w)
+    theta0 = model_identity(model)["theta0"]
+    with transplanted(model, store, w) as moved:
+        assert moved is model and model_identity(model)["theta0"] != theta0
+        after = captured(tmp_path / "moved", model, dim)[0].table("validation")
+    assert model_identity(model)["theta0"] == theta0
+    change, linear = after.margin - before.margin, before.features @ w
+    assert np.abs(linear).max() > 1e-4
+    assert np.abs(change - linear).max() < 0.05 * np.abs(linear).max()
+
+
+def test_theta0_comes_back_after_an_exception(tmp_path):
+    model = toy.with_lora(toy.llama())
+    store, _ = captured(tmp_path, model, 64)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="inside"), transplanted(model, store, np.ones(64)):
+        raise RuntimeError("inside")
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_foreign_parameters_and_coefficients_are_refused(tmp_path):
+    model = toy.with_lora(toy.llama())
+    store, _ = captured(tmp_path, model, 64)
+    for w in (np.ones(63), np.full(64, np.nan)):
+        with pytest.raises(CaptureError, match="Expected 64 finite coefficients"), transplanted(model, store, w):
+            pass
+    toy.randomize(model)
+    with pytest.raises(StoreMismatchError, match="not those of the store"), transplanted(model, store, np.ones(64)):
+        pass

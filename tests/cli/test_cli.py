@@ -1,0 +1,158 @@
+import json
+
+import pytest
+import yaml
+
+from helpers import toy
+from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
+from hf_ensemble.cli.demo import flow
+from hf_ensemble.cli.demo.world import CORRUPTED, FAMILIES, TARGET, build_world
+from hf_ensemble.cli.main import main
+from hf_ensemble.ensemble import PeftEnsembleModel
+from hf_ensemble.errors import ConfigurationError, TaskError
+from hf_ensemble.train import EnsembleSFTConfig
+
+FLAGS = {
+    "use_cpu": "true",
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": "true",
+    "num_train_epochs": "1",
+    "projection_dim": "64",
+    "num_components": "10",
+    "lora_r": "2",
+}
+
+
+def flags(**more):
+    return [word for key, value in {**FLAGS, **more}.items() for word in (f"--{key}", str(value))]
+
+
+def write_tasks(folder, tasks):
+    for name, splits in tasks.items():
+        (folder / name).mkdir(parents=True)
+        for split, rows in {**splits, "test": splits["validation"]}.items():
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
+    data = write_tasks(tmp_path / "data", toy.sft_tasks())
+    config = {"bf16": False, "gradient_checkpointing": False, "num_groups": 3, "num_subsets": 10}
+    config["lora_target_modules"] = ["q_proj", "v_proj"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    arguments = {"data": data, "model_name_or_path": base_folder, "output_dir": tmp_path / "out", "num_groups": 2}
+    assert main(["run", "--config", str(tmp_path / "run.yaml"), *flags(**arguments, fidelity_subsets=2)]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["split"] == "test" and len(results["groups"]) == 2
+    assert set(results["scores"]) == {"base", "ensemble", "baseline"}
+    assert set(results["scores"]["base"]) == {"sums", "diffs", "more_sums"}
+    assert results["fidelity"]["mean_relative_error"] >= 0
+    PeftEnsembleModel.from_pretrained(tmp_path / "out" / "ensemble")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Accuracy on test rows" in printed and "Prediction against truth" in printed
+    assert str(tmp_path / "out" / "ensemble" / "README.md") in printed
+
+
+def test_fidelity_measures_draws_and_goes_on(tmp_path, base_folder, capsys):
+    data = write_tasks(tmp_path / "data", toy.sft_tasks())
+    arguments = {"data": data, "model_name_or_path": base_folder, "output_dir": tmp_path / "out", "bf16": "false"}
+    command = ["fidelity", *flags(**arguments, num_subsets=4, num_repeated=1, num_transplanted=1)]
+    assert main(command) == 0
+    report = json.loads((tmp_path / "out" / "estimate" / "fidelity.json").read_text())
+    assert 3 <= len(report["subsets"]) <= 4 and report["ceiling"]["num_subsets"] == 1
+    assert (tmp_path / "out" / "estimate" / "fidelity.png").stat().st_size > 5000
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "How far predictions are to be trusted" in printed and "mean relative error of the loss" in printed
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "estimate" / "fidelity.json").read_text())["true_loss"] == report["true_loss"]
+    assert main(["fidelity"]) == 1 and "hf-ensemble fidelity --help" in capsys.readouterr().err
+    assert main([*command, "--num_subsets", "0"]) == 1 and "num_subsets has to be 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["auto", "linear"])
+def test_run_over_classification_for_a_target(tmp_path, head):
+    base = toy.save_model(toy.bert(2).bert, tmp_path / "base")
+    data = write_tasks(tmp_path / "data", toy.text_tasks())
+    arguments = {"data": data, "model_name_or_path": base, "output_dir": tmp_path / "out", "target": "films"}
+    arguments = {**arguments, "head": head, "max_train_rows": 8}
+    assert main(["run", *flags(**arguments), "--lora_target_modules", "query", "value"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["selection"]["tasks"][0] == "films"
+    assert set(results["scores"]) == {"base", "selection"}
+    # Only an encoder without a head of its own gets one made of the labels' texts.
+    assert (tmp_path / "out" / "base").exists() == (head == "auto")
+
+
+def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path, base_folder, capsys):
+    bad = ["run", *flags(data=tmp_path / "none", model_name_or_path=base_folder, output_dir=tmp_path / "o")]
+    assert main(bad) == 1
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert printed[-1].startswith("hf-ensemble: Expected a folder of JSONL tasks")
+    with pytest.raises(TaskError):
+        main([*bad, "--debug"])
+    assert main(["run"]) == 1
+    data = write_tasks(tmp_path / "data", toy.sft_tasks())
+    more = flags(data=data, model_name_or_path=base_folder, output_dir=tmp_path / "o", bf16="false")
+    assert main(["run", *more, "--no_such_flag", "1"]) == 1
+    assert "no_such_flag" in capsys.readouterr().err
+
+
+def test_flags_win_over_the_configuration_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("a: 1\nlist: [x, y]\nnothing: null\n")
+    expected = ["--a", "1", "--list", "x", "y", "--nothing", "null", "--a", "2"]
+    assert with_config(["--a", "2", "--config", str(path)]) == expected
+    assert with_config(["--a", "2"]) == ["--a", "2"]
+    for text, message in [("- a\n", "map names to values"), ("a: [", "not YAML")]:
+        path.write_text(text)
+        with pytest.raises(ConfigurationError, match=message):
+            with_config(["--config", str(path)])
+    with pytest.raises(ConfigurationError, match="No configuration file"):
+        with_config(["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(ConfigurationError, match="takes a YAML file"):
+        with_config(["--config"])
+
+
+def test_null_is_none_for_numbers_and_the_default_elsewhere():
+    argv = ["--projection_dim", "null", "--report_to", "null", "--tasks", "null", "--num_subsets", "null"]
+    (own,), rest = parse([FidelityArguments], argv, True)
+    assert own.tasks is None and own.num_subsets == 20 and rest == argv[:4]
+    (config,), _ = parse([EnsembleSFTConfig], [*rest, "--use_cpu", "true", "--bf16", "false"])
+    assert config.projection_dim is None and config.report_to == EnsembleSFTConfig(use_cpu=True, bf16=False).report_to
+
+
+def test_world_is_the_same_for_a_seed_and_its_families_contradict_each_other():
+    world = build_world(3)
+    assert world.tasks() == build_world(3).tasks() != build_world(4).tasks()
+    tasks = world.tasks()
+    assert set(tasks) == {*(task for members in FAMILIES.values() for task in members), CORRUPTED}
+    for task, splits in tasks.items():
+        prompts = {split: {row["prompt"] for row in rows} for split, rows in splits.items()}
+        assert not prompts["train"] & (prompts["validation"] | prompts["test"]), task
+        words = {
+            word for rows in splits.values() for row in rows for word in (row["prompt"] + row["completion"]).split()
+        }
+        assert words <= set(world.vocabulary())
+    answers = [
+        {row["prompt"]: row["completion"] for row in tasks[f"pick_{way}_size"]["test"]} for way in ("larger", "smaller")
+    ]
+    shared = set(answers[0]) & set(answers[1])
+    assert shared and all(answers[0][prompt] != answers[1][prompt] for prompt in shared)
+
+
+@pytest.mark.slow
+def test_demo_keeps_its_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(flow.torch, "set_num_threads", lambda count: None)
+    assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert results["target"] == TARGET and results["selected"][0] == TARGET
+    assert CORRUPTED not in results["selected"]
+    assert results["mean_accuracy"]["ensemble"] > results["mean_accuracy"]["baseline"]
+    assert results["reload_difference"] < 1e-5
+    # Opposite guidelines never share a group.
+    for tasks in results["groups"].values():
+        assert not (set(tasks) & set(FAMILIES["larger"]) and set(tasks) & set(FAMILIES["smaller"]))
+    printed = capsys.readouterr().out
+    tables = ("What helps", "Groups, one adapter each", "Accuracy on test rows", "Prediction against truth", "(as ")
+    assert all(words in printed for words in tables)

@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, trainers over them, a local Hub."""

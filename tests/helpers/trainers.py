@@ -1,0 +1,57 @@
+"""Trainers over small tasks, for the tests."""
+
+from helpers import toy
+from hf_ensemble import (
+    EnsembleConfig,
+    EnsembleSFTConfig,
+    EnsembleSFTTrainer,
+    EnsembleTrainer,
+)
+
+SMALL = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+}
+ESTIMATE = {"projection_dim": 128, "num_components": 20}
+
+
+def sft_config(folder, config_class=EnsembleSFTConfig, **changes):
+    settings = {**SMALL, **ESTIMATE, "bf16": False, "gradient_checkpointing": False, "output_dir": str(folder)}
+    if config_class is EnsembleSFTConfig:
+        settings["num_subsets"] = 20
+    return config_class(**{**settings, **changes})
+
+
+def split(tasks, name):
+    return {task: splits[name] for task, splits in tasks.items()}
+
+
+def sft_trainer(folder, base, tasks=None, **changes):
+    tasks = tasks or toy.sft_tasks()
+    return EnsembleSFTTrainer(
+        model=base,
+        args=sft_config(folder, **changes),
+        train_dataset=split(tasks, "train"),
+        eval_dataset=split(tasks, "validation"),
+        peft_config=toy.lora(),
+    )
+
+
+def text_trainer(folder, model, tasks, trainer_class=EnsembleTrainer, config=EnsembleConfig, peft="SEQ_CLS", **changes):
+    options = {"target": changes.pop("target")} if "target" in changes else {}
+    return trainer_class(
+        model=model,
+        args=config(**{**SMALL, **ESTIMATE, "output_dir": str(folder), **changes}),
+        train_dataset=split(tasks, "train"),
+        eval_dataset=split(tasks, "validation"),
+        processing_class=toy.tokenizer(),
+        peft_config=toy.lora(peft) if peft else None,
+        **options,
+    )

@@ -1,0 +1,139 @@
+"""What the folders may import, what the wheel holds, how the package looks from outside."""
+
+import ast
+import configparser
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hf_ensemble
+
+ROOT = Path(__file__).parents[2]
+# Stages may import what stands to their left.
+ORDER = [
+    "errors",
+    "logging",
+    "_files",
+    "_compat",
+    "tasks",
+    "store",
+    "capture",
+    "estimate",
+    "select",
+    "ensemble",
+    "publish",
+    "callbacks",
+    "train",
+    "cli",
+]
+FOLDERS = {"callbacks": ROOT / "callbacks", "model_cards": ROOT / "model_cards"}
+
+
+def modules():
+    """Every module's dotted name and file."""
+    for path in sorted((ROOT / "hf_ensemble").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield parts[:-1] if parts[-1] == "__init__" else parts, path
+    for name, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = ("hf_ensemble", name, *path.relative_to(folder).with_suffix("").parts)
+            yield parts[:-1] if parts[-1] == "__init__" else parts, path
+
+
+def imported(parts, path):
+    """Stages that a module imports, wherever in it."""
+    package = parts if path.name == "__init__.py" else parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            target = (*start, *(node.module.split(".") if node.module else ()))
+            names = [(*target, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        for name in names:
+            if name[0] == "hf_ensemble" and len(name) > 1 and not name[1].startswith("__"):
+                yield name[1]
+
+
+def test_imports_point_one_way():
+    wrong, seen = [], set()
+    for parts, path in modules():
+        if len(parts) == 1 or parts[1] == "model_cards":
+            continue
+        for stage in imported(parts, path):
+            seen.add((parts[1], stage))
+            if ORDER.index(stage) > ORDER.index(parts[1]):
+                wrong.append(f"{'.'.join(parts)} imports {stage}")
+    assert wrong == []
+    # The check itself sees imports.
+    assert {("estimate", "store"), ("train", "publish"), ("callbacks", "capture"), ("cli", "train")} <= seen
+
+
+def test_every_folder_is_in_the_packaging_map():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    found = {".".join(parts) for parts, path in modules() if path.name == "__init__.py"}
+    assert listed == found
+    assert set(FOLDERS) == {
+        line.split("=")[0].strip().removeprefix("hf_ensemble.")
+        for line in config["options"]["package_dir"].strip().splitlines()
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    # Built from a copy: an isolated build would need a network, and a build in place leaves files in the checkout.
+    source = folder / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\n")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_callbacks_and_templates_and_no_bare_names(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "hf_ensemble/py.typed",
+        "hf_ensemble/callbacks/gradient_capture.py",
+        "hf_ensemble/model_cards/ensemble_card.md.jinja",
+        "hf_ensemble/model_cards/pictures.mplstyle",
+        "hf_ensemble/cli/demo/world.py",
+    } <= names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"hf_ensemble"}
+
+
+def test_wheel_works_without_the_checkout(wheel, tmp_path):
+    target = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); import hf_ensemble; "
+        "from hf_ensemble import GradientCaptureCallback; from importlib import resources; "
+        "assert hf_ensemble.__file__.startswith(sys.path[0]); "
+        "assert (resources.files('hf_ensemble.model_cards') / 'ensemble_card.md.jinja').read_text()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_import_is_lazy_and_every_public_name_resolves():
+    code = (
+        "import sys, hf_ensemble; heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules); "
+        "assert not heavy, heavy; assert len(sys.modules) < 400"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in hf_ensemble.__all__:
+        assert getattr(hf_ensemble, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        hf_ensemble.nothing  # noqa: B018

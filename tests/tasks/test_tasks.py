@@ -1,0 +1,237 @@
+import json
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import DataCollatorWithPadding
+
+from helpers import toy
+from hf_ensemble.errors import TaskError
+from hf_ensemble.tasks import (
+    LabelSpace,
+    RowFormat,
+    TaskCollator,
+    TaskSet,
+    TaskWeightedSampler,
+    encode,
+    load_task_folder,
+    pop_meta,
+    restrict_to_labels,
+    score_answers,
+)
+
+ROWS = toy.sum_rows(5)
+
+
+def task_set(**changes):
+    return TaskSet.from_datasets(
+        **{"train": {"a": ROWS, "b": ROWS[:2]}, "validation": {"a": ROWS, "b": ROWS}, **changes}
+    )
+
+
+def test_table_carries_task_and_id():
+    table = task_set().table("train")
+    assert table["task"][:] == ["a"] * 5 + ["b"] * 2
+    assert len(set(zip(table["task"], table["example_id"]))) == 7
+    assert set(table.column_names) == {"prompt", "completion", "task", "example_id"}
+
+
+def test_example_ids_follow_content_not_position():
+    forward = task_set().table("train")
+    backward = task_set(train={"a": ROWS[::-1], "b": ROWS[:2]}).table("train")
+    by_prompt = {(r["prompt"], r["completion"]): r["example_id"] for r in forward if r["task"] == "a"}
+    assert all(by_prompt[r["prompt"], r["completion"]] == r["example_id"] for r in backward if r["task"] == "a")
+
+
+def test_repeated_rows_get_different_ids():
+    table = task_set(train={"a": [ROWS[0]] * 3, "b": ROWS}).table("train")
+    assert len(set(table["example_id"][:3])) == 3
+
+
+def test_own_example_ids_are_kept_and_checked():
+    rows = [{**row, "example_id": i} for i, row in enumerate(ROWS)]
+    assert task_set(train={"a": rows, "b": ROWS}).table("train")["example_id"][:5] == ["0", "1", "2", "3", "4"]
+    with pytest.raises(TaskError, match="repeat"):
+        task_set(train={"a": [{**row, "example_id": 1} for row in ROWS], "b": ROWS})
+
+
+def test_fingerprint_changes_with_any_row():
+    assert task_set().fingerprint == task_set().fingerprint
+    changed = [*ROWS[:-1], {**ROWS[-1], "completion": " 19"}]
+    assert task_set(validation={"a": changed, "b": ROWS}).fingerprint != task_set().fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"a": [{"question": "1", "answer": "2"}], "b": ROWS}}, "fit no known format"),
+        ({"train": {"a": Dataset.from_list(ROWS).select([]), "b": ROWS}}, "'a' is empty"),
+        ({"train": [("a", ROWS), ("a", ROWS)]}, "Two tasks of one name"),
+        ({"train": {"a": ROWS, "A": ROWS}, "validation": {"a": ROWS, "A": ROWS}}, "Two tasks of one name"),
+        ({"validation": {"a": ROWS}}, "'b' has no evaluation rows"),
+        ({"validation": {"a": ROWS, "b": ROWS, "c": ROWS}}, r"without training rows: \['c'\]"),
+        ({"train": {"a/b": ROWS}, "validation": {"a/b": ROWS}}, "folder's name"),
+        ({"train": {}, "validation": {}}, "at least one task"),
+        ({"train": {"a": ROWS, "b": toy.text_rows(4)}, "validation": {"a": ROWS, "b": toy.text_rows(4)}}, "row format"),
+        ({"train": {"a": "rows", "b": ROWS}}, "found str"),
+        ({"train": {"a": [{**ROWS[0], "task": "z"}], "b": ROWS}}, "reserved"),
+        ({"sampling_weights": {"z": 1.0}}, "unknown tasks"),
+        ({"sampling_weights": {"a": 0.0}}, "positive and finite"),
+    ],
+)
+def test_bad_input_is_named(changes, message):
+    with pytest.raises(TaskError, match=message):
+        task_set(**changes)
+
+
+def classification(train, validation):
+    return TaskSet.from_datasets({"t": train}, {"t": validation})
+
+
+def test_label_outside_of_the_set_is_named():
+    with pytest.raises(TaskError, match="label 2 is outside of the task's set of 2"):
+        classification(toy.text_rows(4), [{"text": "a", "label": 2, "label_text": "x"}])
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, -1]}, features=features)
+    with pytest.raises(TaskError, match="label -1 is outside"):
+        classification(rows, rows)
+    with pytest.raises(TaskError, match="integers from 0"):
+        classification([{"text": "a", "label": "good"}], [{"text": "a", "label": "good"}])
+
+
+def test_tasks_of_different_label_features_make_one_table():
+    def rows(names):
+        features = Features({"text": Value("large_string"), "label": ClassLabel(names=names)})
+        return Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+
+    plain = toy.text_rows(2)
+    train = {"sst2": rows(["negative", "positive"]), "cola": rows(["bad", "good"]), "plain": plain}
+    tasks = TaskSet.from_datasets(train, train)
+    assert len(tasks.table("train")) == 6
+    assert tasks.label_space.names == ("negative", "positive", "bad", "good")
+    renamed = TaskSet.from_datasets({**train, "cola": rows(["no", "yes"])}, train)
+    assert renamed.fingerprint != tasks.fingerprint
+
+
+def test_label_names():
+    assert classification(toy.text_rows(4), toy.text_rows(2))["t"].label_names == ("negative", "positive")
+    unnamed = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    assert classification(unnamed, unnamed)["t"].label_names == ("t:0", "t:1")
+    varying = [{"text": "a", "label": 0, "label_text": "x"}, {"text": "b", "label": 0, "label_text": "y"}]
+    assert classification(varying, varying)["t"].label_names == ("t:0",)
+
+
+def test_label_space_shares_outputs_of_one_name():
+    space = LabelSpace.from_label_names({"a": ("neg", "pos"), "b": ("pos", "none")})
+    assert space.names == ("neg", "pos", "none")
+    assert space.mask(["b", "a"]).tolist() == [[False, True, True], [True, True, False]]
+    assert space.output_of("b", 0) == 1
+    assert LabelSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+    with pytest.raises(TaskError, match="no label set"):
+        space.mask(["c"])
+
+
+def test_encoding_masks_the_prompt_and_ends_the_answer(tokenizer):
+    rows = encode(task_set().table("train"), tokenizer, RowFormat.PROMPT_COMPLETION)
+    row, raw = rows[0], ROWS[0]
+    answer = [token for token in row["labels"] if token != -100]
+    assert tokenizer.decode(answer).split() == [*raw["completion"].split(), "<eos>"]
+    assert row["input_ids"][-len(answer) :] == answer
+    with pytest.raises(TaskError, match="no answer token is left"):
+        encode(task_set().table("train"), tokenizer, RowFormat.PROMPT_COMPLETION, max_length=4)
+
+
+def test_encoding_a_chat_masks_all_but_the_last_turn(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] == 'user' and '+' or '-' }} {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}- {% endif %}"
+    )
+    chat = [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]
+    tasks = TaskSet.from_datasets({"c": [{"messages": chat}]}, {"c": [{"messages": chat}]})
+    row = encode(tasks.table("train"), tokenizer, tasks.row_format)[0]
+    assert [tokenizer.decode([t]) for t in row["labels"] if t != -100] == ["3"]
+    unfinished = TaskSet.from_datasets({"c": [{"messages": chat[:1]}]}, {"c": [{"messages": chat[:1]}]})
+    with pytest.raises(TaskError, match="assistant's turn"):
+        encode(unfinished.table("train"), tokenizer, unfinished.row_format)
+
+
+def test_collator_carries_names_and_pop_takes_them_out(tokenizer):
+    tasks = TaskSet.from_datasets(toy.text_tasks())
+    rows = encode(tasks.table("train"), tokenizer, tasks.row_format, tasks.label_space)
+    batch = TaskCollator(DataCollatorWithPadding(tokenizer))([rows[0], rows[-1]])
+    assert batch["task"] == ["films", "songs"]
+    meta = pop_meta(batch)
+    assert set(meta) == {"task", "example_id"}
+    assert {"input_ids", "attention_mask", "labels"} <= set(batch)
+    assert not {"task", "example_id"} & set(batch)
+
+
+def test_scores_of_answers():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 7)
+    labels = torch.full((3, 5), -100)
+    labels[0, 2:] = torch.tensor([1, 2, 3])
+    labels[1, 4] = 6
+    labels[2, 1:3] = logits[2, 0:2].argmax(-1)
+    scores = score_answers(logits, labels)
+    for row in range(3):
+        kept = labels[row, 1:] != -100
+        expected = torch.nn.functional.cross_entropy(logits[row, :-1][kept], labels[row, 1:][kept])
+        assert torch.allclose(scores.loss[row], expected)
+    assert scores.num_tokens.tolist() == [3, 1, 2]
+    assert scores.exact_match.tolist()[2]
+    unshifted = score_answers(logits[:, :-1], labels[:, 1:], shift=False)
+    assert torch.equal(unshifted.loss, scores.loss)
+
+
+def test_labels_outside_of_the_set_do_not_count():
+    logits = torch.tensor([[1.0, 5.0, 2.0]])
+    restricted = restrict_to_labels(logits, torch.tensor([[True, False, True]]))
+    scores = score_answers(restricted, torch.tensor([2]))
+    assert torch.allclose(scores.loss, torch.nn.functional.cross_entropy(logits[:, [0, 2]], torch.tensor([1])))
+    assert scores.exact_match.item()
+
+
+def test_weighted_sampler_follows_weights_and_epoch():
+    sampler = TaskWeightedSampler(["a"] * 900 + ["b"] * 100, {"a": 1.0, "b": 9.0}, seed=3)
+    first = list(sampler)
+    assert first == list(sampler)
+    assert 0.4 < sum(i >= 900 for i in first) / len(first) < 0.6
+    sampler.set_epoch(1)
+    assert first != list(sampler)
+    without = TaskWeightedSampler(["a"] * 50 + ["b"] * 50, {"a": 1.0, "b": 0.0})
+    assert max(without) < 50
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_folder_of_folders_and_files(tmp_path):
+    for split in ("train", "validation", "test"):
+        write_jsonl(tmp_path / "a" / f"{split}.jsonl", ROWS)
+    write_jsonl(tmp_path / "b.jsonl", toy.sum_rows(40, 5))
+    with pytest.raises(TaskError, match="'b' has no evaluation rows"):
+        load_task_folder(tmp_path)
+    tasks = load_task_folder(tmp_path, validation_fraction=0.3, max_rows={"train": 4})
+    assert tasks.names == ("a", "b")
+    assert len(tasks["a"].splits["train"]) == 4
+    assert not tasks.has_split("test") and "test" in tasks["a"].splits
+    assert 0 < len(tasks["b"].splits["validation"]) < 40
+    again = load_task_folder(tmp_path, validation_fraction=0.3, names=["b"])
+    assert again["b"].splits["validation"]["example_id"][:] == tasks["b"].splits["validation"]["example_id"][:]
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(TaskError, match="Expected a folder"):
+        load_task_folder(tmp_path / "none")
+    with pytest.raises(TaskError, match="No task"):
+        load_task_folder(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a"\n')
+    with pytest.raises(TaskError, match=r"x.jsonl line 1 is not JSON"):
+        load_task_folder(tmp_path, validation_fraction=0.5)
+    write_jsonl(tmp_path / "x.jsonl", ROWS)
+    write_jsonl(tmp_path / "x" / "train.jsonl", ROWS)
+    with pytest.raises(TaskError, match="Two tasks of one name"):
+        load_task_folder(tmp_path, validation_fraction=0.5)

@@ -1,0 +1,176 @@
+"""Runs that are started again, killed, or found in the way."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import toy
+from helpers.trainers import sft_config, sft_trainer
+from hf_ensemble import (
+    EnsembleSFTTrainer,
+)
+from hf_ensemble.errors import RunMismatchError
+from hf_ensemble.store import GradientStore
+from hf_ensemble.train.run_directory import RunDirectory
+from hf_ensemble.train.task_trainer import TaskSFTTrainer
+
+
+def test_a_finished_run_started_again_trains_nothing(finished, monkeypatch):
+    trainer, output, base = finished
+    monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
+    again = sft_trainer(trainer.run_directory.path, base, num_groups=2)
+    metrics = again.train().metrics
+    compared = [key for key in output.metrics if key.endswith(("loss", "accuracy"))]
+    assert {k: metrics[k] for k in compared} == pytest.approx({k: output.metrics[k] for k in compared})
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_adapters(finished, tmp_path, monkeypatch):
+    whole, _, base = finished
+    train, calls = TaskSFTTrainer.train, []
+
+    def killed(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(TaskSFTTrainer, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sft_trainer(tmp_path / "run", base, num_groups=2).train()
+    sft_trainer(tmp_path / "run", base, num_groups=2).train()
+    assert len(calls) == 4
+    for name in ("baseline", "ensemble/adapters/group_0", "ensemble/adapters/group_1"):
+        files = [run / name / "adapter_model.safetensors" for run in (whole.run_directory.path, tmp_path / "run")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_of_another_configuration_is_refused_by_name(finished):
+    trainer, _, base = finished
+    run = trainer.run_directory.path
+    with pytest.raises(RunMismatchError, match=r"arguments.learning_rate: found 0.01, expected 0.02"):
+        sft_trainer(run, base, num_groups=2, learning_rate=2e-2).train()
+    other = toy.sft_tasks(train=13)
+    with pytest.raises(RunMismatchError, match="tasks: found"):
+        sft_trainer(run, base, other, num_groups=2).train()
+    # Where and how to report is no part of what was trained.
+    sft_trainer(run, base, num_groups=2, logging_steps=3, save_steps=7).open_run()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"projection_seed": 3},
+        {"projection_dim": 64},
+        {"feature_dtype": "float32"},
+        {"max_length": 30},
+        {"seed": 5},
+        {"dataloader_drop_last": True},
+        {"weight_decay": 0.1},
+        {"num_components": 10},
+        {"ensemble_weights": "own_group"},
+        {"num_subsets": 21},
+        {"train_baseline": False},
+    ],
+)
+def test_every_argument_that_matters_is_compared(finished, change):
+    trainer, _, base = finished
+    with pytest.raises(RunMismatchError, match=f"{next(iter(change))}|theta0"):
+        sft_trainer(trainer.run_directory.path, base, num_groups=2, **change).open_run()
+
+
+def test_other_weights_of_the_same_name_are_another_run(finished, tmp_path):
+    trainer, _, base = finished
+    model = toy.llama(seed=5)
+    model.config._name_or_path = base
+    with pytest.raises(RunMismatchError, match="model.base_weights"):
+        EnsembleSFTTrainer(
+            model=model,
+            args=sft_config(trainer.run_directory.path, num_groups=2),
+            train_dataset=toy.sft_tasks(),
+            processing_class=toy.tokenizer(),
+            peft_config=toy.lora(),
+        ).open_run()
+
+
+def test_a_training_goes_on_from_its_last_whole_checkpoint_and_from_no_other(tmp_path, base_folder, monkeypatch):
+    changes = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4}
+
+    def adapter(folder, mixture, kill_at=None):
+        trainer = sft_trainer(tmp_path / folder, base_folder, **changes)
+        trainer.open_run()
+        step = TaskSFTTrainer.training_step
+
+        def killed(self, *args, **kwargs):
+            if kill_at is not None and self.state.global_step == kill_at:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(TaskSFTTrainer, "training_step", killed)
+        try:
+            trainer.adapter_training.run("one", mixture, tmp_path / folder / "adapter")
+        finally:
+            monkeypatch.setattr(TaskSFTTrainer, "training_step", step)
+        return load_file(str(tmp_path / folder / "adapter" / "adapter_model.safetensors"))
+
+    whole, other = adapter("whole", ["sums"]), adapter("other", ["diffs"])
+    for folder, mixture, expected in (("a", ["sums"], whole), ("b", ["diffs"], other)):
+        with pytest.raises(KeyboardInterrupt):
+            adapter(folder, ["sums"], kill_at=7)
+        # What a kill in the middle of saving leaves.
+        (tmp_path / folder / "training" / "one" / "checkpoint-8").mkdir()
+        found = adapter(folder, mixture)
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_overwriting_starts_over(tmp_path, base_folder):
+    first = sft_trainer(tmp_path / "run", base_folder, num_groups=1, num_train_epochs=1)
+    first.train()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    second = sft_trainer(
+        tmp_path / "run", base_folder, num_groups=1, num_train_epochs=1, margin="mean_log_odds", overwrite_run=True
+    )
+    second.train()
+    assert GradientStore(tmp_path / "run" / "gradients").identity["config"]["margin"] == "mean_log_odds"
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_another_choice_of_groups_keeps_gradients_and_baseline(tmp_path, base_folder, monkeypatch):
+    sft_trainer(tmp_path / "run", base_folder, num_groups=1, num_train_epochs=1).train()
+    with pytest.raises(RunMismatchError, match="num_groups: found 1, expected 2"):
+        sft_trainer(tmp_path / "run", base_folder, num_groups=2, num_train_epochs=1).train()
+    train, trained = TaskSFTTrainer.train, []
+    monkeypatch.setattr(
+        TaskSFTTrainer, "train", lambda self, *a, **k: (trained.append(self.args.run_name), train(self))[1]
+    )
+    monkeypatch.setattr("hf_ensemble.train.stages.capture_gradients", lambda *a, **k: pytest.fail("captured again"))
+    again = sft_trainer(tmp_path / "run", base_folder, num_groups=2, num_train_epochs=1, overwrite_run=True)
+    again.train()
+    assert trained == ["run-group_0", "run-group_1"] and len(again.grouping.groups) == 2
+
+
+def test_an_old_record_is_not_taken_for_a_new_adapter(tmp_path, base_folder):
+    trainer = sft_trainer(tmp_path / "run", base_folder, num_train_epochs=1)
+    trainer.open_run()
+    first = trainer.adapter_training.run("one", ["sums"], tmp_path / "adapter")
+    assert trainer.adapter_training.run("one", ["sums"], tmp_path / "adapter") == first
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    (tmp_path / "adapter").rmdir()
+    second = trainer.adapter_training.run("one", ["diffs"], tmp_path / "adapter")
+    assert list(second.mixture) == ["diffs"] and (tmp_path / "adapter").is_dir()
+
+
+def test_the_time_of_an_interrupted_stage_is_not_known(tmp_path):
+    for interrupt in (True, False):
+        run = RunDirectory.open(tmp_path, {"a": 1}, {})
+        try:
+            with run.stage("gradients") as todo:
+                assert todo
+                if interrupt:
+                    raise KeyboardInterrupt
+            with run.stage("group"):
+                pass
+        except KeyboardInterrupt:
+            pass
+    again = RunDirectory.open(tmp_path, {"a": 1}, {})
+    assert again.is_done("gradients") and again.seconds("gradients") is None and again.seconds("group") >= 0
