@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import RecordError
+
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
     """Let `write` fill an open binary file, then rename it to `path`. A crash leaves the old file or none."""
@@ -39,7 +41,18 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Raises:
+        `RecordError`: for a truncated or otherwise damaged file.
+        `OSError`: for a file that is missing or cannot be opened.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(
+            f"{str(path)!r} is truncated or not JSON: {error}. Delete it and run the step that writes it again."
+        ) from error
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:

@@ -17,6 +17,10 @@ class ConfigurationError(HfEnsembleError, ValueError):
     """An argument or a combination of arguments makes no sense."""
 
 
+class RecordError(HfEnsembleError, ValueError):
+    """A JSON file is missing, damaged, or of another format than expected."""
+
+
 class ScoringError(HfEnsembleError, RuntimeError):
     """A model's outputs do not tell how it answers the rows."""
 
