@@ -9,8 +9,11 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from .._settings import check_at_least, check_one_of
 from ..errors import ConfigurationError
-from ..select import GROUPING_METHODS, SELECTION_METHODS
+from ..select import GroupingSettings, SelectionSettings
+
+_SIZES_HELP = "Numbers of tasks of the subsets, in turn; from one task to all by default."
 
 
 @dataclass
@@ -20,106 +23,98 @@ class DataArguments:
     data: str | None = field(
         default=None, metadata={"help": "Folder of tasks: NAME/{train,validation,test}.jsonl, or NAME.jsonl."}
     )
-    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the folder to take; all by default."})
+    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the folder to use; all by default."})
     validation_fraction: float | None = field(
-        default=None, metadata={"help": "Share of a lone NAME.jsonl to hold out for evaluation."}
+        default=None, metadata={"help": "Share of a NAME.jsonl to hold out for evaluation."}
     )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Training rows of a task at most."})
-    max_validation_rows: int | None = field(default=None, metadata={"help": "Validation rows of a task at most."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Maximum number of training rows per task."})
+    max_validation_rows: int | None = field(default=None, metadata={"help": "Maximum number of validation rows per task."})
     head: str = field(
         default="auto",
         metadata={
-            "help": "Of text classification: 'label_similarity' (similarity to the labels' texts), 'linear' (the "
-            "checkpoint's own, or a fresh one), or 'auto': linear where the checkpoint has a trained head."
+            "help": "Head of a text classifier: 'label_similarity' (similarity to the labels' texts), 'linear' (the "
+            "checkpoint's own head, or a new one), or 'auto' (linear if the checkpoint has a trained head)."
         },
     )
 
     def __post_init__(self):
-        if self.head not in ("auto", "linear", "label_similarity"):
-            raise ConfigurationError(f"head has to be 'auto', 'linear' or 'label_similarity', found {self.head!r}.")
+        check_one_of("head", self.head, ("auto", "linear", "label_similarity"))
 
 
 @dataclass
-class RunArguments(DataArguments):
+class FlowArguments(DataArguments):
     """What `hf-ensemble run` takes beside a trainer's own arguments and trl's model arguments."""
 
     target: str | None = field(
-        default=None, metadata={"help": "Choose auxiliary tasks for this one and train once, instead of an ensemble."}
+        default=None,
+        metadata={"help": "Select auxiliary tasks for this one and train once, instead of making an ensemble."},
     )
     fidelity_subsets: int = field(
-        default=0, metadata={"help": "Random subsets to fine-tune for real, to compare predictions with the truth."}
+        default=0, metadata={"help": "Random subsets to fine-tune, to compare predictions with the truth."}
     )
-    fidelity_subset_size: int | None = field(
-        default=None, metadata={"help": "Tasks of such a subset; all sizes in turn by default."}
-    )
+    fidelity_sizes: list[int] | None = field(default=None, metadata={"help": _SIZES_HELP})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least("fidelity_subsets", self.fidelity_subsets, 0)
 
 
 @dataclass
 class FidelityArguments(DataArguments):
     """What `hf-ensemble fidelity` takes beside a trainer's own arguments and trl's model arguments."""
 
-    num_subsets: int = field(default=20, metadata={"help": "Random subsets to fine-tune for real."})
-    subset_sizes: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of tasks to take in turn; from one task to all by default."}
-    )
+    fidelity_subsets: int = field(default=20, metadata={"help": "Random subsets to fine-tune."})
+    fidelity_sizes: list[int] | None = field(default=None, metadata={"help": _SIZES_HELP})
     num_repeated: int = field(
-        default=0, metadata={"help": "Of the subsets, how many to train with a second seed, for the noise ceiling."}
+        default=0, metadata={"help": "Subsets to train with a second seed as well, for the noise ceiling."}
     )
     num_transplanted: int = field(
         default=3,
-        metadata={"help": "Subsets whose optimum is put into the model, for the first-order error."},
+        metadata={"help": "Subsets whose predicted parameters are put into the model, for the first-order error."},
     )
     subset_seed: int = field(default=0, metadata={"help": "Seed of the draw of subsets."})
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("num_subsets", 1), ("num_repeated", 0), ("num_transplanted", 0)):
-            if getattr(self, name) < least:
-                raise ConfigurationError(f"{name} has to be {least} or more, found {getattr(self, name)}.")
+        for name, least in (("fidelity_subsets", 1), ("num_repeated", 0), ("num_transplanted", 0)):
+            check_at_least(name, getattr(self, name), least)
 
 
 @dataclass
 class ChoiceArguments:
-    """Where the gradients lie that a choice is made from, and where it goes."""
+    """Where the gradients are that a choice is made from, and where it goes."""
 
     store: str | None = field(
         default=None,
-        metadata={"help": "Folder of captured gradients, or a run's output_dir: then its true fine-tunings calibrate."},
+        metadata={
+            "help": "Folder of captured gradients, or the output_dir of a run, whose fine-tunings then calibrate the "
+            "predictions."
+        },
     )
     output_dir: str = field(default="choice", metadata={"help": "Where the choice and its pictures go."})
-    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the store to take; all by default."})
-    num_components: int = field(default=400, metadata={"help": "Principal components of an estimate."})
+    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the store to use; all by default."})
+    num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
 
 
 @dataclass
-class SelectArguments(ChoiceArguments):
+class SelectArguments(SelectionSettings, ChoiceArguments):
     """What `hf-ensemble select` takes."""
 
-    target: list[str] | None = field(default=None, metadata={"help": "What to do well on; all tasks by default."})
-    method: str = field(default="forward", metadata={"help": f"One of {', '.join(SELECTION_METHODS)}."})
-    max_tasks: int | None = field(default=None, metadata={"help": "Tasks to take beside the targets at most."})
-    max_examples: int | None = field(default=None, metadata={"help": "Training rows of these tasks at most."})
-    max_tokens: int | None = field(default=None, metadata={"help": "Answer tokens of these rows at most."})
+    target: list[str] | None = field(default=None, metadata={"help": "Tasks to do well on; all by default."})
     include: list[str] | None = field(
-        default=None, metadata={"help": "Tasks that have to be in; the targets by default."}
+        default=None, metadata={"help": "Tasks that are always trained on; the targets by default."}
     )
-    exclude: list[str] | None = field(default=None, metadata={"help": "Tasks that have to be out."})
-    metric: str = field(default="loss", metadata={"help": "'loss' or 'accuracy'."})
+    exclude: list[str] | None = field(default=None, metadata={"help": "Tasks that are never trained on."})
     clusters: dict[str, int] | str | None = field(
-        default=None, metadata={"help": "Divide tasks into parts to choose among, as JSON: '{\"mr\": 5}'."}
+        default=None, metadata={"help": "Split tasks into clusters to choose among, as JSON: '{\"mr\": 5}'."}
     )
-    score_examples: bool = field(default=False, metadata={"help": "Score every training row, too."})
+    score_examples: bool = field(default=False, metadata={"help": "Also score every training row."})
 
 
 @dataclass
-class GroupArguments(ChoiceArguments):
+class GroupArguments(GroupingSettings, ChoiceArguments):
     """What `hf-ensemble group` takes."""
 
-    num_groups: int | None = field(default=None, metadata={"help": "Groups; found by predicted loss by default."})
-    max_groups: int | None = field(default=None, metadata={"help": "Most groups to consider."})
-    method: str = field(default="direct", metadata={"help": f"One of {', '.join(GROUPING_METHODS)}."})
-    group_cost: float = field(default=0.0, metadata={"help": "What one more group has to gain, in nats."})
-    overlap: bool = field(default=False, metadata={"help": "Let a task help other groups than its own."})
     seed: int = field(default=0, metadata={"help": "Seed of random subsets and clustering."})
 
 
@@ -128,8 +123,8 @@ class DemoArguments:
     """What `hf-ensemble demo` takes."""
 
     output_dir: str = field(default="demo_output", metadata={"help": "Where models, adapters and reports go."})
-    seed: int = field(default=0, metadata={"help": "Seed of the world and of all training."})
-    fidelity_subsets: int = field(default=4, metadata={"help": "Subsets to fine-tune for real, to check predictions."})
+    seed: int = field(default=0, metadata={"help": "Seed of the world and of all trainings."})
+    fidelity_subsets: int = field(default=4, metadata={"help": "Subsets to fine-tune, to check predictions."})
 
 
 def with_config(argv: Sequence[str]) -> list[str]:
@@ -165,6 +160,12 @@ def _flag_text(value: Any) -> str:
     return json.dumps(value, default=str) if is_json else str(value)
 
 
+def print_help(classes: Sequence[type], argv: Sequence[str], command: str) -> None:
+    """Print the help of a command and exit, where it is asked for."""
+    if {"-h", "--help"} & set(argv):
+        parse(classes, ["--help"], command=command)
+
+
 def parse(
     classes: Sequence[type], argv: Sequence[str], remaining_allowed: bool = False, command: str = "run"
 ) -> tuple[list[Any], list[str]]:
@@ -184,7 +185,7 @@ def parse(
 
 
 def _nulls(parser: HfArgumentParser, classes: Sequence[type], argv: list[str]) -> list[str]:
-    """Let the parser read `null` for numbers that may be None; take it away from other fields it knows."""
+    """Let the parser read `null` for numbers that may be None; drop it for the other fields it knows."""
     hints = {name: hint for own in classes for name, hint in get_type_hints(own).items()}
     known = {flag: action for action in parser._actions for flag in action.option_strings}
     kept: list[str] = []

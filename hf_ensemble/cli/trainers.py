@@ -12,6 +12,7 @@ from trl import ModelConfig, get_quantization_config
 from .._files import read_json, write_folder_atomically, write_json
 from ..errors import ConfigurationError
 from ..models import LabelSimilarityForSequenceClassification
+from ..runs import RunDirectory
 from ..tasks import RowFormat, TaskSet, load_task_folder
 from ..train import (
     EnsembleConfig,
@@ -25,6 +26,8 @@ from ..train import (
 )
 from ..train.multi_task_trainer import load_classifier
 from .arguments import DataArguments, parse
+
+Trainers = EnsembleTrainer | EnsembleSFTTrainer | SelectionTrainer | SelectionSFTTrainer
 
 
 def load_tasks(arguments: DataArguments, model_arguments: ModelConfig, command: str) -> TaskSet:
@@ -53,7 +56,7 @@ def build_trainer(
     tasks: TaskSet,
     flags: Sequence[str],
     target: str | None = None,
-):
+) -> Trainers:
     """The trainer for these tasks: over text classification or supervised fine-tuning, ensemble or selection."""
     is_classification = tasks.row_format is RowFormat.CLASSIFICATION
     classes = {
@@ -78,11 +81,11 @@ def build_trainer(
         args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
         options["quantization_config"] = quantization
     elif quantization is not None:
-        raise ConfigurationError("Text classification over a quantized base is not supported: leave load_in_... away.")
+        raise ConfigurationError("Text classification over a quantized base is not supported: do not set load_in_4bit or load_in_8bit.")
     elif _wants_label_similarity(arguments.head, name, remote):
         # Nothing of this model but its buffers is its own, so no head has to be saved with the adapters.
         task_type = None
-        model = label_similarity_model(name, tokenizer, tasks, Path(args.output_dir) / "base", **loading)
+        model = label_similarity_model(name, tokenizer, tasks, RunDirectory(args.output_dir).base_model, **loading)
     else:
         task_type = "SEQ_CLS"
         model = load_classifier(name, tasks.label_space, **loading)

@@ -3,14 +3,17 @@
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .._files import read_json, write_atomically
+from .._files import write_atomically
+from .._records import Record
 from ..ensemble.saving.ensemble_config import SavedEnsembleConfig
 from ..errors import EnsembleLoadError
+from ..evaluate import TaskScores, mean_scores
 from ..logging import get_logger
+from ..runs import Estimate, Evaluation, RunDirectory, RunRecord, TaskRecord, TasksRecord
 from ..select import Grouping
 from .choice_pictures import draw_choice
 
@@ -18,45 +21,59 @@ logger = get_logger(__name__)
 
 TEMPLATE = "ensemble_card.md.jinja"
 
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One line of the card's results: a task, or the mean of all."""
+
+    task: str
+    group: str
+    ensemble: TaskScores
+    baseline: TaskScores | None
+
 
 @dataclass
 class EnsembleCardData:
     """Everything the template shows.
 
-    All but the pictures is read from the run's files.
+    All but the pictures is read from the run's records.
 
     Args:
         ensemble (`SavedEnsembleConfig`): base model, adapters, weights, versions.
-        tasks (`dict`): as in `tasks.json`.
+        tasks (`dict[str, TaskRecord]`): the tasks by name.
         grouping ([`Grouping`], *optional*): the tasks' groups.
-        results (`dict`): scores by split, system (`"ensemble"`, `"baseline"`) and task.
-        configuration (`dict`): configuration and choices as in `run.json`, without paths of this machine.
-        estimate (`dict`): as in `estimate/estimate.json`.
+        evaluation (`Evaluation`): scores by split, system (`"ensemble"`, `"baseline"`) and task.
+        configuration (`dict`): configuration and choices of the run, without paths of this machine.
+        estimate (`Estimate`, *optional*): what the groups rest on.
         pictures (`list[str]`, *optional*): paths of the grouping's pictures beside the card.
     """
 
     ensemble: SavedEnsembleConfig
-    tasks: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, TaskRecord] = field(default_factory=dict)
     grouping: Grouping | None = None
-    results: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     configuration: dict[str, Any] = field(default_factory=dict)
-    estimate: dict[str, Any] = field(default_factory=dict)
+    estimate: Estimate | None = None
     pictures: list[str] = field(default_factory=list)
 
     @classmethod
-    def from_run(cls, run: Path) -> "EnsembleCardData":
-        """Read a run directory; what it does not hold yet stays empty."""
+    def from_run(cls, run: RunDirectory) -> "EnsembleCardData":
+        """Read a run; what it does not hold yet stays empty."""
 
-        def read(name: str, default: Any) -> Any:
-            return read_json(run / name) if (run / name).is_file() else default
+        def read(kind: type[R]) -> R | None:
+            return run.read(kind) if run.has(kind) else None
 
+        tasks, record = read(TasksRecord), read(RunRecord)
+        configuration = {} if record is None else {"configuration": record.configuration, "choices": record.choices}
         return cls(
-            ensemble=SavedEnsembleConfig.load(run / "ensemble"),
-            tasks=read("tasks.json", {}).get("tasks", {}),
-            grouping=Grouping.load(run / "groups.json") if (run / "groups.json").is_file() else None,
-            results=read("evaluation.json", {}),
-            configuration=_public({key: read("run.json", {}).get(key, {}) for key in ("configuration", "choices")}),
-            estimate=read("estimate/estimate.json", {}),
+            ensemble=SavedEnsembleConfig.load(run.ensemble),
+            tasks={} if tasks is None else tasks.tasks,
+            grouping=read(Grouping),
+            evaluation=read(Evaluation) or Evaluation(),
+            configuration=_public(configuration),
+            estimate=read(Estimate),
         )
 
     @property
@@ -65,8 +82,26 @@ class EnsembleCardData:
 
     @property
     def shown_split(self) -> str | None:
-        """The split whose results the card shows: held-out test rows where there are any."""
-        return next((split for split in ("test", "eval", *self.results) if split in self.results), None)
+        return self.evaluation.reported_split
+
+    @property
+    def systems(self) -> dict[str, dict[str, TaskScores]]:
+        """Scores of the shown split, by system and task."""
+        return self.evaluation.scores.get(self.shown_split or "", {})
+
+    @property
+    def evidence(self) -> str:
+        """What the penalty of the estimates was found from, in words."""
+        if self.estimate is None:
+            return ""
+        runs = len(self.estimate.calibration_subsets)
+        return {
+            "observed_runs": "the losses of the one adapter for all datasets"
+            if runs == 1
+            else f"the losses of {runs} fine-tunings",
+            "replay": "a replay of the training on the captured gradients",
+            "validation_loss": "the least predicted validation loss",
+        }[self.estimate.l2_evidence]
 
     def group_of(self, task: str) -> str:
         if self.grouping is not None:
@@ -74,21 +109,13 @@ class EnsembleCardData:
             return next((name for name, tasks in self.grouping.groups.items() if task in tasks), "-")
         return next((member.name for member in self.ensemble.members if task in member.tasks), "-")
 
-    def result_rows(self) -> list[dict[str, Any]]:
-        """One row per task, then their mean: accuracy and loss of ensemble and baseline."""
-        systems = self.results.get(self.shown_split, {})
-        ensemble, baseline = systems.get("ensemble", {}), systems.get("baseline", {})
-        rows = [
-            {"task": task, "group": self.group_of(task), "ensemble": ensemble[task], "baseline": baseline.get(task)}
-            for task in ensemble
-        ]
+    def result_rows(self) -> list[ResultRow]:
+        """One row per task, then their mean: scores of ensemble and baseline."""
+        ensemble, baseline = self.systems.get("ensemble", {}), self.systems.get("baseline", {})
+        rows = [ResultRow(task, self.group_of(task), ensemble[task], baseline.get(task)) for task in ensemble]
         if rows:
-
-            def mean(scores: dict) -> dict[str, float]:
-                return {m: sum(s[m] for s in scores.values()) / len(scores) for m in ("accuracy", "loss")}
-
-            means = {"ensemble": mean(ensemble), "baseline": mean(baseline) if baseline else None}
-            rows.append({"task": "**mean**", "group": "", **means})
+            mean = mean_scores(baseline) if baseline else None
+            rows.append(ResultRow("**mean**", "", mean_scores(ensemble), mean))
         return rows
 
     def card_data(self) -> ModelCardData:
@@ -100,8 +127,7 @@ class EnsembleCardData:
             library_name="peft",
             tags=["hf-ensemble", "ensemble", "lora"],
         )
-        systems = self.results.get(self.shown_split, {})
-        if "ensemble" in systems:
+        if "ensemble" in self.systems:
             data.model_name = "ensemble"
             data.eval_results = [
                 EvalResult(
@@ -110,9 +136,9 @@ class EnsembleCardData:
                     dataset_name=task,
                     dataset_split=self.shown_split,
                     metric_type="accuracy",
-                    metric_value=round(score["accuracy"], 4),
+                    metric_value=round(score.accuracy, 4),
                 )
-                for task, score in systems["ensemble"].items()
+                for task, score in self.systems["ensemble"].items()
             ]
         return data
 
@@ -132,7 +158,7 @@ def _public(value: Any) -> Any:
 
 
 def write_model_card(run: str | Path, repo_id: str | None = None) -> Path:
-    """Render the card of a run's ensemble to `ensemble/README.md`, with its pictures in `ensemble/assets`.
+    """Render the card of a run's ensemble beside it, with its pictures in `assets`.
 
     Args:
         run (`str` or `Path`): a trainer's `output_dir`.
@@ -143,11 +169,12 @@ def write_model_card(run: str | Path, repo_id: str | None = None) -> Path:
 
     Raises:
         `EnsembleLoadError`: when the run holds no ensemble.
+        `RecordError`: when a record of the run is damaged.
     """
-    run = Path(run)
-    data = EnsembleCardData.from_run(run)
+    directory = RunDirectory(run)
+    data = EnsembleCardData.from_run(directory)
     if data.grouping is not None and len(data.grouping.task_names) > 1:
-        assets = run / "ensemble" / "assets"
+        assets = directory.ensemble / "assets"
         try:
             drawn = draw_choice(data.grouping, assets, ("png",))
             data.pictures = [f"assets/{picture.name}" for picture in drawn]
@@ -160,14 +187,19 @@ def write_model_card(run: str | Path, repo_id: str | None = None) -> Path:
         data=data,
         load_from=repo_id or "path/or/user/repository",
     )
-    path = run / "ensemble" / "README.md"
+    path = directory.ensemble / "README.md"
     write_atomically(path, lambda file: file.write(str(card).encode()))
     return path
 
 
-def require_ensemble(run: Path) -> None:
-    """Raise `EnsembleLoadError` when a run holds no complete ensemble."""
-    config = SavedEnsembleConfig.load(run / "ensemble")
+def require_ensemble(run: RunDirectory) -> SavedEnsembleConfig:
+    """The configuration of a run's ensemble.
+
+    Raises:
+        `EnsembleLoadError`: when the run holds no complete ensemble.
+    """
+    config = SavedEnsembleConfig.load(run.ensemble)
     for member in config.members:
-        if not (run / "ensemble" / "adapters" / member.name / "adapter_model.safetensors").is_file():
-            raise EnsembleLoadError(f"Adapter {member.name!r} is missing from {str(run / 'ensemble')!r}.")
+        if not (run.member(member.name) / "adapter_model.safetensors").is_file():
+            raise EnsembleLoadError(f"Adapter {member.name!r} is missing from {str(run.ensemble)!r}.")
+    return config

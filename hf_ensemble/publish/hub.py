@@ -10,6 +10,7 @@ from huggingface_hub import CommitInfo, HfApi
 from .._files import read_json, write_json
 from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER, SavedEnsembleConfig
 from ..logging import get_logger
+from ..runs import RunDirectory
 from .card import public_name, require_ensemble, write_model_card
 
 logger = get_logger(__name__)
@@ -36,14 +37,12 @@ def push_ensemble_to_hub(
     Raises:
         `EnsembleLoadError`: when the run holds no complete ensemble.
     """
-    run = Path(run)
-    require_ensemble(run)
-    config = SavedEnsembleConfig.load(run / "ensemble")
+    config = require_ensemble(RunDirectory(run))
     base = config.base_model.name_or_path
     if Path(base).is_absolute():
         logger.warning(
-            "The base model is the local folder %r: whoever loads %r has to pass base_model=. Push the base model to "
-            "the Hub and train from there to spare them.",
+            "The base model is the local folder %r: anyone loading %r must pass base_model=. To avoid that, push the base "
+            "model to the Hub and train from there.",
             base,
             repo_id,
         )

@@ -1,9 +1,9 @@
 """Trainers over many datasets: an ensemble of adapters, or one adapter for a target."""
 
-from .arguments import EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
+from .configs import EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
 from .ensemble_trainer import EnsembleSFTTrainer, EnsembleTrainer
 from .fidelity import measure_fidelity
-from .fidelity_report import FidelityReport
+from .results import collect_results
 from .selection_trainer import SelectionSFTTrainer, SelectionTrainer
 
 __all__ = [
@@ -11,10 +11,10 @@ __all__ = [
     "EnsembleSFTConfig",
     "EnsembleSFTTrainer",
     "EnsembleTrainer",
-    "FidelityReport",
     "SelectionConfig",
     "SelectionSFTConfig",
     "SelectionSFTTrainer",
     "SelectionTrainer",
+    "collect_results",
     "measure_fidelity",
 ]

@@ -1,27 +1,29 @@
-"""Predictions against the truth: subsets of the tasks fine-tuned for real."""
+"""Predictions against the truth: subsets of the tasks that are fine-tuned."""
 
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from ..capture import transplanted
+from ..capture import applied_update
 from ..errors import EstimationError
+from ..estimate import Prediction, SubsetEstimator
 from ..estimate.fidelity_measures import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
+from ..runs import FidelityReport, FirstOrderError, NoiseCeiling, ScoredRun
 from ..select import mixed_subsets
 from ..store import GradientStore
 from ..tasks import EXAMPLE_ID
-from .evaluation import score_examples
-from .fidelity_report import FidelityReport, FirstOrderError, NoiseCeiling
-from .scored_runs import ScoredRun, scored_run
-from .stages import StagesMixin
+from .ensemble_trainer import EnsembleSFTTrainer, EnsembleTrainer
+from .flows.ensemble_flow import EnsembleFlow
+from .flows.selection_flow import SelectionFlow
+from .selection_trainer import SelectionSFTTrainer, SelectionTrainer
 
 # A second training of a subset has this seed beside the arguments' own.
 _OTHER_SEED = 1
 
 
 def measure_fidelity(
-    trainer: StagesMixin,
+    trainer: EnsembleTrainer | EnsembleSFTTrainer | SelectionTrainer | SelectionSFTTrainer,
     num_subsets: int = 20,
     sizes: Sequence[int] | None = None,
     subsets: Sequence[Sequence[str]] | None = None,
@@ -31,26 +33,25 @@ def measure_fidelity(
 ) -> FidelityReport:
     """Fine-tune random subsets of the tasks with the user's own trainer, and compare with the predictions.
 
-    It captures gradients first where the run has none. Every finished subset is kept in `OUTPUT_DIR/scored_runs`, so
-    that a killed measurement goes on where it stopped. Subsets that calibrated the estimates are left out.
+    Gradients are captured first where the run has none. Every finished subset is kept in the run, so that a killed
+    measurement goes on where it stopped. Subsets that calibrated the estimates are left out.
 
     Args:
-        trainer (`EnsembleTrainer` or another trainer over several tasks): trains and scores.
-        num_subsets (`int`, *optional*, defaults to 20): random subsets.
+        trainer (`EnsembleTrainer`, `SelectionTrainer` or one of their SFT forms): trains and scores.
+        num_subsets (`int`, *optional*, defaults to 20): number of random subsets.
         sizes (`Sequence[int]`, *optional*): their sizes, in turn; from one task to all by default.
         subsets (`Sequence[Sequence[str]]`, *optional*): in place of random ones.
-        num_repeated (`int`, *optional*, defaults to 0): of the subsets, the first so many are trained with a second
-            seed, for the noise ceiling.
-        num_transplanted (`int`, *optional*, defaults to 3): subsets whose optimum is put into the model, for the error
-            of the first-order approximation alone.
-        seed (`int`, *optional*, defaults to 0): of the draws of subsets.
+        num_repeated (`int`, *optional*, defaults to 0): how many of the subsets, from the first on, are trained with a
+            second seed, for the noise ceiling.
+        num_transplanted (`int`, *optional*, defaults to 3): number of subsets whose predicted parameters are put into the
+            model, for the error of the first-order approximation alone.
+        seed (`int`, *optional*, defaults to 0): seed of the draw of subsets.
 
     Raises:
         `EstimationError`: for subsets with unknown tasks, and when no subset is left to compare with.
     """
-    run = trainer.open_run()
     store = trainer.capture()
-    estimator = trainer.selector(store).estimator
+    estimator = trainer.selector().estimator
     names = list(estimator.task_names)
     if subsets is None:
         drawn = mixed_subsets(len(names), num_subsets, sizes, seed)
@@ -64,22 +65,50 @@ def measure_fidelity(
     start = time.perf_counter()
     prediction = estimator.predict_subsets(subsets)
     prediction_seconds = time.perf_counter() - start
+    calibration = trainer.flow.calibration
     first = [
-        scored_run(trainer, subset, description=f"Subset {number}/{len(subsets)}")
+        calibration.scored_run(subset, description=f"Subset {number}/{len(subsets)}")
         for number, subset in enumerate(subsets, start=1)
     ]
     second = [
-        scored_run(trainer, subset, trainer.args.seed + _OTHER_SEED, f"Second seed {number}/{num_repeated}")
+        calibration.scored_run(subset, trainer.args.seed + _OTHER_SEED, f"Second seed {number}/{num_repeated}")
         for number, subset in enumerate(subsets[:num_repeated], start=1)
     ]
+    report = _report(
+        estimator,
+        subsets,
+        prediction,
+        first,
+        ceiling=_ceiling(prediction.loss, _measure(first, names, "loss"), second, names),
+        first_order=_first_order(trainer.flow, store, estimator, prediction, first, num_transplanted),
+        capture_seconds=trainer.run_directory.seconds("gradients"),
+        prediction_seconds=prediction_seconds,
+    )
+    trainer.run_directory.write(report)
+    return report
+
+
+def _report(
+    estimator: SubsetEstimator,
+    subsets: list[list[str]],
+    prediction: Prediction,
+    runs: Sequence[ScoredRun],
+    ceiling: NoiseCeiling | None,
+    first_order: FirstOrderError | None,
+    capture_seconds: float | None,
+    prediction_seconds: float,
+) -> FidelityReport:
+    names = list(estimator.task_names)
     low, high = prediction.loss_low, prediction.loss_high
-    true, accuracy = (_measure(first, names, measure) for measure in ("loss", "accuracy"))
+    true, accuracy = (_measure(runs, names, measure) for measure in ("loss", "accuracy"))
     inside = np.array([[name in subset for name in names] for subset in subsets])
     ranks = task_spearman(prediction.loss, true)
     base = estimator.base_loss()
-    capture_seconds = run.seconds("gradients")
-    seconds = [one.seconds for one in first]
-    report = FidelityReport(
+    seconds = [one.seconds for one in runs]
+    speed_up = None
+    if capture_seconds is not None:
+        speed_up = float(100 * np.mean(seconds) / (capture_seconds + 100 * prediction_seconds / len(subsets)))
+    return FidelityReport(
         task_names=names,
         subsets=subsets,
         predicted_loss=prediction.loss.tolist(),
@@ -98,25 +127,20 @@ def measure_fidelity(
         change_correlation=correlation(prediction.loss - base, true - base),
         interval_level=estimator.interval.level,
         interval_coverage=coverage(low, high, true),
-        ceiling=_ceiling(prediction.loss, true, second, names),
-        first_order=_first_order(trainer, store, estimator, prediction, first, num_transplanted),
+        ceiling=ceiling,
+        first_order=first_order,
         calibration_subsets=[list(observed.mixture) for observed in estimator.observed_runs],
         l2_scale=estimator.regularization.l2_scale,
         l2_evidence=estimator.regularization.evidence,
         training_seconds=seconds,
         capture_seconds=capture_seconds,
         prediction_seconds=prediction_seconds,
-        speed_up=None
-        if capture_seconds is None
-        else 100 * np.mean(seconds) / (capture_seconds + 100 * prediction_seconds / len(subsets)),
+        speed_up=speed_up,
     )
-    if trainer.is_world_process_zero():
-        report.save(run.path / "estimate" / "fidelity.json")
-    return report
 
 
 def _measure(runs: Sequence[ScoredRun], names: Sequence[str], measure: str) -> np.ndarray:
-    return np.array([[run.scores[name][measure] for name in names] for run in runs])
+    return np.array([[getattr(run.scores[name], measure) for name in names] for run in runs])
 
 
 def _ceiling(predicted, true, second: Sequence[ScoredRun], names: Sequence[str]) -> NoiseCeiling | None:
@@ -132,17 +156,27 @@ def _ceiling(predicted, true, second: Sequence[ScoredRun], names: Sequence[str])
     )
 
 
-def _first_order(trainer, store: GradientStore, estimator, prediction, runs, count: int) -> FirstOrderError | None:
+def _first_order(
+    flow: EnsembleFlow | SelectionFlow,
+    store: GradientStore,
+    estimator: SubsetEstimator,
+    prediction: Prediction,
+    runs: Sequence[ScoredRun],
+    count: int,
+) -> FirstOrderError | None:
     chosen = np.unique(np.linspace(0, len(runs) - 1, min(count, len(runs))).round().astype(int))
     if not len(chosen):
         return None
     error = norm = 0.0
     losses, linear_losses, distances = [], [], []
     for row in chosen:
-        trainer.adapter_training.reset()
-        with transplanted(trainer.model, store, estimator.parameters_at(prediction.coefficients[row])):
-            distances.append(trainer.adapter_training.distance())
-            true = validation_margins(trainer, store)
+        flow.training.reset()
+        with (
+            flow.context.model_state.restored(),
+            applied_update(flow.context.model, store, estimator.parameters_at(prediction.coefficients[row])),
+        ):
+            distances.append(flow.training.distance())
+            true = validation_margins(flow, store)
         linear = estimator.linear_margins(prediction.coefficients[row])
         for name in estimator.task_names:
             examples = [key for key in linear if key[0] == name]
@@ -160,12 +194,11 @@ def _first_order(trainer, store: GradientStore, estimator, prediction, runs, cou
     )
 
 
-def validation_margins(trainer, store: GradientStore) -> dict[tuple[str, str], float]:
+def validation_margins(flow: EnsembleFlow | SelectionFlow, store: GradientStore) -> dict[tuple[str, str], float]:
     """Margin of every validation example at the model's present parameters, by (task, example id)."""
     kind = store.identity["config"]["margin"]
-    logits_of = trainer.adapter_logits(trainer.adapter_training.adapter_name)
-    margins = {}
-    for name, dataset in trainer.eval_dataset.items():
-        scores = score_examples(trainer, logits_of, dataset, trainer.label_space, kind)
-        margins.update({(name, example): float(m) for example, m in zip(dataset[EXAMPLE_ID], scores.margin)})
+    context, margins = flow.context, {}
+    for name, rows in context.eval_tables.items():
+        scores = context.evaluator.score_rows(context.answer_scorer(), rows, kind, name)
+        margins.update({(name, example): float(m) for example, m in zip(rows[EXAMPLE_ID], scores.margin)})
     return margins

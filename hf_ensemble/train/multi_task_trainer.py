@@ -1,20 +1,36 @@
-"""Trainers over a dict of datasets: they make the token tables that `TaskTrainer` and `TaskSFTTrainer` take."""
+"""Trainers over a dict of datasets: one table of tokens, one adapter at its start, and trainers for single adapters."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import ExportableState
+from trl import SFTConfig
 
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..tasks import TASK, LabelSpace, RowFormat, TaskSet, data_collator_for, encode, length_limit
 from ..tasks.task_set import as_dataset, make_task
+from .model_state import ModelState
 from .task_trainer import TaskSFTTrainer, TaskTrainer
+from .used_models import without_adapters_of_earlier_runs
 
 logger = get_logger(__name__)
+
+# Task names that would collide with names of metrics or of adapters.
+_RESERVED = ("mean", "overall")
 
 
 def as_task_set(train_dataset: Any, eval_dataset: Any) -> TaskSet:
@@ -25,7 +41,7 @@ def as_task_set(train_dataset: Any, eval_dataset: Any) -> TaskSet:
     """
     if isinstance(train_dataset, TaskSet):
         if eval_dataset is not None:
-            raise TaskError("A TaskSet brings its evaluation rows: leave eval_dataset away.")
+            raise TaskError("A TaskSet brings its own evaluation rows: do not pass eval_dataset beside it.")
         return train_dataset
     for name, value in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         if not isinstance(value, Mapping) and not (name == "eval_dataset" and value is None):
@@ -43,12 +59,33 @@ def check_labels(model, label_space: LabelSpace | None) -> None:
 
 
 class MultiTaskMixin:
-    """What the trainers over a dict of datasets share: tasks, one-adapter model, shared starting point."""
+    """What the trainers over a dict of datasets share.
 
-    inner_trainer_class: type
-    config_class: type
+    Such a trainer is never trained itself. It makes trainers for single adapters, each a new one of the user's own class, so
+    that whatever a subclass overrides or a callback does happens in every training.
 
-    def _checked_args(self, args: Any, model: Any) -> Any:
+    Attributes:
+        tasks (`TaskSet`): the tasks.
+        is_adapter_trainer (`bool`): whether this is a trainer for a single adapter.
+    """
+
+    adapter_trainer_class: ClassVar[type[Trainer]]
+    config_class: ClassVar[type[TrainingArguments]]
+    is_adapter_trainer: bool = False
+    tasks: TaskSet
+    _model_state: ModelState | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # The first thing that `Trainer` does with a model: what is recorded here is the model before any trainer.
+        if not self.is_adapter_trainer and self._model_state is None:
+            self._undo_preparation()
+            self._model_state = ModelState(self.model)
+        super().create_accelerator_and_postprocess()
+
+    def _undo_preparation(self) -> None:
+        """Take off what a parent's constructor has put on the model already; each adapter's trainer does it again."""
+
+    def _checked_args(self, args: Any, model: Any) -> TrainingArguments:
         """The trainer's own arguments; defaults where there are none.
 
         Raises:
@@ -64,7 +101,13 @@ class MultiTaskMixin:
             )
         return args
 
-    def _finish_init(self, tasks: TaskSet, inner_kwargs: dict[str, Any], optimizers: Any) -> None:
+    def _finish_init(
+        self,
+        tasks: TaskSet,
+        adapter_trainer_kwargs: dict[str, Any],
+        callbacks: list[TrainerCallback | type[TrainerCallback]] | None,
+        optimizers: Any,
+    ) -> None:
         if tuple(optimizers or (None, None)) != (None, None):
             raise ConfigurationError(
                 "An optimizer instance serves one training only, and several adapters are trained. Pass "
@@ -80,15 +123,64 @@ class MultiTaskMixin:
                 "compute_metrics is used by evaluations during each training; the evaluation of the whole run reports "
                 "loss and accuracy."
             )
-        reserved = sorted(name for name in tasks if name == "mean" or name.startswith("baseline"))
+        reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
         if reserved:
-            raise TaskError(f"The task names {reserved} are taken by metrics' names: rename these tasks.")
+            raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
         self.tasks = tasks
-        self.inner_kwargs = inner_kwargs
+        self._adapter_trainer_kwargs = adapter_trainer_kwargs
+        given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
+        # Those that `Trainer` adds by itself: every adapter's trainer brings its own.
+        self._automatic_callbacks = [
+            callback
+            for callback in self.callback_handler.callbacks
+            if id(callback) not in given and type(callback) not in given
+        ]
         lost = sorted(set(tasks.names) - set(self.train_dataset.unique(TASK)))
         lost += [name for name, rows in self.eval_dataset.items() if len(rows) == 0]
         if lost:
             raise TaskError(f"No row of the tasks {lost} is left after tokenization: raise max_length.")
+
+    def adapter_trainer(
+        self,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Mapping[str, Dataset],
+        sampling_weights: Mapping[str, float],
+    ) -> Trainer:
+        """A trainer for the active adapter, of this trainer's own class, as if it were the first on the model.
+
+        It has the attributes that a subclass's constructor has set, the callbacks that this trainer has now, and nothing
+        else of its state. Callbacks with state of their own (`ExportableState`) are copied, others shared.
+
+        Args:
+            args (`TrainingArguments`): its arguments.
+            train_dataset (`Dataset`): rows of tokens with `task` and `example_id`.
+            eval_dataset (`dict[str, Dataset]`): rows of tokens, by task.
+            sampling_weights (`dict[str, float]`): relative weight of one row of each task.
+        """
+        trainer = object.__new__(type(self))
+        trainer.__dict__.update(self.__dict__)
+        trainer.is_adapter_trainer = True
+        self.adapter_trainer_class.__init__(
+            trainer,
+            model=self.model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=dict(eval_dataset),
+            processing_class=self.processing_class,
+            label_space=self.label_space,
+            sampling_weights=sampling_weights,
+            callbacks=[
+                copy.deepcopy(callback) if isinstance(callback, ExportableState) else callback
+                for callback in self.callback_handler.callbacks
+                if callback not in self._automatic_callbacks
+            ],
+            **self._adapter_trainer_kwargs,
+        )
+        for callback in self._automatic_callbacks:
+            if callback not in self.callback_handler.callbacks:
+                trainer.remove_callback(type(callback))
+        return trainer
 
     def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         """Raw evaluation rows of known tasks as token tables with `task` and `example_id`."""
@@ -108,7 +200,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
     tokenized; `model` may be a name; `peft_config` adds an adapter, as in trl.
     """
 
-    inner_trainer_class = TaskTrainer
+    adapter_trainer_class = TaskTrainer
 
     def __init__(
         self,
@@ -137,6 +229,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             space = tasks.label_space
             model = AutoModelForCausalLM.from_pretrained(model) if space is None else load_classifier(model, space)
         check_labels(model, tasks.label_space)
+        model = without_adapters_of_earlier_runs(model)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         is_classification = tasks.row_format is RowFormat.CLASSIFICATION
@@ -157,13 +250,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             sampling_weights=tasks.sampling_weights,
             **kwargs,
         )
-        inner = {
-            "data_collator": self.data_collator,
-            "callbacks": callbacks,
-            "label_space": tasks.label_space,
-            **kwargs,
-        }
-        self._finish_init(tasks, inner, optimizers)
+        self._finish_init(tasks, {"data_collator": self.data_collator, **kwargs}, callbacks, optimizers)
 
     def _encode(self, rows: Dataset) -> Dataset:
         return encode(rows, self._tokenizer, self._row_format, self._label_space, length_limit(self._tokenizer))
@@ -178,7 +265,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
     Changes: `train_dataset` and `eval_dataset` are dicts of named datasets (or a `TaskSet`).
     """
 
-    inner_trainer_class = TaskSFTTrainer
+    adapter_trainer_class = TaskSFTTrainer
 
     def __init__(
         self,
@@ -203,13 +290,13 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             )
         if tasks.row_format is RowFormat.CHAT and not args.assistant_only_loss:
             logger.warning(
-                "Without assistant_only_loss=True every token of a chat is trained on and counts as its answer, what "
-                "the user says too; an accuracy of whole answers says nothing then."
+                "Without assistant_only_loss=True every token of a chat is trained on and counts as its answer, "
+                "including the user's turns, and the accuracy of whole answers means nothing."
             )
         if args.packing or args.padding_free:
             raise ConfigurationError("Packed rows lose their task: set packing=False and padding_free=False.")
         super().__init__(
-            model=model,
+            model=model if isinstance(model, str) else without_adapters_of_earlier_runs(model),
             args=args,
             data_collator=data_collator,
             train_dataset=tasks.table("train"),
@@ -222,8 +309,18 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             sampling_weights=tasks.sampling_weights,
             **kwargs,
         )
-        inner = {"data_collator": data_collator, "callbacks": callbacks, **kwargs}
-        self._finish_init(tasks, inner, optimizers)
+        self._finish_init(tasks, {"data_collator": data_collator, **kwargs}, callbacks, optimizers)
+
+    def _undo_preparation(self) -> None:
+        if isinstance(self.model, PeftModel) and self.args.gradient_checkpointing:
+            # SFTTrainer makes the embeddings' outputs require gradients before `Trainer` sees the model.
+            self.model.disable_input_require_grads()
+
+    def adapter_trainer(self, args: SFTConfig, *tables: Any, **kwargs: Any) -> Trainer:
+        # The model is loaded and the rows are tokens already.
+        args.model_init_kwargs = args.chat_template_path = None
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        return super().adapter_trainer(args, *tables, **kwargs)
 
     def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         rows = self._identified(datasets)

@@ -21,12 +21,15 @@ from ..tasks import (
 
 
 class TaskColumnsMixin:
-    """Keeps `task` and `example_id` up to the batch and pops them before the model; draws rows by task weight.
+    """Keeps `task` and `example_id` up to the batch and takes them out before the model; draws rows by task weight.
 
     Args:
         label_space (`LabelSpace`, *optional*): label sets of classification tasks; the loss counts a row's own labels.
         sampling_weights (`dict[str, float]`, *optional*): relative weight of one row of each task; all alike by
             default.
+
+    Attributes:
+        batch_tasks (`list[str]`): task of each row of the batch that the model is run on.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class TaskColumnsMixin:
     ):
         self.label_space = label_space
         self.sampling_weights = dict(sampling_weights or {})
+        self.batch_tasks: list[str] = []
         super().__init__(*args, **kwargs)
         if not isinstance(self.data_collator, TaskCollator):
             self.data_collator = TaskCollator(self.data_collator)
@@ -53,10 +57,11 @@ class TaskColumnsMixin:
             return super()._get_train_sampler(train_dataset)
         return TaskWeightedSampler(dataset[TASK], self.sampling_weights, self.args.seed)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
-        pop_meta(inputs)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def _prepare_inputs(self, inputs):
+        # Here, and not in `compute_loss`, so that a subclass's own loss gets what its model takes.
+        inputs = super()._prepare_inputs(inputs)
+        self.batch_tasks = pop_meta(inputs).get(TASK, [])
+        return inputs
 
 
 class TaskTrainer(TaskColumnsMixin, Trainer):
@@ -72,10 +77,9 @@ class TaskTrainer(TaskColumnsMixin, Trainer):
         if self.label_space is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        tasks = pop_meta(inputs)[TASK]
         labels = inputs.pop("labels")
         outputs = model(**inputs)
-        logits = restrict_to_labels(outputs.logits, self.label_space.mask(tasks))
+        logits = restrict_to_labels(outputs.logits, self.label_space.mask(self.batch_tasks))
         outputs["logits"] = logits
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)

@@ -1,20 +1,21 @@
 """`hf-ensemble demo`: the whole flow on a small generated world."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-from ..._files import write_json
+from ..._records import Record
 from ...ensemble import PeftEnsembleModel
 from ...select import Selection
 from ...tasks import TaskSet
-from ...train import EnsembleSFTConfig, EnsembleSFTTrainer, measure_fidelity
-from ..arguments import DemoArguments, RunArguments, parse
-from ..report import console, fidelity_table, grouping_table, results_table, selection_table
-from ..run import collect_results
+from ...runs import Results
+from ...train import EnsembleSFTConfig, EnsembleSFTTrainer, collect_results, measure_fidelity
+from ..arguments import DemoArguments, parse
+from ..tables import console, fidelity_table, grouping_table, results_table, selection_table
 from .tiny_model import build_tokenizer, train_base_model
 from .world import CORRUPTED, FAMILIES, TARGET, World, build_world
 
@@ -25,8 +26,31 @@ _STORY = (
 )
 
 
-def demo(argv: Sequence[str]) -> dict:
-    """Run the demo; returns what `results.json` holds."""
+@dataclass(frozen=True)
+class DemoResults(Record):
+    """What the demo shows.
+
+    Args:
+        results (`Results`): of the ensemble run.
+        target (`str`): the task that auxiliary tasks were selected for.
+        corrupted (`str`): the task with random answers.
+        selected (`list[str]`): the tasks selected for the target.
+        mean_relative_error (`float`): of predicted losses of subsets, against fine-tuning them.
+        reload_difference (`float`): largest difference between the logits of the trained and the reloaded ensemble.
+    """
+
+    format = "hf_ensemble.demo"
+
+    results: Results
+    target: str
+    corrupted: str
+    selected: list[str]
+    mean_relative_error: float
+    reload_difference: float
+
+
+def main(argv: Sequence[str]) -> DemoResults:
+    """Run the demo."""
     (arguments,), _ = parse([DemoArguments], argv, command="demo")
     out = console()
     # The model is too small for a second thread to pay, and on a busy machine it costs.
@@ -38,29 +62,24 @@ def demo(argv: Sequence[str]) -> dict:
     tasks = TaskSet.from_datasets(world.tasks())
     trainer = demo_trainer(base, tasks, folder / "run", arguments.seed)
     trainer.train()
-    results = collect_results(trainer, tasks, RunArguments())
-    selection = select_for_target(trainer, folder / "run")
+    results = collect_results(trainer)
+    selection = select_for_target(trainer)
     report = measure_fidelity(trainer, subsets=fidelity_subsets(arguments.fidelity_subsets))
     reloaded, difference = reload_and_compare(trainer, tasks)
-    results.update(
-        target=TARGET,
-        corrupted=CORRUPTED,
-        selected=selection.tasks,
-        mean_relative_error=report.mean_relative_error,
-        reload_difference=difference,
-    )
-    write_json(folder / "results.json", results)
+    outcome = DemoResults(results, TARGET, CORRUPTED, selection.tasks, report.mean_relative_error, difference)
+    summary = folder / "demo.json"
+    outcome.save(summary)
     out.print(selection_table(selection, expected=_what_it_is()))
     out.print(grouping_table(trainer.grouping, trainer.ensemble))
-    out.print(results_table(results["scores"], results["split"]))
+    out.print(results_table(results))
     out.print(fidelity_table(report))
-    ensemble = folder / "run" / "ensemble"
-    paths = f"Ensemble: {ensemble}\nModel card: {ensemble / 'README.md'}\nResults: {folder / 'results.json'}"
+    ensemble = trainer.run_directory.ensemble
+    paths = f"Ensemble: {ensemble}\nModel card: {ensemble / 'README.md'}\nResults: {summary}"
     out.print(paths, soft_wrap=True)
     out.print(f"Reloaded ensemble: logits differ by at most {difference:.1e}. It answers:")
     for prompt, task, answer in generations(reloaded, tasks, base):
         out.print(f"  {prompt} [bold]{answer}[/bold]   (as {task})")
-    return results
+    return outcome
 
 
 def base_model(world: World, folder: Path, seed: int) -> str:
@@ -92,10 +111,10 @@ def demo_trainer(base: str, tasks: TaskSet, output_dir: Path, seed: int) -> Ense
     return EnsembleSFTTrainer(model=base, args=args, train_dataset=tasks, peft_config=peft_config)
 
 
-def select_for_target(trainer: EnsembleSFTTrainer, folder: Path) -> Selection:
+def select_for_target(trainer: EnsembleSFTTrainer) -> Selection:
     """What helps the target, from the gradients that the run has captured."""
-    selection = trainer.selector(trainer.capture()).select(TARGET)
-    selection.save(folder / "selection.json")
+    selection = trainer.selector().select(TARGET)
+    trainer.run_directory.write(selection)
     return selection
 
 
@@ -108,7 +127,7 @@ def fidelity_subsets(count: int) -> list[list[str]]:
 
 def reload_and_compare(trainer: EnsembleSFTTrainer, tasks: TaskSet) -> tuple[PeftEnsembleModel, float]:
     """The ensemble as loaded from disk, and the largest difference of its logits from the trained one's."""
-    reloaded = PeftEnsembleModel.from_pretrained(Path(trainer.args.output_dir) / "ensemble")
+    reloaded = PeftEnsembleModel.from_pretrained(trainer.run_directory.ensemble)
     rows = [trainer.eval_dataset[task][0] for task in tasks]
     batch = trainer.data_collator([{key: row[key] for key in ("input_ids", "labels", "task")} for row in rows])
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}

@@ -9,14 +9,11 @@ from rich.table import Table
 
 from ..ensemble import PeftEnsembleModel
 from ..select import ExampleScores, Grouping, Selection
-from ..train import FidelityReport
-
-Scores = Mapping[str, Mapping[str, float]]
-
+from ..runs import FidelityReport, Results
 
 def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
     """Every adapter with its tasks, and the other tasks that give it a weight."""
-    table = Table(title="Groups, one adapter each", caption=grouping.why)
+    table = Table(title="Groups, one adapter each", caption=grouping.summary)
     table.add_column("adapter")
     table.add_column("trained on")
     table.add_column("used by")
@@ -28,26 +25,24 @@ def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
     return table
 
 
-def results_table(results: Mapping[str, Scores], split: str) -> Table:
+def results_table(results: Results) -> Table:
     """Accuracy of every system on every task."""
     names = {"base": "base model", "baseline": "one adapter for all", "ensemble": "ensemble", "selection": "selection"}
-    systems = [system for system in names if system in results]
-    table = Table(title=f"Accuracy on {split} rows")
+    systems = [system for system in names if system in results.scores]
+    table = Table(title=f"Accuracy on {results.split} rows")
     table.add_column("task")
     for system in systems:
         table.add_column(names[system], justify="right")
-    tasks = list(results[systems[-1]])
-    for task in tasks:
-        table.add_row(task, *(f"{results[system][task]['accuracy']:.3f}" for system in systems))
+    for task in results.scores[systems[-1]]:
+        table.add_row(task, *(f"{results.scores[system][task].accuracy:.3f}" for system in systems))
     table.add_section()
-    means = [sum(results[s][t]["accuracy"] for t in tasks) / len(tasks) for s in systems]
-    table.add_row("mean", *(f"{mean:.3f}" for mean in means), style="bold")
+    table.add_row("mean", *(f"{results.mean_accuracy[system]:.3f}" for system in systems), style="bold")
     return table
 
 
 def selection_table(selection: Selection, expected: Mapping[str, str] | None = None) -> Table:
     """Every auxiliary task with its score; `expected` adds a column that says what is known of it."""
-    table = Table(title=f"What helps {', '.join(selection.targets)}", caption=selection.why)
+    table = Table(title=f"What helps {', '.join(selection.targets)}", caption=selection.summary)
     table.add_column("task")
     table.add_column("score (lower is better)", justify="right")
     table.add_column("selected")
@@ -88,7 +83,7 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 
 def group_curve_table(grouping: Grouping) -> Table:
     """Tasks of each group, and the predicted loss by the number of groups."""
-    table = Table(title="Groups", caption=grouping.why)
+    table = Table(title="Groups", caption=grouping.summary)
     table.add_column("group")
     table.add_column("tasks")
     table.add_column("helpers")
@@ -105,7 +100,7 @@ def group_curve_table(grouping: Grouping) -> Table:
 
 def example_table(scores: ExampleScores) -> Table:
     """Quartiles of the rows' scores by task."""
-    table = Table(title=f"Training rows, for {', '.join(scores.targets)}", caption=scores.why)
+    table = Table(title=f"Training rows, for {', '.join(scores.targets)}", caption=scores.summary)
     for column in ("task", "rows", "that harm", "lower quartile", "median", "upper quartile"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task, own in scores.scores.items():

@@ -1,12 +1,8 @@
-"""What a comparison of predictions with the truth found."""
+"""How predictions compare with the truth."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-
-from .._files import write_json
+from .._records import Record
 
 
 @dataclass(frozen=True)
@@ -22,8 +18,8 @@ class NoiseCeiling:
 
     num_subsets: int
     mean_relative_error: float
-    mean_task_spearman: float
-    predicted_mean_task_spearman: float
+    mean_task_spearman: float | None
+    predicted_mean_task_spearman: float | None
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,8 @@ class FirstOrderError:
 
 
 @dataclass(frozen=True)
-class FidelityReport:
-    """Predicted and true validation losses of `S` subsets and `T` tasks.
+class FidelityReport(Record):
+    """Predicted and true validation losses of `S` subsets and `T` tasks. Figures that are not defined are NaN, null in JSON.
 
     Args:
         task_names (`list[str]`): the tasks.
@@ -81,24 +77,26 @@ class FidelityReport:
             Time to truly train and score 100 such subsets over time to capture and to predict 100 of them.
     """
 
+    format = "hf_ensemble.fidelity"
+
     task_names: list[str]
     subsets: list[list[str]]
     predicted_loss: list[list[float]]
-    loss_low: list[list[float]]
-    loss_high: list[list[float]]
+    loss_low: list[list[float | None]]
+    loss_high: list[list[float | None]]
     true_loss: list[list[float]]
     predicted_accuracy: list[list[float]]
     true_accuracy: list[list[float]]
     mean_relative_error: float
     mean_accuracy_error: float
-    task_spearman: dict[str, float]
-    mean_task_spearman: float
-    mean_task_spearman_inside: float
-    mean_task_spearman_outside: float
-    correlation: float
-    change_correlation: float
-    interval_level: float
-    interval_coverage: float
+    task_spearman: dict[str, float | None]
+    mean_task_spearman: float | None
+    mean_task_spearman_inside: float | None
+    mean_task_spearman_outside: float | None
+    correlation: float | None
+    change_correlation: float | None
+    interval_level: float | None
+    interval_coverage: float | None
     ceiling: NoiseCeiling | None
     first_order: FirstOrderError | None
     calibration_subsets: list[list[str]]
@@ -108,16 +106,3 @@ class FidelityReport:
     capture_seconds: float | None
     prediction_seconds: float
     speed_up: float | None
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON; a figure that is not defined (too few subsets) is null."""
-        write_json(Path(path), _finite(asdict(self)))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,39 @@
+"""`hf-ensemble fidelity`: how far predictions can be trusted on these tasks, with this model and recipe."""
+
+from collections.abc import Sequence
+
+from trl import ModelConfig
+
+from ...publish import fidelity_picture
+from ...runs import FidelityReport
+from ...train import EnsembleSFTConfig, measure_fidelity
+from ..arguments import FidelityArguments, parse, print_help, with_config
+from ..tables import console, fidelity_summary, fidelity_table
+from ..trainers import build_trainer, load_tasks
+
+
+def main(argv: Sequence[str]) -> FidelityReport:
+    """Fine-tune random subsets and report how well they were predicted; resumes where it was stopped.
+
+    Raises:
+        `HfEnsembleError`: for bad arguments, tasks or models.
+    """
+    print_help([FidelityArguments, ModelConfig, EnsembleSFTConfig], argv, "fidelity")
+    (arguments, model_arguments), flags = parse([FidelityArguments, ModelConfig], with_config(argv), True)
+    tasks = load_tasks(arguments, model_arguments, "fidelity")
+    trainer = build_trainer(arguments, model_arguments, tasks, flags)
+    report = measure_fidelity(
+        trainer,
+        arguments.fidelity_subsets,
+        arguments.fidelity_sizes,
+        num_repeated=arguments.num_repeated,
+        num_transplanted=arguments.num_transplanted,
+        seed=arguments.subset_seed,
+    )
+    run = trainer.run_directory
+    fidelity_picture(report, run.fidelity_picture)
+    out = console()
+    out.print(fidelity_table(report))
+    out.print(fidelity_summary(report))
+    out.print(f"Report: {run.where(FidelityReport)}\nPicture: {run.fidelity_picture}", soft_wrap=True)
+    return report

@@ -1,0 +1,22 @@
+"""`hf-ensemble group`: groups of tasks to train one adapter each, from gradients that were captured before."""
+
+from collections.abc import Sequence
+
+from ...select import Grouping
+from ..arguments import GroupArguments, parse, with_config
+from ..choices import save_choice, selector_of
+from ..tables import console, group_curve_table
+
+
+def main(argv: Sequence[str]) -> Grouping:
+    """Group the tasks; writes the grouping and its pictures.
+
+    Raises:
+        `HfEnsembleError`: for bad arguments and stores.
+    """
+    (arguments,), _ = parse([GroupArguments], with_config(argv), command="group")
+    grouping = selector_of(arguments).group(**arguments.group_arguments(), seed=arguments.seed)
+    out = console()
+    out.print(group_curve_table(grouping))
+    save_choice(grouping, arguments.output_dir, out)
+    return grouping

@@ -1,0 +1,233 @@
+"""The directory of a run: where everything lies, and which stages are done."""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .._compat import package_versions
+from .._files import named_differences
+from .._processes import is_main_process, run_on_main
+from .._records import Record
+from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER
+from ..errors import RunMismatchError
+from ..logging import get_logger
+from . import layout
+from .records import RunRecord, ScoredRun, StageRecord, TrainedAdapter
+
+logger = get_logger(__name__)
+
+R = TypeVar("R", bound=Record)
+
+
+class RunDirectory:
+    """Paths, records and stages of a run.
+
+    Records are read with `read(Kind)` and written with `write(record)`; where they lie is known here alone.
+
+    Args:
+        path (`str` or `Path`): the run's `output_dir`.
+
+    Attributes:
+        record (`RunRecord`): configuration and stages; a run has to be opened first.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._record: RunRecord | None = None
+
+    # Folders
+
+    @property
+    def gradients(self) -> Path:
+        """The gradient store."""
+        return self.path / layout.GRADIENTS
+
+    @property
+    def baseline(self) -> Path:
+        """The one adapter for all tasks."""
+        return self.path / layout.BASELINE
+
+    @property
+    def meta_initialization(self) -> Path:
+        """The adapter that a selection starts from, where it was trained on all tasks first."""
+        return self.path / layout.META_INITIALIZATION
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter of a selection."""
+        return self.path / layout.ADAPTER
+
+    @property
+    def ensemble(self) -> Path:
+        """What goes to the Hub."""
+        return self.path / layout.ENSEMBLE
+
+    @property
+    def base_model(self) -> Path:
+        """A base model that was made for the run: an encoder with the labels' embeddings."""
+        return self.path / layout.BASE_MODEL
+
+    @property
+    def fidelity_picture(self) -> Path:
+        """Predicted against true losses."""
+        return self.path / layout.FIDELITY_PICTURE
+
+    def member(self, name: str) -> Path:
+        """One adapter of the ensemble."""
+        return self.ensemble / ADAPTERS_FOLDER / name
+
+    def training(self, name: str) -> Path:
+        """Checkpoints and logs of one training."""
+        return self.path / layout.TRAINING / name
+
+    def scored_adapter(self, subset: Sequence[str], seed: int) -> Path:
+        """An adapter that is trained for its scores alone."""
+        return self._scored_run(subset, seed).with_suffix("")
+
+    # Records
+
+    def where(self, kind: type[Record]) -> Path:
+        """The file of a record that a run has one of."""
+        return self.path / layout.RECORDS[kind]
+
+    def has(self, kind: type[Record]) -> bool:
+        return self.where(kind).is_file()
+
+    def read(self, kind: type[R]) -> R:
+        """A record of the run.
+
+        Raises:
+            `RecordError`: for a file that is missing, damaged, or of a newer release.
+        """
+        return kind.load(self.where(kind))
+
+    def write(self, record: Record) -> None:
+        """Write a record, on the main process."""
+        if is_main_process():
+            record.save(self.where(type(record)))
+
+    def trained_adapter(self, name: str) -> TrainedAdapter | None:
+        """What is known of a training; `None` where it was not begun."""
+        path = self._training_record(name)
+        return TrainedAdapter.load(path) if path.is_file() else None
+
+    def write_trained_adapter(self, trained: TrainedAdapter) -> None:
+        if is_main_process():
+            trained.save(self._training_record(trained.name))
+
+    def scored_run(self, subset: Sequence[str], seed: int) -> ScoredRun | None:
+        """A subset's true fine-tuning; `None` where it was not made."""
+        path = self._scored_run(subset, seed)
+        return ScoredRun.load(path) if path.is_file() else None
+
+    def scored_runs(self) -> list[ScoredRun]:
+        """Every true fine-tuning of the run."""
+        return [ScoredRun.load(path) for path in sorted((self.path / layout.SCORED_RUNS).glob("*.json"))]
+
+    def write_scored_run(self, scored: ScoredRun) -> None:
+        if is_main_process():
+            scored.save(self._scored_run(scored.subset, scored.seed))
+
+    def _training_record(self, name: str) -> Path:
+        return self.path / layout.TRAINING / f"{name}.json"
+
+    def _scored_run(self, subset: Sequence[str], seed: int) -> Path:
+        digest = hashlib.blake2b("|".join(sorted(subset)).encode(), digest_size=8).hexdigest()
+        return self.path / layout.SCORED_RUNS / f"{digest}-seed{seed}.json"
+
+    # Stages
+
+    @property
+    def record(self) -> RunRecord:
+        if self._record is None:
+            self._record = self.read(RunRecord)
+        return self._record
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        configuration: Mapping[str, Any],
+        choices: Mapping[str, Any],
+        overwrite: bool = False,
+    ) -> "RunDirectory":
+        """Begin a run, or go on with the one of the same configuration that lies there.
+
+        Args:
+            path (`str` or `Path`): the run's `output_dir`.
+            configuration (`dict`): what every stage depends on; with `overwrite`, a difference starts the run over.
+            choices (`dict`):
+                What only the choice of groups or tasks and the stages after it depend on; with `overwrite`, a
+                difference redoes these and keeps gradients and baseline.
+            overwrite (`bool`, *optional*, defaults to `False`): whether differences may be overwritten.
+
+        Raises:
+            `RunMismatchError`: when a run of another configuration lies there; the message names each difference.
+            `RecordError`: when the run's record is damaged.
+        """
+        run = cls(path)
+        # The others take what the main process has found or begun.
+        run._record = run_on_main(lambda: run._opened(dict(configuration), dict(choices), overwrite))
+        return run
+
+    def _opened(self, configuration: dict[str, Any], choices: dict[str, Any], overwrite: bool) -> RunRecord:
+        stages: dict[str, StageRecord] = {}
+        if self.has(RunRecord):
+            found = self.read(RunRecord)
+            basic = list(named_differences(found.configuration, configuration))
+            chosen = list(named_differences(found.choices, choices))
+            if not basic and not chosen:
+                return found
+            if not overwrite:
+                raise RunMismatchError(
+                    f"{str(self.path)!r} holds a run of another configuration: {'; '.join(basic + chosen)}. Choose "
+                    "another output_dir, or set overwrite_run=True to redo the stages that depend on it."
+                )
+            self._delete(layout.CHOICE_ARTEFACTS if not basic else (*layout.CHOICE_ARTEFACTS, *layout.BASIC_ARTEFACTS))
+            if not basic:
+                kept = found.stages.items()
+                stages = {name: stage for name, stage in kept if name.split(":")[0] not in layout.CHOICE_STAGES}
+        record = RunRecord(configuration, choices, package_versions(), stages)
+        self.write(record)
+        return record
+
+    def _delete(self, names: Iterable[str]) -> None:
+        """Delete artefacts of stages, and nothing else that lies there."""
+        for name in names:
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+    def is_done(self, stage: str) -> bool:
+        known = self.record.stages.get(stage)
+        return known is not None and known.status == "done"
+
+    def seconds(self, stage: str) -> float | None:
+        """Wall time of a finished stage; `None` where it was interrupted and resumed."""
+        known = self.record.stages.get(stage)
+        return None if known is None else known.seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[bool]:
+        """Yields whether the stage has to be run; it is recorded as done when the block ends without an exception."""
+        if self.is_done(name):
+            logger.info("Stage %r is done already.", name)
+            yield False
+            return
+        interrupted = name in self.record.stages
+        self._record_stage(name, StageRecord("begun"))
+        start = time.perf_counter()
+        yield True
+        seconds = None if interrupted else round(time.perf_counter() - start, 3)
+        self._record_stage(name, StageRecord("done", seconds))
+
+    def _record_stage(self, name: str, stage: StageRecord) -> None:
+        self._record = replace(self.record, stages={**self.record.stages, name: stage})
+        self.write(self._record)

@@ -1,0 +1,43 @@
+"""File and folder names of a run. No other module knows them."""
+
+from .._records import Record
+from ..select import ExampleScores, Grouping, Mixture, Selection
+from .fidelity_report import FidelityReport
+from .records import EnsembleWeights, Estimate, Evaluation, RunRecord, TasksRecord
+from .results import Results
+
+GRADIENTS = "gradients"
+BASELINE = "baseline"
+META_INITIALIZATION = "meta"
+ADAPTER = "adapter"
+ENSEMBLE = "ensemble"
+BASE_MODEL = "base"
+TRAINING = "training"
+SCORED_RUNS = "scored_runs"
+FIDELITY_PICTURE = "estimate/fidelity.png"
+RECORDS: dict[type[Record], str] = {
+    RunRecord: "run.json",
+    TasksRecord: "tasks.json",
+    Grouping: "groups.json",
+    Selection: "selection.json",
+    Mixture: "mixture.json",
+    ExampleScores: "example_scores.json",
+    Estimate: "estimate/estimate.json",
+    EnsembleWeights: "estimate/weights.json",
+    FidelityReport: "estimate/fidelity.json",
+    Evaluation: "evaluation.json",
+    Results: "results.json",
+}
+# What depends on the choice of groups or auxiliary tasks, and what the choice depends on.
+CHOICE_ARTEFACTS = (RECORDS[Grouping], RECORDS[Selection], RECORDS[Evaluation], RECORDS[Results], ENSEMBLE, ADAPTER)
+CHOICE_STAGES = ("group", "select", "weights", "adapter")
+BASIC_ARTEFACTS = (
+    GRADIENTS,
+    "estimate",
+    BASELINE,
+    META_INITIALIZATION,
+    TRAINING,
+    SCORED_RUNS,
+    RECORDS[TasksRecord],
+    RECORDS[RunRecord],
+)

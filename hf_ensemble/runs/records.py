@@ -1,0 +1,221 @@
+"""What the files of a run hold."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .._records import Record
+from ..estimate import ObservedRun, SubsetEstimator
+from ..evaluate import TaskScores
+from ..select import Grouping
+from ..tasks import TaskSet
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """How far a stage is.
+
+    Args:
+        status (`str`): `"begun"` or `"done"`.
+        seconds (`float`, *optional*): wall time; `None` for a stage that was interrupted and resumed, or is not done.
+    """
+
+    status: Literal["begun", "done"]
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord(Record):
+    """What a run was configured with, and which of its stages are done.
+
+    Args:
+        configuration (`dict`): what every stage depends on.
+        choices (`dict`): what only the choice of groups or tasks, and the stages after it, depend on.
+        versions (`dict[str, str]`): packages that decide the result.
+        stages (`dict[str, StageRecord]`): the stages begun so far.
+    """
+
+    format = "hf_ensemble.run"
+
+    configuration: dict[str, Any]
+    choices: dict[str, Any]
+    versions: dict[str, str]
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One task of a run.
+
+    Args:
+        num_rows (`dict[str, int]`): rows of each split.
+        fingerprints (`dict[str, str]`): of each split's rows and their order.
+        label_names (`list[str]`, *optional*): labels of a classification task.
+        sampling_weight (`float`): how often training draws one of its rows, relative to the other tasks.
+    """
+
+    num_rows: dict[str, int]
+    fingerprints: dict[str, str]
+    label_names: list[str] | None
+    sampling_weight: float
+
+
+@dataclass(frozen=True)
+class TasksRecord(Record):
+    """The tasks of a run.
+
+    Args:
+        row_format (`str`): what the rows hold, see [`TaskSet`].
+        fingerprint (`str`): of all rows.
+        tasks (`dict[str, TaskRecord]`): the tasks by name.
+    """
+
+    format = "hf_ensemble.tasks"
+
+    row_format: str
+    fingerprint: str
+    tasks: dict[str, TaskRecord]
+
+    @classmethod
+    def of(cls, tasks: TaskSet) -> "TasksRecord":
+        data = tasks.to_dict()
+        return cls(
+            data["row_format"], data["fingerprint"], {name: TaskRecord(**own) for name, own in data["tasks"].items()}
+        )
+
+
+@dataclass(frozen=True)
+class TrainedAdapter(Record):
+    """One training of an adapter.
+
+    Args:
+        name (`str`): name of the training.
+        mixture (`dict[str, float]`): weight of each task's rows; tasks left out were not trained on.
+        seed (`int`): seed of the order of the rows and of dropout.
+        status (`str`): `"training"` or `"done"`; the figures below are known once it is done.
+        num_examples (`int`): training rows.
+        global_step (`int`): optimizer steps.
+        training_loss (`float`): mean over the steps.
+        distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
+        total_flos (`float`): floating point operations, as `Trainer` counts them.
+        seconds (`float`): wall time; of the last stretch for a training that was resumed.
+    """
+
+    format = "hf_ensemble.trained_adapter"
+
+    name: str
+    mixture: dict[str, float]
+    seed: int
+    status: Literal["training", "done"] = "training"
+    num_examples: int = 0
+    global_step: int = 0
+    training_loss: float | None = None
+    distance: float = 0.0
+    total_flos: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScoredRun(Record):
+    """A subset of the tasks, fine-tuned for real from theta0: evidence for the estimates, or their test.
+
+    Args:
+        subset (`list[str]`): the tasks.
+        seed (`int`): seed of the training.
+        scores (`dict[str, TaskScores]`): validation scores of every task.
+        seconds (`float`): wall time of the training and its scoring.
+        distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
+    """
+
+    format = "hf_ensemble.scored_run"
+
+    subset: list[str]
+    seed: int
+    scores: dict[str, TaskScores]
+    seconds: float
+    distance: float
+
+    def as_observed(self) -> ObservedRun:
+        """The evidence that an estimate takes."""
+        return ObservedRun(dict.fromkeys(self.subset, 1.0), {task: own.loss for task, own in self.scores.items()})
+
+
+@dataclass(frozen=True)
+class Estimate(Record):
+    """What the choice of groups rests on.
+
+    Args:
+        l2_scale (`float`): the constant c of the surrogate's penalty.
+        l2_evidence (`str`): `"observed_runs"`, `"replay"` or `"validation_loss"`.
+        l2_criterion (`float`, *optional*): its error on the evidence.
+        calibration_subsets (`list[list[str]]`): what the runs that calibrate were trained on.
+        calibration (`dict`, *optional*): factors of the tasks' losses and their curvature; `None` without a run.
+        num_components (`int`): principal components that the surrogate is solved in.
+        base_loss (`dict[str, float]`): validation loss of each task at theta0.
+        predicted_loss (`dict[str, dict[str, float]]`): of each task under each group.
+    """
+
+    format = "hf_ensemble.estimate"
+
+    l2_scale: float
+    l2_evidence: str
+    l2_criterion: float | None
+    calibration_subsets: list[list[str]]
+    calibration: dict[str, Any] | None
+    num_components: int
+    base_loss: dict[str, float]
+    predicted_loss: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, estimator: SubsetEstimator, grouping: Grouping) -> "Estimate":
+        names = list(estimator.task_names)
+        prediction = estimator.predict_subsets([grouping.trained_on(name) for name in grouping.groups])
+        regularization, calibration = estimator.regularization, estimator.calibration
+        return cls(
+            l2_scale=float(regularization.l2_scale),
+            l2_evidence=regularization.evidence,
+            l2_criterion=regularization.criterion,
+            calibration_subsets=[list(run.mixture) for run in estimator.observed_runs],
+            calibration=None if calibration is None else calibration.by_task(estimator.task_names),
+            num_components=int(estimator.reduction.components.shape[1]),
+            base_loss=dict(zip(names, estimator.base_loss().tolist())),
+            predicted_loss={
+                group: dict(zip(names, row)) for group, row in zip(grouping.groups, prediction.loss.tolist())
+            },
+        )
+
+
+@dataclass(frozen=True)
+class EnsembleWeights(Record):
+    """Weight of each adapter, by task.
+
+    Args:
+        weights (`dict[str, dict[str, float]]`): adapters left out weigh 0.
+        losses (`dict[str, dict[str, float]]`, *optional*):
+            Where weights were fitted: validation loss of each task with the `fitted` weights, with equal ones (`uniform`)
+            and with the best single adapter (`one_hot`), on the rows that they were fitted to.
+    """
+
+    format = "hf_ensemble.ensemble_weights"
+
+    weights: dict[str, dict[str, float]]
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation(Record):
+    """Scores of every system that was evaluated.
+
+    Args:
+        scores (`dict[str, dict[str, dict[str, TaskScores]]]`):
+            By the prefix given to `evaluate` (`"eval"` by default), by system (`"ensemble"`, `"baseline"`, `"selection"`)
+            and by task.
+    """
+
+    format = "hf_ensemble.evaluation"
+
+    scores: dict[str, dict[str, dict[str, TaskScores]]] = field(default_factory=dict)
+
+    @property
+    def reported_split(self) -> str | None:
+        """Held-out test rows where there are any, then evaluation rows, then whatever was scored first."""
+        return next((split for split in ("test", "eval", *self.scores) if split in self.scores), None)

@@ -1,0 +1,37 @@
+"""Predictions from a run's store, with the evidence that the run holds."""
+
+from collections.abc import Mapping, Sequence
+
+from ..estimate import ObservedRun
+from ..select import DataSelector
+from .directory import RunDirectory
+from .records import TasksRecord
+
+
+def run_selector(
+    run: RunDirectory,
+    tasks: Sequence[str] | None = None,
+    num_components: int = 400,
+    observed_runs: Sequence[ObservedRun] | None = None,
+    clusters: Mapping[str, int] | None = None,
+) -> DataSelector:
+    """The selector of a run's captured gradients, sampling weights and true fine-tunings.
+
+    Args:
+        run (`RunDirectory`): a run whose gradients are captured.
+        tasks (`Sequence[str]`, *optional*): tasks to take; all by default.
+        num_components (`int`, *optional*, defaults to 400): see [`SubsetEstimator`].
+        observed_runs (`Sequence[ObservedRun]`, *optional*):
+            What calibrates the predictions; by default every fine-tuning of the run that was on no other tasks.
+        clusters (`dict[str, int]`, *optional*): see [`DataSelector.from_store`].
+
+    Raises:
+        `StoreError`: when the gradients are not captured.
+        `RecordError`: for damaged records.
+    """
+    known = run.read(TasksRecord).tasks
+    names = list(known) if tasks is None else list(tasks)
+    if observed_runs is None:
+        observed_runs = [scored.as_observed() for scored in run.scored_runs() if set(scored.subset) <= set(names)]
+    weights = {name: known[name].sampling_weight for name in names if name in known}
+    return DataSelector.from_store(run.gradients, tasks, num_components, observed_runs, weights, clusters)

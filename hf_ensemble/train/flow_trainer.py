@@ -1,0 +1,216 @@
+"""What the public trainers share: a flow over the user's arguments, and the parent trainer where there is none yet."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from datasets import Dataset
+from transformers.trainer_utils import TrainOutput
+
+from .._processes import is_main_process
+from ..errors import ConfigurationError
+from ..evaluate import Evaluator, TaskScores
+from ..logging import get_logger
+from ..runs import RunDirectory, TasksRecord
+from ..select import DataSelector
+from ..store import GradientStore
+from .configuration import choices_of, configuration_of
+from .flows.capturing import captured_gradients
+from .flows.context import FlowContext
+from .flows.ensemble_flow import EnsembleFlow
+from .flows.selection_flow import SelectionFlow
+
+logger = get_logger(__name__)
+
+Flow = TypeVar("Flow", EnsembleFlow, SelectionFlow)
+
+
+class FlowTrainerMixin(Generic[Flow]):
+    """A trainer over several tasks whose [`train`] runs the stages of a flow.
+
+    Attributes:
+        flow (`EnsembleFlow` or `SelectionFlow`, *optional*): the stages; there from [`open_run`] on.
+    """
+
+    flow: Flow | None = None
+
+    def _make_flow(self, context: FlowContext) -> Flow:
+        raise NotImplementedError
+
+    def _run_choices(self) -> dict[str, Any]:
+        return choices_of(self.args)
+
+    @property
+    def run_directory(self) -> RunDirectory | None:
+        """The run in `output_dir`; `None` before [`open_run`]."""
+        return None if self.flow is None else self.flow.context.run
+
+    def open_run(self) -> RunDirectory:
+        """Open the run in `output_dir`, or begin one.
+
+        Raises:
+            `RunMismatchError`: when it holds a run of another configuration.
+        """
+        if self.flow is None:
+            run = RunDirectory.open(
+                self.args.output_dir,
+                configuration_of(self.model, self.tasks, self.args, type(self)),
+                self._run_choices(),
+                self.args.overwrite_run,
+            )
+            run.write(TasksRecord.of(self.tasks))
+            self.flow = self._make_flow(self._context(run))
+        return self.flow.context.run
+
+    def _context(self, run: RunDirectory) -> FlowContext:
+        precision = self.accelerator.mixed_precision
+        return FlowContext(
+            run=run,
+            args=self.args,
+            model=self.model,
+            adapter_name=self.model.active_adapters[0],
+            model_state=self._model_state,
+            tasks=self.tasks,
+            train_rows=self.train_dataset,
+            eval_rows=self.eval_dataset,
+            model_columns=self._remove_unused_columns,
+            data_collator=self.data_collator,
+            processing_class=self.processing_class,
+            label_space=self.label_space,
+            mixed_precision=precision,
+            evaluator=Evaluator(
+                self.model,
+                self.data_collator,
+                self.args.per_device_eval_batch_size,
+                precision,
+                bool(self.args.disable_tqdm),
+            ),
+            make_trainer=self.adapter_trainer,
+            log_history=self.state.log_history,
+        )
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
+        """Run every stage that `output_dir` does not hold yet.
+
+        A run that was killed and is started again with the same configuration goes on where it stopped.
+
+        Returns:
+            `TrainOutput`: steps and mean training loss, and the metrics of [`evaluate`].
+
+        Raises:
+            `RunMismatchError`: when `output_dir` holds a run of another configuration.
+            `ConfigurationError`: for arguments that only a single training takes.
+        """
+        if self.is_adapter_trainer:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if kwargs:
+            raise ConfigurationError(f"{type(self).__name__}.train() takes no {sorted(kwargs)}.")
+        if resume_from_checkpoint not in (None, True, False):
+            raise ConfigurationError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} names a checkpoint of one training, and a run makes "
+                "several. Leave it out: a run goes on where it stopped when it is started again."
+            )
+        self.open_run()
+        output = self.flow.train()
+        self.log(dict(output.metrics))
+        return output
+
+    def capture(self) -> GradientStore:
+        """The run's gradient store; the gradients are captured where the run does not hold them yet."""
+        self.open_run()
+        return captured_gradients(self.flow.context, self.flow.training)
+
+    def selector(self) -> DataSelector:
+        """Predictions from the run's gradients, calibrated as the run's choices are.
+
+        Gradients are captured and calibrating fine-tunings made where the run does not hold them yet.
+        """
+        self.capture()
+        return self.flow.calibration.selector(self.flow.num_calibration_runs())
+
+    def _is_trained(self) -> bool:
+        raise NotImplementedError
+
+    def evaluate(
+        self,
+        eval_dataset: Mapping[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and accuracy of every task; before [`train`], the parent trainer's evaluation of the untrained adapter.
+
+        Args:
+            eval_dataset (`dict[str, Dataset]`, *optional*): rows of each task, for example test rows.
+            ignore_keys (`list[str]`, *optional*): used before training only.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): first word of the metrics' names.
+
+        Returns:
+            `dict[str, float]`: `PREFIX_TASK_loss` and `PREFIX_TASK_accuracy` (share of rows whose whole answer is right),
+            and `PREFIX_mean_...` over the tasks.
+
+        Raises:
+            `TaskError`: for unknown tasks, and for a task whose every answer is cut off.
+        """
+        if self.is_adapter_trainer:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not self._is_trained():
+            with self._model_state.restored():
+                return self._single_trainer().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = self.flow.evaluate(self._tables(eval_dataset), metric_key_prefix)
+        self.log(dict(metrics))
+        return metrics
+
+    def scores(self, eval_dataset: Mapping[str, Dataset] | None = None) -> dict[str, dict[str, TaskScores]]:
+        """Scores of the base model and of every system of the run, by system and task.
+
+        Args:
+            eval_dataset (`dict[str, Dataset]`, *optional*): rows of each task; the evaluation rows by default.
+        """
+        tables = self._tables(eval_dataset)
+        with self.flow.context.model_state.restored():
+            base = self.flow.evaluation.score_base(tables)
+        return {"base": base, **self.flow.scores(tables)}
+
+    def _tables(self, eval_dataset: Mapping[str, Dataset] | None) -> Mapping[str, Dataset]:
+        if eval_dataset is None:
+            return self.flow.context.eval_tables
+        tables = self.prepare_rows(eval_dataset)
+        return {name: self._remove_unused_columns(rows) for name, rows in tables.items()}
+
+    def _single_trainer(self):
+        """The parent trainer over all tasks, for what it can do before a run has made anything."""
+        args = copy.copy(self.args)
+        return self.adapter_trainer(args, self.train_dataset, self.eval_dataset, self.tasks.sampling_weights)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ):
+        """Upload what the run has made: the ensemble with its model card, or the final adapter.
+
+        Takes the arguments of `Trainer.push_to_hub`; `hub_model_id`, `hub_token`, `hub_private_repo` and `hub_revision` are
+        read from `args`. It always waits for the upload, and makes the card from the run, not from `kwargs`.
+
+        Raises:
+            `ConfigurationError`: before training.
+        """
+        if kwargs:
+            logger.info("The card is made from the run; %s are not used.", sorted(kwargs))
+        if not is_main_process():
+            return None
+        return self._upload(
+            self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+        )
+
+    def _upload(self, repo_id: str, **kwargs: Any):
+        raise NotImplementedError

@@ -1,0 +1,193 @@
+"""Training one adapter after another from one starting point, each by an ordinary trainer."""
+
+import copy
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from ..._processes import is_main_process, run_on_main, wait_for_everyone
+from ...ensemble.saving.files import save_adapter
+from ...estimate.mixtures import epoch_length
+from ...logging import get_logger
+from ...runs import TrainedAdapter
+from ...tasks import TASK
+from .context import FlowContext
+
+logger = get_logger(__name__)
+
+
+class AdapterTraining:
+    """Trains the adapter of a run on subsets or mixtures of its tasks.
+
+    Every training begins at the same parameters theta0, at the same seed unless another is asked for, and on the model
+    as it was before any trainer has prepared it. It leaves the model at theta0; what was trained lies in its folder.
+
+    Args:
+        context (`FlowContext`): what the run works on; the model is at theta0.
+    """
+
+    def __init__(self, context: FlowContext):
+        self.context = context
+        self.theta0 = {
+            name: parameter.detach().clone().cpu()
+            for name, parameter in context.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def reset(self) -> None:
+        """Put theta0 back into the model, trainable, and activate its adapter."""
+        model = self.context.model
+        model.set_adapter(self.context.adapter_name)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in self.theta0:
+                    parameter.copy_(self.theta0[name])
+
+    def distance(self) -> float:
+        """Euclidean norm of the trained parameters' move away from theta0."""
+        squares = 0.0
+        for name, parameter in self.context.model.named_parameters():
+            if name in self.theta0:
+                squares += float((parameter.detach().cpu().float() - self.theta0[name].float()).square().sum())
+        return squares**0.5
+
+    def load(self, folder: Path) -> None:
+        """Put a saved adapter's weights into the model; trainings still begin at theta0."""
+        weights = load_file(str(folder / "adapter_model.safetensors"))
+        set_peft_model_state_dict(self.context.model, weights, adapter_name=self.context.adapter_name)
+
+    def start_from(self, folder: Path) -> None:
+        """Make a saved adapter the starting point in place of theta0."""
+        self.load(folder)
+        self.theta0 = {
+            name: parameter.detach().clone().cpu()
+            for name, parameter in self.context.model.named_parameters()
+            if name in self.theta0
+        }
+
+    def num_steps(self, subset: Sequence[str]) -> int:
+        """Optimizer steps of a training on these tasks."""
+        args, tasks = self.context.args, self.context.tasks
+        if args.max_steps > 0:
+            return args.max_steps
+        counts = Counter(self.context.train_rows[TASK])
+        weights = np.array([tasks.sampling_weights[task] for task in subset])
+        rows = epoch_length(weights, np.array([counts[task] for task in subset]))
+        batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+        return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+
+    def run(
+        self, name: str, mixture: Mapping[str, float] | Sequence[str], folder: Path, seed: int | None = None
+    ) -> TrainedAdapter:
+        """Train on a subset or mixture of the tasks and save the adapter; a finished training is read instead.
+
+        A training that was interrupted goes on from its last checkpoint, where the arguments make checkpoints.
+
+        Args:
+            name (`str`): for logs, checkpoints and the record of the training.
+            mixture (`dict[str, float]` or `Sequence[str]`): weight of each task's rows, or the tasks.
+            folder (`Path`): where the adapter goes.
+            seed (`int`, *optional*): of the order of the rows and of dropout; that of the arguments by default.
+        """
+        run, args = self.context.run, self.context.args
+        weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
+        begun = TrainedAdapter(name, weights, args.seed if seed is None else seed)
+        finished, checkpoint = run_on_main(lambda: self._found(begun, folder))
+        if finished is not None:
+            return finished
+        self.reset()
+        rows = rows_of(self.context.train_rows, weights)
+        try:
+            with self.context.model_state.restored():
+                trainer = self._trainer(begun, rows)
+                start = time.perf_counter()
+                result = trainer.train(resume_from_checkpoint=checkpoint)
+                seconds = time.perf_counter() - start
+                trainer.accelerator.free_memory()
+            trained = TrainedAdapter(
+                name,
+                weights,
+                begun.seed,
+                status="done",
+                num_examples=len(rows),
+                global_step=int(result.global_step),
+                training_loss=float(result.training_loss),
+                distance=self.distance(),
+                total_flos=float(result.metrics.get("total_flos", 0.0)),
+                seconds=round(seconds, 3),
+            )
+            if is_main_process():
+                save_adapter(self.context.model, self.context.adapter_name, folder)
+                run.write_trained_adapter(trained)
+                _remove_checkpoints(run.training(name))
+            wait_for_everyone()
+        finally:
+            self.reset()
+        self.context.log_history.extend({**entry, "adapter": name} for entry in trainer.state.log_history)
+        return trained
+
+    def _found(self, wanted: TrainedAdapter, folder: Path) -> tuple[TrainedAdapter | None, str | None]:
+        """The finished training where there is one, and the checkpoint to go on from; decided by the main process."""
+        run = self.context.run
+        known, work = run.trained_adapter(wanted.name), run.training(wanted.name)
+        same = known is not None and (known.mixture, known.seed) == (wanted.mixture, wanted.seed)
+        if same and known.status == "done" and folder.exists():
+            return known, None
+        if not same:
+            # Checkpoints of another mixture.
+            shutil.rmtree(work, ignore_errors=True)
+        run.write_trained_adapter(wanted)
+        return None, last_whole_checkpoint(work)
+
+    def _trainer(self, begun: TrainedAdapter, rows: Dataset) -> Trainer:
+        args = copy.copy(self.context.args)
+        if begun.seed != args.seed:
+            args.seed = args.data_seed = begun.seed
+        args.output_dir = str(self.context.run.training(begun.name))
+        args.push_to_hub = False
+        args.run_name = f"{args.run_name or self.context.run.path.name}-{begun.name}"
+        if args.load_best_model_at_end:
+            logger.warning(
+                "load_best_model_at_end is not used: an adapter's losses are those of the end of its training."
+            )
+            args.load_best_model_at_end = False
+        sampling = self.context.tasks.sampling_weights
+        return self.context.make_trainer(
+            args,
+            rows,
+            {task: self.context.eval_rows[task] for task, weight in begun.mixture.items() if weight > 0},
+            {task: weight * sampling[task] for task, weight in begun.mixture.items()},
+        )
+
+
+def last_whole_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that was written to its end; the state is what `Trainer` writes last."""
+    steps = {int(path.name.split("-")[-1]): path for path in work.glob("checkpoint-*") if path.is_dir()}
+    whole = [step for step, path in steps.items() if (path / "trainer_state.json").is_file()]
+    for step in set(steps) - set(whole):
+        logger.warning("The checkpoint %s was not written to its end and is deleted.", steps[step])
+        shutil.rmtree(steps[step])
+    return str(steps[max(whole)]) if whole else None
+
+
+def _remove_checkpoints(work: Path) -> None:
+    """Delete the checkpoints of a finished training; logs of trackers stay."""
+    for checkpoint in work.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
+
+
+def rows_of(table: Dataset, weights: Mapping[str, float]) -> Dataset:
+    """The rows of the tasks with a weight."""
+    return table.select([i for i, task in enumerate(table[TASK]) if weights.get(task, 0.0) > 0])

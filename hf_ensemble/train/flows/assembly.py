@@ -1,0 +1,121 @@
+"""From trained adapters to the weighted ensemble."""
+
+import shutil
+
+from ..._compat import preserve_active_adapter
+from ..._files import write_folder_atomically
+from ..._processes import is_main_process, run_on_all, run_on_main, split_between_processes, wait_for_everyone
+from ...ensemble import EnsembleMember, PeftEnsembleModel
+from ...ensemble.saving.files import load_adapter
+from ...ensemble.weighting.fitting import WeightFit, fit_ensemble
+from ...runs import EnsembleWeights
+from ...select import Grouping
+from ..used_models import mark_as_of_a_run
+from .context import FlowContext
+
+BASELINE = "baseline"
+# Validation rows per task that the weights are fitted to: enough for a few weights, small in memory.
+_WEIGHT_ROWS = 200
+# Entries of all adapters' logits that are held at once, a gigabyte: long answers over a large vocabulary.
+_WEIGHT_VALUES = 2**28
+# An adapter below a twentieth changes little but costs its forward pass.
+_MIN_WEIGHT = 0.05
+
+
+class EnsembleAssembly:
+    """Puts a run's adapters side by side on its model and weighs them.
+
+    Args:
+        context (`FlowContext`): what the run works on.
+        grouping (`Grouping`): which tasks each adapter was trained on.
+    """
+
+    def __init__(self, context: FlowContext, grouping: Grouping):
+        self.context = context
+        self.grouping = grouping
+        self._loaded: dict[str, object] = {}
+
+    def copy_baseline(self, name: str) -> None:
+        """Make the one adapter for all tasks a member of this name."""
+        run = self.context.run
+        if is_main_process():
+            write_folder_atomically(
+                run.member(name), lambda new: shutil.copytree(run.baseline, new, dirs_exist_ok=True)
+            )
+        wait_for_everyone()
+
+    def assemble(self) -> PeftEnsembleModel:
+        """The ensemble over the run's own model, with its weights, saved to the run.
+
+        With fitted weights the baseline's adapter stands beside the groups' as one more member: it is trained anyway,
+        and a task that does better with it gets it. It is left out where no task gives it a weight.
+        """
+        run = self.context.run
+        members = [EnsembleMember(name, self.grouping.trained_on(name)) for name in self.grouping.groups]
+        shared = EnsembleMember(BASELINE, list(self.context.tasks))
+        with run.stage("weights") as todo:
+            if todo:
+                weights = self._weights(members, shared)
+                if any(BASELINE in row for row in weights.weights.values()):
+                    self.copy_baseline(BASELINE)
+                run.write(weights)
+                wait_for_everyone()
+        weights = run_on_main(lambda: run.read(EnsembleWeights)).weights
+        if any(BASELINE in row for row in weights.values()):
+            members.append(shared)
+        self._load(members)
+        ensemble = PeftEnsembleModel(self.context.model, members, weights, label_space=self.context.label_space)
+        if is_main_process():
+            ensemble.ensemble_config().save(run.ensemble)
+            self.context.processing_class.save_pretrained(run.ensemble)
+        wait_for_everyone()
+        return ensemble
+
+    def _weights(self, members: list[EnsembleMember], shared: EnsembleMember) -> EnsembleWeights:
+        """Weight of each adapter by task; every process gets the same."""
+        args = self.context.args
+        if args.ensemble_weights != "fitted" or len(members) < 2:
+            return EnsembleWeights({task: {self.grouping.group_of(task): 1.0} for task in self.context.tasks})
+        candidates = [*members, shared] if args.train_baseline else members
+        self._load(candidates)
+        ensemble = PeftEnsembleModel(self.context.model, candidates, label_space=self.context.label_space)
+        # Each task is one process's: its weights are then those that a single process would find.
+        own = split_between_processes(list(self.context.tasks))
+        fits = [fit for part in run_on_all(lambda: self._fits(ensemble, own)) for fit in part]
+        weights, losses = {}, {}
+        for task in self.context.tasks:
+            fit = next(fit for fit in fits if task in fit.tasks)
+            weights[task] = fit.weights_of(fit.tasks[task])
+            losses[task] = {key: value for key, value in fit.report()[task].items() if key != "gap"}
+        return EnsembleWeights(weights, losses)
+
+    def _fits(self, ensemble: PeftEnsembleModel, tasks: list[str]) -> list[WeightFit]:
+        args = self.context.args
+        return [
+            fit_ensemble(
+                ensemble,
+                {task: self.context.eval_tables[task]},
+                data_collator=self.context.data_collator,
+                batch_size=args.per_device_eval_batch_size,
+                min_weight=_MIN_WEIGHT,
+                max_values=_WEIGHT_VALUES,
+                max_rows=_WEIGHT_ROWS,
+                seed=args.seed,
+                mixed_precision=self.context.mixed_precision,
+            )
+            for task in tasks
+        ]
+
+    def _load(self, members: list[EnsembleMember]) -> None:
+        """Put the members' adapters on the run's model, beside its own. An adapter is known by this run's having loaded it."""
+        model, run = self.context.model, self.context.run
+        with preserve_active_adapter(model):
+            for member in members:
+                found = model.peft_config.get(member.name)
+                if found is not None and found is self._loaded.get(member.name):
+                    continue
+                if found is not None:
+                    model.delete_adapter(member.name)
+                load_adapter(model, run.baseline if member.name == BASELINE else run.member(member.name), member.name)
+                mark_as_of_a_run(model.peft_config[member.name])
+                self._loaded[member.name] = model.peft_config[member.name]

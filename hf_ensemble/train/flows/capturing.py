@@ -1,0 +1,40 @@
+"""The gradients that a run's predictions are made from."""
+
+from datasets import concatenate_datasets
+
+from ...capture import capture_gradients, optimizer_metric, training_recipe
+from ...store import GradientStore, TrainingRecipe
+from .adapter_training import AdapterTraining
+from .context import FlowContext
+
+
+def captured_gradients(context: FlowContext, training: AdapterTraining) -> GradientStore:
+    """The run's gradient store, captured at theta0 where the run does not hold it yet."""
+    run, args = context.run, context.args
+    with run.stage("gradients") as todo:
+        if not todo:
+            return GradientStore(run.gradients)
+        training.reset()
+        with context.model_state.restored():
+            return capture_gradients(
+                context.model,
+                context.tasks,
+                args.capture_config(context.mixed_precision),
+                run.gradients,
+                data_collator=context.data_collator,
+                encoded={
+                    "train": context.train_table,
+                    "validation": concatenate_datasets([context.eval_tables[name] for name in context.tasks]),
+                },
+                overwrite=args.overwrite_run,
+                disable_tqdm=bool(args.disable_tqdm),
+                recipe=_recipe(context, training),
+            )
+
+
+def _recipe(context: FlowContext, training: AdapterTraining) -> TrainingRecipe | None:
+    """The training on all tasks; `None` where the features are not in the optimizer's metric."""
+    args = context.args
+    if args.capture_config().preconditioner != optimizer_metric(args):
+        return None
+    return training_recipe(args, training.num_steps(context.tasks.names))

@@ -1,0 +1,88 @@
+"""What the stages of a run work on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from ...evaluate import Evaluator
+from ...models.answer_scorer import AnswerScorer
+from ...runs import RunDirectory
+from ...tasks import LabelSpace, TaskCollator, TaskSet
+from ..configs import RunArguments
+from ..model_state import ModelState
+
+
+class Arguments(RunArguments, TrainingArguments):
+    """Type of the arguments of any of the trainers."""
+
+
+class AdapterTrainerFactory(Protocol):
+    """Makes a trainer for the active adapter, see [`MultiTaskMixin.adapter_trainer`]."""
+
+    def __call__(
+        self,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Mapping[str, Dataset],
+        sampling_weights: Mapping[str, float],
+    ) -> Trainer: ...
+
+
+@dataclass(frozen=True)
+class FlowContext:
+    """What the stages of a run work on.
+
+    Args:
+        run (`RunDirectory`): where everything goes.
+        args (`Arguments`): the trainer's arguments.
+        model (`PeftModel`): holds the adapter that is trained.
+        adapter_name (`str`): the adapter's name on the model.
+        model_state (`ModelState`): the model before any trainer has prepared it.
+        tasks (`TaskSet`): the tasks.
+        train_rows (`Dataset`): token table of all tasks' training rows, as trainers take it.
+        eval_rows (`dict[str, Dataset]`): token table of each task's validation rows, as trainers take it.
+        model_columns (`Callable`): leaves the columns of a table that the model, its labels and the rows' identity need.
+        data_collator (`TaskCollator`): from rows to a batch.
+        processing_class (`PreTrainedTokenizerBase`): the tokenizer.
+        label_space (`LabelSpace`, *optional*): label sets of classification tasks.
+        mixed_precision (`str`): precision of the training: `"no"`, `"bf16"` or `"fp16"`.
+        evaluator (`Evaluator`): scores rows.
+        make_trainer (`AdapterTrainerFactory`): makes a trainer for the adapter.
+        log_history (`list[dict]`): the outer trainer's log, which those of all trainings go into.
+    """
+
+    run: RunDirectory
+    args: Arguments
+    model: PeftModel
+    adapter_name: str
+    model_state: ModelState
+    tasks: TaskSet
+    train_rows: Dataset
+    eval_rows: Mapping[str, Dataset]
+    model_columns: Callable[[Dataset], Dataset]
+    data_collator: TaskCollator
+    processing_class: PreTrainedTokenizerBase
+    label_space: LabelSpace | None
+    mixed_precision: str
+    evaluator: Evaluator
+    make_trainer: AdapterTrainerFactory
+    log_history: list[dict[str, float]]
+
+    @cached_property
+    def train_table(self) -> Dataset:
+        """The training rows as the model takes them."""
+        return self.model_columns(self.train_rows)
+
+    @cached_property
+    def eval_tables(self) -> dict[str, Dataset]:
+        """Each task's validation rows as the model takes them."""
+        return {name: self.model_columns(rows) for name, rows in self.eval_rows.items()}
+
+    def answer_scorer(self) -> AnswerScorer:
+        """Scores answers with whichever adapter of the model is active."""
+        return AnswerScorer(self.model, self.label_space)

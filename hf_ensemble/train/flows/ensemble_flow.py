@@ -1,0 +1,114 @@
+"""The stages of an ensemble run: gradients, baseline, groups, one adapter per group, weights, evaluation."""
+
+from collections.abc import Mapping
+
+from datasets import Dataset
+from transformers.trainer_utils import TrainOutput
+
+from ..._processes import is_main_process, run_on_main, wait_for_everyone
+from ...ensemble import PeftEnsembleModel
+from ...estimate import ObservedRun
+from ...evaluate import TaskScores
+from ...publish import write_model_card
+from ...runs import Estimate, run_selector
+from ...select import Grouping
+from .adapter_training import AdapterTraining
+from .assembly import BASELINE, EnsembleAssembly
+from .calibration import Calibration
+from .capturing import captured_gradients
+from .context import FlowContext
+from .evaluation import SystemEvaluation, flat_metrics
+
+MAIN_SYSTEM = "ensemble"
+
+
+class EnsembleFlow:
+    """Runs the stages that the run does not hold yet.
+
+    Args:
+        context (`FlowContext`): what the run works on.
+
+    Attributes:
+        ensemble (`PeftEnsembleModel`): what [`EnsembleFlow.train`] ends with.
+        grouping (`Grouping`): which tasks each adapter was trained on.
+    """
+
+    def __init__(self, context: FlowContext):
+        self.context = context
+        self.training = AdapterTraining(context)
+        self.evaluation = SystemEvaluation(context)
+        self.calibration = Calibration(context, self.training, self.evaluation)
+        self.ensemble: PeftEnsembleModel | None = None
+        self.grouping: Grouping | None = None
+
+    def train(self) -> TrainOutput:
+        """Run every stage; steps and mean training loss over all adapters, and the metrics of the evaluation."""
+        run, args, tasks = self.context.run, self.context.args, self.context.tasks
+        captured_gradients(self.context, self.training)
+        trained = []
+        if args.train_baseline:
+            with run.stage("baseline"):
+                baseline = self.training.run(BASELINE, tasks.names, run.baseline)
+                self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
+                trained.append(baseline)
+        self.grouping = self._group()
+        assembly = EnsembleAssembly(self.context, self.grouping)
+        for name in self.grouping.groups:
+            own = self.grouping.trained_on(name)
+            with run.stage(f"adapter:{name}"):
+                if args.train_baseline and len(own) == len(tasks):
+                    # One group of everything is what the baseline was trained on.
+                    assembly.copy_baseline(name)
+                else:
+                    trained.append(self.training.run(name, own, run.member(name)))
+        with self.context.model_state.restored():
+            self.ensemble = assembly.assemble()
+        metrics = self.evaluate(self.context.eval_tables, "eval")
+        steps = sum(adapter.global_step for adapter in trained)
+        loss = sum(adapter.training_loss * adapter.global_step for adapter in trained) / max(steps, 1)
+        return TrainOutput(steps, loss, metrics)
+
+    def num_calibration_runs(self) -> int:
+        """The one adapter for all is a run that exists anyway."""
+        return max(self.context.args.calibration_runs, int(self.context.args.train_baseline))
+
+    def _group(self) -> Grouping:
+        run = self.context.run
+        with run.stage("group") as todo:
+            if not todo:
+                return run_on_main(lambda: run.read(Grouping))
+            observed = self.calibration.observed_runs(self.num_calibration_runs())
+            # One process predicts and chooses, the others take its choice.
+            grouping = run_on_main(lambda: self._chosen(observed))
+            wait_for_everyone()
+        return grouping
+
+    def _chosen(self, observed: list[ObservedRun]) -> Grouping:
+        args, run = self.context.args, self.context.run
+        selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
+        grouping = selector.group(**args.group_arguments(), seed=args.seed)
+        run.write(Estimate.of(selector.estimator, grouping))
+        run.write(grouping)
+        return grouping
+
+    def scores(self, tables: Mapping[str, Dataset]) -> dict[str, dict[str, TaskScores]]:
+        """Scores of the ensemble, and of the baseline where it was trained, by task."""
+        with self.context.model_state.restored():
+            scores = {MAIN_SYSTEM: self.evaluation.score_ensemble(self.ensemble, tables)}
+            if self.context.args.train_baseline:
+                folder = self.context.run.baseline
+                scores[BASELINE] = self.evaluation.score_adapter(folder, tables, "Evaluating baseline")
+        return scores
+
+    def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
+        """Score the systems and report the scores; they are returned as flat metrics."""
+        scores = self.scores(tables)
+        self.report(prefix, scores)
+        return flat_metrics(scores, prefix, MAIN_SYSTEM)
+
+    def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
+        """Keep the scores of each system in the run and renew the model card."""
+        if is_main_process():
+            self.evaluation.keep(prefix, scores)
+            write_model_card(self.context.run.path)
+        wait_for_everyone()

@@ -1,0 +1,97 @@
+"""The stages of a selection run: optional meta-initialization, gradients, selection, one final fine-tuning."""
+
+from collections.abc import Mapping
+
+from datasets import Dataset
+from transformers.trainer_utils import TrainOutput
+
+from ..._processes import is_main_process, run_on_main, wait_for_everyone
+from ...estimate import ObservedRun
+from ...evaluate import TaskScores
+from ...runs import run_selector
+from ...select import Selection
+from .adapter_training import AdapterTraining
+from .calibration import Calibration
+from .capturing import captured_gradients
+from .context import FlowContext
+from .evaluation import SystemEvaluation, flat_metrics
+
+META_INITIALIZATION = "meta"
+ADAPTER = "adapter"
+MAIN_SYSTEM = "selection"
+
+
+class SelectionFlow:
+    """Runs the stages that the run does not hold yet.
+
+    Args:
+        context (`FlowContext`): what the run works on.
+        target (`str`): the task to do well on.
+
+    Attributes:
+        selection (`Selection`): the tasks that the final adapter was trained on.
+    """
+
+    def __init__(self, context: FlowContext, target: str):
+        self.context = context
+        self.target = target
+        self.training = AdapterTraining(context)
+        self.evaluation = SystemEvaluation(context)
+        self.calibration = Calibration(context, self.training, self.evaluation)
+        self.selection: Selection | None = None
+
+    def train(self) -> TrainOutput:
+        """Run every stage; the final adapter is left in the model."""
+        run = self.context.run
+        if self.context.args.meta_initialization:
+            with run.stage(META_INITIALIZATION):
+                self.training.run(META_INITIALIZATION, self.context.tasks.names, run.meta_initialization)
+            self.training.start_from(run.meta_initialization)
+        captured_gradients(self.context, self.training)
+        self.selection = self._select()
+        with run.stage(ADAPTER):
+            trained = self.training.run(ADAPTER, self.selection.weights, run.adapter)
+        self.training.load(run.adapter)
+        metrics = self.evaluate(self.context.eval_tables, "eval")
+        return TrainOutput(trained.global_step, trained.training_loss, metrics)
+
+    def num_calibration_runs(self) -> int:
+        return self.context.args.calibration_runs
+
+    def _select(self) -> Selection:
+        run = self.context.run
+        with run.stage("select") as todo:
+            if not todo:
+                return run_on_main(lambda: run.read(Selection))
+            observed = self.calibration.observed_runs(self.num_calibration_runs())
+            # One process predicts and chooses, the others take its choice.
+            selection = run_on_main(lambda: self._chosen(observed))
+            wait_for_everyone()
+        return selection
+
+    def _chosen(self, observed: list[ObservedRun]) -> Selection:
+        args, run = self.context.args, self.context.run
+        selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
+        selection = selector.select(self.target, **args.select_arguments())
+        run.write(selection)
+        return selection
+
+    def scores(self, tables: Mapping[str, Dataset]) -> dict[str, dict[str, TaskScores]]:
+        """Scores of the final adapter, by task."""
+        with self.context.model_state.restored():
+            return {MAIN_SYSTEM: self.evaluation.score_current(tables, "Evaluating the final adapter")}
+
+    def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
+        """Score and keep the scores in the run; the target's are also the metrics `PREFIX_loss` and `PREFIX_accuracy`."""
+        scores = self.scores(tables)
+        self.report(prefix, scores)
+        metrics = flat_metrics(scores, prefix, MAIN_SYSTEM)
+        if self.target in scores[MAIN_SYSTEM]:
+            metrics |= {f"{prefix}_{name}": metrics[f"{prefix}_{self.target}_{name}"] for name in ("loss", "accuracy")}
+        return metrics
+
+    def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
+        """Keep the scores in the run."""
+        if is_main_process():
+            self.evaluation.keep(prefix, scores)
+        wait_for_everyone()
