@@ -19,6 +19,7 @@ ORDER = [
     "_files",
     "_compat",
     "tasks",
+    "models",
     "store",
     "capture",
     "estimate",
