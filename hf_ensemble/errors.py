@@ -22,10 +22,10 @@ class RecordError(HfEnsembleError, ValueError):
 
 
 class ScoringError(HfEnsembleError, RuntimeError):
-    """A model's outputs do not tell how it answers the rows."""
+    """Answers cannot be scored for this model or these rows."""
 
 
-class CaptureError(HfEnsembleError, RuntimeError):
+class CaptureError(ScoringError):
     """Gradients cannot be captured exactly for this model or these examples."""
 
 

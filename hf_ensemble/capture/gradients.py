@@ -10,12 +10,11 @@ from torch import nn
 
 from .._compat import keep_quantized_weights_in_place
 from ..errors import CaptureError
-from ..models.answer_head import AnswerHead
-from ..models.virtual_tokens import without_virtual_tokens
+from ..models.answer_scorer import AnswerScorer, rows_without_answer
+from ..models.inputs import row_of
 from ..models.wrappers import evaluation_mode, unwrapped
-from ..tasks import IGNORE_INDEX, TASK, AnswerScores, LabelSpace, pop_meta, restrict_to_labels, score_answers
+from ..tasks import TASK, AnswerScores, LabelSpace, pop_meta, score_answers
 from .autograd_check import Agreement, tolerance
-from .inputs import prepared, row_of
 from .linear_hooks import LinearTaps, Reading
 from .lora_hooks import LoraTaps
 from .margin import MarginKind, margins
@@ -72,7 +71,6 @@ class GradientExtractor:
         self.model = model = unwrapped(model)
         keep_quantized_weights_in_place(model)
         self.margin = margin
-        self.label_space = label_space
         self.preconditioner = preconditioner
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         check_whole(self.parameters)
@@ -87,8 +85,7 @@ class GradientExtractor:
         # Whose hooks were found to agree with autograd, by whether on several rows and whether read as a whole.
         self._agreeing: dict[tuple[bool, bool], set[str]] = defaultdict(set)
         self._reached: set[str] | None = None
-        self._head = AnswerHead(model)
-        self._shift = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self._scorer = AnswerScorer(model, label_space)
 
     @property
     def fallback(self) -> list[str]:
@@ -168,33 +165,34 @@ class GradientExtractor:
         meta = pop_meta(inputs)
         device = next(iter(self.parameters.values())).device
         inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
-        inputs, labels = prepared(self.model, inputs, inputs.pop("labels"))
-        _check_answers(labels, self._shift)
-        label_mask = self.label_space.mask(meta[TASK]) if self.label_space is not None else None
+        inputs, labels = self._scorer.prepare(inputs, inputs.pop("labels"))
+        if rows_without_answer(labels, self._scorer.shift):
+            raise CaptureError("An example of the batch has no answer token: every label is -100. Drop such rows.")
+        tasks = meta.get(TASK)
         with evaluation_mode(self.model), torch.enable_grad():
             while True:
                 receive = begin(labels.shape[0], labels.device)
-                attempt = self._attempt(inputs, labels, label_mask, objective, receive)
+                attempt = self._attempt(inputs, labels, tasks, objective, receive)
                 if attempt is not None:
                     return attempt
 
-    def _attempt(self, inputs, labels, label_mask, objective, receive) -> tuple[torch.Tensor, AnswerScores] | None:
+    def _attempt(self, inputs, labels, tasks, objective, receive) -> tuple[torch.Tensor, AnswerScores] | None:
         """One pass; `None` when it has to be taken again, since hooks were found wrong and are no longer used."""
         found, reached = None, set()
         if self.hooked:
-            together = self._together(inputs, labels, label_mask, objective, receive)
+            together = self._together(inputs, labels, tasks, objective, receive)
             if together is None:
                 return None
             found, reached = together
         if self.fallback:
-            alone, reached_alone = self._one_by_one(inputs, labels, label_mask, objective, receive)
+            alone, reached_alone = self._one_by_one(inputs, labels, tasks, objective, receive)
             found, reached = found or alone, reached | reached_alone
         if self._reached is None:
             check_reached(self.model, self.parameters, reached)
         self._reached = reached | (self._reached or set())
         return found
 
-    def _together(self, inputs, labels, label_mask, objective, receive):
+    def _together(self, inputs, labels, tasks, objective, receive):
         """Hooks on one batched pass: margin and scores, and the parameters reached; `None` when hooks were wrong."""
         size = labels.shape[0]
         agreement = Agreement(size)
@@ -213,14 +211,14 @@ class GradientExtractor:
         by_layers = [name for name in self.lora_taps.readable(set(self.hooked)) if name in unchecked[True]]
         weighted = {}
         if by_layers:
-            values = objective(self._scored(inputs, labels, label_mask)[0])
+            values = objective(self._scored(inputs, labels, tasks)[0])
             weighted = self._autograd(agreement.total(values), by_layers)
         reading = Reading(size)
         with (
             self.lora_taps.reading(reading, set(self.hooked), hooked),
             self.taps.reading(reading, self.hooked, hooked),
         ):
-            margin, scores = self._scored(inputs, labels, label_mask)
+            margin, scores = self._scored(inputs, labels, tasks)
             values = objective(margin)
             # Whether one row is one example is only ever known of the batch at hand.
             new = (unchecked[False] - reading.whole) | (unchecked[True] & reading.whole) | reading.flat
@@ -244,12 +242,12 @@ class GradientExtractor:
                 self._agreeing[size > 1, name in reading.whole].add(name)
         return (margin.detach(), scores), set(summed)
 
-    def _one_by_one(self, inputs, labels, label_mask, objective, receive):
+    def _one_by_one(self, inputs, labels, tasks, objective, receive):
         """Each example in a batch of its own: margin and scores of the batch, and the parameters reached."""
         names, rows, reached = self.fallback, [], set()
         for i in range(labels.shape[0]):
             own, label = row_of(inputs, labels, i)
-            margin, scores = self._scored(own, label, label_mask[i : i + 1] if label_mask is not None else None)
+            margin, scores = self._scored(own, label, tasks[i : i + 1] if tasks is not None else None)
             for name, gradient in self._autograd(objective(margin).sum(), names).items():
                 receive(name, gradient.unsqueeze(0).float(), slice(i, i + 1))
                 reached.add(name)
@@ -272,27 +270,16 @@ class GradientExtractor:
             ) from error
         return {name: gradient for name, gradient in zip(names, gradients) if gradient is not None}
 
-    def _scored(self, inputs, labels, label_mask) -> tuple[torch.Tensor, AnswerScores]:
+    def _scored(self, inputs, labels, tasks) -> tuple[torch.Tensor, AnswerScores]:
         """Margin and scores of a batch."""
-        logits, scores = self._scores(inputs, labels, label_mask)
-        return self._margins(logits, labels, scores), scores
-
-    def _scores(self, inputs, labels, label_mask):
-        mask = inputs.get("attention_mask")
-        if labels.dim() == 2 and self._shift and mask is not None and (mask[:, 0] == 0).any():
-            # Left padding: models number positions from the padding on unless told otherwise.
-            inputs = {**inputs, "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0)}
-        inputs = {**inputs, **self._no_cache()}
-        if labels.dim() == 2 and self._head.usable and not callable(self.margin):
-            return None, self._head(inputs, labels, self._shift)
-        logits = without_virtual_tokens(self.model, self.model(**inputs).logits, labels)
-        if logits.dim() == 2:
-            logits = restrict_to_labels(logits, label_mask)
-        return logits, score_answers(logits, labels, self._shift)
-
-    def _margins(self, logits: torch.Tensor | None, labels: torch.Tensor, scores: AnswerScores) -> torch.Tensor:
         if not callable(self.margin):
-            return margins(scores, self.margin)
+            scores = self._scorer(inputs, labels, tasks)
+            return margins(scores, self.margin), scores
+        logits = self._scorer.logits(inputs, labels, tasks)
+        return self._outputs(logits, labels), score_answers(logits, labels, self._scorer.shift)
+
+    def _outputs(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The margin that an output function gives."""
         values = self.margin(logits, labels)
         if not torch.is_tensor(values) or values.shape != labels.shape[:1] or not values.requires_grad:
             found = f"shape {tuple(values.shape)}" if torch.is_tensor(values) else type(values).__name__
@@ -301,17 +288,6 @@ class GradientExtractor:
                 f"{tuple(labels.shape[:1])}; found {found}."
             )
         return values.float()
-
-    def _no_cache(self) -> dict[str, bool]:
-        # Key-value caches would be built, and gradients kept through them, for nothing.
-        return {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
-
-
-def _check_answers(labels: torch.Tensor, shift: bool) -> None:
-    """Raise `CaptureError` for an example without an answer token."""
-    tokens = labels[:, 1:] if labels.dim() == 2 and shift else labels.reshape(len(labels), -1)
-    if (tokens == IGNORE_INDEX).all(dim=1).any():
-        raise CaptureError("An example of the batch has no answer token: every label is -100. Drop such rows.")
 
 
 def _joined(scores: list[AnswerScores]) -> AnswerScores:

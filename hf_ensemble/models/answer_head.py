@@ -33,8 +33,6 @@ class AnswerHead:
         body, encoder = _part(base, "decoder"), _part(base, "encoder")
         # The one whose output the head is given comes first.
         self._bodies = [part for part in (body, encoder) if part is not None]
-        # Whether a trained parameter lies behind the body; known from the first batch on.
-        self._is_trained: bool | None = None
         find_head = getattr(base, "get_output_embeddings", None)
         self.usable = body is not None and callable(find_head) and find_head() is not None
 
@@ -51,10 +49,8 @@ class AnswerHead:
         with _recording(self._bodies) as outputs:
             # The body's output with all positions goes on to the head with one.
             hidden, vocabulary = self._hidden(inputs, outputs, index, labels.shape[1])
-        if self._is_trained is None:
-            with torch.enable_grad():
-                self._is_trained = self._logits(inputs, outputs, hidden[:, :1].detach()).requires_grad
-        if self._is_trained:
+        # Adapters differ in whether they train the head.
+        if torch.is_grad_enabled() and self._logits(inputs, outputs, hidden[:, :1].detach()).requires_grad:
             log_probs, correct = token_scores(self._logits(inputs, outputs, hidden), targets.clamp(min=0))
         else:
             log_probs, correct = self._in_pieces(inputs, outputs, hidden, targets, vocabulary)

@@ -11,8 +11,8 @@ from helpers import capture_cells as cells
 from helpers import oracles, toy
 from helpers.captures import relative_error
 from hf_ensemble.capture import GradientExtractor
-from hf_ensemble.capture.inputs import row_of
-from hf_ensemble.errors import CaptureError
+from hf_ensemble.errors import CaptureError, ScoringError
+from hf_ensemble.models.inputs import row_of
 from hf_ensemble.tasks import TaskSet, data_collator_for, encode
 
 
@@ -232,7 +232,7 @@ def test_padding_goes_only_where_nothing_else_counts_tokens():
         assert row["input_ids"].shape == (1, 4) and label.shape[1] == own_labels.shape[1]
     axes = torch.arange(3).view(3, 1, 1).expand(3, 2, 4)
     assert row_of({**inputs, "position_ids": axes}, labels, 1)[0]["position_ids"].shape == (3, 1, 4)
-    with pytest.raises(CaptureError, match=r"one row of 'pixels' for each of the 2 examples, found shape \(7, 3\)"):
+    with pytest.raises(ScoringError, match=r"one row of 'pixels' for each of the 2 examples, found shape \(7, 3\)"):
         row_of({**inputs, "pixels": torch.zeros(7, 3)}, labels, 0)
 
 
@@ -250,7 +250,7 @@ def test_padding_goes_only_where_nothing_else_counts_tokens():
 def test_packed_rows_are_refused(extra, found):
     batch = {"input_ids": torch.randint(3, zoo.WORDS, (3, 9)), "labels": torch.randint(3, zoo.WORDS, (3, 9))}
     model = toy.with_lora(toy.llama())
-    with pytest.raises(CaptureError, match=f"one example per row, found {found}.*packing=False and padding_free=False"):
+    with pytest.raises(ScoringError, match=f"one example per row, found {found}.*packing=False and padding_free=False"):
         GradientExtractor(model, 16)({**batch, **extra})
 
 

@@ -12,7 +12,7 @@ from helpers import capture_cells as cells
 from helpers import captures, toy
 from helpers.captures import relative_error
 from hf_ensemble.capture import GradientExtractor
-from hf_ensemble.errors import CaptureError
+from hf_ensemble.errors import CaptureError, ScoringError
 
 
 def capture(model, name="llama"):
@@ -102,7 +102,7 @@ def test_decoder_inputs_are_made_of_the_labels(adapter):
     base = model.get_base_model()
     base.prepare_decoder_input_ids_from_labels = base._shift_right = None
     assert torch.isfinite(extractor({**batch, **given}).features).all()
-    with pytest.raises(CaptureError, match="Expected decoder_input_ids in the batch, as T5ForConditionalGeneration"):
+    with pytest.raises(ScoringError, match="Expected decoder_input_ids in the batch, as T5ForConditionalGeneration"):
         extractor(batch)
 
 
@@ -121,7 +121,7 @@ def test_an_output_function_is_given_logits_at_the_labels_positions():
 def test_left_padding_that_cannot_be_moved_is_refused_behind_virtual_tokens():
     model = zoo.adapted(zoo.model("llama"), "llama", "prompt")
     batch = cells.batch(cells.examples("llama"), "left")
-    with pytest.raises(CaptureError, match="padding on the right.*with 'extra' that cannot be moved"):
+    with pytest.raises(ScoringError, match="padding on the right.*with 'extra' that cannot be moved"):
         GradientExtractor(model, 16)({**batch, "extra": torch.zeros(3, 2)})
 
 

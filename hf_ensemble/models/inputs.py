@@ -1,4 +1,4 @@
-"""What a model is given: one example per row, its answer in the labels."""
+"""Model inputs in which every row is one example."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CaptureError
-from ..models.virtual_tokens import num_virtual_tokens
+from ..errors import ScoringError
 from ..tasks import IGNORE_INDEX
+from .virtual_tokens import num_virtual_tokens
 
 # Inputs with one entry per token of a row, `(B, T)`.
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -16,35 +16,43 @@ _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _BOUNDS = ("seq_lengths", "seq_idx", "cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
-def prepared(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-    """Inputs and labels that give each row its own example, whatever stands beside it.
+def prepare_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Inputs and labels whose outputs depend on each row's own example only, not on its padding.
 
-    An encoder-decoder model is given its decoder's inputs, which its forward would otherwise make of the labels.
-    Left padding of language models moves to the right, where no position, state or virtual token counts it.
+    Encoder-decoder models get the decoder inputs that their forward would otherwise derive from the labels. Language
+    models get their padding on the right, where no position, state or virtual token counts it. Preparing twice is the
+    same as preparing once.
 
     Args:
         model (`nn.Module`): the model.
-        inputs (`dict`): what it takes, without labels.
+        inputs (`dict`): its inputs, without labels.
         labels (`torch.Tensor` of shape `(B, T)` or `(B,)`): -100 where a token does not count.
 
     Raises:
-        `CaptureError`:
-            For packed rows, for an encoder-decoder model that cannot make its decoder's inputs, and for left padding
+        `ScoringError`:
+            For packed rows, for an encoder-decoder model that cannot derive its decoder inputs, and for left padding
             behind virtual tokens that cannot be moved.
     """
     refuse_packed_rows(inputs)
     inputs = dict(inputs)
     if labels.dim() != 2:
         return inputs, labels
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return _right_padded(model, inputs, labels)
     if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
         inputs["decoder_input_ids"] = _decoder_input_ids(model, labels)
     return _right_padded(model, inputs, None)[0], labels
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether position t of the outputs predicts label t, rather than label t + 1."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def refuse_packed_rows(inputs: Mapping[str, Any]) -> None:
-    """Raise `CaptureError` where a row holds several examples: one gradient per row is then not one per example."""
+    """Raise `ScoringError` for rows that hold several examples, whose scores and gradients are not one per row."""
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     found = next((name for name in _BOUNDS if inputs.get(name) is not None), None)
     if found is None and mask is not None:
@@ -59,19 +67,19 @@ def refuse_packed_rows(inputs: Mapping[str, Any]) -> None:
         if restarts.any():
             found = "position_ids that start again within a row"
     if found is not None:
-        raise CaptureError(
+        raise ScoringError(
             f"Expected one example per row, found {found}, as in packed or padding-free batches. Set packing=False and "
-            "padding_free=False, or capture each document as a row of its own."
+            "padding_free=False, or pass each document as a row of its own."
         )
 
 
 def row_of(inputs: Mapping[str, Any], labels: torch.Tensor, index: int) -> tuple[dict[str, Any], torch.Tensor]:
     """One example of a batch, as a batch of its own.
 
-    Padding on its right goes where nothing but the inputs of each token and their labels would notice.
+    Padding on the right is dropped when all inputs with more than one dimension are per token.
 
     Raises:
-        `CaptureError`: for an input that has no row per example.
+        `ScoringError`: for an input without a row per example.
     """
     size = labels.shape[0]
     if size == 1:
@@ -103,9 +111,9 @@ def _entry(name: str, value: Any, index: int, size: int) -> Any:
         return value.narrow(axis, index, 1)
     if name == "position_ids" and value.shape[axis] == 1:
         return value
-    raise CaptureError(
-        f"Expected one row of {name!r} for each of the {size} examples, found shape {tuple(value.shape)}: an example "
-        "cannot be taken alone, as its parameters without hooks need. Set batch_size=1."
+    raise ScoringError(
+        f"Expected one row of {name!r} for each of the {size} examples, found shape {tuple(value.shape)}: the examples "
+        "cannot be run one at a time, which parameters without hooks need. Set batch_size=1."
     )
 
 
@@ -115,16 +123,16 @@ def _decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
         make = getattr(base, name, None)
         if callable(make):
             return make(labels)
-    raise CaptureError(
-        f"Expected decoder_input_ids in the batch, as {type(base).__name__} cannot make them from labels; found "
-        "none. Give them by the data collator."
+    raise ScoringError(
+        f"Expected decoder_input_ids in the batch, as {type(base).__name__} cannot derive them from labels; found "
+        "none. Have the data collator add them."
     )
 
 
 def _right_padded(
     model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor | None
 ) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """Labels move along where they have one entry per token of the inputs; a decoder's inputs do not."""
+    """Labels move along where they have one entry per token of the inputs; a decoder's inputs stay."""
     mask = inputs.get("attention_mask")
     if mask is None or (mask[:, 0] != 0).all():
         return inputs, labels
@@ -137,7 +145,7 @@ def _right_padded(
     ]
     if others:
         if num_virtual_tokens(model):
-            raise CaptureError(
+            raise ScoringError(
                 "Expected padding on the right, as PEFT ignores positions behind virtual tokens; found it on the left, "
                 f"with {others[0]!r} that cannot be moved. Set padding_side='right'."
             )
