@@ -19,6 +19,7 @@ ORDER = [
     "_files",
     "_records",
     "_compat",
+    "_processes",
     "tasks",
     "models",
     "store",
@@ -26,6 +27,8 @@ ORDER = [
     "estimate",
     "select",
     "ensemble",
+    "evaluate",
+    "runs",
     "publish",
     "callbacks",
     "train",
@@ -73,6 +76,62 @@ def test_imports_point_one_way():
     assert wrong == []
     # The check itself sees imports.
     assert {("estimate", "store"), ("train", "publish"), ("callbacks", "capture"), ("cli", "train")} <= seen
+
+
+def imported_modules(parts, path, known):
+    """Modules of the library that a module imports at its top or for type checking, not inside of functions."""
+    package = parts if path.name == "__init__.py" else parts[:-1]
+    waiting = [*ast.parse(path.read_text()).body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.If, ast.Try)):
+            waiting += [*node.body, *node.orelse]
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        start = package[: len(package) - node.level + 1] if node.level else ()
+        target = (*start, *(node.module.split(".") if node.module else ()))
+        for alias in node.names:
+            yield (*target, alias.name) if (*target, alias.name) in known else target
+
+
+def test_no_circle_of_modules():
+    known = {parts: path for parts, path in modules()}
+    waits = {
+        parts: {other for other in imported_modules(parts, path, known) if other in known and other != parts}
+        for parts, path in known.items()
+    }
+    # Packages re-export what they hold: a module that imports its own package's sibling is no circle through it.
+    waits = {p: {o for o in own if not (len(o) < len(p) and p[: len(o)] == o)} for p, own in waits.items()}
+    assert sum(map(len, waits.values())) > 200
+    while waits:
+        free = [parts for parts, own in waits.items() if not own & set(waits)]
+        assert free, f"circle among {sorted('.'.join(parts) for parts in waits)}"
+        for parts in free:
+            del waits[parts]
+
+
+def test_packages_and_functions_stay_readable():
+    files, long = {}, []
+    for parts, path in modules():
+        files.setdefault(path.parent, []).append(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                if length > 80:
+                    long.append(f"{'.'.join(parts)}.{node.name}: {length} lines")
+    assert {folder.name: len(own) for folder, own in files.items() if len(own) > 19} == {}
+    assert long == []
+
+
+def test_trainers_are_not_passed_as_any():
+    untyped = []
+    for parts, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.arg) and node.arg in ("trainer", "inner", "outer"):
+                if node.annotation is None or ast.unparse(node.annotation) == "Any":
+                    untyped.append(f"{'.'.join(parts)}:{node.lineno}")
+    assert untyped == []
 
 
 def test_every_folder_is_in_the_packaging_map():

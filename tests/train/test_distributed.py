@@ -1,80 +1,142 @@
-"""Two processes do together what one does alone."""
+"""Several processes: the artefacts of one, equal choices on every rank, and one rank's error ends all."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers import toy
 
-pytestmark = pytest.mark.slow
-
 CAPTURE = """
 import sys
 from helpers import toy
-from accelerate import PartialState
 from hf_ensemble import CaptureConfig, TaskSet, capture_gradients
 from hf_ensemble.capture import capture
-
-PartialState(cpu=True)
 capture.SHARD_SIZE = 10
-config = CaptureConfig(projection_dim=64)
 tasks = TaskSet.from_datasets(toy.sft_tasks(train=17))
-store = capture_gradients(
+config = CaptureConfig(projection_dim=32, batch_size=3)
+capture_gradients(
     toy.with_lora(toy.llama()), tasks, config, sys.argv[1], processing_class=toy.tokenizer(), disable_tqdm=True
 )
-assert len(store) == 3 * 23
 """
-
+# Four trainers over uneven tasks, one of fewer rows than there are processes.
 TRAIN = """
-import sys
+import json, sys
+import torch
 from helpers import toy
-from hf_ensemble import EnsembleSFTConfig, EnsembleSFTTrainer
+from helpers.trainers import sft_config, split, text_trainer
+from hf_ensemble import *
+from hf_ensemble.runs import RunDirectory
 
-args = EnsembleSFTConfig(
-    output_dir=sys.argv[1], use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
-    save_strategy="no", num_train_epochs=1, num_groups=2, num_subsets=10, projection_dim=64,
-    per_device_train_batch_size=2,
-)
-trainer = EnsembleSFTTrainer(
-    model=sys.argv[2], args=args, train_dataset=toy.sft_tasks(train=13, validation=7), peft_config=toy.lora()
-)
-metrics = trainer.train().metrics
-sizes = {name: score["num_examples"] for name, score in trainer.score_adapter(None, trainer.eval_dataset, "").items()}
-assert set(sizes.values()) == {7}, sizes
-with open(f"{sys.argv[1]}/rank-{args.process_index}.txt", "w") as file:
-    file.write(repr(metrics["eval_mean_loss"]))
-trainer.end()
+folder, base, encoder, fails = sys.argv[1:5]
+
+def rows(make, sizes):
+    return {name: {"train": make(name, train, 1), "validation": make(name, count, 2)} for name, (train, count) in sizes.items()}
+
+sizes = {"a": (17, 17), "b": (5, 3), "c": (17, 11)}
+prompts = rows(lambda name, count, seed: toy.sum_rows(count, seed, "diff" if name == "b" else "sum"), sizes)
+texts = rows(lambda name, count, seed: toy.text_rows(count, seed, "book" if name == "b" else "film"), sizes)
+changes = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
+
+class Failing(EnsembleSFTTrainer):
+    def prepare_rows(self, datasets):
+        return super().prepare_rows(datasets)
+
+def report(name, trainer):
+    metrics = trainer.train().metrics
+    ensemble = getattr(trainer, "ensemble", None)
+    chosen = trainer.grouping.groups if ensemble else trainer.selection.tasks
+    with open(f"{folder}/{name}-{trainer.args.process_index}.json", "w") as file:
+        json.dump({"metrics": metrics, "chosen": chosen, "weights": ensemble.weights if ensemble else {}}, file)
+
+sft = {"train_dataset": prompts, "peft_config": toy.lora(), "model": base}
+trainer = EnsembleSFTTrainer(args=sft_config(f"{folder}/sft", num_groups=2, **changes), **sft)
+if fails == "yes":
+    from hf_ensemble.models.answer_scorer import AnswerScorer
+    score = AnswerScorer.__call__
+    def failing(self, *args, **kwargs):
+        if trainer.args.process_index == 1:
+            raise ValueError("no such luck on rank 1")
+        return score(self, *args, **kwargs)
+    AnswerScorer.__call__ = failing
+report("ensemble_sft", trainer)
+report("selection_sft", SelectionSFTTrainer(
+    args=sft_config(f"{folder}/sel", SelectionSFTConfig, **changes), target="a", **sft))
+text = lambda name, *rest, **more: text_trainer(f"{folder}/{name}", encoder, texts, *rest, **changes, **more)
+report("ensemble", text("text"))
+report("selection", text("textsel", SelectionTrainer, SelectionConfig, target="a"))
+trainer.accelerator.end_training()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
+TRAINERS = ["ensemble_sft", "selection_sft", "ensemble", "selection"]
 
 
-def launch(script: Path, processes: int, *arguments: str) -> None:
+def launch(script: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(script), *arguments]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [*launcher, str(script), *arguments]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Launches all four trainers."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    base = toy.save_model(toy.llama(), tmp_path / "base")
+    encoder = toy.save_model(toy.bert(2).bert, tmp_path / "encoder")
+
+    def run(processes, fails="no"):
+        folder = tmp_path / f"{processes}-{fails}"
+        folder.mkdir()
+        return folder, launch(script, processes, str(folder), base, encoder, fails)
+
+    return run
 
 
 def test_two_processes_write_the_store_of_one(tmp_path):
     script = tmp_path / "capture.py"
     script.write_text(CAPTURE)
     for processes in (1, 2):
-        launch(script, processes, str(tmp_path / f"store{processes}"))
+        done = launch(script, processes, str(tmp_path / f"store{processes}"))
+        assert done.returncode == 0, done.stdout + done.stderr
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"store{n}").glob("shard*")} for n in (1, 2))
     assert len(one) == 21 and one == two
 
 
-def test_two_processes_train_an_ensemble(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN)
-    base = toy.save_model(toy.llama(), tmp_path / "base")
-    launch(script, 2, str(tmp_path / "run"), base)
-    losses = [(tmp_path / "run" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
-    assert losses[0] == losses[1]
-    assert (tmp_path / "run" / "ensemble" / "README.md").is_file()
+@pytest.mark.slow
+def test_every_rank_makes_the_same_choices_and_they_are_those_of_one_process(train):
+    reports = {}
+    for processes in (1, 2, 4):
+        folder, done = train(processes)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        for name in TRAINERS:
+            own = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
+            assert all(report == own[0] for report in own[1:]), name
+            reports[processes, name] = own[0]
+        assert (folder / "sft" / "ensemble" / "README.md").is_file()
+    for name in TRAINERS:
+        one = reports[1, name]["metrics"]
+        for processes in (2, 4):
+            other = reports[processes, name]["metrics"]
+            assert set(other) == set(one)
+            # Larger batches over all processes, fewer steps: the losses are near, not equal.
+            losses = [key for key in one if key.endswith("loss")]
+            assert np.allclose([one[key] for key in losses], [other[key] for key in losses], rtol=0.15), name
+
+
+def test_an_error_on_one_rank_ends_all_with_that_error(train):
+    start = time.monotonic()
+    _, done = train(2, "yes")
+    assert done.returncode != 0 and time.monotonic() - start < 120
+    errors = done.stdout + done.stderr
+    assert errors.count("ValueError: no such luck on rank 1") >= 2 and "Raised by process 1." in errors

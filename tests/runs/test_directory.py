@@ -1,0 +1,108 @@
+"""Runs that are opened, resumed, changed, or damaged."""
+
+import json
+
+import pytest
+
+from helpers.trainers import sft_trainer
+from hf_ensemble.errors import RecordError, RunMismatchError
+from hf_ensemble.evaluate import TaskScores
+from hf_ensemble.runs import (
+    Estimate,
+    Evaluation,
+    Results,
+    RunDirectory,
+    RunRecord,
+    ScoredRun,
+    TasksRecord,
+    TrainedAdapter,
+    layout,
+    run_selector,
+)
+from hf_ensemble.select import Grouping
+
+
+def test_stages_are_recorded_and_resumed(tmp_path):
+    run = RunDirectory.open(tmp_path, {"a": 1}, {"b": 2})
+    with run.stage("gradients") as todo:
+        assert todo
+    with pytest.raises(KeyboardInterrupt), run.stage("group"):
+        raise KeyboardInterrupt
+    again = RunDirectory.open(tmp_path, {"a": 1}, {"b": 2})
+    assert again.is_done("gradients") and again.seconds("gradients") >= 0 and not again.is_done("group")
+    with again.stage("gradients") as todo:
+        assert not todo
+    with again.stage("group") as todo:
+        assert todo
+    # The time of an interrupted stage is not known.
+    assert again.is_done("group") and again.seconds("group") is None
+
+
+def test_differences_are_named_and_only_what_depends_on_them_is_redone(tmp_path):
+    run = RunDirectory.open(tmp_path, {"a": {"x": 1}}, {"b": 2})
+    for name in ("gradients", "group", "adapter:group_0", "weights"):
+        with run.stage(name):
+            pass
+    (tmp_path / "ensemble").mkdir()
+    (tmp_path / "gradients").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(RunMismatchError, match=r"a.x: found 1, expected 3; b: found 2, expected 5.*overwrite_run=True"):
+        RunDirectory.open(tmp_path, {"a": {"x": 3}}, {"b": 5})
+    chosen = RunDirectory.open(tmp_path, {"a": {"x": 1}}, {"b": 5}, overwrite=True)
+    assert list(chosen.record.stages) == ["gradients"]
+    assert not (tmp_path / "ensemble").exists() and (tmp_path / "gradients").exists()
+    anew = RunDirectory.open(tmp_path, {"a": {"x": 3}}, {"b": 5}, overwrite=True)
+    assert anew.record.stages == {} and not (tmp_path / "gradients").exists()
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_records_of_single_trainings_are_kept_by_name(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.trained_adapter("x") is None and run.scored_run(["a"], 0) is None and run.scored_runs() == []
+    trained = TrainedAdapter("x", {"a": 1.0, "b": 0.5}, 3, status="done", training_loss=0.5, global_step=7)
+    run.write_trained_adapter(trained)
+    scored = ScoredRun(["b", "a"], 3, {"a": TaskScores(0.5, 1.0, 4)}, 1.5, 0.25)
+    run.write_scored_run(scored)
+    assert run.trained_adapter("x") == trained
+    # By the set of tasks, and by the seed.
+    assert run.scored_run(["a", "b"], 3) == scored and run.scored_run(["a", "b"], 4) is None
+    assert run.scored_runs() == [scored] and scored.as_observed().losses == {"a": 0.5}
+
+
+def test_every_record_of_a_finished_run_reads_back(finished):
+    run = RunDirectory(finished[0].run_directory.path)
+    for kind in (RunRecord, TasksRecord, Grouping, Estimate, Evaluation):
+        data = json.loads(run.where(kind).read_text())
+        assert data["format"] == kind.format and data["format_version"] == kind.format_version
+        assert run.read(kind).to_dict() == data
+    assert run.read(Estimate).l2_evidence == "observed_runs" and len(run.read(Estimate).calibration_subsets) == 1
+    assert run.read(Evaluation).reported_split == "eval"
+    selector = run_selector(run, num_components=20)
+    assert selector.group(num_groups=2, affinity_subsets=20).groups == finished[0].grouping.groups
+    assert selector.estimator.observed_runs
+
+
+@pytest.mark.parametrize("kind", [kind for kind in layout.RECORDS if kind is not Results])
+def test_damaged_records_are_named(tmp_path, kind):
+    run = RunDirectory(tmp_path)
+    file = run.where(kind)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for text, message in [
+        ('{"format": ', "cannot be|truncated|JSON"),
+        ("[]", "expected an object"),
+        ('{"format": "other", "format_version": 1}', "has format 'other'"),
+        (json.dumps({"format": kind.format, "format_version": 99}), "Upgrade hf_ensemble"),
+        (json.dumps({"format": kind.format, "format_version": 1}), "missing"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(RecordError, match=message) as caught:
+            run.read(kind)
+        assert str(file) in str(caught.value)
+
+
+def test_a_damaged_run_record_stops_a_run_before_anything_is_lost(tmp_path, base_folder):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"format": "hf_ensem')
+    with pytest.raises(RecordError, match=r"run\.json"):
+        sft_trainer(tmp_path / "run", base_folder).open_run()
+    assert (tmp_path / "run" / "run.json").read_text() == '{"format": "hf_ensem'

@@ -1,0 +1,45 @@
+"""File names of a run are known in one place."""
+
+import ast
+from pathlib import Path
+
+import hf_ensemble
+from hf_ensemble.runs import layout
+
+ROOT = Path(hf_ensemble.__file__).parent
+# Names of this kind are too plain to search for: other things than a run's folders are called so as well.
+_PLAIN = {"gradients", "baseline", "adapter", "ensemble", "base", "training", "meta", "estimate"}
+
+
+def strings(path):
+    """String literals of a module that are no docstrings."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+def test_no_other_module_names_a_file_of_a_run():
+    names = {part for name in layout.RECORDS.values() for part in (name, name.rsplit("/")[-1])}
+    names |= {layout.SCORED_RUNS, layout.FIDELITY_PICTURE}
+    assert {"run.json", "groups.json", "results.json"} <= names and not names & _PLAIN
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in [*ROOT.rglob("*.py"), *(ROOT.parent / "callbacks").glob("*.py")]
+        if "runs" not in path.relative_to(ROOT.parent).parts
+        for text in strings(path)
+        for name in names
+        if name in text
+    }
+    assert found == set()
+
+
+def test_every_record_has_its_own_place_and_format():
+    assert len(set(layout.RECORDS.values())) == len(layout.RECORDS)
+    assert len({kind.format for kind in layout.RECORDS}) == len(layout.RECORDS)
