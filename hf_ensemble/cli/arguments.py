@@ -28,7 +28,9 @@ class DataArguments:
         default=None, metadata={"help": "Share of a NAME.jsonl to hold out for evaluation."}
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Maximum number of training rows per task."})
-    max_validation_rows: int | None = field(default=None, metadata={"help": "Maximum number of validation rows per task."})
+    max_validation_rows: int | None = field(
+        default=None, metadata={"help": "Maximum number of validation rows per task."}
+    )
     head: str = field(
         default="auto",
         metadata={

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..ensemble import PeftEnsembleModel
-from ..select import ExampleScores, Grouping, Selection
 from ..runs import FidelityReport, Results
+from ..select import ExampleScores, Grouping, Selection
+
 
 def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
     """Every adapter with its tasks, and the other tasks that give it a weight."""

@@ -81,7 +81,9 @@ def build_trainer(
         args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
         options["quantization_config"] = quantization
     elif quantization is not None:
-        raise ConfigurationError("Text classification over a quantized base is not supported: do not set load_in_4bit or load_in_8bit.")
+        raise ConfigurationError(
+            "Text classification over a quantized base is not supported: do not set load_in_4bit or load_in_8bit."
+        )
     elif _wants_label_similarity(arguments.head, name, remote):
         # Nothing of this model but its buffers is its own, so no head has to be saved with the adapters.
         task_type = None

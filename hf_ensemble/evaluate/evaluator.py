@@ -101,7 +101,9 @@ class Evaluator:
         order = np.argsort(positions)
         return RowScores(*(np.concatenate([part[column] for part in parts])[order] for column in (1, 2, 3)))
 
-    def _own_scores(self, scorer: Scorer, rows: Dataset, margin: MarginKind, bar: tqdm | None) -> tuple[np.ndarray, ...]:
+    def _own_scores(
+        self, scorer: Scorer, rows: Dataset, margin: MarginKind, bar: tqdm | None
+    ) -> tuple[np.ndarray, ...]:
         """Position, loss, correctness and margin of the rows that fall to this process."""
         state = PartialState()
         own = list(range(state.process_index, len(rows), state.num_processes))

@@ -27,7 +27,9 @@ _UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "ddp
 _CHOICES = {own.name for settings in (GroupingSettings, SelectionSettings) for own in fields(settings)}
 _CHOICES |= {"num_components", "ensemble_weights", "calibration_runs"}
 # Names under which loaders and trackers take credentials: their values are never written.
-_SECRET = re.compile(r"(^|_)(token|auth|authorization|password|passwd|secret|credentials?|cookies?|headers|api_key|access_key)$")
+_SECRET = re.compile(
+    r"(^|_)(token|auth|authorization|password|passwd|secret|credentials?|cookies?|headers|api_key|access_key)$"
+)
 
 
 def configuration_of(model: PeftModel, tasks: TaskSet, args: TrainingArguments, trainer_class: type) -> dict[str, Any]:

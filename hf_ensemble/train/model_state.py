@@ -75,5 +75,3 @@ def _restore_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
 
 def _is_hooks(name: str, value: Any) -> bool:
     return "hooks" in name and isinstance(value, dict)
-
-

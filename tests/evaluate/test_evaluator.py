@@ -112,7 +112,9 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path, base_folder):
     trainer.args.max_length = 16
     with pytest.raises(TaskError, match="No row of task 'sums' is left to evaluate: .* Raise max_length"):
         trainer.evaluate(long)
-    evaluator = Evaluator(trainer.model, TaskCollator(lambda rows: {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}), 2)
+    evaluator = Evaluator(
+        trainer.model, TaskCollator(lambda rows: {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}), 2
+    )
     rows = trainer.eval_dataset["sums"].select([0]).map(lambda row: {"labels": [-100] * len(row["input_ids"])})
     rows = rows.select_columns(["input_ids", "labels", "task"])
     with pytest.raises(ScoringError, match="answer token"):

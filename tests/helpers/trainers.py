@@ -25,7 +25,7 @@ ESTIMATE = {"projection_dim": 128, "num_components": 20}
 def sft_config(folder, config_class=EnsembleSFTConfig, **changes):
     settings = {**SMALL, **ESTIMATE, "bf16": False, "gradient_checkpointing": False, "output_dir": str(folder)}
     if config_class is EnsembleSFTConfig:
-        settings["num_subsets"] = 20
+        settings["affinity_subsets"] = 20
     return config_class(**{**settings, **changes})
 
 
@@ -33,7 +33,7 @@ def split(tasks, name):
     return {task: splits[name] for task, splits in tasks.items()}
 
 
-def sft_trainer(folder, base, tasks=None, **changes):
+def sft_trainer(folder, base, tasks=None, callbacks=None, **changes):
     tasks = tasks or toy.sft_tasks()
     return EnsembleSFTTrainer(
         model=base,
@@ -41,6 +41,7 @@ def sft_trainer(folder, base, tasks=None, **changes):
         train_dataset=split(tasks, "train"),
         eval_dataset=split(tasks, "validation"),
         peft_config=toy.lora(),
+        callbacks=callbacks,
     )
 
 

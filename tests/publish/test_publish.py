@@ -24,7 +24,7 @@ def run(tmp_path_factory):
         save_strategy="no",
         num_train_epochs=1,
         num_groups=2,
-        num_subsets=10,
+        affinity_subsets=10,
         projection_dim=64,
         gradient_checkpointing=False,
     )
@@ -47,8 +47,8 @@ def table_rows(text, heading):
 def test_card_says_what_was_trained_on_what_and_how_well(run):
     card = ModelCard.load(run / "ensemble" / "README.md")
     groups = json.loads((run / "groups.json").read_text())["groups"]
-    results = json.loads((run / "evaluation.json").read_text())["eval"]
-    weights = json.loads((run / "estimate" / "weights.json").read_text())
+    results = json.loads((run / "evaluation.json").read_text())["scores"]["eval"]
+    weights = json.loads((run / "estimate" / "weights.json").read_text())["weights"]
     members = [m["name"] for m in json.loads((run / "ensemble" / "ensemble_config.json").read_text())["members"]]
     assert card.data.library_name == "peft" and "hf-ensemble" in card.data.tags
     by_task = {row[0]: row for row in table_rows(card.text, "Datasets and groups")[2:]}

@@ -14,7 +14,7 @@ from hf_ensemble import (
 def test_classification_from_an_encoder_gets_a_head_that_reloads(tmp_path):
     """The checkpoint has no head: each adapter brings its own."""
     base = toy.save_model(toy.bert(2).bert, tmp_path / "base")
-    trainer = text_trainer(tmp_path / "run", base, toy.text_tasks(), num_groups=2, num_subsets=10)
+    trainer = text_trainer(tmp_path / "run", base, toy.text_tasks(), num_groups=2, affinity_subsets=10)
     metrics = trainer.train().metrics
     assert trainer.label_space.names == ("negative", "positive", "no", "yes")
     assert trainer.model.config.id2label[3] == "yes"
@@ -35,7 +35,7 @@ def test_loss_of_a_classifier_counts_the_own_labels_alone(tmp_path):
     ids = {key: value for key, value in batch.items() if key not in ("labels", "task", "example_id")}
     with torch.no_grad():
         trainer.model.eval()
-        found = trainer.compute_loss(trainer.model, dict(batch))
+        found = trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch)))
         logits = trainer.model(**ids).logits
     expected = 0
     for row, (task, label) in enumerate(zip(batch["task"], batch["labels"])):
@@ -59,7 +59,7 @@ def test_gradient_accumulation_gives_the_same_classifier(tmp_path, batch_size):
         }
         trainer = text_trainer(tmp_path / f"run{size}", toy.bert(2), tasks, **changes)
         trainer.open_run()
-        trainer.adapter_training.run("one", ["t"], tmp_path / f"adapter{size}")
+        trainer.flow.training.run("one", ["t"], tmp_path / f"adapter{size}")
         adapters.append(load_file(str(tmp_path / f"adapter{size}" / "adapter_model.safetensors")))
     for name, value in adapters[0].items():
         assert torch.allclose(value, adapters[1][name], atol=1e-6), name

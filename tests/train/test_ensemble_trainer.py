@@ -86,7 +86,7 @@ def test_model_is_back_at_its_start_and_reloaded_ensemble_agrees(finished):
     trainer, _, _ = finished
     run = trainer.run_directory.path
     parameters = dict(trainer.model.named_parameters())
-    assert all(torch.equal(parameters[n].cpu(), p) for n, p in trainer.adapter_training.theta0.items())
+    assert all(torch.equal(parameters[n].cpu(), p) for n, p in trainer.flow.training.theta0.items())
     loaded = PeftEnsembleModel.from_pretrained(run / "ensemble")
     ids = torch.randint(3, 20, (3, 6))
     with torch.no_grad():

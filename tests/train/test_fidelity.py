@@ -11,13 +11,12 @@ from hf_ensemble import (
     measure_fidelity,
 )
 from hf_ensemble.errors import ConfigurationError, EstimationError
-from hf_ensemble.train.scored_runs import scored_run
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 
 def test_fidelity_compares_with_real_trainings_and_resumes(finished, monkeypatch):
     trainer, _, _ = finished
-    estimator = trainer.selector(trainer.capture()).estimator
+    estimator = trainer.selector().estimator
     # The baseline calibrates, so that all tasks together are no test.
     assert [sorted(run.mixture) for run in estimator.observed_runs] == [sorted(trainer.tasks)]
     subsets = [["sums"], ["diffs"], ["sums", "diffs"], ["more_sums", "diffs"], trainer.tasks.names]
@@ -46,23 +45,28 @@ def test_fidelity_compares_with_real_trainings_and_resumes(finished, monkeypatch
 def test_a_scored_run_is_a_plain_training_and_its_seed_counts(finished):
     trainer, _, _ = finished
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    run, other = scored_run(trainer, ["sums"]), scored_run(trainer, ["sums"], seed=7)
-    assert run.scores["sums"]["loss"] != other.scores["sums"]["loss"] and run.distance > 0
-    trained = trainer.adapter_training.run("plain", ["sums"], trainer.run_directory.path / "plain")
+    calibration = trainer.flow.calibration
+    run, other = calibration.scored_run(["sums"]), calibration.scored_run(["sums"], seed=7)
+    assert run.scores["sums"].loss != other.scores["sums"].loss and run.distance > 0
+    trained = trainer.flow.training.run("plain", ["sums"], trainer.run_directory.path / "plain")
     assert trained.distance == pytest.approx(run.distance)
-    scores = trainer.score_adapter(trainer.run_directory.path / "plain", trainer.eval_dataset, "x")
-    assert scores["diffs"]["loss"] == pytest.approx(run.scores["diffs"]["loss"], abs=1e-6)
+    scores = trainer.flow.evaluation.score_adapter(
+        trainer.run_directory.path / "plain", trainer.flow.context.eval_tables, "x"
+    )
+    assert scores["diffs"].loss == pytest.approx(run.scores["diffs"].loss, abs=1e-6)
     assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters() if n in before)
     assert not [path for path in (trainer.run_directory.path / "scored_runs").iterdir() if path.is_dir()]
 
 
 def test_calibration_runs_are_made_once(tmp_path, base_folder, monkeypatch):
     trainer = sft_trainer(tmp_path / "run", base_folder, train_baseline=False, calibration_runs=2, num_train_epochs=1)
-    runs = trainer.observed_runs()
+    trainer.open_run()
+    runs = trainer.flow.calibration.observed_runs(trainer.flow.num_calibration_runs())
     assert len(runs) == 2 and set(runs[0].mixture) == set(trainer.tasks) and len(runs[1].mixture) == 1
     monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert trainer.observed_runs() == runs
+    assert trainer.flow.calibration.observed_runs(2) == runs
     none = sft_trainer(tmp_path / "none", base_folder, train_baseline=False, calibration_runs=0)
-    assert none.observed_runs() == []
+    none.open_run()
+    assert none.flow.calibration.observed_runs(none.flow.num_calibration_runs()) == []
     with pytest.raises(ConfigurationError, match="calibration_runs has to be 0 or more"):
         sft_trainer(tmp_path / "bad", base_folder, calibration_runs=-1)

@@ -11,7 +11,6 @@ from hf_ensemble import (
 )
 from hf_ensemble.errors import RunMismatchError
 from hf_ensemble.store import GradientStore
-from hf_ensemble.train.run_directory import RunDirectory
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 
@@ -68,7 +67,7 @@ def test_a_run_of_another_configuration_is_refused_by_name(finished):
         {"weight_decay": 0.1},
         {"num_components": 10},
         {"ensemble_weights": "own_group"},
-        {"num_subsets": 21},
+        {"affinity_subsets": 21},
         {"train_baseline": False},
     ],
 )
@@ -107,7 +106,7 @@ def test_a_training_goes_on_from_its_last_whole_checkpoint_and_from_no_other(tmp
 
         monkeypatch.setattr(TaskSFTTrainer, "training_step", killed)
         try:
-            trainer.adapter_training.run("one", mixture, tmp_path / folder / "adapter")
+            trainer.flow.training.run("one", mixture, tmp_path / folder / "adapter")
         finally:
             monkeypatch.setattr(TaskSFTTrainer, "training_step", step)
         return load_file(str(tmp_path / folder / "adapter" / "adapter_model.safetensors"))
@@ -142,7 +141,9 @@ def test_another_choice_of_groups_keeps_gradients_and_baseline(tmp_path, base_fo
     monkeypatch.setattr(
         TaskSFTTrainer, "train", lambda self, *a, **k: (trained.append(self.args.run_name), train(self))[1]
     )
-    monkeypatch.setattr("hf_ensemble.train.stages.capture_gradients", lambda *a, **k: pytest.fail("captured again"))
+    monkeypatch.setattr(
+        "hf_ensemble.train.flows.capturing.capture_gradients", lambda *a, **k: pytest.fail("captured again")
+    )
     again = sft_trainer(tmp_path / "run", base_folder, num_groups=2, num_train_epochs=1, overwrite_run=True)
     again.train()
     assert trained == ["run-group_0", "run-group_1"] and len(again.grouping.groups) == 2
@@ -151,26 +152,10 @@ def test_another_choice_of_groups_keeps_gradients_and_baseline(tmp_path, base_fo
 def test_an_old_record_is_not_taken_for_a_new_adapter(tmp_path, base_folder):
     trainer = sft_trainer(tmp_path / "run", base_folder, num_train_epochs=1)
     trainer.open_run()
-    first = trainer.adapter_training.run("one", ["sums"], tmp_path / "adapter")
-    assert trainer.adapter_training.run("one", ["sums"], tmp_path / "adapter") == first
+    first = trainer.flow.training.run("one", ["sums"], tmp_path / "adapter")
+    assert trainer.flow.training.run("one", ["sums"], tmp_path / "adapter") == first
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     (tmp_path / "adapter" / "adapter_config.json").unlink()
     (tmp_path / "adapter").rmdir()
-    second = trainer.adapter_training.run("one", ["diffs"], tmp_path / "adapter")
+    second = trainer.flow.training.run("one", ["diffs"], tmp_path / "adapter")
     assert list(second.mixture) == ["diffs"] and (tmp_path / "adapter").is_dir()
-
-
-def test_the_time_of_an_interrupted_stage_is_not_known(tmp_path):
-    for interrupt in (True, False):
-        run = RunDirectory.open(tmp_path, {"a": 1}, {})
-        try:
-            with run.stage("gradients") as todo:
-                assert todo
-                if interrupt:
-                    raise KeyboardInterrupt
-            with run.stage("group"):
-                pass
-        except KeyboardInterrupt:
-            pass
-    again = RunDirectory.open(tmp_path, {"a": 1}, {})
-    assert again.is_done("gradients") and again.seconds("gradients") is None and again.seconds("group") >= 0

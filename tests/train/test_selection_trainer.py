@@ -18,6 +18,7 @@ from hf_ensemble import (
     SelectionTrainer,
 )
 from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.runs import Evaluation
 from hf_ensemble.select import methods
 
 
@@ -39,7 +40,7 @@ def test_selection_trains_once_on_what_it_chose(tmp_path, base_folder, meta):
     assert list(record["mixture"]) == trainer.selection.tasks
     assert metrics["eval_loss"] == metrics["eval_sums_loss"]
     trainer.evaluate({"sums": toy.sum_rows(4, 9)}, metric_key_prefix="test")
-    assert set(json.loads((tmp_path / "run" / "evaluation.json").read_text())) == {"eval", "test"}
+    assert set(trainer.run_directory.read(Evaluation).scores) == {"eval", "test"}
     assert (tmp_path / "run" / "meta" / "adapter_model.safetensors").exists() == meta
     # The model in hand is the fine-tuned one.
     saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "run" / "adapter")

@@ -11,6 +11,7 @@ from hf_ensemble import (
     SubsetEstimator,
     TaskSet,
 )
+from hf_ensemble.runs import TrainedAdapter
 from hf_ensemble.tasks import TASK, TaskWeightedSampler
 from hf_ensemble.train.task_trainer import TaskSFTTrainer, TaskTrainer
 
@@ -63,12 +64,11 @@ def test_sampling_weights_reach_the_sampler(tmp_path, base_folder):
         shares += [trainer.train_dataset[i][TASK] == "diffs" for i in sampler]
     assert abs(sum(shares) / len(shares) - 0.6) < 0.06
     trainer.open_run()
-    inner = trainer.adapter_training._inner_trainer(
-        "x", tmp_path / "x", {"diffs": 1.0, "sums": 0.5}, trainer.train_dataset
-    )
+    begun = TrainedAdapter("x", {"diffs": 1.0, "sums": 0.5}, trainer.args.seed)
+    inner = trainer.flow.training._trainer(begun, trainer.train_dataset)
     assert inner.sampling_weights == {"diffs": 3.0, "sums": 0.5}
     store = trainer.capture()
-    estimator = trainer.selector(store).estimator
+    estimator = trainer.selector().estimator
     twice = SubsetEstimator(store.table("train"), store.table("validation"), 20)
     scale = estimator.regularization.l2_scale
     weighted = estimator.predict([[1.0, 1.0, 0.0]], l2_scale=scale).coefficients

@@ -260,4 +260,3 @@ def test_classification_trainings_share_nothing(tmp_path):
     assert isinstance(trainer, TaskTrainer)
     trainer.train()
     assert {step.rsplit("/", 1)[1] for step in Mine.steps} == set(TRAININGS)
-

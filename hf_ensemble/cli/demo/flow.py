@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from ..._records import Record
 from ...ensemble import PeftEnsembleModel
+from ...runs import Results
 from ...select import Selection
 from ...tasks import TaskSet
-from ...runs import Results
 from ...train import EnsembleSFTConfig, EnsembleSFTTrainer, collect_results, measure_fidelity
 from ..arguments import DemoArguments, parse
 from ..tables import console, fidelity_table, grouping_table, results_table, selection_table

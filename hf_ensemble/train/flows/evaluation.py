@@ -73,9 +73,7 @@ class SystemEvaluation:
                 model.delete_adapter(SCORED_ADAPTER)
 
 
-def flat_metrics(
-    scores: Mapping[str, Mapping[str, TaskScores]], prefix: str, main_system: str
-) -> dict[str, float]:
+def flat_metrics(scores: Mapping[str, Mapping[str, TaskScores]], prefix: str, main_system: str) -> dict[str, float]:
     """Scores by system and task as one dict of metrics; those of the main system carry no further name."""
     metrics: dict[str, float] = {}
     for system, by_task in scores.items():
