@@ -54,11 +54,11 @@ def group(argv: Sequence[str]) -> Grouping:
     """
     (arguments,), _ = parse([GroupArguments], with_config(argv), command="group")
     grouping = _selector(arguments).group(
-        arguments.num_groups or "auto",
+        arguments.num_groups,
         arguments.method,
         max_groups=arguments.max_groups,
         group_cost=arguments.group_cost,
-        overlap=arguments.overlap,
+        overlapping_groups=arguments.overlap,
         seed=arguments.seed,
     )
     out = console()

@@ -16,7 +16,7 @@ Scores = Mapping[str, Mapping[str, float]]
 
 def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
     """Every adapter with its tasks, and the other tasks that give it a weight."""
-    table = Table(title="Groups, one adapter each", caption=grouping.why)
+    table = Table(title="Groups, one adapter each", caption=grouping.summary)
     table.add_column("adapter")
     table.add_column("trained on")
     table.add_column("used by")
@@ -47,7 +47,7 @@ def results_table(results: Mapping[str, Scores], split: str) -> Table:
 
 def selection_table(selection: Selection, expected: Mapping[str, str] | None = None) -> Table:
     """Every auxiliary task with its score; `expected` adds a column that says what is known of it."""
-    table = Table(title=f"What helps {', '.join(selection.targets)}", caption=selection.why)
+    table = Table(title=f"What helps {', '.join(selection.targets)}", caption=selection.summary)
     table.add_column("task")
     table.add_column("score (lower is better)", justify="right")
     table.add_column("selected")
@@ -88,7 +88,7 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 
 def group_curve_table(grouping: Grouping) -> Table:
     """Tasks of each group, and the predicted loss by the number of groups."""
-    table = Table(title="Groups", caption=grouping.why)
+    table = Table(title="Groups", caption=grouping.summary)
     table.add_column("group")
     table.add_column("tasks")
     table.add_column("helpers")
@@ -105,7 +105,7 @@ def group_curve_table(grouping: Grouping) -> Table:
 
 def example_table(scores: ExampleScores) -> Table:
     """Quartiles of the rows' scores by task."""
-    table = Table(title=f"Training rows, for {', '.join(scores.targets)}", caption=scores.why)
+    table = Table(title=f"Training rows, for {', '.join(scores.targets)}", caption=scores.summary)
     for column in ("task", "rows", "that harm", "lower quartile", "median", "upper quartile"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task, own in scores.scores.items():

@@ -61,7 +61,7 @@ def collect_results(trainer, tasks: TaskSet, arguments: RunArguments) -> dict[st
         results["selection"] = {
             "target": trainer.target,
             "tasks": trainer.selection.tasks,
-            "why": trainer.selection.why,
+            "summary": trainer.selection.summary,
         }
     if arguments.fidelity_subsets:
         sizes = [arguments.fidelity_subset_size] if arguments.fidelity_subset_size else None

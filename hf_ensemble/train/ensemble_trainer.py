@@ -94,11 +94,11 @@ class EnsembleMixin(StagesMixin):
             selector = self.selector(store)
             self.estimator = selector.estimator
             grouping = selector.group(
-                self.args.num_groups or "auto",
+                self.args.num_groups,
                 self.args.grouping_method,
                 max_groups=self.args.max_groups,
-                overlap=self.args.overlapping_groups,
-                num_subsets=self.args.num_subsets,
+                overlapping_groups=self.args.overlapping_groups,
+                affinity_subsets=self.args.num_subsets,
                 seed=self.args.seed,
             )
             prediction = self.estimator.predict_subsets([grouping.trained_on(name) for name in grouping.groups])
