@@ -146,7 +146,7 @@ class SelectionProblem:
         return close
 
     def path_entry(self, scored: SubsetScores, row: int) -> dict[str, Any]:
-        """A subset's entry in [`Selection.path`]: the predicted loss and its interval, and the accuracy where it counts."""
+        """A subset's entry in [`Selection.path`]."""
         prediction, goal = scored.prediction, mixture_weights(self.targets, self.names)
         low, high = float(prediction.loss_low[row] @ goal), float(prediction.loss_high[row] @ goal)
         entry = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ..capture import CaptureConfig, optimizer_metric
+from ..capture import CaptureConfig, optimizer_preconditioner
 from ..errors import ConfigurationError
 from ..select import GROUPING_METHODS, SELECTION_METHODS
 
@@ -71,7 +71,7 @@ class EstimateArguments:
             projection_dim=self.projection_dim,
             projection_seed=self.projection_seed,
             margin=self.margin,
-            preconditioner=optimizer_metric(self) if self.preconditioner == "auto" else self.preconditioner,
+            preconditioner=optimizer_preconditioner(self) if self.preconditioner == "auto" else self.preconditioner,
             feature_dtype=self.feature_dtype,
             batch_size=self.per_device_eval_batch_size if self.capture_batch_size is None else self.capture_batch_size,
             max_batch_tokens=self.capture_batch_tokens,

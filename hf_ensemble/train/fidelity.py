@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..capture import transplanted
+from ..capture import applied_update
 from ..errors import EstimationError
 from ..estimate.fidelity_measures import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
 from ..select import mixed_subsets
@@ -140,7 +140,7 @@ def _first_order(trainer, store: GradientStore, estimator, prediction, runs, cou
     losses, linear_losses, distances = [], [], []
     for row in chosen:
         trainer.adapter_training.reset()
-        with transplanted(trainer.model, store, estimator.parameters_at(prediction.coefficients[row])):
+        with applied_update(trainer.model, store, estimator.parameters_at(prediction.coefficients[row])):
             distances.append(trainer.adapter_training.distance())
             true = validation_margins(trainer, store)
         linear = estimator.linear_margins(prediction.coefficients[row])

@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 
 from .._compat import adapters_untouched
 from .._files import read_json, write_json
-from ..capture import capture_gradients, model_identity, optimizer_metric, training_recipe
+from ..capture import capture_gradients, model_identity, optimizer_preconditioner, training_recipe
 from ..ensemble.saving.files import load_adapter
 from ..estimate import ObservedRun
 from ..logging import get_logger
@@ -104,7 +104,7 @@ class StagesMixin:
     def _recipe(self) -> TrainingRecipe | None:
         """The training on all tasks; `None` where the features are not in the optimizer's metric."""
         args = self.args
-        if args.capture_config().preconditioner != optimizer_metric(args):
+        if args.capture_config().preconditioner != optimizer_preconditioner(args):
             return None
         return training_recipe(args, self.adapter_training.num_steps(self.tasks.names))
 

@@ -93,5 +93,5 @@ def test_bad_arguments_are_named(tmp_path):
     for when in ("sometimes", 0, -3, True):
         with pytest.raises(ConfigurationError, match="when has to be"):
             callback(tmp_path, when=when)
-    with pytest.raises(ConfigurationError, match="pass processing_class"):
+    with pytest.raises(ConfigurationError, match="Pass processing_class"):
         callback(tmp_path).on_train_begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), None, None)
