@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import get_peft_model
 from transformers import TrainingArguments
 
 from helpers import toy
 from helpers.captures import capture, causal_batch
 from hf_ensemble.capture import CaptureConfig, FeatureSettings, GradientExtractor
 from hf_ensemble.errors import StoreMismatchError
-from hf_ensemble.estimate import SubsetEstimator
-from hf_ensemble.store import TrainingRecipe
+from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 
 
 def arguments(folder, **changes):
@@ -48,9 +48,9 @@ def test_feature_settings_become_a_config():
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores")
-    recipe = TrainingRecipe([1e-2] * 18, batch_size=4)
     return {
-        precision: capture(folder / precision, mixed_precision=precision, recipe=recipe) for precision in ("no", "bf16")
+        precision: capture(folder / precision, get_peft_model(toy.llama(), toy.lora()), mixed_precision=precision)
+        for precision in ("no", "bf16")
     }
 
 
@@ -76,18 +76,23 @@ def test_the_precision_is_part_of_the_identity(stores):
     }
     assert stores["no"].identity["config"]["preconditioner"] == "adam"
     with pytest.raises(StoreMismatchError, match="config.mixed_precision: found 'bf16', expected 'no'"):
-        capture(stores["bf16"].folder)
+        capture(stores["bf16"].folder, get_peft_model(toy.llama(), toy.lora()))
 
 
 def test_estimates_from_bfloat16_features_agree(stores):
-    """Measured: losses differ by at most 0.3 %, and changes of the loss by 1 % on average."""
-    estimators = [SubsetEstimator(store.table("train"), store.table("validation")) for store in stores.values()]
-    subsets = [own for size in (1, 2, 3) for own in combinations(estimators[0].task_names, size)]
-    wide, low = (estimator.predict_subsets(subsets).loss for estimator in estimators)
-    assert np.abs(low / wide - 1).max() < 0.02
-    base = estimators[0].base_loss()
-    assert np.abs(wide - base).mean() > 0.05
-    assert np.abs(low - wide).mean() < 0.05 * np.abs(wide - base).mean()
+    tables = {name: (store.table("train"), store.table("validation")) for name, store in stores.items()}
+    base = SubsetEstimator(*tables["no"]).base_loss()
+    names = tables["no"][0].task_names
+    run = ObservedRun(dict.fromkeys(names, 1.0), dict(zip(names, 0.8 * base)))
+    subsets = [own for size in (1, 2) for own in combinations(names, size)]
+    found = {
+        name: SubsetEstimator(*table, observed_runs=[run]).predict_subsets(subsets).loss
+        for name, table in tables.items()
+    }
+    change = np.abs(found["no"] - base).mean()
+    assert change > 0.3
+    assert np.abs(found["bf16"] - found["no"]).mean() < 0.01 * change
+    assert np.abs(found["bf16"] / found["no"] - 1).max() < 0.01
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
