@@ -1,4 +1,4 @@
-"""Capturing gradients inside an otherwise plain training."""
+"""Captures gradients inside a plain trainer."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Literal
 
 from transformers import TrainerCallback
 
-from ..capture import CaptureConfig, capture_gradients, optimizer_metric, training_recipe
+from ..capture import CaptureConfig, capture_gradients, optimizer_preconditioner, training_recipe
 from ..errors import ConfigurationError
 from ..store import GradientStore
 from ..tasks import TaskSet
@@ -15,39 +15,41 @@ When = Literal["train_begin", "train_end", "epoch"] | int
 
 
 class GradientCaptureCallback(TrainerCallback):
-    """Captures the gradient features of named datasets in the course of a plain training.
+    """Captures the gradient features of named datasets during a plain training.
 
-    The training is the same with and without it, to the last bit: the pass leaves parameters, their `.grad`, the
-    modes of the modules and the random state as they were.
+    The training is bitwise identical with and without the callback: parameters, their `.grad`, module modes and the
+    random state are left unchanged.
+
+    With `when="train_begin"`, the store also records the length and learning rates of the training. They calibrate
+    estimates without an observed run, which then assume a fine-tuning like this one on all of the tasks.
+
+    In a chat, the assistant's last turn is the answer, while an `SFTTrainer` with `assistant_only_loss=False` trains on
+    every turn.
 
     Args:
-        tasks (`TaskSet`): what to capture; its rows need not be the ones trained on.
-        output_dir (`str` or `Path`): the store's directory.
-        config (`CaptureConfig`, *optional*): settings of the pass; the optimizer's metric by default.
-        when (`str`, *optional*, defaults to `"train_begin"`):
-            `"train_begin"` captures at the untrained adapter, which answers what adding or leaving out a task does;
-            `"train_end"` at the trained one; `"epoch"` after every epoch and a number after every so many optimizer
-            steps, each into a store of its own, `OUTPUT_DIR/epoch-1` or `OUTPUT_DIR/step-100`.
-        overwrite (`bool`, *optional*, defaults to `False`): replace a store of another model, data or configuration.
+        tasks (`TaskSet`): tasks to capture; their rows may differ from the training rows.
+        output_dir (`str` or `Path`): directory of the store.
+        config (`CaptureConfig`, *optional*):
+            Settings of the pass. `"auto"` values follow the trainer's optimizer and precision.
+        when (`str` or `int`, *optional*, defaults to `"train_begin"`):
+            `"train_begin"` captures at the untrained adapter, to predict the effect of adding or dropping tasks;
+            `"train_end"` at the trained one. `"epoch"` captures after every epoch and a number after that many
+            optimizer steps, each into a store of its own, `OUTPUT_DIR/epoch-1` or `OUTPUT_DIR/step-100`.
+        overwrite (`bool`, *optional*, defaults to `False`): replace a store of another model, other data or settings.
 
     Attributes:
-        store (`GradientStore`): the latest one, `None` before the first.
-
-    At the beginning, the store is told of the training's length and learning rates, which estimates without a true
-    fine-tuning are calibrated by: they are for fine-tunings on all of the tasks like this one.
-
-    Of a chat, the assistant's last turn is the answer; an `SFTTrainer` with `assistant_only_loss=False` trains on every
-    turn.
+        store (`GradientStore`): the latest store, `None` before the first capture.
 
     Raises:
-        `ConfigurationError`: for another `when`, and for a trainer without a tokenizer.
+        `ConfigurationError`: for an invalid `when`, and for a trainer without a tokenizer.
 
     Example:
 
     ```python
+    >>> callback = GradientCaptureCallback(tasks, "gradients")
     >>> trainer = SFTTrainer(  # doctest: +SKIP
-    ...     model, args, train_dataset=dataset, peft_config=LoraConfig(), callbacks=[GradientCaptureCallback(tasks,
-    "gradients")] ... )
+    ...     model, args, train_dataset=dataset, peft_config=LoraConfig(), callbacks=[callback]
+    ... )
     ```
     """
 
@@ -62,7 +64,7 @@ class GradientCaptureCallback(TrainerCallback):
         is_number = isinstance(when, int) and not isinstance(when, bool) and when > 0
         if when not in ("train_begin", "train_end", "epoch") and not is_number:
             raise ConfigurationError(
-                f"when has to be 'train_begin', 'train_end', 'epoch' or a number of steps, found {when!r}."
+                f"when has to be 'train_begin', 'train_end', 'epoch' or a positive number of steps, found {when!r}."
             )
         self.tasks = tasks
         self.output_dir = Path(output_dir)
@@ -75,7 +77,7 @@ class GradientCaptureCallback(TrainerCallback):
         if self.when != "train_begin":
             return
         if state is not None and state.global_step > 0:
-            # A resumed training begins in the middle; what was captured at its beginning still stands.
+            # A resumed training starts midway; the store from its start is still valid.
             self.store = GradientStore(self.output_dir)
         else:
             num_steps = state.max_steps if state is not None else None
@@ -97,12 +99,14 @@ class GradientCaptureCallback(TrainerCallback):
 
     def _capture(self, args, model, processing_class, folder: Path, num_steps=None, optimizer=None) -> None:
         if processing_class is None:
-            raise ConfigurationError("Capturing needs the tokenizer: pass processing_class to the Trainer.")
-        metric = optimizer_metric(args)
-        config = self.config or CaptureConfig(preconditioner=metric)
+            raise ConfigurationError(
+                "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
+            )
+        config = (self.config or CaptureConfig()).resolved(args)
         if config.max_length is None:
-            # As SFTTrainer truncates.
+            # SFTTrainer truncates its rows to this length.
             config = replace(config, max_length=getattr(args, "max_length", None))
+        matches_optimizer = config.preconditioner == optimizer_preconditioner(args)
         self.store = capture_gradients(
             model,
             self.tasks,
@@ -111,6 +115,6 @@ class GradientCaptureCallback(TrainerCallback):
             processing_class=processing_class,
             overwrite=self.overwrite,
             disable_tqdm=bool(args.disable_tqdm),
-            recipe=training_recipe(args, num_steps) if num_steps and config.preconditioner == metric else None,
+            recipe=training_recipe(args, num_steps) if num_steps and matches_optimizer else None,
             optimizer=optimizer,
         )

@@ -38,7 +38,7 @@ def main(script_args, training_args):
 
     # From here on no model is needed: this part may run later, elsewhere, on a CPU.
     selector = DataSelector.from_store(gradients)
-    print(selector.select(script_args.target).why)
+    print(selector.select(script_args.target).summary)
     for name, members in selector.group().groups.items():
         print(f"{name}: {', '.join(members)}")
     subsets = [[script_args.target], list(tasks)]

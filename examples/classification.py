@@ -31,7 +31,7 @@ def main(script_args, training_args):
         peft_config=LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS"),
     )
     metrics = trainer.train().metrics
-    print(trainer.grouping.why)
+    print(trainer.grouping.summary)
     for name in tasks:
         print(f"{name}: accuracy {metrics[f'eval_{name}_accuracy']:.3f}, one adapter for all ", end="")
         print(f"{metrics[f'eval_baseline_{name}_accuracy']:.3f}")

@@ -30,7 +30,7 @@ def main(script_args, training_args):
         target=script_args.target,
     )
     metrics = trainer.train().metrics
-    print(trainer.selection.why)
+    print(trainer.selection.summary)
     for task, score in sorted(trainer.selection.scores.items(), key=lambda item: item[1]):
         chosen = "taken" if task in trainer.selection.auxiliary else "left"
         print(f"{task}: {chosen}, predicted loss of {script_args.target} {score:.4f}")

@@ -12,7 +12,7 @@ _EXPORTS = {
     "tasks": ["LabelSpace", "TaskSet", "load_task_folder"],
     "models": ["LabelSimilarityForSequenceClassification"],
     "store": ["FeatureTable", "GradientStore", "TrainingRecipe"],
-    "capture": ["CaptureConfig", "capture_gradients", "applied_update"],
+    "capture": ["CaptureConfig", "applied_update", "capture_gradients"],
     "estimate": ["ObservedRun", "Prediction", "SubsetEstimator"],
     "select": ["DataSelector", "ExampleScores", "Grouping", "Mixture", "Selection"],
     "ensemble": ["PeftEnsembleModel"],

@@ -1,26 +1,27 @@
-"""One small vector per example: the projected gradient of the model's log-odds in the adapter's parameters."""
+"""Gradient features: the projected gradient of each example's log-odds with respect to the adapter's parameters."""
 
-from .applied_update import transplanted
+from .applied_update import applied_update
 from .capture import capture_gradients
-from .config import CaptureConfig
+from .config import CaptureConfig, FeatureSettings
 from .gradients import GradientExtractor
 from .identity import model_identity
 from .margin import MarginKind, log_odds, margins
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
-from .training_arguments import optimizer_metric, training_recipe
+from .training_arguments import optimizer_preconditioner, training_recipe
 
 __all__ = [
     "CaptureConfig",
+    "FeatureSettings",
     "GradientExtractor",
     "MarginKind",
     "Preconditioner",
     "SeededProjection",
+    "applied_update",
     "capture_gradients",
     "log_odds",
     "margins",
     "model_identity",
-    "optimizer_metric",
+    "optimizer_preconditioner",
     "training_recipe",
-    "transplanted",
 ]

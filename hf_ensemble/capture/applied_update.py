@@ -1,4 +1,4 @@
-"""A surrogate's optimum put into the model."""
+"""A predicted parameter update applied to the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,31 +15,31 @@ from .projection import SeededProjection
 
 
 @contextmanager
-def transplanted(model: nn.Module, store: GradientStore, coefficients: np.ndarray) -> Iterator[nn.Module]:
-    """While open, the trained parameters of `model` are theta0 + S P w; afterwards theta0, also after an exception.
+def applied_update(model: nn.Module, store: GradientStore, coefficients: np.ndarray) -> Iterator[nn.Module]:
+    """While open, the trainable parameters of `model` are theta0 + S P w. They are restored on exit.
 
-    S is the store's preconditioner, the identity where it has none.
+    To first order, the model's margins are then m_i + x_i.w, so an estimate can be checked and any metric evaluated by
+    real forward passes (GradEx, arXiv 2409.19458, and its published code). S is the store's preconditioner, or the
+    identity.
 
-    To first order the model's margins are then m_i + x_i.w: what an estimate says of a mixture can be checked, or any
-    metric of the task taken, by real forward passes (GradEx, arXiv 2409.19458, and its published code).
-
-    Over a random projection the move is longer than the way that training goes to the same effect, many times so with a
-    preconditioner, and first order describes short ways. A store of exact gradients (`projection_dim=None`) takes the
-    shortest way.
+    With a random projection, the update is longer than the one that training needs for the same effect, much longer
+    with a preconditioner, and the first-order approximation only holds for short updates. A store of exact gradients
+    (`projection_dim=None`) gives the shortest update.
 
     Args:
-        model (`nn.Module`): at theta0, where the store's gradients were taken.
-        store (`GradientStore`): says theta0, P and S.
-        coefficients (`np.ndarray` of shape `(d,)`): w of the captured features, see [`SubsetEstimator.parameters_at`].
+        model (`nn.Module`): model at theta0, where the store's gradients were captured.
+        store (`GradientStore`): determines theta0, P and S.
+        coefficients (`np.ndarray` of shape `(d,)`):
+            Coefficients w of the captured features, see [`SubsetEstimator.parameters_at`].
 
     Raises:
         `StoreMismatchError`: when the model is not at the store's theta0.
-        `CaptureError`: for coefficients of another dimension, or not finite.
+        `CaptureError`: for coefficients of the wrong shape or not finite.
     """
     if model_identity(model)["theta0"] != store.identity["model"]["theta0"]:
         raise StoreMismatchError(
-            f"The model's trained parameters are not those of the store in {str(store.folder)!r}: its gradients say "
-            "nothing about them. Put the parameters back that the gradients were captured at."
+            f"The model's trainable parameters differ from those that the gradients in {str(store.folder)!r} were "
+            "captured at. Load those parameters first."
         )
     config = store.identity["config"]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -47,17 +47,20 @@ def transplanted(model: nn.Module, store: GradientStore, coefficients: np.ndarra
     projection = SeededProjection(shapes, config["projection_dim"], config["projection_seed"])
     w = torch.as_tensor(np.asarray(coefficients, dtype=np.float64))
     if w.shape != (projection.dim,) or not torch.isfinite(w).all():
-        raise CaptureError(f"Expected {projection.dim} finite coefficients, found an array of {tuple(w.shape)}.")
-    moves = projection.transpose(w)
+        raise CaptureError(
+            f"Expected {projection.dim} finite coefficients, found shape {tuple(w.shape)} with "
+            f"{int((~torch.isfinite(w)).sum())} values that are not finite."
+        )
+    update = projection.transpose(w)
     scales = store.preconditioner()
     if scales is not None:
         preconditioner = Preconditioner(scales)
-        moves = {name: preconditioner(name, move) for name, move in moves.items()}
+        update = {name: preconditioner(name, change) for name, change in update.items()}
     theta0 = {name: p.detach().clone() for name, p in parameters.items()}
     try:
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.add_(moves[name].to(parameter.device, parameter.dtype))
+                parameter.add_(update[name].to(parameter.device, parameter.dtype))
         yield model
     finally:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The capture pass: every example of every task through the model once, into a store."""
+"""The capture pass: one forward and backward pass over all examples of all tasks into a gradient store."""
 
 import hashlib
 from collections.abc import Mapping
@@ -26,10 +26,10 @@ from ..store import (
     GradientStoreWriter,
     GradientStoreWriters,
     TrainingRecipe,
-    sole_writers,
+    exclusive_writers,
 )
 from ..tasks import EXAMPLE_ID, TASK, RowFormat, TaskCollator, TaskSet, data_collator_for, encode, length_limit
-from .config import CaptureConfig, one_pass
+from .config import CaptureConfig, check_single_pass
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
 from .preconditioner import Preconditioner
@@ -38,7 +38,7 @@ from .training_arguments import fresh_lora_gain
 logger = get_logger(__name__)
 
 SHARD_SIZE = 512
-# Training rows whose gradients' second moments make the preconditioner, evenly spaced over all tasks.
+# Number of training rows, evenly spaced over all tasks, whose second moments make the preconditioner.
 MOMENT_ROWS = 128
 
 
@@ -69,42 +69,41 @@ def capture_gradients(
 ) -> GradientStore | dict[str, GradientStore]:
     """Capture the gradient features of all training and validation examples.
 
-    The model is left as it was: modes, gradients and random state. A killed pass, started again with the same
-    arguments, goes on at the first unfinished shard and ends with the same store. Under a distributed launcher the
-    processes share the shards.
+    Modes, gradients and random state of the model are left unchanged. An interrupted pass resumes at the first
+    unfinished shard when it is started again with the same arguments, and ends with the same store. Under a distributed
+    launcher the processes share the shards.
 
     Args:
         model (`nn.Module`):
-            Causal language model, encoder-decoder or sequence classifier with trainable adapter parameters at theta0,
-            where the gradients are taken.
-        tasks (`TaskSet`): what to capture.
+            Causal language model, encoder-decoder or sequence classifier with trainable adapter parameters. Gradients
+            are taken at their present values, theta0.
+        tasks (`TaskSet`): tasks to capture.
         config (`CaptureConfig` or `dict[str, CaptureConfig]`, *optional*):
-            Settings; or several by name, which differ in the projection's size and seed and in the stored precision:
-            one pass then fills a store for each.
+            Settings of the pass, or multiple settings by name that differ in projection and stored data type: one pass
+            then fills a store for each.
         output_dir (`str` or `Path`, *optional*, defaults to `"gradients"`):
-            The store's directory; with several settings, each store's directory is named in it.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; needed unless `encoded` is given.
-        data_collator (`TaskCollator`, *optional*): collates encoded rows; a padding collator by default.
-        encoded (`dict[str, Dataset]`, *optional*):
-            Token tables by split with `task` and `example_id`, when a trainer has made them already.
-        overwrite (`bool`, *optional*, defaults to `False`): replace a store of another identity.
-        disable_tqdm (`bool`, *optional*, defaults to `False`): no progress bar.
+            Directory of the store, or of one sub-folder per name with multiple configs.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; required unless `encoded` is given.
+        data_collator (`TaskCollator`, *optional*): collates encoded rows. A padding collator by default.
+        encoded (`dict[str, Dataset]`, *optional*): tokenized rows by split, with `task` and `example_id`.
+        overwrite (`bool`, *optional*, defaults to `False`): replace a store with another identity.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): hide the progress bar.
         recipe (`TrainingRecipe`, *optional*):
-            The training on all tasks that goes on from here, kept in the store for estimates. How many parameters move
-            is filled in where the preconditioner tells.
+            The training on all tasks that continues from theta0, recorded in the store for estimates. Its number of
+            parameters is filled in from the preconditioner.
         optimizer (`torch.optim.Optimizer`, *optional*):
-            With `preconditioner="optimizer"`: Adam or one of its kin, whose second moments make the preconditioner.
+            Adam or a related optimizer, whose second moments `preconditioner="optimizer"` uses.
 
     Returns:
-        `GradientStore`: the finished store; with several settings, the stores by name.
+        `GradientStore`: the finished store, or the stores by name with multiple configs.
 
     Raises:
-        `StoreMismatchError`: when the directory holds a store of another model, data or configuration.
+        `StoreMismatchError`: when the directory has a store of another model, other data or other settings.
         `StoreError`:
-            For gradients that are not finite, each named, unless the configuration excludes them; when another pass is
-            writing into the directory, and when the disk has no room for the store.
+            For gradients that are not finite, unless the settings exclude them; when another pass is writing into the
+            directory; and when the disk is too small for the store.
         `CaptureError`: when the model has no trainable parameter, or a row no answer token.
-        `ConfigurationError`: for several settings that one pass cannot serve.
+        `ConfigurationError`: for multiple configs that one pass cannot serve.
 
     Example:
 
@@ -112,13 +111,18 @@ def capture_gradients(
     >>> store = capture_gradients(model, tasks, processing_class=tokenizer, output_dir="gradients")  # doctest: +SKIP
     ```
     """
-    configs = one_pass(config) if isinstance(config, Mapping) else {"": config or CaptureConfig()}
+    configs = config if isinstance(config, Mapping) else {"": config or CaptureConfig()}
+    configs = {name: each.resolved() for name, each in configs.items()}
+    if isinstance(config, Mapping):
+        check_single_pass(configs)
     folders = {name: Path(output_dir) / name for name in configs}
     first = next(iter(configs.values()))
     model = unwrapped(model)
     if encoded is None:
         if processing_class is None:
-            raise CaptureError("Expected a tokenizer in processing_class, or token tables in encoded; found neither.")
+            raise CaptureError(
+                "Expected processing_class or encoded, found neither. Pass the tokenizer as processing_class."
+            )
         max_length = first.max_length if first.max_length is not None else length_limit(processing_class)
         encoded = {
             split: encode(tasks.table(split), processing_class, tasks.row_format, tasks.label_space, max_length)
@@ -135,6 +139,7 @@ def capture_gradients(
         [each.projection_seed for each in configs.values()],
         first.margin,
         tasks.label_space,
+        mixed_precision=first.mixed_precision,
     )
     plan = [
         (split, task, example_id)
@@ -149,7 +154,7 @@ def capture_gradients(
             "tokens": _fingerprint(encoded),
         },
     }
-    with sole_writers(list(folders.values())) if state.is_main_process else nullcontext():
+    with exclusive_writers(list(folders.values())) if state.is_main_process else nullcontext():
         with state.main_process_first():
             writers = GradientStoreWriters(
                 [
@@ -181,12 +186,14 @@ def capture_gradients(
             extractor.preconditioner = Preconditioner(writers.preconditioner())
         mine = missing[state.process_index :: state.num_processes]
         _capture_shards(extractor, writers, mine, encoded, data_collator, first, disable_tqdm)
-        if mine and extractor.unreached:
-            logger.warning("No example depends on %s: zeros stand for them.", ", ".join(extractor.unreached[:5]))
+        if mine and extractor.unused:
+            logger.warning("No example depends on %s. Their features are zero.", ", ".join(extractor.unused[:5]))
         state.wait_for_everyone()
         if recipe is not None and extractor.preconditioner is not None:
             recipe = replace(
-                recipe, num_parameters=extractor.preconditioner.num_moving(), input_gain=fresh_lora_gain(model)
+                recipe,
+                num_parameters=extractor.preconditioner.num_effective_parameters(),
+                input_gain=fresh_lora_gain(model),
             )
         if state.is_main_process:
             coverage = {"hooked": extractor.hooked, "fallback": extractor.fallback}
@@ -196,7 +203,7 @@ def capture_gradients(
     excluded = next(iter(stores.values())).excluded
     if excluded and state.is_main_process:
         named = ", ".join(f"{task}/{example_id}" for _, task, example_id in excluded[:5])
-        logger.warning("%d examples are left out: their gradients are not finite: %s.", len(excluded), named)
+        logger.warning("%d examples with gradients that are not finite are excluded: %s.", len(excluded), named)
     return stores if isinstance(config, Mapping) else stores[""]
 
 
@@ -204,8 +211,8 @@ def _preconditioner(extractor, rows: Dataset, data_collator, config, optimizer) 
     if config.preconditioner == "optimizer":
         if optimizer is None:
             raise CaptureError(
-                "preconditioner='optimizer' takes the second moments of the training's optimizer: pass it as "
-                "optimizer=..., or set preconditioner='adam', which takes them from some rows."
+                "preconditioner='optimizer' needs the optimizer of a training. Pass it as optimizer=..., or set "
+                "preconditioner='adam' to estimate the second moments from some rows."
             )
         return Preconditioner.from_optimizer(optimizer, extractor.parameters)
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(MOMENT_ROWS, len(rows))).round().astype(int))
@@ -238,7 +245,7 @@ def _capture_shards(extractor, writer, shards, encoded, data_collator, config, d
 
 
 def _capture_rows(extract: HalvingOnFullMemory, rows: list[dict], config: CaptureConfig, bar: tqdm) -> CapturedRows:
-    """Batches of similar length waste little on padding; the results go back to the plan's order."""
+    """Capture rows in batches of similar length, to save padding; results are in the order of the rows."""
     batches = length_sorted_batches([len(row["input_ids"]) for row in rows], config.batch_size, config.max_batch_tokens)
     parts: list[BatchGradients] = []
     for batch in batches:
@@ -257,7 +264,7 @@ def _without_none(row: dict) -> dict:
 
 
 def _fingerprint(encoded: Mapping[str, Dataset]) -> str:
-    """Of the tokens themselves, which another tokenizer or truncation changes while the tasks stay the same."""
+    """Fingerprint of the tokens, which depend on the tokenizer and the truncation as well as on the tasks."""
     digest = hashlib.blake2b(digest_size=16)
     for split, table in encoded.items():
         digest.update(split.encode())

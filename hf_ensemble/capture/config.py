@@ -1,105 +1,156 @@
 """Settings of a capture pass."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
+from transformers import TrainingArguments
+
+from .._settings import Settings, check_at_least, check_one_of
 from ..errors import ConfigurationError
-from ..store.layout import FEATURE_DTYPES, stored_dtype
-from .margin import MARGIN_KINDS, MarginKind, margin_identity
+from ..logging import get_logger
+from ..store.layout import FEATURE_DTYPES
+from .margin import MARGIN_KINDS, margin_identity
 from .preconditioner import PRECONDITIONERS
+from .training_arguments import optimizer_preconditioner
+
+logger = get_logger(__name__)
+
+MIXED_PRECISIONS = ("no", "bf16")
+# Settings that do not change the features.
+_NOT_IN_IDENTITY = ("batch_size", "max_batch_tokens")
+# Settings that may differ between the stores of one pass: all of them are made from the same gradients.
+_PER_STORE = ("projection_dim", "projection_seed", "feature_dtype")
 
 
 @dataclass
-class CaptureConfig:
-    """How gradient features are made and stored.
+class FeatureSettings(Settings):
+    """What gradient features are made of.
 
     Raises:
-        `ConfigurationError`: for values outside of their range.
+        `ConfigurationError`: for values out of range.
     """
 
     projection_dim: int | None = field(
         default=4096,
         metadata={
-            "help": "Features per example. Wide is better: an estimate reduces them by principal components. "
-            "None keeps the exact gradient."
+            "help": "Number of gradient features per example. Larger is better: estimates reduce them to principal "
+            "components. None keeps the exact gradient."
         },
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the random projection."})
-    margin: MarginKind = field(
+    margin: str = field(
         default="geometric_mean",
         metadata={
-            "help": "Log-odds of an answer of several tokens: 'geometric_mean' or 'mean_log_odds'; or a function from "
-            "logits and labels to one number per example, of which log(1 + exp(-m)) is taken for the loss."
+            "help": "Log-odds of an answer with multiple tokens: 'geometric_mean' or 'mean_log_odds'. In Python also a "
+            "function from logits and labels to one number m per example, whose loss is taken to be log(1 + exp(-m))."
         },
     )
     preconditioner: str = field(
-        default="adam",
+        default="auto",
         metadata={
-            "help": "Metric of the gradients: 'adam' scales parameters so that the steps of Adam and its kin are "
-            "gradient steps, by the second moments of some rows' gradients; 'optimizer' takes them from an optimizer "
-            "that has been training; 'none' is for plain SGD."
+            "help": "Scaling of the gradients: 'adam' for Adam and related optimizers, from the second moments of some "
+            "rows' gradients; 'optimizer' takes the moments of an optimizer during training; 'none' for plain SGD; "
+            "'auto' chooses 'adam' or 'none' by the trainer's optimizer, and 'adam' without a trainer."
         },
     )
     feature_dtype: str = field(
-        default="float16", metadata={"help": f"Stored precision, one of {', '.join(FEATURE_DTYPES)}."}
-    )
-    batch_size: int = field(
-        default=16, metadata={"help": "Examples per forward and backward pass at most; fewer where memory runs out."}
-    )
-    max_batch_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens per forward and backward pass at most, padding included."}
+        default="float16", metadata={"help": f"Data type of stored features, one of {', '.join(FEATURE_DTYPES)}."}
     )
     non_finite: str = field(
         default="error",
-        metadata={"help": "Examples whose gradients are not finite: 'error' names them, 'exclude' leaves them out."},
+        metadata={"help": "Examples with gradients that are not finite: 'error' names them, 'exclude' drops them."},
     )
-    max_length: int | None = field(default=None, metadata={"help": "Truncate rows to this many tokens."})
 
     def __post_init__(self):
-        if self.projection_dim is not None and self.projection_dim <= 0:
-            raise ConfigurationError(f"projection_dim has to be positive or None, found {self.projection_dim}.")
-        if self.batch_size <= 0:
-            raise ConfigurationError(f"batch_size has to be positive, found {self.batch_size}.")
-        if self.max_batch_tokens is not None and self.max_batch_tokens <= 0:
-            raise ConfigurationError(f"max_batch_tokens has to be positive or None, found {self.max_batch_tokens}.")
-        if self.non_finite not in ("error", "exclude"):
-            raise ConfigurationError(f"non_finite has to be 'error' or 'exclude', found {self.non_finite!r}.")
-        if self.margin not in MARGIN_KINDS and not callable(self.margin):
-            raise ConfigurationError(f"margin has to be one of {MARGIN_KINDS} or a function, found {self.margin!r}.")
-        if self.preconditioner not in PRECONDITIONERS:
-            raise ConfigurationError(
-                f"preconditioner has to be one of {PRECONDITIONERS}, found {self.preconditioner!r}."
-            )
-        stored_dtype(self.feature_dtype)
-
-    def identity(self) -> dict:
-        """The settings that decide the features' values; how many go through the model at once does not."""
-        settings = {**vars(self), "margin": margin_identity(self.margin)}
-        return {key: value for key, value in settings.items() if key not in ("batch_size", "max_batch_tokens")}
+        check_at_least("projection_dim", self.projection_dim, 1, optional=True)
+        if not callable(self.margin):
+            check_one_of("margin", self.margin, MARGIN_KINDS)
+        check_one_of("preconditioner", self.preconditioner, ("auto", *PRECONDITIONERS))
+        check_one_of("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
+        check_one_of("non_finite", self.non_finite, ("error", "exclude"))
+        super().__post_init__()
 
 
-# What settings of one pass may differ in: each is made of the same gradients.
-_FREE = ("projection_dim", "projection_seed", "feature_dtype")
-
-
-def one_pass(configs: Mapping[str, CaptureConfig]) -> dict[str, CaptureConfig]:
-    """Several settings by name, after a check that one pass over the model serves them all.
+@dataclass
+class CaptureConfig(FeatureSettings):
+    """Settings of a capture pass: what the features are made of, and how the model runs.
 
     Raises:
-        `ConfigurationError`: for settings that differ in more, and for a name that is no directory's.
+        `ConfigurationError`: for values out of range.
+    """
+
+    batch_size: int = field(
+        default=16,
+        metadata={"help": "Maximum number of examples per forward and backward pass. Halved when memory runs out."},
+    )
+    max_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Maximum number of tokens per forward and backward pass, including padding."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Truncate rows to this number of tokens."})
+    mixed_precision: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the forward and backward passes: 'no' for the model's own, 'bf16' for autocast to "
+            "bfloat16, 'auto' for the trainer's (fp16 counts as 'no'), and 'no' without a trainer."
+        },
+    )
+
+    def __post_init__(self):
+        check_at_least("batch_size", self.batch_size, 1)
+        for name in ("max_batch_tokens", "max_length"):
+            check_at_least(name, getattr(self, name), 1, optional=True)
+        check_one_of("mixed_precision", self.mixed_precision, ("auto", *MIXED_PRECISIONS))
+        super().__post_init__()
+
+    @classmethod
+    def from_settings(cls, settings: FeatureSettings, **others: Any) -> "CaptureConfig":
+        """Combine the feature settings of a [`FeatureSettings`], such as a trainer's arguments, with other fields."""
+        return cls(**{own.name: getattr(settings, own.name) for own in fields(FeatureSettings)}, **others)
+
+    def resolved(self, args: TrainingArguments | None = None) -> "CaptureConfig":
+        """Replace `"auto"` by the values that fit a trainer.
+
+        Args:
+            args (`TrainingArguments`, *optional*): the trainer's arguments.
+        """
+        preconditioner, mixed_precision = self.preconditioner, self.mixed_precision
+        if preconditioner == "auto":
+            preconditioner = "adam" if args is None else optimizer_preconditioner(args)
+        if mixed_precision == "auto":
+            mixed_precision = "bf16" if args is not None and args.bf16 else "no"
+            if args is not None and args.fp16:
+                logger.info(
+                    "Gradients are captured without fp16: without loss scaling, fp16 gradients of single examples "
+                    "underflow."
+                )
+        return replace(self, preconditioner=preconditioner, mixed_precision=mixed_precision)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that determine the features, as JSON values; `"auto"` has to be resolved."""
+        settings = {**vars(self), "margin": margin_identity(self.margin)}
+        return {name: value for name, value in settings.items() if name not in _NOT_IN_IDENTITY}
+
+
+def check_single_pass(configs: Mapping[str, CaptureConfig]) -> None:
+    """Check that one pass over the model can fill a store for each of the named configs.
+
+    Raises:
+        `ConfigurationError`: for no config, names that are not folder names, and configs that differ too much.
     """
     if not configs:
         raise ConfigurationError("Expected at least one CaptureConfig by name, found none.")
-    wrong = [name for name in configs if name in ("", ".", "..") or Path(name).name != name]
-    if wrong:
-        raise ConfigurationError(f"Each setting's name is that of a directory in output_dir, found {wrong[0]!r}.")
+    for name in configs:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ConfigurationError(f"Expected plain folder names as keys of the configs, found {name!r}.")
     (first, common), *others = configs.items()
     for name, other in others:
-        differing = [key for key in vars(common) if key not in _FREE and getattr(common, key) != getattr(other, key)]
+        differing = [
+            key for key in vars(common) if key not in _PER_STORE and getattr(common, key) != getattr(other, key)
+        ]
         if differing:
             raise ConfigurationError(
-                f"The settings {first!r} and {name!r} differ in {differing}; in one pass they may differ in "
-                f"{list(_FREE)}. Capture them one after the other."
+                f"The configs {first!r} and {name!r} differ in {differing}; in one pass they may only differ in "
+                f"{list(_PER_STORE)}. Capture them in separate passes."
             )
-    return dict(configs)

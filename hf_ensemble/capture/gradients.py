@@ -1,4 +1,4 @@
-"""One small vector per example: the projected gradient of its margin."""
+"""Gradient features of batches: each example's projected margin gradient."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,20 +15,21 @@ from ..models.inputs import row_of
 from ..models.wrappers import evaluation_mode, unwrapped
 from ..tasks import TASK, AnswerScores, LabelSpace, pop_meta, score_answers
 from .autograd_check import Agreement, tolerance
-from .linear_hooks import LinearTaps, Reading
-from .lora_hooks import LoraTaps
+from .linear_hooks import HookState, LinearHooks
+from .lora_hooks import LoraHooks
 from .margin import MarginKind, margins
-from .parameter_checks import check_reached, check_whole
+from .mixed_precision import capture_precision
+from .parameter_checks import check_not_sharded, check_used
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
 
-# Takes a parameter's name, gradients `(b, *shape)` in float32 and the examples of the batch that they belong to.
+# Called with a parameter's name, float32 gradients `(b, *shape)` and the batch's examples that they belong to.
 _Receiver = Callable[[str, torch.Tensor, slice], None]
 
 
 @dataclass
 class BatchGradients:
-    """Of a batch of `B` examples: features `(B, dim)`, margin, loss and num_tokens `(B,)`, all on the CPU."""
+    """Features `(B, dim)`, margin, loss and num_tokens `(B,)` of a batch of `B` examples, all on the CPU."""
 
     features: torch.Tensor
     margin: torch.Tensor
@@ -39,21 +40,23 @@ class BatchGradients:
 class GradientExtractor:
     """Computes gradient features of batches.
 
-    Linear layers (an adapter's A and B, a head) are read by hooks from one backward pass over the whole batch. Every
-    other trained parameter, and every one whose hooks do not agree with autograd on the first batch that reaches it, is
-    taken by a forward and backward pass of each example alone.
+    Hooks on linear layers (an adapter's A and B, a head) compute per-example gradients from a single backward pass over
+    the batch. All other trainable parameters, and those whose hooks disagree with autograd on the first batch that uses
+    them, take one forward and backward pass per example.
 
     Args:
-        model (`nn.Module`):
-            A model whose trained parameters require gradients, all others not. Distributed wrappers are taken off.
+        model (`nn.Module`): model of which exactly the trainable parameters require gradients. Wrappers are removed.
         projection_dim (`int` or `Sequence[int]`, *optional*):
-            Features per example; `None` keeps the exact gradient. Several projections' features stand side by side.
-        seed (`int` or `Sequence[int]`, *optional*, defaults to 0): seed of the projection, or of each.
+            Number of features per example; `None` keeps the exact gradient. The features of multiple projections are
+            concatenated.
+        seed (`int` or `Sequence[int]`, *optional*, defaults to 0): seed of the projection, or of each projection.
         margin (`str` or `Callable`, *optional*, defaults to `"geometric_mean"`):
-            See [`margins`]; or a function from logits and labels to one number per example, `(B,)`, each of which
-            depends on its own example alone.
+            See [`margins`]; or a function from logits and labels to one number per example, `(B,)`, that depends on
+            this example only.
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
         preconditioner (`Preconditioner`, *optional*): applied to every gradient before the projection.
+        mixed_precision (`str`, *optional*, defaults to `"no"`):
+            `"bf16"` runs the model under autocast to bfloat16; margins, losses and sums of gradients stay float32.
 
     Raises:
         `CaptureError`: when no parameter is trainable, or a trainable one is sharded over devices.
@@ -67,46 +70,48 @@ class GradientExtractor:
         margin: MarginKind = "geometric_mean",
         label_space: LabelSpace | None = None,
         preconditioner: Preconditioner | None = None,
+        mixed_precision: str = "no",
     ):
         self.model = model = unwrapped(model)
         keep_quantized_weights_in_place(model)
         self.margin = margin
         self.preconditioner = preconditioner
+        self.mixed_precision = mixed_precision
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        check_whole(self.parameters)
+        check_not_sharded(self.parameters)
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         dims = projection_dim if isinstance(projection_dim, Sequence) else [projection_dim]
         seeds = seed if isinstance(seed, Sequence) else [seed] * len(dims)
         self.projections = [SeededProjection(shapes, *pair) for pair in zip(dims, seeds, strict=True)]
         self.dim = sum(projection.dim for projection in self.projections)
-        self.taps = LinearTaps(model, self.parameters)
-        self.lora_taps = LoraTaps(model, self.parameters)
-        self.hooked = [name for name in self.parameters if name in self.taps.covered]
-        # Whose hooks were found to agree with autograd, by whether on several rows and whether read as a whole.
+        self.linear_hooks = LinearHooks(model, self.parameters)
+        self.lora_hooks = LoraHooks(model, self.parameters)
+        self.hooked = [name for name in self.parameters if name in self.linear_hooks.covered]
+        # Parameters whose hooks agreed with autograd, by (on more than one row, fused).
         self._agreeing: dict[tuple[bool, bool], set[str]] = defaultdict(set)
-        self._reached: set[str] | None = None
+        self._used: set[str] | None = None
         self._scorer = AnswerScorer(model, label_space)
 
     @property
     def fallback(self) -> list[str]:
-        """Parameters that each example's own pass is taken for."""
+        """Parameters that take one pass per example."""
         hooked = set(self.hooked)
         return [name for name in self.parameters if name not in hooked]
 
     @property
-    def unreached(self) -> list[str]:
-        """Parameters that no example so far depends on, such as an expert that was never chosen."""
-        return [name for name in self.parameters if name not in (self._reached or ())]
+    def unused(self) -> list[str]:
+        """Parameters that no example so far depends on, such as an expert that was never routed to."""
+        return [name for name in self.parameters if name not in (self._used or ())]
 
     def __call__(self, batch: Mapping[str, Any]) -> BatchGradients:
-        """Features of one batch.
+        """Compute the features of a batch.
 
         Args:
-            batch (`dict`): the model's inputs with `labels`; `task` (a list of names) where label sets differ.
+            batch (`dict`): model inputs with `labels`, and `task` (a list of names) if label sets differ.
 
         Raises:
             `CaptureError`:
-                For an example without an answer token, for packed rows, and on the first batch for trained parameters
+                For an example without answer tokens, for packed rows, and on the first batch for trainable parameters
                 that no example depends on.
         """
         features = torch.empty(0)
@@ -130,14 +135,14 @@ class GradientExtractor:
         return BatchGradients(features.cpu(), margin.cpu(), scores.loss.detach().cpu(), scores.num_tokens.cpu())
 
     def add_second_moments(self, batch: Mapping[str, Any], moments: dict[str, torch.Tensor]) -> None:
-        """Add the squares of the examples' loss gradients, parameter by parameter, to `moments`.
+        """Add the squared loss gradients of a batch's examples to `moments`.
 
-        The loss is the surrogate's own, log(1 + exp(-m)). Gradients that are not finite are left out; those of a layer
-        that is called several times count call by call.
+        The loss is the surrogate's, log(1 + exp(-m)). Gradients that are not finite are skipped. If a layer is called
+        repeatedly, each call's gradient is squared separately.
 
         Args:
-            batch (`dict`): as for a call.
-            moments (`dict[str, torch.Tensor]`): sums so far, by parameter in its shape; empty at the start.
+            batch (`dict`): as for [`__call__`].
+            moments (`dict[str, torch.Tensor]`): sums so far by parameter, in its shape; empty at the start.
         """
         squares: dict[str, torch.Tensor] = {}
 
@@ -160,16 +165,20 @@ class GradientExtractor:
         objective: Callable[[torch.Tensor], torch.Tensor],
         begin: Callable[[int, torch.device], _Receiver],
     ) -> tuple[torch.Tensor, AnswerScores]:
-        """Every example's gradient of `objective(margin)`; `begin` is called anew for each attempt."""
+        """Compute each example's gradient of `objective(margin)`; `begin` is called for each attempt."""
         inputs = dict(batch)
         meta = pop_meta(inputs)
         device = next(iter(self.parameters.values())).device
         inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
         inputs, labels = self._scorer.prepare(inputs, inputs.pop("labels"))
         if rows_without_answer(labels, self._scorer.shift):
-            raise CaptureError("An example of the batch has no answer token: every label is -100. Drop such rows.")
+            raise CaptureError(
+                "Expected at least one answer token per example, found an example with no answer token: all of its labels "
+                "are -100. Drop such rows."
+            )
         tasks = meta.get(TASK)
-        with evaluation_mode(self.model), torch.enable_grad():
+        precision = capture_precision(self.model, device, self.mixed_precision)
+        with evaluation_mode(self.model), torch.enable_grad(), precision:
             while True:
                 receive = begin(labels.shape[0], labels.device)
                 attempt = self._attempt(inputs, labels, tasks, objective, receive)
@@ -177,29 +186,29 @@ class GradientExtractor:
                     return attempt
 
     def _attempt(self, inputs, labels, tasks, objective, receive) -> tuple[torch.Tensor, AnswerScores] | None:
-        """One pass; `None` when it has to be taken again, since hooks were found wrong and are no longer used."""
-        found, reached = None, set()
+        """One pass; `None` if it has to be repeated because some hooks were wrong and have been disabled."""
+        found, used = None, set()
         if self.hooked:
-            together = self._together(inputs, labels, tasks, objective, receive)
-            if together is None:
+            batched = self._batched(inputs, labels, tasks, objective, receive)
+            if batched is None:
                 return None
-            found, reached = together
+            found, used = batched
         if self.fallback:
-            alone, reached_alone = self._one_by_one(inputs, labels, tasks, objective, receive)
-            found, reached = found or alone, reached | reached_alone
-        if self._reached is None:
-            check_reached(self.model, self.parameters, reached)
-        self._reached = reached | (self._reached or set())
+            single, used_singly = self._one_by_one(inputs, labels, tasks, objective, receive)
+            found, used = found or single, used | used_singly
+        if self._used is None:
+            check_used(self.model, self.parameters, used)
+        self._used = used | (self._used or set())
         return found
 
-    def _together(self, inputs, labels, tasks, objective, receive):
-        """Hooks on one batched pass: margin and scores, and the parameters reached; `None` when hooks were wrong."""
+    def _batched(self, inputs, labels, tasks, objective, receive):
+        """One pass with hooks: margin and scores, and the parameters used; `None` if hooks were wrong."""
         size = labels.shape[0]
         agreement = Agreement(size)
-        # By whether they are read as a whole.
+        # Indexed by whether the layer runs fused.
         unchecked = [
-            set(self.hooked) - self._agreeing[True, whole] - (self._agreeing[False, whole] if size == 1 else set())
-            for whole in (False, True)
+            set(self.hooked) - self._agreeing[True, fused] - (self._agreeing[False, fused] if size == 1 else set())
+            for fused in (False, True)
         ]
 
         def hooked(name: str, gradient: torch.Tensor) -> None:
@@ -207,52 +216,52 @@ class GradientExtractor:
             if name in to_check:
                 agreement.add(name, gradient)
 
-        # What the layers' own forward gives, before any stands in for it.
-        by_layers = [name for name in self.lora_taps.readable(set(self.hooked)) if name in unchecked[True]]
+        # The gradients of the layers' own forward, before it is replaced by the fused one.
+        by_layers = [name for name in self.lora_hooks.fusible(set(self.hooked)) if name in unchecked[True]]
         weighted = {}
         if by_layers:
             values = objective(self._scored(inputs, labels, tasks)[0])
             weighted = self._autograd(agreement.total(values), by_layers)
-        reading = Reading(size)
+        state = HookState(size)
         with (
-            self.lora_taps.reading(reading, set(self.hooked), hooked),
-            self.taps.reading(reading, self.hooked, hooked),
+            self.lora_hooks.attached(state, set(self.hooked), hooked),
+            self.linear_hooks.attached(state, self.hooked, hooked),
         ):
             margin, scores = self._scored(inputs, labels, tasks)
             values = objective(margin)
-            # Whether one row is one example is only ever known of the batch at hand.
-            new = (unchecked[False] - reading.whole) | (unchecked[True] & reading.whole) | reading.flat
+            # Flat inputs are checked on every batch, since one row per example may be a coincidence.
+            new = (unchecked[False] - state.fused) | (unchecked[True] & state.fused) | state.flat
             to_check = [name for name in self.hooked if name in new]
-            in_graph = [name for name in to_check if name not in reading.whole]
+            in_graph = [name for name in to_check if name not in state.fused]
             weighted |= self._autograd(agreement.total(values), in_graph, retain_graph=True)
-            reading.active = True
+            state.active = True
             summed = self._autograd(values.sum(), self.hooked)
         allowed = tolerance(self.model, labels.device) if to_check else 0.0
-        # Another forward rounds in another way, one layer after the other.
-        allowances = {name: 3 * allowed if name in reading.whole else allowed for name in to_check}
+        # The fused forward rounds differently, which accumulates over the layers.
+        allowances = {name: 3 * allowed if name in state.fused else allowed for name in to_check}
         verdicts = {name: agreement.verdict(name, weighted.get(name), allowances[name]) for name in to_check}
-        wrong = reading.unusable | {name for name, verdict in verdicts.items() if verdict is False}
+        wrong = state.unusable | {name for name, verdict in verdicts.items() if verdict is False}
         if wrong:
-            # A layer that was read as a whole is read part by part, and only then row by row.
-            self.lora_taps.refused |= wrong & reading.whole
-            self.hooked = [name for name in self.hooked if name not in wrong - reading.whole]
+            # A fused layer falls back to hooks on its parts first, and to one pass per example after that.
+            self.lora_hooks.disabled |= wrong & state.fused
+            self.hooked = [name for name in self.hooked if name not in wrong - state.fused]
             return None
         for name, verdict in verdicts.items():
             if verdict:
-                self._agreeing[size > 1, name in reading.whole].add(name)
+                self._agreeing[size > 1, name in state.fused].add(name)
         return (margin.detach(), scores), set(summed)
 
     def _one_by_one(self, inputs, labels, tasks, objective, receive):
-        """Each example in a batch of its own: margin and scores of the batch, and the parameters reached."""
-        names, rows, reached = self.fallback, [], set()
+        """One pass per example: margin and scores of the batch, and the parameters used."""
+        names, rows, used = self.fallback, [], set()
         for i in range(labels.shape[0]):
             own, label = row_of(inputs, labels, i)
             margin, scores = self._scored(own, label, tasks[i : i + 1] if tasks is not None else None)
             for name, gradient in self._autograd(objective(margin).sum(), names).items():
                 receive(name, gradient.unsqueeze(0).float(), slice(i, i + 1))
-                reached.add(name)
+                used.add(name)
             rows.append((margin.detach(), scores))
-        return (torch.cat([margin for margin, _ in rows]), _joined([scores for _, scores in rows])), reached
+        return (torch.cat([margin for margin, _ in rows]), _joined([scores for _, scores in rows])), used
 
     def _autograd(self, value: torch.Tensor, names: list[str], retain_graph: bool = False) -> dict[str, torch.Tensor]:
         """Gradients of the parameters that `value` depends on, by name."""
@@ -265,7 +274,7 @@ class GradientExtractor:
             if "use_reentrant=True" not in str(error):
                 raise
             raise CaptureError(
-                "Expected gradients of single parameters, which reentrant activation checkpointing does not give. Set "
+                "Reentrant activation checkpointing does not support gradients of single parameters. Set "
                 "use_reentrant=False."
             ) from error
         return {name: gradient for name, gradient in zip(names, gradients) if gradient is not None}
@@ -291,7 +300,7 @@ class GradientExtractor:
 
 
 def _joined(scores: list[AnswerScores]) -> AnswerScores:
-    """Scores of a batch from those of its rows."""
+    """Scores of a batch from the scores of its rows."""
     return AnswerScores(
         torch.cat([own.log_probs.detach() for own in scores]),
         torch.cat([own.correct for own in scores]),

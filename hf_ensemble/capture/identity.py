@@ -1,4 +1,4 @@
-"""What a model's gradients depend on, as JSON values that can be compared."""
+"""Identity of a model: what its gradients depend on, as comparable JSON values."""
 
 import hashlib
 from typing import Any
@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 _SAMPLES = 64
-# Where it was loaded from and by which version does not change a gradient.
-_NOT_PART_OF_AN_ADAPTER = ("inference_mode", "peft_version", "base_model_name_or_path", "revision")
+# The source and version of an adapter do not change its gradients.
+_IGNORED_ADAPTER_FIELDS = ("inference_mode", "peft_version", "base_model_name_or_path", "revision")
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
     """Name, revision, adapter configuration and weight fingerprints of a model.
 
-    The trainable parameters (theta0) are hashed whole. Of every other tensor, 64 evenly spaced entries are: enough to
-    tell another checkpoint, at no cost for a large model.
+    The trainable parameters (theta0) are hashed completely. All other tensors are hashed at 64 evenly spaced entries,
+    which is enough to detect another checkpoint and cheap for large models.
     """
     config = getattr(model, "config", None)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -36,7 +36,7 @@ def _adapter_configs(model: nn.Module) -> dict[str, Any]:
         configs[name] = {
             key: sorted(value) if isinstance(value, (set, frozenset)) else value
             for key, value in raw.items()
-            if isinstance(value, (str, int, float, bool, list, set, frozenset)) and key not in _NOT_PART_OF_AN_ADAPTER
+            if isinstance(value, (str, int, float, bool, list, set, frozenset)) and key not in _IGNORED_ADAPTER_FIELDS
         }
     return configs
 
@@ -46,7 +46,7 @@ def _hash(tensors: dict[str, torch.Tensor], samples: int | None) -> str:
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().reshape(-1)
         if samples is not None and flat.numel() > samples:
-            # In integers: float32 cannot number the entries of a large embedding.
+            # Integer arithmetic: float32 cannot index the entries of a large embedding.
             flat = flat[torch.arange(samples, device=flat.device) * (flat.numel() - 1) // (samples - 1)]
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b"")

@@ -1,4 +1,4 @@
-"""Per-example gradients of linear layers, read off one backward pass."""
+"""Per-example gradients of linear layers from a single backward pass."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's output; its backward hands over the layer's input and the output's gradient.
+class _OutputGradientHook(torch.autograd.Function):
+    """Identity on a layer's output whose backward passes the layer's input and the output's gradient to a callback.
 
     The input is kept by `save_for_backward`, so activation checkpointing can drop and recompute it; a closure would
-    keep every input alive. The output is a copy, since a view of it could not be changed in place afterwards.
+    keep every input alive. The output is a copy, because in-place changes to a view of it would fail.
     """
 
     @staticmethod
@@ -30,41 +30,42 @@ class _Tap(torch.autograd.Function):
 
 
 @dataclass
-class Reading:
-    """The state of open hooks.
+class HookState:
+    """State of the attached hooks during one batch.
 
     Args:
-        batch_size (`int`): examples `B`.
-        unusable (`set[str]`): parameters whose layer was called with inputs that are not one block of rows per example.
-        flat (`set[str]`): parameters whose layer was called with one row per example, as a head behind a pooler is,
-            or an expert that by chance got as many tokens as there are examples.
-        whole (`set[str]`): parameters of LoRA layers that were read as a whole ([`LoraTaps`]).
-        active (`bool`, *optional*, defaults to `False`): whether a backward hands gradients over.
+        batch_size (`int`): number of examples `B`.
+        unusable (`set[str]`): parameters whose layer's inputs did not have one block of rows per example.
+        flat (`set[str]`):
+            Parameters whose layer was called with one row per example, such as a head after a pooler, or an expert that
+            happened to get as many tokens as there are examples.
+        fused (`set[str]`): parameters of LoRA layers that ran fused, see [`LoraHooks`].
+        active (`bool`, *optional*, defaults to `False`): whether a backward pass delivers gradients.
     """
 
     batch_size: int
     unusable: set[str] = field(default_factory=set)
     flat: set[str] = field(default_factory=set)
-    whole: set[str] = field(default_factory=set)
+    fused: set[str] = field(default_factory=set)
     active: bool = False
 
 
-class LinearTaps:
-    """Hooks on the linear layers of a model whose weight or bias is trained.
+class LinearHooks:
+    """Hooks on the linear layers of a model with a trainable weight or bias.
 
     For a weight W of shape (out, in), input x and output gradient g of shapes (B, T, in) and (B, T, out), the
     gradient of example b is the sum over t of g[b, t] x[b, t]^T; for a bias it is the sum of g[b, t].
 
     Args:
         model (`nn.Module`): the model.
-        parameters (`dict[str, nn.Parameter]`): the trained parameters, by name.
+        parameters (`dict[str, nn.Parameter]`): trainable parameters by name.
     """
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]):
         names = {id(parameter): name for name, parameter in parameters.items()}
         owners = Counter(id(own) for module in model.modules() for own in module._parameters.values())
         self._layers: list[tuple[nn.Linear, str | None, str | None]] = []
-        # A parameter of two modules would need the sum over both, which only the fallback takes.
+        # Without parameters shared by two modules, whose gradient is the sum over both.
         self.covered: set[str] = set()
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -75,21 +76,21 @@ class LinearTaps:
                     self.covered.update(name for name in (weight, bias) if name)
 
     @contextmanager
-    def reading(
-        self, state: Reading, names: Sequence[str], receive: Callable[[str, torch.Tensor], None]
+    def attached(
+        self, state: HookState, names: Sequence[str], receive: Callable[[str, torch.Tensor], None]
     ) -> Iterator[None]:
-        """While open and `state` active, a backward calls `receive(name, gradient)` with gradients `(B, *parameter)`.
+        """While open and `state` is active, a backward calls `receive(name, gradient)` with `(B, *shape)` gradients.
 
-        What layers that do not see one row (or block of rows) per example hand over is left out: the caller has to take
-        the gradients of `unusable` parameters in another way.
+        Layers whose inputs are not one row or block of rows per example deliver nothing: the caller has to compute the
+        gradients of the `unusable` parameters in another way.
         """
         wanted = set(names)
 
         def hook(weight: str | None, bias: str | None):
             own = {name for name in (weight, bias) if name in wanted}
 
-            def take(layer_input, grad_output):
-                # The graph outlives the hooks: a later backward must not hand gradients over again.
+            def deliver(layer_input, grad_output):
+                # The graph outlives the hooks: a later backward must not deliver gradients again.
                 if not state.active:
                     return
                 if layer_input.dim() < 2 or layer_input.shape[0] != state.batch_size:
@@ -98,7 +99,7 @@ class LinearTaps:
                 g = grad_output.reshape(state.batch_size, -1, grad_output.shape[-1]).float()
                 if weight in own:
                     x = layer_input.reshape(state.batch_size, -1, layer_input.shape[-1]).float()
-                    # The shorter side first: a product with few rows is several times as fast as one with few columns.
+                    # The shorter side first: products with few rows are much faster than products with few columns.
                     wide = x.shape[-1] > g.shape[-1]
                     product = torch.bmm(g.mT, x) if wide else torch.bmm(x.mT, g).mT
                     receive(weight, product)
@@ -111,7 +112,7 @@ class LinearTaps:
                 layer_input = (inputs[0] if inputs else keywords["input"]).detach()
                 if layer_input.dim() == 2 and layer_input.shape[0] == state.batch_size > 1:
                     state.flat.update(own)
-                return _Tap.apply(output, layer_input, take)
+                return _OutputGradientHook.apply(output, layer_input, deliver)
 
             return forward_hook
 

@@ -10,17 +10,17 @@ import torch
 from ..errors import ConfigurationError
 from ..tasks import AnswerScores
 
-# From logits `(B, T, V)` or `(B, num_labels)` and labels `(B, T)` or `(B,)` to one number per example `(B,)`.
+# Maps logits `(B, T, V)` or `(B, num_labels)` and labels `(B, T)` or `(B,)` to one number per example `(B,)`.
 OutputFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 MarginKind = Literal["geometric_mean", "mean_log_odds"] | OutputFunction
 MARGIN_KINDS: tuple[str, ...] = ("geometric_mean", "mean_log_odds")
 
-# The nearest float32 below zero that keeps log(1 - p) finite and its derivative within float32's range.
+# Keeps log(1 - p) and its derivative finite in float32.
 _LARGEST_LOG_PROB = -1e-6
 
 
 def log_odds(log_prob: torch.Tensor) -> torch.Tensor:
-    """log(p / (1 - p)) from log p, finite for p near 0 and 1. Any shape, float32."""
+    """log(p / (1 - p)) from log p, finite for p near 0 and 1. Any shape, returns float32."""
     log_prob = log_prob.float().clamp(max=_LARGEST_LOG_PROB)
     return log_prob - torch.log(-torch.expm1(log_prob))
 
@@ -30,10 +30,10 @@ def margins(scores: AnswerScores, kind: MarginKind = "geometric_mean") -> torch.
 
     `"geometric_mean"`: log(q / (1 - q)) with q the geometric mean of the answer tokens' probabilities, so that
     log(1 + exp(-margin)) is the example's mean token loss. `"mean_log_odds"`: the mean of the tokens' log-odds, as in
-    the code of GradEx (arXiv 2409.19458). Both are the papers' log(p / (1 - p)) for an answer of one token.
+    the code of GradEx (arXiv 2409.19458). For an answer of one token, both are log(p / (1 - p)) as in the papers.
 
     Raises:
-        `ConfigurationError`: for another kind.
+        `ConfigurationError`: for an unknown kind.
     """
     if kind == "geometric_mean":
         return log_odds(-scores.loss)
@@ -43,7 +43,7 @@ def margins(scores: AnswerScores, kind: MarginKind = "geometric_mean") -> torch.
 
 
 def margin_identity(kind: MarginKind) -> str:
-    """A name that another output function does not have: a function's own and its source's fingerprint."""
+    """A name that identifies the margin: for functions, the qualified name and a fingerprint of the source."""
     if isinstance(kind, str):
         return kind
     source: Any = getattr(kind, "__code__", None)

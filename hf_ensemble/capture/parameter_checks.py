@@ -1,4 +1,4 @@
-"""Trained parameters whose gradient would not be there: shared out over devices, or used by no example."""
+"""Checks for trainable parameters without a usable gradient: sharded over devices, or unused by the examples."""
 
 from collections.abc import Collection, Mapping
 
@@ -8,8 +8,8 @@ from torch.distributed.tensor import DTensor
 from ..errors import CaptureError
 
 
-def check_whole(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise `CaptureError` for a parameter of which this process holds a shard: FSDP, ZeRO-3, tensor parallelism."""
+def check_not_sharded(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise `CaptureError` for parameters sharded by FSDP, ZeRO-3 or tensor parallelism."""
     sharded = [
         name
         for name, parameter in parameters.items()
@@ -17,35 +17,35 @@ def check_whole(parameters: Mapping[str, nn.Parameter]) -> None:
     ]
     if sharded:
         raise CaptureError(
-            f"{len(sharded)} trained parameters are sharded over devices, among them {sharded[0]!r}: no process has a "
-            "whole gradient of them. Capture before the model is sharded, or on one device."
+            f"{len(sharded)} trainable parameters are sharded over devices, among them {sharded[0]!r}, so no process "
+            "has their full gradients. Capture before the model is sharded, or on one device."
         )
 
 
-def check_reached(model: nn.Module, parameters: Collection[str], reached: Collection[str]) -> None:
-    """Raise `CaptureError` for trained parameters that no example of a batch depends on.
+def check_used(model: nn.Module, parameters: Collection[str], used: Collection[str]) -> None:
+    """Raise `CaptureError` for trainable parameters that no example of a batch depends on.
 
-    Their features would be zero without a word: an adapter that is not active, a head that another one stands in for.
-    A gradient of zeros, as a LoRA's A has at B = 0, is a dependence. Members of a module list do not count where the
-    same parameter of another member is reached: experts are chosen by the data, and zero is their exact gradient.
+    Their features would silently be zero: an inactive adapter, or a head that is replaced by another one. Parameters
+    with a zero gradient, such as a LoRA's A at B = 0, count as used. Members of a module list are exempt if the same
+    parameter of another member is used: experts are routed by the data, and zero is their exact gradient.
     """
-    missing = [name for name in parameters if name not in reached and not _has_reached_sibling(model, name, reached)]
+    missing = [name for name in parameters if name not in used and not _has_used_sibling(model, name, used)]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CaptureError(
-            f"Expected every trained parameter to take part in the model's output; {len(missing)} do not: {shown}. Set "
-            "their adapter active, or freeze them with requires_grad_(False)."
+            f"Expected the model's output to depend on every trainable parameter; {len(missing)} are unused: {shown}. "
+            "Activate their adapter, or freeze them with requires_grad_(False)."
         )
 
 
-def _has_reached_sibling(model: nn.Module, name: str, reached: Collection[str]) -> bool:
+def _has_used_sibling(model: nn.Module, name: str, used: Collection[str]) -> bool:
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
             before, after = ".".join((*parts[:i], "")), "." + ".".join(parts[i + 1 :])
             if any(
                 other.startswith(before) and other.endswith(after) and other[len(before) : -len(after)].isdigit()
-                for other in reached
+                for other in used
             ):
                 return True
     return False

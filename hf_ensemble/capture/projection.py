@@ -1,4 +1,4 @@
-"""Seeded random projection of a model's gradient, without a matrix."""
+"""Seeded random projection of gradients, without forming the matrix."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ from ..errors import CaptureError
 class SeededProjection:
     """x = P^T g for a gradient g given parameter by parameter, with E[P P^T] = I.
 
-    Every entry of g goes into one of the `dim` features with a random sign. A parameter's entries are taken in blocks
-    of `dim`; within a block they go to consecutive features from a random start on. Two entries of a block never meet,
-    two of different blocks meet with probability 1 / dim, so inner products are unbiased and their variance is at most
-    that of a count sketch (Charikar et al. 2002), and applying P is a signed, shifted addition.
+    Every entry of g is added to one of the `dim` features with a random sign. A parameter's entries are split into
+    blocks of `dim`; each block is added to consecutive features, cyclically from a random start. Entries of one block
+    never collide and entries of different blocks collide with probability 1 / dim, so inner products are unbiased with
+    at most the variance of a count sketch (Charikar et al. 2002), and applying P is a signed, shifted addition.
 
-    Signs and starts are drawn from (seed, parameter name, shape), on the CPU, so that they are the same on every
-    device, in every process and after every restart.
+    Signs and starts are drawn on the CPU from (seed, parameter name, shape), so they are the same on every device, in
+    every process and after every restart.
 
     Args:
         shapes (`dict[str, torch.Size]`): shape of each parameter, by name.
-        dim (`int`, *optional*): number of features; `None` keeps the exact gradient, parameter after parameter.
+        dim (`int`, *optional*): number of features; `None` keeps the exact gradient, concatenated.
         seed (`int`, *optional*, defaults to 0): seed of the projection.
 
     Raises:
@@ -31,13 +31,13 @@ class SeededProjection:
 
     def __init__(self, shapes: Mapping[str, torch.Size], dim: int | None, seed: int = 0):
         if not shapes:
-            raise CaptureError("The model has no trainable parameter. Add an adapter, and set it active.")
+            raise CaptureError("Expected a trainable parameter, found none. Add an adapter and activate it.")
         if dim is not None and dim <= 0:
             raise CaptureError(f"projection_dim has to be positive or None, found {dim}.")
         self.shapes = dict(shapes)
         self.seed = seed
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
-        # More features than parameters carry nothing more than the exact gradient does.
+        # More features than parameters would not add information.
         self.exact = dim is None or dim >= self.num_parameters
         self.dim = self.num_parameters if self.exact else dim
         offsets = np.cumsum([0, *(shape.numel() for shape in self.shapes.values())])
@@ -58,11 +58,11 @@ class SeededProjection:
         return signs, starts
 
     def add(self, features: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
-        """Add one parameter's part, in place.
+        """Add the contribution of one parameter in place.
 
         Args:
-            features (`torch.Tensor` of shape `(B, dim)`): float32.
-            name (`str`): the parameter.
+            features (`torch.Tensor` of shape `(B, dim)`): features so far, float32.
+            name (`str`): name of the parameter.
             gradient (`torch.Tensor` of shape `(B, *shape)`): its gradient for each example.
         """
         flat = gradient.reshape(len(features), -1).to(features.dtype)
@@ -80,8 +80,8 @@ class SeededProjection:
             features[:, : block.shape[1] - head] += block[:, head:]
 
     def transpose(self, w: torch.Tensor) -> dict[str, torch.Tensor]:
-        """P w, the move of the parameters that the features' coefficients `w` `(dim,)` stand for; by parameter name."""
-        moves = {}
+        """The parameter update P w for feature coefficients `w` `(dim,)`, by parameter name."""
+        update = {}
         for name, shape in self.shapes.items():
             if self.exact:
                 flat = w[self._offset[name] : self._offset[name] + shape.numel()]
@@ -89,5 +89,5 @@ class SeededProjection:
                 signs, starts = self._signs_and_starts(name)
                 rolled = torch.cat([torch.roll(w, -first) for first in starts])[: shape.numel()]
                 flat = rolled * signs.to(w.device, w.dtype)
-            moves[name] = flat.reshape(shape).clone()
-        return moves
+            update[name] = flat.reshape(shape).clone()
+        return update

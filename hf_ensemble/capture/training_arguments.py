@@ -1,4 +1,4 @@
-"""A trainer's arguments as the recipe that an estimate replays."""
+"""Derives the preconditioner and the training recipe from a trainer's arguments."""
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -9,17 +9,17 @@ from ..store import TrainingRecipe
 _PLAIN_GRADIENT_DESCENT = ("sgd", "schedule_free_sgd", "lomo")
 
 
-def optimizer_metric(args: TrainingArguments) -> str:
-    """The preconditioner in which the optimizer's steps are gradient steps: `"none"` of SGD, `"adam"` of all others."""
+def optimizer_preconditioner(args: TrainingArguments) -> str:
+    """The preconditioner that matches the optimizer: `"none"` for SGD, `"adam"` for all others."""
     return "none" if _optimizer(args) in _PLAIN_GRADIENT_DESCENT else "adam"
 
 
 def training_recipe(args: TrainingArguments, num_steps: int) -> TrainingRecipe | None:
-    """What the arguments make of a training of `num_steps` optimizer steps; how many parameters move is not in it.
+    """The recipe of a training of `num_steps` optimizer steps, without the number of parameters.
 
     Returns:
-        `TrainingRecipe`: or `None` where nothing can be replayed: an optimizer that is neither of Adam's kind nor plain
-        gradient descent, or a learning rate that is zero throughout.
+        `TrainingRecipe`: or `None` if the training cannot be replayed: for optimizers that are neither related to Adam
+        nor plain gradient descent, and for learning rates that are all zero.
     """
     known = "adam" in _optimizer(args) or _optimizer(args) in _PLAIN_GRADIENT_DESCENT
     rates = learning_rates(args, num_steps)
@@ -30,14 +30,14 @@ def training_recipe(args: TrainingArguments, num_steps: int) -> TrainingRecipe |
 
 
 def fresh_lora_gain(model: torch.nn.Module) -> float:
-    """How much A's response to an input grows per unit that all of its entries move along the input's signs.
+    """Relative growth of a fresh LoRA's A x when every entry of A moves by one unit along the signs of x.
 
-    With n inputs the response grows by |x|_1, about sqrt(n) |x|, and is rms(A) |x| at the start: sqrt(n) / rms(A), the
-    mean over the adapted layers by the size of their B. Layers whose B is not zero are beyond that start; where they
-    are all, and where there is no LoRA, this is 0.
+    With n inputs, each output grows by |x|_1, about sqrt(n) |x|, from rms(A) |x|. The gain sqrt(n) / rms(A) is averaged
+    over the adapted layers, weighted by the size of B. Layers with a nonzero B count as 0, and so do models without
+    LoRA.
 
     Args:
-        model (`torch.nn.Module`): a model with its adapter, at the linearisation point.
+        model (`torch.nn.Module`): model with its adapter, at the linearization point.
     """
     gain, size = 0.0, 0
     for layer in model.modules():
@@ -56,7 +56,7 @@ def _optimizer(args: TrainingArguments) -> str:
 
 
 def learning_rates(args: TrainingArguments, num_steps: int) -> list[float]:
-    """Of every step, by transformers' own schedule; constant where that depends on what the training finds."""
+    """Learning rate of every step, from transformers' schedule; constant for schedules that depend on the metrics."""
     if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
         return [args.learning_rate] * num_steps
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=args.learning_rate)

@@ -1,27 +1,32 @@
-"""Choices made from predictions: tasks for a target, shares of tasks, tasks in groups."""
+"""Choices made from predictions: tasks for a target, sampling weights, groups of tasks, training rows."""
 
 from .affinity import affinity_matrix, predicted_affinity
 from .baselines import mean_cosines
+from .choice import Choice
 from .examples import ExampleScores, score_examples
-from .grouping import GROUPING_METHODS, Grouping, group_tasks, partition_loss
-from .methods import SELECTION_METHODS, mixture_selection, select_tasks
-from .mixture import Mixture, optimise_mixture
+from .grouping import Grouping, group_tasks, partition_loss
+from .methods import mixture_selection, select_tasks
+from .mixture import Mixture, optimize_mixture
 from .partition import coclustering, semidefinite_partition, spectral_partition
 from .problem import SelectionProblem
 from .searches import backward_selection, exhaustive_selection, forward_selection, random_ensemble_selection
 from .selection import Selection
 from .selector import DataSelector
+from .settings import GROUPING_METHODS, SELECTION_METHODS, GroupingSettings, SelectionSettings
 from .subsets import calibration_subsets, mixed_subsets, random_subsets
 
 __all__ = [
     "GROUPING_METHODS",
     "SELECTION_METHODS",
+    "Choice",
     "DataSelector",
     "ExampleScores",
     "Grouping",
+    "GroupingSettings",
     "Mixture",
     "Selection",
     "SelectionProblem",
+    "SelectionSettings",
     "affinity_matrix",
     "backward_selection",
     "calibration_subsets",
@@ -32,7 +37,7 @@ __all__ = [
     "mean_cosines",
     "mixed_subsets",
     "mixture_selection",
-    "optimise_mixture",
+    "optimize_mixture",
     "partition_loss",
     "predicted_affinity",
     "random_ensemble_selection",

@@ -1,4 +1,4 @@
-"""How well tasks train together."""
+"""Pairwise affinity: how well tasks train together."""
 
 import numpy as np
 
@@ -7,14 +7,14 @@ from .subsets import random_subsets
 
 
 def affinity_matrix(subsets: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """T_ij, the mean score of task i over the subsets that hold both i and j.
+    """Mean score of task i over the subsets that contain both i and j, for all pairs.
 
     Args:
         subsets (`np.ndarray` of shape `(S, T)`): 0/1 rows.
         scores (`np.ndarray` of shape `(S, T)`): score of each task under each subset.
 
     Returns:
-        `np.ndarray` of shape `(T, T)`: NaN where no subset holds both.
+        `np.ndarray` of shape `(T, T)`: NaN for pairs that no subset contains.
     """
     together = subsets.T @ subsets
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -22,23 +22,23 @@ def affinity_matrix(subsets: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def predicted_affinity(
-    estimator: SubsetEstimator, num_subsets: int = 400, subset_size: int | None = None, seed: int = 0
+    estimator: SubsetEstimator, affinity_subsets: int = 400, subset_size: int | None = None, seed: int = 0
 ) -> np.ndarray:
-    """Affinity from predicted losses: entry (i, j) is how much lower than usual i's loss is beside j, `(T, T)`.
+    """Affinity from predicted losses: entry (i, j) is how much lower than its average i's loss is beside j, `(T, T)`.
 
-    The score is the negative predicted loss. Each row is centred by the task's mean over the subsets that hold it and
-    divided by its spread, so that a task with large losses counts no more than another; a higher entry is better. Pairs
-    that no subset held get 0, the diagonal too.
+    The score is the negative predicted loss. Each row is centered by the task's mean over the subsets that contain it
+    and divided by the standard deviation, so that large losses get no extra weight. Higher is better. Pairs that no
+    subset contains, and the diagonal, are 0.
 
     Args:
-        estimator (`SubsetEstimator`): predictions.
-        num_subsets (`int`, *optional*, defaults to 400): random subsets.
-        subset_size (`int`, *optional*): tasks of a subset; a third of them, and at least 2, by default.
+        estimator (`SubsetEstimator`): makes the predictions.
+        affinity_subsets (`int`, *optional*, defaults to 400): number of random subsets.
+        subset_size (`int`, *optional*): number of tasks in a subset. A third of all tasks, at least 2, by default.
         seed (`int`, *optional*, defaults to 0): seed of the subsets.
     """
     num_tasks = len(estimator.task_names)
     size = subset_size or max(2, round(num_tasks / 3))
-    subsets = random_subsets(num_tasks, size, num_subsets, seed)
+    subsets = random_subsets(num_tasks, size, affinity_subsets, seed)
     scores = -estimator.predict(subsets).loss
     raw = affinity_matrix(subsets, scores)
     held = np.where(subsets > 0, scores, np.nan)

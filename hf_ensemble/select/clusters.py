@@ -1,4 +1,4 @@
-"""Parts of a dataset as tasks of their own, so that every choice can be made among them."""
+"""Splits a task's training rows into clusters that are selected as tasks of their own."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,38 +11,38 @@ from ..errors import ConfigurationError
 from ..estimate import ObservedRun
 from ..store import FeatureTable
 
-# No task's name has one, so that a part's name is never that of another task.
+# Task names do not contain it, so a cluster is never mistaken for another task.
 _SEPARATOR = "/"
 
 
-def part_name(task: str, index: int) -> str:
+def cluster_name(task: str, index: int) -> str:
     return f"{task}{_SEPARATOR}{index}"
 
 
 def task_of(name: str) -> str:
-    """The task that a part belongs to; of a whole task, itself."""
+    """The task that a cluster belongs to; a whole task belongs to itself."""
     return name.partition(_SEPARATOR)[0]
 
 
 def cluster_counts(names: Iterable[str]) -> dict[str, int]:
-    """How many parts each divided task has, by the names of all parts and tasks."""
+    """Number of clusters of each clustered task, from the names of all tasks and clusters."""
     return dict(Counter(task_of(name) for name in names if _SEPARATOR in name))
 
 
-def divided(
+def split_into_clusters(
     train: FeatureTable, validation: FeatureTable, clusters: Mapping[str, int]
 ) -> tuple[FeatureTable, FeatureTable]:
-    """The same rows with some tasks' training rows divided by k-means over their features' directions.
+    """Split the training rows of some tasks by k-means over the directions of their features.
 
-    Each part is a task of its own, `TASK/0`, `TASK/1`, ..., in the place of the whole, the largest first. A part's
-    validation rows are those of the whole task.
+    The clusters `TASK/0`, `TASK/1`, ..., largest first, take the task's place. Each cluster gets all of the task's
+    validation rows.
 
     Args:
         train, validation (`FeatureTable`): features of the same tasks.
-        clusters (`dict[str, int]`): into how many parts to divide a task.
+        clusters (`dict[str, int]`): number of clusters by task.
 
     Raises:
-        `ConfigurationError`: for unknown tasks, and more parts than rows.
+        `ConfigurationError`: for unknown tasks, and more clusters than rows.
     """
     unknown = sorted(set(clusters) - set(train.task_names))
     if unknown:
@@ -55,20 +55,20 @@ def divided(
         count = clusters.get(name)
         if count is None:
             labels, count = np.zeros(len(own), dtype=int), 1
-            parts = [name]
+            own_names = [name]
         else:
             if not 1 <= count <= len(own):
                 raise ConfigurationError(
-                    f"Task {name!r} has {len(own)} training rows: expected 1 to {len(own)} parts, found {count}."
+                    f"Task {name!r} has {len(own)} training rows: expected 1 to {len(own)} clusters, found {count}."
                 )
             labels = _clusters(train.features[own], count)
             count = int(labels.max()) + 1
-            parts = [part_name(name, part) for part in range(count)]
+            own_names = [cluster_name(name, label) for label in range(count)]
         task[own] = len(names) + labels
-        for part in range(count):
+        for label in range(count):
             rows.append(held_out)
-            tasks.append(np.full(len(held_out), len(names) + part))
-        names += parts
+            tasks.append(np.full(len(held_out), len(names) + label))
+        names += own_names
     kept = np.concatenate(rows)
     arrays = {key: getattr(validation, key)[kept] for key in ("features", "margin", "example_id")}
     tokens = None if validation.num_tokens is None else validation.num_tokens[kept]
@@ -78,25 +78,25 @@ def divided(
     )
 
 
-def divided_runs(runs: Sequence[ObservedRun], names: Sequence[str]) -> list[ObservedRun]:
-    """Fine-tunings of whole tasks, in terms of their parts."""
-    return [ObservedRun(divided_weights(run.mixture, names), divided_weights(run.losses, names)) for run in runs]
+def runs_by_cluster(runs: Sequence[ObservedRun], names: Sequence[str]) -> list[ObservedRun]:
+    """Observed runs on whole tasks, with each task's values repeated for its clusters."""
+    return [ObservedRun(values_by_cluster(run.mixture, names), values_by_cluster(run.losses, names)) for run in runs]
 
 
-def divided_weights(by_task: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """A value of each whole task as that of each of its parts; values of names that are no task here stay."""
+def values_by_cluster(by_task: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Values by task, repeated for each of the task's clusters in `names`; other names keep theirs."""
     known = {task_of(name) for name in names}
     found = {name: by_task[task_of(name)] for name in names if task_of(name) in by_task}
     return found | {name: value for name, value in by_task.items() if name not in known and name not in found}
 
 
-def whole_weights(by_part: Mapping[str, float]) -> dict[str, float]:
-    """The way back from [`divided_weights`]."""
-    return {task_of(name): value for name, value in by_part.items()}
+def values_by_task(by_cluster: Mapping[str, float]) -> dict[str, float]:
+    """The inverse of [`values_by_cluster`]."""
+    return {task_of(name): value for name, value in by_cluster.items()}
 
 
 def _clusters(features: np.ndarray, count: int) -> np.ndarray:
-    """Labels by k-means over directions, the largest cluster first; as many as are not empty."""
+    """Labels by k-means over directions, largest cluster first; empty clusters are dropped."""
     directions = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     labels = KMeans(count, n_init=10, random_state=0).fit_predict(directions)
     order = [label for label, _ in sorted(Counter(labels.tolist()).items(), key=lambda item: (-item[1], item[0]))]

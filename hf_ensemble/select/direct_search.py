@@ -1,7 +1,7 @@
-"""A partition of the tasks with a small predicted loss, searched for directly: merges, then moves and swaps.
+"""Local search for a partition of the tasks with a small predicted loss: merges, then moves and swaps.
 
-Nothing here knows where the losses come from. A group is a boolean mask over the tasks; its loss is the sum over its
-tasks of what each loses when the group is trained together.
+A group is a boolean mask over the tasks; its loss is the sum of its tasks' losses when the group trains together.
+Where the losses come from does not matter here.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,15 +10,15 @@ import numpy as np
 
 from .partition import canonical
 
-# What a step has to gain, relative to the loss of all groups: less is the solver's own error.
+# Minimum gain of a step, relative to the loss of all groups: anything less is solver error.
 _MIN_GAIN = 1e-6
 
 
 class GroupLosses:
-    """Losses of groups, each predicted once.
+    """Losses of groups, cached so that each is predicted once.
 
     Args:
-        predict (`Callable`): from mixtures `(S, T)` of zeros and ones to the loss of every task, `(S, T)`.
+        predict (`Callable`): maps mixtures `(S, T)` of zeros and ones to the loss of every task, `(S, T)`.
     """
 
     def __init__(self, predict: Callable[[np.ndarray], np.ndarray]):
@@ -26,7 +26,7 @@ class GroupLosses:
         self._known: dict[bytes, float] = {}
 
     def __call__(self, masks: Iterable[np.ndarray], trained: Iterable[np.ndarray] | None = None) -> np.ndarray:
-        """Sum of the members' losses of each mask `(T,)`, when the members, or what `trained` says, train together."""
+        """Sum of the members' losses for each mask `(T,)`, trained on the members or on the masks in `trained`."""
         masks = list(masks)
         trained = masks if trained is None else list(trained)
         keys = [mask.tobytes() + own.tobytes() for mask, own in zip(masks, trained)]
@@ -39,33 +39,33 @@ class GroupLosses:
         return np.array([self._known[key] for key in keys])
 
     def of_partition(self, labels: np.ndarray, trained: np.ndarray | None = None) -> float:
-        """Sum over the groups of a partition `(T,)`, where group g trains on `trained[g]` `(T,)`, or on its tasks."""
-        return float(self(members(labels), trained).sum())
+        """Sum over the groups of a partition `(T,)`; group g trains on `trained[g]` `(T,)` or on its own tasks."""
+        return float(self(group_masks(labels), trained).sum())
 
 
-def members(labels: np.ndarray) -> np.ndarray:
-    """Groups of a partition `(T,)` as masks `(G, T)`."""
+def group_masks(labels: np.ndarray) -> np.ndarray:
+    """The groups of a partition `(T,)` as masks `(G, T)`."""
     return labels == np.arange(labels.max() + 1)[:, None]
 
 
-def with_helpers(
+def add_helpers(
     losses: GroupLosses, labels: np.ndarray, trained: np.ndarray, directions: np.ndarray, num_candidates: int
 ) -> np.ndarray:
-    """What each group trains on when tasks of other groups may help: added one by one while its own tasks gain.
+    """Greedily add tasks of other groups to what each group trains on, as long as its own tasks gain.
 
     Args:
         losses (`GroupLosses`): losses of groups.
         labels (`np.ndarray` of shape `(T,)`): the partition.
-        trained (`np.ndarray` of shape `(G, T)`): what each group trains on before, its own tasks at least.
-        directions (`np.ndarray` of shape `(T, k)`): a direction for each task.
-        num_candidates (`int`): tasks of other groups that are tried in each step, those that pull most alike.
+        trained (`np.ndarray` of shape `(G, T)`): what each group trains on, including its own tasks.
+        directions (`np.ndarray` of shape `(T, k)`): gradient direction of each task.
+        num_candidates (`int`): number of tasks tried in each step, those with the most similar directions.
 
     Returns:
         `np.ndarray` of shape `(G, T)`: masks.
     """
     trained = trained.copy()
-    vectors = _normalised(directions)
-    for group, mask in enumerate(members(labels)):
+    vectors = _normalized(directions)
+    for group, mask in enumerate(group_masks(labels)):
         best = float(losses([mask], [trained[group]])[0])
         alike = vectors @ vectors[mask].sum(axis=0)
         while True:
@@ -84,33 +84,32 @@ def with_helpers(
 
 
 def merge_path(
-    losses: GroupLosses, directions: np.ndarray, num_candidates: int, fewest: int = 1
+    losses: GroupLosses, directions: np.ndarray, num_candidates: int, min_groups: int = 1
 ) -> list[tuple[np.ndarray, float]]:
-    """Partitions into T, T - 1, ..., `fewest` groups, each made of the one before by the merge that costs least.
+    """Partitions into T, T - 1, ..., `min_groups` groups, each by the cheapest merge of the previous one.
 
-    Only groups that pull alike are tried: each with the `num_candidates` groups whose summed directions have the
-    greatest cosine with its own. From a hundred groups on, the cheapest fiftieth of the merges is made before others
-    are tried.
+    Each group is only tried with the `num_candidates` groups whose summed directions have the largest cosine with its
+    own. From a hundred groups on, the cheapest 2 % of the merges are made before new ones are tried.
 
     Args:
         losses (`GroupLosses`): losses of groups.
-        directions (`np.ndarray` of shape `(T, k)`): a direction for each task.
-        num_candidates (`int`): groups that each group is tried with; from T - 1 on the search is exhaustive.
-        fewest (`int`, *optional*, defaults to 1): where to stop.
+        directions (`np.ndarray` of shape `(T, k)`): gradient direction of each task.
+        num_candidates (`int`): number of groups each group is tried with; the search is exhaustive from T - 1 on.
+        min_groups (`int`, *optional*, defaults to 1): where to stop.
 
     Returns:
-        `list[tuple[np.ndarray, float]]`: labels `(T,)` of each partition and the loss of all its groups.
+        `list[tuple[np.ndarray, float]]`: labels `(T,)` of each partition and the sum of its groups' losses.
     """
     size = len(directions)
     masks = dict(enumerate(np.eye(size, dtype=bool)))
-    sums = dict(enumerate(_normalised(directions)))
+    sums = dict(enumerate(_normalized(directions)))
     own = dict(enumerate(losses(masks.values())))
     path = [(np.arange(size), sum(own.values()))]
     costs: dict[tuple[int, int], float] = {}
 
     def try_with(groups: Iterable[int]) -> None:
         present = np.array(list(masks))
-        vectors = _normalised(np.stack([sums[other] for other in present]))
+        vectors = _normalized(np.stack([sums[other] for other in present]))
         pairs = set()
         for group in groups:
             alike = vectors @ (sums[group] / max(np.linalg.norm(sums[group]), 1e-12))
@@ -123,12 +122,12 @@ def merge_path(
 
     unused = size
     new: Iterable[int] = range(size)
-    while len(masks) > fewest:
+    while len(masks) > min_groups:
         try_with(new)
         if not costs:
             try_with(list(masks))
         new = []
-        for first, second in _cheapest(costs, min(max(1, len(masks) // 50), len(masks) - fewest)):
+        for first, second in _cheapest(costs, min(max(1, len(masks) // 50), len(masks) - min_groups)):
             own[unused] = own.pop(first) + own.pop(second) + costs[first, second]
             masks[unused], sums[unused] = masks.pop(first) | masks.pop(second), sums.pop(first) + sums.pop(second)
             new.append(unused)
@@ -139,7 +138,7 @@ def merge_path(
 
 
 def _cheapest(costs: dict[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
-    """At most `count` pairs that have no group in common; of equal costs the first pair."""
+    """At most `count` disjoint pairs, cheapest first; ties go to the first pair."""
     chosen: list[tuple[int, int]] = []
     used: set[int] = set()
     for pair in sorted(costs, key=lambda pair: (costs[pair], pair)):
@@ -151,28 +150,27 @@ def _cheapest(costs: dict[tuple[int, int], float], count: int) -> list[tuple[int
     return chosen
 
 
-def improved(
+def improve_partition(
     losses: GroupLosses, labels: np.ndarray, directions: np.ndarray, num_candidates: int, max_rounds: int = 50
 ) -> np.ndarray:
-    """Move single tasks to other groups and swap pairs of tasks for as long as this lowers the loss.
+    """Move single tasks to other groups and swap pairs of tasks as long as this lowers the loss.
 
-    In each round every move of a task to one of the `num_candidates` groups that pull most like it is tried, and, when
-    no move gains, every swap with the `num_candidates` tasks of other groups that pull most like it. Of those that
-    gain, the best are taken that have no group in common, so that each gains what was predicted. Groups are never
-    emptied.
+    Each round tries to move every task to each of the `num_candidates` groups with the most similar directions, and, if
+    no move gains, to swap it with each of the `num_candidates` most similar tasks of other groups. The best changes
+    that touch disjoint groups are made, so that each gains what was predicted. Groups are never emptied.
 
     Args:
         losses (`GroupLosses`): losses of groups.
-        labels (`np.ndarray` of shape `(T,)`): the partition to start from.
-        directions (`np.ndarray` of shape `(T, k)`): a direction for each task.
+        labels (`np.ndarray` of shape `(T,)`): the initial partition.
+        directions (`np.ndarray` of shape `(T, k)`): gradient direction of each task.
         num_candidates (`int`): see above.
-        max_rounds (`int`, *optional*, defaults to 50): rounds at most.
+        max_rounds (`int`, *optional*, defaults to 50): maximum number of rounds.
 
     Returns:
-        `np.ndarray` of shape `(T,)`: labels of a partition into as many groups, with at most the loss of the first.
+        `np.ndarray` of shape `(T,)`: labels of a partition with the same number of groups and no larger loss.
     """
     labels = canonical(labels)
-    vectors = _normalised(directions)
+    vectors = _normalized(directions)
     for _ in range(max_rounds):
         moved = _step(losses, labels, _moves(labels, vectors, num_candidates))
         if not moved and not _step(losses, labels, _swaps(labels, vectors, num_candidates)):
@@ -180,11 +178,12 @@ def improved(
     return canonical(labels)
 
 
+# Tasks that change their group, each with its new group.
 Change = list[tuple[int, int]]
 
 
 def _step(losses: GroupLosses, labels: np.ndarray, changes: list[Change]) -> bool:
-    """Make the best changes, each a list of (task, new group), that touch no group twice; whether there were any."""
+    """Make the best changes that touch no group twice; returns whether there were any."""
     if not changes:
         return False
     count = labels.max() + 1
@@ -213,7 +212,7 @@ def _step(losses: GroupLosses, labels: np.ndarray, changes: list[Change]) -> boo
 
 def _moves(labels: np.ndarray, vectors: np.ndarray, num_candidates: int) -> list[Change]:
     count = labels.max() + 1
-    sums = _normalised(np.stack([vectors[labels == group].sum(axis=0) for group in range(count)]))
+    sums = _normalized(np.stack([vectors[labels == group].sum(axis=0) for group in range(count)]))
     alike = vectors @ sums.T
     alike[np.arange(len(labels)), labels] = -np.inf
     nearest = np.argsort(-alike, axis=1, kind="stable")[:, : min(num_candidates, count - 1)]
@@ -234,7 +233,7 @@ def _swaps(labels: np.ndarray, vectors: np.ndarray, num_candidates: int) -> list
     return [[(first, int(labels[second])), (second, int(labels[first]))] for first, second in sorted(pairs)]
 
 
-def _normalised(rows: np.ndarray) -> np.ndarray:
+def _normalized(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 

@@ -1,48 +1,50 @@
 """Which training rows help a target, and which harm it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from .._files import read_json, write_json
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from ..estimate.mixtures import mixture_weights
+from .choice import Choice, calibration_note, with_provenance
 from .problem import Targets, target_weights
-from .provenance import caution, settings_of
 
 
 @dataclass(frozen=True)
-class ExampleScores:
-    """How much each training row helps, and why one should believe it.
+class ExampleScores(Choice):
+    """Influence of each training row on the targets' predicted loss.
 
     Args:
-        targets (`dict[str, float]`): what to do well on: weight of each task's loss.
-        weights (`dict[str, float]`): the training: how often it draws a row of each task, the heaviest once.
+        targets (`dict[str, float]`): weight of each target task's loss.
+        weights (`dict[str, float]`): sampling weights of the training that the rows are part of; the largest is 1.
         scores (`dict[str, dict[str, float]]`):
-            For each task and example id, by how much the targets' predicted loss falls when the row is drawn once more;
-            negative for rows that harm.
-        why (`str`): one sentence.
-        settings (`dict`): everything needed to score again from the same features.
+            For each task and example id, how much the targets' predicted loss falls when the row is sampled once more.
+            Negative for harmful rows.
+        summary (`str`): one sentence.
+        settings (`dict`): everything needed to score the rows again from the same features.
     """
+
+    format: ClassVar[str] = "hf_ensemble.example_scores"
+    made_by: ClassVar[str] = "score_examples"
 
     targets: dict[str, float]
     weights: dict[str, float]
     scores: dict[str, dict[str, float]]
-    why: str
-    settings: dict
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of [`DataSelector.score_examples`] that repeat the scores."""
+        return {"targets": self.targets, **super().arguments()}
 
     def worst(self, share: float, tasks: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
-        """The rows with the lowest scores by task, the lowest first: ids, each with the reason.
-
-        What [`TaskSet.without`] takes.
+        """The lowest-scoring rows of each task, lowest first: a reason by example id, for [`TaskSet.without`].
 
         Args:
-            share (`float`): of each task's rows, from 0 to 1.
-            tasks (`Sequence[str]`, *optional*): of these tasks; of all by default.
+            share (`float`): share of each task's rows, from 0 to 1.
+            tasks (`Sequence[str]`, *optional*): the tasks to look at. All by default.
 
         Raises:
-            `ConfigurationError`: for unknown tasks and shares.
+            `ConfigurationError`: for unknown tasks, and shares out of range.
         """
         if not 0 <= share <= 1:
             raise ConfigurationError(f"Expected a share from 0 to 1, found {share}.")
@@ -53,25 +55,17 @@ class ExampleScores:
         return {task: self._lowest(task, round(share * len(self.scores[task]))) for task in chosen}
 
     def harmful(self) -> dict[str, dict[str, str]]:
-        """The rows with a negative score by task, the lowest first: ids, each with the reason."""
+        """The rows of each task with a negative score, lowest first: a reason by example id."""
         return {task: self._lowest(task, sum(score < 0 for score in own.values())) for task, own in self.scores.items()}
 
     def _lowest(self, task: str, count: int) -> dict[str, str]:
         own = self.scores[task]
         targets = ", ".join(self.targets)
         return {
-            example: f"score {own[example]:.2e}, {rank} of {len(own)} from below: drawn once more, it is predicted to "
-            f"{'raise' if own[example] < 0 else 'lower'} the loss of {targets}"
+            example: f"score {own[example]:.2e}, rank {rank} of {len(own)} from the bottom: sampling it once more is "
+            f"predicted to {'raise' if own[example] < 0 else 'lower'} the loss of {targets}"
             for rank, example in enumerate(sorted(own, key=own.get)[:count], start=1)
         }
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        write_json(Path(path), asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ExampleScores":
-        return cls(**read_json(Path(path)))
 
 
 def score_examples(
@@ -84,10 +78,11 @@ def score_examples(
     See [`SubsetEstimator.example_influence`] for the formula.
 
     Args:
-        estimator (`SubsetEstimator`): predictions.
-        targets (`str`, `Sequence[str]` or `dict[str, float]`): what to do well on; several count alike without weights.
+        estimator (`SubsetEstimator`): makes the predictions.
+        targets (`str`, `Sequence[str]` or `dict[str, float]`):
+            Task or tasks whose loss counts, with equal or given weights.
         tasks (`Sequence[str]` or `dict[str, float]`, *optional*):
-            The training that the rows are part of, with weights if it is a mixture; all tasks by default. The
+            The training that the rows are part of, with weights if it is a mixture. All tasks by default. The
             estimator's sampling weights multiply them. Rows of other tasks are scored as additions.
 
     Raises:
@@ -102,12 +97,15 @@ def score_examples(
     scores: dict[str, dict[str, float]] = {name: {} for name in names}
     for (task, example), value in zip(estimator.training_ids, influence.tolist()):
         scores[task][example] = value
-    negative = int((influence < 0).sum())
-    why = f"{negative} of {len(influence)} rows are predicted to raise the loss of {', '.join(goals)} when drawn more."
+    summary = (
+        f"Sampling {int((influence < 0).sum())} of the {len(influence)} rows more often is predicted to raise the loss "
+        f"of {', '.join(goals)}."
+    )
+    arguments = {"tasks": tasks if tasks is None or isinstance(tasks, Mapping) else list(tasks)}
     return ExampleScores(
         goals,
         {name: float(weight) for name, weight in zip(names, weights) if weight},
         scores,
-        why + caution(estimator),
-        settings_of(estimator, {"tasks": tasks if tasks is None or isinstance(tasks, Mapping) else list(tasks)}),
+        summary=summary + calibration_note(estimator),
+        settings=with_provenance(arguments, estimator),
     )

@@ -1,4 +1,4 @@
-"""Cutting an affinity matrix into groups. Pure functions of arrays."""
+"""Partitions of an affinity matrix. Pure functions of arrays."""
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -9,12 +9,12 @@ from ..errors import EstimationError
 
 
 def spectral_partition(affinity: np.ndarray, num_groups: int, seed: int = 0) -> np.ndarray:
-    """Group of each task by spectral clustering of the symmetrised affinity, `(T,)`.
+    """Group of each task by spectral clustering of the symmetrized affinity, `(T,)`.
 
     Args:
         affinity (`np.ndarray` of shape `(T, T)`): higher is better.
-        num_groups (`int`): groups.
-        seed (`int`, *optional*, defaults to 0): seed of the k-means inside.
+        num_groups (`int`): number of groups.
+        seed (`int`, *optional*, defaults to 0): seed of k-means.
     """
     if num_groups == 1 or num_groups >= len(affinity):
         return np.zeros(len(affinity), dtype=int) if num_groups == 1 else np.arange(len(affinity))
@@ -24,15 +24,15 @@ def spectral_partition(affinity: np.ndarray, num_groups: int, seed: int = 0) -> 
 
 
 def coclustering(affinity: np.ndarray, num_groups: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of tasks and of their helpers at once, which may overlap.
+    """Overlapping groups of tasks and their helpers by spectral co-clustering (Dhillon 2001).
 
-    Spectral co-clustering (Dhillon 2001) of the affinity's rows, the tasks that are helped, and its columns, those that
-    help: a group trains on its rows and on its columns, and a task whose column lies in another group serves both.
+    Rows of the affinity are the tasks that are helped, columns the tasks that help. A group trains on both its rows and
+    its columns, so a task whose column lies in another group is in both.
 
     Args:
-        affinity (`np.ndarray` of shape `(T, T)`): higher is better; not symmetrised.
-        num_groups (`int`): groups; fewer where some would have no row.
-        seed (`int`, *optional*, defaults to 0): seed of the k-means inside.
+        affinity (`np.ndarray` of shape `(T, T)`): higher is better; not symmetrized.
+        num_groups (`int`): number of groups; fewer are returned when some would have no row.
+        seed (`int`, *optional*, defaults to 0): seed of k-means.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: group of each task `(T,)`, and what each group trains on, `(G, T)` masks.
@@ -42,7 +42,7 @@ def coclustering(affinity: np.ndarray, num_groups: int, seed: int = 0) -> tuple[
         rows = columns = np.zeros(size, dtype=int) if num_groups == 1 else np.arange(size)
     else:
         similarity = _positive(affinity)
-        # Nothing helps a task as its own rows do.
+        # A task's own rows help it most.
         np.fill_diagonal(similarity, similarity.max(axis=1))
         model = SpectralCoclustering(num_groups, random_state=seed, n_init=20).fit(similarity)
         rows, columns = model.row_labels_, model.column_labels_
@@ -53,7 +53,7 @@ def coclustering(affinity: np.ndarray, num_groups: int, seed: int = 0) -> tuple[
 
 
 def _positive(affinity: np.ndarray) -> np.ndarray:
-    """Similarities: exp keeps the affinities' order and makes them positive."""
+    """Positive similarities in the order of the affinities."""
     spread = affinity[~np.eye(len(affinity), dtype=bool)].std() or 1.0
     return np.exp(affinity / spread)
 
@@ -66,16 +66,16 @@ def semidefinite_partition(
     A partition is the matrix X with X_ij = 1 / |group| for two tasks of one group and 0 otherwise; its trace is the
     number of groups. The relaxation (EnsembleLoRA, arXiv 2505.21930)
 
-        max <T, X> - penalty * trace(X)   subject to  X e = e,  X >= 0 entry by entry,  X positive semidefinite
+        max <T, X> - penalty * trace(X)   subject to  X e = e,  X >= 0 elementwise,  X positive semidefinite
 
-    lets the number of groups come out of the penalty; with `num_groups` the trace is fixed instead. X is rounded by
+    determines the number of groups by its penalty; with `num_groups` the trace is fixed instead. X is rounded by
     average-linkage clustering of its entries.
 
     Args:
         affinity (`np.ndarray` of shape `(T, T)`): higher is better.
-        num_groups (`int`, *optional*): groups.
+        num_groups (`int`, *optional*): number of groups.
         trace_penalty (`float`, *optional*):
-            Price of one more group; where neither is given, twice the spread of the affinities.
+            Penalty for one more group. Twice the standard deviation of the affinities by default.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: groups `(T,)` and the relaxed X `(T, T)`.
@@ -99,14 +99,16 @@ def semidefinite_partition(
     problem = cvxpy.Problem(cvxpy.Maximize(objective), constraints)
     problem.solve()
     if problem.status not in ("optimal", "optimal_inaccurate"):
-        raise EstimationError(f"The semidefinite program ended as {problem.status!r}. Use method='spectral' instead.")
+        raise EstimationError(
+            f"The semidefinite program ended with status {problem.status!r}. Use method='spectral' instead."
+        )
     relaxed = np.clip((x.value + x.value.T) / 2, 0.0, None)
     count = num_groups if num_groups is not None else int(np.clip(round(float(np.trace(relaxed))), 1, size))
     return _round(relaxed, count), relaxed
 
 
 def _round(relaxed: np.ndarray, num_groups: int) -> np.ndarray:
-    """Groups from a relaxed partition matrix: tasks whose entries are as large as their diagonals belong together."""
+    """Groups from a relaxed partition matrix: tasks belong together when their entry is as large as their diagonals."""
     if len(relaxed) == 1:
         return np.zeros(1, dtype=int)
     diagonal = np.sqrt(np.maximum(np.diag(relaxed), 1e-12))
@@ -117,6 +119,6 @@ def _round(relaxed: np.ndarray, num_groups: int) -> np.ndarray:
 
 
 def canonical(labels: np.ndarray) -> np.ndarray:
-    """The same groups, numbered from 0 in the order of their first task."""
+    """The same groups, numbered from 0 by their first task."""
     first = {label: i for i, label in enumerate(dict.fromkeys(np.asarray(labels).tolist()))}
     return np.array([first[label] for label in np.asarray(labels).tolist()])

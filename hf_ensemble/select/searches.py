@@ -8,27 +8,27 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigurationError
+from .choice import calibration_note, with_provenance
 from .problem import SelectionProblem
-from .provenance import caution, settings_of
 from .selection import Selection
 from .subsets import random_subsets
 
-# Subsets that an exhaustive search predicts at most: a second's work.
-_MOST_SUBSETS = 20_000
-# Close calls of an exhaustive search that are kept.
+# Maximum number of subsets that an exhaustive search predicts: about a second of work.
+_MAX_SUBSETS = 20_000
+# Maximum number of close calls that an exhaustive search reports.
 _NUM_CLOSE = 10
 
 
 def forward_selection(problem: SelectionProblem) -> Selection:
-    """Add, step by step, the task whose addition improves the targets' predicted score most; stop when none does."""
-    chosen, path, order, scores = problem.required.copy(), [], problem.named(problem.required), {}
+    """Greedily add the task that improves the targets' predicted score most; stop when no task improves it."""
+    chosen, path, order, scores = problem.required.copy(), [], problem.names_of(problem.required), {}
     best = np.inf
     if chosen.any():
         scored = problem.score(chosen[None])
         best = float(scored.value[0])
-        path.append({"added": ", ".join(order), **problem.step(scored, 0), "close_calls": []})
+        path.append({"added": ", ".join(order), **problem.path_entry(scored, 0), "close_calls": []})
     while True:
-        candidates = [i for i in np.flatnonzero(problem.free & ~chosen) if problem.fits(_with(chosen, i))]
+        candidates = [i for i in np.flatnonzero(problem.optional & ~chosen) if problem.fits(_with(chosen, i))]
         if not candidates:
             break
         scored = problem.score(np.stack([_with(chosen, i) for i in candidates]))
@@ -41,21 +41,21 @@ def forward_selection(problem: SelectionProblem) -> Selection:
         order.append(problem.names[candidates[winner]])
         close = problem.close_calls(scored, winner)
         others = [problem.names[i] for i, is_close in zip(candidates, close) if is_close]
-        path.append({"added": order[-1], **problem.step(scored, winner), "close_calls": others})
-    return selection_of(problem, "forward", order, scores, path)
+        path.append({"added": order[-1], **problem.path_entry(scored, winner), "close_calls": others})
+    return make_selection(problem, "forward", order, scores, path)
 
 
 def backward_selection(problem: SelectionProblem) -> Selection:
-    """Leave out, step by step, the task without which the predicted score is best.
+    """Start with all allowed tasks and greedily remove the task without which the predicted score is best.
 
-    It begins with all tasks that may be in and stops, within the budget, when leaving out none improves the score.
+    The search stops, within the budget, when no removal improves the score.
     """
-    chosen, scores = problem.required | problem.free, {}
+    chosen, scores = problem.required | problem.optional, {}
     scored = problem.score(chosen[None])
     best = float(scored.value[0])
-    path = [{"added": ", ".join(problem.named(chosen)), **problem.step(scored, 0), "close_calls": []}]
+    path = [{"added": ", ".join(problem.names_of(chosen)), **problem.path_entry(scored, 0), "close_calls": []}]
     while True:
-        candidates = np.flatnonzero(problem.free & chosen)
+        candidates = np.flatnonzero(problem.optional & chosen)
         if not len(candidates) or chosen.sum() == 1:
             break
         scored = problem.score(np.stack([_without(chosen, i) for i in candidates]))
@@ -68,45 +68,46 @@ def backward_selection(problem: SelectionProblem) -> Selection:
         close = problem.close_calls(scored, winner)
         others = [problem.names[i] for i, is_close in zip(candidates, close) if is_close]
         removed = problem.names[candidates[winner]]
-        path.append({"removed": removed, **problem.step(scored, winner), "close_calls": others})
-    kept = sorted(problem.named(chosen & ~problem.required), key=lambda name: scores.get(name, 0.0))
-    return selection_of(problem, "backward", [*problem.named(problem.required), *kept], scores, path)
+        path.append({"removed": removed, **problem.path_entry(scored, winner), "close_calls": others})
+    kept = sorted(problem.names_of(chosen & ~problem.required), key=lambda name: scores.get(name, 0.0))
+    return make_selection(problem, "backward", [*problem.names_of(problem.required), *kept], scores, path)
 
 
 def exhaustive_selection(problem: SelectionProblem) -> Selection:
     """The best of all subsets within the budget.
 
     Raises:
-        `ConfigurationError`: where these are more than 20,000.
+        `ConfigurationError`: for more than 20,000 subsets.
     """
-    free = np.flatnonzero(problem.free)
-    most = len(free) if problem.budgets["max_tasks"] is None else min(len(free), problem.budgets["max_tasks"])
-    total = sum(comb(len(free), size) for size in range(most + 1))
-    if total > _MOST_SUBSETS:
+    optional = np.flatnonzero(problem.optional)
+    limit = problem.settings.max_auxiliary
+    max_size = len(optional) if limit is None else min(len(optional), limit)
+    total = sum(comb(len(optional), size) for size in range(max_size + 1))
+    if total > _MAX_SUBSETS:
         raise ConfigurationError(
-            f"{len(free)} tasks to choose from make {total} subsets; an exhaustive search takes at most "
-            f"{_MOST_SUBSETS}. Exclude tasks, lower max_tasks, or choose another method."
+            f"{len(optional)} optional tasks make {total} subsets; an exhaustive search takes at most {_MAX_SUBSETS}. "
+            "Exclude tasks, lower max_auxiliary, or use another method."
         )
     masks = [
         mask
-        for size in range(most + 1)
-        for own in combinations(free, size)
-        if (mask := _with(problem.required, list(own))).any() and problem.fits(mask)
+        for size in range(max_size + 1)
+        for subset in combinations(optional, size)
+        if (mask := _with(problem.required, list(subset))).any() and problem.fits(mask)
     ]
     scored = problem.score(np.stack(masks))
     best = int(np.argmin(scored.value))
     close = [int(row) for row in np.argsort(scored.value) if problem.close_calls(scored, best)[row]][:_NUM_CLOSE]
     held = np.stack(masks)
-    scores = {problem.names[i]: float(scored.value[held[:, i]].min()) for i in free if held[:, i].any()}
-    chosen = sorted(problem.named(masks[best] & ~problem.required), key=scores.get)
+    scores = {problem.names[i]: float(scored.value[held[:, i]].min()) for i in optional if held[:, i].any()}
+    chosen = sorted(problem.names_of(masks[best] & ~problem.required), key=scores.get)
     path = [
         {
-            "added": ", ".join(problem.named(masks[best])),
-            **problem.step(scored, best),
-            "close_calls": [", ".join(problem.named(masks[row])) for row in close],
+            "added": ", ".join(problem.names_of(masks[best])),
+            **problem.path_entry(scored, best),
+            "close_calls": [", ".join(problem.names_of(masks[row])) for row in close],
         }
     ]
-    return selection_of(problem, "exhaustive", [*problem.named(problem.required), *chosen], scores, path)
+    return make_selection(problem, "exhaustive", [*problem.names_of(problem.required), *chosen], scores, path)
 
 
 def random_ensemble_selection(
@@ -116,81 +117,86 @@ def random_ensemble_selection(
     seed: int = 0,
     threshold: float | None = None,
 ) -> Selection:
-    """Score each task by the mean predicted score of the random subsets that hold it (GradEx, arXiv 2409.19458).
+    """Score each task by the mean predicted score of the random subsets that contain it (GradEx, arXiv 2409.19458).
 
-    Every subset holds the tasks that have to be in. A task is taken when its score is below the threshold, the best
-    first until the budget is used.
+    Every subset contains the required tasks. Tasks that score below the threshold are selected, best first, until the
+    budget is used up.
 
     Args:
-        problem (`SelectionProblem`): what is asked.
-        num_subsets (`int`, *optional*, defaults to 500): random subsets.
-        subset_size (`int`, *optional*): free tasks of a subset; a third of them by default.
+        problem (`SelectionProblem`): the problem.
+        num_subsets (`int`, *optional*, defaults to 500): number of random subsets.
+        subset_size (`int`, *optional*): number of optional tasks in a subset. A third of them by default.
         seed (`int`, *optional*, defaults to 0): seed of the subsets.
-        threshold (`float`, *optional*): score below which a task is taken; the mean of all subsets by default.
+        threshold (`float`, *optional*): score below which a task is selected. The mean over all subsets by default.
+
+    Raises:
+        `ConfigurationError`: for a threshold that is not finite.
     """
-    free = np.flatnonzero(problem.free)
-    if not len(free):
+    if threshold is not None and not np.isfinite(threshold):
+        raise ConfigurationError(f"threshold has to be finite, found {threshold}.")
+    optional = np.flatnonzero(problem.optional)
+    if not len(optional):
         return forward_selection(problem)
-    size = subset_size or max(1, round(len(free) / 3))
+    size = subset_size or max(1, round(len(optional) / 3))
     masks = np.tile(problem.required, (num_subsets, 1))
-    masks[:, free] = random_subsets(len(free), size, num_subsets, seed) > 0
+    masks[:, optional] = random_subsets(len(optional), size, num_subsets, seed) > 0
     values = problem.score(masks).value
-    held = masks[:, free]
+    held = masks[:, optional]
     means = (held * values[:, None]).sum(0) / np.maximum(held.sum(0), 1)
     limit = float(values.mean()) if threshold is None else threshold
-    chosen, order = problem.required.copy(), problem.named(problem.required)
+    chosen, order = problem.required.copy(), problem.names_of(problem.required)
     ranks = np.argsort(means, kind="stable")
     for rank in ranks:
-        added = _with(chosen, free[rank])
+        added = _with(chosen, optional[rank])
         if held[:, rank].any() and means[rank] < limit and problem.fits(added):
             chosen = added
-            order.append(problem.names[free[rank]])
+            order.append(problem.names[optional[rank]])
     if not chosen.any():
-        # Something has to be trained on.
-        chosen = _with(chosen, free[ranks[0]])
-        order = problem.named(chosen)
+        # There has to be something to train on.
+        chosen = _with(chosen, optional[ranks[0]])
+        order = problem.names_of(chosen)
     scored = problem.score(chosen[None])
-    path = [{"added": ", ".join(order), **problem.step(scored, 0), "close_calls": []}]
-    scores = {problem.names[free[rank]]: float(means[rank]) for rank in ranks}
-    own = {"num_subsets": num_subsets, "subset_size": size, "seed": seed, "threshold": limit}
-    return selection_of(problem, "random_ensemble", order, scores, path, own)
+    path = [{"added": ", ".join(order), **problem.path_entry(scored, 0), "close_calls": []}]
+    scores = {problem.names[optional[rank]]: float(means[rank]) for rank in ranks}
+    options = {"num_subsets": num_subsets, "subset_size": size, "seed": seed, "threshold": limit}
+    return make_selection(problem, "random_ensemble", order, scores, path, options)
 
 
-def selection_of(
+def make_selection(
     problem: SelectionProblem,
     method: str,
     tasks: list[str],
     scores: dict[str, float],
     path: list[dict[str, Any]],
-    settings: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Selection:
-    """A choice with its sentence and its settings; the path ends with the tasks chosen."""
+    """A [`Selection`] with its summary and settings; the last step of the path is the selected subset."""
     loss = path[-1]["predicted_loss"]
-    targets = _listed(problem.targets)
-    alone = problem.score(problem.required[None]) if problem.required.any() else None
-    if alone is None:
-        why = f"Predicted validation loss of {targets} is {loss:.4f} with {_listed(tasks)}."
-    elif set(tasks) > set(problem.named(problem.required)):
-        added = [task for task in tasks if not problem.required[problem.names.index(task)]]
-        before = problem.step(alone, 0)["predicted_loss"]
+    targets = _join_names(problem.targets)
+    required = problem.names_of(problem.required)
+    if not required:
+        summary = f"The predicted validation loss of {targets} is {loss:.4f} with {_join_names(tasks)}."
+    elif set(tasks) > set(required):
+        before = problem.path_entry(problem.score(problem.required[None]), 0)["predicted_loss"]
+        added = _join_names(task for task in tasks if task not in required)
         verb = "falls" if loss < before else "goes"
-        why = f"Predicted validation loss of {targets} {verb} from {before:.4f} to {loss:.4f} with {_listed(added)}."
+        summary = f"The predicted validation loss of {targets} {verb} from {before:.4f} to {loss:.4f} with {added}."
     else:
-        why = f"No task is predicted to help {targets} ({loss:.4f})."
+        summary = f"No task is predicted to help {targets} ({loss:.4f})."
     return Selection(
         problem.targets,
         tasks,
         method,
         scores,
         path,
-        why + caution(problem.estimator),
-        settings_of(problem.estimator, {**problem.settings, **(settings or {})}),
+        summary=summary + calibration_note(problem.estimator),
+        settings=with_provenance({**problem.arguments(), **(options or {})}, problem.estimator),
     )
 
 
-def _listed(names: Iterable[str], most: int = 8) -> str:
+def _join_names(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
-    return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
+    return ", ".join(names) if len(names) <= limit else f"{', '.join(names[:limit])} and {len(names) - limit} more"
 
 
 def _with(mask: np.ndarray, index: Any) -> np.ndarray:

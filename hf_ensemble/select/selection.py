@@ -1,45 +1,46 @@
-"""`Selection`: the tasks chosen for a target, and why."""
+"""`Selection`: the tasks selected for a target."""
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from .._files import read_json, write_json
+from .choice import Choice
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The tasks chosen to train with, and why.
+class Selection(Choice):
+    """The tasks selected to train on.
 
     Args:
-        targets (`dict[str, float]`): what to do well on: weight of each task's score.
-        tasks (`list[str]`): the tasks to train on: those that had to be in, then the others, the most helpful first.
-        method (`str`): name of the method, see [`DataSelector.select`].
+        targets (`dict[str, float]`): weight of each target task's score.
+        tasks (`list[str]`): tasks to train on: required ones first, then the others, most helpful first.
+        method (`str`): selection method, see [`DataSelector.select`].
         scores (`dict[str, float]`):
-            One per task that was weighed, lower is better. Forward: predicted score of the last step that weighed the
-            task, with it added. Backward: score with the task less the score without it, when it was last weighed.
-            Random ensemble: mean over the random subsets that hold it. Exhaustive: of the best subset that holds it.
-            Mixture: with this task alone beside the targets. Similarities: the mean cosine, negated.
+            Score of each task that was considered, lower is better. Forward: predicted score with the task added, at
+            the last step that considered it. Backward: score with the task minus the score without it, at the last step
+            that considered it. Random ensemble: mean over the random subsets that contain it. Exhaustive: score of the
+            best subset that contains it. Mixture: score with this task as the only auxiliary. Similarities: negative
+            mean cosine.
         path (`list[dict]`):
-            The steps of the search: what was `added` or `removed`, the `predicted_loss` of the targets with the
-            `interval` that holds the true loss in 90 of 100 cases (`None` without a run that calibrates), and
-            `close_calls`, the choices that cannot be told from this one by the validation rows.
-        why (`str`): one sentence.
-        settings (`dict`): everything needed to make this selection again from the same features.
+            Steps of the search: the task `added` or `removed`, the `predicted_loss` of the targets, the `interval` that
+            contains the true loss in 90 of 100 cases (`None` without an observed run) and `close_calls`, the
+            alternatives that the validation rows cannot distinguish from this one.
+        summary (`str`): one sentence.
+        settings (`dict`): everything needed to repeat this selection from the same features.
         weights (`dict[str, float]`, *optional*):
-            How often training draws a row of each task, times the task's own sampling weight; alike by default.
+            Sampling weight of each task, relative to the task's own. All 1 by default.
         baselines (`dict[str, float]`, *optional*):
-            Predicted loss of the targets with simpler choices: all tasks, the targets alone, random tasks and the most
-            similar ones, the latter two as many as were chosen.
+            Predicted loss of the targets with simpler choices: all tasks, the targets alone, and the same number of
+            random or most similar tasks.
     """
+
+    format: ClassVar[str] = "hf_ensemble.selection"
+    made_by: ClassVar[str] = "select"
 
     targets: dict[str, float]
     tasks: list[str]
     method: str
     scores: dict[str, float]
     path: list[dict[str, Any]]
-    why: str
-    settings: dict[str, Any]
     weights: dict[str, float] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)
 
@@ -49,12 +50,9 @@ class Selection:
 
     @property
     def auxiliary(self) -> list[str]:
+        """The selected tasks that are not targets."""
         return [task for task in self.tasks if task not in self.targets]
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        write_json(Path(path), asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Selection":
-        return cls(**read_json(Path(path)))
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of [`DataSelector.select`] that repeat the selection."""
+        return {"target": self.targets, "method": self.method, **super().arguments()}

@@ -1,4 +1,4 @@
-"""`DataSelector`: the questions one asks of a gradient store."""
+"""`DataSelector`: choices made from a gradient store."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,25 +10,34 @@ from ..estimate import ObservedRun, SubsetEstimator
 from ..store import GradientStore
 from .affinity import predicted_affinity
 from .baselines import mean_cosines
-from .clusters import cluster_counts, divided, divided_runs, divided_weights, task_of, whole_weights
+from .choice import Choice
+from .clusters import (
+    cluster_counts,
+    runs_by_cluster,
+    split_into_clusters,
+    task_of,
+    values_by_cluster,
+    values_by_task,
+)
 from .examples import ExampleScores, score_examples
 from .grouping import Grouping, group_tasks
 from .methods import select_tasks
-from .mixture import Mixture, optimise_mixture
+from .mixture import Mixture, optimize_mixture
 from .problem import SelectionProblem, Targets
-from .provenance import check_same_features
 from .selection import Selection
+from .settings import GroupingSettings, SelectionSettings
 
-Choice = TypeVar("Choice", Selection, Mixture, Grouping, ExampleScores)
+AnyChoice = TypeVar("AnyChoice", bound=Choice)
 
 
 class DataSelector:
-    """Chooses tasks by predicted fine-tuning outcomes.
+    """Selects, weights, groups and scores training data by predicted fine-tuning outcomes.
 
     Args:
-        estimator (`SubsetEstimator`): predictions.
+        estimator (`SubsetEstimator`): makes the predictions.
         similarity (`np.ndarray` of shape `(T, T)`, *optional*):
-            Mean cosines between the gradients of task k's training rows and task j's validation rows, for the baseline.
+            Mean cosine similarity between the gradients of task k's training rows and task j's validation rows, for the
+            `"gradient_similarity"` baseline.
 
     Example:
 
@@ -54,81 +63,72 @@ class DataSelector:
         sampling_weights: Mapping[str, float] | None = None,
         clusters: Mapping[str, int] | None = None,
     ) -> "DataSelector":
-        """From a store's directory.
+        """Create a selector from captured gradients.
 
         Args:
-            store (`str`, `Path` or `GradientStore`): the store.
-            tasks (`Sequence[str]`, *optional*): of its tasks these; all by default.
+            store (`str`, `Path` or `GradientStore`): the store or its directory.
+            tasks (`Sequence[str]`, *optional*): tasks to use. All tasks of the store by default.
             num_components, observed_runs, sampling_weights:
-                See [`SubsetEstimator`]. Without observed runs, the training that the store knows of is replayed.
+                See [`SubsetEstimator`]. Without observed runs, the training recipe in the store is replayed.
             clusters (`dict[str, int]`, *optional*):
-                Divide a task's training rows into so many parts, each a task `TASK/0`, `TASK/1`, ... that can be chosen
-                or left out, see [`divided`] and [`left_out`].
+                Number of clusters to split a task's training rows into. Each is a task `TASK/0`, `TASK/1`, ... that is
+                selected or left out by itself, see [`split_into_clusters`] and [`left_out`].
 
         Raises:
-            `StoreError`: for a store that is not whole.
-            `ConfigurationError`: for unknown tasks to divide, and more parts than rows.
+            `StoreError`: for an incomplete store.
+            `ConfigurationError`: for clusters of unknown tasks, and more clusters than rows.
         """
         store = store if isinstance(store, GradientStore) else GradientStore(store)
         names = store.task_names if tasks is None else tasks
         train = store.table("train", names)
         recipe = store.recipe
         if recipe is not None:
-            # Fewer rows are trained on for fewer steps.
+            # Fewer rows take fewer steps.
             recipe = recipe.shortened(len(train) / store.num_rows("train"))
         validation = store.table("validation", names)
         if clusters:
-            train, validation = divided(train, validation, clusters)
-            observed_runs = divided_runs(observed_runs, train.task_names)
-            sampling_weights = divided_weights(sampling_weights or {}, train.task_names)
+            train, validation = split_into_clusters(train, validation, clusters)
+            observed_runs = runs_by_cluster(observed_runs, train.task_names)
+            sampling_weights = values_by_cluster(sampling_weights or {}, train.task_names)
         estimator = SubsetEstimator(train, validation, num_components, observed_runs, sampling_weights, recipe)
         return cls(estimator, mean_cosines(train, validation))
 
     @classmethod
-    def for_choice(
-        cls, store: str | Path | GradientStore, choice: Selection | Mixture | Grouping | ExampleScores
-    ) -> "DataSelector":
-        """The selector that a saved choice was made with, from the same store.
+    def for_choice(cls, store: str | Path | GradientStore, choice: Choice) -> "DataSelector":
+        """Recreate the selector that made a saved choice, from the same store.
 
         Raises:
-            `StoreMismatchError`: when the store is not the one that the choice was made from; what differs is named.
+            `StoreMismatchError`: for a store other than the choice's; the differences are named.
         """
-        known = choice.settings["estimator"]
+        known = choice.provenance
         selector = cls.from_store(
             store,
             list(dict.fromkeys(task_of(name) for name in known["task_names"])),
             known["num_components"],
             [
-                ObservedRun(whole_weights(run["mixture"]), whole_weights(run["losses"]))
+                ObservedRun(values_by_task(run["mixture"]), values_by_task(run["losses"]))
                 for run in known["observed_runs"]
             ],
-            whole_weights(known["sampling_weights"]),
+            values_by_task(known["sampling_weights"]),
             cluster_counts(known["task_names"]),
         )
-        check_same_features(selector.estimator, choice.settings)
+        choice.check_features(selector.estimator)
         return selector
 
-    def repeat(self, choice: Choice) -> Choice:
-        """Make a saved choice again, by its own settings; see [`for_choice`].
+    def repeat(self, choice: AnyChoice) -> AnyChoice:
+        """Make a saved choice again with its own settings; see [`for_choice`].
 
         Raises:
-            `StoreMismatchError`: when the predictions are made from other features than the choice's.
+            `StoreMismatchError`: when the choice was made from other features.
         """
-        check_same_features(self.estimator, choice.settings)
-        own = {key: value for key, value in choice.settings.items() if key != "estimator"}
-        if isinstance(choice, Selection):
-            return self.select(choice.targets, choice.method, own.pop("max_tasks", None), **own)
-        if isinstance(choice, Mixture):
-            return self.mixture(choice.targets, **own)
-        if isinstance(choice, Grouping):
-            return self.group(method=choice.method, **own)
-        return self.score_examples(choice.targets, **own)
+        choice.check_features(self.estimator)
+        return getattr(self, choice.made_by)(**choice.arguments())
 
     def select(
         self,
         target: Targets = None,
         method: str = "forward",
-        k: int | None = None,
+        max_auxiliary: int | None = None,
         *,
         max_examples: int | None = None,
         max_tokens: int | None = None,
@@ -137,61 +137,93 @@ class DataSelector:
         metric: str = "loss",
         **options: Any,
     ) -> Selection:
-        """Tasks to train on so that the targets do well; the search stops by itself when nothing helps any more.
+        """Select tasks to train on for the best predicted score on the targets.
+
+        Searches stop when no task is predicted to help.
 
         Args:
             target (`str`, `Sequence[str]` or `dict[str, float]`, *optional*):
-                What to do well on, with weights or alike; all tasks by default.
+                Task or tasks to optimize, with equal or given weights. All tasks by default.
             method (`str`, *optional*, defaults to `"forward"`):
                 `"forward"`, `"backward"`, `"exhaustive"` (for few tasks), `"random_ensemble"` (GradEx), `"mixture"`
-                (with sampling weights); or a baseline: `"all"`, `"alone"`, `"random"`, `"gradient_similarity"`.
-            k (`int`, *optional*): tasks to take beside the targets at most.
-            max_examples (`int`, *optional*): training rows that these tasks may have together.
-            max_tokens (`int`, *optional*): answer tokens that these rows may have together.
+                (with sampling weights), or a baseline: `"all"`, `"alone"`, `"random"`, `"gradient_similarity"`.
+            max_auxiliary (`int`, *optional*): maximum number of tasks besides the targets.
+            max_examples (`int`, *optional*): maximum number of training rows of these tasks in total.
+            max_tokens (`int`, *optional*): maximum number of answer tokens of these rows in total.
             include (`Sequence[str]`, *optional*):
-                Tasks that are trained on in any case; the targets by default, and none when all tasks are targets.
-            exclude (`Sequence[str]`, *optional*): tasks that are not trained on in any case.
-            metric (`str`, *optional*, defaults to `"loss"`): or `"accuracy"`.
+                Required tasks. Defaults to the targets, and to none when all tasks are targets.
+            exclude (`Sequence[str]`, *optional*): tasks that must not be selected.
+            metric (`str`, *optional*, defaults to `"loss"`): predicted metric to optimize, `"loss"` or `"accuracy"`.
             options: further arguments of [`random_ensemble_selection`] or [`mixture_selection`].
 
         Raises:
-            `ConfigurationError`: for unknown names, budgets that cannot be kept, and what a method does not take.
+            `ConfigurationError`: for unknown names, budgets that cannot be met, and what a method does not support.
         """
-        problem = SelectionProblem(self.estimator, target, k, max_examples, max_tokens, include, exclude, metric)
-        return select_tasks(problem, method, self.similarity, **options)
+        settings = SelectionSettings(method, max_auxiliary, max_examples, max_tokens, metric)
+        problem = SelectionProblem(self.estimator, target, settings, include, exclude)
+        return select_tasks(problem, self.similarity, **options)
 
     def left_out(self, selection: Selection) -> dict[str, dict[str, str]]:
-        """Training rows of the parts that a selection does not take, each with the reason; see `clusters`.
+        """Training rows of the clusters that a selection leaves out: a reason by example id, by task.
 
-        What [`TaskSet.without`] takes. Tasks of which nothing is taken are not named: they are left out whole.
+        [`TaskSet.without`] takes them. Tasks without a selected cluster are absent: they are left out as a whole.
         """
         taken = {task_of(name) for name in selection.tasks}
         found: dict[str, dict[str, str]] = {}
-        for part, example in self.estimator.training_ids:
-            task = task_of(part)
-            if part in selection.tasks or task not in taken:
+        for cluster, example in self.estimator.training_ids:
+            task = task_of(cluster)
+            if cluster in selection.tasks or task not in taken:
                 continue
-            size = self.estimator.counts[self.estimator.task_names.index(part)]
+            size = self.estimator.counts[self.estimator.task_names.index(cluster)]
             found.setdefault(task, {})[example] = (
-                f"{part}, a cluster of {size} rows, is not predicted to lower the {selection.settings['metric']} of "
+                f"{cluster}, a cluster of {size} rows, is not predicted to lower the {selection.settings['metric']} of "
                 f"{', '.join(selection.targets)}"
             )
         return found
 
     def mixture(self, targets: Targets = None, **options: Any) -> Mixture:
-        """Sampling weights of the tasks that do best on `targets`; see [`optimise_mixture`]."""
-        return optimise_mixture(self.estimator, targets, **options)
+        """Sampling weights with the least predicted loss of `targets`; see [`optimize_mixture`]."""
+        return optimize_mixture(self.estimator, targets, **options)
 
     def score_examples(
         self, targets: Targets = None, tasks: Sequence[str] | Mapping[str, float] | None = None
     ) -> ExampleScores:
-        """How much each training row helps `targets` in a training on `tasks`; see [`score_examples`]."""
+        """Influence of each training row on the loss of `targets` in a training on `tasks`; see [`score_examples`]."""
         return score_examples(self.estimator, targets, tasks)
 
-    def group(self, num_groups: int | str = "auto", method: str = "direct", **options: Any) -> Grouping:
-        """Groups of tasks to train one adapter each; see [`group_tasks`]."""
-        return group_tasks(self.estimator, num_groups, method, **options)
+    def group(
+        self,
+        num_groups: int | None = None,
+        method: str = "direct",
+        *,
+        max_groups: int | None = None,
+        group_cost: float = 0.0,
+        overlapping_groups: bool = False,
+        affinity_subsets: int = 400,
+        **options: Any,
+    ) -> Grouping:
+        """Group the tasks for one adapter per group.
+
+        Args:
+            num_groups (`int`, *optional*): number of groups. Chosen by predicted loss by default.
+            method (`str`, *optional*, defaults to `"direct"`):
+                `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`, see [`group_tasks`].
+            max_groups (`int`, *optional*):
+                Maximum number of groups when the number is chosen. The number of tasks by default.
+            group_cost (`float`, *optional*, defaults to 0.0):
+                Minimum reduction of the mean loss, in nats, for one more group when the number is chosen.
+            overlapping_groups (`bool`, *optional*, defaults to `False`):
+                Also train a group on tasks of other groups that help its own tasks.
+            affinity_subsets (`int`, *optional*, defaults to 400):
+                Number of random subsets that the affinity matrix is estimated from.
+            options: further arguments of [`group_tasks`].
+
+        Raises:
+            `ConfigurationError`: for an unknown method, and more groups than tasks.
+        """
+        settings = GroupingSettings(num_groups, max_groups, method, group_cost, overlapping_groups, affinity_subsets)
+        return group_tasks(self.estimator, settings, **options)
 
     def affinity(self, **options: Any) -> np.ndarray:
-        """How much better than usual each task does beside each other, `(T, T)`; see [`predicted_affinity`]."""
+        """How much better than average each task does beside each other, `(T, T)`; see [`predicted_affinity`]."""
         return predicted_affinity(self.estimator, **options)

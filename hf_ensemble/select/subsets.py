@@ -5,14 +5,14 @@ from itertools import cycle
 
 import numpy as np
 
-# Draws for a subset that is new, before a size counts as exhausted.
+# Attempts to draw a new subset before a size counts as exhausted.
 _TRIES = 50
 
 
 def random_subsets(num_tasks: int, size: int, count: int, seed: int = 0) -> np.ndarray:
-    """Subsets of one size as 0/1 rows `(count, num_tasks)`, each task about equally often.
+    """Subsets of one size as 0/1 rows `(count, num_tasks)`, with each task about equally often.
 
-    Consecutive subsets are dealt from one shuffled deck of all tasks, so that no task is left out while others repeat.
+    Subsets are dealt from a shuffled deck of all tasks, so every task appears once before any repeats.
     """
     generator = np.random.default_rng(seed)
     size = min(size, num_tasks)
@@ -22,7 +22,7 @@ def random_subsets(num_tasks: int, size: int, count: int, seed: int = 0) -> np.n
         while subsets[row].sum() < size:
             if not deck:
                 deck = generator.permutation(num_tasks).tolist()
-            # A card that the subset holds already goes to the bottom.
+            # Skip tasks that the subset already contains.
             card = next((i for i in deck if not subsets[row, i]), None)
             if card is None:
                 deck = generator.permutation(num_tasks).tolist()
@@ -33,13 +33,13 @@ def random_subsets(num_tasks: int, size: int, count: int, seed: int = 0) -> np.n
 
 
 def mixed_subsets(num_tasks: int, count: int, sizes: Sequence[int] | None = None, seed: int = 0) -> np.ndarray:
-    """Different random subsets of several sizes in turn as 0/1 rows, `count` of them or as many as there are.
+    """Distinct random subsets as 0/1 rows, cycling through several sizes.
 
     Args:
-        num_tasks (`int`): tasks to draw from.
-        count (`int`): subsets.
+        num_tasks (`int`): number of tasks to draw from.
+        count (`int`): number of subsets; fewer are returned if there are not that many.
         sizes (`Sequence[int]`, *optional*):
-            Sizes to take in turn; about evenly spaced on a logarithmic scale from 1 to all tasks by default.
+            Sizes to cycle through. Logarithmically spaced from 1 to all tasks by default.
         seed (`int`, *optional*, defaults to 0): seed of the draws.
     """
     if sizes is None:
@@ -64,11 +64,11 @@ def mixed_subsets(num_tasks: int, count: int, sizes: Sequence[int] | None = None
 
 
 def calibration_subsets(names: Sequence[str], count: int, seed: int = 0) -> list[list[str]]:
-    """What to fine-tune on to calibrate estimates: all tasks first, then random few, each task at most once in turn.
+    """Subsets to fine-tune on for calibration: all tasks first, then random fifths that cycle through the tasks.
 
     Args:
         names (`Sequence[str]`): the tasks.
-        count (`int`): subsets.
+        count (`int`): number of subsets.
         seed (`int`, *optional*, defaults to 0): seed of the draws.
     """
     few = max(1, round(len(names) / 5))

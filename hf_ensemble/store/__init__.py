@@ -1,6 +1,6 @@
-"""Gradient features on disk: a directory that explains itself, written in shards, mapped when read."""
+"""Gradient features on disk: a self-describing directory, written in shards and memory-mapped for reading."""
 
-from .multi_writer import GradientStoreWriters, sole_writers
+from .multi_writer import GradientStoreWriters, exclusive_writers
 from .reader import FeatureTable, GradientStore
 from .recipe import TrainingRecipe
 from .writer import CapturedRows, GradientStoreWriter
@@ -12,5 +12,5 @@ __all__ = [
     "GradientStoreWriter",
     "GradientStoreWriters",
     "TrainingRecipe",
-    "sole_writers",
+    "exclusive_writers",
 ]

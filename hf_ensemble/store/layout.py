@@ -1,14 +1,14 @@
-"""What lies in a gradient store's directory.
+"""Files of a gradient store.
 
     manifest.json               identity, plan, versions, status; written first, marked complete last
-    preconditioner.safetensors  what every parameter's gradient was multiplied by, where it was; before any shard
-    shard-00000.features.npy    (rows, dim) array; row i times its scale is the gradient feature; of bfloat16 the
-                                bits, as int16
+    preconditioner.safetensors  scales of every parameter's gradient, if there are any; written before any shard
+    shard-00000.features.npy    (rows, dim) array; row i times its scale is the gradient feature; bfloat16 is stored as
+                                int16 bit patterns
     shard-00000.rows.arrow      split, task, example_id, margin, loss, num_tokens, scale, excluded of each row
-    shard-00000.json            checksums of the two; written last, so that a shard with this file is whole
+    shard-00000.json            checksums of the two; written last, so a shard with this file is complete
 
-A shard holds a fixed stretch of the plan (the list of all rows to capture), so that a killed pass goes on with the
-first shard that is missing and ends with the same files.
+A shard holds a fixed range of the plan (the list of all rows to capture), so an interrupted pass resumes at the first
+missing shard and ends with the same files.
 """
 
 from pathlib import Path
@@ -23,31 +23,31 @@ from ..errors import ConfigurationError, StoreError
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PRECONDITIONER = "preconditioner.safetensors"
-# How features are stored, by name. NumPy has no bfloat16: its bits are kept as whole numbers.
+# Stored data types by name. NumPy has no bfloat16: its bits are stored as integers.
 _STORED = {"float16": np.dtype("float16"), "bfloat16": np.dtype("int16"), "float32": np.dtype("float32")}
 FEATURE_DTYPES = tuple(_STORED)
 
 
 def stored_dtype(name: str) -> np.dtype:
-    """Dtype of a shard's array for features of dtype `name`.
+    """Data type of a shard's array for features of type `name`.
 
     Raises:
-        `ConfigurationError`: for another name than those of `FEATURE_DTYPES`.
+        `ConfigurationError`: for names not in `FEATURE_DTYPES`.
     """
     if name not in _STORED:
-        raise ConfigurationError(f"Features are stored as one of {FEATURE_DTYPES}, found {name!r}.")
+        raise ConfigurationError(f"feature_dtype has to be one of {FEATURE_DTYPES}, found {name!r}.")
     return _STORED[name]
 
 
 def as_stored(features: np.ndarray, name: str) -> np.ndarray:
-    """Float32 features as a shard's array."""
+    """Convert float32 features to a shard's array."""
     if name != "bfloat16":
         return features.astype(stored_dtype(name))
     return torch.from_numpy(features).to(torch.bfloat16).view(torch.int16).numpy()
 
 
 def from_stored(stored: np.ndarray, name: str) -> np.ndarray:
-    """The float32 features of a shard's array, or of some of its rows."""
+    """Convert a shard's array, or some of its rows, to float32 features."""
     if name != "bfloat16":
         return stored.astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(stored)).view(torch.bfloat16).float().numpy()
@@ -66,14 +66,14 @@ def marker_file(folder: Path, shard: int) -> Path:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest.
+    """Read the manifest.
 
     Raises:
-        `StoreError`: when there is none, or it is damaged.
+        `StoreError`: for a missing or damaged manifest.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise StoreError(f"No gradient store in {str(folder)!r}: expected a {MANIFEST}. Capture gradients first.")
+        raise StoreError(f"Expected a gradient store in {str(folder)!r}, found no {MANIFEST}. Capture gradients first.")
     try:
         return read_json(path)
     except ValueError as error:
@@ -83,7 +83,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def read_preconditioner(folder: Path) -> dict[str, np.ndarray] | None:
-    """What every parameter's gradient was multiplied by, by name; `None` where gradients were taken as they are.
+    """Scales of every parameter's gradient, by name; `None` without a preconditioner.
 
     Raises:
         `StoreError`: for a damaged file.

@@ -1,4 +1,4 @@
-"""Several stores of the same rows, filled by one pass."""
+"""Multiple stores of the same rows, filled in one pass."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from .recipe import TrainingRecipe
-from .writer import CapturedRows, GradientStoreWriter, check_space, sole_writer
+from .writer import CapturedRows, GradientStoreWriter, check_space, exclusive_writer
 
 
 class GradientStoreWriters:
-    """Writers of the same plan and shard size, each with columns of its own.
+    """Writers with the same plan and shard size and different feature columns.
 
     Args:
-        writers (`Sequence[GradientStoreWriter]`): at least one; rows have the columns of all of them, in this order.
+        writers (`Sequence[GradientStoreWriter]`): at least one writer; features are concatenated in this order.
     """
 
     def __init__(self, writers: Sequence[GradientStoreWriter]):
@@ -25,11 +25,11 @@ class GradientStoreWriters:
         self._columns = [slice(end - writer.dim, end) for writer, end in zip(self._writers, ends)]
 
     def missing_shards(self) -> list[int]:
-        """Shards that are not whole in every store."""
+        """Shards that are incomplete in any store."""
         return sorted({shard for writer in self._writers for shard in writer.missing_shards()})
 
     def rows_of(self, shard: int) -> range:
-        """Positions in the plan that a shard holds."""
+        """Positions of a shard's rows in the plan."""
         return self._writers[0].rows_of(shard)
 
     def check_space(self) -> None:
@@ -37,35 +37,35 @@ class GradientStoreWriters:
         check_space(self._writers)
 
     def preconditioner(self) -> dict[str, np.ndarray] | None:
-        """The one that any of the stores keeps."""
+        """The preconditioner, if any of the stores has one."""
         return next((kept for writer in self._writers if (kept := writer.preconditioner()) is not None), None)
 
     def write_preconditioner(self, scales: Mapping[str, np.ndarray]) -> None:
-        """Keep it in every store that has none yet."""
+        """Save the preconditioner in every store that has none yet."""
         for writer in self._writers:
             if writer.preconditioner() is None:
                 writer.write_preconditioner(scales)
 
     def write_shard(self, shard: int, rows: CapturedRows, exclude_non_finite: bool = False) -> None:
-        """Write a shard where it is missing. See [`GradientStoreWriter.write_shard`]."""
+        """Write a shard to the stores that lack it. See [`GradientStoreWriter.write_shard`]."""
         for writer, columns in zip(self._writers, self._columns):
             if not writer.has_shard(shard):
                 own = replace(rows, features=rows.features[:, columns])
                 writer.write_shard(shard, own, exclude_non_finite=exclude_non_finite)
 
     def finish(self, recipe: TrainingRecipe | None = None, **records: Any) -> None:
-        """Mark every store complete, or renew the records of one that was."""
+        """Mark every store complete; stores that were complete get their records updated."""
         for writer in self._writers:
             if writer.is_complete():
-                writer.renew(recipe)
+                writer.update_records(recipe)
             else:
                 writer.finish(recipe, **records)
 
 
 @contextmanager
-def sole_writers(folders: Sequence[Path]) -> Iterator[None]:
-    """[`sole_writer`] of every folder."""
+def exclusive_writers(folders: Sequence[Path]) -> Iterator[None]:
+    """[`exclusive_writer`] of every folder."""
     with ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(sole_writer(folder))
+            stack.enter_context(exclusive_writer(folder))
         yield

@@ -1,4 +1,4 @@
-"""Reading a gradient store."""
+"""Reads a gradient store."""
 
 import hashlib
 import json
@@ -28,15 +28,15 @@ from .recipe import TrainingRecipe
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features of some examples as plain arrays; `n` rows of `d` features. All that an estimate needs to know.
+    """Gradient features of examples as arrays, `n` rows of `d` features: all that an estimate needs.
 
     Args:
         features (`np.ndarray` of shape `(n, d)`): projected gradients of the margin, float32.
         margin (`np.ndarray` of shape `(n,)`): log-odds of the answer at the linearisation point.
         task (`np.ndarray` of shape `(n,)`): index of each row's task in `task_names`.
         task_names (`tuple[str, ...]`): names of the tasks.
-        example_id (`np.ndarray` of shape `(n,)`): identity of each row within its task.
-        num_tokens (`np.ndarray` of shape `(n,)`, *optional*): answer tokens of each row, where they are known.
+        example_id (`np.ndarray` of shape `(n,)`): id of each row within its task.
+        num_tokens (`np.ndarray` of shape `(n,)`, *optional*): number of answer tokens of each row, if known.
     """
 
     features: np.ndarray
@@ -47,7 +47,7 @@ class FeatureTable:
     num_tokens: np.ndarray | None = None
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that depend on every value and every name."""
+        """32 hexadecimal digits that depend on all values and names."""
         digest = hashlib.sha256(json.dumps([self.task_names, self.example_id.tolist()]).encode())
         for array in (self.features, self.margin, self.task):
             digest.update(np.ascontiguousarray(array))
@@ -58,14 +58,14 @@ class FeatureTable:
 
 
 class GradientStore:
-    """A finished store, mapped from disk.
+    """A finished gradient store, memory-mapped from disk.
 
     Args:
-        folder (`str` or `Path`): the store's directory.
-        verify (`bool`, *optional*, defaults to `True`): compare every file with its checksum.
+        folder (`str` or `Path`): directory of the store.
+        verify (`bool`, *optional*, defaults to `True`): check every file against its checksum.
 
     Raises:
-        `StoreError`: for a directory that is no store, an unfinished store, a missing, truncated or altered file.
+        `StoreError`: for a directory without a store, an unfinished store, and missing, truncated or altered files.
 
     Example:
 
@@ -83,11 +83,14 @@ class GradientStore:
         self.manifest = read_manifest(self.folder)
         version = self.manifest.get("format_version")
         if version != FORMAT_VERSION:
-            raise StoreError(f"{MANIFEST} has format version {version!r}; this release reads {FORMAT_VERSION}.")
+            raise StoreError(
+                f"{MANIFEST} in {str(folder)!r} has format version {version!r}, this release reads {FORMAT_VERSION}. "
+                "Capture again, or use the release that wrote it."
+            )
         if self.manifest["status"] != "complete":
             raise StoreError(
-                f"The store in {str(folder)!r} is unfinished: its capture was interrupted. Run the same capture again; "
-                "it goes on where it stopped."
+                f"The store in {str(folder)!r} is unfinished: its capture was interrupted. Run the same capture again "
+                "to resume it."
             )
         self._shards = range(self.manifest["num_shards"])
         if verify:
@@ -95,7 +98,7 @@ class GradientStore:
         self.rows = self._read_rows()
 
     def verify(self) -> None:
-        """Compare every file with its checksum; raises [`StoreError`] that names the file."""
+        """Check every file against its checksum; raises a [`StoreError`] that names the file."""
         if "preconditioner_sha256" in self.manifest:
             self._verify_file(PRECONDITIONER, self.manifest["preconditioner_sha256"], PRECONDITIONER)
         for shard in self._shards:
@@ -111,8 +114,7 @@ class GradientStore:
             raise StoreError(f"{name} is missing from {str(self.folder)!r}. Capture again.")
         if sha256_of(path) != checksum:
             raise StoreError(
-                f"{name} in {str(self.folder)!r} is not what was written (its checksum differs). Delete {record} and "
-                "capture again."
+                f"{name} in {str(self.folder)!r} was altered (its checksum differs). Delete {record} and capture again."
             )
 
     def _read_rows(self) -> pa.Table:
@@ -121,12 +123,12 @@ class GradientStore:
 
     @property
     def identity(self) -> dict:
-        """What the features were made of."""
+        """What the features were made from: model, data and settings."""
         return self.manifest["identity"]
 
     @property
     def recipe(self) -> TrainingRecipe | None:
-        """The training that goes on from here, where the capture was told of it."""
+        """The training that continues from theta0, if it was recorded."""
         record = self.manifest.get("recipe")
         return None if record is None else TrainingRecipe(**record)
 
@@ -142,17 +144,17 @@ class GradientStore:
         return self.manifest["num_rows"]
 
     def preconditioner(self) -> dict[str, np.ndarray] | None:
-        """What every parameter's gradient was multiplied by, by name; `None` where gradients were taken as they are."""
+        """Scales of every parameter's gradient, by name; `None` without a preconditioner."""
         return read_preconditioner(self.folder)
 
     @property
     def excluded(self) -> list[tuple[str, str, str]]:
-        """Split, task and example id of the rows that were left out, since their gradients are not finite."""
+        """Split, task and example id of the rows excluded because their gradients are not finite."""
         left_out = self.rows.filter(self.rows["excluded"])
         return list(zip(*(left_out[name].to_pylist() for name in ("split", "task", "example_id"))))
 
     def num_rows(self, split: str) -> int:
-        """Rows of one split that were not left out."""
+        """Number of rows of a split, without the excluded ones."""
         return int(self._kept(split).sum())
 
     def _kept(self, split: str) -> np.ndarray:
@@ -160,15 +162,15 @@ class GradientStore:
         return here & ~self.rows["excluded"].to_numpy(zero_copy_only=False)
 
     def table(self, split: str, tasks: Sequence[str] | Mapping[str, Sequence[str]] | None = None) -> FeatureTable:
-        """Rows of one split, of all tasks or of some; only they are read from disk.
+        """Read the rows of a split, of all or some tasks. Other rows are not read from disk.
 
         Args:
             split (`str`): `"train"` or `"validation"`.
             tasks (`Sequence[str]` or `dict[str, Sequence[str]]`, *optional*):
-                Names of tasks, or the wanted example ids by task. Rows come in the store's order.
+                Task names, or example ids by task. Rows are in the store's order. All tasks by default.
 
         Raises:
-            `StoreError`: when a task has no such rows, or an example is not there.
+            `StoreError`: for tasks without such rows, and for missing examples.
         """
         names = self.task_names if tasks is None else tuple(tasks)
         index = {name: i for i, name in enumerate(names)}
@@ -179,7 +181,10 @@ class GradientStore:
         positions = np.flatnonzero(kept)
         lacking = [name for name, i in index.items() if not (row_tasks[positions] == i).any()]
         if lacking:
-            raise StoreError(f"The store in {str(self.folder)!r} has no {split!r} rows of the tasks {lacking}.")
+            raise StoreError(
+                f"The store in {str(self.folder)!r} has no {split!r} rows of the tasks {lacking}; its tasks are "
+                f"{list(self.task_names)}."
+            )
         return FeatureTable(
             features=self._features(positions),
             margin=self.rows["margin"].to_numpy()[positions],
@@ -195,7 +200,7 @@ class GradientStore:
         lacking = sorted(pairs - {pair for pair, is_kept in zip(own, kept) if is_kept})
         if lacking:
             raise StoreError(
-                f"The store in {str(self.folder)!r} has not got {len(lacking)} of the wanted examples, for example "
+                f"The store in {str(self.folder)!r} lacks {len(lacking)} of the requested examples, for example "
                 f"{'/'.join(lacking[0])!r}."
             )
         return np.array([pair in pairs for pair in own])

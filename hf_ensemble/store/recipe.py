@@ -1,4 +1,4 @@
-"""How a training goes on from where its gradients were captured."""
+"""The training that continues from where the gradients were captured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,29 +7,29 @@ import numpy as np
 
 from ..errors import ConfigurationError
 
-# As many as a replay needs, and few enough for a manifest.
-_STRETCHES = 200
+# Enough for a replay, and few enough for a manifest.
+_NUM_SEGMENTS = 200
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """What decides how far a training on all tasks goes.
+    """What determines how far a training on all tasks moves the parameters.
 
     Args:
         learning_rates (`Sequence[float]`):
-            Of every optimizer step, in order. Of a long training, what is kept are their sums over 200 stretches.
-        batch_size (`int`): rows of an optimizer step, over all devices.
+            Learning rate of every optimizer step, in order. Long trainings are stored as sums over 200 segments.
+        batch_size (`int`): number of rows per optimizer step, over all devices.
         num_parameters (`float`, *optional*):
-            Of Adam and its kin: how many parameters take full steps, see [`Preconditioner.num_moving`]. `None` for
-            plain gradient descent.
+            Effective number of parameters that take full steps of Adam or a related optimizer, see
+            [`Preconditioner.num_effective_parameters`]. `None` for plain gradient descent.
         input_gain (`float`, *optional*, defaults to 0.0):
-            How much the response of a fresh LoRA's A to an input grows, relative to its own, per unit that Adam moves
-            all entries of A in one direction, see [`fresh_lora_gain`]; 0 for other adapters.
+            Relative growth of a fresh LoRA's A x when Adam moves all entries of A by one unit along the signs of x, see
+            [`fresh_lora_gain`]; 0 for other adapters.
         fixed_steps (`bool`, *optional*, defaults to `False`):
-            Whether every training takes the same number of steps, whatever it trains on (`max_steps`).
+            Whether every training takes the same number of steps regardless of its data (`max_steps`).
 
     Raises:
-        `ConfigurationError`: for a recipe without steps, or with values that are not positive.
+        `ConfigurationError`: for a recipe without steps, and values out of range.
     """
 
     learning_rates: Sequence[float]
@@ -41,18 +41,21 @@ class TrainingRecipe:
     def __post_init__(self):
         rates = np.asarray(self.learning_rates, dtype=np.float64)
         if rates.ndim != 1 or not len(rates) or not np.isfinite(rates).all() or (rates < 0).any() or not rates.any():
-            raise ConfigurationError("A recipe needs the learning rate of every step, not negative and not all zero.")
+            raise ConfigurationError(
+                "Expected the learning rate of at least one step, none negative and not all zero, found "
+                f"{str(self.learning_rates):.80}."
+            )
         if self.batch_size < 1 or (self.num_parameters is not None and self.num_parameters <= 0):
             raise ConfigurationError(
                 f"Expected a positive batch_size and num_parameters, found {self.batch_size}, {self.num_parameters}."
             )
         if not self.input_gain >= 0:
             raise ConfigurationError(f"Expected an input_gain of 0 or more, found {self.input_gain}.")
-        stretches = np.array_split(rates, min(len(rates), _STRETCHES))
-        object.__setattr__(self, "learning_rates", [float(stretch.sum()) for stretch in stretches])
+        segments = np.array_split(rates, min(len(rates), _NUM_SEGMENTS))
+        object.__setattr__(self, "learning_rates", [float(segment.sum()) for segment in segments])
 
     def shortened(self, share: float) -> "TrainingRecipe":
-        """The same training over a share of the rows."""
+        """The same training on a share of the rows."""
         return (
             self if self.fixed_steps else replace(self, learning_rates=[share * rate for rate in self.learning_rates])
         )

@@ -1,4 +1,4 @@
-"""Writing a gradient store, shard by shard."""
+"""Writes a gradient store, shard by shard."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,19 +32,19 @@ from .recipe import TrainingRecipe
 
 logger = get_logger(__name__)
 
-# Of a manifest, what tells how the store was made, not what it is made of.
+# Manifest entries on how the store was made, which are not part of its identity.
 _RECORDS = ("status", "versions", "coverage", "preconditioner_sha256", "recipe")
 
 
 @dataclass
 class CapturedRows:
-    """What was captured of some examples, in the order of the plan; `n` rows of `d` features.
+    """Captured rows in the order of the plan, `n` rows of `d` features.
 
     Args:
         features (`np.ndarray` of shape `(n, d)`): gradient features, float32.
         margin (`np.ndarray` of shape `(n,)`): log-odds of the answer.
         loss (`np.ndarray` of shape `(n,)`): mean token loss.
-        num_tokens (`np.ndarray` of shape `(n,)`): answer tokens.
+        num_tokens (`np.ndarray` of shape `(n,)`): number of answer tokens.
     """
 
     features: np.ndarray
@@ -54,20 +54,20 @@ class CapturedRows:
 
 
 class GradientStoreWriter:
-    """Fills a store directory; opens an unfinished one of the same identity to go on with it.
+    """Writes a store; resumes an unfinished one with the same identity.
 
     Args:
-        folder (`Path`): the store's directory.
-        identity (`dict`): nested JSON values that say what the features are made of: model, data, configuration.
-        plan (`Sequence[tuple[str, str, str]]`): split, task and example id of every row, in the order to store.
-        dim (`int`): columns of the features.
-        dtype (`str`): `"float16"`, `"bfloat16"` or `"float32"`.
-        shard_size (`int`): rows of a shard.
-        overwrite (`bool`): drop whatever store of another identity is there.
-        is_main_process (`bool`): whether this process writes the manifest.
+        folder (`Path`): directory of the store.
+        identity (`dict`): what the features are made from (model, data, settings), as nested JSON values.
+        plan (`Sequence[tuple[str, str, str]]`): split, task and example id of every row, in the order to store them.
+        dim (`int`): number of features per row.
+        dtype (`str`, *optional*, defaults to `"float16"`): `"float16"`, `"bfloat16"` or `"float32"`.
+        shard_size (`int`, *optional*, defaults to 512): number of rows per shard.
+        overwrite (`bool`, *optional*, defaults to `False`): delete an existing store with another identity.
+        is_main_process (`bool`, *optional*, defaults to `True`): whether this process writes the manifest.
 
     Raises:
-        `StoreMismatchError`: when the directory holds a store of another identity; the message names each difference.
+        `StoreMismatchError`: when the directory has a store with another identity; the differences are named.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class GradientStoreWriter:
             if not overwrite:
                 raise StoreMismatchError(
                     f"The store in {str(self.folder)!r} was made with other settings: {'; '.join(differences)}. "
-                    "Choose another directory, or overwrite it."
+                    "Choose another directory, or set overwrite=True."
                 )
             self._clear()
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise StoreError(f"{str(self.folder)!r} is not empty and holds no {MANIFEST}. Choose another directory.")
+            raise StoreError(f"{str(self.folder)!r} is not empty and has no {MANIFEST}. Choose another directory.")
         write_json(path, self.manifest)
 
     def _clear(self) -> None:
@@ -127,60 +127,63 @@ class GradientStoreWriter:
 
     @staticmethod
     def _comparable(manifest: Mapping) -> dict:
-        # Package versions are recorded beside the identity: an upgrade does not make a store another one.
+        # Package versions are not compared: a store stays valid after an upgrade.
         return {key: value for key, value in manifest.items() if key not in _RECORDS}
 
     def write_preconditioner(self, scales: Mapping[str, np.ndarray]) -> None:
-        """Keep what every parameter's gradient is multiplied by, for those who go back to the parameters."""
+        """Save the scales of every parameter's gradient, which are needed to map features back to parameters."""
         data = safetensors.numpy.save({name: np.ascontiguousarray(scale) for name, scale in scales.items()})
         write_atomically(self.folder / PRECONDITIONER, lambda file: file.write(data))
 
     def preconditioner(self) -> dict[str, np.ndarray] | None:
-        """What [`write_preconditioner`] kept; `None` before it did."""
+        """The scales saved by [`write_preconditioner`], or `None`."""
         return read_preconditioner(self.folder)
 
     def missing_shards(self) -> list[int]:
-        """Shards that are not whole yet."""
+        """Shards that are not complete yet."""
         return [shard for shard in range(self.manifest["num_shards"]) if not self.has_shard(shard)]
 
     def has_shard(self, shard: int) -> bool:
-        """Whether a shard is whole."""
+        """Whether a shard is complete."""
         return marker_file(self.folder, shard).exists()
 
     def is_complete(self) -> bool:
-        """Whether the directory holds a finished store."""
+        """Whether the store is finished."""
         return read_manifest(self.folder)["status"] == "complete"
 
     def num_missing_rows(self) -> int:
-        """Rows of the shards that are missing."""
+        """Number of rows in missing shards."""
         return sum(len(self.rows_of(shard)) for shard in self.missing_shards())
 
     def rows_of(self, shard: int) -> range:
-        """Positions in the plan that a shard holds."""
+        """Positions of a shard's rows in the plan."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.plan)))
 
     def write_shard(self, shard: int, rows: CapturedRows, exclude_non_finite: bool = False) -> None:
-        """Write one shard whole.
+        """Write a complete shard.
 
         Args:
-            shard (`int`): which.
+            shard (`int`): index of the shard.
             rows (`CapturedRows`): its rows, in the plan's order.
             exclude_non_finite (`bool`, *optional*, defaults to `False`):
-                Mark rows that hold a value that is not finite as excluded, in place of an error.
+                Mark rows with values that are not finite as excluded instead of raising an error.
 
         Raises:
-            `StoreError`: when the rows do not fill the shard, or hold a value that is not finite (the task and example
-                are named).
+            `StoreError`: when the rows do not fill the shard, and for values that are not finite; their task and
+                example id are named.
         """
         positions = self.rows_of(shard)
         if rows.features.shape != (len(positions), self.dim):
-            raise StoreError(f"Shard {shard} takes {(len(positions), self.dim)} features, found {rows.features.shape}.")
+            raise StoreError(
+                f"Expected features of shape {(len(positions), self.dim)} for shard {shard}, found "
+                f"{rows.features.shape}."
+            )
         excluded = ~_finite(rows)
         if exclude_non_finite:
             rows = _without(rows, excluded)
         elif excluded.any():
             self._refuse(positions, excluded)
-        # float16 spans 6e-8 to 65504, gradients span more: each row is stored relative to its largest entry.
+        # Gradients exceed the range of float16 (6e-8 to 65504): rows are stored relative to their largest entry.
         scale = np.abs(rows.features).max(axis=1, initial=0.0).astype(np.float32)
         scale[scale == 0] = 1.0
         features = as_stored(rows.features / scale[:, None], self.manifest["dtype"])
@@ -210,23 +213,28 @@ class GradientStoreWriter:
         named = ", ".join(f"{task}/{example_id}" for _, task, example_id in bad[:5])
         raise StoreError(
             f"{len(bad)} examples have gradients that are not finite: {named}. Check these rows and the model's "
-            "precision (float16 weights overflow; bfloat16 or float32 do not), or leave them out with "
-            "non_finite='exclude'."
+            "precision (float16 weights overflow; use bfloat16 or float32), or drop them with non_finite='exclude'."
         )
 
     def finish(self, recipe: TrainingRecipe | None = None, **records: Any) -> None:
-        """Mark the store complete, with the training that goes on from here and `records` (how it was made).
+        """Mark the store complete.
+
+        Args:
+            recipe (`TrainingRecipe`, *optional*): the training that continues from theta0.
+            records: how the store was made, as JSON values.
 
         Raises:
-            `StoreError`: while shards are missing.
+            `StoreError`: for missing shards.
         """
         missing = self.missing_shards()
         if missing:
-            raise StoreError(f"The store in {str(self.folder)!r} lacks the shards {missing[:10]}.")
-        write_json(self.folder / MANIFEST, {**self.manifest, "status": "complete", **records, **self._present(recipe)})
+            raise StoreError(f"The store in {str(self.folder)!r} lacks the shards {missing[:10]}. Capture them first.")
+        write_json(
+            self.folder / MANIFEST, {**self.manifest, "status": "complete", **records, **self._updatable(recipe)}
+        )
 
-    def _present(self, recipe: TrainingRecipe | None) -> dict[str, Any]:
-        """Records of what may be renewed in a finished store."""
+    def _updatable(self, recipe: TrainingRecipe | None) -> dict[str, Any]:
+        """Records that may change in a finished store."""
         records: dict[str, Any] = {}
         preconditioner = self.folder / PRECONDITIONER
         if preconditioner.exists():
@@ -235,13 +243,12 @@ class GradientStoreWriter:
             records["recipe"] = asdict(recipe)
         return records
 
-    def renew(self, recipe: TrainingRecipe | None) -> None:
-        """Of a finished store, replace the training that goes on from here, and the checksum of a preconditioner that
-        was made again."""
+    def update_records(self, recipe: TrainingRecipe | None) -> None:
+        """Update the recipe of a finished store, and the checksum of a preconditioner that was recomputed."""
         manifest = read_manifest(self.folder)
-        renewed = {**manifest, **self._present(recipe)}
-        if renewed != manifest:
-            write_json(self.folder / MANIFEST, renewed)
+        updated = {**manifest, **self._updatable(recipe)}
+        if updated != manifest:
+            write_json(self.folder / MANIFEST, updated)
 
 
 def _finite(rows: CapturedRows) -> np.ndarray:
@@ -249,7 +256,7 @@ def _finite(rows: CapturedRows) -> np.ndarray:
 
 
 def _without(rows: CapturedRows, excluded: np.ndarray) -> CapturedRows:
-    """Zeros in the place of excluded rows."""
+    """Replace excluded rows by zeros."""
     return CapturedRows(
         np.where(excluded[:, None], 0, rows.features),
         np.where(excluded, 0, rows.margin),
@@ -259,10 +266,10 @@ def _without(rows: CapturedRows, excluded: np.ndarray) -> CapturedRows:
 
 
 def check_space(writers: Sequence[GradientStoreWriter]) -> None:
-    """Say how large the missing shards of stores on one disk will be.
+    """Log the size of the missing shards of stores on one disk.
 
     Raises:
-        `StoreError`: when the disk has no room for them.
+        `StoreError`: when the disk is too small for them.
     """
     folder = writers[0].folder
     rows = max(writer.num_missing_rows() for writer in writers)
@@ -271,27 +278,27 @@ def check_space(writers: Sequence[GradientStoreWriter]) -> None:
     logger.info("%d examples to capture into %s: %.1f MiB.", rows, folder, size / 2**20)
     if size > free:
         raise StoreError(
-            f"The store in {str(folder)!r} needs {size / 2**30:.1f} GiB more, its disk has {free / 2**30:.1f} free. "
-            "Choose another directory, or a smaller projection_dim."
+            f"The store in {str(folder)!r} needs another {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are "
+            "free. Choose another directory, or a smaller projection_dim."
         )
 
 
 @contextmanager
-def sole_writer(folder: str | Path) -> Iterator[None]:
-    """While open, no other process writes into the store; a lock that a killed process held is free at once.
+def exclusive_writer(folder: str | Path) -> Iterator[None]:
+    """While open, no other process can write into the store. The lock of a killed process is released at once.
 
     Raises:
-        `StoreError`: when another one is writing.
+        `StoreError`: when another process is writing.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the store: a new store's directory has to be empty.
+    # Next to the directory, which has to be empty for a new store.
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise StoreError(
-            f"Another capture is writing into {str(folder)!r}. Wait for it, or choose another directory."
+            f"Another capture is writing into {str(folder)!r}. Wait for it to finish, or choose another directory."
         ) from error
     try:
         yield

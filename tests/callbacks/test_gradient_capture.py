@@ -5,6 +5,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState, Training
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
+from helpers.captures import relative_error
 from hf_ensemble import CaptureConfig, DataSelector, GradientCaptureCallback, TaskSet
 from hf_ensemble.errors import ConfigurationError, StoreError, StoreMismatchError
 from hf_ensemble.store import GradientStore
@@ -93,5 +94,35 @@ def test_bad_arguments_are_named(tmp_path):
     for when in ("sometimes", 0, -3, True):
         with pytest.raises(ConfigurationError, match="when has to be"):
             callback(tmp_path, when=when)
-    with pytest.raises(ConfigurationError, match="pass processing_class"):
+    with pytest.raises(ConfigurationError, match="Pass processing_class"):
         callback(tmp_path).on_train_begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), None, None)
+
+
+def test_a_bfloat16_training_is_captured_in_bfloat16_and_unchanged(tmp_path, monkeypatch):
+    monkeypatch.setitem(SETTINGS, "max_steps", 2)
+
+    def run(folder, callbacks):
+        torch.manual_seed(0)
+        args = SFTConfig(output_dir=str(folder), bf16=True, **SETTINGS)
+        table = TaskSet.from_datasets(toy.sft_tasks()).table("train")
+        model = get_peft_model(toy.llama(), toy.lora())
+        trainer = SFTTrainer(model, args, train_dataset=table, processing_class=toy.tokenizer(), callbacks=callbacks)
+        trainer.train()
+        return {name: p.clone() for name, p in trainer.model.named_parameters()}
+
+    own = callback(tmp_path / "store")
+    captured, plain = run(tmp_path / "a", [own]), run(tmp_path / "b", None)
+    assert own.store.identity["config"]["mixed_precision"] == "bf16"
+    assert own.store.identity["config"]["preconditioner"] == "adam" and own.store.recipe is not None
+    assert all(torch.equal(value, plain[name]) for name, value in captured.items())
+    alone = callback(tmp_path / "alone")
+    alone.on_train_begin(
+        SFTConfig(output_dir=str(tmp_path), bf16=True, **SETTINGS),
+        TrainerState(max_steps=2),
+        None,
+        model=get_peft_model(toy.llama(), toy.lora()),
+        processing_class=toy.tokenizer(),
+    )
+    # The forward that accelerate had wrapped gives the same features as one that it had not.
+    found, expected = (store.table("train").features for store in (own.store, alone.store))
+    assert relative_error(torch.from_numpy(found), torch.from_numpy(expected)) < 1e-3

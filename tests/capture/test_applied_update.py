@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import toy
-from hf_ensemble.capture import CaptureConfig, capture_gradients, model_identity, transplanted
+from hf_ensemble.capture import CaptureConfig, applied_update, capture_gradients, model_identity
 from hf_ensemble.errors import CaptureError, StoreMismatchError
 from hf_ensemble.tasks import TaskSet
 
@@ -24,7 +24,7 @@ def test_margins_move_as_the_features_say(tmp_path, dim):
     w = store.table("train").features[0].astype(np.float64)
     w *= 1e-3 / np.linalg.norm(w)
     theta0 = model_identity(model)["theta0"]
-    with transplanted(model, store, w) as moved:
+    with applied_update(model, store, w) as moved:
         assert moved is model and model_identity(model)["theta0"] != theta0
         after = captured(tmp_path / "moved", model, dim)[0].table("validation")
     assert model_identity(model)["theta0"] == theta0
@@ -37,7 +37,7 @@ def test_theta0_comes_back_after_an_exception(tmp_path):
     model = toy.with_lora(toy.llama())
     store, _ = captured(tmp_path, model, 64)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(RuntimeError, match="inside"), transplanted(model, store, np.ones(64)):
+    with pytest.raises(RuntimeError, match="inside"), applied_update(model, store, np.ones(64)):
         raise RuntimeError("inside")
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -46,8 +46,8 @@ def test_foreign_parameters_and_coefficients_are_refused(tmp_path):
     model = toy.with_lora(toy.llama())
     store, _ = captured(tmp_path, model, 64)
     for w in (np.ones(63), np.full(64, np.nan)):
-        with pytest.raises(CaptureError, match="Expected 64 finite coefficients"), transplanted(model, store, w):
+        with pytest.raises(CaptureError, match="Expected 64 finite coefficients"), applied_update(model, store, w):
             pass
     toy.randomize(model)
-    with pytest.raises(StoreMismatchError, match="not those of the store"), transplanted(model, store, np.ones(64)):
+    with pytest.raises(StoreMismatchError, match="differ from those"), applied_update(model, store, np.ones(64)):
         pass

@@ -140,7 +140,7 @@ def test_gradients_that_are_not_finite_are_named(tmp_path):
 def test_a_model_without_adapter_and_rows_without_answer_are_named(tmp_path):
     model = toy.llama()
     model.requires_grad_(False)
-    with pytest.raises(CaptureError, match="no trainable parameter"):
+    with pytest.raises(CaptureError, match="Expected a trainable parameter, found none"):
         capture(tmp_path / "store", model, toy.sft_tasks())
     extractor = GradientExtractor(toy.with_lora(toy.llama()), 64)
     ids = torch.randint(3, 20, (2, 4))
@@ -157,6 +157,8 @@ def test_config_is_checked():
         ({"non_finite": "ignore"}, "non_finite"),
         ({"feature_dtype": "float64"}, "bfloat16"),
         ({"preconditioner": "sgd"}, "optimizer"),
+        ({"mixed_precision": "fp16"}, "mixed_precision has to be one of"),
+        ({"max_length": 0}, "max_length"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             CaptureConfig(**settings)

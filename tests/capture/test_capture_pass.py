@@ -97,7 +97,7 @@ def test_a_disk_without_room_is_found_before_the_pass(tmp_path, monkeypatch, cap
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(GradientExtractor, "__call__", lambda *a: pytest.fail("captured"))
-    with pytest.raises(StoreError, match=r"needs .* GiB more, its disk has 0.0 free"):
+    with pytest.raises(StoreError, match=r"needs another .* GiB, but only 0.0 GiB are free"):
         capture(tmp_path / "store")
 
 
@@ -130,7 +130,7 @@ def test_rows_that_are_not_finite_are_left_out_when_asked(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         store = capture(tmp_path / "store", broken_model(), rows, non_finite="exclude", preconditioner="none")
     assert len(store.excluded) == 10 and {task for _, task, _ in store.excluded} == {"diffs"}
-    assert "10 examples are left out" in caplog.text and "diffs/" in caplog.text
+    assert "10 examples with gradients that are not finite are excluded" in caplog.text and "diffs/" in caplog.text
     table = store.table("train")
     counts = dict(zip(table.task_names, np.bincount(table.task).tolist()))
     assert counts == {"sums": 8, "diffs": 1, "more_sums": 8} and store.num_rows("train") == 17
@@ -225,5 +225,5 @@ def test_a_sharded_model_is_refused():
     name, parameter = next((name, p) for name, p in model.named_parameters() if p.requires_grad)
     # What DeepSpeed marks the parameters with that it has shared out.
     parameter.ds_id = 0
-    with pytest.raises(CaptureError, match=f"1 trained parameters are sharded over devices, among them '{name}'"):
+    with pytest.raises(CaptureError, match=f"1 trainable parameters are sharded over devices, among them '{name}'"):
         GradientExtractor(model, 16)

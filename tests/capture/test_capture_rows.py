@@ -148,10 +148,10 @@ def test_experts_that_the_first_batch_does_not_choose_are_no_error():
     ids, labels = questions(4)
     extractor, found = captured(model, ids, labels)
     assert relative_error(found, alone(model, ids, labels)) < 1e-5
-    assert {name.split(".")[2] for name in extractor.unreached} == {"1", "2"}
+    assert {name.split(".")[2] for name in extractor.unused} == {"1", "2"}
     model.part.chosen = lambda tokens: (tokens[:, 0] > 0).long() + (tokens[:, 1] > 0).long()
     found = extractor({"input_ids": ids, "labels": labels}).features
-    assert extractor.unreached == [] and relative_error(found, alone(model, ids, labels)) < 1e-5
+    assert extractor.unused == [] and relative_error(found, alone(model, ids, labels)) < 1e-5
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""LoRA layers that are read as a whole, against the same layers read part by part and against autograd."""
+"""Fused LoRA layers, against the same layers with hooks on their parts and against autograd."""
 
 import pytest
 import torch
@@ -9,16 +9,17 @@ from transformers import OlmoConfig, OlmoForCausalLM
 from helpers import oracles, toy
 from helpers.captures import causal_batch, relative_error
 from hf_ensemble.capture import GradientExtractor
+from hf_ensemble.capture.lora_hooks import _LowRankUpdate
 
 
-def readable(extractor):
-    return extractor.lora_taps.readable(set(extractor.hooked))
+def fusible(extractor):
+    return extractor.lora_hooks.fusible(set(extractor.hooked))
 
 
 def in_parts(model, **settings):
     extractor = GradientExtractor(model, projection_dim=None, **settings)
-    extractor.lora_taps.refused |= set(extractor.hooked)
-    assert not readable(extractor)
+    extractor.lora_hooks.disabled |= set(extractor.hooked)
+    assert not fusible(extractor)
     return extractor
 
 
@@ -63,7 +64,7 @@ def test_plain_layers_skip_their_own_forward(own_forwards, settings, padding_sid
     own_forwards.clear()
     later = extractor(collator(rows)).features
     assert not own_forwards and torch.equal(first, later)
-    assert sum("lora_" in name for name in extractor.parameters) == len(readable(extractor))
+    assert sum("lora_" in name for name in extractor.parameters) == len(fusible(extractor))
     assert relative_error(later, in_parts(model)(collator(rows)).features) < 1e-5
     assert relative_error(later, rows_alone(model.eval(), rows)) < 1e-5
 
@@ -73,7 +74,7 @@ def test_gradients_go_on_below_a_layer_that_is_not_the_first():
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
     assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
-    assert 0 < len(readable(extractor)) < len(extractor.parameters)
+    assert 0 < len(fusible(extractor)) < len(extractor.parameters)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
@@ -81,7 +82,7 @@ def test_other_layers_run_as_they_are(own_forwards, settings):
     model = toy.with_lora(toy.llama(), **settings)
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
-    assert not readable(extractor)
+    assert not fusible(extractor)
     assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
     assert own_forwards
 
@@ -92,7 +93,7 @@ def test_a_hook_on_a_part_keeps_its_layer_as_it_is():
     layer.lora_A["default"].register_forward_hook(lambda module, inputs, output: 3 * output)
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
-    assert layer not in readable(extractor).values() and readable(extractor)
+    assert layer not in fusible(extractor).values() and fusible(extractor)
     assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
 
 
@@ -103,20 +104,35 @@ def test_two_active_adapters_run_as_they_are():
     model.base_model.set_adapter(["default", "second"])
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
-    assert not readable(extractor)
+    assert not fusible(extractor)
     assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
 
 
-def test_autocast_runs_as_it_is(own_forwards):
-    model = toy.with_lora(toy.llama())
-    rows, collator = causal_batch("right")
-    extractor = GradientExtractor(model, projection_dim=None)
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_dropout": 0.3}])
+def test_autocast_runs_fused_and_no_further_from_float64_than_autograd(own_forwards, settings):
+    model = toy.with_lora(toy.llama(), **settings)
+    rows, collator = causal_batch("right", 12)
+    extractor = GradientExtractor(model, projection_dim=None, mixed_precision="bf16")
+    extractor(collator(rows))
+    own_forwards.clear()
+    found = extractor(collator(rows)).features
+    assert not own_forwards and not extractor.lora_hooks.disabled and not extractor.fallback
+    model.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        extractor(collator(rows))
-        own_forwards.clear()
-        found = extractor(collator(rows)).features
-        expected = in_parts(model)(collator(rows)).features
-    assert own_forwards and torch.equal(found, expected)
+        apart = rows_alone(model, rows)
+    in_float64 = rows_alone(model.double(), rows)
+    assert 1e-3 < (apart - in_float64).norm() / in_float64.norm() < 0.1
+    assert (found - in_float64).norm() < 1.5 * (apart - in_float64).norm()
+
+
+def test_a_float32_output_keeps_its_precision_under_autocast():
+    """Quantized layers return their input's data type; only the low-rank update is in the autocast data type."""
+    generator = torch.Generator().manual_seed(0)
+    result, x, a, b = (torch.randn(shape, generator=generator) for shape in ((6, 5), (6, 4), (2, 4), (5, 2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _LowRankUpdate.apply(result, x, a, b, 1e-4, torch.bfloat16, None)
+    assert found.dtype == torch.float32
+    assert (found - (result + 1e-4 * x @ a.T @ b.T)).abs().max() < 1e-5
 
 
 def test_float32_adapters_on_a_bfloat16_model(own_forwards):
@@ -128,7 +144,7 @@ def test_float32_adapters_on_a_bfloat16_model(own_forwards):
     extractor(collator(rows))
     own_forwards.clear()
     found = extractor(collator(rows)).features
-    assert not own_forwards and not extractor.lora_taps.refused
+    assert not own_forwards and not extractor.lora_hooks.disabled
     in_float64 = rows_alone(model.double(), rows)
     apart = in_parts(toy.with_lora(toy.llama().to(torch.bfloat16)))(collator(rows)).features
     assert (found - in_float64).norm() < 1.5 * (apart - in_float64).norm()
@@ -143,7 +159,7 @@ def test_an_output_may_be_changed_in_place():
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
     assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
-    assert readable(extractor)
+    assert fusible(extractor)
 
 
 def test_a_layer_that_does_something_else_is_found_out(another_forward):
@@ -151,18 +167,22 @@ def test_a_layer_that_does_something_else_is_found_out(another_forward):
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
     found = extractor(collator(rows)).features
-    assert not readable(extractor) and not extractor.fallback
+    assert not fusible(extractor) and not extractor.fallback
     assert relative_error(found, rows_alone(model, rows)) < 1e-5
 
 
-def test_it_is_found_out_also_where_the_first_batch_was_read_in_parts(another_forward):
+def test_it_is_found_out_also_after_a_first_batch_with_hooks_on_parts(another_forward):
     model = toy.with_lora(toy.llama())
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
-    with torch.autocast("cpu", torch.bfloat16):
-        extractor(collator(rows))
+    layer = next(module for module in model.modules() if type(module) is lora.Linear)
+    handles = [part.register_forward_hook(lambda *_: None) for part in model.modules() if type(part) is lora.Linear]
+    assert layer not in fusible(extractor).values()
+    extractor(collator(rows))
+    for handle in handles:
+        handle.remove()
     assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
-    assert extractor.lora_taps.refused
+    assert extractor.lora_hooks.disabled
 
 
 def test_the_layers_have_their_own_forward_back_also_after_an_error(monkeypatch):
@@ -184,7 +204,7 @@ def test_a_layer_with_a_shared_factor_is_left_to_the_fallback():
     second.lora_A["default"].weight = first.lora_A["default"].weight
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
-    found = readable(extractor)
+    found = fusible(extractor)
     assert first not in found.values() and second not in found.values() and found
     assert relative_error(extractor(collator(rows)).features, rows_alone(model, rows)) < 1e-5
     assert extractor.fallback

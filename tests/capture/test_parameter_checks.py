@@ -24,12 +24,12 @@ def test_an_adapter_that_is_not_active_is_named():
     model.add_adapter("other", zoo.ADAPTERS["lora"]("llama"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    with pytest.raises(CaptureError, match=r"12 do not: .*lora_A\.other\.weight.* Set their adapter active, or freeze"):
+    with pytest.raises(CaptureError, match=r"12 are unused: .*lora_A\.other\.weight.* Activate their adapter, or"):
         capture(model)
     model.set_adapter("other")
     capture(model)
     # One that is active but switched off.
-    with model.disable_adapter(), pytest.raises(CaptureError, match="every trained parameter"):
+    with model.disable_adapter(), pytest.raises(CaptureError, match="every trainable parameter"):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("other" in name)
         capture(model)
@@ -38,14 +38,14 @@ def test_an_adapter_that_is_not_active_is_named():
 def test_an_adapter_on_a_module_that_the_model_does_not_call_is_named():
     # T5's encoder and decoder hold the embedding themselves, the outer one is called by nothing.
     config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "shared"])
-    with pytest.raises(CaptureError, match="2 do not: base_model.model.shared.lora_embedding_A.default"):
+    with pytest.raises(CaptureError, match="2 are unused: base_model.model.shared.lora_embedding_A.default"):
         capture(peft.get_peft_model(zoo.model("t5"), config), "t5")
 
 
 def test_an_example_that_depends_on_nothing_trained():
     model = toy.llama().requires_grad_(False)
     model.unused = torch.nn.Linear(2, 2)
-    with pytest.raises(CaptureError, match="2 do not: unused.weight, unused.bias"):
+    with pytest.raises(CaptureError, match="2 are unused: unused.weight, unused.bias"):
         capture(model)
 
 
@@ -60,7 +60,7 @@ def test_gradients_of_zeros_are_no_error(adapter):
     rows = cells.examples("llama")
     found = extractor(cells.batch(rows)).features
     assert cells.error(model, found, cells.expected(model, rows)) < 1e-5
-    assert extractor.unreached == [] and all("lora_A" not in name for name in extractor.fallback)
+    assert extractor.unused == [] and all("lora_A" not in name for name in extractor.fallback)
 
 
 def test_an_expert_without_tokens_has_a_gradient_of_zeros():
@@ -70,7 +70,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros():
     extractor = GradientExtractor(model, projection_dim=None)
     found = extractor(cells.batch(rows)).features
     assert cells.error(model, found, cells.expected(model, rows)) < 1e-5
-    assert extractor.unreached == [] and (found == 0).all(dim=0).any()
+    assert extractor.unused == [] and (found == 0).all(dim=0).any()
 
 
 class FirstExpert(torch.nn.Module):
@@ -82,7 +82,7 @@ class FirstExpert(torch.nn.Module):
         return self.experts[0](x)
 
 
-def test_what_no_example_of_a_pass_reached_is_named(tmp_path, caplog):
+def test_parameters_that_no_example_uses_are_named(tmp_path, caplog):
     model = toy.with_lora(toy.llama(), target_modules=["up_proj"])
     mlp = model.get_base_model().model.layers[0].mlp
     mlp.up_proj = FirstExpert(mlp.up_proj)

@@ -61,7 +61,7 @@ def test_inner_products_are_unbiased_and_their_error_falls_with_the_root_of_dim(
 
 
 def test_projection_needs_parameters_and_a_positive_size():
-    with pytest.raises(CaptureError, match="no trainable parameter"):
+    with pytest.raises(CaptureError, match="Expected a trainable parameter, found none"):
         SeededProjection({}, 4)
     with pytest.raises(CaptureError, match="positive"):
         projection(0)

@@ -10,7 +10,7 @@ from helpers import toy
 from helpers.captures import capture
 from helpers.trainers import sft_config, split
 from hf_ensemble import DataSelector, EnsembleSFTTrainer, TaskSet, TrainingRecipe
-from hf_ensemble.capture import optimizer_metric, training_recipe
+from hf_ensemble.capture import optimizer_preconditioner, training_recipe
 from hf_ensemble.capture.training_arguments import fresh_lora_gain, learning_rates
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_replayed_has_no_recipe():
     for settings in ({"optim": "adagrad"}, {"learning_rate": 0.0}, {"max_steps": 1, "warmup_steps": 10}):
         args = TrainingArguments(use_cpu=True, **settings)
         assert training_recipe(args, max(args.max_steps, 4 if args.max_steps < 0 else 1)) is None
-    assert optimizer_metric(TrainingArguments(use_cpu=True, optim="lomo")) == "none"
+    assert optimizer_preconditioner(TrainingArguments(use_cpu=True, optim="lomo")) == "none"
 
 
 def test_some_of_the_tasks_are_trained_on_for_fewer_steps(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ ORDER = [
     "logging",
     "_files",
     "_records",
+    "_settings",
     "_compat",
     "_processes",
     "tasks",

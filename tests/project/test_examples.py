@@ -93,7 +93,7 @@ def test_selection(run_example, base_folder):
     out, printed = run_example("selection.py", base_folder, toy.sft_tasks(), "--target", "sums")
     selection = Selection.load(out / "selection.json")
     assert list(selection.targets) == selection.tasks[:1] == ["sums"]
-    assert selection.why in printed
+    assert selection.summary in printed
     for task in selection.auxiliary:
         assert f"{task}: taken" in printed
     assert "sums: loss " in printed

@@ -18,8 +18,8 @@ CHOICES = {
     "backward": (lambda selector: selector.select(None, "backward"), ["selection_path"]),
     "weights": (lambda selector: selector.select("sums", "mixture", caps=0.5), ["selection_path", "weights"]),
     "mixture": (lambda selector: selector.mixture(["sums", "diffs"]), ["weights"]),
-    "groups": (lambda selector: selector.group(num_subsets=20), ["affinity", "groups"]),
-    "one number": (lambda selector: selector.group(2, num_subsets=20), ["affinity"]),
+    "groups": (lambda selector: selector.group(affinity_subsets=20), ["affinity", "groups"]),
+    "one number": (lambda selector: selector.group(2, affinity_subsets=20), ["affinity"]),
     "rows": (lambda selector: selector.score_examples("sums"), ["example_scores"]),
 }
 
@@ -59,7 +59,7 @@ def test_select_and_group_are_commands(store, tmp_path, capsys):
     assert "How forward selection came there" in printed and "baseline: all" in printed and "that harm" in printed
     assert main(["group", *command, "--max_groups", "2", "--overlap", "true"]) == 0
     grouping = Grouping.load(tmp_path / "out" / "groups.json")
-    assert len(grouping.predicted_loss) == 2 and grouping.settings["overlap"]
+    assert len(grouping.predicted_loss) == 2 and grouping.settings["overlapping_groups"]
     assert "2 groups" in capsys.readouterr().out
     assert (tmp_path / "out" / "groups.svg").is_file() and (tmp_path / "out" / "selection_path.png").is_file()
 

@@ -111,6 +111,6 @@ def test_baselines_are_methods_of_the_selector(world):
     for method, expected in (("all", 5), ("alone", 0), ("random", size), ("gradient_similarity", size)):
         found = selector.select("a", method)
         assert found.method == method and len(found.auxiliary) == expected
-    assert len(selector.select("a", "random", k=3, seed=2).auxiliary) == 3
-    with pytest.raises(ConfigurationError, match="make the selector with from_store"):
+    assert len(selector.select("a", "random", max_auxiliary=3, seed=2).auxiliary) == 3
+    with pytest.raises(ConfigurationError, match="Create the selector with DataSelector.from_store"):
         DataSelector(selector.estimator).select("a", "gradient_similarity")

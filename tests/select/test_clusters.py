@@ -7,7 +7,7 @@ from helpers import toy
 from helpers.captures import capture
 from hf_ensemble import DataSelector, FeatureTable, ObservedRun, SubsetEstimator, TaskSet
 from hf_ensemble.errors import ConfigurationError
-from hf_ensemble.select.clusters import cluster_counts, divided
+from hf_ensemble.select.clusters import cluster_counts, split_into_clusters
 
 
 def half_wrong(seed=0, dim=30):
@@ -27,7 +27,7 @@ def half_wrong(seed=0, dim=30):
 
 def test_parts_take_the_place_of_the_whole():
     train, validation = half_wrong()
-    parts, held_out = divided(train, validation, {"b": 2})
+    parts, held_out = split_into_clusters(train, validation, {"b": 2})
     assert parts.task_names == held_out.task_names == ("a", "b/0", "b/1")
     assert np.bincount(parts.task).tolist() == [10, 30, 20] and np.bincount(held_out.task).tolist() == [20, 20, 20]
     for index, kind in ((1, "right"), (2, "wrong")):
@@ -37,14 +37,14 @@ def test_parts_take_the_place_of_the_whole():
         assert (held_out.num_tokens[rows] == 3).all()
     assert (parts.features == train.features).all()
     assert cluster_counts(parts.task_names) == {"b": 2}
-    assert divided(train, validation, {"b": 1})[0].task_names == ("a", "b/0")
+    assert split_into_clusters(train, validation, {"b": 1})[0].task_names == ("a", "b/0")
 
 
 def test_dividing_changes_no_prediction_of_the_whole():
     train, validation = half_wrong()
     run = ObservedRun({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.6})
     whole = SubsetEstimator(train, validation, observed_runs=[run])
-    parts = divided(train, validation, {"b": 2})
+    parts = split_into_clusters(train, validation, {"b": 2})
     names = parts[0].task_names
     estimator = SubsetEstimator(*parts, observed_runs=[ObservedRun(dict.fromkeys(names, 1.0), {"a": 0.5, "b/0": 0.6})])
     assert estimator.regularization.l2_scale == pytest.approx(whole.regularization.l2_scale, rel=1e-3)
@@ -56,7 +56,7 @@ def test_dividing_changes_no_prediction_of_the_whole():
 
 
 def test_the_wrong_part_is_left_out_with_a_reason():
-    parts = divided(*half_wrong(), {"b": 2})
+    parts = split_into_clusters(*half_wrong(), {"b": 2})
     run = ObservedRun(dict.fromkeys(parts[0].task_names, 1.0), {"a": 0.6})
     selector = DataSelector(SubsetEstimator(*parts, observed_runs=[run]))
     selection = selector.select("a")
@@ -66,7 +66,7 @@ def test_the_wrong_part_is_left_out_with_a_reason():
     assert all(name.startswith("wrong") for name in left_out["b"])
     assert "b/1, a cluster of 20 rows, is not predicted to lower the loss of a" in set(left_out["b"].values())
     # Of a task that is not taken at all, no row is named.
-    assert selector.left_out(selector.select("a", k=0)) == {}
+    assert selector.left_out(selector.select("a", max_auxiliary=0)) == {}
 
 
 def test_a_store_is_divided_and_its_tasks_filtered(tmp_path):
@@ -89,7 +89,9 @@ def test_a_store_is_divided_and_its_tasks_filtered(tmp_path):
     assert again.repeat(selection) == selection
 
 
-@pytest.mark.parametrize(("clusters", "message"), [({"x": 2}, "Unknown tasks"), ({"a": 11}, "1 to 10 parts, found 11")])
+@pytest.mark.parametrize(
+    ("clusters", "message"), [({"x": 2}, "Unknown tasks"), ({"a": 11}, "1 to 10 clusters, found 11")]
+)
 def test_what_cannot_be_divided_is_named(clusters, message):
     with pytest.raises(ConfigurationError, match=message):
-        divided(*half_wrong(), clusters)
+        split_into_clusters(*half_wrong(), clusters)

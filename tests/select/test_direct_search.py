@@ -8,7 +8,7 @@ import pytest
 from helpers.feature_tables import world
 from hf_ensemble.estimate import SubsetEstimator
 from hf_ensemble.select import DataSelector, partition_loss
-from hf_ensemble.select.direct_search import GroupLosses, improved, merge_path
+from hf_ensemble.select.direct_search import GroupLosses, improve_partition, merge_path
 from hf_ensemble.select.partition import canonical
 
 
@@ -33,12 +33,12 @@ def test_the_search_ends_close_to_the_best_of_all_partitions(seed):
     for labels, loss in path:
         count = labels.max() + 1
         assert losses.of_partition(labels) == pytest.approx(loss)
-        end = improved(losses, labels, directions, 6)
+        end = improve_partition(losses, labels, directions, 6)
         found, best = losses.of_partition(end), least(losses, 6, count)
         assert end.max() + 1 == count and best - 1e-9 <= found <= loss + 1e-9
-    assert min(losses.of_partition(improved(losses, labels, directions, 6)) for labels, _ in path) == pytest.approx(
-        least(losses, 6), rel=0.03
-    )
+    assert min(
+        losses.of_partition(improve_partition(losses, labels, directions, 6)) for labels, _ in path
+    ) == pytest.approx(least(losses, 6), rel=0.03)
 
 
 def test_each_merge_is_the_cheapest():
@@ -59,7 +59,7 @@ def test_many_groups_are_merged_several_at_once():
     predict, directions = pairwise(3, 120)
     calls = []
     losses = GroupLosses(lambda mixtures: calls.append(len(mixtures)) or predict(mixtures))
-    path = merge_path(losses, directions, 5, fewest=7)
+    path = merge_path(losses, directions, 5, min_groups=7)
     assert [labels.max() + 1 for labels, _ in path] == list(range(120, 6, -1))
     assert len(calls) < 115
     for labels, loss in path[::10]:
@@ -70,7 +70,7 @@ def test_many_groups_are_merged_several_at_once():
 def test_nothing_is_left_to_gain_by_a_move():
     predict, directions = pairwise(2)
     losses = GroupLosses(predict)
-    end = improved(losses, np.array([0, 1, 2, 0, 1, 2, 0]), directions, 7)
+    end = improve_partition(losses, np.array([0, 1, 2, 0, 1, 2, 0]), directions, 7)
     for task, group in product(range(7), range(3)):
         other = end.copy()
         other[task] = group
@@ -87,7 +87,7 @@ def test_swaps_help_where_moves_cannot():
         return np.where(mixtures.sum(1, keepdims=True) == 2, 1.0, 9.0) - 0.5 * (mixtures @ same > 1)
 
     losses = GroupLosses(predict)
-    assert improved(losses, np.array([0, 1, 0, 1]), np.eye(4), 4).tolist() == [0, 0, 1, 1]
+    assert improve_partition(losses, np.array([0, 1, 0, 1]), np.eye(4), 4).tolist() == [0, 0, 1, 1]
 
 
 def test_groups_are_predicted_once():
@@ -119,24 +119,24 @@ def test_planted_groups_are_found(num_candidates):
     best = min(path, key=lambda step: step[1])[0]
     assert np.array_equal(best, canonical(kind))
     start = canonical(generator.permutation(kind))
-    assert np.array_equal(improved(losses, start, directions, num_candidates), canonical(kind))
+    assert np.array_equal(improve_partition(losses, start, directions, num_candidates), canonical(kind))
     assert start.tolist() != canonical(kind).tolist()
 
 
 def test_grouping_is_no_worse_than_any_clustering():
     selector = DataSelector(SubsetEstimator(*world()))
-    for count in ("auto", 2, 3):
-        own = selector.group(count, num_subsets=40)
+    for count in (None, 2, 3):
+        own = selector.group(count, affinity_subsets=40)
         for method in ("spectral", "semidefinite"):
-            other = selector.group(count, method, num_subsets=40)
+            other = selector.group(count, method, affinity_subsets=40)
             assert partition_loss(selector.estimator, list(own.groups.values())) <= 1e-9 + partition_loss(
                 selector.estimator, list(other.groups.values())
             )
-    assert selector.group(num_subsets=40) == selector.group(num_subsets=40)
+    assert selector.group(affinity_subsets=40) == selector.group(affinity_subsets=40)
 
 
 def test_a_group_has_to_be_worth_its_cost():
     selector = DataSelector(SubsetEstimator(*world()))
-    counts = [len(selector.group(num_subsets=40, group_cost=cost).groups) for cost in (0.0, 0.02, 10.0)]
+    counts = [len(selector.group(affinity_subsets=40, group_cost=cost).groups) for cost in (0.0, 0.02, 10.0)]
     assert counts == sorted(counts, reverse=True) and counts[0] > 1 and counts[-1] == 1
-    assert "cost" in selector.group(num_subsets=40, group_cost=10.0).why
+    assert "cost" in selector.group(affinity_subsets=40, group_cost=10.0).summary

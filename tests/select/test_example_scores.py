@@ -84,7 +84,7 @@ def test_worst_and_harmful_rows_are_named(selector, tmp_path):
     values = scores.scores["b"]
     assert list(worst["b"]) == sorted(values, key=values.get)[:10]
     first = next(iter(worst["c"].values()))
-    assert "1 of 40 from below" in first and "predicted to raise the loss of a" in first
+    assert "rank 1 of 40 from the bottom" in first and "predicted to raise the loss of a" in first
     assert max(values[example] for example in worst["b"]) <= min(
         value for example, value in values.items() if example not in worst["b"]
     )

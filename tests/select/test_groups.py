@@ -6,7 +6,7 @@ import pytest
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.select import DataSelector, coclustering, partition_loss
-from hf_ensemble.select.direct_search import GroupLosses, members, with_helpers
+from hf_ensemble.select.direct_search import GroupLosses, add_helpers, group_masks
 from hf_ensemble.store import FeatureTable
 
 METHODS = ("direct", "spectral", "semidefinite", "coclustering")
@@ -45,7 +45,7 @@ def test_planted_groups_are_found_exactly(method, seed):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_curve_falls_until_groups_are_torn(method):
-    grouping = DataSelector(planted()).group("auto", method)
+    grouping = DataSelector(planted()).group(None, method)
     assert len(grouping.groups) == 3
     assert grouping.predicted_loss["1"] > grouping.predicted_loss["2"] > grouping.predicted_loss["3"]
 
@@ -64,20 +64,20 @@ def test_helpers_serve_several_groups():
     effect = one_way()
     losses = GroupLosses(lambda mixtures: mixtures @ effect.T + 5.0)
     labels = np.array([0, 0, 0, 1, 1, 1])
-    trained = with_helpers(losses, labels, members(labels), np.random.default_rng(1).normal(size=(6, 4)), 6)
-    expected = members(labels)
+    trained = add_helpers(losses, labels, group_masks(labels), np.random.default_rng(1).normal(size=(6, 4)), 6)
+    expected = group_masks(labels)
     expected[1, 0] = True
     assert (trained == expected).all()
     assert losses.of_partition(labels, trained) < losses.of_partition(labels)
     # Nothing else would have helped either group.
-    for group, mask in enumerate(members(labels)):
+    for group, mask in enumerate(group_masks(labels)):
         for other in np.flatnonzero(~trained[group]):
             larger = trained[group].copy()
             larger[other] = True
             assert losses([mask], [larger])[0] >= losses([mask], [trained[group]])[0]
 
 
-def test_losses_of_groups_with_helpers_are_those_of_their_own_tasks():
+def test_losses_of_groups_add_helpers_are_those_of_their_own_tasks():
     effect = one_way()
     losses = GroupLosses(lambda mixtures: mixtures @ effect.T + 5.0)
     mask, trained = np.array([True, True, False, False, False, False]), np.array([True, True, True, False, True, False])
@@ -93,12 +93,12 @@ def test_coclusters_share_helpers():
     np.fill_diagonal(affinity, 0.0)
     labels, trained = coclustering(affinity, 2)
     assert len({tuple(labels[:4]), tuple(labels[4:])}) == 2 and len(set(labels[:4])) == len(set(labels[4:])) == 1
-    assert (trained >= members(labels)).all()
+    assert (trained >= group_masks(labels)).all()
     for count, expected in ((1, np.ones((1, 8))), (8, np.eye(8))):
         assert (coclustering(affinity, count)[1] == expected).all()
 
 
-@pytest.mark.parametrize("options", [{"method": "direct", "overlap": True}, {"method": "coclustering"}])
+@pytest.mark.parametrize("options", [{"method": "direct", "overlapping_groups": True}, {"method": "coclustering"}])
 def test_a_grouping_tells_its_helpers(options):
     estimator = planted()
     grouping = DataSelector(estimator).group(3, **options)
@@ -117,12 +117,12 @@ def test_a_grouping_tells_its_helpers(options):
                 for task in tasks
             ]
         )
-        assert f"{loss:.4f}" in grouping.why
+        assert f"{loss:.4f}" in grouping.summary
 
 
 def test_overlap_never_raises_the_predicted_loss():
     estimator = planted(1)
-    plain, shared = (DataSelector(estimator).group(4, overlap=overlap) for overlap in (False, True))
+    plain, shared = (DataSelector(estimator).group(4, overlapping_groups=overlap) for overlap in (False, True))
     assert plain.groups == shared.groups and not plain.helpers
 
     def loss(grouping):
@@ -153,8 +153,8 @@ def test_groups_stand_beside_their_baselines():
 )
 def test_of_many_numbers_of_groups_some_are_tried(method, tried, monkeypatch):
     monkeypatch.setattr(
-        "hf_ensemble.select.grouping._MOST_COUNTS", {"spectral": 4, "coclustering": 4, "semidefinite": 2}
+        "hf_ensemble.select.grouping._MAX_COUNTS", {"spectral": 4, "coclustering": 4, "semidefinite": 2}
     )
-    grouping = DataSelector(planted()).group("auto", method, max_groups=9)
+    grouping = DataSelector(planted()).group(None, method, max_groups=9)
     assert len(grouping.predicted_loss) == tried
     assert {"1", "9"} <= set(grouping.predicted_loss) or method == "coclustering"

@@ -86,7 +86,7 @@ def test_it_takes_what_helps_and_leaves_what_contradicts(selector):
     """Task b asks for what a asks for, c for the opposite."""
     mixture = selector.mixture("a")
     assert mixture.weights["b"] > 0.3 and mixture.weights.get("c", 0.0) < 0.05
-    assert "predicted" in mixture.why and "trust" in mixture.why
+    assert "predicted" in mixture.summary and "trust" in mixture.summary
 
 
 def test_no_other_weights_are_better(selector):
@@ -107,8 +107,8 @@ def test_as_a_selection_it_names_the_helpers(selector):
     assert selection.tasks[:2] == ["a", "b"] and selection.weights == pytest.approx(mixture.weights)
     assert selection.path[-1]["predicted_loss"] == mixture.predicted_loss <= selection.path[0]["predicted_loss"]
     assert selection.scores["b"] < selection.scores["c"] and set(selection.scores) == set("bcd")
-    assert selector.select("a", "mixture", k=0).tasks == ["a"]
-    assert len(selector.select("a", "mixture", k=1).auxiliary) == 1
+    assert selector.select("a", "mixture", max_auxiliary=0).tasks == ["a"]
+    assert len(selector.select("a", "mixture", max_auxiliary=1).auxiliary) == 1
     assert set(selector.select("a").weights.values()) == {1.0}
 
 
@@ -158,7 +158,7 @@ def test_it_survives_json_and_feeds_the_trainers(selector, tmp_path):
         (("x",), "Unknown target 'x'"),
         (([],), "positive weights"),
         (({"a": 0.0},), "positive weights"),
-        (("a", 1.5), "cap has to be from 0 to 1"),
+        (("a", 1.5), "Caps have to be from 0 to 1"),
         (("a", {"x": 0.5}), "unknown tasks"),
     ],
 )

@@ -34,16 +34,16 @@ def test_forward_selection_takes_what_helps_and_stops(selector):
     assert losses == sorted(losses, reverse=True)
     final = selector.estimator.predict_subsets([selection.tasks]).loss[0, 0]
     assert final == pytest.approx(losses[-1])
-    assert selection.why.endswith("trust neither the values nor close calls.")
+    assert selection.summary.endswith("trust neither their values nor close calls.")
     # No single addition is predicted to help any further.
     for task in set("abcd") - set(selection.tasks):
         assert selector.estimator.predict_subsets([[*selection.tasks, task]]).loss[0, 0] >= losses[-1]
 
 
 def test_selection_respects_its_budget(selector):
-    assert len(selector.select("a", k=1).auxiliary) == 1
-    assert selector.select("a", k=0).tasks == ["a"]
-    assert len(selector.select("a", method="random_ensemble", k=1, num_subsets=60).auxiliary) <= 1
+    assert len(selector.select("a", max_auxiliary=1).auxiliary) == 1
+    assert selector.select("a", max_auxiliary=0).tasks == ["a"]
+    assert len(selector.select("a", method="random_ensemble", max_auxiliary=1, num_subsets=60).auxiliary) <= 1
 
 
 def test_random_ensemble_scores_are_means_over_subsets(selector):
@@ -61,12 +61,12 @@ def test_random_ensemble_scores_are_means_over_subsets(selector):
 
 
 def test_results_survive_json(selector, tmp_path):
-    selection, grouping = selector.select("a"), selector.group(num_groups=2, num_subsets=40)
+    selection, grouping = selector.select("a"), selector.group(num_groups=2, affinity_subsets=40)
     selection.save(tmp_path / "selection.json")
     grouping.save(tmp_path / "groups.json")
     assert Selection.load(tmp_path / "selection.json") == selection
     assert Grouping.load(tmp_path / "groups.json") == grouping
-    assert "predicted" in json.loads((tmp_path / "selection.json").read_text())["why"].lower()
+    assert "predicted" in json.loads((tmp_path / "selection.json").read_text())["summary"].lower()
 
 
 def test_unknown_names_are_refused(selector):
@@ -74,8 +74,10 @@ def test_unknown_names_are_refused(selector):
         (lambda: selector.select("z"), "Unknown target 'z'"),
         (lambda: selector.select("a", method="best"), "method has to be one of"),
         (lambda: selector.group(method="best"), "method has to be one of"),
-        (lambda: selector.group(num_groups=5), "from 1 to 4"),
-        (lambda: selector.group(num_groups=0), "from 1 to 4"),
+        (lambda: selector.group(num_groups=5), "num_groups=5 is more than the 4 tasks"),
+        (lambda: selector.group(max_groups=5), "max_groups=5 is more than the 4 tasks"),
+        (lambda: selector.select("a", max_auxiliary=5), "max_auxiliary=5 is more than the 4 tasks"),
+        (lambda: selector.group(num_groups=0), "num_groups has to be a positive integer or None, found 0"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             call()
@@ -105,7 +107,7 @@ def test_affinity_equals_a_plain_loop():
 
 
 def test_predicted_affinity_prefers_tasks_that_help(selector):
-    affinity = selector.affinity(num_subsets=40, subset_size=2)
+    affinity = selector.affinity(affinity_subsets=40, subset_size=2)
     assert affinity[0, 1] > affinity[0, 2] and affinity[1, 0] > affinity[1, 2]
     assert np.isfinite(affinity).all() and (np.diag(affinity) == 0).all()
 
@@ -141,13 +143,13 @@ def test_larger_penalty_gives_fewer_groups():
 
 @pytest.mark.parametrize("method", ["direct", "spectral", "semidefinite"])
 def test_grouping_is_a_partition_with_the_least_predicted_loss(selector, method):
-    grouping = selector.group(method=method, num_subsets=40)
+    grouping = selector.group(method=method, affinity_subsets=40)
     assert sorted(task for tasks in grouping.groups.values() for task in tasks) == list("abcd")
     assert grouping.group_of("a") == grouping.group_of("b") != grouping.group_of("c")
     loss = partition_loss(selector.estimator, list(grouping.groups.values()))
     assert loss == pytest.approx(min(grouping.predicted_loss.values()))
-    assert len(selector.group(num_groups=2, method=method, num_subsets=40).groups) == 2
-    assert max(map(int, selector.group(max_groups=2, method=method, num_subsets=40).predicted_loss)) <= 2
+    assert len(selector.group(num_groups=2, method=method, affinity_subsets=40).groups) == 2
+    assert max(map(int, selector.group(max_groups=2, method=method, affinity_subsets=40).predicted_loss)) <= 2
 
 
 def test_one_task_is_one_group():

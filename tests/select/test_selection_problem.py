@@ -11,7 +11,7 @@ from helpers.feature_tables import SIX_NAMES as NAMES
 from helpers.feature_tables import six_tasks as tables
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import SubsetEstimator
-from hf_ensemble.select import DataSelector, SelectionProblem
+from hf_ensemble.select import DataSelector, SelectionProblem, SelectionSettings
 from hf_ensemble.store import FeatureTable
 
 
@@ -42,7 +42,7 @@ def scores_of(estimator, subsets, targets, metric):
         {"target": "a"},
         {"target": {"a": 0.5, "d": 2.0}},
         {"target": None},
-        {"target": "a", "k": 2},
+        {"target": "a", "max_auxiliary": 2},
         {"target": "a", "max_examples": 75},
         {"target": "a", "max_tokens": 160},
         {"target": "a", "include": ["a", "c"], "exclude": ["b"]},
@@ -57,7 +57,7 @@ def test_exhaustive_is_the_best_of_all_subsets(selector, estimator, asked, metri
     targets = targets or (target if isinstance(target, dict) else dict.fromkeys(target, 0.5))
     required = asked.get("include", [] if target is None else list(targets))
     free = [name for name in NAMES if name not in required and name not in asked.get("exclude", ())]
-    costs = {"k": 1, "max_examples": estimator.counts, "max_tokens": estimator.token_counts}
+    costs = {"max_auxiliary": 1, "max_examples": estimator.counts, "max_tokens": estimator.token_counts}
     subsets = [
         subset
         for subset in all_subsets(required, free)
@@ -90,7 +90,7 @@ def test_backward_stops_where_leaving_out_does_not_help(selector, estimator):
     for task in found.auxiliary:
         rest = [name for name in found.tasks if name != task]
         assert estimator.predict_subsets([rest]).loss[0, 0] >= losses[-1] - 1e-12
-    tight = selector.select("a", "backward", k=1)
+    tight = selector.select("a", "backward", max_auxiliary=1)
     assert len(tight.auxiliary) == 1
 
 
@@ -126,7 +126,7 @@ def test_without_calibration_there_is_no_interval():
 
 
 def test_baselines_stand_beside_every_result(selector, estimator):
-    found = selector.select("a", k=2)
+    found = selector.select("a", max_auxiliary=2)
     assert set(found.baselines) == {"all", "alone", "random", "gradient_similarity"}
     assert found.baselines["all"] == pytest.approx(estimator.predict_subsets([NAMES]).loss[0, 0])
     assert found.baselines["alone"] == pytest.approx(estimator.predict_subsets([["a"]]).loss[0, 0])
@@ -140,10 +140,12 @@ def test_baselines_stand_beside_every_result(selector, estimator):
         ({"target": []}, "positive weights"),
         ({"target": {"a": -1.0}}, "positive weights"),
         ({"target": "a", "include": ["z"]}, r"Unknown tasks \['z'\]"),
-        ({"target": "a", "include": ["b"], "exclude": ["b"]}, "both in and out"),
+        ({"target": "a", "include": ["b"], "exclude": ["b"]}, "both included and excluded"),
         ({"target": "a", "metric": "f1"}, "metric has to be one of"),
-        ({"target": "a", "include": ["a", "b", "c"], "k": 1}, "over the budget {'max_tasks': 1}"),
+        ({"target": "a", "include": ["a", "b", "c"], "max_auxiliary": 1}, "exceed the budget {'max_auxiliary': 1}"),
         ({"target": None, "exclude": NAMES}, "nothing is left"),
+        ({"target": "a", "max_auxiliary": -1}, "max_auxiliary has to be an integer of at least 0 or None, found -1"),
+        ({"target": "a", "method": "random_ensemble", "threshold": np.inf}, "threshold has to be finite"),
         ({"target": "a", "method": "mixture", "metric": "accuracy"}, "no other metric"),
         ({"target": "a", "method": "mixture", "max_examples": 10}, "no other metric, budget"),
         ({"target": "a", "method": "mixture", "include": ["a", "b"]}, "no other metric, budget or include"),
@@ -155,19 +157,19 @@ def test_what_cannot_be_asked_is_refused(selector, asked, message):
 
 
 def test_tokens_have_to_be_known():
-    with pytest.raises(ConfigurationError, match="max_tokens needs the tokens"):
-        SelectionProblem(SubsetEstimator(*world()), "a", max_tokens=5)
+    with pytest.raises(ConfigurationError, match="max_tokens needs the number of answer tokens"):
+        SelectionProblem(SubsetEstimator(*world()), "a", SelectionSettings(max_tokens=5))
 
 
 def test_exhaustive_refuses_what_takes_too_long(selector, monkeypatch):
-    monkeypatch.setattr("hf_ensemble.select.searches._MOST_SUBSETS", 10)
-    with pytest.raises(ConfigurationError, match="5 tasks to choose from make 32 subsets"):
+    monkeypatch.setattr("hf_ensemble.select.searches._MAX_SUBSETS", 10)
+    with pytest.raises(ConfigurationError, match="5 optional tasks make 32 subsets"):
         selector.select("a", "exhaustive")
-    assert len(selector.select("a", "exhaustive", k=1).auxiliary) <= 1
+    assert len(selector.select("a", "exhaustive", max_auxiliary=1).auxiliary) <= 1
 
 
 def test_random_ensemble_takes_what_is_below_a_threshold(selector):
-    every = selector.select("a", "random_ensemble", num_subsets=60, threshold=np.inf)
+    every = selector.select("a", "random_ensemble", num_subsets=60, threshold=1e9)
     assert sorted(every.tasks) == sorted(NAMES)
     none = selector.select("a", "random_ensemble", num_subsets=60, threshold=-1.0)
     assert none.tasks == ["a"]

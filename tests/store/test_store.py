@@ -50,7 +50,7 @@ def test_examples_are_read_by_task_and_id(tmp_path):
     whole = store.table("train")
     assert (some.features == whole.features[[1, 2, 5]]).all() and (some.margin == whole.margin[[1, 2, 5]]).all()
     for wanted, named in [({"a": ["id1"]}, "a/id1"), ({"a": ["id8"]}, "a/id8"), ({"c": ["id1"]}, "c/id1")]:
-        with pytest.raises(StoreError, match=f"1 of the wanted examples, for example '{named}'"):
+        with pytest.raises(StoreError, match=f"1 of the requested examples, for example '{named}'"):
             store.table("train", wanted)
 
 
@@ -61,7 +61,7 @@ def test_a_writer_killed_over_its_first_file_is_no_obstacle(tmp_path):
     assert len(GradientStore(fill(folder))) == 10 and not list(folder.glob(".*"))
     (folder / "notes.txt").write_text("kept")
     (folder / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="not empty and holds no manifest"):
+    with pytest.raises(StoreError, match="not empty and has no manifest"):
         fill(folder)
 
 
@@ -72,7 +72,7 @@ def test_unfinished_store_is_no_store(tmp_path):
         own.finish()
     with pytest.raises(StoreError, match="unfinished"):
         GradientStore(tmp_path / "s")
-    with pytest.raises(StoreError, match="No gradient store"):
+    with pytest.raises(StoreError, match="Expected a gradient store"):
         GradientStore(tmp_path / "t")
 
 
@@ -118,7 +118,7 @@ def test_other_identity_is_refused_or_overwritten(tmp_path):
 
 def test_bad_rows_are_named(tmp_path):
     own = writer(tmp_path / "s")
-    with pytest.raises(StoreError, match=r"takes \(4, 6\) features, found \(2, 6\)"):
+    with pytest.raises(StoreError, match=r"Expected features of shape \(4, 6\) for shard 0, found \(2, 6\)"):
         own.write_shard(0, rows(range(2)))
     bad = rows(own.rows_of(0))
     bad.features[2, 3] = np.inf

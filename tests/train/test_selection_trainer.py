@@ -53,7 +53,7 @@ def test_selection_trains_once_on_what_it_chose(tmp_path, base_folder, meta):
 
 def test_a_mixture_is_trained_with_its_weights(tmp_path, base_folder, monkeypatch):
     tasks = toy.sft_tasks()
-    found = methods.optimise_mixture
+    found = methods.optimize_mixture
 
     def with_a_half(estimator, target, caps):
         mixture = found(estimator, target, caps)
@@ -61,7 +61,7 @@ def test_a_mixture_is_trained_with_its_weights(tmp_path, base_folder, monkeypatc
         other = next(name for name in tasks if name != target)
         return replace(mixture, weights={target: 1.0, other: 0.5}, probabilities={target: 0.7, other: 0.3})
 
-    monkeypatch.setattr(methods, "optimise_mixture", with_a_half)
+    monkeypatch.setattr(methods, "optimize_mixture", with_a_half)
     trainer = SelectionSFTTrainer(
         model=base_folder,
         args=sft_config(tmp_path / "run", SelectionSFTConfig, selection_method="mixture", calibration_runs=0),

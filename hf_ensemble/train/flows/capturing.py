@@ -2,7 +2,7 @@
 
 from datasets import concatenate_datasets
 
-from ...capture import capture_gradients, optimizer_metric, training_recipe
+from ...capture import capture_gradients, optimizer_preconditioner, training_recipe
 from ...store import GradientStore, TrainingRecipe
 from .adapter_training import AdapterTraining
 from .context import FlowContext
@@ -35,6 +35,6 @@ def captured_gradients(context: FlowContext, training: AdapterTraining) -> Gradi
 def _recipe(context: FlowContext, training: AdapterTraining) -> TrainingRecipe | None:
     """The training on all tasks; `None` where the features are not in the optimizer's metric."""
     args = context.args
-    if args.capture_config().preconditioner != optimizer_metric(args):
+    if args.capture_config().preconditioner != optimizer_preconditioner(args):
         return None
     return training_recipe(args, training.num_steps(context.tasks.names))

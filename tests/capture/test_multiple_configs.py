@@ -33,7 +33,7 @@ def shards(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
 
 
-def test_one_pass_fills_the_stores_that_several_passes_would(tmp_path, monkeypatch):
+def test_one_pass_fills_the_stores_that_separate_passes_would(tmp_path, monkeypatch):
     from hf_ensemble.capture.gradients import GradientExtractor
 
     batches = []
@@ -79,8 +79,8 @@ def test_a_killed_pass_goes_on_in_every_store(tmp_path, monkeypatch):
     ("configs", "message"),
     [
         ({}, "at least one"),
-        ({"a/b": CaptureConfig()}, "name is that of a directory"),
-        ({"": CaptureConfig()}, "name is that of a directory"),
+        ({"a/b": CaptureConfig()}, "plain folder names"),
+        ({"": CaptureConfig()}, "plain folder names"),
         ({"a": CaptureConfig(), "b": CaptureConfig(margin="mean_log_odds")}, r"differ in \['margin'\]"),
     ],
 )
@@ -97,7 +97,7 @@ def test_the_optimizers_second_moments_make_the_preconditioner(tmp_path):
     config = CaptureConfig(projection_dim=64, preconditioner="optimizer")
     with pytest.raises(CaptureError, match=r"no second moments of .*found nothing.* preconditioner='adam'"):
         run(tmp_path / "early", config, model=model, optimizer=optimizer)
-    with pytest.raises(CaptureError, match="pass it as optimizer="):
+    with pytest.raises(CaptureError, match="Pass it as optimizer="):
         run(tmp_path / "without", config, model=model)
     for _ in range(2):
         model(input_ids=ids, labels=ids).loss.backward()

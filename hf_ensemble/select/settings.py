@@ -1,0 +1,130 @@
+"""Settings of selections and groupings, as the trainers and the command line take them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._settings import Settings, check_at_least, check_one_of
+from ..errors import ConfigurationError
+
+SELECTION_METHODS = (
+    "forward",
+    "backward",
+    "exhaustive",
+    "random_ensemble",
+    "mixture",
+    "all",
+    "alone",
+    "random",
+    "gradient_similarity",
+)
+SELECTION_METRICS = ("loss", "accuracy")
+GROUPING_METHODS = ("direct", "spectral", "semidefinite", "coclustering")
+
+
+@dataclass
+class SelectionSettings(Settings):
+    """How auxiliary tasks are selected for a target.
+
+    Raises:
+        `ConfigurationError`: for values out of range.
+    """
+
+    selection_method: str = field(
+        default="forward",
+        metadata={
+            "help": f"One of {', '.join(SELECTION_METHODS)}. The last four are baselines that ignore the predictions."
+        },
+    )
+    max_auxiliary: int | None = field(
+        default=None, metadata={"help": "Maximum number of auxiliary tasks. No limit by default."}
+    )
+    max_examples: int | None = field(
+        default=None, metadata={"help": "Maximum number of training rows of all auxiliary tasks. No limit by default."}
+    )
+    max_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Maximum number of answer tokens of all auxiliary training rows. No limit by default."},
+    )
+    selection_metric: str = field(
+        default="loss",
+        metadata={"help": "Predicted metric of the target to optimize: 'loss' or 'accuracy'."},
+    )
+
+    def __post_init__(self):
+        check_one_of("selection_method", self.selection_method, SELECTION_METHODS)
+        check_one_of("selection_metric", self.selection_metric, SELECTION_METRICS)
+        for name in ("max_auxiliary", "max_examples", "max_tokens"):
+            check_at_least(name, getattr(self, name), 0, optional=True)
+        super().__post_init__()
+
+    def budgets(self) -> dict[str, int]:
+        """The limits that are set, by name."""
+        limits = {name: getattr(self, name) for name in ("max_auxiliary", "max_examples", "max_tokens")}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def select_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for [`DataSelector.select`]."""
+        return {"method": self.selection_method, "metric": self.selection_metric, **self.budgets()}
+
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise `ConfigurationError` for limits above the number of tasks."""
+        _check_not_above("max_auxiliary", self.max_auxiliary, num_tasks)
+
+
+@dataclass
+class GroupingSettings(Settings):
+    """How tasks are grouped.
+
+    Raises:
+        `ConfigurationError`: for values out of range.
+    """
+
+    num_groups: int | None = field(
+        default=None,
+        metadata={"help": "Number of groups, one adapter each. Chosen by predicted loss by default."},
+    )
+    max_groups: int | None = field(
+        default=None,
+        metadata={"help": "Maximum number of groups when the number is chosen. The number of tasks by default."},
+    )
+    grouping_method: str = field(default="direct", metadata={"help": f"One of {', '.join(GROUPING_METHODS)}."})
+    group_cost: float = field(
+        default=0.0,
+        metadata={"help": "Minimum reduction of the mean loss, in nats, for one more group when the number is chosen."},
+    )
+    overlapping_groups: bool = field(
+        default=False, metadata={"help": "Also train a group on tasks of other groups that help its own tasks."}
+    )
+    affinity_subsets: int = field(
+        default=400, metadata={"help": "Number of random subsets that the affinity matrix is estimated from."}
+    )
+
+    def __post_init__(self):
+        check_one_of("grouping_method", self.grouping_method, GROUPING_METHODS)
+        for name in ("num_groups", "max_groups"):
+            check_at_least(name, getattr(self, name), 1, optional=True)
+        check_at_least("affinity_subsets", self.affinity_subsets, 1)
+        if not 0 <= self.group_cost < float("inf"):
+            raise ConfigurationError(f"group_cost has to be finite and not negative, found {self.group_cost!r}.")
+        super().__post_init__()
+
+    def group_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for [`DataSelector.group`]."""
+        return {
+            "num_groups": self.num_groups,
+            "method": self.grouping_method,
+            "max_groups": self.max_groups,
+            "group_cost": self.group_cost,
+            "overlapping_groups": self.overlapping_groups,
+            "affinity_subsets": self.affinity_subsets,
+        }
+
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise `ConfigurationError` for numbers of groups above the number of tasks."""
+        _check_not_above("num_groups", self.num_groups, num_tasks)
+        _check_not_above("max_groups", self.max_groups, num_tasks)
+
+
+def _check_not_above(name: str, value: int | None, num_tasks: int) -> None:
+    if value is not None and value > num_tasks:
+        raise ConfigurationError(f"{name}={value} is more than the {num_tasks} tasks. Lower it or leave it unset.")
