@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
-from .._compat import adapters_untouched
+from .._compat import preserve_active_adapter
 from .._files import read_json, write_folder_atomically, write_json
 from ..ensemble import EnsembleMember, PeftEnsembleModel, fit_weights
 from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER
@@ -163,7 +163,7 @@ class EnsembleMixin(StagesMixin):
     def _with_adapters(self, members: list[EnsembleMember]):
         """This trainer's model with the members' adapters beside its own."""
         run = self.run_directory.path
-        with adapters_untouched(self.model):
+        with preserve_active_adapter(self.model):
             for member in members:
                 if member.name not in self.model.peft_config:
                     folder = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from .._compat import adapters_untouched
+from .._compat import preserve_active_adapter
 from .._files import read_json, write_json
 from ..capture import capture_gradients, model_identity, optimizer_metric, training_recipe
 from ..ensemble.saving.files import load_adapter
@@ -164,7 +164,7 @@ class StagesMixin:
         """Logits of one adapter, or of the base model alone."""
 
         def logits_of(inputs: dict[str, Any], tasks: list[str]):
-            with adapters_untouched(self.model):
+            with preserve_active_adapter(self.model):
                 if name is None:
                     with self.model.disable_adapter():
                         return self.model(**inputs).logits
@@ -191,7 +191,7 @@ class StagesMixin:
     def loaded(self, folder: Path) -> Iterator[str]:
         """While open, a saved adapter lies in the model under the name that is yielded."""
         name = "loaded_for_scoring"
-        with adapters_untouched(self.model):
+        with preserve_active_adapter(self.model):
             load_adapter(self.model, folder, name)
         try:
             yield name
