@@ -62,7 +62,7 @@ class AnswerCollector:
         members (`Members`): the ensemble.
         collate (`Callable`): from rows to a batch with `labels`.
         batch_size (`int`): rows per batch, at most; batches are halved where memory runs out.
-        max_values (`int`): most values to keep, of 4 bytes each.
+        max_values (`int`): most values to keep, of 4 bytes each; at least `values_per_token`.
         max_rows (`int`, *optional*): most rows to use; a sample of them is drawn from larger tasks.
         seed (`int`): seed of the samples.
         log_probs_only (`bool`): keep the log-probability of each answer token in place of its logits.
@@ -85,9 +85,9 @@ class AnswerCollector:
         spaced. What is kept depends on the rows and the seed, not on the batch size.
 
         Raises:
-            `EnsembleError`: for rows without labels or without an answer, and where not even one token fits.
+            `EnsembleError`: for rows without labels or without an answer.
         """
-        budget = self._token_budget()
+        budget = self.max_values // self.values_per_token
         chosen = spread_sample(len(rows), min(budget, self.max_rows or budget), self.seed)
         own = [rows[i] for i in chosen]
         counts, lengths = self._count(task, own, chosen)
@@ -103,14 +103,10 @@ class AnswerCollector:
             )
         return self._collect(task, own, kept, length_sorted_batches(lengths, self.batch_size))
 
-    def _token_budget(self) -> int:
-        per_token = len(self.members.adapter_names) * (1 if self.log_probs_only else self.members.num_outputs)
-        if self.max_values < per_token:
-            raise EnsembleError(
-                f"Expected max_values to hold one answer token of every adapter and task, {per_token} values per task; "
-                f"found {self.max_values} per task. Pass at least max_values={per_token} times the number of tasks."
-            )
-        return self.max_values // per_token
+    @property
+    def values_per_token(self) -> int:
+        """How many values are kept for one answer token."""
+        return len(self.members.adapter_names) * (1 if self.log_probs_only else self.members.num_outputs)
 
     def _count(self, task: str, rows: Rows, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
         """Answer tokens and length of each row."""

@@ -103,6 +103,12 @@ def fit_ensemble(
         log_probs_only=is_mixture,
         mixed_precision=mixed_precision,
     )
+    least = len(tables) * collect.values_per_token
+    if max_values < least:
+        raise EnsembleError(
+            f"max_values={max_values} holds no answer token of {len(ensemble.adapter_names)} adapters for each of "
+            f"{len(tables)} tasks. Pass max_values={least} or more."
+        )
     objectives: dict[str, Objective] = {}
     with evaluation_mode(ensemble):
         for task, rows in tables.items():
