@@ -41,7 +41,7 @@ def keep_quantized_weights_in_place(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def adapters_untouched(model) -> Iterator[None]:
+def preserve_active_adapter(model) -> Iterator[None]:
     """Switch adapters freely inside; the active adapter and what is trainable are restored, also after an exception.
 
     `PeftModel.set_adapter` also sets `requires_grad` of every adapter (peft 0.21), so looking through another adapter

@@ -4,7 +4,7 @@ from .members import BaseModelReference, EnsembleMember
 from .merging.merge import MergedAdapter
 from .model import PeftEnsembleModel
 from .saving.mixin import AdapterSource
-from .weighting.fitting import WeightFit
+from .weighting.fitting import WeightFit, fit_ensemble
 from .weighting.objectives import FittedWeights, fit_weights
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "MergedAdapter",
     "PeftEnsembleModel",
     "WeightFit",
+    "fit_ensemble",
     "fit_weights",
 ]

@@ -1,6 +1,6 @@
 """`PeftEnsembleModel`: one base model, several adapters, one weighted answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,51 +10,59 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutpu
 
 from .._compat import keep_quantized_weights_in_place
 from ..errors import EnsembleError
-from ..tasks import IGNORE_INDEX, LabelSpace, restrict_to_labels
-from ..tasks.answers import answer_positions
-from .forward.cache import EnsembleCache, cache_maker
+from ..models.answer_head import head_width
+from ..models.answer_scorer import check_answers
+from ..models.inputs import is_encoder_decoder, prepare_inputs
+from ..tasks import AnswerScores, LabelSpace
+from .adapter_identity import AdapterIdentity
 from .forward.combination import check_combination
+from .forward.combined_forward import CombinedForward
 from .forward.generation import check_generation, generate_by_outputs
-from .forward.inference import MemberForward, keep_beside, stacks_beside, summed_weights
-from .forward.routing import check_routing, prompt_weights
+from .forward.inference import MemberForward, summed_weights
+from .forward.routing import check_routing
 from .forward.rows import batch_size_of
+from .forward.scoring import MemberTokens, answer_loss
 from .forward.task_weights import Tasks, label_mask, tasks_of_rows, warn_of_unknown, weight_rows
 from .members import BaseModelReference, EnsembleMember, check_members, check_weights
 from .merging.merge import MergedAdapter, merge_adapters
 from .saving.files import base_reference
 from .saving.mixin import SavingMixin
 from .saving.vllm import vllm_obstacles
-from .weighting.fitting import Collator, Rows, WeightFit, fit_ensemble
+from .weighting.collation import Collator
+from .weighting.collector import Rows
+from .weighting.fitting import WeightFit, fit_ensemble
 
 
 class PeftEnsembleModel(SavingMixin, nn.Module):
     """A weighted ensemble of adapters over one base model: logits(x) = sum_k A[task(x), k] logits_k(x).
 
-    Each adapter runs on the rows that give it a weight, and on no others; all of a batch run in one forward of the
-    base. Nothing of the base model is copied.
+    Each adapter runs on the rows that give it a weight, and on no others; all adapters of a batch run in one forward of
+    the base. Nothing of the base model is copied.
 
     Args:
         model (`PeftModel`): holds every adapter by name.
-        members (`Sequence[str]` or `Sequence[EnsembleMember]`): the adapters that take part.
+        members (`Sequence[str]` or `Sequence[EnsembleMember]`): the adapters to use.
         weights (`dict[str, dict[str, float]]`, *optional*): weight of each adapter, by task.
-        default_weights (`dict[str, float]`, *optional*): for rows of no known task; all adapters alike by default.
+        default_weights (`dict[str, float]`, *optional*): weights for rows of no known task; equal by default.
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
-        base_model (`BaseModelReference`, *optional*): where the base comes from; read off the model by default.
+        base_model (`BaseModelReference`, *optional*): where the base comes from; taken from the model by default.
         combination (`str`, *optional*, defaults to `"logits"`):
             What is summed: `logits`, `log_probs` (the same distribution, normalised), `probs` (a mixture of the
             adapters' distributions) or `weights` (one forward with the base's weights plus the weighted sum of the
             adapters' deltas).
         routing (`str`, *optional*, defaults to `"default"`):
-            Weights of rows of no known task: `default` takes `default_weights`, `prompt` weighs each adapter by how
+            Weights for rows of no known task: `default` uses `default_weights`, `prompt` weighs each adapter by how
             well it predicts the prompt.
 
     Attributes:
-        fused (`bool`): run all adapters of a batch at once. Set to `False` to run one after the other, which needs
-            less memory; layers that cannot be served at once run so by themselves.
+        fused (`bool`): whether to run all adapters of a batch at once. Set to `False` to run one after the other, which
+            needs less memory. A model with layers that cannot be fused runs this way by itself.
         routing_temperature (`float`): see [`prompt_weights`].
 
     Raises:
-        `EnsembleError`: for members that the model lacks, and weights of unknown adapters.
+        `EnsembleError`:
+            For members that the model lacks, for weights of unknown adapters and, in any later call, for adapters that
+            were deleted, replaced or merged in the meantime.
 
     Example:
 
@@ -93,6 +101,7 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         self.routing_temperature = 0.1
         self.fused = True
         keep_quantized_weights_in_place(model)
+        self._adapters = AdapterIdentity(model, self.adapter_names)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -119,12 +128,23 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         base = self.model.get_base_model()
         return bool(hasattr(base, "can_generate") and base.can_generate())
 
+    @property
+    def num_outputs(self) -> int:
+        """Number of logits at a position: the vocabulary of a language model, or the labels of a classifier."""
+        width = head_width(self.model.get_base_model())
+        return width or (self.config.get_text_config().vocab_size if self.can_generate() else self.config.num_labels)
+
+    def check_adapters(self) -> None:
+        """Raise [`EnsembleError`] where the model no longer holds the adapters that the ensemble was made of."""
+        self._adapters.check(self.model)
+
     def row_weights(self, task: Tasks, batch_size: int) -> torch.Tensor:
         """Weight of each adapter for each row, `(batch_size, members)`.
 
         Args:
             task (`str` or `Sequence[str]`, *optional*): one task for all rows, or one per row; `None` and a task
                 without weights take the default weights.
+            batch_size (`int`): number of rows.
 
         Raises:
             `EnsembleError`: for a list of another length than the batch.
@@ -134,7 +154,8 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         return weight_rows(tasks, self.weights, self.default_weights, self.adapter_names, self.device)
 
     def _routed_weights(self, task, routing: str | None, inputs: Mapping[str, Any], labels=None) -> torch.Tensor:
-        """[`row_weights`], with rows of no known task weighed by the prompt where the routing says so."""
+        """[`row_weights`], with rows of no known task weighed by their prompts under prompt routing."""
+        self.check_adapters()
         batch_size = batch_size_of(inputs)
         weights = self.row_weights(task, batch_size)
         routing = routing or self.routing
@@ -142,26 +163,33 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         rows = [row for row, name in enumerate(tasks_of_rows(task, batch_size)) if name not in self.weights]
         if routing == "default" or not rows:
             return weights
-        if not self.can_generate() or self.config.is_encoder_decoder or inputs.get("input_ids") is None:
+        if not self.can_generate() or self._is_encoder_decoder or inputs.get("input_ids") is None:
             raise EnsembleError(
                 "routing='prompt' needs a causal language model and prompts in input_ids. Pass task=, or "
                 "routing='default'."
             )
         index = torch.tensor(rows, device=self.device)
-        own = [None if v is None else v[index] for v in (inputs["input_ids"], inputs.get("attention_mask"), labels)]
-        weights[index] = prompt_weights(self.member_forward("logits"), *own, temperature=self.routing_temperature)
+        prompts = {
+            name: inputs[name][index] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None
+        }
+        labels = None if labels is None else labels[index]
+        weights[index] = self._combined_forward().prompt_weights(prompts, labels, self.routing_temperature)
         return weights
 
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return is_encoder_decoder(self.model)
+
+    def _label_mask(self, task: Tasks, batch_size: int) -> torch.Tensor | None:
+        mask = label_mask(task, batch_size, self.label_space)
+        return None if mask is None else mask.to(self.device)
+
     def member_forward(self, combination: str | None = None) -> MemberForward:
-        """What computes the adapters' logits on a batch; to be used in a `with` statement."""
-        return MemberForward(
-            self.model,
-            self.model.get_base_model().forward,
-            self.adapter_names,
-            combination or self.combination,
-            # Dropout and checkpointing are the layers' own.
-            fused=self.fused and not self.model.training,
-        )
+        """Runs the adapters on a batch; to be used in a `with` statement."""
+        return self._combined_forward().members(combination)
+
+    def _combined_forward(self) -> CombinedForward:
+        return CombinedForward(self.model, self.adapter_names, self.combination, self.fused)
 
     def forward(
         self,
@@ -170,59 +198,88 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         labels: torch.Tensor | None = None,
         task: Tasks = None,
         routing: str | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | Seq2SeqLMOutput | SequenceClassifierOutput:
-        """The ensemble's logits, and the loss where labels are given.
+        """The ensemble's logits, and the loss if labels are given.
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`): token ids.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
             labels (`torch.Tensor` of shape `(B, T)` or `(B,)`, *optional*):
-                As the base model takes them. The loss is the mean over the labels of the batch; of a classification
+                As the base model takes them. The loss is the mean over the labels of the batch; for a classification
                 task only the task's own labels count.
             task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
-            routing (`str`, *optional*): in place of the ensemble's own.
+            routing (`str`, *optional*): overrides the ensemble's own.
+            return_logits (`bool`, *optional*, defaults to `True`):
+                Set to `False` for the loss alone. Without gradients, logits are then made at the answers only, a few
+                tokens at a time.
             kwargs: further inputs of the base model. With `use_cache=True` the output holds `past_key_values` for the
                 next call.
 
         Returns:
             The base model's kind of output, logits of shape `(B, T, V)` or `(B, num_labels)`; a classifier's labels
-            that the row's task does not have are at minus infinity.
+            that are not in the row's label set are at minus infinity.
         """
         base = self.model.get_base_model()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         inputs = {key: value for key, value in inputs.items() if value is not None}
-        encoder_decoder = getattr(self.config, "is_encoder_decoder", False)
-        if encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
+        if not return_logits and labels is None:
+            raise EnsembleError("return_logits=False leaves only the loss: expected labels, found none.")
+        if self._is_encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
         weights = self._routed_weights(task, routing, inputs, labels)
         cache = inputs.pop("past_key_values", None)
         if self.can_generate():
             inputs.setdefault("use_cache", cache is not None)
-        mask = label_mask(task, len(weights), self.label_space)
-        if self.combination == "weights":
-            stacks = stacks_beside(cache)
-            with summed_weights(self.model, self.adapter_names, weights, stacks):
-                output = base.forward(**inputs, **({} if cache is None else {"past_key_values": cache}))
-            logits, cache = output.logits.float(), getattr(output, "past_key_values", None)
-            keep_beside(cache, stacks)
+        mask = self._label_mask(task, len(weights))
+        run, classifies = self._combined_forward(), labels is not None and labels.dim() == 1
+        if not return_logits and cache is None and not torch.is_grad_enabled():
+            logits, loss = None, -run.scores(weights, inputs, labels, mask).log_probs.mean()
         else:
-            if cache is None and inputs.get("use_cache"):
-                cache = EnsembleCache(cache_maker(base.config))
-            with self.member_forward() as run:
-                logits = run(weights, inputs, cache, mask)
-        if mask is not None and logits.dim() == 2:
-            logits = restrict_to_labels(logits, mask)
-        loss = None if labels is None else self._loss(logits, labels)
-        if logits.dim() == 2:
+            logits, cache = run.logits(weights, inputs, cache, mask)
+            loss = None if labels is None else answer_loss(logits, labels, run.shift)
+            classifies, logits = logits.dim() == 2, logits if return_logits else None
+        if classifies:
             return SequenceClassifierOutput(loss=loss, logits=logits)
-        kind = Seq2SeqLMOutput if encoder_decoder else CausalLMOutputWithPast
+        kind = CausalLMOutputWithPast if run.shift else Seq2SeqLMOutput
         return kind(loss=loss, logits=logits, past_key_values=cache)
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        shift = not getattr(self.config, "is_encoder_decoder", False)
-        answers, targets, _ = answer_positions(logits, labels, shift)
-        return nn.functional.cross_entropy(answers, targets, ignore_index=IGNORE_INDEX)
+    def prepare(self, inputs: Mapping[str, Any], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+        """Inputs and labels as [`score`] scores them, see [`prepare_inputs`]. It does this itself."""
+        return prepare_inputs(self.model.get_base_model(), inputs, labels)
+
+    @torch.no_grad()
+    def score(
+        self, labels: torch.Tensor, task: Tasks = None, routing: str | None = None, **inputs: Any
+    ) -> AnswerScores:
+        """Scores of each row's answer, without gradients.
+
+        Logits are made at the answers' tokens only, a few tokens of all members at a time, and the base model runs on
+        no more rows at once than the batch has: memory does not grow with the number of members. The members' scores
+        alone are [`AnswerScorer`]'s.
+
+        Args:
+            labels (`torch.Tensor` of shape `(B, T)` or `(B,)`): -100 where a token does not count.
+            task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
+            routing (`str`, *optional*): overrides the ensemble's own.
+            inputs: inputs of the base model.
+
+        Raises:
+            `ScoringError`: for a row without an answer token, and for packed rows.
+            `EnsembleError`: for adapters that were deleted, replaced or merged.
+        """
+        inputs, labels = self.prepare(inputs, labels)
+        check_answers(labels, not self._is_encoder_decoder)
+        weights = self._routed_weights(task, routing, inputs, labels if labels.dim() == 2 else None)
+        return self._combined_forward().scores(weights, inputs, labels, self._label_mask(task, len(weights)))
+
+    @torch.no_grad()
+    def member_answers(self, labels: torch.Tensor, task: Tasks = None, **inputs: Any) -> Iterator[MemberTokens]:
+        """Each member's own logits at the answers' tokens, a few tokens at a time; arguments as for [`score`]."""
+        self.check_adapters()
+        inputs, labels = self.prepare(inputs, labels)
+        yield from self._combined_forward().member_tokens(inputs, labels, self._label_mask(task, len(labels)))
 
     @torch.no_grad()
     def generate(
@@ -234,16 +291,16 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         routing: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue prompts with the ensemble; takes what the base model's `generate` takes.
+        """Continue prompts with the ensemble; takes the arguments of the base model's `generate`.
 
-        Each step's logits are combined over the adapters, each with key-value states of its own.
+        Each step combines the logits of the adapters, each of which has key-value states of its own.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, T)`): prompts, padded on the left; `inputs` is another name.
+            input_ids (`torch.Tensor` of shape `(B, T)`): prompts, padded on the left; `inputs` is an alias.
             task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
-            routing (`str`, *optional*): in place of the ensemble's own.
-            kwargs: as of `GenerationMixin.generate`: greedy, sampling and beams, streamers, stopping criteria, dynamic
+            routing (`str`, *optional*): overrides the ensemble's own.
+            kwargs: see `GenerationMixin.generate`: greedy, sampling and beams, streamers, stopping criteria, dynamic
                 and static caches.
 
         Raises:
@@ -268,23 +325,24 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         """The adapters of a task as one plain PEFT adapter.
 
         Args:
-            task (`str`, *optional*): whose weights; the default weights without one.
-            rank (`int`, *optional*): cap of the rank, and the error that it makes is stated. Without it the rank is
-                the sum of the adapters' ranks, and `sum` and `lines` are exact.
+            task (`str`, *optional*): task whose weights to use; the default weights if not given.
+            rank (`int`, *optional*): largest rank; the result states the error of the truncation. By default the rank
+                is the sum of the adapters' ranks, and `sum` and `lines` are exact.
             method (`str`, *optional*, defaults to `"sum"`):
                 `sum` is what the combination `weights` computes; `lines` (LiNeS) scales it by depth with `alpha` and
                 `beta`; `ties`, `dare_linear`, `dare_ties` (with `density`, and `seed` for DARE), `breadcrumbs` (with
                 `drop_smallest` and `drop_largest`) and `pcb` (PCB-Merging, with `density`) merge entry by entry.
-            options: of the method.
+            options: the method's own.
 
         Returns:
-            [`MergedAdapter`]: to be saved as plain PEFT files, or put on a model.
+            [`MergedAdapter`]: to save as plain PEFT files, or to add to a model.
 
         Raises:
             `EnsembleError`: for an unknown task or method, and adapters that have no merged form.
         """
         if task is not None and task not in self.weights:
             raise EnsembleError(f"No weights for the task {task!r}; known: {sorted(self.weights)}.")
+        self.check_adapters()
         weights = self.default_weights if task is None else self.weights[task]
         return merge_adapters(self.model, weights, rank, method, **options)
 
@@ -296,35 +354,33 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         batch_size: int = 8,
         min_weight: float = 0.0,
         max_values: int = 2**27,
+        max_rows: int | None = None,
+        seed: int = 0,
+        mixed_precision: str = "no",
     ) -> WeightFit:
         """Learn the weights of each task, and default weights for all of them, on the adapters' outputs.
 
-        Every adapter runs once over the rows; the mean loss of the combined outputs is convex in the weights and is
-        minimised on the cached logits. The ensemble has the new weights afterwards.
-
-        Args:
-            dataset (`dict[str, Dataset]` or rows with a column `task`):
-                Rows of token ids and labels, of each task. Rows that the adapters were not trained on.
-            constraint (`str`, *optional*, defaults to `"simplex"`):
-                `simplex` (none below 0, sum 1), `convex` (none below 0, any sum) or `free`.
-            data_collator (`Callable`, *optional*): from rows to a batch; pads on the right by default.
-            batch_size (`int`, *optional*, defaults to 8): rows per forward of each adapter.
-            min_weight (`float`, *optional*, defaults to 0.0): on the simplex, lighter adapters are left out.
-            max_values (`int`, *optional*): most logits to keep, 4 bytes each.
-
-        Returns:
-            [`WeightFit`]: with the losses of equal weights and of single adapters beside.
-
-        Raises:
-            `EnsembleError`: see `fitting.fit_ensemble`.
+        The ensemble has the new weights afterwards. [`fit_ensemble`] fits them without setting them, and describes the
+        arguments.
         """
-        fit = fit_ensemble(self, dataset, constraint, data_collator, batch_size, min_weight, max_values)
-        self.weights = {**self.weights, **{task: fit.weights_of(fitted) for task, fitted in fit.tasks.items()}}
-        self.default_weights = fit.weights_of(fit.overall)
-        check_weights(self.weights, self.adapter_names)
-        check_weights({"default": self.default_weights}, self.adapter_names)
+        fit = fit_ensemble(
+            self,
+            dataset,
+            constraint,
+            data_collator,
+            batch_size,
+            min_weight,
+            max_values,
+            max_rows,
+            seed,
+            mixed_precision,
+        )
+        weights = {**self.weights, **{task: fit.weights_of(fitted) for task, fitted in fit.tasks.items()}}
+        default = fit.weights_of(fit.overall)
+        check_weights({**weights, "default": default}, self.adapter_names)
+        self.weights, self.default_weights = weights, default
         return fit
 
     def vllm_obstacles(self) -> dict[str, list[str]]:
-        """For each adapter, why vLLM would refuse it or compute it wrongly; empty lists where it serves them."""
+        """For each adapter, why vLLM would refuse it or compute it wrongly; an empty list where it serves it."""
         return {name: vllm_obstacles(self.model.peft_config[name]) for name in self.adapter_names}

@@ -1,8 +1,9 @@
 """The head of a language model at the answer tokens alone, a few of them at a time."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +16,37 @@ from .virtual_tokens import positions_before
 LOGITS_BYTES = 64 * 2**20
 
 
-class AnswerHead:
-    """Scores of answer tokens without the logits `(B, T, V)` of a whole batch.
-
-    The model runs once with its head on one position a row. The hidden states of the answer tokens are then put in the
-    place of its body's output, piece by piece, so that whatever the model does behind its body (scaling, capping) is
-    done by its own code. Where the head is not trained, the gradient of every token's log-probability in its hidden
-    state is taken with the piece, after which the piece's logits are dropped.
+@dataclass
+class BodyRun:
+    """One run of a model's body, from which its head can go on.
 
     Args:
-        model (`nn.Module`): its trained parameters require gradients, all others do not.
+        inputs (`dict`): what the model was given.
+        outputs (`dict[nn.Module, Any]`): output of the body and, of an encoder-decoder, of the encoder.
+        hidden (`torch.Tensor` of shape `(B, n, H)`): hidden states at the positions that were asked for.
+        width (`int`): number of the head's outputs, `V`.
+    """
+
+    inputs: Mapping[str, Any]
+    outputs: dict[nn.Module, Any]
+    hidden: torch.Tensor
+    width: int
+
+
+class AnswerHead:
+    """Logits and scores of answer tokens without the logits `(B, T, V)` of a whole batch.
+
+    The model runs once with its head on one position per row. The hidden states of the answer tokens then take the
+    place of its body's output, piece by piece, so that everything behind the body (scaling, capping) is done by the
+    model's own code. Where the head is not trained, the gradient of each token's log-probability in its hidden state is
+    taken together with the piece, after which the piece's logits are dropped.
+
+    Args:
+        model (`nn.Module`): a model, or a `PeftModel`.
+
+    Attributes:
+        usable (`bool`): whether the model has a body and a head to tell apart.
+        width (`int`, *optional*): number of the head's outputs, where the head tells it.
     """
 
     def __init__(self, model: nn.Module):
@@ -32,63 +54,71 @@ class AnswerHead:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         body, encoder = _part(base, "decoder"), _part(base, "encoder")
         # The one whose output the head is given comes first.
-        self._bodies = [part for part in (body, encoder) if part is not None]
-        find_head = getattr(base, "get_output_embeddings", None)
-        self.usable = body is not None and callable(find_head) and find_head() is not None
+        self.bodies = [part for part in (body, encoder) if part is not None]
+        self.usable = body is not None and _output_layer(base) is not None
+        self.width = head_width(base)
 
     def __call__(self, inputs: Mapping[str, Any], labels: torch.Tensor, shift: bool) -> AnswerScores:
         """Scores of a batch.
 
         Args:
-            inputs (`dict`): what the model takes, without labels.
+            inputs (`dict`): the model's inputs, without labels.
             labels (`torch.Tensor` of shape `(B, T)`): -100 where a token does not count.
             shift (`bool`): whether position t predicts label t + 1.
         """
-        index, targets = _answer_positions(labels, shift)
-        wanted = targets != IGNORE_INDEX
-        with _recording(self._bodies) as outputs:
-            # The body's output with all positions goes on to the head with one.
-            hidden, vocabulary = self._hidden(inputs, outputs, index, labels.shape[1])
+        index, targets = answer_tokens(labels, shift)
+        run = self.run_body(inputs, index, labels.shape[1])
         # Adapters differ in whether they train the head.
-        if torch.is_grad_enabled() and self._logits(inputs, outputs, hidden[:, :1].detach()).requires_grad:
-            log_probs, correct = token_scores(self._logits(inputs, outputs, hidden), targets.clamp(min=0))
+        if torch.is_grad_enabled() and self.logits(run, run.hidden[:, :1].detach()).requires_grad:
+            log_probs, correct = token_scores(self.logits(run, run.hidden), targets.clamp(min=0))
         else:
-            log_probs, correct = self._in_pieces(inputs, outputs, hidden, targets, vocabulary)
-        rows, _ = wanted.nonzero(as_tuple=True)
-        return AnswerScores(log_probs[wanted], correct[wanted], rows, wanted.sum(dim=1))
+            log_probs, correct = self._in_pieces(run, targets)
+        return select_answers(log_probs, correct, targets)
 
-    def _hidden(self, inputs, outputs: dict, index: torch.Tensor, length: int) -> tuple[torch.Tensor, int]:
-        """Hidden states of the answer tokens `(B, n, H)`, and the number of the head's outputs."""
-        found = []
+    def run_body(self, inputs: Mapping[str, Any], index: torch.Tensor | None, length: int) -> BodyRun:
+        """Run the model up to its head.
 
-        def keep(module, arguments, output):
+        Args:
+            inputs (`dict`): the model's inputs, without labels.
+            index (`torch.Tensor` of shape `(B, n)`, *optional*): positions to keep of each row; all by default.
+            length (`int`): number of positions that the index counts from; virtual tokens come before them.
+        """
+        outputs: dict[nn.Module, Any] = {}
+        kept: list[torch.Tensor] = []
+
+        def record(module, arguments, output):
+            if module is not self.bodies[0]:
+                outputs[module] = output
+                return output
             states = output.last_hidden_state
-            positions = index + positions_before(self._model, states.shape[1], length)
-            found.append(states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1])))
-            return _with_states(output, found[-1][:, :1])
+            if index is not None:
+                positions = index + positions_before(self._model, states.shape[1], length)
+                states = states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+            kept.append(states)
+            outputs[module] = _with_states(output, states[:, :1])
+            return outputs[module]
 
-        # After the recording hook, which is to see the body's own output.
-        handle = self._bodies[0].register_forward_hook(keep)
+        handles = [body.register_forward_hook(record) for body in self.bodies]
         try:
-            logits = self._model(**inputs).logits
+            width = self._model(**inputs).logits.shape[-1]
         finally:
-            handle.remove()
-        return found[0], logits.shape[-1]
+            for handle in handles:
+                handle.remove()
+        return BodyRun(inputs, outputs, kept[-1], width)
 
-    def _logits(self, inputs, outputs: dict, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's own logits behind given hidden states: `(B, n, H)` to `(B, n, V)`."""
-        replaced = {body: outputs[body] for body in self._bodies if body in outputs}
-        replaced[self._bodies[0]] = _with_states(outputs[self._bodies[0]], hidden)
-        with _answering(replaced):
-            return self._model(**inputs).logits
+    def logits(self, run: BodyRun, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's own logits behind given hidden states, `(B, n, H)` to `(B, n, V)`."""
+        body = self.bodies[0]
+        with _answering({**run.outputs, body: _with_states(run.outputs[body], hidden)}):
+            return self._model(**run.inputs).logits
 
-    def _in_pieces(self, inputs, outputs, hidden, targets, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-        size = max(1, LOGITS_BYTES // (4 * vocabulary * len(hidden)))
-        with_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    def _in_pieces(self, run: BodyRun, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with_gradient = torch.is_grad_enabled() and run.hidden.requires_grad
         log_probs, correct, slopes = [], [], []
-        for states, tokens in zip(hidden.detach().split(size, dim=1), targets.split(size, dim=1)):
+        size = tokens_at_once(len(targets), run.width)
+        for states, tokens in zip(run.hidden.detach().split(size, dim=1), targets.split(size, dim=1)):
             states.requires_grad_(with_gradient)
-            found, right = token_scores(self._logits(inputs, outputs, states), tokens.clamp(min=0))
+            found, right = token_scores(self.logits(run, states), tokens.clamp(min=0))
             if with_gradient:
                 # Each token's log-probability depends on its own hidden state alone.
                 slopes.append(torch.autograd.grad(found.sum(), states)[0])
@@ -97,17 +127,45 @@ class AnswerHead:
         values = torch.cat(log_probs, dim=1)
         if with_gradient:
             # Zero, with the log-probabilities' gradient.
+            hidden = run.hidden
             values = values + ((hidden - hidden.detach()).float() * torch.cat(slopes, dim=1).float()).sum(dim=-1)
         return values, torch.cat(correct, dim=1)
 
 
-def _answer_positions(labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions that predict each row's answer tokens, and these tokens, `(B, n)`; -100 where a row has fewer."""
+def head_width(base: nn.Module) -> int | None:
+    """Number of outputs of a language model's head; `None` without a head, or where it does not tell."""
+    return getattr(_output_layer(base), "out_features", None)
+
+
+def tokens_at_once(rows: int, width: int) -> int:
+    """How many tokens of each row go through a head of this width together; at least 1."""
+    return max(1, LOGITS_BYTES // max(4 * rows * width, 1))
+
+
+def answer_tokens(labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions that predict each row's answer tokens, and these tokens, `(B, n)`; -100 where a row has fewer.
+
+    A label per row, `(B,)`, is one answer token at position 0.
+    """
+    if labels.dim() == 1:
+        return torch.zeros_like(labels).unsqueeze(1), labels.unsqueeze(1)
     tokens = labels[:, 1:] if shift else labels
     counts = (tokens != IGNORE_INDEX).sum(dim=1)
     # A stable sort puts the answer's positions first, in their order.
     index = (tokens == IGNORE_INDEX).long().argsort(dim=1, stable=True)[:, : int(counts.max())]
     return index, tokens.gather(1, index)
+
+
+def select_answers(log_probs: torch.Tensor, correct: torch.Tensor, targets: torch.Tensor) -> AnswerScores:
+    """Scores of the tokens that count, from values for all `(B, n)` of [`answer_tokens`]."""
+    wanted = targets != IGNORE_INDEX
+    rows, _ = wanted.nonzero(as_tuple=True)
+    return AnswerScores(log_probs[wanted], correct[wanted], rows, wanted.sum(dim=1))
+
+
+def _output_layer(base: nn.Module) -> nn.Module | None:
+    find = getattr(base, "get_output_embeddings", None)
+    return find() if callable(find) else None
 
 
 def _part(base: nn.Module, name: str) -> nn.Module | None:
@@ -120,22 +178,6 @@ def _with_states(output: Any, states: torch.Tensor) -> Any:
     changed = copy.copy(output)
     changed["last_hidden_state"] = states
     return changed
-
-
-@contextmanager
-def _recording(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
-    """While open, the latest output of each module, by module."""
-    outputs: dict[nn.Module, Any] = {}
-
-    def record(module, arguments, output):
-        outputs[module] = output
-
-    handles = [module.register_forward_hook(record) for module in modules]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

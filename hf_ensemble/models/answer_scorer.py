@@ -60,7 +60,7 @@ class AnswerScorer:
         inputs, labels = self.prepare(inputs, labels)
         check_answers(labels, self.shift)
         if labels.dim() == 2 and self._head.usable:
-            return self._head(self._completed(inputs, labels), labels, self.shift)
+            return self._head(inputs, labels, self.shift)
         return score_answers(self.logits(inputs, labels, tasks), labels, self.shift)
 
     def logits(
@@ -70,7 +70,7 @@ class AnswerScorer:
 
         Arguments as for a call, after [`prepare`].
         """
-        logits = self.model(**self._completed(inputs, labels)).logits
+        logits = self.model(**inputs).logits
         logits = without_virtual_tokens(self.model, logits, labels)
         return restrict_to_labels(logits, self._label_mask(tasks)) if logits.dim() == 2 else logits
 
@@ -80,16 +80,6 @@ class AnswerScorer:
         if tasks is None:
             raise ScoringError("Expected the task of each row, whose label set its answer is from; found none.")
         return self.label_space.mask(tasks)
-
-    def _completed(self, inputs: Mapping[str, Any], labels: torch.Tensor) -> dict[str, Any]:
-        inputs, mask = dict(inputs), inputs.get("attention_mask")
-        if labels.dim() == 2 and self.shift and mask is not None and (mask[:, 0] == 0).any():
-            # Left padding: models number positions from the padding on unless told otherwise.
-            inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        if hasattr(getattr(self.model, "config", None), "use_cache"):
-            # Key-value caches would be built, and gradients kept through them, for nothing.
-            inputs["use_cache"] = False
-        return inputs
 
 
 def rows_without_answer(labels: torch.Tensor, shift: bool) -> list[int]:

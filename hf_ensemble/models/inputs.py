@@ -22,8 +22,8 @@ def prepare_inputs(
     """Inputs and labels whose outputs depend on each row's own example only, not on its padding.
 
     Encoder-decoder models get the decoder inputs that their forward would otherwise derive from the labels. Language
-    models get their padding on the right, where no position, state or virtual token counts it. Preparing twice is the
-    same as preparing once.
+    models get their padding on the right, where no position, state or virtual token counts it, or positions that count
+    from the first token. No key-value cache is built. Preparing twice is the same as preparing once.
 
     Args:
         model (`nn.Module`): the model.
@@ -37,10 +37,18 @@ def prepare_inputs(
     """
     refuse_packed_rows(inputs)
     inputs = dict(inputs)
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        # Caches would be built, and gradients kept through them, for nothing.
+        inputs["use_cache"] = False
     if labels.dim() != 2:
         return inputs, labels
     if not is_encoder_decoder(model):
-        return _right_padded(model, inputs, labels)
+        inputs, labels = _right_padded(model, inputs, labels)
+        mask = inputs.get("attention_mask")
+        if mask is not None and (mask[:, 0] == 0).any():
+            # Models number positions from the padding on unless told otherwise.
+            inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        return inputs, labels
     if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
         inputs["decoder_input_ids"] = _decoder_input_ids(model, labels)
     return _right_padded(model, inputs, None)[0], labels

@@ -13,7 +13,7 @@ from hf_ensemble.ensemble import fit_weights
 from hf_ensemble.ensemble.weighting.convex import MAX_WEIGHT
 from hf_ensemble.ensemble.weighting.objectives import logits_objective, mixed_loss, probs_objective
 from hf_ensemble.errors import EnsembleError
-from hf_ensemble.tasks import LabelSpace, TaskCollator
+from hf_ensemble.tasks import LabelSpace, TaskCollator, token_scores
 
 
 def cached(seed, members=4, examples=40, width=7, strength=2.0):
@@ -44,10 +44,16 @@ def plain_loss(logits, targets, rows, w, combination):
     return float(sum(examples) / len(examples))
 
 
+def objective_of(combination, logits, targets, rows):
+    if combination == "logits":
+        return logits_objective(logits, targets, rows)
+    return probs_objective(torch.stack([token_scores(own, targets)[0] for own in logits]), rows)
+
+
 @pytest.mark.parametrize("combination", ["logits", "probs"])
 def test_objective_has_its_definition_gradient_and_hessian(combination):
     data = cached(0)
-    objective = (probs_objective if combination == "probs" else logits_objective)(*data)
+    objective = objective_of(combination, *data)
     w = np.array([0.1, 0.2, 0.3, 0.4])
     value, gradient, hessian = objective(w)
     assert value == pytest.approx(plain_loss(*data, w, combination), rel=1e-6)
@@ -59,7 +65,7 @@ def test_objective_has_its_definition_gradient_and_hessian(combination):
         assert np.allclose(hessian[k], (up[1] - down[1]) / 2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("constraint", ["simplex", "convex", "free"])
+@pytest.mark.parametrize("constraint", ["simplex", "nonnegative", "unconstrained"])
 @pytest.mark.parametrize("seed", range(4))
 def test_fitted_weights_are_the_optimum_to_a_millionth(constraint, seed):
     data = cached(seed, members=2 + seed, strength=1.0 + seed)
@@ -67,7 +73,9 @@ def test_fitted_weights_are_the_optimum_to_a_millionth(constraint, seed):
     loss = lambda w: float(mixed_loss(*data, torch.tensor(w)))  # noqa: E731
     objective = logits_objective(*data)
     members = 2 + seed
-    bounds = [((0.0 if constraint != "free" else -MAX_WEIGHT), (1.0 if constraint == "simplex" else MAX_WEIGHT))]
+    bounds = [
+        ((0.0 if constraint != "unconstrained" else -MAX_WEIGHT), (1.0 if constraint == "simplex" else MAX_WEIGHT))
+    ]
     sums = {"type": "eq", "fun": lambda w: w.sum() - 1.0}
     other = minimize(
         lambda w: objective(w)[:2],
@@ -95,7 +103,7 @@ def test_the_sparse_and_the_extreme_optimum():
     logits[2, torch.arange(len(targets)), targets] = 0.5
     known = torch.stack([logits[2], logits[2] * 0, -logits[2]])
     assert fit_weights(known, targets, rows).weights == pytest.approx([1, 0, 0], abs=1e-9)
-    assert fit_weights(known, targets, rows, constraint="convex").weights[0] == pytest.approx(MAX_WEIGHT)
+    assert fit_weights(known, targets, rows, constraint="nonnegative").weights[0] == pytest.approx(MAX_WEIGHT)
     # Two alike adapters leave the split open, not the loss.
     twice = torch.cat([logits[:2], logits[:1]])
     assert fit_weights(twice, targets, rows).loss == pytest.approx(
@@ -112,7 +120,7 @@ def test_light_adapters_are_left_out_on_request():
     assert sparse.loss - sparse.gap == pytest.approx(full.loss - full.gap, abs=1e-8)
 
 
-@pytest.mark.parametrize("constraint", ["simplex", "convex", "free"])
+@pytest.mark.parametrize("constraint", ["simplex", "nonnegative", "unconstrained"])
 def test_impossible_labels_do_not_spoil_weights_of_either_sign(constraint):
     logits, targets, rows = cached(3)
     logits = torch.cat([logits, torch.full((*logits.shape[:2], 2), float("-inf"))], -1)
@@ -123,12 +131,12 @@ def test_impossible_labels_do_not_spoil_weights_of_either_sign(constraint):
 def test_mean_of_distributions_reaches_its_optimum():
     data = cached(5, members=3)
     fitted = fit_weights(*data, combination="probs")
-    objective = probs_objective(*data)
+    objective = objective_of("probs", *data)
     grid = [np.array([a, b, 1 - a - b]) for a in np.linspace(0, 1, 101) for b in np.linspace(0, 1, 101) if a + b <= 1]
     best = min(objective(w)[0] for w in grid)
     assert fitted.gap <= 1e-6 and best - 1e-4 < fitted.loss <= best
     with pytest.raises(EnsembleError, match="expected constraint='simplex'"):
-        fit_weights(*data, combination="probs", constraint="free")
+        fit_weights(*data, combination="probs", constraint="unconstrained")
     with pytest.raises(EnsembleError, match="Unknown constraint 'ridge'"):
         fit_weights(*data, constraint="ridge")
 
@@ -184,8 +192,6 @@ def test_forms_of_data(ensemble):
     again = ensemble.fit_weights(table, batch_size=4)
     assert again.report()["y"] == pytest.approx(first.report()["y"], abs=1e-6)
     assert set(ensemble.weights) == {"x", "y"}
-    few = ensemble.fit_weights(data, max_values=1, batch_size=2)
-    assert few.tasks["x"].loss != pytest.approx(first.tasks["x"].loss, abs=1e-3)
     for bad, message in [
         ({}, "rows of at least one task, found none"),
         ({"x": []}, r"found none of \['x'\]"),
@@ -220,7 +226,7 @@ def test_classifiers_fit_within_their_label_sets():
         task: [{"input_ids": torch.randint(3, 20, (5,)).tolist(), "labels": labels[i % 2]} for i in range(6)]
         for task, labels in (("x", (0, 1)), ("y", (1, 3)))
     }
-    fit = ensemble.fit_weights(data, constraint="free")
+    fit = ensemble.fit_weights(data, constraint="unconstrained")
     with torch.no_grad():
         ids = torch.tensor([row["input_ids"] for row in data["y"]])
         loss = ensemble(input_ids=ids, labels=torch.tensor([row["labels"] for row in data["y"]]), task="y").loss

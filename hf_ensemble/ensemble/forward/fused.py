@@ -1,7 +1,7 @@
 """All adapters of a batch in one forward of the base model, through stacked matrices."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,13 +192,20 @@ def _add_batched(result: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: 
     hidden = torch.bmm(x.reshape(adapters, -1, x.shape[-1]), down)
     if result.dtype != hidden.dtype or torch.is_grad_enabled() or not result.is_contiguous():
         return (result + torch.bmm(hidden, up).view_as(result)).to(result.dtype)
-    result.view(adapters, -1, result.shape[-1]).baddbmm_(hidden, up)
+    # Autocast casts what goes into a product, but not what goes into one that writes in place.
+    result.view(adapters, -1, result.shape[-1]).baddbmm_(hidden, up.to(hidden.dtype))
     return result
 
 
-def _with_adapter(layer: nn.Module, name: str | None, plain: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The layer's own forward with one adapter, or with none."""
-    held = [module for module in layer.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+@contextmanager
+def active_adapter(layers: Iterable[nn.Module], name: str | None) -> Iterator[None]:
+    """While open, these layers use one adapter, or none; PEFT's active adapter and `requires_grad` stay as they are."""
+    held = [
+        module
+        for layer in layers
+        for module in layer.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
     before = [(module, module._active_adapter, module._disable_adapters) for module in held]
     try:
         for module in held:
@@ -206,10 +213,16 @@ def _with_adapter(layer: nn.Module, name: str | None, plain: Callable, *args: An
                 module._disable_adapters = True
             else:
                 module._active_adapter = [name]
-        return plain(*args, **kwargs)
+        yield
     finally:
         for module, active, disabled in before:
             module._active_adapter, module._disable_adapters = active, disabled
+
+
+def _with_adapter(layer: nn.Module, name: str | None, plain: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The layer's own forward with one adapter, or with none."""
+    with active_adapter([layer], name):
+        return plain(*args, **kwargs)
 
 
 def _of_rows(args: tuple, rows: slice, batch_size: int) -> tuple:

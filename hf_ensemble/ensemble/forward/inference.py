@@ -1,37 +1,53 @@
-"""Running a base model with the adapters that each row of a batch weighs."""
+"""Running a base model with the adapters of each row."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..._compat import adapters_untouched
+from ..._compat import preserve_active_adapter
 from ...errors import EnsembleError
 from ...logging import get_logger
 from .cache import EnsembleCache
 from .combination import CombinedOutputs
 from .fused import CannotFuseError, Stacks, grouped_adapters, summed_adapters
-from .rows import AdapterRows, batch_size_of, take_rows
+from .rows import AdapterRows, take_rows
 
 logger = get_logger(__name__)
 
-_BESIDE = "_hf_ensemble_stacks"
+_STACKS_ATTRIBUTE = "_hf_ensemble_stacks"
+
+
+class MemberOutput(NamedTuple):
+    """What one adapter gives for some rows of a batch.
+
+    Args:
+        member (`int`): number of the adapter.
+        rows (`torch.Tensor` of shape `(r,)`): ascending row numbers.
+        weights (`torch.Tensor` of shape `(r,)`): weight of the adapter for each of them.
+        values (`torch.Tensor` of shape `(r, ...)`): the outputs.
+    """
+
+    member: int
+    rows: torch.Tensor
+    weights: torch.Tensor
+    values: torch.Tensor
 
 
 class MemberForward:
-    """Computes a batch's combined outputs; lives for one call of the ensemble.
+    """Runs the base model with the adapters of each row; lives for one call of the ensemble.
 
-    Fused, the base runs once on all pairs of a row and an adapter. Otherwise, and where a layer cannot be served
-    so, the adapters run one after the other, each on its rows. Both give the same.
+    Fused, the base runs once on all pairs of a row and an adapter. Otherwise, and where a layer cannot be fused, the
+    adapters run one after the other, each on its rows. Both give the same outputs.
 
     Args:
         model (`PeftModel`): holds the adapters.
         forward (`Callable`): the base model's own forward.
-        names (`Sequence[str]`): adapters, in the order of the weights' columns.
+        names (`Sequence[str]`): adapter names, in the order of the weights' columns.
         combination (`str`): `logits`, `log_probs` or `probs`.
         fused (`bool`): whether to run all adapters at once.
     """
@@ -46,12 +62,12 @@ class MemberForward:
         self.fused = fused
         self._stacks = Stacks()
         self._restore = ExitStack()
-        # Of an encoder-decoder that generates: the weights of the prompts and each adapter's encoder states.
+        # While an encoder-decoder generates: the weights of the prompts and each adapter's encoder states.
         self._encoded: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
     def __enter__(self) -> "MemberForward":
         if not self.fused:
-            self._restore.enter_context(adapters_untouched(self.model))
+            self._restore.enter_context(preserve_active_adapter(self.model))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -65,36 +81,49 @@ class MemberForward:
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Combined outputs `(batch_size, ..., V)`; `weights` is `(batch_size, adapters)`."""
-        rows = AdapterRows.from_weights(weights, self.names)
         combined = CombinedOutputs(len(weights), self.combination, mask)
-        for k, logits in self._logits(rows, inputs, cache):
-            combined.add(rows.rows[k], rows.weights[k], logits)
+        for output in self.outputs(AdapterRows.from_weights(weights, self.names), inputs, cache):
+            combined.add(output.rows, output.weights, output.values)
         return combined.result()
-
-    def members(self, inputs: Mapping[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Number and logits of every adapter, on all rows."""
-        weights = torch.ones(batch_size_of(inputs), len(self.names), device=inputs["input_ids"].device)
-        yield from self._logits(AdapterRows.from_weights(weights, self.names), inputs, None)
 
     def encode(self, encoder: torch.nn.Module, weights: torch.Tensor, inputs: Mapping[str, Any]) -> None:
         """Run the encoder once for each pair; later calls decode from these states."""
         rows = AdapterRows.from_weights(weights, self.names)
-        own = self.forward
-        self.forward = encoder.forward
-        try:
-            outputs = self._logits(rows, inputs, None, "last_hidden_state")
-            self._encoded = (weights, [states for _, states in outputs])
-        finally:
-            self.forward = own
+        outputs = self.outputs(rows, inputs, read=lambda own: encoder.forward(**own).last_hidden_state)
+        self._encoded = (weights, [output.values for output in outputs])
 
-    def _logits(
-        self, rows: AdapterRows, inputs: Mapping[str, Any], cache: EnsembleCache | None, output: str = "logits"
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Number and outputs of each adapter of the batch, over its own rows."""
+    def outputs(
+        self,
+        rows: AdapterRows,
+        inputs: Mapping[str, Any],
+        cache: EnsembleCache | None = None,
+        read: Callable[[dict[str, Any]], torch.Tensor] | None = None,
+        max_pairs: int | None = None,
+    ) -> Iterator[MemberOutput]:
+        """Outputs of each adapter on its rows, in the order of the adapters.
+
+        Args:
+            rows (`AdapterRows`): the pairs to run.
+            inputs (`dict`): the base model's inputs, of the whole batch.
+            cache (`EnsembleCache`, *optional*): key-value states of all pairs.
+            read (`Callable`, *optional*): from the inputs of some pairs to a tensor with one row per pair; the base
+                model's logits by default.
+            max_pairs (`int`, *optional*): pairs to run at once. Without a cache only.
+        """
+        read = read or (lambda own: self.forward(**own).logits)
+        if not self.fused or max_pairs is None:
+            yield from self._run(rows, inputs, cache, read, self._stacks)
+            return
+        for part in rows.parts(max_pairs):
+            # Stacks of all parts would add up to a copy of every adapter.
+            yield from self._run(part, inputs, cache, read, Stacks())
+
+    def _run(self, rows: AdapterRows, inputs, cache, read, stacks: Stacks) -> Iterator[MemberOutput]:
         if self.fused:
             decoded = 0 if cache is None else cache.get_seq_length()
             try:
-                yield from enumerate(self._at_once(rows, inputs, cache, output))
+                for k, values in enumerate(self._at_once(rows, inputs, cache, read, stacks)):
+                    yield self._output(rows, k, values)
                 return
             except CannotFuseError as error:
                 if decoded:
@@ -108,21 +137,23 @@ class MemberForward:
             if caches is not None:
                 own["past_key_values"] = caches[k]
             self.model.set_adapter(name, inference_mode=True)
-            yield k, getattr(self.forward(**own), output)
+            yield self._output(rows, k, read(own))
 
-    def _at_once(self, rows, inputs, cache, output) -> Sequence[torch.Tensor]:
+    def _output(self, rows: AdapterRows, k: int, values: torch.Tensor) -> MemberOutput:
+        return MemberOutput(self.names.index(rows.names[k]), rows.rows[k], rows.weights[k], values)
+
+    def _at_once(self, rows, inputs, cache, read, stacks: Stacks) -> Sequence[torch.Tensor]:
         own = take_rows(inputs, rows.index, rows.batch_size)
         own.update(self._states(rows))
         if cache is not None:
             (own["past_key_values"],) = cache.of(rows, fused=True)
-        stacks = self._stacks if cache is None or torch.is_grad_enabled() else cache.stacks
+            stacks = stacks if torch.is_grad_enabled() else cache.stacks
         with grouped_adapters(self.model, rows.names, rows.sizes, stacks):
-            outputs = getattr(self.forward(**own), output)
-        return outputs.split(rows.sizes)
+            return read(own).split(rows.sizes)
 
     def _unfuse(self, cache: EnsembleCache | None) -> None:
         self.fused = False
-        self._restore.enter_context(adapters_untouched(self.model))
+        self._restore.enter_context(preserve_active_adapter(self.model))
         if cache is not None:
             cache.reset()
 
@@ -136,18 +167,18 @@ class MemberForward:
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=own)}
 
 
-def stacks_beside(cache: Any) -> Stacks:
-    """The adapters' concatenated matrices that go with a base model's key-value states: made once for a decoding."""
-    known = getattr(cache, _BESIDE, None)
+def kept_stacks(cache: Any) -> Stacks:
+    """The adapters' concatenated matrices of the earlier calls of a decoding; they are made once."""
+    known = getattr(cache, _STACKS_ATTRIBUTE, None)
     if known is None or torch.is_grad_enabled():
         return Stacks()
     return known
 
 
-def keep_beside(cache: Any, stacks: Stacks) -> None:
-    """Leave them with the states for the next call."""
+def keep_stacks(cache: Any, stacks: Stacks) -> None:
+    """Keep them with the key-value states for the next call."""
     if isinstance(cache, Cache) and not torch.is_grad_enabled():
-        setattr(cache, _BESIDE, stacks)
+        setattr(cache, _STACKS_ATTRIBUTE, stacks)
 
 
 @contextmanager
@@ -158,12 +189,12 @@ def summed_weights(
 
     Args:
         model (`PeftModel`): holds the adapters.
-        names (`Sequence[str]`): adapters, in the order of the weights' columns.
+        names (`Sequence[str]`): adapter names, in the order of the weights' columns.
         weights (`torch.Tensor` of shape `(batch_size, len(names))`): weight of each adapter for each row.
-        stacks (`Stacks`, *optional*): of an earlier call with the same adapters.
+        stacks (`Stacks`, *optional*): stacks of an earlier call with the same adapters.
 
     Raises:
-        `EnsembleError`: for a model with a layer that cannot be served so.
+        `EnsembleError`: for a model with a layer that cannot sum adapters.
     """
     used = weights.any(0).nonzero().squeeze(1).tolist()
     try:

@@ -1,6 +1,6 @@
-"""Which rows of a batch each adapter computes."""
+"""Which rows of a batch each adapter runs on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ _SHARED_INPUTS = ("cache_position", "logits_to_keep")
 
 @dataclass(frozen=True)
 class AdapterRows:
-    """The pairs of a row and an adapter that gives it a weight, adapter by adapter.
+    """The pairs of a row and an adapter that has a weight for it, adapter by adapter.
 
     Args:
-        names (`list[str]`): adapters that some row weighs.
+        names (`list[str]`): adapters with a weight for some row.
         rows (`list[torch.Tensor]`): ascending row numbers of each of these adapters.
         weights (`list[torch.Tensor]`): weight of the adapter for each of its rows.
-        batch_size (`int`): rows of the batch.
+        batch_size (`int`): number of rows in the batch.
     """
 
     names: list[str]
@@ -28,7 +28,7 @@ class AdapterRows:
 
     @classmethod
     def from_weights(cls, weights: torch.Tensor, names: Sequence[str]) -> "AdapterRows":
-        """Read off the non-zero entries of `weights`, `(batch_size, adapters)`."""
+        """The non-zero entries of `weights`, `(batch_size, adapters)`."""
         used = [(name, weights[:, column].nonzero().squeeze(1), column) for column, name in enumerate(names)]
         used = [(name, rows, weights[rows, column]) for name, rows, column in used if len(rows)]
         return cls([name for name, _, _ in used], [rows for _, rows, _ in used], [w for _, _, w in used], len(weights))
@@ -38,6 +38,23 @@ class AdapterRows:
         """Row of each pair, `(pairs,)`."""
         return torch.cat(self.rows)
 
+    def parts(self, max_pairs: int | None) -> Iterator["AdapterRows"]:
+        """Consecutive pairs, `max_pairs` of them at a time; all at once by default."""
+        if max_pairs is None or sum(self.sizes) <= max_pairs:
+            yield self
+            return
+        pairs = [(k, i) for k, size in enumerate(self.sizes) for i in range(size)]
+        for start in range(0, len(pairs), max_pairs):
+            own: dict[int, list[int]] = {}
+            for k, i in pairs[start : start + max_pairs]:
+                own.setdefault(k, []).append(i)
+            yield AdapterRows(
+                [self.names[k] for k in own],
+                [self.rows[k][i[0] : i[-1] + 1] for k, i in own.items()],
+                [self.weights[k][i[0] : i[-1] + 1] for k, i in own.items()],
+                self.batch_size,
+            )
+
     @property
     def sizes(self) -> list[int]:
         """Number of rows of each adapter."""
@@ -45,12 +62,12 @@ class AdapterRows:
 
 
 def batch_size_of(inputs: Mapping[str, Any]) -> int:
-    """Number of rows of a model's inputs."""
+    """Number of rows in a model's inputs."""
     return next(v for k, v in inputs.items() if torch.is_tensor(v) and k not in _SHARED_INPUTS).shape[0]
 
 
 def take_rows(inputs: Mapping[str, Any], rows: torch.Tensor, batch_size: int) -> dict[str, Any]:
-    """The inputs of some rows; what does not belong to rows is passed on as it is."""
+    """The inputs of some rows; inputs without a row dimension are passed on as they are."""
     if len(rows) == batch_size and torch.equal(rows, torch.arange(batch_size, device=rows.device)):
         return dict(inputs)
     return {key: _take(key, value, rows, batch_size) for key, value in inputs.items()}

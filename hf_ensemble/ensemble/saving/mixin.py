@@ -57,6 +57,7 @@ class SavingMixin:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `ensemble_config.json` and one plain PEFT adapter per member, safetensors only."""
+        self.check_adapters()
         save_ensemble(Path(folder), self.model, self.ensemble_config())
 
     @classmethod

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import minimize
 
-CONSTRAINTS = ("simplex", "convex", "free")
-# Bounds make every problem have an optimum: without them, adapters that separate the data would grow for ever.
+CONSTRAINTS = ("simplex", "nonnegative", "unconstrained")
+# Without bounds, the weights of adapters that separate the data would grow for ever.
 MAX_WEIGHT = 10.0
 _TOLERANCE = 1e-9
 
@@ -14,7 +14,12 @@ Objective = Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]]
 
 
 def bounds_of(constraint: str) -> tuple[float, float]:
-    return {"simplex": (0.0, 1.0), "convex": (0.0, MAX_WEIGHT), "free": (-MAX_WEIGHT, MAX_WEIGHT)}[constraint]
+    """Smallest and largest value of a single weight."""
+    return {
+        "simplex": (0.0, 1.0),
+        "nonnegative": (0.0, MAX_WEIGHT),
+        "unconstrained": (-MAX_WEIGHT, MAX_WEIGHT),
+    }[constraint]
 
 
 def minimize_convex(

@@ -1,36 +1,27 @@
-"""Fitting an ensemble's weights to rows of its tasks: outputs are computed once, weights are learnt on these."""
+"""Fitting an ensemble's weights to rows of its tasks, on outputs that the adapters compute once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
 from ...errors import EnsembleError
-from ...logging import get_logger
-from ...tasks import IGNORE_INDEX, TASK, pop_meta, restrict_to_labels
-from ...tasks.answers import answer_positions
-from ..forward.task_weights import label_mask
+from ...models.wrappers import evaluation_mode
+from ...tasks import TASK
+from .collation import Collator, default_collator
+from .collector import AnswerCollector, Members, Rows
 from .objectives import FittedWeights, Objective, fit_objective, logits_objective, probs_objective
-
-if TYPE_CHECKING:
-    from ..model import PeftEnsembleModel
-
-logger = get_logger(__name__)
-
-Rows = Sequence[Mapping[str, Any]]
-Collator = Callable[[list[Mapping[str, Any]]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class WeightFit:
-    """Fitted weights beside the plain choices.
+    """Fitted weights, and how they compare with equal weights and single adapters.
 
     Args:
-        adapter_names (`list[str]`): order of the weights.
+        adapter_names (`list[str]`): adapter names, in the order of the weights.
         tasks (`dict[str, FittedWeights]`): weights of each task.
-        overall (`FittedWeights`): one set of weights for all tasks, each of which counts alike.
+        overall (`FittedWeights`): one set of weights for all tasks, which count equally.
     """
 
     adapter_names: list[str]
@@ -38,7 +29,7 @@ class WeightFit:
     overall: FittedWeights
 
     def weights_of(self, fitted: FittedWeights) -> dict[str, float]:
-        """By adapter, without those that weigh nothing."""
+        """Weight of each adapter, without those of weight 0."""
         return {name: float(w) for name, w in zip(self.adapter_names, fitted.weights) if w}
 
     def report(self) -> dict[str, dict[str, float]]:
@@ -56,18 +47,44 @@ class WeightFit:
 
 
 def fit_ensemble(
-    ensemble: "PeftEnsembleModel",
+    ensemble: Members,
     dataset: "Mapping[str, Rows] | Rows",
     constraint: str = "simplex",
     data_collator: Collator | None = None,
     batch_size: int = 8,
     min_weight: float = 0.0,
     max_values: int = 2**27,
+    max_rows: int | None = None,
+    seed: int = 0,
+    mixed_precision: str = "no",
 ) -> WeightFit:
-    """Fit weights, see [`PeftEnsembleModel.fit_weights`].
+    """Fit the weights of each task, and one set of weights for all tasks, on the adapters' outputs.
+
+    Every adapter runs once over the rows; the mean loss of the combined outputs is convex in the weights and is
+    minimised on the kept logits. The ensemble stays as it is. Results depend on the rows and the seed, and on the batch
+    size by rounding only.
+
+    Args:
+        ensemble ([`PeftEnsembleModel`]): the ensemble.
+        dataset (`dict[str, Dataset]` or rows with a column `task`):
+            Rows of token ids and labels, by task. Use rows that the adapters were not trained on.
+        constraint (`str`, *optional*, defaults to `"simplex"`):
+            `simplex` (none below 0, sum 1), `nonnegative` (none below 0, any sum) or `unconstrained`.
+        data_collator (`Callable`, *optional*): from rows to a batch; pads on the right by default.
+        batch_size (`int`, *optional*, defaults to 8): rows per forward, halved where memory runs out.
+        min_weight (`float`, *optional*, defaults to 0.0): on the simplex, lighter adapters are left out.
+        max_values (`int`, *optional*): most values to keep of all tasks together, 4 bytes each.
+        max_rows (`int`, *optional*): most rows of a task; a seeded sample is drawn from larger ones.
+        seed (`int`, *optional*, defaults to 0): seed of the samples.
+        mixed_precision (`str`, *optional*, defaults to `"no"`): `"bf16"` or `"fp16"` runs the adapters under autocast.
+
+    Returns:
+        [`WeightFit`]: the weights, with the losses of equal weights and of single adapters.
 
     Raises:
-        `EnsembleError`: without rows, and for the combination `weights`, whose loss is not convex in its weights.
+        `EnsembleError`:
+            Without rows, labels or answers, for a `max_values` that holds no answer token, and for the combination
+            `weights`, whose loss is not convex in its weights.
     """
     if ensemble.combination == "weights":
         raise EnsembleError(
@@ -75,12 +92,32 @@ def fit_ensemble(
             "and compare the losses before using them for 'weights'."
         )
     tables = _by_task(dataset)
-    make = probs_objective if ensemble.combination == "probs" else logits_objective
-    limit = max_values // (len(tables) * len(ensemble.adapter_names))
-    objectives = {}
-    for task, rows in tables.items():
-        cached = _outputs(ensemble, task, rows, data_collator or _collate(ensemble), batch_size, limit)
-        objectives[task] = make(*cached)
+    is_mixture = ensemble.combination == "probs"
+    collect = AnswerCollector(
+        ensemble,
+        data_collator or default_collator(ensemble.config),
+        batch_size,
+        max_values // len(tables),
+        max_rows,
+        seed,
+        log_probs_only=is_mixture,
+        mixed_precision=mixed_precision,
+    )
+    least = len(tables) * collect.values_per_token
+    if max_values < least:
+        raise EnsembleError(
+            f"max_values={max_values} holds no answer token of {len(ensemble.adapter_names)} adapters for each of "
+            f"{len(tables)} tasks. Pass max_values={least} or more."
+        )
+    objectives: dict[str, Objective] = {}
+    with evaluation_mode(ensemble):
+        for task, rows in tables.items():
+            answers = collect(task, rows)
+            objectives[task] = (
+                probs_objective(answers.values, answers.rows)
+                if is_mixture
+                else logits_objective(answers.values, answers.targets, answers.rows)
+            )
 
     def overall(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         parts = [objective(w) for objective in objectives.values()]
@@ -101,88 +138,10 @@ def _by_task(dataset: "Mapping[str, Rows] | Rows") -> dict[str, Rows]:
         for row in dataset:
             if TASK not in row:
                 raise EnsembleError(
-                    f"Expected a dict of tables by task, or rows with a column 'task', found a row with {sorted(row)}."
+                    f"Expected a dict of rows by task, or rows with a column 'task', found a row with {sorted(row)}."
                 )
             tables.setdefault(row[TASK], []).append(row)
     empty = sorted(task for task, rows in tables.items() if not len(rows))
     if empty or not tables:
         raise EnsembleError(f"Expected rows of at least one task, found none{f' of {empty}' if empty else ''}.")
     return tables
-
-
-@torch.no_grad()
-def _outputs(ensemble, task: str, rows: Rows, collate: Collator, batch_size: int, max_values: int):
-    """Every adapter's logits at the answers `(m, n, V)`, targets `(n,)` and examples `(n,)`, on the CPU."""
-    shift = not getattr(ensemble.config, "is_encoder_decoder", False)
-    parts, values, count = [], 0, 0
-    for start in range(0, len(rows), batch_size):
-        if parts and values >= max_values:
-            logger.warning(
-                "Weights of %r are fitted to its first %d of %d rows, whose logits fill max_values; raise it to use "
-                "more.",
-                task,
-                count,
-                len(rows),
-            )
-            break
-        examples = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        batch = dict(collate(examples))
-        pop_meta(batch)
-        batch = {key: value.to(ensemble.device) for key, value in batch.items()}
-        if "labels" not in batch:
-            raise EnsembleError(f"The rows of {task!r} have no labels to fit weights to.")
-        logits, targets, own = _batch_outputs(ensemble, task, batch, shift)
-        parts.append((logits, targets, own + count))
-        count += len(examples)
-        values += logits[0].numel()
-    logits, targets, owners = zip(*parts)
-    if not sum(map(len, targets)):
-        raise EnsembleError(f"The rows of {task!r} have no answer token to fit weights to.")
-    return torch.cat(logits, 1), torch.cat(targets), torch.cat(owners)
-
-
-def _batch_outputs(ensemble, task: str, batch: dict[str, torch.Tensor], shift: bool):
-    labels = batch.pop("labels")
-    if not shift and "decoder_input_ids" not in batch:
-        batch["decoder_input_ids"] = ensemble.model.get_base_model().prepare_decoder_input_ids_from_labels(labels)
-    if ensemble.can_generate():
-        batch["use_cache"] = False
-    collected = []
-    with ensemble.member_forward() as run:
-        for _, logits in run.members(batch):
-            if logits.dim() == 2:
-                logits = restrict_to_labels(logits, label_mask(task, len(labels), ensemble.label_space))
-            answers, targets, own = answer_positions(logits, labels, shift)
-            collected.append(answers.cpu())
-    return torch.stack(collected), targets.cpu(), own.cpu()
-
-
-def _collate(ensemble) -> Collator:
-    """Numbers and lists of numbers as tensors, padded on the right; other columns are left out."""
-    pad = getattr(ensemble.config, "pad_token_id", None) or 0
-    fill = {"input_ids": pad, "decoder_input_ids": pad, "labels": IGNORE_INDEX}
-
-    def collate(examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        examples = [
-            {**row, "attention_mask": row.get("attention_mask", [1] * len(row["input_ids"]))} for row in examples
-        ]
-        return {
-            key: _padded([row[key] for row in examples], fill.get(key, 0))
-            for key in examples[0]
-            if _is_numeric(examples[0][key])
-        }
-
-    return collate
-
-
-def _padded(values: list[Any], fill: int) -> torch.Tensor:
-    tensors = [torch.as_tensor(value) for value in values]
-    if not tensors[0].dim():
-        return torch.stack(tensors)
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
-
-
-def _is_numeric(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(isinstance(v, (int, float)) for v in value)
-    return isinstance(value, (int, float, np.ndarray, torch.Tensor)) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""How much each adapter counts for a task: a convex problem on cached logits."""
+"""The weights of a task's adapters as a convex problem on their logits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from ...errors import EnsembleError
+from ...tasks import token_scores
 from .convex import CONSTRAINTS, minimize_convex
 
-# Entries of the cached logits that are turned to float64 at a time.
+# Entries of the logits that are converted to float64 at a time.
 _CHUNK_VALUES = 2**23
 
 Objective = Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]]
@@ -17,15 +18,15 @@ Objective = Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class FittedWeights:
-    """Weights `(m,)` and the mean example loss that they reach on the data they were fitted to, in nats.
+    """Weights, and the mean example loss, in nats, that they reach on the data they were fitted to.
 
     Args:
         weights (`np.ndarray` of shape `(m,)`): weight of each adapter.
-        loss (`float`): with these weights.
-        gap (`float`): the loss is at most this far above that of the best weights of the constraint.
-        uniform_loss (`float`): with equal weights.
-        one_hot_losses (`np.ndarray` of shape `(m,)`): with one adapter alone.
-        constraint (`str`): `simplex`, `convex` or `free`.
+        loss (`float`): loss with these weights.
+        gap (`float`): bound on how far the loss is above that of the best weights of the constraint.
+        uniform_loss (`float`): loss with equal weights.
+        one_hot_losses (`np.ndarray` of shape `(m,)`): loss of each adapter alone.
+        constraint (`str`): `simplex`, `nonnegative` or `unconstrained`.
     """
 
     weights: np.ndarray
@@ -87,10 +88,14 @@ def logits_objective(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Te
     return objective
 
 
-def probs_objective(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> Objective:
-    """The same for the mean of the adapters' distributions; shapes as in [`mixed_loss`]."""
-    shares = _token_shares(rows).numpy()
-    log_probs = torch.stack([torch.log_softmax(own.double(), -1).gather(1, targets[:, None])[:, 0] for own in logits])
+def probs_objective(log_probs: torch.Tensor, rows: torch.Tensor) -> Objective:
+    """The same for the mean of the adapters' distributions.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(m, n)`): log-probability of each answer token under each adapter.
+        rows (`torch.Tensor` of shape `(n,)`): the example each token belongs to, from 0 on.
+    """
+    shares, log_probs = _token_shares(rows).numpy(), log_probs.double()
     highest = log_probs.amax(0)
     # Of each token in units of the best adapter's probability, so that none underflows.
     relative, highest = (log_probs - highest).exp().numpy(), highest.numpy()
@@ -121,8 +126,11 @@ def fit_weights(
         combination (`str`): `logits` (or `log_probs`, whose loss is the same) or `probs`.
         min_weight (`float`): lighter adapters are left out, see [`fit_objective`].
     """
-    make = probs_objective if combination == "probs" else logits_objective
-    return fit_objective(make(logits, targets, rows), len(logits), constraint, combination, min_weight)
+    if combination == "probs":
+        objective = probs_objective(torch.stack([token_scores(own, targets)[0] for own in logits]), rows)
+    else:
+        objective = logits_objective(logits, targets, rows)
+    return fit_objective(objective, len(logits), constraint, combination, min_weight)
 
 
 def fit_objective(
@@ -137,11 +145,11 @@ def fit_objective(
     Args:
         objective (`Callable`): value, gradient and Hessian.
         members (`int`): number of adapters.
-        constraint (`str`): `simplex` (none below 0, sum 1), `convex` (none below 0 or above 10, any sum) or `free`
-            (between -10 and 10).
-        combination (`str`): of the loss; a mean of distributions (`probs`) has weights on the simplex only.
+        constraint (`str`): `simplex` (none below 0, sum 1), `nonnegative` (none below 0 or above 10, any sum) or
+            `unconstrained` (between -10 and 10).
+        combination (`str`): what is combined; the mean of distributions (`probs`) has weights on the simplex only.
         min_weight (`float`): on the simplex, adapters below it are left out unless one adapter or equal weights are
-            then better: a light adapter changes little and costs its forward pass.
+            then better: a light adapter changes little and costs a forward pass.
 
     Raises:
         `EnsembleError`: for an unknown constraint or one that the combination does not allow.

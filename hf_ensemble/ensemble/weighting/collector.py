@@ -1,0 +1,175 @@
+"""Every adapter's outputs at a task's answers, kept on the CPU within a cap."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedConfig
+
+from ...errors import EnsembleError
+from ...logging import get_logger
+from ...models.answer_head import answer_tokens
+from ...models.batches import HalvingOnFullMemory, length_sorted_batches
+from ...models.precision import autocast
+from ...tasks import IGNORE_INDEX, pop_meta, token_scores
+from ..forward.scoring import MemberTokens
+from .collation import Collator
+from .sampling import evenly_spaced, spread_sample, tokens_per_row
+
+logger = get_logger(__name__)
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Members(Protocol):
+    """What a [`PeftEnsembleModel`] tells of its adapters' outputs."""
+
+    adapter_names: list[str]
+    combination: str
+    config: PreTrainedConfig
+    device: torch.device
+    num_outputs: int
+
+    def prepare(self, inputs: Mapping[str, Any], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+        """Inputs and labels as they are scored."""
+
+    def member_answers(self, labels: torch.Tensor, task: str, **inputs: Any) -> Iterator[MemberTokens]:
+        """Each adapter's logits at the answer tokens of a batch."""
+
+
+@dataclass(frozen=True)
+class CollectedAnswers:
+    """What the adapters say of the answers of one task; `n` answer tokens.
+
+    Args:
+        values (`torch.Tensor`):
+            Logits `(m, n, V)` of each adapter; or only the log-probabilities `(m, n)` of the answer tokens.
+        targets (`torch.Tensor` of shape `(n,)`): the answer tokens.
+        rows (`torch.Tensor` of shape `(n,)`): number of the row that each token belongs to, from 0 on.
+    """
+
+    values: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AnswerCollector:
+    """Runs an ensemble's adapters over rows and keeps what they say of the answers.
+
+    Args:
+        members (`Members`): the ensemble.
+        collate (`Callable`): from rows to a batch with `labels`.
+        batch_size (`int`): rows per batch, at most; batches are halved where memory runs out.
+        max_values (`int`): most values to keep, of 4 bytes each; at least `values_per_token`.
+        max_rows (`int`, *optional*): most rows to use; a sample of them is drawn from larger tasks.
+        seed (`int`): seed of the samples.
+        log_probs_only (`bool`): keep the log-probability of each answer token in place of its logits.
+        mixed_precision (`str`): see [`autocast`].
+    """
+
+    members: Members
+    collate: Collator
+    batch_size: int
+    max_values: int
+    max_rows: int | None
+    seed: int
+    log_probs_only: bool
+    mixed_precision: str
+
+    def __call__(self, task: str, rows: Rows) -> CollectedAnswers:
+        """Outputs at the answers of one task's rows.
+
+        Where not all answer tokens fit, rows are sampled over the whole set and the tokens within a row are evenly
+        spaced. What is kept depends on the rows and the seed, not on the batch size.
+
+        Raises:
+            `EnsembleError`: for rows without labels or without an answer.
+        """
+        budget = self.max_values // self.values_per_token
+        chosen = spread_sample(len(rows), min(budget, self.max_rows or budget), self.seed)
+        own = [rows[i] for i in chosen]
+        counts, lengths = self._count(task, own, chosen)
+        kept = tokens_per_row(counts, budget)
+        if len(own) < min(len(rows), self.max_rows or len(rows)) or kept != counts:
+            logger.warning(
+                "The weights of %r are fitted to %d answer tokens of %d rows: max_values=%d does not hold all %d rows.",
+                task,
+                sum(kept),
+                len(own),
+                self.max_values,
+                len(rows),
+            )
+        return self._collect(task, own, kept, length_sorted_batches(lengths, self.batch_size))
+
+    @property
+    def values_per_token(self) -> int:
+        """How many values are kept for one answer token."""
+        return len(self.members.adapter_names) * (1 if self.log_probs_only else self.members.num_outputs)
+
+    def _count(self, task: str, rows: Rows, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Answer tokens and length of each row."""
+        counts: list[int] = []
+        lengths: list[int] = []
+        for start in range(0, len(rows), self.batch_size):
+            inputs, labels = self._batch(task, rows[start : start + self.batch_size])
+            counts += (answer_tokens(labels, self._shift)[1] != IGNORE_INDEX).sum(1).tolist()
+            mask = inputs.get("attention_mask")
+            ids = next(value for value in inputs.values() if torch.is_tensor(value))
+            lengths += [ids.shape[1]] * len(labels) if mask is None else mask.sum(1).tolist()
+        if not all(counts):
+            raise EnsembleError(
+                f"Expected an answer in every row of {task!r}, found no answer token in row "
+                f"{numbers[counts.index(0)]}: all labels are -100. Drop such rows."
+            )
+        return counts, lengths
+
+    def _batch(self, task: str, rows: Rows) -> tuple[dict[str, Any], torch.Tensor]:
+        batch = dict(self.collate(list(rows)))
+        pop_meta(batch)
+        if "labels" not in batch:
+            raise EnsembleError(f"The rows of {task!r} have no labels to fit weights to. Add a column 'labels'.")
+        return self.members.prepare(batch, batch.pop("labels"))
+
+    @torch.no_grad()
+    def _collect(self, task: str, rows: Rows, kept: list[int], batches: list[list[int]]) -> CollectedAnswers:
+        ends = torch.tensor(kept).cumsum(0)
+        shape = [len(self.members.adapter_names), int(ends[-1])]
+        values = torch.empty(shape if self.log_probs_only else [*shape, self.members.num_outputs])
+        targets = torch.empty(shape[1], dtype=torch.long)
+        device = self.members.device
+
+        def run(batch: list[int]) -> None:
+            inputs, labels = self._batch(task, [rows[i] for i in batch])
+            labels = keep_tokens(labels, [kept[i] for i in batch], self._shift)
+            numbers = torch.cat([torch.arange(int(ends[i]) - kept[i], int(ends[i])) for i in batch])
+            found = answer_tokens(labels, self._shift)[1]
+            targets[numbers] = found[found != IGNORE_INDEX]
+            inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+            with autocast(device, self.mixed_precision):
+                for member, tokens, answers, logits in self.members.member_answers(labels.to(device), task, **inputs):
+                    own = token_scores(logits, answers)[0] if self.log_probs_only else logits
+                    values[member, numbers[tokens.cpu()]] = own.cpu()
+
+        run_halving = HalvingOnFullMemory(run)
+        for batch in batches:
+            run_halving(batch)
+        return CollectedAnswers(values, targets, torch.arange(len(rows)).repeat_interleave(torch.tensor(kept)))
+
+    @property
+    def _shift(self) -> bool:
+        return not getattr(self.members.config, "is_encoder_decoder", False)
+
+
+def keep_tokens(labels: torch.Tensor, kept: Sequence[int], shift: bool) -> torch.Tensor:
+    """Labels `(B, T)` with -100 at all answer tokens but `kept` evenly spaced ones of each row; `(B,)` as they are."""
+    if labels.dim() == 1:
+        return labels
+    labels = labels.clone()
+    for row, size in enumerate(kept):
+        positions = (labels[row, int(shift) :] != IGNORE_INDEX).nonzero().flatten() + int(shift)
+        left_out = torch.ones(len(positions), dtype=torch.bool)
+        left_out[evenly_spaced(len(positions), size)] = False
+        labels[row, positions[left_out]] = IGNORE_INDEX
+    return labels
