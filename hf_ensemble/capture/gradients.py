@@ -173,8 +173,8 @@ class GradientExtractor:
         inputs, labels = self._scorer.prepare(inputs, inputs.pop("labels"))
         if rows_without_answer(labels, self._scorer.shift):
             raise CaptureError(
-                "Expected at least one answer token per example, found an example with no answer token: all of its labels "
-                "are -100. Drop such rows."
+                "Expected at least one answer token per example, found an example with no answer token: all of its "
+                "labels are -100. Drop such rows."
             )
         tasks = meta.get(TASK)
         precision = capture_precision(self.model, device, self.mixed_precision)

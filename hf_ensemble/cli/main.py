@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
     Returns:
-        `int`: 0 on success, 1 for an error of the user's input (printed in one line; `--debug` shows the traceback), 130
-        when interrupted.
+        `int`: 0 on success, 1 for an error of the user's input (printed in one line; `--debug` shows the traceback),
+        130 when interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv

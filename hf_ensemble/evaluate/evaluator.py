@@ -27,8 +27,8 @@ class Evaluator:
     """Scores every row of a token table once, in its order.
 
     The batches are the evaluator's own: options of a training's dataloaders (dropped last batches, persistent workers,
-    grouping by length) do not apply. Under a distributed launcher the processes share the rows, and each gets the scores of
-    all. The model's modes and the random state are left as they were.
+    grouping by length) do not apply. Under a distributed launcher the processes share the rows, and each gets the
+    scores of all. The model's modes and the random state are left as they were.
 
     Args:
         model (`nn.Module`): what is put into evaluation mode and tells the device.
@@ -93,8 +93,8 @@ class Evaluator:
         """
         if not len(rows):
             raise TaskError(
-                f"No row of task {name!r} is left to evaluate: every answer was cut off. Raise max_length, or give rows "
-                "with shorter prompts."
+                f"No row of task {name!r} is left to evaluate: every answer was truncated. Raise max_length, or pass "
+                "rows with shorter prompts."
             )
         parts = run_on_all(lambda: self._own_scores(scorer, rows, margin, bar))
         positions = np.concatenate([part[0] for part in parts])

@@ -41,8 +41,8 @@ def push_ensemble_to_hub(
     base = config.base_model.name_or_path
     if Path(base).is_absolute():
         logger.warning(
-            "The base model is the local folder %r: anyone loading %r must pass base_model=. To avoid that, push the base "
-            "model to the Hub and train from there.",
+            "The base model is the local folder %r: anyone loading %r must pass base_model=. To avoid that, push the "
+            "base model to the Hub and train from there.",
             base,
             repo_id,
         )

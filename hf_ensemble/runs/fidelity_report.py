@@ -44,7 +44,9 @@ class FirstOrderError:
 
 @dataclass(frozen=True)
 class FidelityReport(Record):
-    """Predicted and true validation losses of `S` subsets and `T` tasks. Figures that are not defined are NaN, null in JSON.
+    """Predicted and true validation losses of `S` subsets and `T` tasks.
+
+    Figures that are not defined, such as a rank correlation over two subsets, are NaN, and null in JSON.
 
     Args:
         task_names (`list[str]`): the tasks.

@@ -191,8 +191,8 @@ class EnsembleWeights(Record):
     Args:
         weights (`dict[str, dict[str, float]]`): adapters left out weigh 0.
         losses (`dict[str, dict[str, float]]`, *optional*):
-            Where weights were fitted: validation loss of each task with the `fitted` weights, with equal ones (`uniform`)
-            and with the best single adapter (`one_hot`), on the rows that they were fitted to.
+            Where weights were fitted: validation loss of each task with the `fitted` weights, with equal ones
+            (`uniform`) and with the best single adapter (`one_hot`), on the rows that they were fitted to.
     """
 
     format = "hf_ensemble.ensemble_weights"
@@ -207,8 +207,8 @@ class Evaluation(Record):
 
     Args:
         scores (`dict[str, dict[str, dict[str, TaskScores]]]`):
-            By the prefix given to `evaluate` (`"eval"` by default), by system (`"ensemble"`, `"baseline"`, `"selection"`)
-            and by task.
+            By the prefix given to `evaluate` (`"eval"` by default), by system (`"ensemble"`, `"baseline"`,
+            `"selection"`) and by task.
     """
 
     format = "hf_ensemble.evaluation"

@@ -1,6 +1,6 @@
 """Arguments of the trainers: those of `TrainingArguments` and `SFTConfig`, and the settings of every stage."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 from trl import SFTConfig
@@ -41,20 +41,12 @@ class RunArguments(FeatureSettings):
         super().__post_init__()
         self.capture_config()
 
-    def capture_config(self, mixed_precision: str = "no") -> CaptureConfig:
-        """Settings of the capture pass.
-
-        Args:
-            mixed_precision (`str`, *optional*, defaults to `"no"`): that of the training. Gradients of single examples
-                underflow in float16 without loss scaling, so a capture beside `"fp16"` runs in float32.
-        """
-        config = CaptureConfig(
-            **{own.name: getattr(self, own.name) for own in fields(FeatureSettings)},
-            batch_size=self.per_device_eval_batch_size if self.capture_batch_size is None else self.capture_batch_size,
-            max_batch_tokens=self.capture_batch_tokens,
-            mixed_precision="bf16" if mixed_precision == "bf16" else "no",
-        )
-        return config.resolved(self)
+    def capture_config(self) -> CaptureConfig:
+        """Settings of the capture pass, in the precision of the training."""
+        batch_size = self.per_device_eval_batch_size if self.capture_batch_size is None else self.capture_batch_size
+        return CaptureConfig.from_settings(
+            self, batch_size=batch_size, max_batch_tokens=self.capture_batch_tokens
+        ).resolved(self)
 
 
 @dataclass
@@ -71,8 +63,8 @@ class EnsembleArguments(GroupingSettings, RunArguments):
     ensemble_weights: str = field(
         default="fitted",
         metadata={
-            "help": "'fitted' gives each task the weights with the least validation loss; 'own_group' the adapter of its "
-            "own group alone."
+            "help": "'fitted' gives each task the weights with the least validation loss, 'own_group' only the adapter "
+            "of its own group."
         },
     )
 

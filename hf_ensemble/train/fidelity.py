@@ -43,8 +43,8 @@ def measure_fidelity(
         subsets (`Sequence[Sequence[str]]`, *optional*): in place of random ones.
         num_repeated (`int`, *optional*, defaults to 0): how many of the subsets, from the first on, are trained with a
             second seed, for the noise ceiling.
-        num_transplanted (`int`, *optional*, defaults to 3): number of subsets whose predicted parameters are put into the
-            model, for the error of the first-order approximation alone.
+        num_transplanted (`int`, *optional*, defaults to 3): number of subsets whose predicted parameters are put into
+            the model, for the error of the first-order approximation alone.
         seed (`int`, *optional*, defaults to 0): seed of the draw of subsets.
 
     Raises:

@@ -108,8 +108,8 @@ class FlowTrainerMixin(Generic[Flow]):
             raise ConfigurationError(f"{type(self).__name__}.train() takes no {sorted(kwargs)}.")
         if resume_from_checkpoint not in (None, True, False):
             raise ConfigurationError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} names a checkpoint of one training, and a run makes "
-                "several. Leave it out: a run goes on where it stopped when it is started again."
+                f"Expected no checkpoint in resume_from_checkpoint, since a run consists of several trainings; found "
+                f"{resume_from_checkpoint!r}. Leave it out: a run that is started again resumes by itself."
             )
         self.open_run()
         output = self.flow.train()
@@ -146,8 +146,8 @@ class FlowTrainerMixin(Generic[Flow]):
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`): first word of the metrics' names.
 
         Returns:
-            `dict[str, float]`: `PREFIX_TASK_loss` and `PREFIX_TASK_accuracy` (share of rows whose whole answer is right),
-            and `PREFIX_mean_...` over the tasks.
+            `dict[str, float]`: `PREFIX_TASK_loss` and `PREFIX_TASK_accuracy` (share of rows whose whole answer is
+            right), and `PREFIX_mean_...` over the tasks.
 
         Raises:
             `TaskError`: for unknown tasks, and for a task whose every answer is cut off.
@@ -194,8 +194,9 @@ class FlowTrainerMixin(Generic[Flow]):
     ):
         """Upload what the run has made: the ensemble with its model card, or the final adapter.
 
-        Takes the arguments of `Trainer.push_to_hub`; `hub_model_id`, `hub_token`, `hub_private_repo` and `hub_revision` are
-        read from `args`. It always waits for the upload, and makes the card from the run, not from `kwargs`.
+        Takes the arguments of `Trainer.push_to_hub`; `hub_model_id`, `hub_token`, `hub_private_repo` and
+        `hub_revision` are read from `args`. It always waits for the upload, and makes the card from the run, not from
+        `kwargs`.
 
         Raises:
             `ConfigurationError`: before training.

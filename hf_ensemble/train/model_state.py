@@ -15,8 +15,8 @@ class ModelState:
     """Attributes, hooks, modes and trainability of every module of a model, as they are now.
 
     A trainer wraps the model's forward in autocast, patches a fused head onto it, enables gradient checkpointing with
-    hooks on the embeddings, and marks the model as prepared. All of it outlives the trainer, so the next one on the same
-    model would find a model that is not the one the first found.
+    hooks on the embeddings, and marks the model as prepared. All of it outlives the trainer, so the next one would not
+    find the model that the first one found.
 
     Args:
         model (`nn.Module`): the model. Parameters and buffers are not copied.

@@ -61,8 +61,8 @@ def check_labels(model, label_space: LabelSpace | None) -> None:
 class MultiTaskMixin:
     """What the trainers over a dict of datasets share.
 
-    Such a trainer is never trained itself. It makes trainers for single adapters, each a new one of the user's own class, so
-    that whatever a subclass overrides or a callback does happens in every training.
+    Such a trainer is never trained itself. It makes trainers for single adapters, each of the user's own class, so that
+    whatever a subclass overrides or a callback does happens in every training.
 
     Attributes:
         tasks (`TaskSet`): the tasks.
@@ -149,8 +149,8 @@ class MultiTaskMixin:
     ) -> Trainer:
         """A trainer for the active adapter, of this trainer's own class, as if it were the first on the model.
 
-        It has the attributes that a subclass's constructor has set, the callbacks that this trainer has now, and nothing
-        else of its state. Callbacks with state of their own (`ExportableState`) are copied, others shared.
+        It has the attributes that a subclass's constructor has set and the callbacks that this trainer has now, and
+        shares no other state. Callbacks with a state of their own (`ExportableState`) are copied, others shared.
 
         Args:
             args (`TrainingArguments`): its arguments.

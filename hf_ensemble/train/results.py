@@ -9,7 +9,7 @@ def collect_results(
     trainer: EnsembleTrainer | EnsembleSFTTrainer | SelectionTrainer | SelectionSFTTrainer,
     fidelity: FidelityReport | None = None,
 ) -> Results:
-    """Score every system on the tasks' test rows (evaluation rows unless all tasks have test rows) and write the results.
+    """Score every system on the tasks' test rows, or on evaluation rows unless all tasks have test rows.
 
     Args:
         trainer (`EnsembleTrainer`, `SelectionTrainer` or one of their SFT forms): a trainer whose `train()` is done.

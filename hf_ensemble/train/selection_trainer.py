@@ -60,8 +60,8 @@ class SelectionTrainer(SelectionMixin, MultiTaskTrainer):
     """`transformers.Trainer` that fine-tunes for one target on the datasets that help it.
 
     Changes: `train_dataset` and `eval_dataset` are dicts of named datasets, `target` names one of them; [`train`]
-    captures gradients, selects the auxiliary tasks and fine-tunes once; [`evaluate`] reports every task, and the target also
-    as `PREFIX_loss` and `PREFIX_accuracy`.
+    captures gradients, selects the auxiliary tasks and fine-tunes once; [`evaluate`] reports every task, and the target
+    also as `PREFIX_loss` and `PREFIX_accuracy`.
     """
 
     config_class = SelectionConfig

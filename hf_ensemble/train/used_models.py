@@ -1,4 +1,4 @@
-"""Models that an earlier run has trained on: its adapters are told from the user's own, and taken off."""
+"""Models that an earlier run has trained on: its adapters are told apart from the user's own, and removed."""
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,7 +24,7 @@ def is_of_a_run(config: PeftConfig) -> bool:
 
 
 def without_adapters_of_earlier_runs(model: nn.Module) -> nn.Module:
-    """Take adapters off that earlier runs have left on a model, so that a new run finds what a fresh model has.
+    """Remove the adapters that earlier runs have left on a model, so that a new run finds what a fresh model has.
 
     An ensemble of the earlier run raises when it is used afterwards: load it from its folder.
 
@@ -49,8 +49,8 @@ def without_adapters_of_earlier_runs(model: nn.Module) -> nn.Module:
         _unload(model)
     if left:
         logger.warning(
-            "The model was used by an earlier run, whose adapters %s are taken off. Load the ensemble of that run from its "
-            "folder to go on using it.",
+            "The model was used by an earlier run, whose adapters %s are removed from it. To keep using the ensemble of "
+            "that run, load it from its folder.",
             left,
         )
     return model
@@ -61,7 +61,7 @@ def check_adapter_names(model: PeftModel, reserved: set[str]) -> None:
     taken = sorted(name for name, config in model.peft_config.items() if name in reserved and not is_of_a_run(config))
     if taken:
         raise ConfigurationError(
-            f"The model has adapters named {taken}, which are the names of adapters that the run trains. Rename them, or "
+            f"The model has adapters named {taken}, which are names of adapters that the run trains. Rename them, or "
             "pass the base model with peft_config instead."
         )
 

@@ -96,7 +96,7 @@ def imported_modules(parts, path, known):
 
 
 def test_no_circle_of_modules():
-    known = {parts: path for parts, path in modules()}
+    known = dict(modules())
     waits = {
         parts: {other for other in imported_modules(parts, path, known) if other in known and other != parts}
         for parts, path in known.items()
@@ -129,9 +129,9 @@ def test_trainers_are_not_passed_as_any():
     untyped = []
     for parts, path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.arg) and node.arg in ("trainer", "inner", "outer"):
-                if node.annotation is None or ast.unparse(node.annotation) == "Any":
-                    untyped.append(f"{'.'.join(parts)}:{node.lineno}")
+            is_trainer = isinstance(node, ast.arg) and node.arg == "trainer"
+            if is_trainer and (node.annotation is None or ast.unparse(node.annotation) == "Any"):
+                untyped.append(f"{'.'.join(parts)}:{node.lineno}")
     assert untyped == []
 
 

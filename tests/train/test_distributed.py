@@ -36,16 +36,15 @@ from hf_ensemble.runs import RunDirectory
 folder, base, encoder, fails = sys.argv[1:5]
 
 def rows(make, sizes):
-    return {name: {"train": make(name, train, 1), "validation": make(name, count, 2)} for name, (train, count) in sizes.items()}
+    return {
+        name: {"train": make(name, train, 1), "validation": make(name, count, 2)}
+        for name, (train, count) in sizes.items()
+    }
 
 sizes = {"a": (17, 17), "b": (5, 3), "c": (17, 11)}
 prompts = rows(lambda name, count, seed: toy.sum_rows(count, seed, "diff" if name == "b" else "sum"), sizes)
 texts = rows(lambda name, count, seed: toy.text_rows(count, seed, "book" if name == "b" else "film"), sizes)
 changes = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
-
-class Failing(EnsembleSFTTrainer):
-    def prepare_rows(self, datasets):
-        return super().prepare_rows(datasets)
 
 def report(name, trainer):
     metrics = trainer.train().metrics

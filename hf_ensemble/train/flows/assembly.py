@@ -107,7 +107,10 @@ class EnsembleAssembly:
         ]
 
     def _load(self, members: list[EnsembleMember]) -> None:
-        """Put the members' adapters on the run's model, beside its own. An adapter is known by this run's having loaded it."""
+        """Put the members' adapters on the run's model, beside its own.
+
+        An adapter of the same name counts only if this object has loaded it.
+        """
         model, run = self.context.model, self.context.run
         with preserve_active_adapter(model):
             for member in members:

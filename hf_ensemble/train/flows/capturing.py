@@ -19,7 +19,7 @@ def captured_gradients(context: FlowContext, training: AdapterTraining) -> Gradi
             return capture_gradients(
                 context.model,
                 context.tasks,
-                args.capture_config(context.mixed_precision),
+                args.capture_config(),
                 run.gradients,
                 data_collator=context.data_collator,
                 encoded={

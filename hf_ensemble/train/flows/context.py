@@ -46,7 +46,7 @@ class FlowContext:
         tasks (`TaskSet`): the tasks.
         train_rows (`Dataset`): token table of all tasks' training rows, as trainers take it.
         eval_rows (`dict[str, Dataset]`): token table of each task's validation rows, as trainers take it.
-        model_columns (`Callable`): leaves the columns of a table that the model, its labels and the rows' identity need.
+        model_columns (`Callable`): drops the columns that neither the model nor the rows' identity needs.
         data_collator (`TaskCollator`): from rows to a batch.
         processing_class (`PreTrainedTokenizerBase`): the tokenizer.
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.

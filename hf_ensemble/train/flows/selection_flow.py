@@ -82,7 +82,7 @@ class SelectionFlow:
             return {MAIN_SYSTEM: self.evaluation.score_current(tables, "Evaluating the final adapter")}
 
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
-        """Score and keep the scores in the run; the target's are also the metrics `PREFIX_loss` and `PREFIX_accuracy`."""
+        """Score and report the scores; the target's are also the metrics `PREFIX_loss` and `PREFIX_accuracy`."""
         scores = self.scores(tables)
         self.report(prefix, scores)
         metrics = flat_metrics(scores, prefix, MAIN_SYSTEM)
