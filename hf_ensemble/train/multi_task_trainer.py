@@ -19,6 +19,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig
 
+from .._compat import keep_quantized_weights_in_place
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..tasks import TASK, LabelSpace, RowFormat, TaskSet, data_collator_for, encode, length_limit
@@ -79,6 +80,7 @@ class MultiTaskMixin:
         # The first thing that `Trainer` does with a model: what is recorded here is the model before any trainer.
         if not self.is_adapter_trainer and self._model_state is None:
             self._undo_preparation()
+            keep_quantized_weights_in_place(self.model)
             self._model_state = ModelState(self.model)
         super().create_accelerator_and_postprocess()
 
@@ -139,6 +141,8 @@ class MultiTaskMixin:
         lost += [name for name, rows in self.eval_dataset.items() if len(rows) == 0]
         if lost:
             raise TaskError(f"No row of the tasks {lost} is left after tokenization: raise max_length.")
+        # This trainer never runs the model.
+        self._model_state.restore()
 
     def adapter_trainer(
         self,
@@ -315,6 +319,8 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         if isinstance(self.model, PeftModel) and self.args.gradient_checkpointing:
             # SFTTrainer makes the embeddings' outputs require gradients before `Trainer` sees the model.
             self.model.disable_input_require_grads()
+            # An empty list is left behind.
+            vars(self.model.get_base_model()).pop("_require_grads_hooks", None)
 
     def adapter_trainer(self, args: SFTConfig, *tables: Any, **kwargs: Any) -> Trainer:
         # The model is loaded and the rows are tokens already.

@@ -49,7 +49,7 @@ def without_adapters_of_earlier_runs(model: nn.Module) -> nn.Module:
         _unload(model)
     if left:
         logger.warning(
-            "The model was used by an earlier run, whose adapters %s are removed from it. To keep using the ensemble of "
+            "The model was used by an earlier run, whose adapters %s are removed. To keep using the ensemble of "
             "that run, load it from its folder.",
             left,
         )

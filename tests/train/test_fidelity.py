@@ -68,5 +68,5 @@ def test_calibration_runs_are_made_once(tmp_path, base_folder, monkeypatch):
     none = sft_trainer(tmp_path / "none", base_folder, train_baseline=False, calibration_runs=0)
     none.open_run()
     assert none.flow.calibration.observed_runs(none.flow.num_calibration_runs()) == []
-    with pytest.raises(ConfigurationError, match="calibration_runs has to be 0 or more"):
+    with pytest.raises(ConfigurationError, match="calibration_runs has to be an integer of at least 0"):
         sft_trainer(tmp_path / "bad", base_folder, calibration_runs=-1)

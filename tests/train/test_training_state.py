@@ -1,7 +1,5 @@
 """Nothing that one training does to the model, the callbacks or their state reaches the next."""
 
-import copy
-
 import pytest
 import torch
 from datasets import Dataset
@@ -36,7 +34,7 @@ class Observer(TrainerCallback):
     """Keeps how the model is prepared, and the dtype and autocast state of its first forward."""
 
     def __init__(self):
-        self.preparations, self.dtypes, self.autocast = [], [], []
+        self.preparations, self.dtypes, self.autocast, self.wrappers = [], [], [], []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.preparations.append(preparation(model))
@@ -50,6 +48,23 @@ class Observer(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.handle.remove()
+
+
+class Recording:
+    """Keeps what a trainer passes to its training steps."""
+
+    def training_step(self, model, *args, **kwargs):
+        wrappers = self.args.output_dir, type(model).__name__
+        next(own for own in self.callback_handler.callbacks if isinstance(own, Observer)).wrappers.append(wrappers)
+        return super().training_step(model, *args, **kwargs)
+
+
+class RecordingEnsemble(Recording, EnsembleSFTTrainer):
+    pass
+
+
+class RecordingPlain(Recording, SFTTrainer):
+    pass
 
 
 @pytest.mark.parametrize(
@@ -66,8 +81,8 @@ class Observer(TrainerCallback):
 def test_every_training_finds_the_model_that_a_fresh_trainer_finds(tmp_path, base_folder, changes):
     ours, fresh = Observer(), Observer()
     changes = {"num_train_epochs": 1, **changes}
-    tasks = toy.sft_tasks()
-    EnsembleSFTTrainer(
+    tasks = toy.sft_tasks(8, 4)
+    RecordingEnsemble(
         model=base_folder,
         args=sft_config(tmp_path / "run", num_groups=2, **changes),
         train_dataset=tasks,
@@ -75,7 +90,7 @@ def test_every_training_finds_the_model_that_a_fresh_trainer_finds(tmp_path, bas
         callbacks=[ours],
     ).train()
     settings = {**SMALL, "bf16": False, "gradient_checkpointing": False, **changes}
-    SFTTrainer(
+    RecordingPlain(
         model=base_folder,
         args=SFTConfig(output_dir=str(tmp_path / "plain"), **settings),
         train_dataset=Dataset.from_list(tasks["sums"]["train"]),
@@ -85,14 +100,20 @@ def test_every_training_finds_the_model_that_a_fresh_trainer_finds(tmp_path, bas
     assert len(ours.preparations) == 3
     for found in ours.preparations:
         assert found == fresh.preparations[0]
-    assert set(ours.dtypes) == set(fresh.dtypes) and set(ours.autocast) == set(fresh.autocast)
-    assert len(ours.dtypes) == 3 * len(fresh.dtypes)
+    ((_, wrapper),) = set(fresh.wrappers)
+    assert {name.rsplit("/", 1)[1]: own for name, own in ours.wrappers} == dict.fromkeys(TRAININGS, wrapper)
+    assert wrapper == ("OptimizedModule" if "torch_compile" in changes else "PeftModelForCausalLM")
+    if "torch_compile" not in changes:  # whose graph does not run Python hooks
+        expected = torch.bfloat16 if changes.get("bf16") else torch.float32
+        assert set(ours.dtypes) == set(fresh.dtypes) == {expected}
+        assert set(ours.autocast) == set(fresh.autocast) == {changes.get("bf16", False)}
+        assert len(ours.dtypes) == 3 * len(fresh.dtypes)
 
 
 def test_a_finished_run_leaves_the_model_as_no_trainer_had_touched_it(tmp_path, base_folder):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), toy.lora())
     before = preparation(model)
-    config = copy.deepcopy(model.config.to_dict())
+    config = model.config.to_dict()
     trainer = EnsembleSFTTrainer(
         model=model,
         args=sft_config(tmp_path / "run", num_groups=1, num_train_epochs=1, bf16=True, gradient_checkpointing=True),
