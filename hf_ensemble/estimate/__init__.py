@@ -1,4 +1,4 @@
-"""Predicted outcomes of fine-tuning on any subset or mixture of tasks, from features alone."""
+"""Predicts the outcome of fine-tuning on any subset or mixture of tasks from gradient features."""
 
 from .calibration import LossCalibration
 from .estimator import SubsetEstimator

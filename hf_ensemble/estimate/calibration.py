@@ -1,4 +1,4 @@
-"""How far each task's loss really moves, next to how far the surrogate moves it: learned from true fine-tunings."""
+"""Calibrates the surrogate's losses by observed fine-tunings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-# Losses of nothing have no logarithm.
-_LEAST_LOSS = 1e-12
-# From moves beyond this, a loss a thousandth of what it was, nothing is learned but their direction.
-_LONGEST_MOVE = np.log(1e3)
-# What the tasks have in common counts as much as a run that moves a task as far as all tasks together move the median
-# one; less so by the square of the number of different runs, which tell noise from what is a task's own.
+# Keeps logarithms of losses finite.
+_MIN_LOSS = 1e-12
+# Longer moves, to less than a thousandth of the loss, are clipped: only their direction is informative.
+_MAX_MOVE = np.log(1e3)
+# Strength of shrinkage to the common factor, in units of a run that moves a task as far as training on all tasks moves
+# the median task. It decreases with the squared number of distinct runs, which separate noise from a task's response.
 _SHRINKAGE = 1.0
-# Of each factor: an order is never turned around, and little is made of much or much of little.
+# Bounds of each factor: orders are never reversed, and no correction is extreme.
 _BOUNDS = (0.25, 4.0)
 _CURVATURES = np.arange(0.0, 4.01, 0.25)
 
@@ -22,20 +22,21 @@ _CURVATURES = np.arange(0.0, 4.01, 0.25)
 class LossCalibration:
     """A monotone map from the surrogate's loss of a task to the loss that training reaches.
 
-    A margin stands for a whole answer, and one c for all tasks; but some tasks soon come to what cannot be known, and
-    short trainings move faster than long ones. With f = log(base / loss) the surrogate's move of a task and u its unit,
+    The surrogate has one constant c for all tasks and one margin per answer, but some tasks soon reach their
+    irreducible loss, and short trainings move faster than long ones. With the surrogate's move f = log(base / loss) of
+    a task and its unit u,
 
         calibrated loss = base * exp(-factor * f * (1 + curvature) / (1 + curvature * |f| / u))
 
-    Losses that rise (f < 0) take the common factor. The order of subsets by one task's loss stays as it was.
+    Losses that rise (f < 0) take the common factor. The order of subsets by the loss of one task is preserved.
 
     Args:
-        base (`np.ndarray` of shape `(T,)`): losses at the linearisation point.
+        base (`np.ndarray` of shape `(T,)`): losses at the linearization point.
         unit (`np.ndarray` of shape `(T,)`):
-            Move at which the curvature does nothing: that of training on all tasks, at least half the median of these.
-        factor (`np.ndarray` of shape `(T,)`): each task's own, where its loss falls.
-        common (`float`): the tasks' common factor.
-        curvature (`float`): how much further than in proportion short trainings go.
+            Move at which the curvature has no effect: the move by training on all tasks, at least half of its median.
+        factor (`np.ndarray` of shape `(T,)`): each task's own factor, for losses that fall.
+        common (`float`): common factor of all tasks.
+        curvature (`float`): how much further than in proportion short trainings move.
     """
 
     base: np.ndarray
@@ -48,33 +49,33 @@ class LossCalibration:
     def fit(
         cls, base: np.ndarray, all_tasks: np.ndarray, predicted: np.ndarray, true: np.ndarray
     ) -> tuple["LossCalibration", np.ndarray]:
-        """From runs whose losses are known.
+        """Fit to runs with known losses.
 
-        Factors are ridge regressions of a task's true moves on the predicted ones, drawn to what the tasks have in
-        common, and that a little to one. The curvature is the one with the least mean error of the logarithms; it takes
-        two different runs to tell it.
+        Factors are ridge regressions of a task's true moves on the predicted ones, shrunk towards the common factor,
+        which is slightly shrunk towards one. The curvature minimizes the mean error of the log-losses; fitting it takes
+        two distinct runs.
 
         Args:
-            base (`np.ndarray` of shape `(T,)`): losses at the linearisation point.
-            all_tasks (`np.ndarray` of shape `(T,)`): the surrogate's losses of a training on all tasks.
+            base (`np.ndarray` of shape `(T,)`): losses at the linearization point.
+            all_tasks (`np.ndarray` of shape `(T,)`): the surrogate's losses after training on all tasks.
             predicted (`np.ndarray` of shape `(R, T)`): the surrogate's losses of the runs.
-            true (`np.ndarray` of shape `(R, T)`): theirs; NaN where not known.
+            true (`np.ndarray` of shape `(R, T)`): observed losses; NaN where unknown.
 
         Returns:
-            `tuple[LossCalibration, np.ndarray]`: the calibration, and for each of the known losses the calibrated one
-            by factors without it, `(R, T)`; c and the curvature have seen it.
+            `tuple[LossCalibration, np.ndarray]`: the calibration, and the leave-one-out prediction of each known loss,
+            `(R, T)`. The factors are fitted without the loss, c and the curvature with it.
         """
-        base = np.maximum(base, _LEAST_LOSS)
+        base = np.maximum(base, _MIN_LOSS)
         known = np.isfinite(true)
         truly = np.where(known, _short_move(base, np.where(known, true, base)), 0.0)
         surrogate = _short_move(base, predicted)
         moved = np.abs(_short_move(base, all_tasks))
-        median = max(float(np.median(moved)), _LEAST_LOSS)
-        # A task that all tasks together leave in its place has no unit of its own.
+        median = max(float(np.median(moved)), _MIN_LOSS)
+        # A task that training on all tasks does not move has no unit of its own.
         unit = np.maximum(moved, median / 2)
         runs = len(np.unique(surrogate[known.any(axis=1)].round(9), axis=0))
         weight = _SHRINKAGE * (median / runs) ** 2
-        # No task says more about all than one that moves as far as the median.
+        # No task gets more influence on the common factor than one with the median move.
         share, falls = 1 / np.maximum(unit, median) ** 2, surrogate > 0
         fits = []
         for curvature in _CURVATURES if runs > 1 else _CURVATURES[:1]:
@@ -93,18 +94,18 @@ class LossCalibration:
         return calibration, left_out
 
     def __call__(self, loss: np.ndarray) -> np.ndarray:
-        """Calibrated losses from the surrogate's, `(..., T)`."""
+        """Calibrated losses from the surrogate's losses, `(..., T)`."""
         move = _move(self.base, loss)
         return self.base * np.exp(-self._factors(move) * _bent(move, self.unit, self.curvature))
 
     def slope(self, loss: np.ndarray) -> np.ndarray:
-        """Derivatives of the calibrated losses by the surrogate's, `(..., T)`."""
+        """Derivatives of the calibrated losses with respect to the surrogate's, `(..., T)`."""
         move = _move(self.base, loss)
         bend = (1 + self.curvature) / (1 + self.curvature * np.abs(move) / self.unit) ** 2
-        return self(loss) * self._factors(move) * bend / np.maximum(loss, _LEAST_LOSS)
+        return self(loss) * self._factors(move) * bend / np.maximum(loss, _MIN_LOSS)
 
     def by_task(self, task_names: Sequence[str]) -> dict[str, Any]:
-        """What was learned, as values that JSON can hold."""
+        """The calibration as JSON values."""
         factor = dict(zip(task_names, self.factor.tolist(), strict=True))
         return {"curvature": self.curvature, "common_factor": self.common, "factor": factor}
 
@@ -113,11 +114,11 @@ class LossCalibration:
 
 
 def _move(base: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    return np.log(base / np.maximum(loss, _LEAST_LOSS))
+    return np.log(base / np.maximum(loss, _MIN_LOSS))
 
 
 def _short_move(base: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    return np.clip(_move(base, loss), -_LONGEST_MOVE, _LONGEST_MOVE)
+    return np.clip(_move(base, loss), -_MAX_MOVE, _MAX_MOVE)
 
 
 def _bent(move: np.ndarray, unit: np.ndarray, curvature: float) -> np.ndarray:
@@ -125,5 +126,5 @@ def _bent(move: np.ndarray, unit: np.ndarray, curvature: float) -> np.ndarray:
 
 
 def _ratio(product, square, weight, towards):
-    """Slope of a ridge regression through the origin that is drawn to another slope, within bounds."""
+    """Slope of a ridge regression through the origin, shrunk towards another slope and clipped."""
     return np.clip((product + weight * towards) / (square + weight), *_BOUNDS)

@@ -2,8 +2,8 @@
 
 import torch
 
-# The curvature `(s, n)` that `s` mixtures give to the rows of one task, the positions `(s,)` of these mixtures, and the
-# rows' features `(n, k)`.
+# One task's part of the Hessians: its rows' curvature `(s, n)` under `s` mixtures, the indices `(s,)` of the mixtures,
+# and its rows' features `(n, k)`.
 Term = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -17,15 +17,15 @@ def conjugate_gradient(
 ) -> torch.Tensor:
     """Solve (sum over tasks of X^T diag(c) X + ridge) v = right side for each of `S` mixtures.
 
-    Preconditioned conjugate gradients (Hestenes and Stiefel 1952); the precision is that of the arguments.
+    Preconditioned conjugate gradients (Hestenes and Stiefel 1952) in the precision of the arguments.
 
     Args:
-        terms (`list[Term]`): curvature, mixtures and features of every task; no mixture stands twice in one term.
-        diagonal (`torch.Tensor` of shape `(S, k)`): the Hessians' diagonals, about: the preconditioner.
+        terms (`list[Term]`): curvature, mixtures and features of every task; a term contains each mixture once.
+        diagonal (`torch.Tensor` of shape `(S, k)`): approximate diagonals of the Hessians, the preconditioner.
         ridge (`torch.Tensor` of shape `(S, 1)`): multiple of the identity in every Hessian.
         right_side (`torch.Tensor` of shape `(S, k)`): right sides.
-        target (`torch.Tensor` of shape `(S,)`): norm of the residual to reach.
-        max_iterations (`int`, *optional*, defaults to 250): matrix products at most.
+        target (`torch.Tensor` of shape `(S,)`): target norm of the residual.
+        max_iterations (`int`, *optional*, defaults to 250): maximum number of matrix products.
 
     Returns:
         `torch.Tensor`: v, `(S, k)`.
@@ -40,7 +40,7 @@ def conjugate_gradient(
         if not active.any():
             break
         if active.sum() <= len(active) / 2:
-            # A few slow mixtures do not keep the others at work.
+            # Drop the mixtures that have converged.
             solution[left] = v
             terms = [_restricted(term, active) for term in terms]
             left, v, residual, direction, rho = (a[active] for a in (left, v, residual, direction, rho))
@@ -60,7 +60,7 @@ def conjugate_gradient(
 
 
 def _restricted(term: Term, kept: torch.Tensor) -> Term:
-    """A task under the mixtures that are kept, `(S,)` bool; their positions close ranks."""
+    """A term with only the mixtures in the mask `kept` `(S,)`, renumbered."""
     curvature, mixtures, x = term
     own = kept[mixtures]
     return curvature[own], (torch.cumsum(kept, 0) - 1)[mixtures[own]], x

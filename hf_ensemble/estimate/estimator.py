@@ -1,4 +1,4 @@
-"""From gradient features to the outcome of fine-tuning on any subset or mixture of the tasks."""
+"""`SubsetEstimator`: predicts fine-tuning outcomes from gradient features."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,30 +21,30 @@ from .replay import replayed_coefficients
 from .surrogate import SurrogateProblem
 from .training_length import TrainingLength
 
-# Gradient norm at which derivatives by the mixture are taken: they are more sensitive than the losses.
+# Gradient norm for derivatives with respect to the mixture, which are more sensitive than the losses.
 _TIGHT = 1e-10
 
 
 class SubsetEstimator:
-    """Predicts how fine-tuning on any subset or mixture of tasks would turn out, from gradient features alone.
+    """Predicts the outcome of fine-tuning on any subset or mixture of tasks from gradient features.
 
-    The surrogate's l2 stands for how long one trains: with the epochs fixed, more rows mean more steps and a longer way
-    from the linearisation point, and Adam's steps are as long where gradients are small, see [`TrainingLength`].
-    Its constant c is found by evidence, see [`choose_regularization`]. Observed runs then calibrate each task's loss,
-    see [`LossCalibration`].
+    The surrogate's l2 penalty models the length of training: with a fixed number of epochs, more rows take more steps
+    and move further from the linearization point, and Adam's steps do not shrink with the gradient, see
+    [`TrainingLength`]. Its constant c is fitted, see [`choose_regularization`]. Observed runs also calibrate the losses
+    of each task, see [`LossCalibration`].
 
     Args:
         train (`FeatureTable`): features of the training rows.
-        validation (`FeatureTable`): features of the validation rows, of the same tasks.
-        num_components (`int`, *optional*, defaults to 400): principal components that the surrogate is solved in.
+        validation (`FeatureTable`): features of the validation rows of the same tasks.
+        num_components (`int`, *optional*, defaults to 400): number of principal components for the surrogate.
         observed_runs (`Sequence[ObservedRun]`, *optional*):
-            Fine-tunings that exist anyway, with their validation losses: the evidence for c, and what calibrates.
+            Fine-tunings with known validation losses, to fit c and to calibrate.
         sampling_weights (`dict[str, float]`, *optional*):
-            How often training draws a row of each task, relative to the others; every mixture is multiplied by them.
+            Sampling weight of each task's rows in training; they multiply every mixture.
         recipe (`TrainingRecipe`, *optional*):
-            The training that is predicted: what l2 of each mixture follows. Without observed runs it is replayed, the
-            next best evidence for c.
-        device (`torch.device` or `str`, *optional*): where surrogates are solved, the CPU by default.
+            The training to predict, which determines how l2 depends on the mixture. Without observed runs it is
+            replayed to fit c.
+        device (`torch.device` or `str`, *optional*): device for solving surrogates. The CPU by default.
 
     Raises:
         `EstimationError`: for tasks without rows, and features that are not finite.
@@ -70,7 +70,8 @@ class SubsetEstimator:
     ):
         if train.task_names != validation.task_names:
             raise EstimationError(
-                f"Training and validation features are of different tasks: {train.task_names}, {validation.task_names}."
+                f"Expected training and validation features of the same tasks, found {train.task_names} and "
+                f"{validation.task_names}."
             )
         self.task_names = train.task_names
         self.counts = np.bincount(train.task, minlength=len(self.task_names))
@@ -99,7 +100,7 @@ class SubsetEstimator:
         )
         self._validation_ids = validation.example_id[order].tolist()
         if not np.isfinite(self._validation[0]).all():
-            raise EstimationError("A validation feature is not finite.")
+            raise EstimationError("Expected finite validation features, found NaN or infinity. Capture them again.")
         self.observed_runs = tuple(observed_runs)
         self.interval = IntervalWidth()
         self.calibration: LossCalibration | None = None
@@ -130,16 +131,16 @@ class SubsetEstimator:
             self.interval = IntervalWidth.fit(left_out, displacement, losses)
 
     def predict_subsets(self, subsets: Iterable[Iterable[str] | Mapping[str, float]]) -> Prediction:
-        """Outcomes of named subsets, or of dicts from name to mixture weight."""
+        """Predict the outcomes of subsets of task names, or of mixtures as dicts from name to weight."""
         return self.predict(np.array([mixture_weights(subset, self.task_names) for subset in subsets]))
 
     def predict(self, mixtures: np.ndarray, l2_scale: float | np.ndarray | None = None) -> Prediction:
-        """Outcomes of mixtures `(S, T)`.
+        """Predict the outcomes of mixtures.
 
         Args:
-            mixtures (`np.ndarray` of shape `(S, T)`): weight of one row of each task; 0 and 1 for subsets.
+            mixtures (`np.ndarray` of shape `(S, T)`): weight of a row of each task; 0 and 1 for subsets.
             l2_scale (`float` or `np.ndarray` of shape `(S,)`, *optional*):
-                c, where the estimator's own is not wanted: the losses are the surrogate's, without an interval.
+                Use this c instead of the fitted one. The losses are then the surrogate's, without intervals.
 
         Raises:
             `EstimationError`: for an empty mixture or negative weights.
@@ -148,10 +149,10 @@ class SubsetEstimator:
         if mixtures.shape[1] != len(self.task_names):
             raise EstimationError(f"Expected mixtures over {len(self.task_names)} tasks, found shape {mixtures.shape}.")
         if not np.isfinite(mixtures).all():
-            raise EstimationError("The mixtures hold a value that is not finite.")
+            raise EstimationError("Expected finite mixture weights, found NaN or infinity.")
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
-        drawn = mixtures * self.sampling_weights
-        solution = self._train.solve(drawn, self._length.l2(scale, drawn))
+        sampled = mixtures * self.sampling_weights
+        solution = self._train.solve(sampled, self._length.l2(scale, sampled))
         loss, accuracy, displacement = self._outcomes(solution.coefficients)
         interval = self.interval
         if l2_scale is not None:
@@ -171,7 +172,7 @@ class SubsetEstimator:
     def _replayed_run(
         self, train: FeatureTable, reduced: np.ndarray, squared_norms: np.ndarray, recipe: TrainingRecipe
     ) -> ObservedRun:
-        """A training on all tasks, of the linearised model."""
+        """A training of the linearized model on all tasks."""
         coefficients = replayed_coefficients(
             reduced,
             train.margin,
@@ -188,7 +189,7 @@ class SubsetEstimator:
         return predicted_outcomes(*self._validation, len(self.task_names), coefficients)
 
     def provenance(self) -> dict[str, Any]:
-        """What the predictions are made from, as values that JSON can hold: two estimators that agree predict alike."""
+        """What the predictions are made from, as JSON values. Estimators with the same provenance predict the same."""
         return {
             "features": self._fingerprints,
             "task_names": list(self.task_names),
@@ -204,16 +205,16 @@ class SubsetEstimator:
     def score_spread(
         self, coefficients: np.ndarray, reference: np.ndarray, targets: np.ndarray, metric: str = "loss"
     ) -> np.ndarray:
-        """Standard error of the difference between what two optima make of the targets, `(S,)`.
+        """Standard error of the difference between two optima's scores on the targets, `(S,)`.
 
-        From the spread of the difference over the targets' validation rows: how far another draw of validation rows
-        would have changed it. It knows nothing of errors of the surrogate.
+        It measures how much another sample of validation rows would change the difference, and does not include errors
+        of the surrogate.
 
         Args:
             coefficients (`np.ndarray` of shape `(S, k)`): optima, see [`Prediction`].
             reference (`np.ndarray` of shape `(k,)`): the optimum to compare with.
             targets (`np.ndarray` of shape `(T,)`): weight of each task in the sum.
-            metric (`str`, *optional*, defaults to `"loss"`): or `"accuracy"`.
+            metric (`str`, *optional*, defaults to `"loss"`): `"loss"` or `"accuracy"`.
         """
         features, margin, task = self._validation
         variance = np.zeros(len(coefficients))
@@ -227,30 +228,30 @@ class SubsetEstimator:
         return np.sqrt(variance)
 
     def base_loss(self) -> np.ndarray:
-        """Validation loss of each task at the linearisation point, `(T,)`."""
+        """Validation loss of each task at the linearization point, `(T,)`."""
         return self._outcomes(np.zeros((1, self.reduction.components.shape[1])))[0][0]
 
     def weighted_loss(self, weights: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-        """Predicted loss of a weighted set of tasks, and its derivatives by the sampling weights that it comes from.
+        """Weighted predicted loss of tasks, and its derivatives with respect to the sampling weights.
 
-        By the implicit function theorem at the surrogate's optimum: with H its Hessian there and L the loss,
+        By the implicit function theorem at the surrogate's optimum, with its Hessian H and the loss L,
 
             dL / d a_k = -(dL / dw) H^-1 (d^2 F / dw d a_k)
 
         Args:
             weights (`np.ndarray` of shape `(T,)`):
-                How often training draws a row of each task, from 0 to 1; an epoch draws `weights @ counts` rows. The
-                estimator's own sampling weights do not multiply them.
+                Sampling weight of each task's rows, from 0 to 1; an epoch has `weights @ counts` rows. The estimator's
+                own sampling weights are not applied.
             targets (`np.ndarray` of shape `(T,)`): weight of each task's predicted loss in the sum.
 
         Returns:
             `tuple[float, np.ndarray]`: the weighted sum of the losses, in nats, and its derivatives `(T,)`.
 
         Raises:
-            `EstimationError`: for weights that are all zero, negative, larger than one or not finite.
+            `EstimationError`: for weights that are all zero or not from 0 to 1.
         """
         weights = self._checked_weights(weights)
-        l2, l2_slope = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
+        l2, l2_slope = self._length.l2_with_gradient(self.regularization.l2_scale, weights)
         w, value, direction, gradients = self._at_optimum(weights, l2, targets)
         mixed = (gradients + 2 * l2 * np.outer(self._train.totals, w)) / (weights @ self._train.totals) + 2 * np.outer(
             l2_slope, w
@@ -258,21 +259,20 @@ class SubsetEstimator:
         return value, -mixed @ direction
 
     def example_influence(self, weights: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """By how much the targets' predicted loss falls when a training row is drawn once more, row by row, `(n,)`.
+        """How much the targets' predicted loss falls when a training row is sampled once more, for each row, `(n,)`.
 
-        To first order, with the length of the training unchanged: the derivative of the loss by the row's own weight,
-        as in [`weighted_loss`], with the sign turned. Rows that harm have negative values; those of tasks that are not
-        drawn have values too.
+        To first order and at a fixed length of training: the negative derivative of the loss with respect to the row's
+        weight, as in [`weighted_loss`]. Harmful rows have negative values. Rows of tasks with weight 0 are included.
 
         Args:
-            weights (`np.ndarray` of shape `(T,)`): how often training draws a row of each task, from 0 to 1.
+            weights (`np.ndarray` of shape `(T,)`): sampling weight of each task's rows, from 0 to 1.
             targets (`np.ndarray` of shape `(T,)`): weight of each task's predicted loss in the sum.
 
         Raises:
-            `EstimationError`: as of [`weighted_loss`].
+            `EstimationError`: as for [`weighted_loss`].
         """
         weights = self._checked_weights(weights)
-        l2, _ = self._length.l2_in_the_box(self.regularization.l2_scale, weights)
+        l2, _ = self._length.l2_with_gradient(self.regularization.l2_scale, weights)
         w, _, direction, _ = self._at_optimum(weights, l2, targets)
         slopes = self._train.row_slopes(w, direction) + 2 * l2 * (w @ direction) * self._row_weights
         return slopes / (weights @ self._train.totals)
@@ -286,7 +286,7 @@ class SubsetEstimator:
     def _at_optimum(
         self, weights: np.ndarray, l2: float, targets: np.ndarray
     ) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
-        """At the optimum w: w, the targets' loss, H^-1 times its gradient, and each task's summed gradient there."""
+        """The optimum w, the targets' loss there, H^-1 times its gradient, and each task's summed gradient."""
         w = self._train.solve(weights[None], np.array([l2]), _TIGHT).coefficients[0]
         features, margin, task = self._validation
         z = margin + features @ w
@@ -302,22 +302,22 @@ class SubsetEstimator:
         return np.ones_like(loss) if self.calibration is None else self.calibration.slope(loss)
 
     def task_gradients(self) -> np.ndarray:
-        """Mean loss gradient of each task's training rows at the linearisation point, in components, `(T, k)`."""
+        """Mean negative loss gradient of each task's training rows at the linearization point, `(T, k)`."""
         return self._length.task_gradients()
 
     def linear_margins(self, coefficients: np.ndarray) -> dict[tuple[str, str], float]:
-        """Margin m_i + x_i.w of every validation example, by (task, example id), for one w `(k,)`."""
+        """Margin m_i + x_i.w of every validation example by (task, example id), for one w `(k,)`."""
         features, margin, task = self._validation
         names = (self.task_names[index] for index in task)
         return dict(zip(zip(names, self._validation_ids), (margin + features @ coefficients).tolist()))
 
     def parameters_at(self, coefficients: np.ndarray) -> np.ndarray:
-        """Coefficients of the captured features `(..., d)`; through the projection's transpose they move the model."""
+        """Coefficients `(..., d)` of the captured features, as [`applied_update`] takes them."""
         return self.reduction.restore(coefficients)
 
 
 def _row_weights(train: FeatureTable) -> np.ndarray:
-    """Weight of each row's loss in a batch, their mean 1: transformers' and trl's losses are means over tokens."""
+    """Weight of each row's loss in a batch, with mean 1: transformers and trl average the loss over tokens."""
     if train.num_tokens is None:
         return np.ones(len(train))
     return train.num_tokens / train.num_tokens.mean()

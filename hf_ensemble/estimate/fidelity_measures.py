@@ -1,4 +1,4 @@
-"""How well predictions agree with the truth. Pure functions of losses `(S, T)`: `S` trained subsets, `T` tasks."""
+"""Agreement of predictions with the truth. Pure functions of losses `(S, T)` for `S` trained subsets and `T` tasks."""
 
 import warnings
 
@@ -12,23 +12,23 @@ def mean_relative_error(predicted: np.ndarray, true: np.ndarray) -> float:
 
 
 def correlation(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Pearson correlation over all pairs; NaN where one side does not vary."""
+    """Pearson correlation over all pairs; NaN if either side is constant."""
     if np.ptp(predicted) == 0 or np.ptp(true) == 0:
         return float("nan")
     return float(np.corrcoef(np.ravel(predicted), np.ravel(true))[0, 1])
 
 
 def task_spearman(predicted: np.ndarray, true: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """Spearman correlation over the subsets, of each task: `(T,)`.
+    """Spearman correlation over the subsets for each task, `(T,)`.
 
     Args:
         predicted (`np.ndarray` of shape `(S, T)`): predictions.
-        true (`np.ndarray` of shape `(S, T)`): what they are compared with.
+        true (`np.ndarray` of shape `(S, T)`): true values.
         counted (`np.ndarray` of shape `(S, T)`, *optional*):
-            Which pairs count, bool; for example those of a task with the subsets that hold it.
+            Mask of the pairs to include, such as each task with the subsets that contain it.
 
     Returns:
-        `np.ndarray`: NaN for a task with fewer than 3 counted subsets, or without variation.
+        `np.ndarray`: NaN for tasks with fewer than 3 subsets or constant values.
     """
     ranks = np.full(true.shape[1], np.nan)
     for task in range(true.shape[1]):
@@ -42,11 +42,11 @@ def task_spearman(predicted: np.ndarray, true: np.ndarray, counted: np.ndarray |
 
 
 def mean_or_nan(values: np.ndarray) -> float:
-    """Mean of the values that are not NaN; NaN where there are none."""
+    """Mean of the values that are not NaN; NaN if there are none."""
     values = np.asarray(values, dtype=np.float64)
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def coverage(low: np.ndarray, high: np.ndarray, true: np.ndarray) -> float:
-    """Share of true values inside of their intervals."""
+    """Share of true values within their intervals."""
     return float(np.mean((low <= true) & (true <= high)))

@@ -1,4 +1,4 @@
-"""How wrong a prediction may be, by how wrong those were that could be checked."""
+"""Prediction intervals, from the errors of predictions for observed runs."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ LEVEL = 0.9
 
 @dataclass(frozen=True)
 class IntervalWidth:
-    """Half-widths of intervals around predicted losses, on the logarithmic scale: quantile * sqrt(displacement).
+    """Half-width of intervals around predicted losses on the logarithmic scale: quantile * sqrt(displacement).
 
-    The displacement of a task is the root mean square of x_i.w over its validation rows, the way that the mixture moves
-    its margins: where nothing moves, nothing can be wrong.
+    The displacement of a task is the root mean square of x_i.w over its validation rows, the change of its margins:
+    the prediction is certain where nothing moves.
 
     Args:
-        quantile (`float`): of |log(true / predicted)| / sqrt(displacement) over the runs that calibrate; NaN without
-            any.
+        quantile (`float`):
+            Quantile of |log(true / predicted)| / sqrt(displacement) over the observed runs; NaN without any.
         level (`float`): nominal coverage.
     """
 
@@ -27,13 +27,13 @@ class IntervalWidth:
     def fit(
         cls, predicted: np.ndarray, displacement: np.ndarray, true: np.ndarray, level: float = LEVEL
     ) -> "IntervalWidth":
-        """From predictions that can be checked, all arrays `(S, T)`; a true loss that is not known is NaN.
+        """Fit to predictions with known true losses, all arrays `(S, T)`; unknown true losses are NaN.
 
-        The quantile is that of split conformal prediction, with its correction for few residuals (Lei et al. 2018,
+        The quantile is that of split conformal prediction, with the finite-sample correction (Lei et al. 2018,
         Distribution-Free Predictive Inference for Regression).
         """
         known = np.isfinite(true) & (displacement > 0)
-        # One loss is what c was fitted to: it says nothing of others.
+        # c was fitted to a single loss, whose residual is uninformative.
         if known.sum() < 2:
             return cls(level=level)
         scores = np.sort(np.abs(np.log(true[known] / predicted[known])) / np.sqrt(displacement[known]))
@@ -41,6 +41,6 @@ class IntervalWidth:
         return cls(float(scores[min(rank, len(scores)) - 1]), level)
 
     def around(self, predicted: np.ndarray, displacement: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends for predictions of any shape; NaN where nothing was checked."""
+        """Lower and upper ends for predictions of any shape; NaN without a fitted quantile."""
         factor = np.exp(self.quantile * np.sqrt(displacement))
         return predicted / factor, predicted * factor

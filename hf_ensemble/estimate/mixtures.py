@@ -8,7 +8,7 @@ from ..errors import EstimationError
 
 
 def mixture_weights(tasks: Iterable[str] | Mapping[str, float], task_names: Sequence[str]) -> np.ndarray:
-    """Weights `(T,)` of a subset's names or of a dict from name to weight.
+    """Convert a subset of names, or a dict from name to weight, to an array of weights `(T,)`.
 
     Raises:
         `EstimationError`: for an unknown task.
@@ -21,13 +21,13 @@ def mixture_weights(tasks: Iterable[str] | Mapping[str, float], task_names: Sequ
 
 
 def epoch_length(mixtures: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Rows drawn in one epoch of each mixture `(..., T)`: sum_k a_k n_k / max_k a_k.
+    """Number of rows in one epoch of each mixture: sum_k a_k n_k / max_k a_k.
 
-    Each row of the heaviest task is drawn once, on average.
+    Each row of the task with the largest weight is sampled once on average.
 
     Args:
-        mixtures (`np.ndarray` of shape `(..., T)`): weight of one row of each task.
-        counts (`np.ndarray` of shape `(T,)`): rows of each task.
+        mixtures (`np.ndarray` of shape `(..., T)`): weight of a row of each task.
+        counts (`np.ndarray` of shape `(T,)`): number of rows of each task.
     """
     heaviest = mixtures.max(axis=-1)
     return mixtures @ counts / np.where(heaviest > 0, heaviest, 1.0)

@@ -1,8 +1,8 @@
 """Newton's method for many mixtures at once, task by task.
 
-A mixture costs only the rows that it weighs: every matrix product is between one task's rows and the mixtures that
-weigh that task. The way to the optimum is in float32; there, objective, gradient and the test that it is one are in
-float64, while the linear systems stay in float32: the next gradient corrects their rounding (iterative refinement).
+Rows without a weight cost nothing: every matrix product is between the rows of one task and the mixtures that use the
+task. The first steps are in float32. Near the optimum, objective, gradient and the stopping test are in float64, while
+the linear systems stay in float32, because the next gradient corrects their rounding (iterative refinement).
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import torch
 
 from .conjugate_gradient import conjugate_gradient
 
-# Relative accuracy of a Newton step: loose while far from the optimum, never beyond what float32 holds.
+# Bounds of the relative accuracy of a Newton step: loose far from the optimum, and never beyond float32.
 _LOOSEST, _TIGHTEST = 0.1, 1e-3
-# From this gradient norm one Newton step comes near the optimum, and float32 still knows the gradient well.
+# From this gradient norm on, one Newton step comes close to the optimum, and float32 gradients are still accurate.
 _NEAR = 1e-4
-# Newton steps in float32 at most.
-_MOST_SINGLE = 15
+# Maximum number of Newton steps in float32.
+_MAX_FLOAT32_STEPS = 15
 
 
 @dataclass
@@ -24,11 +24,11 @@ class TaskRows:
     """The `n` rows of one task.
 
     Args:
-        features (`torch.Tensor` of shape `(n, k)`): features, float64.
-        single (`torch.Tensor` of shape `(n, k)`): the same in float32.
+        features (`torch.Tensor` of shape `(n, k)`): features in float64.
+        single (`torch.Tensor` of shape `(n, k)`): features in float32.
         mean_square (`torch.Tensor` of shape `(k,)`): mean of the squared features, float32.
-        margin (`torch.Tensor` of shape `(n,)`): margins at the linearisation point, float64.
-        weight (`torch.Tensor` of shape `(n,)`, *optional*): weight of each row's loss, float64; 1 by default.
+        margin (`torch.Tensor` of shape `(n,)`): margins at the linearization point, float64.
+        weight (`torch.Tensor` of shape `(n,)`, *optional*): weight of each row's loss, float64. 1 by default.
     """
 
     features: torch.Tensor
@@ -38,21 +38,21 @@ class TaskRows:
     weight: torch.Tensor | None = None
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
-        """Values `(..., n)` of the rows, times the rows' weights."""
+        """Multiply values `(..., n)` by the row weights."""
         return values if self.weight is None else values * self.weight.to(values.dtype)
 
 
 @dataclass
 class WeightedRows:
-    """One task's rows under the `s` mixtures that weigh them.
+    """One task's rows under the `s` mixtures that use the task.
 
     Args:
         rows (`TaskRows`): the rows.
-        mixtures (`torch.Tensor` of shape `(s,)`): positions of these mixtures among all that are being solved.
-        weight (`torch.Tensor` of shape `(s, 1)`): weight of a task's rows, positive.
+        mixtures (`torch.Tensor` of shape `(s,)`): indices of these mixtures among all mixtures being solved.
+        weight (`torch.Tensor` of shape `(s, 1)`): positive weight of the task's rows.
         z (`torch.Tensor` of shape `(s, n)`): m + x.w of every row.
         curvature (`torch.Tensor` of shape `(s, n)`, *optional*):
-            Second derivative of every row's weighted loss, float32; there after `differentiate`.
+            Second derivative of every row's weighted loss, float32; set by [`differentiate`].
     """
 
     rows: TaskRows
@@ -71,14 +71,14 @@ class WeightedRows:
         return -self.rows.weighted(torch.nn.functional.logsigmoid(z)).sum(1) * self.weight[:, 0]
 
     def differentiate(self) -> torch.Tensor:
-        """Gradient of the loss `(s, k)`; keeps the curvature."""
+        """Gradient of the loss, `(s, k)`; also sets the curvature."""
         wrong = torch.sigmoid(-self.z)
         slope = self.rows.weighted(self.weight * wrong)
         self.curvature = (slope * (1 - wrong)).float()
         return -slope @ self.features
 
     def restricted(self, kept: torch.Tensor) -> "WeightedRows":
-        """These rows under the mixtures that are kept, `(S,)` bool; their positions close ranks."""
+        """The same rows with only the mixtures in the mask `kept` `(S,)`, renumbered."""
         own = kept[self.mixtures]
         position = torch.cumsum(kept, 0) - 1
         return WeightedRows(self.rows, position[self.mixtures[own]], self.weight[own], self.z[own], self.curvature[own])
@@ -87,24 +87,24 @@ class WeightedRows:
 def approach(
     blocks: list[WeightedRows], ridge: torch.Tensor, tolerance: float, max_iterations: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From w = 0 to a point near the optimum, in float32, for `S` mixtures.
+    """Move from w = 0 to a point near the optimum, in float32, for `S` mixtures.
 
-    The last step is not checked: [`minimize`] judges the result.
+    The last step is not checked, as [`minimize`] starts from the result.
 
     Args:
-        blocks (`list[WeightedRows]`): the tasks that any of the mixtures weighs, in float32, with z at w = 0.
+        blocks (`list[WeightedRows]`): tasks used by any of the mixtures, in float32, with z at w = 0.
         ridge (`torch.Tensor` of shape `(S, 1)`): strength of the penalty, float32.
-        tolerance (`float`): gradient norm to aim at.
-        max_iterations (`int`): Newton steps; at most.
+        tolerance (`float`): target gradient norm.
+        max_iterations (`int`): maximum number of Newton steps.
 
     Returns:
-        `tuple`: coefficients `(S, k)` and Newton steps `(S,)`.
+        `tuple`: coefficients `(S, k)` and numbers of Newton steps `(S,)`.
     """
     w = ridge.new_zeros(len(ridge), blocks[0].rows.single.shape[1])
     value = _objective(blocks, w, ridge)
     solution, steps = w.clone(), torch.zeros(len(w), dtype=torch.long, device=w.device)
     left = torch.arange(len(w), device=w.device)
-    for iteration in range(1, min(max_iterations, _MOST_SINGLE) + 1):
+    for iteration in range(1, min(max_iterations, _MAX_FLOAT32_STEPS) + 1):
         gradient, norm = _gradient(blocks, w, ridge)
         step = -_newton_direction(blocks, gradient, norm, ridge, tolerance)
         solution[left], steps[left] = w + step, iteration
@@ -122,18 +122,18 @@ def approach(
 def minimize(
     blocks: list[WeightedRows], start: torch.Tensor, ridge: torch.Tensor, tolerance: float, max_iterations: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Minimise the weighted loss plus ridge/2 |w|^2 in float64, for `S` mixtures.
+    """Minimize the weighted loss plus ridge/2 |w|^2 in float64, for `S` mixtures.
 
     Args:
-        blocks (`list[WeightedRows]`): the tasks that any of the mixtures weighs, with z at the start.
-        start (`torch.Tensor` of shape `(S, k)`): where to begin.
+        blocks (`list[WeightedRows]`): tasks used by any of the mixtures, with z at the start.
+        start (`torch.Tensor` of shape `(S, k)`): initial coefficients.
         ridge (`torch.Tensor` of shape `(S, 1)`): strength of the penalty.
-        tolerance (`float`): gradient norm to reach.
-        max_iterations (`int`): Newton steps.
+        tolerance (`float`): target gradient norm.
+        max_iterations (`int`): maximum number of Newton steps.
 
     Returns:
-        `tuple`: coefficients `(S, k)`, gradient norms `(S,)` and Newton steps `(S,)`. Mixtures that did not reach the
-        tolerance have a greater norm.
+        `tuple`: coefficients `(S, k)`, gradient norms `(S,)` and numbers of Newton steps `(S,)`. The norm is above the
+        tolerance for mixtures that did not converge.
     """
     solution, norms = start.clone(), torch.empty_like(start[:, 0])
     steps = torch.zeros(len(start), dtype=torch.long, device=start.device)
@@ -154,7 +154,7 @@ def minimize(
 
 
 def _gradient(blocks, w, ridge):
-    """Gradients and their norms; keeps the blocks' curvature."""
+    """Gradients and their norms; also sets the blocks' curvature."""
     gradient = ridge * w
     for block in blocks:
         gradient.index_add_(0, block.mixtures, block.differentiate())
@@ -169,7 +169,7 @@ def _objective(blocks, w, ridge):
 
 
 def _line_search(blocks, w, value, step, slope, ridge):
-    """Halve the step of each mixture until its objective falls enough (Armijo 1966); moves the blocks' z."""
+    """Halve each mixture's step until its objective decreases sufficiently (Armijo 1966); updates the blocks' z."""
     z_steps = [step[block.mixtures] @ block.features.T for block in blocks]
     size, rounding = torch.ones_like(ridge), 5 * torch.finfo(value.dtype).eps
     for halvings in range(41):
@@ -177,7 +177,7 @@ def _line_search(blocks, w, value, step, slope, ridge):
         trial_value = 0.5 * (ridge * trial * trial).sum(1)
         for block, z_step in zip(blocks, z_steps):
             trial_value.index_add_(0, block.mixtures, block.loss(torch.addcmul(block.z, size[block.mixtures], z_step)))
-        # At the optimum two values differ by rounding alone.
+        # At the optimum, values differ by rounding only.
         worse = trial_value > value + 1e-4 * size[:, 0] * slope + rounding * value.abs() + 1e-18
         if not worse.any() or halvings == 40:
             break
@@ -189,16 +189,16 @@ def _line_search(blocks, w, value, step, slope, ridge):
 
 def _newton_direction(blocks, gradient, norm, ridge, tolerance):
     """Solve (X^T diag(c) X + ridge) v = gradient for every mixture, in float32."""
-    # Accuracy in step with the outer iteration gives Newton's fast convergence (Dembo et al. 1982); more than the
-    # tolerance asks for is wasted.
+    # Accuracy that follows the outer iteration keeps Newton's fast convergence (Dembo et al. 1982), and more than the
+    # tolerance requires is wasted.
     target = torch.maximum(norm.sqrt().clamp(_TIGHTEST, _LOOSEST), 0.3 * tolerance / norm).clamp(max=_LOOSEST)
     # Jacobi preconditioner: principal components make the Hessian nearly diagonal. The mean curvature of a task's rows
-    # is near enough for it, and costs no matrix product.
+    # is accurate enough and saves a matrix product.
     diagonal = ridge.float().expand(gradient.shape).clone()
     for block in blocks:
         diagonal.index_add_(0, block.mixtures, block.curvature.sum(1, keepdim=True) * block.rows.mean_square)
     terms = [(block.curvature, block.mixtures, block.rows.single) for block in blocks]
-    # The system is linear: scaled to norm 1, small gradients stay in the range of float32.
+    # Scaled to norm 1, small gradients stay in the range of float32.
     scaled = (gradient / norm.unsqueeze(1)).float()
     direction = conjugate_gradient(terms, diagonal, ridge.float(), scaled, target.float())
     return norm.unsqueeze(1) * direction.to(norm.dtype)

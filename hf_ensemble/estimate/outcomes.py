@@ -1,9 +1,9 @@
-"""What the surrogate's coefficients mean for every task: losses and accuracies over validation rows."""
+"""Losses and accuracies of every task for given surrogate coefficients."""
 
 import numpy as np
 import torch
 
-# Pairs of a mixture and a row that are held at once, in float64.
+# Maximum number of (mixture, row) pairs in memory at once, in float64.
 _CHUNK = 8_000_000
 
 
@@ -14,8 +14,8 @@ def predicted_outcomes(
 
     Args:
         features (`np.ndarray` of shape `(n, k)`):
-            Features of the rows to predict. They are not copied when they are float64 and in the order of their tasks.
-        margin (`np.ndarray` of shape `(n,)`): margins at the linearisation point.
+            Features of the rows to predict. Not copied if they are float64 and sorted by task.
+        margin (`np.ndarray` of shape `(n,)`): margins at the linearization point.
         task (`np.ndarray` of shape `(n,)`): index of each row's task; every task has rows.
         num_tasks (`int`): number of tasks, `T`.
         coefficients (`np.ndarray` of shape `(S, k)`): w of each mixture.

@@ -1,4 +1,4 @@
-"""What an estimator says of mixtures."""
+"""`Prediction`: predicted outcomes of mixtures."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,19 @@ class Prediction:
     """Predicted outcomes of `S` mixtures on `T` tasks.
 
     Args:
-        task_names (`tuple[str, ...]`): the tasks.
-        mixtures (`np.ndarray` of shape `(S, T)`): what was asked for.
+        task_names (`tuple[str, ...]`): task names.
+        mixtures (`np.ndarray` of shape `(S, T)`): the predicted mixtures.
         loss (`np.ndarray` of shape `(S, T)`):
-            Mean validation loss of each task, in nats per answer token; calibrated by runs where there are any, see
+            Mean validation loss of each task, in nats per answer token; calibrated with observed runs, see
             [`LossCalibration`].
         accuracy (`np.ndarray` of shape `(S, T)`):
-            Share of validation examples whose answer gets more than half of the probability; for two labels this is the
-            accuracy.
+            Share of validation examples whose answer gets more than half of the probability, which is the accuracy for
+            two labels.
         loss_low (`np.ndarray` of shape `(S, T)`):
-            Lower ends of 90 % intervals for the true losses; NaN without a run that calibrates, see [`IntervalWidth`].
-        loss_high (`np.ndarray` of shape `(S, T)`): their upper ends.
+            Lower ends of 90 % intervals for the true losses; NaN without observed runs, see [`IntervalWidth`].
+        loss_high (`np.ndarray` of shape `(S, T)`): upper ends of the intervals.
         coefficients (`np.ndarray` of shape `(S, k)`): the surrogate's optimum.
-        gradient_norm (`np.ndarray` of shape `(S,)`): how exactly it was solved.
+        gradient_norm (`np.ndarray` of shape `(S,)`): norm of the surrogate's gradient at the optimum.
     """
 
     task_names: tuple[str, ...]

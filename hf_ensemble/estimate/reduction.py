@@ -1,6 +1,6 @@
-"""Capture wide, solve narrow: principal components of the gradient features.
+"""Principal components of the gradient features.
 
-Features may be a memory map of any float type: they are read in blocks, and no copy of all of them is made.
+Features may be a memory map of any float type: they are read in blocks and never copied as a whole.
 """
 
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from scipy.linalg import eigh
 
 from ..errors import EstimationError
 
-# Features that are held in float64 at once.
+# Maximum number of features in memory at once, in float64.
 _BLOCK = 8_000_000
 
 
 @dataclass(frozen=True)
 class FeatureReduction:
-    """A linear map from captured features to a few normalised components, and back.
+    """A linear map from captured features to normalized principal components, and back.
 
     Args:
-        scale (`float`): mean row norm of the training features; they are divided by it.
+        scale (`float`): mean row norm of the training features, by which they are divided.
         components (`np.ndarray` of shape `(d, k)`): orthonormal columns.
     """
 
@@ -29,10 +29,10 @@ class FeatureReduction:
 
     @classmethod
     def fit(cls, features: np.ndarray, num_components: int) -> "FeatureReduction":
-        """The leading principal directions of training features `(n, d)`, about the origin.
+        """Compute the leading principal directions of training features `(n, d)`, without centering.
 
-        A surrogate's optimum is a combination of the training rows, so with as many components as rows nothing is lost.
-        The features are not centred: the surrogate has no intercept that could take up their mean.
+        The surrogate's optimum is a linear combination of the training rows, so as many components as rows lose
+        nothing. The features are not centered, because the surrogate has no intercept to absorb their mean.
 
         Raises:
             `EstimationError`: for features that are not finite or all zero.
@@ -40,7 +40,9 @@ class FeatureReduction:
         n, d = features.shape
         scale = sum(_row_norms(start, block).sum() for start, block in _blocks(features)) / n
         if scale == 0:
-            raise EstimationError("Every gradient feature is zero: at this point no example moves the adapter.")
+            raise EstimationError(
+                "Expected nonzero gradient features, found zeros only. Check that the adapter is active."
+            )
         k = min(num_components, n, d)
         if d <= n:
             _, vectors = eigh(_gram(features), subset_by_index=[d - k, d - 1])
@@ -54,7 +56,7 @@ class FeatureReduction:
         return cls(float(scale), np.ascontiguousarray(components))
 
     def apply(self, features: np.ndarray) -> np.ndarray:
-        """Features `(n, d)` to components `(n, k)`, float64."""
+        """Map features `(n, d)` to components `(n, k)`, float64."""
         out = np.empty((len(features), self.components.shape[1]))
         for start, block in _blocks(features):
             np.matmul(block, self.components, out=out[start : start + len(block)])
@@ -62,17 +64,17 @@ class FeatureReduction:
         return out
 
     def restore(self, w: np.ndarray) -> np.ndarray:
-        """Coefficients of the components `(..., k)` to coefficients of the captured features `(..., d)`."""
+        """Map coefficients `(..., k)` of the components to coefficients `(..., d)` of the captured features."""
         return w @ self.components.T / self.scale
 
 
 def squared_row_norms(features: np.ndarray) -> np.ndarray:
-    """Squared norm of each row of features `(n, d)`, `(n,)`, float64."""
+    """Squared row norms `(n,)` of features `(n, d)`, float64."""
     return np.concatenate([np.einsum("ij,ij->i", block, block) for _, block in _blocks(features)])
 
 
 def _blocks(features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """First row and float64 copy of consecutive blocks of rows."""
+    """Consecutive blocks of rows: index of the first row, and a float64 copy."""
     rows = max(1, _BLOCK // features.shape[1])
     for start in range(0, len(features), rows):
         yield start, features[start : start + rows].astype(np.float64)

@@ -1,4 +1,4 @@
-"""How strong the surrogate's penalty is: by evidence, not by hand."""
+"""Fits the constant of the surrogate's penalty."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ObservedRun:
-    """A true fine-tuning: what it was trained on, and how it did.
+    """A fine-tuning with known validation losses.
 
     Args:
         mixture (`dict[str, float]`): weight of each task's rows in training.
-        losses (`dict[str, float]`): mean validation loss of each task that was evaluated.
+        losses (`dict[str, float]`): mean validation loss of each evaluated task.
     """
 
     mixture: Mapping[str, float]
@@ -31,12 +31,12 @@ class ObservedRun:
 
 @dataclass(frozen=True)
 class Regularization:
-    """The constant c of the penalty and where it comes from.
+    """The constant c of the penalty and how it was fitted.
 
     Args:
-        l2_scale (`float`): c.
-        evidence (`str`): `"observed_runs"`, `"replay"` or `"validation_loss"`.
-        criterion (`float`): value that c minimises: mean relative error over the runs' losses, or mean predicted loss.
+        l2_scale (`float`): the constant c.
+        evidence (`str`): what c was fitted to: `"observed_runs"`, `"replay"` or `"validation_loss"`.
+        criterion (`float`): minimum reached: mean relative error over the runs' losses, or mean predicted loss.
     """
 
     l2_scale: float
@@ -45,7 +45,7 @@ class Regularization:
 
 
 def losses_of(runs: Sequence[ObservedRun], task_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mixtures and losses of runs, both `(S, T)`; a loss that is not known is NaN.
+    """Mixtures and losses of runs, both `(S, T)`; unknown losses are NaN.
 
     Raises:
         `EstimationError`: for runs without a known task or a finite loss.
@@ -53,7 +53,9 @@ def losses_of(runs: Sequence[ObservedRun], task_names: Sequence[str]) -> tuple[n
     mixtures = np.array([mixture_weights(run.mixture, task_names) for run in runs])
     losses = np.array([[run.losses.get(name, np.nan) for name in task_names] for run in runs], dtype=np.float64)
     if not np.isfinite(losses).any():
-        raise EstimationError("The observed runs hold no finite loss of a known task.")
+        raise EstimationError(
+            f"Expected observed runs with a finite loss of the tasks {list(task_names)}, found no finite loss of them."
+        )
     return mixtures, losses
 
 
@@ -63,18 +65,17 @@ def choose_regularization(
     observed_runs: Sequence[ObservedRun] = (),
     replayed_runs: Sequence[ObservedRun] = (),
 ) -> Regularization:
-    """Find c.
+    """Fit c.
 
-    With observed runs, or else with replayed ones: the c whose predictions of those runs have the least mean relative
-    error, so that the surrogate moves as far as the user's training moves. With neither: the c with the least predicted
-    validation loss over all tasks trained alone and all together, as if the user's training length were about right for
-    these data, which it seldom is.
+    With observed or else replayed runs, c minimizes the mean relative error of their predicted losses, so that the
+    surrogate moves as far as training does. Without runs, c minimizes the predicted validation loss over every task
+    alone and all tasks together, as if the length of training were optimal for the data, which it rarely is.
 
     Args:
-        predict_loss (`Callable`): from mixtures `(S, T)` and a candidate for c to predicted losses `(S, T)`.
-        task_names (`Sequence[str]`): the tasks.
-        observed_runs (`Sequence[ObservedRun]`, *optional*): true fine-tunings.
-        replayed_runs (`Sequence[ObservedRun]`, *optional*): trainings of the linearised model.
+        predict_loss (`Callable`): maps mixtures `(S, T)` and a candidate c to predicted losses `(S, T)`.
+        task_names (`Sequence[str]`): task names.
+        observed_runs (`Sequence[ObservedRun]`, *optional*): fine-tunings with known losses.
+        replayed_runs (`Sequence[ObservedRun]`, *optional*): trainings of the linearized model.
 
     Raises:
         `EstimationError`: for runs without a known task or loss.
@@ -99,8 +100,8 @@ def choose_regularization(
     best = int(np.argmin(values))
     if best in (0, len(_GRID) - 1):
         logger.warning(
-            "The penalty of the estimates lies at the edge of what was tried (c = %.3g): the evidence does not hold "
-            "it, and predicted losses are not to be trusted. Give a fine-tuning that exists as an ObservedRun.",
+            "The fitted penalty constant is at the edge of its search range (c = %.3g), so predicted losses are not "
+            "reliable. Pass the losses of a fine-tuning as an ObservedRun.",
             _GRID[best],
         )
     low, high = np.log(_GRID[max(best - 1, 0)]), np.log(_GRID[min(best + 1, len(_GRID) - 1)])

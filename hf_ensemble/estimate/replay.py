@@ -1,4 +1,4 @@
-"""A training replayed on the linearised model: how far the user's optimizer would go, without a fine-tuning."""
+"""Replays a training on the linearized model, to find how far the optimizer goes without a fine-tuning."""
 
 import numpy as np
 from scipy.linalg import eigvalsh
@@ -6,7 +6,7 @@ from scipy.linalg import eigvalsh
 from ..store import TrainingRecipe
 from .training_length import batch_mean_square
 
-# Smaller steps that a recipe's stretch is cut into; training that is not through by then goes to and fro at an optimum.
+# Maximum number of steps that a segment of the recipe is split into; any further steps oscillate around an optimum.
 _MAX_SUBSTEPS = 100
 
 
@@ -19,27 +19,27 @@ def replayed_coefficients(
     recipe: TrainingRecipe,
     row_weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Where a training on the linearised model ends, `(k,)`.
+    """Final coefficients `(k,)` of a training on the linearized model.
 
-    With G the mean gradient and Q the mean square norm of a batch's gradient, all in the preconditioner's coordinates,
-    a step of plain gradient descent is -lr G; one of Adam, whose second moments follow the gradients as these shrink,
-    is -lr sqrt(num_parameters / Q) G. The mean over batches is followed, not single batches, and where steps that are
-    taken together would overshoot, in as many smaller ones.
+    With the mean gradient G and the mean squared norm Q of a batch's gradient, both in the preconditioner's
+    coordinates, a step of plain gradient descent is -lr G, and a step of Adam, whose second moments follow the
+    gradients as they shrink, is -lr sqrt(num_parameters / Q) G. The replay follows the mean over batches instead of
+    single batches. A segment whose combined steps would overshoot is split into smaller steps.
 
     Args:
         features (`np.ndarray` of shape `(n, k)`): reduced training features.
-        margin (`np.ndarray` of shape `(n,)`): margins at the linearisation point.
-        weights (`np.ndarray` of shape `(n,)`): how often each row is drawn, relative to the others.
-        squared_norms (`np.ndarray` of shape `(n,)`): of the captured features' rows.
-        scale (`float`): what the captured features were divided by, see [`FeatureReduction`].
+        margin (`np.ndarray` of shape `(n,)`): margins at the linearization point.
+        weights (`np.ndarray` of shape `(n,)`): relative sampling weight of each row.
+        squared_norms (`np.ndarray` of shape `(n,)`): squared row norms of the captured features.
+        scale (`float`): divisor of the captured features, see [`FeatureReduction`].
         recipe (`TrainingRecipe`): the training.
-        row_weights (`np.ndarray` of shape `(n,)`, *optional*): weight of each row's loss in a batch; 1 by default.
+        row_weights (`np.ndarray` of shape `(n,)`, *optional*): weight of each row's loss in a batch. 1 by default.
     """
     row_weights = np.ones(len(weights)) if row_weights is None else row_weights
     share = weights * row_weights / (weights @ row_weights)
-    # Of a row's part in a batch's mean gradient, relative to its share: 1 without weights.
+    # A row's part in a batch's mean gradient, relative to its share; 1 without weights.
     part = row_weights * weights.sum() / (weights @ row_weights)
-    # The loss is nowhere more curved than this: a step of its inverse does not overshoot.
+    # Upper bound of the loss's curvature: a step of its inverse does not overshoot.
     curvature = float(eigvalsh(features.T @ (share[:, None] * features))[-1]) / 4
     w, z = np.zeros(features.shape[1]), margin.astype(np.float64)
     for left in recipe.learning_rates:

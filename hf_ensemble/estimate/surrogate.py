@@ -1,11 +1,11 @@
-"""The surrogate: fine-tuning on a mixture of tasks, to first order, for many mixtures at once.
+"""The surrogate: a first-order model of fine-tuning on a mixture of tasks, solved for many mixtures at once.
 
 For a mixture a over tasks (GradEx, arXiv 2409.19458, equation 4, with weights instead of a subset):
 
     w(a) = argmin_w  sum_k a_k sum_{i in k} u_i log(1 + exp(-(m_i + x_i.w))) / sum_k a_k sum_{i in k} u_i + l2(a) |w|^2
 
-with the rows' weights u: a language model's training averages over the tokens of a batch, so that u_i is the number of
-answer tokens where answers have several.
+with row weights u. Training a language model averages the loss over a batch's tokens, so u_i is the row's number of
+answer tokens.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import torch
 from ..errors import EstimationError
 from .newton import TaskRows, WeightedRows, approach, minimize
 
-# Pairs of a mixture and a row that it weighs that are held at once, at about 30 bytes each.
+# Maximum number of (mixture, row) pairs with a weight in memory at once, at about 30 bytes each.
 _CHUNK = 8_000_000
 
 
@@ -27,8 +27,8 @@ class SurrogateSolution:
 
     Args:
         coefficients (`np.ndarray` of shape `(S, k)`): w of each mixture.
-        gradient_norm (`np.ndarray` of shape `(S,)`): norm of the objective's gradient there.
-        iterations (`np.ndarray` of shape `(S,)`): Newton steps that it took.
+        gradient_norm (`np.ndarray` of shape `(S,)`): norm of the objective's gradient at w.
+        iterations (`np.ndarray` of shape `(S,)`): number of Newton steps.
     """
 
     coefficients: np.ndarray
@@ -37,15 +37,15 @@ class SurrogateSolution:
 
 
 class SurrogateProblem:
-    """Training rows in the order and the precisions that solving needs, for any number of calls.
+    """Training rows, sorted and converted once for any number of solves.
 
     Args:
         features (`np.ndarray` of shape `(n, k)`):
-            Training features. Principal components are solved fastest: the preconditioner is diagonal.
-        margin (`np.ndarray` of shape `(n,)`): margins at the linearisation point.
+            Training features. Principal components are fastest, because the preconditioner is diagonal.
+        margin (`np.ndarray` of shape `(n,)`): margins at the linearization point.
         task (`np.ndarray` of shape `(n,)`): index of each row's task.
-        device (`torch.device` or `str`, *optional*): where to solve, the CPU by default; it needs float64.
-        row_weights (`np.ndarray` of shape `(n,)`, *optional*): weight of each row's loss, positive; 1 by default.
+        device (`torch.device` or `str`, *optional*): device to solve on, with float64. The CPU by default.
+        row_weights (`np.ndarray` of shape `(n,)`, *optional*): positive weight of each row's loss. 1 by default.
 
     Raises:
         `EstimationError`: for features, margins and weights that are not finite, and for weights that are not positive.
@@ -61,7 +61,7 @@ class SurrogateProblem:
     ):
         _check_finite(features=features, margins=margin)
         self.counts = np.bincount(task)
-        # Sum of the rows' weights, by task.
+        # Sum of row weights by task.
         self.totals = self.counts.astype(np.float64)
         weights: Sequence[torch.Tensor | None] = [None] * len(self.counts)
         if row_weights is not None:
@@ -70,7 +70,7 @@ class SurrogateProblem:
                 raise EstimationError(f"Row weights have to be positive, found {row_weights.min()}.")
             self.totals = np.bincount(task, row_weights)
         self.num_components = features.shape[1]
-        # A task's rows lie side by side, so that each product reads one piece of memory.
+        # Rows are sorted by task, so each product reads contiguous memory.
         order = np.argsort(task, kind="stable")
         self._order = order
         x = torch.from_numpy(features[order].astype(np.float64, copy=False)).to(device)
@@ -97,20 +97,20 @@ class SurrogateProblem:
     ) -> SurrogateSolution:
         """Solve the surrogate of every mixture by Newton's method with conjugate gradients.
 
-        The time is linear in the pairs of a mixture and a row that it weighs; no Hessian is formed. Mixtures are solved
-        in chunks, so that the memory does not grow with their number, apart from the result.
+        Time is linear in the number of (mixture, row) pairs with a weight; no Hessian is formed. Mixtures are solved in
+        chunks, so memory does not grow with their number except for the result.
 
         Args:
-            mixtures (`np.ndarray` of shape `(S, T)`): weight of one row of each task; 0 and 1 for subsets.
+            mixtures (`np.ndarray` of shape `(S, T)`): weight of a row of each task; 0 and 1 for subsets.
             l2 (`np.ndarray` of shape `(S,)`): ridge penalty of each mixture.
-            tolerance (`float`, *optional*, defaults to 1e-8): gradient norm to reach.
-            max_iterations (`int`, *optional*, defaults to 50): Newton steps.
+            tolerance (`float`, *optional*, defaults to 1e-8): target gradient norm.
+            max_iterations (`int`, *optional*, defaults to 50): maximum number of Newton steps.
             initial (`np.ndarray` of shape `(S, k)`, *optional*):
-                Where to begin, such as the optima of similar mixtures; the linearisation point, w = 0, by default.
+                Initial coefficients, such as the optima of similar mixtures. The linearization point w = 0 by default.
 
         Raises:
             `EstimationError`:
-                For an empty mixture, negative or non-finite values, wrong shapes, or when the tolerance is not reached.
+                For empty mixtures, values that are negative or not finite, wrong shapes, and missed tolerances.
         """
         mixtures = np.asarray(mixtures, dtype=np.float64)
         l2 = np.broadcast_to(np.asarray(l2, dtype=np.float64), len(mixtures))
@@ -120,11 +120,11 @@ class SurrogateProblem:
         if (mixtures < 0).any():
             raise EstimationError(f"Mixture {int(np.argmax((mixtures < 0).any(axis=1)))} has a negative weight.")
         if (l2 <= 0).any():
-            raise EstimationError("l2 has to be positive: the surrogate has no minimum without it.")
+            raise EstimationError("l2 has to be positive, as the surrogate has no minimum otherwise.")
         counts = np.pad(self.counts, (0, mixtures.shape[1] - len(self.counts)))
         totals = mixtures[:, : len(counts)] @ np.pad(self.totals, (0, len(counts) - len(self.totals)))
         if (totals == 0).any():
-            raise EstimationError(f"Mixture {int(np.argmin(totals))} is empty: no training row has a weight.")
+            raise EstimationError(f"Mixture {int(np.argmin(totals))} is empty: no training row has a positive weight.")
         if initial is not None:
             initial = np.asarray(initial, dtype=np.float64)
             if initial.shape != (len(mixtures), self.num_components):
@@ -143,7 +143,7 @@ class SurrogateProblem:
         return SurrogateSolution(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
     def derivatives(self, mixture: np.ndarray, w: np.ndarray, l2: float) -> tuple[np.ndarray, np.ndarray]:
-        """Hessian `(k, k)` of a mixture's `(T,)` objective at w `(k,)`; each task's summed loss gradient `(T, k)`."""
+        """Hessian `(k, k)` of a mixture's objective at w `(k,)`, and each task's summed loss gradient `(T, k)`."""
         point = torch.from_numpy(np.ascontiguousarray(w, dtype=np.float64)).to(self._device)
         hessian = 2 * l2 * torch.eye(len(w), dtype=torch.float64, device=self._device)
         gradients = torch.zeros(len(mixture), len(w), dtype=torch.float64, device=self._device)
@@ -157,7 +157,7 @@ class SurrogateProblem:
         return hessian.cpu().numpy(), gradients.cpu().numpy()
 
     def row_slopes(self, w: np.ndarray, direction: np.ndarray) -> np.ndarray:
-        """Slope of every row's weighted loss at w along a direction, both `(k,)`; in the order of the rows given."""
+        """Slope of every row's weighted loss at w `(k,)` along a direction `(k,)`, in the original row order."""
         point, along = (torch.from_numpy(array.copy()).to(self._device) for array in (w, direction))
         slopes = [
             -rows.weighted(torch.sigmoid(-(rows.margin + rows.features @ point))) * (rows.features @ along)
@@ -179,21 +179,21 @@ class SurrogateProblem:
         if not (norm <= tolerance).all():
             raise EstimationError(
                 f"The surrogate did not reach the gradient norm {tolerance} in {max_iterations} steps (found "
-                f"{float(norm.max()):.2g}). Its l2 may be too small for these features."
+                f"{float(norm.max()):.2g}). Raise max_iterations or l2."
             )
         return w.cpu().numpy(), norm.cpu().numpy(), (steps + approached).cpu().numpy()
 
     def _blocks(self, weights: torch.Tensor, w: torch.Tensor | None = None) -> list[WeightedRows]:
-        """The tasks that the mixtures weigh, in the precision of `weights` `(S, T)`, at w or at the start w = 0."""
+        """Rows of the tasks with a weight, in the precision of `weights` `(S, T)`, at w or at the start w = 0."""
         blocks = []
         for task, rows in enumerate(self._tasks):
-            weighing = weights[:, task].nonzero()[:, 0]
-            if len(weighing) and len(rows.margin):
+            using = weights[:, task].nonzero()[:, 0]
+            if len(using) and len(rows.margin):
                 if w is None:
-                    z = rows.margin.to(weights.dtype).repeat(len(weighing), 1)
+                    z = rows.margin.to(weights.dtype).repeat(len(using), 1)
                 else:
-                    z = torch.addmm(rows.margin, w[weighing], rows.features.T)
-                blocks.append(WeightedRows(rows, weighing, weights[weighing, task].unsqueeze(1), z))
+                    z = torch.addmm(rows.margin, w[using], rows.features.T)
+                blocks.append(WeightedRows(rows, using, weights[using, task].unsqueeze(1), z))
         return blocks
 
 
@@ -209,7 +209,7 @@ def solve_surrogate(
     device: torch.device | str | None = None,
     row_weights: np.ndarray | None = None,
 ) -> SurrogateSolution:
-    """One call of [`SurrogateProblem.solve`], with its arguments and those of [`SurrogateProblem`]."""
+    """Create a [`SurrogateProblem`] and solve it; see there for the arguments."""
     problem = SurrogateProblem(features, margin, task, device, row_weights)
     return problem.solve(mixtures, l2, tolerance, max_iterations, initial)
 
@@ -217,11 +217,11 @@ def solve_surrogate(
 def _check_finite(**arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise EstimationError(f"The {name} hold a value that is not finite.")
+            raise EstimationError(f"Expected finite {name}, found a value that is not finite.")
 
 
 def _chunks(pairs: np.ndarray) -> list[slice]:
-    """Consecutive mixtures whose rows `pairs` `(S,)` add up to about `_CHUNK`."""
+    """Slices of consecutive mixtures whose numbers of rows `pairs` `(S,)` sum to about `_CHUNK`."""
     chunk = (np.cumsum(pairs) - pairs) // _CHUNK
     edges = np.flatnonzero(np.diff(chunk, prepend=-1, append=chunk[-1:] + 1))
     return [slice(start, stop) for start, stop in zip(edges[:-1], edges[1:])]

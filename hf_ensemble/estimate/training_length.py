@@ -1,48 +1,48 @@
-"""How far a training on each mixture goes, relative to one on all tasks: what the surrogate's penalty stands for."""
+"""The surrogate's penalty, from how far a training on each mixture moves relative to training on all tasks."""
 
 import numpy as np
 
 from ..store import TrainingRecipe
 from .mixtures import epoch_length
 
-# Share of its way that Adam moves A's entries along the inputs that matter; the rest goes to and fro. Measured on 15
-# real tasks, see docs/estimation.md.
+# Share of the moves of A's entries under Adam that adds up along the relevant inputs; the rest oscillates. Measured on
+# 15 real tasks, see docs/estimation.md.
 _COHERENCE = 1 / 70
 
 
 def batch_mean_square(mean_square: np.ndarray, squares: np.ndarray, batch_size: int) -> np.ndarray:
-    """E |g|^2 of the mean gradient g of `batch_size` rows: |E g_i|^2 + (E |g_i|^2 - |E g_i|^2) / batch_size.
+    """E |g|^2 for the mean gradient g of `batch_size` rows: |E g_i|^2 + (E |g_i|^2 - |E g_i|^2) / batch_size.
 
     Args:
         mean_square (`np.ndarray`): squared norm of the mean gradient, |E g_i|^2.
-        squares (`np.ndarray`, of the same shape): mean squared norm of one row's gradient, E |g_i|^2.
-        batch_size (`int`): rows of a batch.
+        squares (`np.ndarray` of the same shape): mean squared norm of a row's gradient, E |g_i|^2.
+        batch_size (`int`): number of rows in a batch.
     """
     return mean_square + np.maximum(squares - mean_square, 0.0) / batch_size
 
 
 class TrainingLength:
-    """The penalty l2(a) of a mixture a: with T(a) how far a training goes per unit of gradient,
+    """The penalty l2(a) of a mixture a, from the distance T(a) that a training moves per unit of gradient:
 
         l2(a) = c / E(all) * T(all) / T(a),    T(a) = E(a) / sqrt(Q(a)) * (1 + g E(a) / E(all))
 
-    E is the length of an epoch, see [`epoch_length`]: with the epochs fixed, more rows mean more steps. Gradient
-    descent on a linear model goes a way that is proportional to them, and a penalty inverse to them ends as far away.
-    Q is the mean square norm of a batch's gradient at the linearisation point: a step of Adam divides by its root, so
-    that tasks with small gradients move as far as those with large ones; a batch's gradient is the mean of its rows'
-    weighted by their answers' tokens, as a language model's loss is. g is what a fresh LoRA gains by its A, which
-    begins to move once B has: the longer it trains, the faster it goes, by the input gain times the sum of the learning
-    rates times a measured constant. For plain gradient descent, and where the training is not known, Q and g are left
-    out; where every training takes as many steps, E is.
+    E is the length of an epoch, see [`epoch_length`]: with a fixed number of epochs, more rows take more steps. The
+    distance of gradient descent on a linear model is proportional to the steps, and a penalty inverse to them gives an
+    optimum at that distance. Q is the mean squared norm of a batch's gradient at the linearization point: Adam divides
+    its steps by the root, so tasks with small gradients move as far as those with large ones. A batch's gradient is the
+    mean over its rows weighted by their answer tokens, like a language model's loss. g is the gain of a fresh LoRA by
+    its A, which starts to move once B has moved, so the adapter gets faster the longer it trains: the input gain times
+    the sum of the learning rates times a measured constant. Q and g are left out for plain gradient descent and without
+    a recipe, and E where all trainings take the same number of steps.
 
     Args:
         features (`np.ndarray` of shape `(n, k)`): reduced training features.
-        squared_norms (`np.ndarray` of shape `(n,)`): of the features' rows before they were reduced, in the same units.
-        margin (`np.ndarray` of shape `(n,)`): margins at the linearisation point.
+        squared_norms (`np.ndarray` of shape `(n,)`): squared row norms of the unreduced features, in the same units.
+        margin (`np.ndarray` of shape `(n,)`): margins at the linearization point.
         task (`np.ndarray` of shape `(n,)`): index of each row's task; every task has rows.
-        sampling_weights (`np.ndarray` of shape `(T,)`): weight of each task's rows when all tasks are trained.
+        sampling_weights (`np.ndarray` of shape `(T,)`): weight of each task's rows in a training on all tasks.
         recipe (`TrainingRecipe`, *optional*): the training.
-        row_weights (`np.ndarray` of shape `(n,)`, *optional*): weight of each row's loss in a batch; 1 by default.
+        row_weights (`np.ndarray` of shape `(n,)`, *optional*): weight of each row's loss in a batch. 1 by default.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TrainingLength:
     ):
         self._counts = np.bincount(task)
         row_weights = np.ones(len(task)) if row_weights is None else row_weights
-        # Sum of the rows' weights, by task.
+        # Sum of row weights by task.
         self._totals = np.bincount(task, row_weights)
         self._fixed_steps = recipe is not None and recipe.fixed_steps
         self._batch_size = recipe.batch_size if recipe is not None and recipe.num_parameters is not None else None
@@ -65,7 +65,7 @@ class TrainingLength:
         if self._batch_size is not None:
             self._growth = _COHERENCE * recipe.input_gain * sum(recipe.learning_rates)
         residual = row_weights * np.exp(-np.logaddexp(0.0, np.asarray(margin, dtype=np.float64)))
-        # Sums over each task's rows: of the weighted loss gradients, and of their squared norms.
+        # Sums over each task's rows of the weighted loss gradients and of their squared norms.
         self._gradients = np.stack(
             [residual[task == index] @ features[task == index] for index in range(len(self._counts))]
         )
@@ -74,16 +74,16 @@ class TrainingLength:
         self._all_rows = float(epoch_length(sampling_weights, self._counts))
 
     def l2(self, scale: float | np.ndarray, mixtures: np.ndarray) -> np.ndarray:
-        """Penalty of mixtures `(S, T)` for c = `scale` (one, or one for each mixture), `(S,)`."""
-        # A mixture without rows is refused by the solver; its penalty has only to be a number.
+        """Penalties `(S,)` of mixtures `(S, T)` for c = `scale`, a number or one per mixture."""
+        # The solver refuses mixtures without rows; their penalty only has to be finite.
         mixtures = np.where((mixtures @ self._counts > 0)[:, None], mixtures, self._all)
         return scale / self._all_rows * self._distance(self._all) / self._distance(mixtures)
 
-    def l2_in_the_box(self, scale: float, mixture: np.ndarray) -> tuple[float, np.ndarray]:
-        """Penalty of one mixture `(T,)` of weights up to one, and its derivatives by these, `(T,)`.
+    def l2_with_gradient(self, scale: float, mixture: np.ndarray) -> tuple[float, np.ndarray]:
+        """Penalty of a mixture `(T,)` of weights up to one, and its gradient `(T,)`.
 
-        An epoch draws sum_k a_k n_k rows. That is what trainings do where the largest weight is one; below, they are
-        taken to be as much shorter, which is smooth where several weights are the largest.
+        An epoch is taken to have sum_k a_k n_k rows, which is exact if the largest weight is one. For smaller weights
+        the training is proportionally shorter, which keeps the penalty smooth where the largest weight is tied.
         """
         counts = self._counts
         rows = mixture @ counts
@@ -99,23 +99,23 @@ class TrainingLength:
             squares_slope = squares * (self._squares / (mixture @ self._squares) + counts / rows)
             squares_slope -= 2 * squares * self._totals / total
             square = batch_mean_square(mean_square, squares, self._batch_size)
-            # Rows whose gradients are all alike have no noise, and stay so only without other tasks.
+            # Without noise, at identical gradients, the noise term is at its lower bound.
             noise_slope = (squares_slope - mean_slope) / self._batch_size if squares > mean_square else 0.0
             log_slope += (mean_slope + noise_slope) / np.maximum(2 * square, np.finfo(float).tiny)
         return l2, l2 * log_slope
 
     def task_gradients(self) -> np.ndarray:
-        """Mean loss gradient of each task's rows, `(T, k)`; downhill is towards larger margins."""
+        """Mean negative loss gradient of each task's rows, `(T, k)`, towards larger margins."""
         return self._gradients / self._totals[:, None]
 
     def _batch_gradients(self, mixtures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of mixtures `(S, T)`: mean gradient `(S, k)`, and mean squared norm of a row's part in it `(S,)`."""
+        """Mean gradient `(S, k)` of mixtures `(S, T)`, and the mean squared norm of a row's part in it `(S,)`."""
         totals = mixtures @ self._totals
         squares = (mixtures @ self._squares) * (mixtures @ self._counts) / totals**2
         return mixtures @ self._gradients / totals[:, None], squares
 
     def _distance(self, mixtures: np.ndarray, heaviest: float | None = None) -> np.ndarray:
-        """T of each mixture, `(S,)`, in units of its own; rows of weight `heaviest` are drawn once in an epoch."""
+        """T of each mixture, `(S,)`, in arbitrary units; rows with weight `heaviest` are sampled once per epoch."""
         rows = mixtures @ self._counts
         if self._fixed_steps:
             steps = np.ones(len(mixtures))
@@ -126,5 +126,5 @@ class TrainingLength:
             return steps
         gradients, squares = self._batch_gradients(mixtures)
         square = batch_mean_square(np.square(gradients).sum(axis=1), squares, self._batch_size)
-        # Without any gradient nothing moves, however long the steps.
+        # Avoids a division by zero where no row has a gradient.
         return steps / np.sqrt(np.maximum(square, np.finfo(float).tiny))

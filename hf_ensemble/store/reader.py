@@ -32,7 +32,7 @@ class FeatureTable:
 
     Args:
         features (`np.ndarray` of shape `(n, d)`): projected gradients of the margin, float32.
-        margin (`np.ndarray` of shape `(n,)`): log-odds of the answer at the linearisation point.
+        margin (`np.ndarray` of shape `(n,)`): log-odds of the answer at the linearization point.
         task (`np.ndarray` of shape `(n,)`): index of each row's task in `task_names`.
         task_names (`tuple[str, ...]`): names of the tasks.
         example_id (`np.ndarray` of shape `(n,)`): id of each row within its task.

@@ -1,4 +1,4 @@
-"""Named datasets as one table whose rows keep their task and identity up to the batch."""
+"""Named datasets as one table whose rows carry their task and example id into the batch."""
 
 from .answers import IGNORE_INDEX, AnswerScores, restrict_to_labels, score_answers, token_scores
 from .columns import EXAMPLE_ID, META_COLUMNS, TASK, TaskCollator, pop_meta

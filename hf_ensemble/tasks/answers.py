@@ -1,7 +1,7 @@
-"""How a model's logits score the answer of each example. Pure functions, one convention for every model class.
+"""Scores of each example's answer, from logits. Pure functions, one convention for all model classes.
 
-An example's answer is the tokens of its labels that are not -100. Classification is the case of one token whose
-"vocabulary" is the task's own labels, so a row's logits outside of its label set do not count.
+An example's answer is its label tokens that are not -100. In classification, the answer is one token whose "vocabulary"
+is the task's own labels, so logits outside the row's label set are ignored.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ IGNORE_INDEX = -100
 
 @dataclass
 class AnswerScores:
-    """What the logits say of each example's answer; `n` answer tokens in a batch of `B` examples.
+    """Scores of `n` answer tokens in a batch of `B` examples.
 
     Args:
         log_probs (`torch.Tensor` of shape `(n,)`): log-probability of each answer token, float32.
         correct (`torch.Tensor` of shape `(n,)`): whether the answer token has the largest logit.
-        rows (`torch.Tensor` of shape `(n,)`): the example each token belongs to.
-        num_tokens (`torch.Tensor` of shape `(B,)`): answer tokens per example.
+        rows (`torch.Tensor` of shape `(n,)`): index of the example each token belongs to.
+        num_tokens (`torch.Tensor` of shape `(B,)`): number of answer tokens per example.
     """
 
     log_probs: torch.Tensor
@@ -28,7 +28,7 @@ class AnswerScores:
     num_tokens: torch.Tensor
 
     def mean_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean of a per-token quantity over each example's answer: `(n,)` to `(B,)`."""
+        """Mean of a per-token quantity over each example's answer, from `(n,)` to `(B,)`."""
         total = torch.zeros(len(self.num_tokens), dtype=values.dtype, device=values.device)
         return total.index_add(0, self.rows, values) / self.num_tokens.clamp(min=1)
 
@@ -39,27 +39,27 @@ class AnswerScores:
 
     @property
     def exact_match(self) -> torch.Tensor:
-        """Whether greedy decoding gives the whole answer, bool `(B,)`.
+        """Whether greedy decoding generates the whole answer, bool `(B,)`.
 
-        Greedy decoding gives the reference exactly when each of its tokens has the largest logit after the tokens
-        before it, so one teacher-forced forward decides it.
+        This is the case if and only if every answer token has the largest logit given the previous ones, so a single
+        teacher-forced forward pass is enough.
         """
         return self.mean_over_tokens(self.correct.float()) == 1.0
 
 
 def restrict_to_labels(logits: torch.Tensor, label_mask: torch.Tensor | None) -> torch.Tensor:
-    """Classification logits `(B, C)` with the outputs outside of each row's label set at minus infinity."""
+    """Set classification logits `(B, C)` outside each row's label set to minus infinity."""
     if label_mask is None:
         return logits
     return logits.masked_fill(~label_mask.to(logits.device), float("-inf"))
 
 
 def answer_positions(logits: torch.Tensor, labels: torch.Tensor, shift: bool = True):
-    """Logits and targets at the answer tokens.
+    """Select the logits and targets of the answer tokens.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, T, V)` or `(B, C)`): a language model's or a classifier's logits.
-        labels (`torch.Tensor` of shape `(B, T)` or `(B,)`): -100 where a token does not count.
+        logits (`torch.Tensor` of shape `(B, T, V)` or `(B, C)`): logits of a language model or a classifier.
+        labels (`torch.Tensor` of shape `(B, T)` or `(B,)`): -100 for tokens to ignore.
         shift (`bool`, *optional*, defaults to `True`):
             Whether position t predicts label t + 1 (decoder-only models); `False` for encoder-decoder models.
 
@@ -76,14 +76,14 @@ def answer_positions(logits: torch.Tensor, labels: torch.Tensor, shift: bool = T
 
 
 def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target, float32, and whether its logit is the largest: `(..., V)`, `(...)` to `(...)`."""
+    """Log-probability of each target (float32) and whether its logit is the largest, both `(...)`."""
     logits = logits.float()
     log_probs = torch.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return log_probs, logits.detach().argmax(-1) == targets
 
 
 def score_answers(logits: torch.Tensor, labels: torch.Tensor, shift: bool = True) -> AnswerScores:
-    """Score each example's answer. Shapes as in [`answer_positions`]."""
+    """Score each example's answer. See [`answer_positions`] for the arguments."""
     batch_size = labels.shape[0]
     logits, targets, rows = answer_positions(logits, labels, shift)
     log_probs, correct = token_scores(logits, targets)

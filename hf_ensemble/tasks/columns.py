@@ -1,7 +1,7 @@
-"""The two columns that tell every row's task and identity, and how they travel to the batch.
+"""The columns for every row's task and example id, and how they get into the batch.
 
-`Trainer` drops every column that is not an argument of the model's forward, and models with `**kwargs` swallow unknown
-arguments in silence. So the columns are kept on purpose, collated apart, and popped before the model sees the batch.
+`Trainer` drops columns that are not arguments of the model's forward, and models with `**kwargs` silently accept any
+argument. Therefore the columns are kept explicitly, collated separately, and popped before the model gets the batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +15,10 @@ META_COLUMNS = (TASK, EXAMPLE_ID)
 
 @dataclass
 class TaskCollator:
-    """Wraps a data collator: the meta columns pass beside it and come back as lists of `str`.
+    """Wraps a data collator, and returns the meta columns as lists of `str` next to its output.
 
     Args:
-        collator (`Callable`):
-            The collator of everything else.
+        collator (`Callable`): collator of all other columns.
     """
 
     collator: Callable[[list[Mapping[str, Any]]], Mapping[str, Any]]
@@ -31,9 +30,9 @@ class TaskCollator:
 
 
 def pop_meta(batch: dict[str, Any]) -> dict[str, list[str]]:
-    """Take the meta columns out of `batch`, in place.
+    """Remove the meta columns from `batch`, in place.
 
     Returns:
-        `dict[str, list[str]]`: the columns that were there, each with one entry per row.
+        `dict[str, list[str]]`: the removed columns, with one entry per row.
     """
     return {column: batch.pop(column) for column in META_COLUMNS if column in batch}

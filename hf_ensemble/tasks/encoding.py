@@ -1,4 +1,4 @@
-"""From a task's text to the token columns a model takes."""
+"""Tokenizes the rows of tasks."""
 
 import copy
 from collections.abc import Callable
@@ -23,13 +23,14 @@ def encode(
     label_space: LabelSpace | None = None,
     max_length: int | None = None,
 ) -> Dataset:
-    """Token columns (`input_ids`, `attention_mask`, `labels`) beside `task` and `example_id`.
+    """Convert rows to `input_ids`, `attention_mask` and `labels`, and keep `task` and `example_id`.
 
-    A classification label becomes its output in `label_space`. Prompts, and all of a chat but the assistant's last
-    turn, are masked with -100; a plain completion ends with the tokenizer's end-of-sequence token, as in trl.
+    A classification label becomes the index of its output in `label_space`. Prompts, and everything in a chat before
+    the assistant's last turn, are masked with -100. A plain completion ends with the tokenizer's end-of-sequence token,
+    as in trl.
 
     Raises:
-        `TaskError`: when truncation to `max_length` leaves a row without an answer token.
+        `TaskError`: for rows without an answer token after truncation to `max_length`.
     """
     if row_format is RowFormat.TOKENIZED:
         return dataset
@@ -43,18 +44,18 @@ def encode(
 
 
 def length_limit(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The most tokens that the tokenizer's model takes; `None` where it does not say and gives a huge number."""
+    """Maximum length from the tokenizer, or `None` if it has no limit, which it encodes as a huge number."""
     return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
 
 
 def data_collator_for(
     row_format: RowFormat, tokenizer: "PreTrainedTokenizerBase", labels_are_tokens: bool
 ) -> TaskCollator:
-    """A padding collator that carries `task` and `example_id` along."""
+    """A padding collator that keeps `task` and `example_id`."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if labels_are_tokens:
-        # Models with absolute positions number padding on the left, and were not trained so; trl pads on the right too.
+        # Models with absolute positions were not trained with padding on the left; trl pads on the right, too.
         right = copy.copy(tokenizer)
         right.padding_side = "right"
         return TaskCollator(DataCollatorForSeq2Seq(right, label_pad_token_id=IGNORE_INDEX))
@@ -80,7 +81,8 @@ def _encode_chat(row, tokenizer, max_length):
     messages = row["messages"]
     if not messages or messages[-1]["role"] != "assistant":
         raise TaskError(
-            f"Task {row[TASK]!r}: expected chats that end with the assistant's turn, found {messages!r:.120}."
+            f"Task {row[TASK]!r}: expected chats that end with an assistant's turn, found {messages!r:.120}. Drop the "
+            "turns after it."
         )
     options = {"tools": row.get("tools"), "tokenize": True, "return_dict": False}
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
@@ -93,10 +95,10 @@ def _mask_prefix(row, prompt, full, max_length):
     labels = [IGNORE_INDEX] * start + full[start:]
     if max_length is not None:
         full, labels = full[:max_length], labels[:max_length]
-    # The first token has no token before it that could predict it.
+    # The first token cannot be predicted.
     if all(label == IGNORE_INDEX for label in labels[1:]):
         raise TaskError(
-            f"Task {row[TASK]!r}, example {row['example_id']!r}: no answer token is left of {len(labels)} tokens "
+            f"Task {row[TASK]!r}, example {row['example_id']!r}: no answer token is left in {len(labels)} tokens "
             f"(max_length={max_length}). Raise max_length or drop the row."
         )
     return {"input_ids": full, "attention_mask": [1] * len(full), "labels": labels}

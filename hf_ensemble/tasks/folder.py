@@ -1,4 +1,4 @@
-"""Tasks from a folder of JSONL files."""
+"""Loads tasks from a folder of JSONL files."""
 
 import json
 from pathlib import Path
@@ -17,20 +17,19 @@ def load_task_folder(
     sampling_weights: dict[str, float] | None = None,
     names: list[str] | None = None,
 ) -> TaskSet:
-    """Tasks from `NAME/{train,validation,test}.jsonl`, or from `NAME.jsonl`.
+    """Load tasks from `NAME/{train,validation,test}.jsonl` or `NAME.jsonl`.
 
     Args:
-        folder (`str` or `Path`): holds one sub-folder or one file per task.
+        folder (`str` or `Path`): folder with one sub-folder or file per task.
         validation_fraction (`float`, *optional*):
-            Share of a lone `NAME.jsonl` to hold out for evaluation, chosen by a hash of each row's content, so that the
-            same row falls on the same side whatever its position.
-        max_rows (`dict[str, int]`, *optional*): at most this many rows of a split, the first ones of each file.
+            Share of a single `NAME.jsonl` to hold out for evaluation. Rows are assigned by a hash of their content, so
+            the split does not depend on their order.
+        max_rows (`dict[str, int]`, *optional*): maximum number of rows by split; the first rows of each file are used.
         sampling_weights (`dict[str, float]`, *optional*): see [`TaskSet`].
-        names (`list[str]`, *optional*): read these tasks alone.
+        names (`list[str]`, *optional*): names of the tasks to load. All by default.
 
     Raises:
-        `TaskError`: for a folder without tasks, a line that is not JSON, and whatever [`TaskSet.from_datasets`]
-        refuses.
+        `TaskError`: for a folder without tasks, lines that are not JSON, and what [`TaskSet.from_datasets`] refuses.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -46,8 +45,8 @@ def load_task_folder(
     missing = sorted(set(names or ()) - {name for name, _ in sources})
     if missing or not sources:
         raise TaskError(
-            f"No task {'named ' + str(missing) if missing else ''} in {str(folder)!r}: expected "
-            "NAME/train.jsonl beside NAME/validation.jsonl, or NAME.jsonl."
+            f"No task{f' named {missing}' if missing else ''} in {str(folder)!r}: expected NAME/train.jsonl and "
+            "NAME/validation.jsonl, or NAME.jsonl."
         )
     for _, splits in sources:
         for split, limit in (max_rows or {}).items():
@@ -73,7 +72,7 @@ def _read_jsonl(path: Path, name: str) -> Dataset:
         raise TaskError(f"Task {name!r} is empty: {path.name} has no rows.")
     try:
         return Dataset.from_list(rows)
-    except Exception as error:  # pyarrow raises several unrelated classes here
+    except Exception as error:  # pyarrow raises unrelated exception classes here
         raise TaskError(f"Task {name!r}: the rows of {path.name} do not form one table: {error}") from error
 
 
@@ -81,7 +80,7 @@ def _hold_out(rows: Dataset, fraction: float | None) -> dict[str, Dataset]:
     if fraction is None:
         return {"train": rows}
     if not 0 < fraction < 1:
-        raise TaskError(f"validation_fraction has to lie between 0 and 1, found {fraction}.")
+        raise TaskError(f"validation_fraction has to be between 0 and 1, found {fraction}.")
     held_out = [int(content_hash(row), 16) / 2**64 < fraction for row in rows]
     return {
         "train": rows.select([i for i, out in enumerate(held_out) if not out]),

@@ -1,4 +1,4 @@
-"""Label sets: many classification tasks over the outputs of one model."""
+"""Label sets of classification tasks that share the outputs of one model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +10,14 @@ from ..errors import TaskError
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The outputs of one classification head, and which of them each task may answer with.
+    """The outputs of a classification head and the outputs that belong to each task.
 
-    Labels of the same name are one output: "positive" of two sentiment tasks is learnt together. Labels without a name
-    (plain integers) are never shared between tasks.
+    Labels with the same name share an output, such as "positive" in two sentiment tasks. Labels without a name (plain
+    integers) are never shared between tasks.
 
     Args:
-        names (`tuple[str, ...]`):
-            Name of each output.
-        task_labels (`dict[str, tuple[int, ...]]`):
-            For each task, the outputs of its labels, in the order of the task's own label numbers.
+        names (`tuple[str, ...]`): name of each output.
+        task_labels (`dict[str, tuple[int, ...]]`): output indices of each task's labels, in the order of its labels.
     """
 
     names: tuple[str, ...]
@@ -35,11 +33,11 @@ class LabelSpace:
         return len(self.names)
 
     def output_of(self, task: str, label: int) -> int:
-        """Output index of a task's own label number."""
+        """Index of the output for a task's label."""
         return self.task_labels[task][label]
 
     def mask(self, tasks: Sequence[str]) -> torch.Tensor:
-        """Which outputs each row may answer with: bool `(batch, num_labels)`.
+        """Mask of the outputs that belong to each row's task, bool `(batch, num_labels)`.
 
         Raises:
             `TaskError`: for a task without a label set.

@@ -1,4 +1,4 @@
-"""The row formats a task may have, and the identity of a row."""
+"""Row formats of tasks, and the ids of rows."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ logger = get_logger(__name__)
 
 
 class RowFormat(StrEnum):
-    """What a task's rows hold; the value is written to `tasks.json`."""
+    """Format of a task's rows, by the columns they have."""
 
     TOKENIZED = "tokenized"
     CLASSIFICATION = "classification"
@@ -48,43 +48,43 @@ _OPTIONAL = {
 
 
 def detect_format(task: str, columns: Iterable[str]) -> RowFormat:
-    """The format of a task, by its columns.
+    """Detect the format of a task from its columns.
 
     Raises:
-        `TaskError`: when no format fits; the message lists what was found and what is known.
+        `TaskError`: for columns that match no format.
     """
     columns = set(columns)
     for row_format in RowFormat:
         if columns.issuperset(row_format.required):
             return row_format
-    known = "; ".join(" + ".join(row_format.required) for row_format in RowFormat)
+    known = " or ".join(" + ".join(row_format.required) for row_format in RowFormat)
     raise TaskError(
-        f"Task {task!r} has the columns {sorted(columns)}, which fit no known format. Known: {known}. "
-        "Rename the columns, for example with Dataset.rename_columns."
+        f"Task {task!r}: expected the columns {known}; found {sorted(columns)}. Rename the columns with "
+        "Dataset.rename_columns."
     )
 
 
 def content_hash(row: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that depend on a row's content alone."""
+    """16 hexadecimal digits that depend only on a row's content."""
     text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def add_identity(task: str, split: str, dataset: Dataset, row_format: RowFormat) -> tuple[Dataset, str]:
-    """Give each row its `task` and `example_id`, and drop the columns that the format does not use.
+    """Add `task` and `example_id` to each row, and drop the columns that the format does not use.
 
-    An `example_id` column of the user is kept. Otherwise the id is a hash of the row's content, with a counter behind
-    it for repeated rows, so that it survives shuffling, filtering and sorting.
+    An existing `example_id` column is kept. Otherwise the id is a hash of the row's content, with a counter for
+    repeated rows, so it survives shuffling, filtering and sorting.
 
     Returns:
-        `tuple[Dataset, str]`: the dataset, and a fingerprint of its rows in their order.
+        `tuple[Dataset, str]`: the dataset, and a fingerprint of its rows and their order.
 
     Raises:
-        `TaskError`: for ids that repeat, and for a `task` column that says something else.
+        `TaskError`: for repeated ids, and for a `task` column with other values.
     """
     if TASK in dataset.column_names and set(dataset.unique(TASK)) != {task}:
         raise TaskError(
-            f"Task {task!r}, split {split!r}: the column {TASK!r} is reserved for the task's name, found "
+            f"Task {task!r}, split {split!r}: the column {TASK!r} is reserved for the task name, found "
             f"{sorted(map(str, dataset.unique(TASK)))[:5]}. Rename that column, or split the dataset by it."
         )
     unused = [c for c in dataset.column_names if c not in row_format.columns and c not in META_COLUMNS]
@@ -98,7 +98,7 @@ def add_identity(task: str, split: str, dataset: Dataset, row_format: RowFormat)
         if repeated:
             raise TaskError(
                 f"Task {task!r}, split {split!r}: {len(repeated)} values of {EXAMPLE_ID!r} repeat, for example "
-                f"{repeated[0]!r}. Ids have to be unique in a split; drop the column to have them made."
+                f"{repeated[0]!r}. Ids have to be unique within a split; drop the column to generate them."
             )
     else:
         seen: Counter = Counter()
@@ -111,12 +111,12 @@ def add_identity(task: str, split: str, dataset: Dataset, row_format: RowFormat)
 
 
 def label_names_of(task: str, splits: Mapping[str, Dataset]) -> tuple[str, ...]:
-    """The names of a classification task's labels, in the order of its label numbers.
+    """Names of a classification task's labels, in the order of the labels.
 
-    From the `ClassLabel` feature, else from `label_text`, else `TASK:0`, `TASK:1`, ...
+    Names come from the `ClassLabel` feature or from `label_text`, and are `TASK:0`, `TASK:1`, ... otherwise.
 
     Raises:
-        `TaskError`: for labels that are not integers from 0 on, and for a split with a label the training split lacks.
+        `TaskError`: for labels that are not integers from 0, and labels that the training split does not have.
     """
     feature = splits["train"].features["label"]
     if isinstance(feature, ClassLabel):
@@ -125,7 +125,7 @@ def label_names_of(task: str, splits: Mapping[str, Dataset]) -> tuple[str, ...]:
         found = splits["train"].unique("label")
         if not all(isinstance(label, int) and label >= 0 for label in found):
             raise TaskError(
-                f"Task {task!r}: labels have to be integers from 0 on, found {sorted(map(repr, found))[:5]}. "
+                f"Task {task!r}: labels have to be integers from 0, found {sorted(map(repr, found))[:5]}. "
                 "Cast the column to datasets.ClassLabel."
             )
         names = _names_from_text(task, splits["train"], 1 + max(found))
@@ -135,8 +135,8 @@ def label_names_of(task: str, splits: Mapping[str, Dataset]) -> tuple[str, ...]:
         }
         if outside:
             raise TaskError(
-                f"Task {task!r}, split {split!r}: label {min(outside, key=str)!r} is outside of the task's set of "
-                f"{len(names)} labels {list(names)}, which the training split defines."
+                f"Task {task!r}, split {split!r}: label {min(outside, key=str)!r} is outside the task's set of "
+                f"{len(names)} labels {list(names)}, which the training split defines. Drop these rows."
             )
     return names
 
@@ -148,7 +148,5 @@ def _names_from_text(task: str, train: Dataset, num_labels: int) -> tuple[str, .
         if len({label for label, _ in pairs}) == len(pairs) == len({text for _, text in pairs}):
             names.update(pairs)
         else:
-            logger.warning(
-                "Task %r: label_text differs between rows of one label, so its labels are named by number.", task
-            )
+            logger.warning("Task %r: label_text is not unique for each label, so the labels are named by number.", task)
     return tuple(names[label] for label in range(num_labels))

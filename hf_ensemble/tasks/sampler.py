@@ -1,4 +1,4 @@
-"""Drawing training rows with a weight per task."""
+"""Samples training rows with a weight per task."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,15 +7,15 @@ from torch.utils.data import Sampler
 
 
 class TaskWeightedSampler(Sampler[int]):
-    """Draws rows with replacement, each as often as its task's weight says.
+    """Samples rows with replacement, in proportion to the weight of their task.
 
-    An epoch has sum_k a_k n_k / max_k a_k draws: each row of the heaviest task once, on average. The draws depend on
-    the seed and the epoch alone, so that a resumed training sees what an uninterrupted one saw.
+    An epoch has sum_k a_k n_k / max_k a_k rows, so each row of the task with the largest weight is sampled once on
+    average. Samples depend on seed and epoch only, so a resumed training gets the same rows.
 
     Args:
-        tasks (`Sequence[str]`): the task of each row.
-        weights (`dict[str, float]`): relative weight of one row of each task.
-        seed (`int`): seed of the draws.
+        tasks (`Sequence[str]`): task of each row.
+        weights (`dict[str, float]`): relative weight of a row of each task.
+        seed (`int`, *optional*, defaults to 0): seed of the samples.
     """
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float], seed: int = 0):

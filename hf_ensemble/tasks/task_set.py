@@ -14,8 +14,9 @@ from .rows import RowFormat, add_identity, detect_format, label_names_of
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"validation": ("validation", "eval", "dev", "valid"), "train": ("train",), "test": ("test",)}
+# Other widths of a type, which cannot be concatenated.
+_OTHER_WIDTHS = ("large_string", "string_view", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 # Task names become folder names of adapters, parts of metric names and repository paths.
-_WIDER = ("large_string", "string_view", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -24,12 +25,13 @@ class Task:
     """One named dataset.
 
     Args:
-        name (`str`): the task's name.
-        splits (`dict[str, Dataset]`): its `"train"`, `"validation"` and, if there is one, `"test"` rows, each with the
-            columns `task` and `example_id`.
-        row_format (`RowFormat`): what the rows hold.
-        label_names (`tuple[str, ...]`, *optional*): of a classification task.
-        fingerprints (`dict[str, str]`): one per split, of its rows' content and order.
+        name (`str`): task name.
+        splits (`dict[str, Dataset]`):
+            Rows of the splits `"train"`, `"validation"` and optionally `"test"`, with the columns `task` and
+            `example_id`.
+        row_format (`RowFormat`): format of the rows.
+        label_names (`tuple[str, ...]`, *optional*): label names of a classification task.
+        fingerprints (`dict[str, str]`, *optional*): fingerprint of each split's rows and their order.
     """
 
     name: str
@@ -40,12 +42,12 @@ class Task:
 
 
 class TaskSet(Mapping[str, Task]):
-    """Named tasks of one row format: a mapping from name to [`Task`], and one table per split.
+    """Named tasks with the same row format: a mapping from name to [`Task`], and one table per split.
 
     Args:
-        tasks (`Iterable[Task]`): the tasks; [`TaskSet.from_datasets`] makes them.
+        tasks (`Iterable[Task]`): tasks, as created by [`TaskSet.from_datasets`].
         sampling_weights (`dict[str, float]`, *optional*):
-            How often an example of a task is drawn in training, relative to the others; 1 where a task is not named.
+            Relative weight with which the examples of a task are sampled in training. 1 by default.
 
     Example:
 
@@ -70,27 +72,29 @@ class TaskSet(Mapping[str, Task]):
         formats = {task.row_format for task in self._tasks.values()}
         if len(formats) > 1:
             found = {task.name: task.row_format.value for task in self._tasks.values()}
-            raise TaskError(f"All tasks need one row format, found {found}. Bring them to one format first.")
+            raise TaskError(f"Expected tasks with the same row format, found {found}. Convert them to one format.")
         self.row_format = formats.pop()
         self.sampling_weights = self._check_weights(sampling_weights or {})
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise TaskError(
-                f"Task name {name!r} is not usable as a folder's name: use letters, digits, '_', '-' and '.', and "
-                "begin with a letter or digit."
+                f"Task name {name!r} cannot be used as a folder name: use letters, digits, '_', '-' and '.', and start "
+                "with a letter or digit."
             )
         clash = next((other for other in self._tasks if other.lower() == name.lower()), None)
         if clash is not None:
-            raise TaskError(f"Two tasks of one name: {clash!r} and {name!r} (case does not count). Rename one.")
+            raise TaskError(f"Two tasks with the same name: {clash!r} and {name!r} (case is ignored). Rename one.")
 
     def _check_weights(self, weights: Mapping[str, float]) -> dict[str, float]:
         unknown = sorted(set(weights) - set(self._tasks))
         if unknown:
-            raise TaskError(f"Sampling weights name unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
+            raise TaskError(f"The sampling weights name unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
         full = {name: float(weights.get(name, 1.0)) for name in self._tasks}
         if any(not 0 < w < float("inf") for w in full.values()):
-            raise TaskError(f"Sampling weights have to be positive and finite, found {full}. Leave a task out instead.")
+            raise TaskError(
+                f"Sampling weights have to be positive and finite, found {full}. Drop a task instead of weighting it 0."
+            )
         return full
 
     @classmethod
@@ -101,29 +105,31 @@ class TaskSet(Mapping[str, Task]):
         test: Mapping[str, Dataset] | None = None,
         sampling_weights: Mapping[str, float] | None = None,
     ) -> "TaskSet":
-        """Tasks from named datasets.
+        """Create tasks from named datasets.
 
         Args:
-            train (`dict[str, Dataset]` or `dict[str, DatasetDict]` or pairs of name and dataset):
-                Training rows of each task, or a `DatasetDict` of its splits ("validation", "eval", "dev" and "valid"
-                all mean validation). A list of dicts serves as a dataset.
-            validation (`dict[str, Dataset]`, *optional*): evaluation rows of each task, where `train` has none.
-            test (`dict[str, Dataset]`, *optional*): held-out rows; nothing is chosen by them.
+            train (`dict[str, Dataset]`, `dict[str, DatasetDict]` or pairs of name and dataset):
+                Training rows of each task, or a `DatasetDict` of its splits ("eval", "dev" and "valid" are accepted for
+                "validation"). A dataset may be a list of dicts.
+            validation (`dict[str, Dataset]`, *optional*): evaluation rows of tasks, if `train` has none.
+            test (`dict[str, Dataset]`, *optional*): held-out rows, which no choice depends on.
             sampling_weights (`dict[str, float]`, *optional*): see [`TaskSet`].
 
         Raises:
-            `TaskError`: for unknown columns, an empty task, two tasks of one name, a label outside of the task's set,
-                a task without evaluation rows, an evaluation set of an unknown task.
+            `TaskError`: for unknown columns, empty tasks, repeated names, labels outside the task's set, tasks without
+                evaluation rows, and evaluation rows of unknown tasks.
         """
         pairs = list(train.items() if isinstance(train, Mapping) else train)
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
-            raise TaskError(f"Two tasks of one name: {next(n for n in names if names.count(n) > 1)!r}. Rename one.")
+            raise TaskError(
+                f"Two tasks with the same name: {next(n for n in names if names.count(n) > 1)!r}. Rename one."
+            )
         given = {"validation": validation or {}, "test": test or {}}
         for split, datasets in given.items():
             unknown = sorted(set(datasets) - set(names))
             if unknown:
-                raise TaskError(f"The {split} rows name tasks without training rows: {unknown}; tasks: {names}.")
+                raise TaskError(f"The {split} rows name tasks without training rows: {unknown}; the tasks are {names}.")
         tasks = []
         for name, source in pairs:
             splits = _splits_of(name, source)
@@ -146,7 +152,7 @@ class TaskSet(Mapping[str, Task]):
 
     @property
     def label_space(self) -> LabelSpace | None:
-        """Of classification tasks; `None` for tasks whose answers are tokens."""
+        """Labels of classification tasks; `None` for other tasks."""
         if self.row_format is not RowFormat.CLASSIFICATION:
             return None
         return LabelSpace.from_label_names({name: task.label_names for name, task in self._tasks.items()})
@@ -155,25 +161,25 @@ class TaskSet(Mapping[str, Task]):
         return all(split in task.splits for task in self._tasks.values())
 
     def split(self, split: str) -> dict[str, Dataset]:
-        """One split of every task.
+        """Rows of a split by task.
 
         Raises:
-            `TaskError`: when a task lacks it.
+            `TaskError`: if a task does not have the split.
         """
         lacking = [name for name, task in self._tasks.items() if split not in task.splits]
         if lacking:
-            raise TaskError(f"Tasks without {split!r} rows: {lacking}.")
+            raise TaskError(f"Expected {split!r} rows of every task, found none of {lacking}.")
         return {name: task.splits[split] for name, task in self._tasks.items()}
 
     def table(self, split: str) -> Dataset:
-        """All tasks' rows of one split in one table, task after task."""
+        """Rows of a split in one table, task by task."""
         try:
             return concatenate_datasets(list(self.split(split).values()))
         except ValueError as error:
-            raise TaskError(f"The {split!r} rows of the tasks do not form one table: {error}") from error
+            raise TaskError(f"The {split!r} rows of the tasks cannot be concatenated: {error}") from error
 
     def subset(self, names: Iterable[str]) -> "TaskSet":
-        """The tasks named, in this set's order."""
+        """The given tasks, in the order of this set."""
         names = set(names)
         unknown = sorted(names - set(self._tasks))
         if unknown:
@@ -182,11 +188,14 @@ class TaskSet(Mapping[str, Task]):
         return TaskSet(kept, {task.name: self.sampling_weights[task.name] for task in kept})
 
     def without(self, examples: Mapping[str, Iterable[str]]) -> "TaskSet":
-        """The same tasks without some training rows: ids by task, as [`ExampleScores.worst`] and
-        [`DataSelector.left_out`] give them with their reasons.
+        """The same tasks without some training rows.
+
+        Args:
+            examples (`dict[str, Iterable[str]]`):
+                Example ids by task, such as the results of [`ExampleScores.worst`] and [`DataSelector.left_out`].
 
         Raises:
-            `TaskError`: for unknown tasks or ids, and when no row of a task is left.
+            `TaskError`: for unknown tasks or ids, and when a task has no rows left.
         """
         unknown = sorted(set(examples) - set(self._tasks))
         if unknown:
@@ -200,7 +209,7 @@ class TaskSet(Mapping[str, Task]):
                 raise TaskError(f"Task {task.name!r} has no training rows with the ids {foreign[:5]}.")
             rows = [index for index, example in enumerate(ids) if example not in dropped]
             if not rows:
-                raise TaskError(f"No training row of task {task.name!r} is left.")
+                raise TaskError(f"Task {task.name!r} has no training rows left. Remove the task with subset instead.")
             if dropped:
                 train, fingerprint = add_identity(
                     task.name, "train", task.splits["train"].select(rows), task.row_format
@@ -219,13 +228,13 @@ class TaskSet(Mapping[str, Task]):
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that depend on every row of every split, and on nothing else."""
+        """32 hexadecimal digits that depend only on the rows of all splits."""
         parts = [f"{n}/{s}={f}" for n, task in self._tasks.items() for s, f in sorted(task.fingerprints.items())]
         parts += [f"{n}: {'|'.join(task.label_names)}" for n, task in self._tasks.items() if task.label_names]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict:
-        """What `tasks.json` holds: names, sizes, fingerprints, labels."""
+        """Row format, fingerprints, and sizes, labels and sampling weight of each task, as JSON values."""
         return {
             "row_format": self.row_format.value,
             "fingerprint": self.fingerprint,
@@ -242,11 +251,11 @@ class TaskSet(Mapping[str, Task]):
 
 
 def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
-    """Check one task's splits and give each row its identity. Raises as [`TaskSet.from_datasets`]."""
+    """Create a task from its splits. Raises like [`TaskSet.from_datasets`]."""
     for split in ("train", "validation"):
         if split not in splits:
             what = "evaluation" if split == "validation" else "training"
-            raise TaskError(f"Task {name!r} has no {what} rows (split {split!r}); splits found: {sorted(splits)}.")
+            raise TaskError(f"Task {name!r} has no {what} rows: expected a split {split!r}, found {sorted(splits)}.")
     for split, rows in splits.items():
         if len(rows) == 0:
             raise TaskError(f"Task {name!r} is empty: split {split!r} has no rows.")
@@ -255,8 +264,8 @@ def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
         lacking = [column for column in row_format.required if column not in rows.column_names]
         if lacking:
             raise TaskError(
-                f"Task {name!r}, split {split!r}: its columns {rows.column_names} lack {lacking}, which the training "
-                f"rows ({row_format.value}) have."
+                f"Task {name!r}, split {split!r}: expected the columns {list(row_format.required)} like the training "
+                f"rows ({row_format.value}), found {rows.column_names}, which lack {lacking}."
             )
     label_names = label_names_of(name, splits) if row_format is RowFormat.CLASSIFICATION else None
     splits = {split: _plain_columns(rows) for split, rows in splits.items()}
@@ -271,22 +280,22 @@ def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
 
 
 def _plain_columns(rows: Dataset) -> Dataset:
-    """Labels as plain integers and texts as plain strings, so that tables of different origin can be joined."""
+    """Cast labels to plain integers and texts to plain strings, so that tables can be concatenated."""
     for column in ("label", "text", "label_text", "prompt", "completion"):
         feature = rows.features.get(column)
-        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype in _WIDER):
+        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype in _OTHER_WIDTHS):
             rows = rows.cast_column(column, Value("int64" if column == "label" else "string"))
     return rows
 
 
 def as_dataset(name: str, source) -> Dataset:
-    """A dataset, also from a list of dicts. Raises `TaskError` for anything else."""
+    """Convert a list of dicts to a dataset, and pass datasets through. Raises `TaskError` for anything else."""
     if isinstance(source, Dataset):
         return source
     if isinstance(source, list):
         try:
             return Dataset.from_list(source)
-        except Exception as error:  # pyarrow raises several unrelated classes here
+        except Exception as error:  # pyarrow raises unrelated exception classes here
             raise TaskError(f"Task {name!r}: its rows do not form one table: {error}") from error
     raise TaskError(f"Task {name!r}: expected a datasets.Dataset or a list of dicts, found {type(source).__name__}.")
 

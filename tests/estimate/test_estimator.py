@@ -119,7 +119,7 @@ def test_penalty_at_the_edge_is_warned_of(caplog):
     unmoved = ObservedRun(dict.fromkeys(NAMES, 1.0), base)
     with caplog.at_level("WARNING"):
         SubsetEstimator(train, validation, observed_runs=[unmoved])
-    assert any("edge of what was tried" in record.message for record in caplog.records)
+    assert any("edge of its search range" in record.message for record in caplog.records)
 
 
 def test_base_loss_is_the_loss_without_a_move(estimator):
@@ -150,20 +150,20 @@ def test_bad_input_is_named(estimator):
     bad[3, 2] = np.nan
     for tables, message in [
         ((changed(train, features=bad), validation), "Row 3"),
-        ((changed(train, features=0 * bad[:1].repeat(20, 0).astype(np.float32) * 0), validation), "not finite|zero"),
+        ((changed(train, features=0 * bad[:1].repeat(20, 0).astype(np.float32) * 0), validation), "not finite|nonzero"),
         (
             (train, changed(validation, task=np.where(validation.task == 3, 2, validation.task))),
             "'d' has no validation",
         ),
         ((changed(train, task=np.where(train.task == 1, 2, train.task)), validation), "'b' has no training"),
-        ((train, changed(validation, task_names=("a", "b", "c", "e"))), "different tasks"),
+        ((train, changed(validation, task_names=("a", "b", "c", "e"))), "features of the same tasks"),
     ]:
         with pytest.raises(EstimationError, match=message):
             SubsetEstimator(*tables)
     for mixtures, message in [
         (np.zeros((1, 4)), "empty"),
         (np.array([[1, -1, 0, 0]]), "negative"),
-        (np.array([[1, np.inf, 0, 0]]), "not finite"),
+        (np.array([[1, np.inf, 0, 0]]), "finite mixture weights"),
         (np.ones((1, 3)), "over 4 tasks"),
     ]:
         with pytest.raises(EstimationError, match=message):

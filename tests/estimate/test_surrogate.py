@@ -98,7 +98,7 @@ def test_chunks_do_not_matter(monkeypatch, pairs):
 @pytest.mark.parametrize("steps", [0, 1])
 def test_the_steps_in_single_precision_do_not_change_the_optimum(monkeypatch, steps):
     one = solve_surrogate(*rows(), MIXTURES, PENALTIES, tolerance=1e-10).coefficients
-    monkeypatch.setattr("hf_ensemble.estimate.newton._MOST_SINGLE", steps)
+    monkeypatch.setattr("hf_ensemble.estimate.newton._MAX_FLOAT32_STEPS", steps)
     two = solve_surrogate(*rows(), MIXTURES, PENALTIES, tolerance=1e-10).coefficients
     assert np.abs(one - two).max() < 1e-7
 
@@ -162,10 +162,10 @@ def test_bad_input_is_named():
     hole[3, 2] = np.inf
     ones = np.ones((2, 4))
     for arguments, message in [
-        ((hole, margin, task, ones, 1.0), "features hold a value that is not finite"),
-        ((features, margin * np.nan, task, ones, 1.0), "margins hold a value that is not finite"),
-        ((features, margin, task, ones * np.nan, 1.0), "mixtures hold a value that is not finite"),
-        ((features, margin, task, ones, np.array([1.0, np.inf])), "l2 hold a value that is not finite"),
+        ((hole, margin, task, ones, 1.0), "Expected finite features, found"),
+        ((features, margin * np.nan, task, ones, 1.0), "Expected finite margins, found"),
+        ((features, margin, task, ones * np.nan, 1.0), "Expected finite mixtures, found"),
+        ((features, margin, task, ones, np.array([1.0, np.inf])), "Expected finite l2, found"),
         ((features, margin, task, ones, np.array([1.0, 0.0])), "l2 has to be positive"),
         ((features, margin, task, np.array([[1, 1, 1, 1], [0, 0, 0, 0]]), 1.0), "Mixture 1 is empty"),
         ((features, margin, task, np.array([[1, 1, 1, 1], [1, 0, -1, 0]]), 1.0), "Mixture 1 has a negative weight"),
@@ -175,7 +175,7 @@ def test_bad_input_is_named():
             solve_surrogate(*arguments)
     for initial, message in [
         (np.zeros((2, 3)), r"shape \(2, 25\), found \(2, 3\)"),
-        (np.full((2, 25), np.nan), "initial coefficients hold a value that is not finite"),
+        (np.full((2, 25), np.nan), "Expected finite initial coefficients, found"),
     ]:
         with pytest.raises(EstimationError, match=message):
             solve_surrogate(features, margin, task, ones, 1.0, initial=initial)
@@ -265,5 +265,5 @@ def test_bad_features_are_named(monkeypatch):
     features[100, 3] = np.nan
     with pytest.raises(EstimationError, match="Row 100 has a feature that is not finite"):
         FeatureReduction.fit(features, 5)
-    with pytest.raises(EstimationError, match="Every gradient feature is zero"):
+    with pytest.raises(EstimationError, match="Expected nonzero gradient features"):
         FeatureReduction.fit(np.zeros((10, 4), dtype=np.float16), 5)

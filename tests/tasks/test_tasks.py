@@ -64,15 +64,18 @@ def test_fingerprint_changes_with_any_row():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"a": [{"question": "1", "answer": "2"}], "b": ROWS}}, "fit no known format"),
+        ({"train": {"a": [{"question": "1", "answer": "2"}], "b": ROWS}}, "expected the columns .* found .*answer"),
         ({"train": {"a": Dataset.from_list(ROWS).select([]), "b": ROWS}}, "'a' is empty"),
-        ({"train": [("a", ROWS), ("a", ROWS)]}, "Two tasks of one name"),
-        ({"train": {"a": ROWS, "A": ROWS}, "validation": {"a": ROWS, "A": ROWS}}, "Two tasks of one name"),
+        ({"train": [("a", ROWS), ("a", ROWS)]}, "Two tasks with the same name"),
+        ({"train": {"a": ROWS, "A": ROWS}, "validation": {"a": ROWS, "A": ROWS}}, "Two tasks with the same name"),
         ({"validation": {"a": ROWS}}, "'b' has no evaluation rows"),
         ({"validation": {"a": ROWS, "b": ROWS, "c": ROWS}}, r"without training rows: \['c'\]"),
-        ({"train": {"a/b": ROWS}, "validation": {"a/b": ROWS}}, "folder's name"),
+        ({"train": {"a/b": ROWS}, "validation": {"a/b": ROWS}}, "folder name"),
         ({"train": {}, "validation": {}}, "at least one task"),
-        ({"train": {"a": ROWS, "b": toy.text_rows(4)}, "validation": {"a": ROWS, "b": toy.text_rows(4)}}, "row format"),
+        (
+            {"train": {"a": ROWS, "b": toy.text_rows(4)}, "validation": {"a": ROWS, "b": toy.text_rows(4)}},
+            "same row format",
+        ),
         ({"train": {"a": "rows", "b": ROWS}}, "found str"),
         ({"train": {"a": [{**ROWS[0], "task": "z"}], "b": ROWS}}, "reserved"),
         ({"sampling_weights": {"z": 1.0}}, "unknown tasks"),
@@ -89,7 +92,7 @@ def classification(train, validation):
 
 
 def test_label_outside_of_the_set_is_named():
-    with pytest.raises(TaskError, match="label 2 is outside of the task's set of 2"):
+    with pytest.raises(TaskError, match="label 2 is outside the task's set of 2"):
         classification(toy.text_rows(4), [{"text": "a", "label": 2, "label_text": "x"}])
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, -1]}, features=features)
@@ -233,5 +236,5 @@ def test_bad_folders_are_named(tmp_path):
         load_task_folder(tmp_path, validation_fraction=0.5)
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     write_jsonl(tmp_path / "x" / "train.jsonl", ROWS)
-    with pytest.raises(TaskError, match="Two tasks of one name"):
+    with pytest.raises(TaskError, match="Two tasks with the same name"):
         load_task_folder(tmp_path, validation_fraction=0.5)
