@@ -1,23 +1,18 @@
-"""Peak memory of one side of the capture benchmark, and the largest tensor of a capture. For a process of its own."""
+"""Peak memory of one side of the capture study, and the largest tensor of a capture. For a process of its own."""
 
 import ctypes
 import gc
-import resource
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from capture_models import Setting, largest_layer_gradients, make_model, make_rows
-from peers import Capture, Plain, Side
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..common import peak_memory, process_memory
+from .models import Setting, largest_layer_gradients, make_model, make_rows
+from .sides import Capture, Plain, Side
+
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def status(name: str) -> int:
-    """Bytes of a line of the process's status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def _settle() -> None:
@@ -25,7 +20,7 @@ def _settle() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def peak_memory(setting: Setting, side: type[Side]) -> dict:
+def side_memory(setting: Setting, side: type[Side]) -> dict:
     """Peak above the model at rest. A tiny model goes first: imports and buffers of libraries are not counted."""
     tiny = replace(setting, path=None, quantization=None, changes=_TINY, dim=16)
     _run(make_model(tiny), tiny, side, 2)
@@ -39,13 +34,13 @@ def peak_memory(setting: Setting, side: type[Side]) -> dict:
         torch.cuda.reset_peak_memory_stats()
         _run(model, setting, side, batches)
         return {"rest_bytes": rest, "peak_extra_bytes": torch.cuda.max_memory_allocated() - rest}
-    rest, how = status("VmRSS"), "VmHWM after clear_refs"
+    rest, how = process_memory("VmRSS"), "VmHWM after clear_refs"
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        how, rest = "ru_maxrss", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        how, rest = "ru_maxrss", peak_memory()
     missing = _run(model, setting, side, batches)
-    return {"how": how, "rest_bytes": rest, "peak_extra_bytes": status("VmHWM") - rest + missing}
+    return {"how": how, "rest_bytes": rest, "peak_extra_bytes": process_memory("VmHWM") - rest + missing}
 
 
 def _run(model, setting: Setting, side: type[Side], batches: int) -> int:

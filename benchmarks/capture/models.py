@@ -10,6 +10,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, LlamaCo
 
 from hf_ensemble.tasks import EXAMPLE_ID, TASK
 
+from ..models import randomize_lora_b
+
 NUM_LABELS = 4
 ENCODER = {
     "vocab_size": 30522,
@@ -94,12 +96,7 @@ def make_model(setting: Setting) -> nn.Module:
         exclude_modules=["pooler.dense"],
         task_type=task_type,
     )
-    model = get_peft_model(base, lora)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    return model.to(setting.device).eval()
+    return randomize_lora_b(get_peft_model(base, lora)).to(setting.device).eval()
 
 
 def _encoder(setting: Setting) -> nn.Module:

@@ -1,64 +1,19 @@
-"""The sides of the capture benchmark: each takes the same rows through the same model in its own way.
+"""Other ways to per-example gradient features: the published procedure, Bergson, `torch.func` and TRAK.
 
-A side is made with the model, the setting and the rows of one run; `prepare` makes what is kept for all runs (a
-projection matrix), `run` takes all rows through once. `once` holds seconds of a run that do not grow with its rows.
-Peers are optional: a side whose package is missing raises `ImportError` when it is made.
+Peers are optional: a side whose package is missing raises `ImportError` when it is prepared.
 """
 
 import functools
 import math
-import shutil
 import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from capture_models import NUM_LABELS, Setting, make_batches
 from datasets import Dataset
 from torch import nn
 
-from hf_ensemble import CaptureConfig, TaskSet, capture_gradients
-from hf_ensemble.capture import GradientExtractor
-from hf_ensemble.tasks import TaskCollator
-
-
-class Side:
-    """See the module's docstring."""
-
-    note = ""
-    # Batches of one run; a slow side takes fewer, and its time is reported per example.
-    most_batches: int | None = None
-
-    def __init__(self, model: nn.Module, setting: Setting, rows: Dataset):
-        self.model, self.setting, self.rows = model, setting, rows
-        if self.most_batches is not None:
-            self.rows = rows.select(range(min(len(rows), self.most_batches * setting.batch)))
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.batches = make_batches(setting, self.rows)
-        self.once: dict[str, dict[str, float]] = {}
-        self.facts: dict[str, object] = {}
-
-    def prepare(self) -> None:
-        """What is made once for all rows."""
-
-    def run(self) -> None:
-        raise NotImplementedError
-
-    def margins(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean log-odds of every example's answer `(B,)`, in the simplest way."""
-        logits, labels = self.model(input_ids=batch["input_ids"]).logits, batch["labels"]
-        if labels.dim() == 1:
-            return _log_odds(logits, labels)
-        kept = labels[:, 1:] != -100
-        values = _log_odds(logits[:, :-1][kept], labels[:, 1:][kept])
-        return torch.stack([part.mean() for part in values.split(kept.sum(dim=1).tolist())])
-
-
-def _log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    log_prob = torch.log_softmax(logits.float(), dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return log_prob - torch.log(-torch.expm1(log_prob.clamp(max=-1e-6)))
-
+from .models import Setting
+from .sides import Capture, CaptureUnscaled, Plain, Side
 
 # The published matrix is larger than this: its first rows stand for all others, which takes the same time.
 MATRIX_BYTES = 2**30
@@ -79,72 +34,6 @@ def sign_matrix(rows: int, columns: int, dtype: str) -> np.ndarray:
 
 def times_signs(flat: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return sum(flat[i : i + len(matrix)] @ matrix[: len(flat) - i] for i in range(0, len(flat), len(matrix)))
-
-
-class Plain(Side):
-    """Forward and backward of the model's own loss, gradients in the adapter: a training step without its optimizer."""
-
-    def run(self) -> None:
-        for batch in self.batches:
-            self.model(**batch).loss.backward()
-            self.model.zero_grad(set_to_none=True)
-
-
-class Capture(Side):
-    """`capture_gradients` into a new store, finished; all rows, of which the first are training rows."""
-
-    config: dict = {}
-    clock = staticmethod(time.process_time)
-
-    def prepare(self) -> None:
-        held_out = min(self.setting.batch, len(self.rows) - 1)
-        self.tables = {
-            "train": self.rows.select(range(len(self.rows) - held_out)),
-            "validation": self.rows.select(range(len(self.rows) - held_out, len(self.rows))),
-        }
-        columns = ["input_ids", "labels"]
-        if not self.setting.causal:
-            plain = [{"text": str(i), "label": i} for i in range(NUM_LABELS)]
-            self.tasks = TaskSet.from_datasets({"t": plain}, {"t": plain})
-        else:
-            self.tasks = TaskSet.from_datasets(*({"t": self.tables[s].select_columns(columns)} for s in self.tables))
-        self.collator = TaskCollator(lambda rows: {c: torch.tensor([row[c] for row in rows]) for c in columns})
-
-    def run(self) -> None:
-        config = CaptureConfig(projection_dim=self.setting.dim, batch_size=self.setting.batch, **self.config)
-        moments, add = [], GradientExtractor.add_second_moments
-
-        def timed(extractor, *arguments):
-            start = self.clock(), time.perf_counter()
-            add(extractor, *arguments)
-            moments.append((self.clock() - start[0], time.perf_counter() - start[1]))
-
-        GradientExtractor.add_second_moments = timed
-        folder = tempfile.mkdtemp()
-        try:
-            store = capture_gradients(
-                self.model,
-                self.tasks,
-                config,
-                Path(folder) / "store",
-                data_collator=self.collator,
-                encoded=self.tables,
-                disable_tqdm=True,
-            )
-            self.facts["fallback"] = store.manifest["coverage"]["fallback"]
-        finally:
-            GradientExtractor.add_second_moments = add
-            shutil.rmtree(folder)
-        if moments:
-            cpu, wall = (sum(part) for part in zip(*moments))
-            rows = min(128, len(self.tables["train"]))
-            self.once["moment rows"] = {"cpu": cpu, "wall": wall, "rows": rows}
-
-
-class CaptureUnscaled(Capture):
-    """The same without a preconditioner, so without moment rows."""
-
-    config = {"preconditioner": "none"}
 
 
 class Published(Side):

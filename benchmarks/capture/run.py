@@ -1,12 +1,11 @@
-"""What a capture pass costs beside a training step and beside other ways to per-example gradient features.
+"""What does a capture pass cost, next to a training step and to other ways to per-example gradient features?
 
-    python benchmarks/capture.py TARGET --model_name_or_path ENCODER_DIR
+    python -m benchmarks.capture.run OUTPUT --model_name_or_path ENCODER
 
-writes TARGET.json and TARGET.md. An encoder with a classification head and a Llama-shaped model with random weights,
-both with LoRA r=8 on every linear layer of their blocks, see rows of random tokens without padding. All sides take
-turns in one process, and their times stand beside the plain forward and backward of the same turn. Memory is measured
-in a process of its own for each side. Models and parts that are not asked for keep what an earlier run wrote into
-TARGET.
+An encoder with a classification head and a Llama-shaped model with random weights, both with LoRA r=8 on every linear
+layer of their blocks, see rows of random tokens without padding. All sides take turns in one process, and their times
+are compared with the plain forward and backward of the same turn. Memory is measured in a process of its own for each
+side. Models and parts that are not asked for keep what an earlier run wrote to OUTPUT.
 """
 
 import argparse
@@ -18,15 +17,26 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import datasets
 import torch
 import transformers
-from capture_memory import largest_tensor, peak_memory
-from capture_models import MODELS, Setting, largest_layer_gradients, make_model, make_rows, multiplied_weights
-from capture_table import table
-from peers import SIDES, Capture, Side, sign_matrix
+
+from ..common import (
+    add_machine_flags,
+    clock,
+    machine,
+    make_parser,
+    module_name,
+    read_results,
+    shape_of,
+    write_results,
+)
+from .memory import largest_tensor, side_memory
+from .models import MODELS, Setting, largest_layer_gradients, make_model, make_rows, multiplied_weights
+from .peers import SIDES, sign_matrix
+from .sides import Capture, Side
+from .table import table
 
 # Several times slower than the others: fewer turns.
 SLOW = ("published, whole batch", "Bergson, global", "TRAK's projector alone")
@@ -57,13 +67,6 @@ def sides_of(setting: Setting, arguments) -> list[str]:
 
 def batches_of(setting: Setting, arguments) -> int:
     return arguments.batches[min(arguments.models.index(setting.model), len(arguments.batches) - 1)]
-
-
-def clock(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def make_sides(model, setting: Setting, arguments) -> tuple[dict[str, Side], dict[str, str]]:
@@ -143,7 +146,7 @@ def summary(turns: list[dict], plain: list[dict]) -> dict:
 
 def probe(setting: Setting, name: str, arguments) -> dict:
     """One side's peak memory, measured in another process."""
-    command = [sys.executable, __file__, "-", "--probe", name, "--models", setting.model]
+    command = [sys.executable, "-m", module_name(__file__), "-", "--probe", name, "--models", setting.model]
     command += ["--answer", str(setting.answer)]
     for key in ("batch", "length", "dim", "device", "quantization", "model_name_or_path", "threads", "rank"):
         if getattr(arguments, key) is not None:
@@ -159,56 +162,23 @@ def probe(setting: Setting, name: str, arguments) -> dict:
     return json.loads(lines[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", help="path of the results without .json and .md")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["encoder", "llama"])
-    parser.add_argument("--model_name_or_path", help="the encoder's weights; from a config when left out")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument(
-        "--batches", type=int, nargs="+", default=[16, 2], help="of one turn, for each model; peers take one"
-    )
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--answer", type=int, default=32)
-    parser.add_argument("--dim", type=int, default=1024)
-    parser.add_argument("--rank", type=int, help="of the LoRA, 8 by default")
-    parser.add_argument("--target_modules", nargs="+", help="of the LoRA, every linear layer of the blocks by default")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--slow_repetitions", type=int, default=2)
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(DEFAULT_SIDES))
-    parser.add_argument("--parts", nargs="+", choices=("time", "memory"), default=["time", "memory"])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quantization", choices=("nf4",))
-    parser.add_argument("--peak_tflops", type=float, help="of the device, for the share of it that is reached")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--probe", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(arguments.threads)
-    if arguments.probe:
-        (setting,) = [s for s in settings(arguments) if s.answer == arguments.answer][:1]
-        rank = 20 if setting.model == "llama" else None
-        found = (
-            largest_tensor(setting, Capture, rank, 2)
-            if arguments.probe == "largest"
-            else peak_memory(setting, SIDES[arguments.probe])
-        )
-        print(json.dumps(found))
-        return
-    path = Path(f"{arguments.output}.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
+def run_probe(arguments) -> dict:
+    """What a probing process finds."""
+    setting = next(one for one in settings(arguments) if one.answer == arguments.answer)
+    if arguments.probe == "largest":
+        return largest_tensor(setting, Capture, 20 if setting.model == "llama" else None, 2)
+    return side_memory(setting, SIDES[arguments.probe])
+
+
+def run_parts(arguments) -> None:
+    """Measure what was asked for and write it, model by model."""
+    results = read_results(arguments.output)
     results.setdefault("models", {})
-    if "time" in arguments.parts:
-        results["machine"] = {
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {os.cpu_count()} cores",
-            "threads": arguments.threads,
-            "torch": torch.__version__,
-        }
-        kept = ("output", "parts", "probe", "model_name_or_path")
-        results["shape"] = {key: value for key, value in vars(arguments).items() if key not in kept}
+    if "time" in arguments.parts or "shape" not in results:
+        # The header of the tables is that of the times.
+        results["machine"] = machine(arguments.device)
+        results["shape"] = shape_of(arguments, "parts", "probe", "model_name_or_path")
+        results.pop("versions", None)
     for part in arguments.parts:
         for setting in settings(arguments):
             own = results["models"].setdefault(setting.name, {})
@@ -218,9 +188,44 @@ def main() -> None:
                 own["memory"] = {name: probe(setting, name, arguments) for name in sides_of(setting, arguments)}
                 if setting.model == "llama" and setting.answer < setting.length:
                     own["largest_tensor"] = probe(setting, "largest", arguments)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            Path(f"{arguments.output}.md").write_text(table(results))
-            print(table(results), flush=True)
+            write_results(arguments.output, results, table)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["encoder", "llama"])
+    parser.add_argument("--model_name_or_path", help="the encoder's weights; random ones by default")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a batch")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[16, 2], help="batches of one turn, for each model; peers take one"
+    )
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--answer", type=int, default=32, help="tokens of its answer")
+    parser.add_argument("--dim", type=int, default=1024, help="features")
+    parser.add_argument("--rank", type=int, help="LoRA rank, 8 by default")
+    parser.add_argument("--target_modules", nargs="+", help="LoRA target modules, all linear layers by default")
+    parser.add_argument("--repetitions", type=int, default=3, help="turns")
+    parser.add_argument("--slow_repetitions", type=int, default=2, help="turns of the slowest sides")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(DEFAULT_SIDES))
+    parser.add_argument("--parts", nargs="+", choices=("time", "memory"), default=["time", "memory"])
+    parser.add_argument("--quantization", choices=("nf4",), help="of the Llama")
+    parser.add_argument("--peak_tflops", type=float, help="of the device, to state the share that is reached")
+    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    add_machine_flags(parser, device=True)
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
+    if arguments.probe:
+        print(json.dumps(run_probe(arguments)))
+    else:
+        run_parts(arguments)
 
 
 if __name__ == "__main__":

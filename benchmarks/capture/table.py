@@ -1,5 +1,8 @@
-"""The capture benchmark's results as Markdown."""
+"""Times and memory of the capture as Markdown."""
 
+from ..common import markdown_table
+
+HEADER = ("side", "per example", "x plain", "wall", "peak memory", "over plain", "")
 LIMIT = 64 * 2**20
 
 
@@ -7,7 +10,7 @@ def _mebibytes(count: float) -> str:
     return f"{count / 2**20:.0f} MiB"
 
 
-def _line(name: str, own: dict, memory: dict, plain_memory: dict) -> str:
+def _row(name: str, own: dict, memory: dict, plain_memory: dict) -> list[str]:
     cells = [name]
     if "failed" in own:
         cells += [own["failed"], "", ""]
@@ -28,7 +31,7 @@ def _line(name: str, own: dict, memory: dict, plain_memory: dict) -> str:
         cells += [_mebibytes(peak), "" if name == "plain" else f"{over / 2**20:+.0f} MiB"]
     else:
         cells += ["", ""]
-    return "| " + " | ".join([*cells, own.get("note", "")]) + " |"
+    return [*cells, own.get("note", "")]
 
 
 def _capture_notes(own: dict) -> list[str]:
@@ -86,19 +89,22 @@ def table(results: dict) -> str:
         "of a process of its own over the model at rest, and over the plain pass; empty where it was not measured."
     ]
     for name, own in results["models"].items():
-        own.setdefault("sides", {})
+        own = {"sides": {}, **own}
         lines += [
             "",
             f"## {name}",
             "",
             f"{own.get('parameters', 0) / 1e6:.0f}M parameters, {own.get('trained_parameters', 0):,} trained.",
             "",
-            "| side | per example | x plain | wall | peak memory | over plain | |",
-            "|---" * 7 + "|",
         ]
-        memory = own.get("memory", {})
-        for side in dict.fromkeys([*own["sides"], *memory]):
-            lines.append(_line(side, own["sides"].get(side, {}), memory.get(side, {}), memory.get("plain", {})))
+        sides, memory = own["sides"], own.get("memory", {})
+        lines += markdown_table(
+            HEADER,
+            (
+                _row(side, sides.get(side, {}), memory.get(side, {}), memory.get("plain", {}))
+                for side in dict.fromkeys([*sides, *memory])
+            ),
+        )
         notes = _capture_notes(own) + _device_notes(own, shape)
         lines += ["", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"

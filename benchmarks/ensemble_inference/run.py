@@ -1,20 +1,15 @@
-"""What an ensemble's forward costs, beside other ways to run several adapters over one base model.
+"""What does an ensemble's forward cost, next to other ways to run several adapters over one base model?
 
-    python benchmarks/ensemble_inference.py benchmarks/ensemble_inference
+    python -m benchmarks.ensemble_inference.run OUTPUT
 
-writes `benchmarks/ensemble_inference.json` and `benchmarks/ensemble_inference.md`. A Llama-shaped model with random
-weights and m adapters (LoRA on every linear layer) answers B rows, once for a whole prompt (prefill) and token by token
-after it (decode). All sides give B combined rows of logits, but for the two references, which run one adapter alone.
-Times are of the process's CPU (of the device, on a GPU); the sides take turns, so that a busy machine slows all.
+A Llama-shaped model with random weights and m adapters (LoRA on every linear layer) answers B rows, once for a whole
+prompt (prefill) and token by token after it (decode). All sides return B combined rows of logits, except the two
+references, which run one adapter alone. Times are of the process's CPU (of the device, on a GPU); the sides take turns,
+so that a busy machine slows all of them.
 """
 
-import argparse
-import json
-import os
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -23,18 +18,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.ensemble.forward.cache import EnsembleCache, cache_maker
 
-SIDES = {
-    "one adapter, m x B rows": "reference of the sides below",
-    "set_adapter in turn": "PEFT, m forwards of B rows",
-    "mixed batch": "PEFT, adapter_names, one forward of m x B rows",
-    "ensemble, one after the other": "fused=False",
-    "ensemble, all at once": "fused=True, the default",
-    "one adapter, B rows": "reference of the sides below",
-    "ensemble, weights": "combination='weights', every adapter in every row",
-    "ensemble, one adapter a row": "weights with one entry, different adapters in the rows",
-}
-_SMALL, _LARGE = "one adapter, B rows", "one adapter, m x B rows"
-REFERENCE = dict.fromkeys(list(SIDES)[:5], _LARGE) | dict.fromkeys(list(SIDES)[5:], _SMALL)
+from ..common import add_machine_flags, clock, machine, make_parser, shape_of, write_results
+from ..models import randomize_lora_b
+from .table import table
 
 
 def make_model(arguments, device: torch.device) -> PeftModel:
@@ -53,12 +39,7 @@ def make_model(arguments, device: torch.device) -> PeftModel:
     model = PeftModel(base, lora, adapter_name="m0")
     for number in range(1, max(arguments.members)):
         model.add_adapter(f"m{number}", lora)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    model.requires_grad_(False)
-    return model.eval().to(device)
+    return randomize_lora_b(model).requires_grad_(False).eval().to(device)
 
 
 class Decoder:
@@ -124,13 +105,6 @@ def sides(model: PeftModel, members: int, batch_size: int) -> dict[str, Callable
     }
 
 
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
-
-
 @torch.no_grad()
 def measure(model: PeftModel, members: int, arguments, device: torch.device) -> dict[str, dict[str, float]]:
     """Median milliseconds of a prefill and of one decoded token, for each side."""
@@ -190,60 +164,25 @@ def generation(model: PeftModel, members: int, arguments, device: torch.device) 
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def table(results: dict) -> str:
-    machine, shape = results["machine"], results["shape"]
-    lines = [
-        f"{results['parameters'] / 1e6:.0f}M parameters, LoRA of rank {shape['rank']} on every linear layer, B = "
-        f"{shape['batch_size']} rows, prompts of {shape['length']} tokens, {shape['repetitions']} repetitions; "
-        f"{machine['device']}, {machine['threads']} thread(s), {machine['dtype']}. Milliseconds, and the ratio to the "
-        "reference of the side.",
-    ]
-    for phase in ("prefill", "decode"):
-        lines += ["", f"| {phase} | " + " | ".join(f"m = {m}" for m in results["members"]) + " |"]
-        lines.append("|---" * (len(results["members"]) + 1) + "|")
-        for side in SIDES:
-            cells = []
-            for own in results["members"].values():
-                value, reference = own[side][phase], own[REFERENCE[side]][phase]
-                cells.append(f"{value:.1f}" + ("" if side == REFERENCE[side] else f" ({value / reference:.2f})"))
-            lines.append(f"| {side} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"| generate, {shape['tokens']} tokens | " + " | ".join(f"m = {m}" for m in results["members"]) + " |",
-    ]
-    lines.append("|---" * (len(results["members"]) + 1) + "|")
-    for side in next(iter(results["generate"].values())):
-        values = [(own[side], own["one adapter, m x B rows"]) for own in results["generate"].values()]
-        lines.append(f"| {side} | " + " | ".join(f"{a:.0f} ({a / b:.2f})" for a, b in values) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", help="path of the results without .json and .md")
-    parser.add_argument("--members", type=int, nargs="+", default=[2, 4, 8])
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--members", type=int, nargs="+", default=[2, 4, 8], help="numbers of adapters")
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens to decode")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--hidden_size", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters")
+    add_machine_flags(parser, device=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     model = make_model(arguments, device)
     results = {
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-            "threads": arguments.threads,
-            "dtype": str(model.dtype),
-            "torch": torch.__version__,
-        },
-        "shape": {key: value for key, value in vars(arguments).items() if key not in ("output", "device", "members")},
+        "machine": {**machine(arguments.device), "dtype": str(model.dtype)},
+        "shape": shape_of(arguments, "device", "members"),
         "parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name),
         "members": {},
         "generate": {},
@@ -251,9 +190,7 @@ def main() -> None:
     for members in arguments.members:
         results["members"][str(members)] = measure(model, members, arguments, device)
         results["generate"][str(members)] = generation(model, members, arguments, device)
-        Path(f"{arguments.output}.json").write_text(json.dumps(results, indent=1) + "\n")
-        Path(f"{arguments.output}.md").write_text(table(results))
-        print(table(results), flush=True)
+        write_results(arguments.output, results, table)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
-"""Memory and time of an estimate at its largest: 100 tasks of 1,000 rows, 4,096 captured dimensions, 10,000 subsets.
+"""How much memory and time does an estimate take at its largest: 100 tasks of 1,000 rows, 10,000 subsets?
 
-    python benchmarks/estimator_memory.py benchmarks/estimator_memory
+    python -m benchmarks.estimator_memory.run OUTPUT
 
-writes the JSON. The features are generated block by block into a float16 file, as a store holds them, and mapped there.
+The features are generated block by block into a float16 file, as a store holds them, and mapped from there.
 """
 
-import argparse
-import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +13,17 @@ import numpy as np
 import torch
 
 from hf_ensemble import FeatureTable, SubsetEstimator, TrainingRecipe
+
+from ..common import (
+    add_machine_flags,
+    make_parser,
+    peak_memory,
+    process_memory,
+    random_subsets,
+    shape_of,
+    write_results,
+)
+from .table import table
 
 
 def mapped_table(path: Path, tasks: int, rows: int, dim: int, seed: int) -> FeatureTable:
@@ -39,24 +47,7 @@ def mapped_table(path: Path, tasks: int, rows: int, dim: int, seed: int) -> Feat
     )
 
 
-def anonymous_memory() -> int:
-    """Bytes of this process that are its own: pages of the mapped features are the system's to drop."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) * 1024
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--tasks", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--validation_rows", type=int, default=100)
-    parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--subsets", type=int, default=10_000)
-    parser.add_argument("--size", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def measure(arguments) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         train = mapped_table(Path(folder) / "train.npy", arguments.tasks, arguments.rows, arguments.dim, 1)
         validation = mapped_table(
@@ -66,25 +57,35 @@ def main() -> None:
         recipe = TrainingRecipe(np.linspace(1e-3, 0, arguments.tasks * arguments.rows // 16), 16, 100_000)
         estimator = SubsetEstimator(train, validation, recipe=recipe)
         made = time.perf_counter() - start
-        order = np.random.default_rng(3).random((arguments.subsets, arguments.tasks)).argsort(axis=1)
+        subsets = random_subsets(arguments.subsets, arguments.tasks, arguments.size, seed=3)
         start = time.perf_counter()
-        prediction = estimator.predict(order < arguments.size)
+        prediction = estimator.predict(subsets)
         predicted = time.perf_counter() - start
-        report = {
-            **{key: value for key, value in vars(arguments).items() if key != "output"},
+        return {
+            **shape_of(arguments),
             "seconds_to_reduce_and_calibrate": round(made, 1),
             "seconds_to_predict": round(predicted, 1),
             "l2_scale": estimator.regularization.l2_scale,
             "greatest_gradient_norm": float(prediction.gradient_norm.max()),
-            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "anonymous_bytes_at_the_end": anonymous_memory(),
-            "bytes_of_mapped_features": (arguments.rows + arguments.validation_rows)
-            * arguments.tasks
-            * arguments.dim
-            * 2,
+            "peak_resident_bytes": peak_memory(),
+            # Of the process alone: pages of the mapped features are the system's to drop.
+            "anonymous_bytes_at_the_end": process_memory("RssAnon"),
+            "bytes_of_mapped_features": 2 * arguments.dim * (len(train) + len(validation)),
         }
-    arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+
+
+def main() -> None:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--tasks", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=1000, help="training rows of a task")
+    parser.add_argument("--validation_rows", type=int, default=100, help="validation rows of a task")
+    parser.add_argument("--dim", type=int, default=4096, help="captured dimensions")
+    parser.add_argument("--subsets", type=int, default=10_000)
+    parser.add_argument("--size", type=int, default=20, help="tasks of a subset")
+    add_machine_flags(parser)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    write_results(arguments.output, measure(arguments), table)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
-"""Groupings, each trained for real: one adapter per group, scored on the test rows of the group's own tasks.
+"""Which groups of tasks are best, with one adapter trained for real per group?
 
-    python benchmarks/grouping.py TARGET [--num_groups N] [--part 0/2] FLAGS
+    python -m benchmarks.grouping.run OUTPUT [--num_groups N] [--part 0/2] FLAGS
 
-Beside the methods: as many random groups, one adapter for all, one per task. FLAGS are those of `hf-ensemble fidelity`.
-Finished trainings are kept in OUTPUT_DIR/chosen. Writes TARGET.json and .md.
+Each adapter is scored on the test rows of its group's own tasks. Compared with the methods: as many random groups, one
+adapter for all, one per task. FLAGS are those of `hf-ensemble fidelity`. Finished trainings are kept in
+OUTPUT_DIR/chosen; with `--part` a process makes every second training, say, and stops.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import numpy as np
-from trained import TrainedMixtures
-from trl import ModelConfig
 
-from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
-from hf_ensemble.cli.trainers import build_trainer, load_tasks
 from hf_ensemble.select import GROUPING_METHODS, DataSelector, partition_loss
+
+from ..common import make_parser, write_results
+from ..trainers import TrainedMixtures, trainer_from_flags
+from .table import table
 
 Groups = list[tuple[list[str], list[str]]]
 
@@ -39,17 +36,38 @@ def groupings(selector: DataSelector, num_groups: int | str, seeds: list[int]) -
     return found
 
 
+def trained_way(selector: DataSelector, trainings: TrainedMixtures, by_seed: list[Groups], seeds: list[int]) -> dict:
+    """Predicted loss and test scores of one way to group, seed by seed."""
+    scores = []
+    for groups, seed in zip(by_seed, seeds):
+        by_task = {}
+        for tasks_of_group, trained in groups:
+            by_task |= trainings.scores(dict.fromkeys(trained, 1.0), seed, tasks_of_group)
+        scores.append(by_task)
+    return {
+        "num_groups": len(by_seed[0]),
+        "predicted_loss": [partition_loss(selector.estimator, [own for own, _ in groups]) for groups in by_seed],
+        "groups": by_seed,
+        "scores": scores,
+    }
+
+
+def means(scores: list[dict], names: list[str]) -> dict[str, list[float]]:
+    """Mean accuracy and loss over tasks, for each seed."""
+    return {
+        measure: [float(np.mean([score[name][measure] for name in names])) for score in scores]
+        for measure in ("accuracy", "loss")
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--num_groups", type=int)
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--num_groups", type=int, help="found by predicted loss by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--without", nargs="*", default=[], help="Tasks that the mean accuracy leaves out.")
-    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--without", nargs="*", default=[], help="tasks to leave out of the means")
+    parser.add_argument("--part", default="0/1", help="which share of the trainings to make, such as 1/2")
     own, flags = parser.parse_known_args()
-    (arguments, model_arguments), flags = parse([FidelityArguments, ModelConfig], with_config(flags), True)
-    tasks = load_tasks(arguments, model_arguments, "fidelity")
-    trainer = build_trainer(arguments, model_arguments, tasks, flags)
+    trainer, tasks = trainer_from_flags(flags)
     selector = trainer.selector(trainer.capture())
     found = groupings(selector, own.num_groups or "auto", own.seeds)
     trainings = TrainedMixtures(trainer, tasks)
@@ -62,42 +80,12 @@ def main() -> None:
     trainings.make(wanted, own.part)
     if not own.part.endswith("/1"):
         return
-    rows = []
+    kept = [name for name in tasks.names if name not in own.without]
+    ways = []
     for way, by_seed in found.items():
-        scores = []
-        for groups, seed in zip(by_seed, own.seeds):
-            by_task = {}
-            for tasks_of_group, trained in groups:
-                by_task |= trainings.scores(dict.fromkeys(trained, 1.0), seed, tasks_of_group)
-            scores.append(by_task)
-        kept = [name for name in tasks.names if name not in own.without]
-        rows.append(
-            {
-                "way": way,
-                "num_groups": len(by_seed[0]),
-                "predicted_loss": [
-                    partition_loss(selector.estimator, [own for own, _ in groups]) for groups in by_seed
-                ],
-                "accuracy": [float(np.mean([score[name]["accuracy"] for name in kept])) for score in scores],
-                "loss": [float(np.mean([score[name]["loss"] for name in kept])) for score in scores],
-                "groups": by_seed,
-                "scores": scores,
-            }
-        )
-    report = {"seeds": own.seeds, "left_out_of_means": own.without, "ways": rows}
-    own.target.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    lines = [
-        f"Means over {len(tasks) - len(own.without)} tasks' test rows, over {len(own.seeds)} seeds ± deviation.",
-        "",
-        "| grouping | groups | predicted validation loss | test accuracy | test loss |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [f"{np.mean(row[key]):.3f} ± {np.std(row[key], ddof=1):.3f}" for key in ("accuracy", "loss")]
-        lines.append(
-            f"| {row['way']} | {row['num_groups']} | {np.mean(row['predicted_loss']):.4f} | {' | '.join(cells)} |"
-        )
-    own.target.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        trained = trained_way(selector, trainings, by_seed, own.seeds)
+        ways.append({"way": way, **means(trained["scores"], kept), **trained})
+    write_results(own.output, {"seeds": own.seeds, "left_out_of_means": own.without, "ways": ways}, table)
 
 
 if __name__ == "__main__":

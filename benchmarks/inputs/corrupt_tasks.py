@@ -1,27 +1,16 @@
-"""Copy a folder of tasks and add two that no honest estimate may recommend.
+"""Copy a folder of classification tasks and add two that no honest estimate may recommend.
 
-    python benchmarks/corrupt_tasks.py DIR TARGET
+    python -m benchmarks.inputs.corrupt_tasks --data CLASSIFICATION --output_dir TASKS
 
 `sst2_flipped` is sst2 with its two labels swapped, `mr_shuffled` is mr with its labels dealt at random; both take their
 training rows from the end of the file, so that the first rows of the honest tasks do not come again with another label.
 """
 
-import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
-SPLITS = ("train", "validation", "test")
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+from ..common import SPLITS, make_parser, read_rows, write_rows
 
 
 def flipped(rows: list[dict]) -> list[dict]:
@@ -38,15 +27,18 @@ def shuffled(rows: list[dict], seed: int = 0) -> list[dict]:
     return [{**row, "label": label, "label_text": text} for row, (label, text) in zip(rows, labels)]
 
 
-def main(source: str, target: str) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
+def main() -> None:
+    parser = make_parser(__file__, __doc__, output=False)
+    parser.add_argument("--data", type=Path, required=True, help="folder of tasks, sst2 and mr among them")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the copy with two more tasks")
+    arguments = parser.parse_args()
+    shutil.copytree(arguments.data, arguments.output_dir, dirs_exist_ok=True)
     for name, origin, corrupt in (("sst2_flipped", "sst2", flipped), ("mr_shuffled", "mr", shuffled)):
         for split in SPLITS:
-            rows = read(Path(source) / origin / f"{split}.jsonl")
-            write(Path(target) / name / f"{split}.jsonl", corrupt(rows[::-1] if split == "train" else rows))
+            rows = read_rows(arguments.data / origin / f"{split}.jsonl")
+            corrupted = corrupt(rows[::-1] if split == "train" else rows)
+            write_rows(arguments.output_dir / name / f"{split}.jsonl", corrupted)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main()

@@ -1,27 +1,20 @@
 """Train a small Llama and its tokenizer from scratch, on the text of tasks that a study does not use.
 
-    python benchmarks/small_llama.py DATA TARGET --without TASK [TASK ...]
+    python -m benchmarks.inputs.small_llama --data DATA --output_dir LLAMA --without TASK [TASK ...]
 
-Every `train.jsonl` under DATA (`prompt` and `completion`, or `text` and `label_text`) is text to learn, those of the
+Every `train.jsonl` below DATA (`prompt` and `completion`, or `text` and `label_text`) is text to learn, those of the
 named tasks aside.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from ..common import make_parser, read_rows
+from ..models import train_from_scratch
 
 PARTS, LABELLED = ("prompt", "completion"), ("text", "label_text")
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -35,8 +28,7 @@ def texts(folder: Path, without: set[str]) -> list[str]:
     rows = []
     for file in sorted(folder.rglob("train.jsonl")):
         if file.parent.name not in without:
-            for line in file.read_text().splitlines():
-                row = json.loads(line)
+            for row in read_rows(file):
                 asked, answer = (row[key] for key in (PARTS if "prompt" in row else LABELLED))
                 rows.append(f"{asked.removesuffix('Output:').rstrip()}\nOutput:{answer}")
     return rows
@@ -64,12 +56,12 @@ def blocks(rows: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--without", nargs="+", default=[])
+    parser = make_parser(__file__, __doc__, output=False)
+    parser.add_argument("--data", type=Path, required=True, help="folder with tasks at any depth")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where model and tokenizer go")
+    parser.add_argument("--without", nargs="+", default=[], help="tasks to keep unseen")
     parser.add_argument("--vocabulary", type=int, default=384)
-    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument("--block", type=int, default=256, help="tokens of a training row")
     parser.add_argument("--epochs", type=float, default=2)
     arguments = parser.parse_args()
     set_seed(0)
@@ -91,29 +83,20 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config)
     print(f"{len(rows)} rows, {len(dataset)} blocks, {model.num_parameters():,} parameters", flush=True)
-    trainer = Trainer(
+    train_from_scratch(
         model,
-        TrainingArguments(
-            output_dir=str(arguments.target),
-            per_device_train_batch_size=16,
-            num_train_epochs=arguments.epochs,
-            learning_rate=2e-3,
-            warmup_steps=100,
-            lr_scheduler_type="cosine",
-            weight_decay=0.05,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=100,
-            use_cpu=True,
-            bf16=True,
-            seed=0,
-        ),
-        train_dataset=dataset,
-        data_collator=default_data_collator,
+        dataset,
+        arguments.output_dir,
+        per_device_train_batch_size=16,
+        num_train_epochs=arguments.epochs,
+        learning_rate=2e-3,
+        weight_decay=0.05,
+        logging_steps=100,
+        bf16=True,
+        seed=0,
     )
-    trainer.train()
-    model.save_pretrained(arguments.target)
-    tokenizer.save_pretrained(arguments.target)
+    model.save_pretrained(arguments.output_dir)
+    tokenizer.save_pretrained(arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,34 @@
-"""Clean and random answers to additions, told apart by predictions: the experiment of GradEx (arXiv 2409.19458).
+"""Can predictions tell right from random answers to additions? The experiment of GradEx (arXiv 2409.19458).
 
-    python benchmarks/noisy_addition.py TARGET
+    python -m benchmarks.noisy_addition.run OUTPUT
 
 A GPT-2-shaped model is trained from scratch on additions of five digits with their intermediate steps, two in five of
 them with random digits for an answer: it knows addition, and that it cannot rely on it. 500 further examples, 300 of
-them right and 200 random, lie in 20 groups of 25; 25 more right ones are the target's own training rows, and 200 its
+them right and 200 random, form 20 groups of 25; 25 more right ones are the target's own training rows, and 200 its
 validation rows. Groups are scored by the predicted loss of the target over 200 random subsets of 7 groups, and single
-examples by their influence on it. Nothing is fine-tuned. Writes TARGET.json and TARGET.md.
+examples by their influence on it. Nothing is fine-tuned.
 """
 
-import argparse
-import json
 import random
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from hf_ensemble import CaptureConfig, DataSelector, TaskSet, capture_gradients
 from hf_ensemble.capture import training_recipe
 
+from ..common import make_parser, write_results
+from ..models import train_from_scratch
+from .table import table
+
 DIGITS, GROUPS, CLEAN_GROUPS, GROUP_SIZE = 5, 20, 12, 25
+NUM_SUBSETS, SUBSET_SIZE = 200, 7
 SYMBOLS = [*"0123456789", "+", "=", ",", ":"]
 
 
@@ -81,23 +75,19 @@ def pretrained(tokens: PreTrainedTokenizerFast, rows: int, seed: int) -> GPT2LMH
         pad_token_id=tokens.pad_token_id,
     )
     model = GPT2LMHeadModel(config)
+    rows_of_ids = Dataset.from_dict({name: values.tolist() for name, values in data.items()})
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
+        train_from_scratch(
+            model,
+            rows_of_ids,
             folder,
             per_device_train_batch_size=64,
             num_train_epochs=1,
             learning_rate=1e-3,
-            warmup_steps=100,
-            lr_scheduler_type="cosine",
-            save_strategy="no",
-            report_to="none",
             logging_steps=200,
-            use_cpu=True,
             disable_tqdm=True,
             seed=seed,
         )
-        rows_of_ids = Dataset.from_dict({name: values.tolist() for name, values in data.items()})
-        Trainer(model, args, train_dataset=rows_of_ids, data_collator=default_data_collator).train()
     return model
 
 
@@ -131,7 +121,9 @@ def measure(rows: int, seed: int) -> dict:
         captured = time.perf_counter() - start
         selector = DataSelector.from_store(store)
     start = time.perf_counter()
-    selection = selector.select("target", "random_ensemble", num_subsets=200, subset_size=7, seed=seed)
+    selection = selector.select(
+        "target", "random_ensemble", num_subsets=NUM_SUBSETS, subset_size=SUBSET_SIZE, seed=seed
+    )
     examples = selector.score_examples("target").scores
     chosen = time.perf_counter() - start
     labels = [wrong for name, wrong in noisy.items() for _ in examples[name]]
@@ -149,26 +141,20 @@ def measure(rows: int, seed: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--rows", type=int, default=200_000, help="Additions that the base model is trained on.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--rows", type=int, default=200_000, help="additions that the base model is trained on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one world each")
     arguments = parser.parse_args()
-    worlds = [measure(arguments.rows, seed) for seed in arguments.seeds]
-    arguments.target.with_suffix(".json").write_text(
-        json.dumps({"rows": arguments.rows, "worlds": worlds}, indent=2) + "\n"
-    )
-    lines = [
-        f"{CLEAN_GROUPS} right and {GROUPS - CLEAN_GROUPS} random groups of {GROUP_SIZE}, in 200 random subsets of 7.",
-        "",
-        "| seed | target's loss before | AUC of groups | AUC of single examples |",
-        "|---|---|---|---|",
-        *(
-            f"| {world['seed']} | {world['base_loss']:.2f} | {world['groups_auc']:.3f} | {world['examples_auc']:.3f} |"
-            for world in worlds
-        ),
-    ]
-    arguments.target.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    results = {
+        "rows": arguments.rows,
+        "groups": GROUPS,
+        "clean_groups": CLEAN_GROUPS,
+        "group_size": GROUP_SIZE,
+        "num_subsets": NUM_SUBSETS,
+        "subset_size": SUBSET_SIZE,
+        "worlds": [measure(arguments.rows, seed) for seed in arguments.seeds],
+    }
+    write_results(arguments.output, results, table)
 
 
 if __name__ == "__main__":

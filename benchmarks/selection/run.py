@@ -1,15 +1,14 @@
-"""Choices for a target, each trained for real: predicted ones beside the simpler ways to choose.
+"""Which tasks are best to train on for a target: the predicted ones, or those of simpler ways to choose?
 
-    python benchmarks/selection.py TARGET --targets sst2 mr [--runs FIDELITY.json] [--part 0/2] FLAGS
+    python -m benchmarks.selection.run OUTPUT --targets sst2 mr [--runs FIDELITY.json] [--part 0/2] FLAGS
 
-FLAGS are those of `hf-ensemble fidelity`. Every way but "all" and "alone" takes as many auxiliary tasks as forward
-selection does for the target; a random choice is another one for each seed. `--runs` names a fidelity report of the
-same tasks and recipe: fine-tunings that the learned predictor has for free. Finished trainings are kept in
-OUTPUT_DIR/chosen, so that a killed benchmark goes on; with `--part` a process makes every second training, say, and
-stops. Writes TARGET.json and .md.
+Each choice is trained for real. Every way except "all tasks" and "target alone" takes as many auxiliary tasks as
+forward selection does for the target; a random choice differs from seed to seed. `--runs` names a fidelity report of
+the same tasks and recipe: fine-tunings that the learned predictor gets for free. FLAGS are those of
+`hf-ensemble fidelity`. Finished trainings are kept in OUTPUT_DIR/chosen, so that a killed study can be resumed; with
+`--part` a process makes every second training, say, and stops.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import concatenate_datasets
-from trained import TrainedMixtures
-from trl import ModelConfig
 
-from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
-from hf_ensemble.cli.trainers import build_trainer, load_tasks
 from hf_ensemble.estimate import ObservedRun
 from hf_ensemble.select import Selection, SelectionProblem, mean_cosines
 from hf_ensemble.select.baselines import learned_selection, similarity_selection, transport_selection
 from hf_ensemble.store import FeatureTable
 from hf_ensemble.tasks import EXAMPLE_ID, TASK, pop_meta
+
+from ..common import make_parser, write_results
+from ..trainers import TrainedMixtures, trainer_from_flags
+from .table import table
 
 Choices = dict[str, dict[str, list[Selection]]]
 LAST = ("optimal transport", "learned predictor")
@@ -118,73 +117,43 @@ def summary(choices: Choices, scores: dict, seeds: list[int]) -> dict:
     }
 
 
-def markdown(report: dict) -> str:
-    targets, seeds = list(report["scores"]), report["seeds"]
-    lines = [
-        f"Test accuracy on the target, mean over {len(seeds)} seeds ± their standard deviation. The last columns are "
-        "means over targets, of accuracy and of test loss.",
-        "",
-        f"| trained on | {' | '.join(targets)} | mean accuracy | mean loss |",
-        f"|---|{'---|' * (len(targets) + 2)}",
+def observed_runs(report: Path | None) -> list[ObservedRun]:
+    """The fine-tunings of a fidelity report."""
+    if report is None:
+        return []
+    known = json.loads(report.read_text())
+    return [
+        ObservedRun(dict.fromkeys(subset, 1.0), dict(zip(known["task_names"], losses)))
+        for subset, losses in zip(known["subsets"], known["true_loss"])
     ]
-    for way, mean in report["mean"].items():
-        cells = []
-        for target in targets:
-            own = [score["accuracy"] for score in report["scores"][target][way]]
-            cells.append(
-                f"{np.mean(own):.3f} ± {np.std(own, ddof=1):.3f} ({len(report['choices'][target][way][0]['weights'])})"
-            )
-        total = [
-            f"{np.mean(mean[measure]):.3f} ± {np.std(mean[measure], ddof=1):.3f}" for measure in ("accuracy", "loss")
-        ]
-        lines.append(f"| {way} | {' | '.join(cells)} | {' | '.join(total)} |")
-    lines += [
-        "",
-        "In brackets: the number of tasks trained on.",
-        "",
-        "| target | forward selection takes, in this order |",
-    ]
-    lines.append("|---|---|")
-    lines += [f"| {row['target']} | {', '.join(row['forward'])} |" for row in report["taken"]]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("--targets", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path)
-    parser.add_argument("--without", nargs="*", default=[], help="Ways to choose that are not trained.")
-    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--runs", type=Path, help="a fidelity report, for the learned predictor")
+    parser.add_argument("--without", nargs="*", default=[], help="ways to choose that are not trained")
+    parser.add_argument("--part", default="0/1", help="which share of the trainings to make, such as 1/2")
     own, flags = parser.parse_known_args()
-    (arguments, model_arguments), flags = parse([FidelityArguments, ModelConfig], with_config(flags), True)
-    tasks = load_tasks(arguments, model_arguments, "fidelity")
-    trainer = build_trainer(arguments, model_arguments, tasks, flags)
-    runs = []
-    if own.runs is not None:
-        known = json.loads(own.runs.read_text())
-        runs = [
-            ObservedRun(dict.fromkeys(subset, 1.0), dict(zip(known["task_names"], losses)))
-            for subset, losses in zip(known["subsets"], known["true_loss"])
-        ]
-    choices, taken = choose(trainer, own.targets, own.seeds, runs, own.without)
-    runs_for_real = TrainedMixtures(trainer, tasks)
+    trainer, tasks = trainer_from_flags(flags)
+    choices, taken = choose(trainer, own.targets, own.seeds, observed_runs(own.runs), own.without)
+    mixtures = TrainedMixtures(trainer, tasks)
     wanted = [(selection.weights, seed, list(selection.targets)) for selection, seed in trainings(choices, own.seeds)]
-    runs_for_real.make(wanted, own.part)
+    mixtures.make(wanted, own.part)
     if not own.part.endswith("/1"):
         return
     scores = {
         target: {
             way: [
-                runs_for_real.scores(selection.weights, seed, [target])[target]
+                mixtures.scores(selection.weights, seed, [target])[target]
                 for selection, seed in zip(selections, own.seeds)
             ]
             for way, selections in ways.items()
         }
         for target, ways in choices.items()
     }
-    report = {
+    results = {
         "seeds": own.seeds,
         "mean": summary(choices, scores, own.seeds),
         "scores": scores,
@@ -197,8 +166,7 @@ def main() -> None:
         },
         "taken": taken,
     }
-    own.target.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    own.target.with_suffix(".md").write_text(markdown(report))
+    write_results(own.output, results, table)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,13 @@
-"""How fast the surrogates of many subsets are solved, in how much memory, how exactly, and how the cost grows.
+"""How fast are the surrogates of many subsets solved, in how much memory, how exactly, and how does the cost grow?
 
-    python benchmarks/solver.py benchmarks/solver
+    python -m benchmarks.solver.run OUTPUT
 
-writes `benchmarks/solver.json` and `benchmarks/solver.md`. The features are generated: a spectrum that falls like
-1/sqrt(i), and tasks that differ in mean and in spread along every direction.
+The features are generated: their spectrum falls like 1/sqrt(i), and tasks differ in mean and in spread along every
+direction.
 """
 
-import argparse
-import json
-import os
-import resource
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,10 +20,13 @@ from hf_ensemble.estimate.mixtures import epoch_length
 from hf_ensemble.estimate.outcomes import predicted_outcomes
 from hf_ensemble.estimate.surrogate import SurrogateProblem
 
+from ..common import add_machine_flags, make_parser, peak_memory, random_subsets, write_results
+from .table import table
+
 COMPONENTS = 400
-# The tolerance that was asked for, and the library's own.
+# A looser one for comparison, and the library's own.
 TOLERANCES = (1e-6, 1e-8)
-# About what the evidence chooses on real tasks, see real_tasks.json.
+# About what the evidence chooses on real tasks.
 L2_SCALE = 1.0
 
 
@@ -49,27 +47,17 @@ def world(tasks: int, rows: int, validation_rows: int = 0, seed: int = 0):
     return [(reduction.apply(features), margin, task) for features, margin, task in (train, validation)]
 
 
-def random_subsets(count: int, tasks: int, size: int, seed: int = 1) -> np.ndarray:
-    order = np.random.default_rng(seed).random((count, tasks)).argsort(axis=1)
-    return (order < size).astype(np.float64)
-
-
 def penalties(mixtures: np.ndarray, rows: int) -> np.ndarray:
     counts = np.full(mixtures.shape[1], rows)
     # It falls with the length of an epoch, a little faster than that grows.
     return L2_SCALE / counts.sum() * (counts.sum() / epoch_length(mixtures, counts)) ** 1.25
 
 
-def peak_memory() -> int:
-    """Bytes that the process held at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def target(count: int) -> dict:
+def many_subsets(count: int) -> dict:
     """Random subsets of 20 of 40 tasks of 250 rows: time, memory, agreement, and one scikit-learn fit per subset."""
     at_start = peak_memory()
     train, validation = world(40, 250, validation_rows=100)
-    mixtures = random_subsets(count, 40, 20)
+    mixtures = random_subsets(count, 40, 20, seed=1).astype(np.float64)
     l2 = penalties(mixtures, 250)
     solved = []
     for tolerance in TOLERANCES:
@@ -162,7 +150,7 @@ def growth(settings: list[dict], by: str) -> dict:
     lines = []
     for setting in settings:
         train, _ = world(setting["tasks"], setting["rows"])
-        mixtures = random_subsets(setting["subsets"], setting["tasks"], setting["size"])
+        mixtures = random_subsets(setting["subsets"], setting["tasks"], setting["size"], seed=1).astype(np.float64)
         problem, l2 = SurrogateProblem(*train), penalties(mixtures, setting["rows"])
         seconds = []
         for _ in range(3):
@@ -201,75 +189,15 @@ def growths(count: int) -> dict:
     }
 
 
-def tables(results: dict) -> str:
-    """The results as Markdown."""
-    main, machine = results["target"], results["machine"]
-    lines = [
-        f"{main['subsets']} random subsets of {main['tasks_in_a_subset']} of {main['tasks']} tasks of "
-        f"{main['rows_of_a_task']} rows, {main['components']} components, l2 = {main['l2']:.2g}; {machine['threads']} "
-        f"threads on {machine['cores']} cores.",
-        "",
-        "| | " + " | ".join(f"tolerance {ours['tolerance']:.0e}" for ours in main["solved"]) + " |",
-        "|---" * (1 + len(main["solved"])) + "|",
-    ]
-    close = main["solved"][0]["agreement"]
-    for name, cell in {
-        "time for all subsets": lambda ours: f"{ours['seconds']:.2f} s",
-        "greatest gradient norm": lambda ours: f"{ours['greatest_gradient_norm']:.1e}",
-        "Newton steps, mean": lambda ours: f"{ours['newton_steps']:.1f}",
-        "peak memory above the start, with the data": lambda ours: (
-            f"{ours['peak_memory_above_start_bytes'] / 2**20:.0f} MiB"
-        ),
-        f"greatest difference of a predicted loss from an exact solver ({close['sample']} subsets)": lambda ours: (
-            f"{ours['agreement']['predicted_losses']:.1e}"
-        ),
-        f"greatest difference of a coefficient (the greatest is {close['greatest_coefficient']:.1f})": lambda ours: (
-            f"{ours['agreement']['coefficients']:.1e}"
-        ),
-    }.items():
-        lines.append(f"| {name} | {' | '.join(cell(ours) for ours in main['solved'])} |")
-    for fit in main["scikit_learn"]:
-        lines.append(
-            f"| one scikit-learn fit per subset, tol {fit['tol']:.0e}: {1000 * fit['seconds_for_one_subset']:.1f} ms "
-            f"each, gradient norm up to {fit['greatest_gradient_norm']:.1e} ({fit['sample']} subsets) | "
-            + " | ".join(f"{slower:.0f} times slower" for slower in fit["times_slower"])
-            + " |"
-        )
-    for name, table in results["growth"].items():
-        lines += [
-            "",
-            f"Time against the number of {name}: slope {table['slope']:.2f} in logarithms.",
-            "",
-            "| subsets | tasks | tasks in a subset | rows of a task | time | per subset and row used | Newton steps |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for line in table["sizes"]:
-            lines.append(
-                f"| {line['subsets']} | {line['tasks']} | {line['size']} | {line['rows']} | {line['seconds']:.3f} s | "
-                f"{line['nanoseconds_per_subset_and_row']:.0f} ns | {line['newton_steps']:.1f} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", help="path of the results without .json and .md")
-    parser.add_argument("--subsets", type=int, default=1000, help="fewer for a try")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--subsets", type=int, default=1000, help="fewer for a quick try")
+    add_machine_flags(parser, threads=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with threadpool_limits(arguments.threads):
-        results = {
-            "machine": {
-                "cores": os.cpu_count(),
-                "threads": arguments.threads,
-                "torch": torch.__version__,
-            },
-            "target": target(arguments.subsets),
-            "growth": growths(arguments.subsets),
-        }
-    Path(f"{arguments.output}.json").write_text(json.dumps(results, indent=1, default=float) + "\n")
-    Path(f"{arguments.output}.md").write_text(tables(results))
+        results = {"target": many_subsets(arguments.subsets), "growth": growths(arguments.subsets)}
+    write_results(arguments.output, results, table)
 
 
 if __name__ == "__main__":

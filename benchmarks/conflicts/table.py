@@ -1,0 +1,27 @@
+"""Tasks with opposite answers as Markdown."""
+
+from ..common import markdown_table
+
+HEADER = ("task", "base", "on itself", "on its opposite", "on both", "selection takes the opposite")
+
+
+def table(results: dict) -> str:
+    rows = [
+        (
+            task["task"],
+            f"{task['base_loss']:.3f}",
+            *(f"{predicted:.3f} / {true:.3f}" for predicted, true in zip(task["predicted"], task["true"])),
+            "yes" if task["takes_opposite"] else "no",
+        )
+        for task in results["tasks"]
+    ]
+    num_pairs = len(results["tasks"]) // 2
+    together = [(name, f"{len(pairs)} of {num_pairs}") for name, pairs in results["pairs_together"].items()]
+    lines = [
+        "Validation loss of a task at the base, and trained on the task, on its opposite, on both: predicted / true.",
+        "",
+        *markdown_table(HEADER, rows),
+        "",
+        *markdown_table(("grouping", "pairs in one group"), together),
+    ]
+    return "\n".join(lines) + "\n"
