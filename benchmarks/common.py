@@ -1,4 +1,4 @@
-"""What the studies share: arguments, clocks and memory, rows on disk, and how results and their tables are written."""
+"""What the studies share: argument parsing, clocks, memory, rows on disk, and writing results with their tables."""
 
 import argparse
 import json
@@ -19,24 +19,24 @@ from hf_ensemble._compat import package_versions
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "validation", "test")
-# Parts of a JSON that `write_results` adds to what a study measured.
+# Entries that `write_results` puts in front of what a study measured.
 HEADER = ("commands", "machine", "versions")
 
 Table = Callable[[dict], str]
 
 
 def module_name(file: str | Path) -> str:
-    """Dotted name of a script of this folder, as `python -m` takes it."""
+    """Dotted module name of a script, as `python -m` takes it."""
     return ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
 
 
 def make_parser(file: str, description: str | None, output: bool = True) -> argparse.ArgumentParser:
-    """A script's parser.
+    """Make the parser of a script.
 
     Args:
         file (`str`): the script's `__file__`.
         description (`str`): its docstring.
-        output (`bool`, *optional*, defaults to `True`): whether its first argument says where the results go.
+        output (`bool`, *optional*, defaults to `True`): whether the first argument says where the results go.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module_name(file)}",
@@ -51,19 +51,19 @@ def make_parser(file: str, description: str | None, output: bool = True) -> argp
 
 
 def add_machine_flags(parser: argparse.ArgumentParser, device: bool = False, threads: int = 1) -> None:
-    """`--threads`, and `--device` for studies that also run on a GPU."""
+    """Add `--threads`, and `--device` for studies that also run on a GPU."""
     parser.add_argument("--threads", type=int, default=threads, help="CPU threads")
     if device:
         parser.add_argument("--device", default="cpu", help="cpu or cuda")
 
 
 def shape_of(arguments: argparse.Namespace, *without: str) -> dict[str, Any]:
-    """The arguments that describe what is measured, for the results."""
+    """Arguments that describe what is measured, for the results."""
     return {name: value for name, value in vars(arguments).items() if name not in ("output", *without)}
 
 
 def stated_command() -> str:
-    """The command line of this process; of a path outside of the repository, only its last part."""
+    """Command line of this process; a path outside the repository is cut to its last part."""
     words = []
     for word in sys.argv[1:]:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -76,7 +76,7 @@ def stated_command() -> str:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the times of a study were measured on."""
+    """The machine that times were measured on."""
     is_cuda = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU, {os.cpu_count()} cores",
@@ -90,10 +90,10 @@ def write_results(output: str, results: dict, table: Table, device: str = "cpu")
 
     Args:
         output (`str`): path of both without their endings.
-        results (`dict`): what was measured. An entry `commands` of an earlier command that measured other parts of it
-            is extended; a `machine` or `versions` of its own stays.
+        results (`dict`): what was measured. `commands` of earlier runs that measured other parts are extended;
+            `machine` and `versions` are kept where they are given.
         table (`Callable[[dict], str]`): the results as Markdown.
-        device (`str`, *optional*, defaults to `"cpu"`): what they were measured on.
+        device (`str`, *optional*, defaults to `"cpu"`): the device they were measured on.
     """
     commands = [*results.get("commands", []), stated_command()]
     header = {
@@ -110,13 +110,13 @@ def write_results(output: str, results: dict, table: Table, device: str = "cpu")
 
 
 def read_results(output: str) -> dict:
-    """What OUTPUT.json holds; nothing where there is none yet."""
+    """Contents of OUTPUT.json, empty if there is no such file."""
     path = Path(f"{output}.json")
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def document(results: dict, table: Table) -> str:
-    """The Markdown that stands beside a JSON: its commands, then its tables."""
+    """Markdown of a result file: its commands, then its tables."""
     commands = "\n".join(_wrapped(command) for command in results["commands"])
     return f"```bash\n{commands}\n```\n\n{table(results)}"
 
@@ -132,7 +132,7 @@ def _wrapped(command: str, width: int = 110) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a table."""
+    """Lines of a Markdown table."""
     lines = ["|" + "".join(f" {cell} |" if cell != "" else " |" for cell in row) for row in (header, *rows)]
     return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
@@ -146,7 +146,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def clock(device: str | torch.device = "cpu") -> float:
-    """Seconds of the process's CPU; on a GPU, wall time once the device is done."""
+    """CPU seconds of this process; on a GPU, wall time after a synchronization."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -154,18 +154,18 @@ def clock(device: str | torch.device = "cpu") -> float:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Peak resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def process_memory(name: str) -> int:
-    """A line of the process's status, such as `VmRSS` or `RssAnon`, in bytes."""
+    """A field of `/proc/self/status`, such as `VmRSS` or `RssAnon`, in bytes."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[name].split()[0]) * 1024
 
 
 def random_subsets(count: int, num_tasks: int, size: int, seed: int) -> np.ndarray:
-    """Membership `(count, num_tasks)` of subsets of `size` tasks."""
+    """Membership matrix `(count, num_tasks)` of random subsets of `size` tasks."""
     return np.random.default_rng(seed).random((count, num_tasks)).argsort(axis=1) < size
 
 

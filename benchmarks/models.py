@@ -1,4 +1,4 @@
-"""Models of the studies that are not downloaded: with random weights, or trained from scratch."""
+"""Models that need no download: randomly initialized or trained from scratch."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, default_da
 
 
 def randomize_lora_b(model: PeftModel) -> PeftModel:
-    """Draw every LoRA B, which a fresh adapter has at zero, so that adapters differ and all of A has a gradient."""
+    """Randomize every LoRA B, which starts at zero, so that adapters differ and A has a gradient."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -19,13 +19,13 @@ def randomize_lora_b(model: PeftModel) -> PeftModel:
 
 
 def train_from_scratch(model: PreTrainedModel, rows: Dataset, folder: str | Path, **options: Any) -> None:
-    """Train on rows of `input_ids` and `labels`, on the CPU, under a cosine schedule with a short warm-up.
+    """Train on rows of `input_ids` and `labels` on the CPU, with a cosine schedule and a short warm-up.
 
     Args:
         model (`PreTrainedModel`): trained in place.
         rows (`Dataset`): rows of equal length.
         folder (`str` or `Path`): the trainer's output directory; nothing is saved.
-        options: further `TrainingArguments`.
+        options: more `TrainingArguments`.
     """
     args = TrainingArguments(
         output_dir=str(folder),

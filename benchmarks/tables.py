@@ -1,4 +1,4 @@
-"""Write every table again from the JSON beside it, without measuring.
+"""Regenerate every table from the JSON next to it, without measuring.
 
 python -m benchmarks.tables
 """
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 
 
 def tables() -> Iterator[tuple[Path, str]]:
-    """The Markdown file that belongs to each JSON, and what has to be in it."""
+    """Path and text of the Markdown file that belongs to each JSON."""
     for path in sorted(FOLDER.glob("*/*.json")):
         module = importlib.import_module(f"{__package__}.{path.parent.name}.table")
         yield path.with_suffix(".md"), document(json.loads(path.read_text()), module.table)

@@ -1,4 +1,4 @@
-"""From the flags of `hf-ensemble fidelity` to a trainer, and fine-tunings of mixtures that are made once."""
+"""Trainers from the flags of `hf-ensemble fidelity`, and fine-tuning on mixtures with cached scores."""
 
 import argparse
 import hashlib
@@ -20,21 +20,21 @@ Mixture = Mapping[str, float]
 
 
 def trainer_from_flags(flags: Sequence[str]):
-    """The trainer that `hf-ensemble fidelity` makes of these flags, and its tasks."""
+    """Build the trainer that `hf-ensemble fidelity` would build from these flags; returns it with its tasks."""
     (arguments, model_arguments), rest = parse([FidelityArguments, ModelConfig], with_config(flags), True)
     tasks = load_tasks(arguments, model_arguments, "fidelity")
     return build_trainer(arguments, model_arguments, tasks, rest), tasks
 
 
 def flag_value(flags: Sequence[str], name: str) -> str:
-    """The value of a required flag that is passed on, also from the `--config` file."""
+    """Value of a required flag among those that are passed on, or in their `--config` file."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(name, dest="value", required=True)
     return parser.parse_known_args(with_config(flags))[0].value
 
 
 def run_command(command: str, flags: Sequence[str]) -> Path:
-    """Run `hf-ensemble COMMAND`; returns its output directory. A finished run is only read."""
+    """Run or resume `hf-ensemble COMMAND`; returns its output directory."""
     folder = Path(flag_value(flags, "--output_dir"))
     status = hf_ensemble([command, *flags])
     if status:
@@ -43,15 +43,15 @@ def run_command(command: str, flags: Sequence[str]) -> Path:
 
 
 def scored_runs(output_dir: Path) -> list[dict]:
-    """The fine-tunings of a finished `hf-ensemble fidelity`: subset, seed, scores and seconds of each."""
+    """Fine-tuning runs of a finished `hf-ensemble fidelity`, each with subset, seed, scores and seconds."""
     return [json.loads(file.read_text()) for file in sorted((output_dir / "scored_runs").glob("*.json"))]
 
 
 class TrainedMixtures:
-    """Test scores after fine-tuning on mixtures of the tasks, kept in OUTPUT_DIR/chosen.
+    """Test scores after fine-tuning on mixtures of the tasks, cached in OUTPUT_DIR/chosen.
 
     Args:
-        trainer (`EnsembleTrainer` or `EnsembleSFTTrainer`): its arguments are those of every fine-tuning.
+        trainer (`EnsembleTrainer` or `EnsembleSFTTrainer`): trains every mixture with its own arguments.
         tasks (`TaskSet`): the tasks with their test rows.
     """
 
@@ -61,7 +61,7 @@ class TrainedMixtures:
         self._folder = Path(trainer.args.output_dir) / FOLDER
 
     def make(self, wanted: Sequence[tuple[Mixture, int, Sequence[str]]], part: str = "0/1") -> None:
-        """Train every mixture with its seed and score it on its targets, or only a part: "1/2" is every second one."""
+        """Train on every mixture with its seed and score it on its targets; part "1/2" takes every second one."""
         first, step = (int(number) for number in part.split("/"))
         keys = list(dict.fromkeys(_key(mixture, seed) for mixture, seed, _ in wanted))[first::step]
         for mixture, seed, targets in wanted:
@@ -70,7 +70,7 @@ class TrainedMixtures:
                     print(target, sorted(mixture), seed, score, flush=True)
 
     def scores(self, mixture: Mixture, seed: int, targets: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Test scores on the targets; trains where they are not known yet."""
+        """Test scores on the targets, from the cache or by training."""
         folder = self._folder / _key(mixture, seed)
         records = {target: folder.with_suffix(f".{target}.json") for target in targets}
         missing = [target for target, record in records.items() if not record.exists()]

@@ -1,4 +1,4 @@
-"""Exact gradients of a trainer's tasks, and the features that each choice of an estimate makes of them."""
+"""Exact gradients of a trainer's tasks, and the features that each variant of the estimator derives from them."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe
 
 
 class Captures:
-    """Exact gradients, captured when first asked for, and what is made of them."""
+    """Exact gradients, captured on first use, and the features derived from them."""
 
     def __init__(self, trainer, folder: Path):
         self.trainer = trainer
@@ -25,7 +25,7 @@ class Captures:
         self._tables: dict[tuple[str, str], dict[str, FeatureTable]] = {}
 
     def tables(self, choice: Mapping[str, Any]) -> dict[str, FeatureTable]:
-        """Training and validation features of a choice."""
+        """Training and validation features of a variant."""
         exact = self._exact(choice["linearised at"], choice["margin"])
         train = exact["train"]
         scales = torch.ones(train.features.shape[1])
@@ -39,7 +39,7 @@ class Captures:
         }
 
     def recipe(self, choice: Mapping[str, Any]) -> TrainingRecipe | None:
-        """The training in Adam's metric, as far as the choice knows it."""
+        """The training recipe, as far as the variant uses it."""
         if choice["evidence"] == "validation loss":
             return None
         train = self._exact(choice["linearised at"], choice["margin"])["train"]

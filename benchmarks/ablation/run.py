@@ -1,10 +1,10 @@
-"""What does an estimate gain or lose by each of its choices, against subsets that were fine-tuned for real?
+"""What does each part of the estimator gain, measured against real fine-tuning on subsets?
 
     python -m benchmarks.ablation.run OUTPUT [--margins geometric_mean mean_log_odds] FLAGS
 
-FLAGS are those of the fidelity study whose output_dir holds the fine-tunings. Exact gradients are captured once per
-kind of margin, at theta0 and after a light warm-up (one epoch on all tasks at a quarter of the learning rate); scales
-and projections are applied to them afterwards. One choice is changed at a time.
+FLAGS are those of the fidelity study, whose output_dir holds the fine-tuning runs. Exact gradients are captured once
+per kind of margin, at theta0 and after a light warm-up (one epoch on all tasks at a quarter of the learning rate);
+scales and projections are applied to them afterwards. Each variant changes one choice of the reference.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from .table import REFERENCE, changes, table
 
 
 def variants(margins: list[str]) -> Iterator[dict[str, Any]]:
-    """The reference, then one choice changed at a time."""
+    """The reference, then every variant that changes one of its choices."""
     yield REFERENCE
     others = {
         "preconditioner": ["none"],
@@ -60,7 +60,7 @@ def variants(margins: list[str]) -> Iterator[dict[str, Any]]:
 
 @dataclasses.dataclass
 class Truth:
-    """Validation losses `(S, T)` of subsets that calibrate nothing, those of second seeds, and the calibration runs."""
+    """Validation losses `(S, T)` of real fine-tuning runs, those of second seeds, and the calibration runs."""
 
     names: list[str]
     calibration: list[ObservedRun]
@@ -71,7 +71,7 @@ class Truth:
 
     @classmethod
     def of(cls, runs: list[dict], names: list[str], seed: int) -> "Truth":
-        """From the runs of `hf-ensemble fidelity` with two calibration runs."""
+        """Sort the runs of an `hf-ensemble fidelity` with two calibration runs."""
         losses = {
             (tuple(sorted(run["subset"])), run["seed"]): [run["scores"][name]["loss"] for name in names] for run in runs
         }
@@ -92,7 +92,7 @@ class Truth:
 
 
 def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base: np.ndarray) -> dict:
-    """How well a choice predicts."""
+    """Accuracy of a variant's predictions."""
     tables = captures.tables(choice)
     if choice["rows"] == "equal":
         tables = {split: dataclasses.replace(table, num_tokens=None) for split, table in tables.items()}
@@ -116,7 +116,7 @@ def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base:
         "mean_task_spearman_repeated": mean_or_nan(task_spearman(own, other)),
         "correlation": correlation(prediction.loss, truth.loss),
         "change_correlation": correlation(prediction.loss - base, truth.loss - base),
-        # The intervals are those around calibrated losses.
+        # Intervals exist around calibrated losses only.
         "interval_coverage": coverage(prediction.loss_low, prediction.loss_high, truth.loss)
         if estimator.calibration is not None
         else None,
@@ -124,7 +124,7 @@ def estimated(captures: Captures, truth: Truth, choice: Mapping[str, Any], base:
 
 
 def ceiling(truth: Truth) -> dict:
-    """The truth against itself."""
+    """Agreement of two seeds of real fine-tuning."""
     first = truth.loss[truth.repeated]
     return {
         "num_subsets": len(first),

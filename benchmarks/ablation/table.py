@@ -1,4 +1,4 @@
-"""What each choice of an estimate gains as Markdown."""
+"""Markdown table of the ablation."""
 
 from ..common import formatted, markdown_table
 
@@ -18,14 +18,14 @@ REFERENCE = {
 
 
 HEADER = (
-    "choice",
+    "variant",
     "mean relative error",
     "per-task Spearman",
-    "inside",
-    "on twice-trained",
+    "subsets with the task",
+    "subsets trained twice",
     "correlation",
-    "of changes",
-    "inside of 90 % intervals",
+    "correlation of changes",
+    "coverage of 90 % intervals",
 )
 
 
@@ -34,7 +34,7 @@ def table(results: dict) -> str:
     rows = [_row(variant) for variant in results["variants"]]
     rows.append(
         (
-            "the truth, another seed",
+            "real training, second seed",
             f"{top['mean_relative_error']:.1%}",
             "-",
             f"{top['mean_task_spearman_inside']:.3f}",
@@ -45,7 +45,7 @@ def table(results: dict) -> str:
     lines = [
         f"{results['num_subsets']} subsets, {top['num_subsets']} of them trained twice. Reference: "
         + ", ".join(f"{key} {value}" for key, value in REFERENCE.items())
-        + ". Each row changes one of these.",
+        + ". Each variant changes one of these.",
         "",
         *markdown_table(HEADER, rows),
     ]
@@ -53,7 +53,7 @@ def table(results: dict) -> str:
 
 
 def changes(choice: dict) -> dict:
-    """Where a choice differs from the reference."""
+    """Where a variant differs from the reference."""
     return {key: value for key, value in choice.items() if value != REFERENCE[key]}
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of one side of the capture study, and the largest tensor of a capture. For a process of its own."""
+"""Peak memory of one method, and the largest tensor of a capture; to be measured in a separate process."""
 
 import ctypes
 import gc
@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common import peak_memory, process_memory
+from .methods import Capture, Method, Plain
 from .models import Setting, largest_layer_gradients, make_model, make_rows
-from .sides import Capture, Plain, Side
 
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -20,39 +20,39 @@ def _settle() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def side_memory(setting: Setting, side: type[Side]) -> dict:
-    """Peak above the model at rest. A tiny model goes first: imports and buffers of libraries are not counted."""
+def method_memory(setting: Setting, method: type[Method]) -> dict:
+    """Peak above the model at rest. A tiny model runs first, so that imports and library buffers are not counted."""
     tiny = replace(setting, path=None, quantization=None, changes=_TINY, dim=16)
-    _run(make_model(tiny), tiny, side, 2)
+    _run(make_model(tiny), tiny, method, 2)
     model = make_model(setting)
-    # The moments are taken from the training rows, which are one batch of these two.
-    batches = 2 if issubclass(side, Capture) else 1
+    # Second moments are taken from the training rows, which are one of the two batches.
+    batches = 2 if issubclass(method, Capture) else 1
     _run(model, setting, Plain, 1)
     _settle()
     if setting.device == "cuda":
         rest = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        _run(model, setting, side, batches)
+        _run(model, setting, method, batches)
         return {"rest_bytes": rest, "peak_extra_bytes": torch.cuda.max_memory_allocated() - rest}
     rest, how = process_memory("VmRSS"), "VmHWM after clear_refs"
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         how, rest = "ru_maxrss", peak_memory()
-    missing = _run(model, setting, side, batches)
+    missing = _run(model, setting, method, batches)
     return {"how": how, "rest_bytes": rest, "peak_extra_bytes": process_memory("VmHWM") - rest + missing}
 
 
-def _run(model, setting: Setting, side: type[Side], batches: int) -> int:
-    """Bytes of a matrix that the side needs and did not make."""
-    made = side(model, setting, make_rows(setting, setting.batch * batches))
+def _run(model, setting: Setting, method: type[Method], batches: int) -> int:
+    """Run a method once; returns the bytes of a matrix that it would need but did not allocate."""
+    made = method(model, setting, make_rows(setting, setting.batch * batches))
     made.prepare()
     made.run()
     return made.facts.get("matrix_bytes_not_made", 0)
 
 
 class _Largest(TorchDispatchMode):
-    """Records the largest storages that operations make anew."""
+    """Records the largest new storage of each operation."""
 
     def __init__(self):
         super().__init__()
@@ -69,12 +69,12 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def largest_tensor(setting: Setting, side: type[Side], rank: int | None, batches: int) -> dict:
-    """The largest tensors that PyTorch allocates during a capture; what NumPy allocates is not seen."""
+def largest_tensor(setting: Setting, method: type[Method], rank: int | None, batches: int) -> dict:
+    """The largest tensors that PyTorch allocates during a capture; NumPy's allocations are not seen."""
     setting = replace(setting, rank=rank)
     model = make_model(setting)
     with _Largest() as mode:
-        _run(model, setting, side, batches)
+        _run(model, setting, method, batches)
     order = sorted(mode.found.items(), key=lambda item: -item[1][0])
     return {
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

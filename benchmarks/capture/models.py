@@ -1,4 +1,4 @@
-"""Models and rows of the capture benchmark."""
+"""Models and rows of the capture study."""
 
 from dataclasses import dataclass, field
 
@@ -57,7 +57,7 @@ MODELS = ("encoder", *LLAMAS)
 
 @dataclass
 class Setting:
-    """One line of the tables: a model, and how long its answers are."""
+    """A section of the tables: a model and the shape of its rows."""
 
     model: str
     batch: int = 8
@@ -83,7 +83,7 @@ class Setting:
 
 
 def make_model(setting: Setting) -> nn.Module:
-    """With LoRA whose B is not zero, so that every adapter parameter has a gradient; in evaluation mode."""
+    """The model in evaluation mode, with a LoRA in which every parameter has a gradient."""
     torch.manual_seed(0)
     if not setting.causal:
         base, task_type = _encoder(setting), "SEQ_CLS"
@@ -92,7 +92,7 @@ def make_model(setting: Setting) -> nn.Module:
     lora = LoraConfig(
         r=setting.rank or 8,
         target_modules=setting.target_modules or "all-linear",
-        # Of the blocks: Bergson does not take the pooler, which sees one vector per row.
+        # Blocks only: Bergson cannot handle the pooler, which gets one vector per row.
         exclude_modules=["pooler.dense"],
         task_type=task_type,
     )
@@ -115,7 +115,7 @@ def _llama(setting: Setting) -> nn.Module:
 
 
 def _quantized_llama(config: LlamaConfig, device: torch.device) -> nn.Module:
-    """Random nf4 weights, made one layer at a time: the whole model never exists in another type."""
+    """Random nf4 weights, created layer by layer so that the whole model never exists in another dtype."""
     import bitsandbytes as bnb
 
     with torch.device("meta"):
@@ -142,14 +142,14 @@ def _quantized_llama(config: LlamaConfig, device: torch.device) -> nn.Module:
                 value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
                 value = value.fill_(1.0) if parameter.dim() == 1 else value.normal_(std=config.initializer_range)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
-    # Its frequencies are a buffer, which is on the meta device too.
+    # Its frequencies are a buffer, which is on the meta device as well.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     model.is_loaded_in_4bit = True
     return model.requires_grad_(False)
 
 
 def make_rows(setting: Setting, count: int, seed: int = 1) -> Dataset:
-    """Random tokens without padding, as a token table."""
+    """A token table of random tokens without padding."""
     generator = torch.Generator().manual_seed(seed)
     shape = LLAMAS[setting.model] if setting.causal else ENCODER
     vocabulary = {**shape, **setting.changes}["vocab_size"]
@@ -165,7 +165,7 @@ def make_rows(setting: Setting, count: int, seed: int = 1) -> Dataset:
 
 
 def make_batches(setting: Setting, rows: Dataset) -> list[dict[str, torch.Tensor]]:
-    """The same rows as tensors, without the columns that name them."""
+    """Batches of tensors, without the identity columns."""
     names = ("input_ids", "labels")
     return [
         {name: torch.tensor(rows[start : start + setting.batch][name]).to(setting.device) for name in names}
@@ -174,10 +174,10 @@ def make_batches(setting: Setting, rows: Dataset) -> list[dict[str, torch.Tensor
 
 
 def largest_layer_gradients(model: nn.Module, batch: int) -> int:
-    """Bytes of one linear layer's gradients for every example of a batch in float32, of the largest layer."""
+    """Bytes of the per-example gradients of a batch in the largest layer, in float32."""
     return 4 * batch * max(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def multiplied_weights(model: nn.Module) -> int:
-    """Entries of all linear layers' weights, also where they are packed four bits at a time."""
+    """Number of weights in all linear layers, including packed 4-bit ones."""
     return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))

@@ -1,6 +1,6 @@
-"""Other ways to per-example gradient features: the published procedure, Bergson, `torch.func` and TRAK.
+"""Other ways to get per-example gradient features: the published procedure, Bergson, `torch.func` and TRAK.
 
-Peers are optional: a side whose package is missing raises `ImportError` when it is prepared.
+Peers are optional: a method whose package is not installed raises `ImportError` in `prepare`.
 """
 
 import functools
@@ -12,16 +12,16 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from .methods import Capture, CaptureUnscaled, Method, Plain
 from .models import Setting
-from .sides import Capture, CaptureUnscaled, Plain, Side
 
-# The published matrix is larger than this: its first rows stand for all others, which takes the same time.
+# The published matrix is larger: its first rows are reused for all others, which takes the same time.
 MATRIX_BYTES = 2**30
 
 
 @functools.lru_cache(maxsize=2)
 def sign_matrix(rows: int, columns: int, dtype: str) -> np.ndarray:
-    """Dense random signs over the root of the columns; two sides share one."""
+    """Dense random signs, divided by the square root of the number of columns; methods share a matrix."""
     rows = min(rows, MATRIX_BYTES // (columns * np.dtype(dtype).itemsize))
     rng = np.random.default_rng(0)
     matrix = np.empty((rows, columns), dtype=dtype)
@@ -36,8 +36,8 @@ def times_signs(flat: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return sum(flat[i : i + len(matrix)] @ matrix[: len(flat) - i] for i in range(0, len(flat), len(matrix)))
 
 
-class Published(Side):
-    """GradEx and EnsembleLoRA at batch size 1: forward, `autograd.grad`, then a dense random sign matrix in NumPy."""
+class Published(Method):
+    """GradEx and EnsembleLoRA at batch size 1: forward, `autograd.grad`, and a dense random sign matrix in NumPy."""
 
     most_batches = 1
     together = 1
@@ -68,7 +68,7 @@ class Published(Side):
 
 
 class SignMatrix(Published):
-    """The published projection alone, in one precision."""
+    """The published projection alone, in float32."""
 
     dtype = "float32"
 
@@ -83,21 +83,21 @@ class SignMatrix(Published):
 
 
 class SignMatrixDouble(SignMatrix):
-    """As published."""
+    """The published projection alone, in float64 as published."""
 
     dtype = "float64"
 
 
 class PublishedBatch(Published):
-    """The same at the benchmark's batch size: every example's backward goes through the whole batch's graph."""
+    """The published procedure on whole batches: each example's backward goes through the graph of the batch."""
 
     def __init__(self, model: nn.Module, setting: Setting, rows: Dataset):
         self.together = setting.batch
         super().__init__(model, setting, rows)
 
 
-class Bergson(Side):
-    """Bergson's `GradientCollector` with its default projection, p x p for each module, into its own index."""
+class Bergson(Method):
+    """Bergson's `GradientCollector` with its default projection, p x p per module, into its own index."""
 
     target = "per_module"
     most_batches = 1
@@ -108,7 +108,7 @@ class Bergson(Side):
         from bergson.collector.gradient_collectors import GradientCollector
         from bergson.config import IndexConfig
 
-        # Its hooks expect (batch, tokens, features), which a head on pooled features is not.
+        # Its hooks expect inputs of (batch, tokens, features), which a head on pooled features does not get.
         own = {name.removesuffix(".weight") for name in self.parameters if "lora_" in name}
         count = len(HookCollectorBase.discover_targets(self.model, own))
         size = round(math.sqrt(self.setting.dim / count)) if self.target == "per_module" else self.setting.dim
@@ -122,7 +122,7 @@ class Bergson(Side):
             cfg=IndexConfig(run_path=folder, projection_dim=size),
             processor=self.processor,
         )
-        # Kept, as it holds the projection matrices.
+        # It holds the projection matrices, so it is kept.
         self.processor = GradientProcessor(projection_dim=size, projection_target=self.target)
         self.step = fwd_bwd_factory(IndexConfig(run_path="unused")) if self.setting.causal else self._classify
 
@@ -146,14 +146,14 @@ class Bergson(Side):
 
 
 class BergsonGlobal(Bergson):
-    """The same with one dense projection of all modules to exactly `dim` features, made anew for every batch."""
+    """Bergson with one dense projection of all modules to `dim` features, regenerated for every batch."""
 
     target = "global"
     most_batches = 1
 
 
-class Vmap(Side):
-    """`torch.func`: vmap(grad) over a batch, gradients without a projection."""
+class Vmap(Method):
+    """`torch.func.vmap` of `grad` over a batch, without a projection."""
 
     most_batches = 1
 
@@ -173,7 +173,7 @@ class Vmap(Side):
 
 
 class Trak(Vmap):
-    """TRAK's CPU projector (`BasicProjector`, signs) alone, on a batch of gradients that is there already."""
+    """TRAK's CPU projector (`BasicProjector`, signs) alone, on precomputed gradients."""
 
     most_batches = 1
 
@@ -194,7 +194,7 @@ class Trak(Vmap):
         self.projector.project(self.flat, model_id=0)
 
 
-SIDES: dict[str, type[Side]] = {
+METHODS: dict[str, type[Method]] = {
     "plain": Plain,
     "capture": Capture,
     "capture, no preconditioner": CaptureUnscaled,

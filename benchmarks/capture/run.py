@@ -1,11 +1,11 @@
-"""What does a capture pass cost, next to a training step and to other ways to per-example gradient features?
+"""What does a capture pass cost, next to a training step and other ways to get per-example gradient features?
 
     python -m benchmarks.capture.run OUTPUT --model_name_or_path ENCODER
 
 An encoder with a classification head and a Llama-shaped model with random weights, both with LoRA r=8 on every linear
-layer of their blocks, see rows of random tokens without padding. All sides take turns in one process, and their times
-are compared with the plain forward and backward of the same turn. Memory is measured in a process of its own for each
-side. Models and parts that are not asked for keep what an earlier run wrote to OUTPUT.
+layer of their blocks, see rows of random tokens without padding. All methods take turns in one process, and their times
+are compared with the plain forward and backward of the same turn. Memory is measured in a separate process per method.
+Models and parts that are not requested keep what an earlier run wrote to OUTPUT.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from ..common import (
     shape_of,
     write_results,
 )
-from .memory import largest_tensor, side_memory
+from .memory import largest_tensor, method_memory
+from .methods import Capture, Method
 from .models import MODELS, Setting, largest_layer_gradients, make_model, make_rows, multiplied_weights
-from .peers import SIDES, sign_matrix
-from .sides import Capture, Side
+from .peers import METHODS, sign_matrix
 from .table import table
 
-# Several times slower than the others: fewer turns.
+# Several times slower than the others, so they take fewer turns.
 SLOW = ("published, whole batch", "Bergson, global", "TRAK's projector alone")
-DEFAULT_SIDES = tuple(name for name in SIDES if name != "capture, no preconditioner")
-PEERLESS = ("plain", "capture")
+DEFAULT_METHODS = tuple(name for name in METHODS if name != "capture, no preconditioner")
+OWN = ("plain", "capture")
 
 
 def settings(arguments) -> list[Setting]:
@@ -59,36 +59,36 @@ def settings(arguments) -> list[Setting]:
     return made
 
 
-def sides_of(setting: Setting, arguments) -> list[str]:
-    """A quantized model is not taken through `torch.func`; rows that are all answer concern the first two sides."""
+def methods_of(setting: Setting, arguments) -> list[str]:
+    """Methods to measure; for rows that are all answer, only the plain pass and the capture."""
     few = setting.causal and setting.answer >= setting.length
-    return [name for name in arguments.sides if not few or name in PEERLESS]
+    return [name for name in arguments.methods if not few or name in OWN]
 
 
 def batches_of(setting: Setting, arguments) -> int:
     return arguments.batches[min(arguments.models.index(setting.model), len(arguments.batches) - 1)]
 
 
-def make_sides(model, setting: Setting, arguments) -> tuple[dict[str, Side], dict[str, str]]:
+def make_methods(model, setting: Setting, arguments) -> tuple[dict[str, Method], dict[str, str]]:
     rows = make_rows(setting, setting.batch * batches_of(setting, arguments))
     made, failed = {}, {}
-    for name in sides_of(setting, arguments):
+    for name in methods_of(setting, arguments):
         try:
-            side = SIDES[name](model, setting, rows)
-            side.clock = lambda: clock(setting.device)
-            side.prepare()
-            made[name] = side
+            method = METHODS[name](model, setting, rows)
+            method.clock = lambda: clock(setting.device)
+            method.prepare()
+            made[name] = method
         except ImportError as error:
             failed[name] = f"not installed ({error.name})"
         except Exception as error:
-            if name in PEERLESS:
+            if name in OWN:
                 raise
             failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
     return made, failed
 
 
 def measure(setting: Setting, arguments) -> dict:
-    """Seconds of every side and turn, per example."""
+    """Times of every method and turn."""
     model = make_model(setting)
     adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = {
@@ -98,27 +98,27 @@ def measure(setting: Setting, arguments) -> dict:
         "batches": batches_of(setting, arguments),
         "largest_layer_gradients_bytes": largest_layer_gradients(model, setting.batch),
     }
-    sides, failed = make_sides(model, setting, arguments)
-    sides["plain"].run()
-    turns: dict[str, list[dict]] = {name: [] for name in sides}
+    methods, failed = make_methods(model, setting, arguments)
+    methods["plain"].run()
+    turns: dict[str, list[dict]] = {name: [] for name in methods}
     for turn in range(arguments.repetitions):
-        for name, side in sides.items():
+        for name, method in methods.items():
             if name in SLOW and turn >= arguments.slow_repetitions:
                 continue
             gc.collect()
             start = clock(setting.device), time.perf_counter()
             try:
-                side.run()
+                method.run()
             except Exception as error:
-                if name in PEERLESS:
+                if name in OWN:
                     raise
                 failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
                 continue
             seconds = {"cpu": clock(setting.device) - start[0], "wall": time.perf_counter() - start[1]}
-            turns[name].append({**seconds, "examples": len(side.rows), "once": dict(side.once)})
-    result["sides"] = {
-        name: {**summary(turns[name], turns["plain"]), "facts": sides[name].facts, "note": sides[name].note}
-        for name in sides
+            turns[name].append({**seconds, "examples": len(method.rows), "once": dict(method.once)})
+    result["methods"] = {
+        name: {**summary(turns[name], turns["plain"]), "facts": methods[name].facts, "note": methods[name].note}
+        for name in methods
         if name not in failed
     } | {name: {"failed": reason} for name, reason in failed.items()}
     sign_matrix.cache_clear()
@@ -126,7 +126,7 @@ def measure(setting: Setting, arguments) -> dict:
 
 
 def summary(turns: list[dict], plain: list[dict]) -> dict:
-    """Seconds per example without what is done once, and the ratios to the plain pass of the same turns."""
+    """Seconds per example without what is done once, and their ratios to the plain pass of the same turn."""
     own = {}
     for kind in ("cpu", "wall"):
         once = [sum(part[kind] for part in turn["once"].values()) for turn in turns]
@@ -145,7 +145,7 @@ def summary(turns: list[dict], plain: list[dict]) -> dict:
 
 
 def probe(setting: Setting, name: str, arguments) -> dict:
-    """One side's peak memory, measured in another process."""
+    """Peak memory of one method, measured in a separate process."""
     command = [sys.executable, "-m", module_name(__file__), "-", "--probe", name, "--models", setting.model]
     command += ["--answer", str(setting.answer)]
     for key in ("batch", "length", "dim", "device", "quantization", "model_name_or_path", "threads", "rank"):
@@ -153,7 +153,7 @@ def probe(setting: Setting, name: str, arguments) -> dict:
             command += [f"--{key}", str(getattr(arguments, key))]
     if arguments.target_modules:
         command += ["--target_modules", *arguments.target_modules]
-    # Freed memory goes back at once, so that the peak is of what is alive.
+    # Freed memory is returned at once, so that the peak counts live memory only.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = done.stdout.strip().splitlines()
@@ -163,19 +163,19 @@ def probe(setting: Setting, name: str, arguments) -> dict:
 
 
 def run_probe(arguments) -> dict:
-    """What a probing process finds."""
+    """Measure memory in this process, on behalf of [`probe`]."""
     setting = next(one for one in settings(arguments) if one.answer == arguments.answer)
     if arguments.probe == "largest":
         return largest_tensor(setting, Capture, 20 if setting.model == "llama" else None, 2)
-    return side_memory(setting, SIDES[arguments.probe])
+    return method_memory(setting, METHODS[arguments.probe])
 
 
 def run_parts(arguments) -> None:
-    """Measure what was asked for and write it, model by model."""
+    """Measure the requested parts and write results after each model."""
     results = read_results(arguments.output)
     results.setdefault("models", {})
     if "time" in arguments.parts or "shape" not in results:
-        # The header of the tables is that of the times.
+        # The head of the tables describes the times.
         results["machine"] = machine(arguments.device)
         results["shape"] = shape_of(arguments, "parts", "probe", "model_name_or_path")
         results.pop("versions", None)
@@ -185,7 +185,7 @@ def run_parts(arguments) -> None:
             if part == "time":
                 own.update(measure(setting, arguments))
             else:
-                own["memory"] = {name: probe(setting, name, arguments) for name in sides_of(setting, arguments)}
+                own["memory"] = {name: probe(setting, name, arguments) for name in methods_of(setting, arguments)}
                 if setting.model == "llama" and setting.answer < setting.length:
                     own["largest_tensor"] = probe(setting, "largest", arguments)
             write_results(arguments.output, results, table)
@@ -205,8 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, help="LoRA rank, 8 by default")
     parser.add_argument("--target_modules", nargs="+", help="LoRA target modules, all linear layers by default")
     parser.add_argument("--repetitions", type=int, default=3, help="turns")
-    parser.add_argument("--slow_repetitions", type=int, default=2, help="turns of the slowest sides")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(DEFAULT_SIDES))
+    parser.add_argument("--slow_repetitions", type=int, default=2, help="turns of the slowest methods")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(DEFAULT_METHODS))
     parser.add_argument("--parts", nargs="+", choices=("time", "memory"), default=["time", "memory"])
     parser.add_argument("--quantization", choices=("nf4",), help="of the Llama")
     parser.add_argument("--peak_tflops", type=float, help="of the device, to state the share that is reached")

@@ -1,8 +1,8 @@
-"""Times and memory of the capture as Markdown."""
+"""Markdown tables of time and memory of the capture."""
 
 from ..common import markdown_table
 
-HEADER = ("side", "per example", "x plain", "wall", "peak memory", "over plain", "")
+HEADER = ("method", "per example", "x plain", "wall", "peak memory", "above plain", "")
 LIMIT = 64 * 2**20
 
 
@@ -35,24 +35,24 @@ def _row(name: str, own: dict, memory: dict, plain_memory: dict) -> list[str]:
 
 
 def _capture_notes(own: dict) -> list[str]:
-    sides, memory, lines = own["sides"], own.get("memory", {}), []
-    capture = sides.get("capture", {}).get("cpu")
+    methods, memory, lines = own["methods"], own.get("memory", {}), []
+    capture = methods.get("capture", {}).get("cpu")
     if capture:
         moments = capture.get("moment rows, ratio per row")
         lines.append(
-            f"The pass over the moment rows costs {moments:.2f} plain rows per row, for 128 rows once per store. It is "
-            f"not in the table: with it the capture of 1,000 rows costs {capture['ratio'] + 0.128 * moments:.2f}, "
-            f"of 10,000 rows {capture['ratio'] + 0.0128 * moments:.2f}."
+            f"Not in the table: the pass over 128 moment rows, once per store, at {moments:.2f} times a plain pass per "
+            f"row. With it, capturing 1,000 rows costs {capture['ratio'] + 0.128 * moments:.2f}, and 10,000 rows "
+            f"{capture['ratio'] + 0.0128 * moments:.2f}."
         )
-        for name, other in sides.items():
+        for name, other in methods.items():
             if name.startswith(("published,", "Bergson")) and "cpu" in other:
-                lines.append(f"{name}: {other['cpu']['ratio'] / capture['ratio']:.2f} times the capture's time.")
+                lines.append(f"{name}: {other['cpu']['ratio'] / capture['ratio']:.2f} times as slow as the capture.")
     if {"plain", "capture"} <= memory.keys() and "peak_extra_bytes" in memory["capture"]:
         over = memory["capture"]["peak_extra_bytes"] - memory["plain"]["peak_extra_bytes"]
         layer = own.get("largest_layer_gradients_bytes", 0)
         lines.append(
-            f"Limit of the capture's peak over the plain pass: {_mebibytes(layer + LIMIT)} (per-example gradients of "
-            f"one batch in the largest layer, {layer / 2**20:.1f} MiB, and 64 MiB); found {over / 2**20:+.0f} MiB."
+            f"Limit of the capture's peak above the plain pass: {_mebibytes(layer + LIMIT)} (per-example gradients of "
+            f"one batch in the largest layer, {layer / 2**20:.1f} MiB, and 64 MiB); measured {over / 2**20:+.0f} MiB."
         )
     largest = own.get("largest_tensor")
     if largest and "bytes" in largest:
@@ -65,15 +65,15 @@ def _capture_notes(own: dict) -> list[str]:
 
 
 def _device_notes(own: dict, shape: dict) -> list[str]:
-    """Examples per second and, where the device's peak is given, the share of it that is reached."""
+    """Examples per second and, where the device's peak is given, its utilization."""
     lines = []
     for name in ("plain", "capture"):
-        wall = own["sides"].get(name, {}).get("wall")
+        wall = own["methods"].get(name, {}).get("wall")
         if shape.get("device") != "cuda" or not wall:
             continue
         line = f"{name}: {1 / wall['seconds_per_example']:.1f} examples/s"
         if shape.get("peak_tflops"):
-            # Forward, and backward in the activations: two times two operations per weight and token.
+            # Forward, and backward through the activations: two operations per weight and token each.
             flops = 4 * own["multiplied_weights"] * shape["length"] / wall["seconds_per_example"]
             line += f", {flops / shape['peak_tflops'] / 1e12:.0%} of the device's peak"
         lines.append(line + ".")
@@ -84,12 +84,12 @@ def table(results: dict) -> str:
     shape, machine = results["shape"], results["machine"]
     lines = [
         f"{machine['device']}, {machine['threads']} threads; batches of {shape['batch']} rows x "
-        f"{shape['length']} tokens, {shape['dim']} features. Times are per example, of the process's CPU; beside them "
-        "the median ratio to the plain pass of the same turn (spread, turns), and the same in wall time. Memory: peak "
-        "of a process of its own over the model at rest, and over the plain pass; empty where it was not measured."
+        f"{shape['length']} tokens, {shape['dim']} features. Times are CPU time per example, with "
+        "the median ratio to the plain pass of the same turn (range, turns), and the same ratio in wall time. Memory: "
+        "peak of a separate process above the model at rest, and above the plain pass; empty where not measured."
     ]
     for name, own in results["models"].items():
-        own = {"sides": {}, **own}
+        own = {"methods": {}, **own}
         lines += [
             "",
             f"## {name}",
@@ -97,12 +97,12 @@ def table(results: dict) -> str:
             f"{own.get('parameters', 0) / 1e6:.0f}M parameters, {own.get('trained_parameters', 0):,} trained.",
             "",
         ]
-        sides, memory = own["sides"], own.get("memory", {})
+        methods, memory = own["methods"], own.get("memory", {})
         lines += markdown_table(
             HEADER,
             (
-                _row(side, sides.get(side, {}), memory.get(side, {}), memory.get("plain", {}))
-                for side in dict.fromkeys([*sides, *memory])
+                _row(method, methods.get(method, {}), memory.get(method, {}), memory.get("plain", {}))
+                for method in dict.fromkeys([*methods, *memory])
             ),
         )
         notes = _capture_notes(own) + _device_notes(own, shape)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.conflicts.run OUTPUT FLAGS
 
-Two pairs of instruction tasks want opposite things: a story's right or wrong ending, and a contradiction turned into an
-entailment or the other way round. Their instruction is taken off the prompts, so that only the answers tell them apart.
-For each task: what forward selection takes, and the loss after training on the task, on its opposite and on both,
-predicted and true. FLAGS are those of `hf-ensemble fidelity`; further tasks of --tasks are company.
+Two pairs of instruction tasks ask for opposites: the right or the wrong ending of a story, and turning a contradiction
+into an entailment or the reverse. Instructions are removed from the prompts, so that only the answers differ.
+Reported for each task: what forward selection takes, and the predicted and true loss after training on the task, on its
+opposite and on both. FLAGS are those of `hf-ensemble fidelity`; --tasks may name more tasks to choose from.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ PAIRS = [
 
 
 def strip_instructions(source: Path, target: Path) -> None:
-    """Copy tasks with only what follows the first "Input:" of a prompt."""
+    """Copy tasks, cutting each prompt to what follows its first "Input:"."""
     for file in sorted(source.glob("*/*.jsonl")):
         rows = read_rows(file)
         for row in rows:
@@ -40,7 +40,7 @@ def strip_instructions(source: Path, target: Path) -> None:
 
 
 def outcome(trainer, selector, task: str, opposite: str) -> dict:
-    """Predicted and true losses of a task, and what is selected for it."""
+    """Predicted and true losses of a task, and the tasks selected for it."""
     estimator = selector.estimator
     subsets = [[task], [opposite], [task, opposite]]
     column = estimator.task_names.index(task)

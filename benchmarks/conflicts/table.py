@@ -1,8 +1,8 @@
-"""Tasks with opposite answers as Markdown."""
+"""Markdown tables of tasks with opposite answers."""
 
 from ..common import markdown_table
 
-HEADER = ("task", "base", "on itself", "on its opposite", "on both", "selection takes the opposite")
+HEADER = ("task", "base model", "itself", "its opposite", "both", "opposite is selected")
 
 
 def table(results: dict) -> str:
@@ -18,10 +18,11 @@ def table(results: dict) -> str:
     num_pairs = len(results["tasks"]) // 2
     together = [(name, f"{len(pairs)} of {num_pairs}") for name, pairs in results["pairs_together"].items()]
     lines = [
-        "Validation loss of a task at the base, and trained on the task, on its opposite, on both: predicted / true.",
+        "Validation loss of a task at the base model, and trained on the task, on its opposite or on both: "
+        "predicted / true.",
         "",
         *markdown_table(HEADER, rows),
         "",
-        *markdown_table(("grouping", "pairs in one group"), together),
+        *markdown_table(("grouping", "pairs in the same group"), together),
     ]
     return "\n".join(lines) + "\n"

@@ -3,9 +3,9 @@
     python -m benchmarks.ensemble_inference.run OUTPUT
 
 A Llama-shaped model with random weights and m adapters (LoRA on every linear layer) answers B rows, once for a whole
-prompt (prefill) and token by token after it (decode). All sides return B combined rows of logits, except the two
-references, which run one adapter alone. Times are of the process's CPU (of the device, on a GPU); the sides take turns,
-so that a busy machine slows all of them.
+prompt (prefill) and token by token after it (decode). All methods return B combined rows of logits, except the two
+references, which run one adapter alone. Times are CPU times of the process (device times on a GPU); the methods take
+turns, so that a busy machine slows them all down.
 """
 
 import statistics
@@ -55,8 +55,8 @@ class Decoder:
         return self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **self.extra).logits
 
 
-def sides(model: PeftModel, members: int, batch_size: int) -> dict[str, Callable]:
-    """Functions that make a runner, `runner(ids (B, T)) -> logits`, with a cache of its own where `cached`."""
+def methods(model: PeftModel, members: int, batch_size: int) -> dict[str, Callable]:
+    """Factories `make(cached)` of runners `run(ids) -> logits`, by method; ids are `(B, T)`."""
     names = [f"m{k}" for k in range(members)]
     config = model.config
 
@@ -107,12 +107,12 @@ def sides(model: PeftModel, members: int, batch_size: int) -> dict[str, Callable
 
 @torch.no_grad()
 def measure(model: PeftModel, members: int, arguments, device: torch.device) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a prefill and of one decoded token, for each side."""
+    """Median milliseconds of a prefill and of one decoded token, by method."""
     torch.manual_seed(1)
     shape = (arguments.batch_size, arguments.length)
     prompt = torch.randint(0, arguments.vocabulary, shape, device=device)
     token = torch.randint(0, arguments.vocabulary, (arguments.batch_size, 1), device=device)
-    own = sides(model, members, arguments.batch_size)
+    own = methods(model, members, arguments.batch_size)
     prefill: dict[str, list[float]] = {name: [] for name in own}
     decode: dict[str, list[float]] = {name: [] for name in own}
     for repetition in range(arguments.repetitions + 1):
@@ -120,7 +120,7 @@ def measure(model: PeftModel, members: int, arguments, device: torch.device) -> 
             run = make(cached=False)
             start = clock(device)
             run(prompt)
-            # The first round warms up.
+            # The first round is a warm-up.
             if repetition:
                 prefill[name].append(clock(device) - start)
     for _ in range(arguments.repetitions):
@@ -132,7 +132,7 @@ def measure(model: PeftModel, members: int, arguments, device: torch.device) -> 
                 start = clock(device)
                 run(token)
                 times.append(clock(device) - start)
-            # The first token after a prompt still makes what is kept for the next ones.
+            # The first token after a prompt still fills what later tokens reuse.
             decode[name] += times[1:]
     return {
         name: {"prefill": 1e3 * statistics.median(prefill[name]), "decode": 1e3 * statistics.median(decode[name])}
@@ -142,7 +142,7 @@ def measure(model: PeftModel, members: int, arguments, device: torch.device) -> 
 
 @torch.no_grad()
 def generation(model: PeftModel, members: int, arguments, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of `generate`, prompt and tokens together."""
+    """Median milliseconds of `generate`, prompt included."""
     prompt = torch.randint(0, arguments.vocabulary, (arguments.batch_size, arguments.length), device=device)
     names = [f"m{k}" for k in range(members)]
     options = {"max_new_tokens": arguments.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

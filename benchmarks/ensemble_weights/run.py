@@ -3,8 +3,8 @@
     python -m benchmarks.ensemble_weights.run OUTPUT --num_groups N FLAGS
 
 Adapters are trained as `hf-ensemble run` trains them; then each task's test rows are scored with equal weights, with
-the task's own group alone, with the one adapter that is best on validation rows, with weights fitted on these rows,
-and, for causal language models, with weights by how well each adapter predicts the prompt. FLAGS are those of
+its own group alone, with the single adapter that is best on validation rows, with weights fitted on those rows, and,
+for causal language models, with weights by how well each adapter predicts the prompt. FLAGS are those of
 `hf-ensemble fidelity`.
 """
 
@@ -21,7 +21,7 @@ from .table import table
 
 @torch.no_grad()
 def scores(trainer, rows, task: str | None) -> dict[str, float]:
-    """Mean loss and accuracy over rows; with `task=None` each prompt weighs the adapters, its answer unseen."""
+    """Mean loss and accuracy over rows; with `task=None`, adapters are weighted by how well they predict the prompt."""
     ensemble, losses, matches = trainer.ensemble, [], []
     space = trainer.tasks.label_space
     for start in range(0, len(rows), 32):
@@ -39,7 +39,7 @@ def scores(trainer, rows, task: str | None) -> dict[str, float]:
 
 
 def compare(trainer, test: dict) -> tuple[dict, dict]:
-    """Scores of each weighting, task by task, and the report of the fit."""
+    """Scores by weighting and task, and the report of the fit."""
     ensemble, names = trainer.ensemble.eval(), trainer.tasks.names
     adapters = ensemble.adapter_names
     found = {}

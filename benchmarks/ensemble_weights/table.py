@@ -1,4 +1,4 @@
-"""Weights of an ensemble, compared on test rows, as Markdown."""
+"""Markdown table of ensemble weights on test rows."""
 
 from ..common import markdown_table
 
@@ -15,8 +15,8 @@ def table(results: dict) -> str:
         for way, mean in results["mean"].items()
     ]
     lines = [
-        f"{len(results['adapters'])} adapters, test rows of {len(names)} tasks; means over tasks, and the loss of "
-        "each. Accuracy is exact match where answers are generated.",
+        f"{len(results['adapters'])} adapters, test rows of {len(names)} tasks: means over tasks, then the loss of "
+        "each task. Accuracy is exact match for generated answers.",
         "",
         *markdown_table(("weights", "mean loss", "mean accuracy", *names), rows),
     ]

@@ -1,8 +1,8 @@
-"""How much memory and time does an estimate take at its largest: 100 tasks of 1,000 rows, 10,000 subsets?
+"""How much memory and time does a large estimate take: 100 tasks of 1,000 rows, 10,000 subsets?
 
     python -m benchmarks.estimator_memory.run OUTPUT
 
-The features are generated block by block into a float16 file, as a store holds them, and mapped from there.
+The features are generated block by block into a float16 file, the format of a store, and memory-mapped from there.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ from .table import table
 
 
 def mapped_table(path: Path, tasks: int, rows: int, dim: int, seed: int) -> FeatureTable:
-    """Features with a falling spectrum and a mean per task, on disk."""
+    """Memory-mapped features with a decaying spectrum and a mean per task."""
     rng = np.random.default_rng(seed)
     world = np.random.default_rng(0)
     directions = world.normal(size=(512, dim)) * (np.arange(1, 513) ** -0.5)[:, None]
@@ -68,7 +68,7 @@ def measure(arguments) -> dict:
             "l2_scale": estimator.regularization.l2_scale,
             "greatest_gradient_norm": float(prediction.gradient_norm.max()),
             "peak_resident_bytes": peak_memory(),
-            # Of the process alone: pages of the mapped features are the system's to drop.
+            # Without the pages of the mapped features, which the system may drop.
             "anonymous_bytes_at_the_end": process_memory("RssAnon"),
             "bytes_of_mapped_features": 2 * arguments.dim * (len(train) + len(validation)),
         }

@@ -1,4 +1,4 @@
-"""Memory and time of an estimate at its largest as Markdown."""
+"""Markdown table of memory and time of a large estimate."""
 
 from ..common import markdown_table
 
@@ -13,7 +13,7 @@ def table(results: dict) -> str:
     rows = [
         ("seconds to reduce and calibrate", f"{results['seconds_to_reduce_and_calibrate']:.1f}"),
         ("seconds to predict", f"{results['seconds_to_predict']:.1f}"),
-        ("greatest gradient norm", f"{results['greatest_gradient_norm']:.1e}"),
+        ("largest gradient norm", f"{results['greatest_gradient_norm']:.1e}"),
         ("peak resident memory, mapped features included", _gigabytes(results["peak_resident_bytes"])),
         ("anonymous memory at the end", _gigabytes(results["anonymous_bytes_at_the_end"])),
         ("mapped features", _gigabytes(results["bytes_of_mapped_features"])),

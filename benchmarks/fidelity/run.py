@@ -1,8 +1,8 @@
-"""How far are predictions to be trusted: subsets of the tasks, predicted and fine-tuned for real?
+"""How well do predictions match real fine-tuning on subsets of the tasks?
 
     python -m benchmarks.fidelity.run OUTPUT FLAGS
 
-Runs `hf-ensemble fidelity FLAGS`, which resumes where it was stopped, and keeps its report with a table and a picture.
+Runs `hf-ensemble fidelity FLAGS`, which resumes an interrupted run, and keeps its report with a table and a picture.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Which groups of tasks are best, with one adapter trained for real per group?
+"""Which method groups tasks best, when one adapter is trained per group?
 
     python -m benchmarks.grouping.run OUTPUT [--num_groups N] [--part 0/2] FLAGS
 
-Each adapter is scored on the test rows of its group's own tasks. Compared with the methods: as many random groups, one
-adapter for all, one per task. FLAGS are those of `hf-ensemble fidelity`. Finished trainings are kept in
-OUTPUT_DIR/chosen; with `--part` a process makes every second training, say, and stops.
+Each adapter is scored on the test rows of its group's tasks. Baselines: as many random groups, one adapter for all, and
+one per task. FLAGS are those of `hf-ensemble fidelity`. Finished runs are kept in
+OUTPUT_DIR/chosen; with `--part 0/2`, a process trains every second one and stops.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ Groups = list[tuple[list[str], list[str]]]
 
 
 def groupings(selector: DataSelector, num_groups: int | str, seeds: list[int]) -> dict[str, list[Groups]]:
-    """For each way and seed the groups: their own tasks, and what they are trained on."""
+    """Groups by method and seed: the tasks that each scores, and those it is trained on."""
     names = list(selector.estimator.task_names)
     found = {}
     for method in GROUPING_METHODS:
@@ -37,7 +37,7 @@ def groupings(selector: DataSelector, num_groups: int | str, seeds: list[int]) -
 
 
 def trained_way(selector: DataSelector, trainings: TrainedMixtures, by_seed: list[Groups], seeds: list[int]) -> dict:
-    """Predicted loss and test scores of one way to group, seed by seed."""
+    """Predicted losses and test scores of one method, seed by seed."""
     scores = []
     for groups, seed in zip(by_seed, seeds):
         by_task = {}
@@ -53,7 +53,7 @@ def trained_way(selector: DataSelector, trainings: TrainedMixtures, by_seed: lis
 
 
 def means(scores: list[dict], names: list[str]) -> dict[str, list[float]]:
-    """Mean accuracy and loss over tasks, for each seed."""
+    """Mean accuracy and loss over tasks, per seed."""
     return {
         measure: [float(np.mean([score[name][measure] for name in names])) for score in scores]
         for measure in ("accuracy", "loss")

@@ -1,10 +1,10 @@
-"""Groups that were trained for real as Markdown."""
+"""Markdown table of grouping methods."""
 
 import numpy as np
 
 from ..common import markdown_table, mean_and_deviation
 
-HEADER = ("grouping", "groups", "predicted validation loss", "test accuracy", "test loss")
+HEADER = ("method", "groups", "predicted validation loss", "test accuracy", "test loss")
 
 
 def table(results: dict) -> str:
@@ -20,7 +20,7 @@ def table(results: dict) -> str:
         for row in results["ways"]
     ]
     lines = [
-        f"Means over {num_tasks} tasks' test rows, over {len(results['seeds'])} seeds ± deviation.",
+        f"Test rows of {num_tasks} tasks: mean over {len(results['seeds'])} seeds ± standard deviation.",
         "",
         *markdown_table(HEADER, rows),
     ]

@@ -1,9 +1,9 @@
-"""Train a small Llama and its tokenizer from scratch, on the text of tasks that a study does not use.
+"""Train a small Llama and its tokenizer from scratch on the text of tasks that no study uses.
 
     python -m benchmarks.inputs.small_llama --data DATA --output_dir LLAMA --without TASK [TASK ...]
 
-Every `train.jsonl` below DATA (`prompt` and `completion`, or `text` and `label_text`) is text to learn, those of the
-named tasks aside.
+The text is that of every `train.jsonl` below DATA (`prompt` and `completion`, or `text` and `label_text`), except for
+the named tasks.
 """
 
 from pathlib import Path
@@ -21,9 +21,9 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def texts(folder: Path, without: set[str]) -> list[str]:
-    """Each row as one string in the form of the instruction tasks: a text, `Output:`, and right behind it the answer.
+    """Each row as one string in the format of the instruction tasks: a text, then `Output:` followed by the answer.
 
-    A model that has seen many kinds of answers there is not taken aback by those of a new task.
+    A model that has seen many kinds of answers there is not surprised by those of a new task.
     """
     rows = []
     for file in sorted(folder.rglob("train.jsonl")):
@@ -35,7 +35,7 @@ def texts(folder: Path, without: set[str]) -> list[str]:
 
 
 def train_tokenizer(rows: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE."""
+    """Train a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def train_tokenizer(rows: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 
 
 def blocks(rows: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> Dataset:
-    """All rows one after another, cut into blocks of equal length."""
+    """All rows concatenated and cut into blocks of equal length."""
     encoded = tokenizer([row + tokenizer.eos_token for row in rows])["input_ids"]
     stream = torch.tensor([token for row in encoded for token in row])
     stream = stream[: len(stream) // length * length].view(-1, length)

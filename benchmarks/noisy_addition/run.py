@@ -3,8 +3,8 @@
     python -m benchmarks.noisy_addition.run OUTPUT
 
 A GPT-2-shaped model is trained from scratch on additions of five digits with their intermediate steps, two in five of
-them with random digits for an answer: it knows addition, and that it cannot rely on it. 500 further examples, 300 of
-them right and 200 random, form 20 groups of 25; 25 more right ones are the target's own training rows, and 200 its
+them answered with random digits: it can add, but has learned not to rely on it. 500 further examples, 300 of
+them right and 200 random, form 20 groups of 25; 25 more right ones are the target's training rows, and 200 its
 validation rows. Groups are scored by the predicted loss of the target over 200 random subsets of 7 groups, and single
 examples by their influence on it. Nothing is fine-tuned.
 """
@@ -33,7 +33,7 @@ SYMBOLS = [*"0123456789", "+", "=", ",", ":"]
 
 
 def addition(generator: random.Random, noisy: bool = False) -> dict[str, str]:
-    """A sum, its steps from the last digit on (digit and carry), and the result; with random digits if it is noisy."""
+    """A sum with its steps, digit and carry from the last digit on, and its result; all digits random if `noisy`."""
     first, second = (generator.randrange(10 ** (DIGITS - 1), 10**DIGITS) for _ in range(2))
     carry, steps = 0, []
     for x, y in zip(reversed(str(first)), reversed(str(second))):
@@ -46,14 +46,14 @@ def addition(generator: random.Random, noisy: bool = False) -> dict[str, str]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each symbol."""
+    """A tokenizer with one token per symbol."""
     model = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(["<pad>", "</s>", *SYMBOLS])}, "<pad>"))
     model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>")
 
 
 def pretrained(tokens: PreTrainedTokenizerFast, rows: int, seed: int) -> GPT2LMHeadModel:
-    """The model after one pass over `rows` additions, right and random ones in the shares of the groups."""
+    """The model after one epoch on `rows` additions, right and random in the same proportion as the groups."""
     set_seed(seed)
     generator = random.Random(seed)
     share = 1 - CLEAN_GROUPS / GROUPS
@@ -92,7 +92,7 @@ def pretrained(tokens: PreTrainedTokenizerFast, rows: int, seed: int) -> GPT2LMH
 
 
 def tasks(seed: int) -> tuple[TaskSet, dict[str, bool]]:
-    """The target and the groups; and which groups are noisy."""
+    """Tasks of the target and the groups, and which groups are noisy."""
     generator = random.Random(seed + 1)
     noisy = {f"group_{index:02d}": index >= CLEAN_GROUPS for index in range(GROUPS)}
     validation = Dataset.from_list([addition(generator) for _ in range(200)])
@@ -104,14 +104,14 @@ def tasks(seed: int) -> tuple[TaskSet, dict[str, bool]]:
 
 
 def measure(rows: int, seed: int) -> dict:
-    """One world, from its base model to its scores."""
+    """Results of one world, from its base model to its scores."""
     tokens = tokenizer()
     model = get_peft_model(
         pretrained(tokens, rows, seed),
         LoraConfig(r=8, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
     )
     world, noisy = tasks(seed)
-    # The fine-tuning that is predicted: 3 epochs over the 525 rows.
+    # Predictions are for fine-tuning 3 epochs on the 525 rows.
     args = TrainingArguments("none", per_device_train_batch_size=16, learning_rate=5e-4, use_cpu=True, report_to="none")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

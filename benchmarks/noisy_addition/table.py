@@ -1,14 +1,14 @@
-"""Right and random additions as Markdown."""
+"""Markdown table of right and random additions."""
 
 from ..common import markdown_table
 
-HEADER = ("seed", "target's loss before", "AUC of groups", "AUC of single examples")
+HEADER = ("seed", "target's loss at the base model", "AUC of groups", "AUC of single examples")
 
 
 def table(results: dict) -> str:
     lines = [
         f"{results['clean_groups']} right and {results['groups'] - results['clean_groups']} random groups of "
-        f"{results['group_size']}, in {results['num_subsets']} random subsets of {results['subset_size']}.",
+        f"{results['group_size']} examples, in {results['num_subsets']} random subsets of {results['subset_size']}.",
         "",
     ]
     rows = [

@@ -1,4 +1,4 @@
-"""Random projections of LoRA gradients, from the layers' inputs and output gradients to features."""
+"""Random projections of LoRA gradients, from layer inputs and output gradients to features."""
 
 import math
 
@@ -12,13 +12,13 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def gradients(factors: Factors):
-    """The layers' gradients, one after the other: name and (B, out, in)."""
+    """Name and gradient `(B, out, in)` of each layer."""
     for name, (x, g) in factors.items():
         yield name, torch.bmm(g.transpose(1, 2), x)
 
 
 class Construction:
-    """Draws what is kept for all batches when made; `project` takes a batch's factors to features `(B, features)`."""
+    """A random projection, drawn once; `project` maps the factors of a batch to features `(B, features)`."""
 
     def __init__(self, factors: Factors, dim: int, seed: int):
         self.dim, self.generator = dim, torch.Generator().manual_seed(seed)
@@ -36,18 +36,18 @@ class Construction:
         return torch.randint(0, 2, shape, generator=self.generator, dtype=torch.int8) * 2 - 1
 
     def kept(self) -> int:
-        """Bytes of what was drawn."""
+        """Bytes of the random numbers that are kept."""
         tables = [value for value in vars(self).values() if isinstance(value, dict)]
         tensors = [t for table in tables for v in table.values() for t in (v if isinstance(v, tuple) else (v,))]
         return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
 
 class SignedShift(Construction):
-    """The library's own: signed, shifted addition of blocks."""
+    """The library's own projection: signed, shifted addition of blocks."""
 
     def draw(self, seed):
         self.projection = SeededProjection(self.shapes, self.dim, seed)
-        # It draws at the first use.
+        # It is drawn on first use.
         self.projection.transpose(torch.zeros(self.dim))
 
     def project(self, factors):
@@ -61,7 +61,7 @@ class SignedShift(Construction):
 
 
 class CountSketch(Construction):
-    """Every entry has a random sign and a random feature of its own, by `index_add`."""
+    """Adds every entry, with a random sign, to a random feature."""
 
     def draw(self, seed):
         self.sign = {name: self.signs(shape.numel()) for name, shape in self.shapes.items()}
@@ -78,7 +78,7 @@ class CountSketch(Construction):
 
 
 class DenseSigns(Construction):
-    """A dense matrix of random signs, made anew for every batch in blocks: it is too large to keep."""
+    """A dense matrix of random signs, regenerated in blocks for every batch because it is too large to keep."""
 
     block = 2048
 
@@ -91,20 +91,20 @@ class DenseSigns(Construction):
             for part in gradient.flatten(1).split(self.block, dim=1):
                 random = np.frombuffer(rng.bytes(part.shape[1] * self.dim // 8), dtype=np.uint8)
                 signs = torch.from_numpy(np.unpackbits(random)).view(part.shape[1], self.dim).float()
-                # Of bits: signs are 2 bits - 1.
+                # The signs are 2 x bits - 1.
                 features.addmm_(part, signs, alpha=2.0).sub_(part.sum(dim=1, keepdim=True))
         return features / math.sqrt(self.dim)
 
 
 class Hadamard(Construction):
-    """Random signs, a Hadamard transform of the whole gradient, and `dim` of its entries at random."""
+    """Random signs, a Hadamard transform of the whole gradient, and a random sample of `dim` entries."""
 
     factor = 128
 
     def draw(self, seed):
         numel = sum(shape.numel() for shape in self.shapes.values())
         self.axes = max(1, math.ceil(math.log(numel, self.factor)))
-        # The last axis as short as the gradient allows.
+        # The last axis is as short as the gradient allows.
         self.last = 2 ** math.ceil(math.log2(numel / self.factor ** (self.axes - 1)))
         self.size = self.factor ** (self.axes - 1) * self.last
         kept = torch.randperm(self.size, generator=self.generator)[: self.dim]
@@ -118,7 +118,7 @@ class Hadamard(Construction):
             flat[:, start : start + part.shape[1]] = part
             start += part.shape[1]
         flat[:, :start] *= self.table["signs"]
-        # The transform of a product of sizes is one transform along each axis.
+        # A transform whose size is a product is one transform along each axis.
         flat = flat.view(self.rows, *[self.factor] * (self.axes - 1), self.last)
         for axis in range(1, self.axes + 1):
             flat = (flat.transpose(axis, -1) @ hadamard(flat.shape[axis])).transpose(axis, -1)
@@ -133,7 +133,7 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 class TwoSidedPerLayer(Construction):
-    """p x p features of each layer, side by side: inputs and output gradients are projected, gradients never formed."""
+    """p x p features per layer, concatenated: projects inputs and output gradients, never forms the gradient."""
 
     def draw(self, seed):
         self.p = max(1, round(math.sqrt(self.dim / len(self.shapes))))
@@ -151,7 +151,7 @@ class TwoSidedPerLayer(Construction):
 
 
 class OneSidedSummed(Construction):
-    """The longer side of each layer to `dim` / rank, the side of the LoRA's rank as it is; added over the layers."""
+    """Projects the longer side of each layer to `dim` / rank, keeps the other, and sums over layers."""
 
     def draw(self, seed):
         self.sides = {}

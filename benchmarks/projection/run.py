@@ -1,10 +1,10 @@
-"""What do several random projections of a language model's LoRA gradients cost, and how large is their error?
+"""What do random projections of a language model's LoRA gradients cost, and how large is their error?
 
     python -m benchmarks.projection.run OUTPUT
 
 The gradients are those of a Llama-shaped model with random weights (LoRA r=8 on every linear layer): for each layer,
 its input x and output gradient g, whose product over the tokens is the layer's gradient. Every projection starts from
-x and g, so that one which never forms the gradient gains by it. The error is that of inner products of two examples,
+x and g, so those that never form the gradient save that time. The error is that of inner products of two examples,
 relative to the product of their norms, over seeds and pairs; dense random signs have 1/sqrt(features).
 """
 
@@ -19,12 +19,12 @@ from ..common import add_machine_flags, make_parser, shape_of, write_results
 from .constructions import CONSTRUCTIONS, Construction, Factors, gradients
 from .table import table
 
-# Too slow for as many seeds; its error is known.
+# Too slow for as many seeds, and its error is known.
 FEW_SEEDS = ("dense random signs, made for each batch",)
 
 
 def lora_factors(setting: Setting) -> Factors:
-    """Of the model's own mean loss, example by example."""
+    """Layer inputs and output gradients of the model's mean loss."""
     model, factors, handles = make_model(setting), {}, []
 
     def keep(name):
@@ -72,7 +72,7 @@ def measure(make: type[Construction], factors: Factors, dim: int, seeds: int) ->
 
 
 def time_of_forming(factors: Factors, batch: int) -> float:
-    """Median milliseconds per example that the gradients alone take."""
+    """Median milliseconds per example of forming the gradients."""
     seconds = []
     for _ in range(10):
         start = time.process_time()

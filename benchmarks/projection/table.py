@@ -1,10 +1,10 @@
-"""Random projections as Markdown."""
+"""Markdown tables of time and error of random projections."""
 
 import math
 
 from ..common import markdown_table
 
-HEADER = ("construction", "features", "ms per example", "error of pairs", "of norms", "kept", "seeds")
+HEADER = ("projection", "features", "ms per example", "error of pairs", "error of norms", "memory", "seeds")
 
 
 def table(results: dict) -> str:
@@ -12,9 +12,9 @@ def table(results: dict) -> str:
     lines = [
         f"{results['parameters']:,} LoRA parameters in {results['layers']} layers, {shape['batch']} examples of "
         f"{shape['length']} tokens; {machine['device']}, {machine['threads']} threads. Time: CPU milliseconds per "
-        f"example from the layers' inputs and output gradients on, of which forming the gradients is {forming:.2f}; "
-        "what is drawn once is not counted. Error: of inner products of two examples, "
-        "relative to their norms and times sqrt(features asked for): 1 is that of dense random signs (for norms 1.41).",
+        "example, starting from layer inputs and output gradients; forming the gradients takes "
+        f"{forming:.2f} of it, and drawing random numbers once is not counted. Error: of inner products of two "
+        "examples, relative to their norms and times sqrt(requested features); dense signs have 1 (1.41 for norms).",
     ]
     for dim, own in results["dims"].items():
         rows = [

@@ -1,8 +1,8 @@
-"""What does the whole flow give on real classification tasks?
+"""How accurate are base model, one adapter for all, and ensemble on real classification tasks?
 
     python -m benchmarks.real_tasks.run OUTPUT FLAGS
 
-Runs `hf-ensemble run FLAGS`, which resumes where it was stopped, and keeps its results without the folder of the model.
+Runs `hf-ensemble run FLAGS`, which resumes an interrupted run, and keeps its results.
 """
 
 import json
@@ -14,7 +14,7 @@ from .table import table
 
 
 def without_paths(results: dict) -> dict:
-    """The results with the model's name in place of its folder."""
+    """Results with the model's path cut to its name."""
     model = results["configuration"]["model"]
     configuration = {**results["configuration"], "model": {**model, "name": Path(model["name"]).name}}
     return {**results, "configuration": configuration}

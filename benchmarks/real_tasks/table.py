@@ -1,4 +1,4 @@
-"""Accuracy of every system, and the groups, as Markdown."""
+"""Markdown table of accuracies and groups."""
 
 from ..common import markdown_table
 

@@ -1,12 +1,12 @@
-"""Which tasks are best to train on for a target: the predicted ones, or those of simpler ways to choose?
+"""Which tasks are best to train on for a target: those of predictions, or those of simpler methods?
 
     python -m benchmarks.selection.run OUTPUT --targets sst2 mr [--runs FIDELITY.json] [--part 0/2] FLAGS
 
-Each choice is trained for real. Every way except "all tasks" and "target alone" takes as many auxiliary tasks as
-forward selection does for the target; a random choice differs from seed to seed. `--runs` names a fidelity report of
-the same tasks and recipe: fine-tunings that the learned predictor gets for free. FLAGS are those of
-`hf-ensemble fidelity`. Finished trainings are kept in OUTPUT_DIR/chosen, so that a killed study can be resumed; with
-`--part` a process makes every second training, say, and stops.
+Each choice is fine-tuned and scored on test rows. Every method except "all tasks" and "target alone" takes as many
+auxiliary tasks as forward selection does for the target; random choices differ from seed to seed. `--runs` names a
+fidelity report of the same tasks and recipe, whose runs the learned predictor gets for free. FLAGS are those of
+`hf-ensemble fidelity`. Finished runs are kept in OUTPUT_DIR/chosen, so that a killed study can be resumed; with
+`--part 0/2`, a process trains every second one and stops.
 """
 
 import json
@@ -33,7 +33,7 @@ LAST = ("optimal transport", "learned predictor")
 
 
 def representations(trainer, like: FeatureTable, split: str) -> FeatureTable:
-    """The base model's sentence embeddings of the rows that a store has gradients of."""
+    """The base model's sentence embeddings of the rows in a table of gradients."""
     rows = trainer.train_dataset
     if split == "validation":
         rows = concatenate_datasets([trainer.eval_dataset[name] for name in trainer.tasks])
@@ -53,7 +53,7 @@ def representations(trainer, like: FeatureTable, split: str) -> FeatureTable:
 def choose(
     trainer, targets: list[str], seeds: list[int], runs: list[ObservedRun], without: list[str]
 ) -> tuple[Choices, list[dict]]:
-    """For each target and way to choose, the choice for each seed; and what is taken for every other task."""
+    """Choices by target, method and seed, and what selection and mixture take for every task."""
     store = trainer.capture()
     selector = trainer.selector(store)
     estimator = selector.estimator
@@ -93,7 +93,7 @@ def choose(
 
 
 def trainings(choices: Choices, seeds: list[int]) -> Iterator[tuple[Selection, int]]:
-    """Choice and seed of each training, seed by seed; the costlier baselines last."""
+    """Choice and seed of each run, seed by seed, the costlier baselines last."""
     ways = dict.fromkeys(way for own in choices.values() for way in own)
     for later in (False, True):
         for position, seed in enumerate(seeds):
@@ -104,7 +104,7 @@ def trainings(choices: Choices, seeds: list[int]) -> Iterator[tuple[Selection, i
 
 
 def summary(choices: Choices, scores: dict, seeds: list[int]) -> dict:
-    """Mean over targets of test accuracy and loss of each way, for each seed."""
+    """Mean test accuracy and loss over targets, by method and seed."""
     return {
         way: {
             measure: [
@@ -118,7 +118,7 @@ def summary(choices: Choices, scores: dict, seeds: list[int]) -> dict:
 
 
 def observed_runs(report: Path | None) -> list[ObservedRun]:
-    """The fine-tunings of a fidelity report."""
+    """Fine-tuning runs of a fidelity report."""
     if report is None:
         return []
     known = json.loads(report.read_text())
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, help="a fidelity report, for the learned predictor")
-    parser.add_argument("--without", nargs="*", default=[], help="ways to choose that are not trained")
+    parser.add_argument("--without", nargs="*", default=[], help="methods to leave out")
     parser.add_argument("--part", default="0/1", help="which share of the trainings to make, such as 1/2")
     own, flags = parser.parse_known_args()
     trainer, tasks = trainer_from_flags(flags)

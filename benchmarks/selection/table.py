@@ -1,4 +1,4 @@
-"""Choices for a target that were trained for real as Markdown."""
+"""Markdown tables of selection methods."""
 
 from ..common import markdown_table, mean_and_deviation
 
@@ -14,13 +14,13 @@ def table(results: dict) -> str:
         rows.append([way, *cells, mean_and_deviation(mean["accuracy"]), mean_and_deviation(mean["loss"])])
     taken = [(row["target"], ", ".join(row["forward"])) for row in results["taken"]]
     lines = [
-        f"Test accuracy on the target, mean over {len(results['seeds'])} seeds ± their standard deviation. The last "
-        "columns are means over targets, of accuracy and of test loss.",
+        f"Test accuracy on the target, mean over {len(results['seeds'])} seeds ± standard deviation. The last two "
+        "columns are the mean accuracy and test loss over targets.",
         "",
         *markdown_table(["trained on", *targets, "mean accuracy", "mean loss"], rows),
         "",
-        "In brackets: the number of tasks trained on.",
+        "In brackets: number of tasks trained on.",
         "",
-        *markdown_table(("target", "forward selection takes, in this order"), taken),
+        *markdown_table(("target", "tasks taken by forward selection, in order"), taken),
     ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""How fast are the surrogates of many subsets solved, in how much memory, how exactly, and how does the cost grow?
+"""How fast and how exact is the surrogates' solver, how much memory does it need, and how does its cost grow?
 
     python -m benchmarks.solver.run OUTPUT
 
@@ -24,14 +24,14 @@ from ..common import add_machine_flags, make_parser, peak_memory, random_subsets
 from .table import table
 
 COMPONENTS = 400
-# A looser one for comparison, and the library's own.
+# A looser tolerance for comparison, and the library's own.
 TOLERANCES = (1e-6, 1e-8)
-# About what the evidence chooses on real tasks.
+# Roughly what the evidence chooses on real tasks.
 L2_SCALE = 1.0
 
 
 def world(tasks: int, rows: int, validation_rows: int = 0, seed: int = 0):
-    """Components, margins and tasks of training rows and of validation rows."""
+    """Components, margins and task indices of training and validation rows."""
     rng = np.random.default_rng(seed)
     spread = np.arange(1, COMPONENTS + 1) ** -0.5
     mean = 0.5 * spread * rng.normal(size=(tasks, COMPONENTS))
@@ -49,12 +49,12 @@ def world(tasks: int, rows: int, validation_rows: int = 0, seed: int = 0):
 
 def penalties(mixtures: np.ndarray, rows: int) -> np.ndarray:
     counts = np.full(mixtures.shape[1], rows)
-    # It falls with the length of an epoch, a little faster than that grows.
+    # It falls a little faster than the length of an epoch grows.
     return L2_SCALE / counts.sum() * (counts.sum() / epoch_length(mixtures, counts)) ** 1.25
 
 
 def many_subsets(count: int) -> dict:
-    """Random subsets of 20 of 40 tasks of 250 rows: time, memory, agreement, and one scikit-learn fit per subset."""
+    """Time, memory and accuracy for random subsets of 20 of 40 tasks with 250 rows, next to scikit-learn fits."""
     at_start = peak_memory()
     train, validation = world(40, 250, validation_rows=100)
     mixtures = random_subsets(count, 40, 20, seed=1).astype(np.float64)
@@ -90,7 +90,7 @@ def many_subsets(count: int) -> dict:
 
 
 def agreement(train, validation, mixtures, l2, coefficients, sample: int = 20) -> dict:
-    """Greatest differences from Newton's method in float64 with Hessians formed and factorised."""
+    """Largest differences from Newton's method in float64 with explicit Hessians."""
     sample = min(sample, len(mixtures))
     exact = np.stack([exact_optimum(*train, mixture, penalty) for mixture, penalty in zip(mixtures[:sample], l2)])
     losses = [predicted_outcomes(*validation, mixtures.shape[1], w)[0] for w in (coefficients[:sample], exact)]
@@ -118,7 +118,7 @@ def exact_optimum(features, margin, task, mixture, l2):
 
 
 def scikit_learn(train, mixtures, l2, sample: int = 20, **options) -> dict:
-    """The procedure of GradEx: random labels, rows signed by them, the margin as one more feature, lbfgs."""
+    """GradEx's procedure: random labels that sign the rows, the margin as one more feature, and lbfgs."""
     features, margin, task = train
     labels = np.random.default_rng(0).integers(0, 2, size=len(task))
     signed = np.column_stack([features, margin]) * (2 * labels - 1)[:, None]
@@ -146,7 +146,7 @@ def scikit_learn(train, mixtures, l2, sample: int = 20, **options) -> dict:
 
 
 def growth(settings: list[dict], by: str) -> dict:
-    """Times of several sizes of a problem, and how they grow with one of its numbers."""
+    """Times for several problem sizes, and how they grow with one dimension of the problem."""
     lines = []
     for setting in settings:
         train, _ = world(setting["tasks"], setting["rows"])
@@ -191,7 +191,7 @@ def growths(count: int) -> dict:
 
 def main() -> None:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--subsets", type=int, default=1000, help="fewer for a quick try")
+    parser.add_argument("--subsets", type=int, default=1000, help="random subsets; the growth tables scale with them")
     add_machine_flags(parser, threads=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,4 +1,4 @@
-"""The solver's speed as Markdown."""
+"""Markdown tables of the solver's time, memory and accuracy."""
 
 from ..common import markdown_table
 
@@ -8,7 +8,7 @@ GROWTH_HEADER = (
     "tasks in a subset",
     "rows of a task",
     "time",
-    "per subset and row used",
+    "per subset and row",
     "Newton steps",
 )
 
@@ -34,7 +34,7 @@ def table(results: dict) -> str:
         ]
         lines += [
             "",
-            f"Time against the number of {name}: slope {growth['slope']:.2f} in logarithms.",
+            f"Time against the number of {name}: log-log slope {growth['slope']:.2f}.",
             "",
             *markdown_table(GROWTH_HEADER, sizes),
         ]
@@ -42,19 +42,19 @@ def table(results: dict) -> str:
 
 
 def _main_rows(main: dict) -> list[list[str]]:
-    """One row for each measure, one column for each tolerance; then the fits of scikit-learn."""
+    """One row per measure and per kind of scikit-learn fit, one column per tolerance."""
     close = main["solved"][0]["agreement"]
     measures = {
         "time for all subsets": lambda own: f"{own['seconds']:.2f} s",
-        "greatest gradient norm": lambda own: f"{own['greatest_gradient_norm']:.1e}",
-        "Newton steps, mean": lambda own: f"{own['newton_steps']:.1f}",
-        "peak memory above the start, with the data": lambda own: (
+        "largest gradient norm": lambda own: f"{own['greatest_gradient_norm']:.1e}",
+        "mean Newton steps": lambda own: f"{own['newton_steps']:.1f}",
+        "peak memory above the start, data included": lambda own: (
             f"{own['peak_memory_above_start_bytes'] / 2**20:.0f} MiB"
         ),
-        f"greatest difference of a predicted loss from an exact solver ({close['sample']} subsets)": lambda own: (
+        f"largest difference in predicted loss from an exact solver ({close['sample']} subsets)": lambda own: (
             f"{own['agreement']['predicted_losses']:.1e}"
         ),
-        f"greatest difference of a coefficient (the greatest is {close['greatest_coefficient']:.1f})": lambda own: (
+        f"largest difference in a coefficient (the largest is {close['greatest_coefficient']:.1f})": lambda own: (
             f"{own['agreement']['coefficients']:.1e}"
         ),
     }

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed_up.run OUTPUT FLAGS
 
-Runs `hf-ensemble fidelity FLAGS` and keeps the times of its report; --calibration_runs 1 and no repeated subsets.
+Runs `hf-ensemble fidelity FLAGS` and keeps the timings of its report.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Times of fine-tuning, capture and prediction as Markdown."""
+"""Markdown tables of the time that fine-tuning, capture and prediction take."""
 
 from ..common import markdown_table
 

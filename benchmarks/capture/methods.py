@@ -1,8 +1,4 @@
-"""The capture and the plain pass, and what all sides of the study have in common.
-
-A side is made with the model, the setting and the rows of one run; `prepare` makes what is kept for all runs (a
-projection matrix), `run` takes all rows through once. `once` holds seconds of a run that do not grow with its rows.
-"""
+"""The base class of all methods that the study compares, the plain pass, and the library's capture."""
 
 import shutil
 import tempfile
@@ -20,11 +16,15 @@ from hf_ensemble.tasks import TaskCollator
 from .models import NUM_LABELS, Setting, make_batches
 
 
-class Side:
-    """See the module's docstring."""
+class Method:
+    """One way to take rows through a model, built for the rows of one run.
+
+    `prepare` creates what all runs share, such as a projection matrix; `run` takes all rows through once. `once` holds
+    the seconds of a run that do not grow with its rows.
+    """
 
     note = ""
-    # Batches of one run; a slow side takes fewer, and its time is reported per example.
+    # Batches per run; a slow method takes fewer, since times are reported per example.
     most_batches: int | None = None
 
     def __init__(self, model: nn.Module, setting: Setting, rows: Dataset):
@@ -37,13 +37,13 @@ class Side:
         self.facts: dict[str, object] = {}
 
     def prepare(self) -> None:
-        """What is made once for all rows."""
+        """Create what all runs share."""
 
     def run(self) -> None:
         raise NotImplementedError
 
     def margins(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean log-odds of every example's answer `(B,)`, in the simplest way."""
+        """Mean log-odds of each example's answer `(B,)`, computed in the simplest way."""
         logits, labels = self.model(input_ids=batch["input_ids"]).logits, batch["labels"]
         if labels.dim() == 1:
             return _log_odds(logits, labels)
@@ -57,8 +57,8 @@ def _log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return log_prob - torch.log(-torch.expm1(log_prob.clamp(max=-1e-6)))
 
 
-class Plain(Side):
-    """Forward and backward of the model's own loss, gradients in the adapter: a training step without its optimizer."""
+class Plain(Method):
+    """Forward and backward of the model's own loss in the adapter: a training step without the optimizer."""
 
     def run(self) -> None:
         for batch in self.batches:
@@ -66,8 +66,8 @@ class Plain(Side):
             self.model.zero_grad(set_to_none=True)
 
 
-class Capture(Side):
-    """`capture_gradients` into a new store, finished; all rows, of which the first are training rows."""
+class Capture(Method):
+    """`capture_gradients` of all rows into a new store; the last batch is validation rows."""
 
     config: dict = {}
     clock = staticmethod(time.process_time)
@@ -118,6 +118,6 @@ class Capture(Side):
 
 
 class CaptureUnscaled(Capture):
-    """The same without a preconditioner, so without moment rows."""
+    """Capture without a preconditioner, and so without moment rows."""
 
     config = {"preconditioner": "none"}
