@@ -16,11 +16,11 @@ def table(results: dict) -> str:
             [
                 ("capture of all rows", f"{results['capture_seconds']:.1f}"),
                 (f"prediction of these {len(results['subsets'])} subsets", f"{results['prediction_seconds']:.3f}"),
-                ("calibration run on all tasks", f"{results['calibration_seconds']:.1f}"),
+                ("calibration runs", f"{results['calibration_seconds']:.1f}"),
             ],
         ),
         "",
         f"Fine-tuning on 100 such subsets takes {results['speed_up']:.0f} times as long as the capture and 100 "
-        "predictions; the calibration run is not counted.",
+        "predictions; calibration runs are not counted.",
     ]
     return "\n".join(lines) + "\n"
