@@ -1,0 +1,118 @@
+"""Exact gradients of a trainer's tasks, and the features that each variant of the estimator derives from them."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import concatenate_datasets
+
+from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection, capture_gradients, training_recipe
+from hf_ensemble.capture.capture import MOMENT_ROWS
+from hf_ensemble.capture.training_arguments import fresh_lora_gain
+from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe
+
+
+class Captures:
+    """Exact gradients, captured on first use, and the features derived from them."""
+
+    def __init__(self, trainer, folder: Path):
+        self.trainer = trainer
+        self.folder = folder
+        self._tables: dict[tuple[str, str], dict[str, FeatureTable]] = {}
+
+    def tables(self, choice: Mapping[str, Any]) -> dict[str, FeatureTable]:
+        """Training and validation features of a variant."""
+        exact = self._exact(choice["linearised at"], choice["margin"])
+        train = exact["train"]
+        scales = torch.ones(train.features.shape[1])
+        if choice["preconditioner"] == "adam":
+            scales = self._adam_scales(train)
+        kept = self._kept_rows(train, choice["training rows"])
+        parts = {"train": _rows(train, kept), "validation": exact["validation"]}
+        return {
+            split: dataclasses.replace(table, features=_projected(table.features, scales, choice["projection"]))
+            for split, table in parts.items()
+        }
+
+    def recipe(self, choice: Mapping[str, Any]) -> TrainingRecipe | None:
+        """The training recipe, as far as the variant uses it."""
+        if choice["evidence"] == "validation loss":
+            return None
+        train = self._exact(choice["linearised at"], choice["margin"])["train"]
+        steps = self.trainer.adapter_training.num_steps(self.trainer.tasks.names)
+        num_moving = Preconditioner({"all": self._adam_scales(train)}).num_moving()
+        recipe = training_recipe(self.trainer.args, steps)
+        if choice["steps"] == "equal, no growth":
+            return recipe
+        growth = {"none": 0.0, "x 1/2": 0.5, "x 2": 2.0, "x 4": 4.0}.get(choice["growth"], 1.0)
+        self.trainer.adapter_training.reset()
+        return dataclasses.replace(
+            recipe, num_parameters=num_moving, input_gain=growth * fresh_lora_gain(self.trainer.model)
+        )
+
+    def _exact(self, point: str, margin: str) -> dict[str, FeatureTable]:
+        if (point, margin) not in self._tables:
+            self._tables = {}
+            training = self.trainer.adapter_training
+            training.reset()
+            if point == "warm-up":
+                training.load(self._warm_up())
+            store = self._capture(self.folder / f"{point}-{margin}", margin)
+            training.reset()
+            names = self.trainer.tasks.names
+            self._tables[point, margin] = {split: store.table(split, names) for split in ("train", "validation")}
+        return self._tables[point, margin]
+
+    def _capture(self, folder: Path, margin: str) -> GradientStore:
+        config = CaptureConfig(None, margin=margin, preconditioner="none")
+        trainer = self.trainer
+        encoded = {
+            "train": trainer.train_dataset,
+            "validation": concatenate_datasets([trainer.eval_dataset[name] for name in trainer.tasks]),
+        }
+        return capture_gradients(
+            trainer.model, trainer.tasks, config, folder, data_collator=trainer.data_collator, encoded=encoded
+        )
+
+    def _warm_up(self) -> Path:
+        trainer, args = self.trainer, self.trainer.args
+        trainer.args = copy.copy(args)
+        trainer.args.num_train_epochs, trainer.args.learning_rate = 1, args.learning_rate / 4
+        try:
+            trainer.adapter_training.run("warm-up", trainer.tasks.names, self.folder / "warm-up-adapter")
+        finally:
+            trainer.args = args
+        return self.folder / "warm-up-adapter"
+
+    @staticmethod
+    def _adam_scales(train: FeatureTable) -> torch.Tensor:
+        rows = np.unique(np.linspace(0, len(train) - 1, min(MOMENT_ROWS, len(train))).round().astype(int))
+        loss_gradients = train.features[rows] / (1 + np.exp(train.margin[rows]))[:, None]
+        moments = {"all": torch.from_numpy((loss_gradients**2).sum(0))}
+        return Preconditioner.from_second_moments(moments).scales["all"]
+
+    @staticmethod
+    def _kept_rows(train: FeatureTable, share: str) -> np.ndarray:
+        step = 1 if share == "all" else int(share.split("/")[1])
+        return np.concatenate([np.flatnonzero(train.task == task)[::step] for task in range(len(train.task_names))])
+
+
+def _rows(table: FeatureTable, rows: np.ndarray) -> FeatureTable:
+    names = ("features", "margin", "task", "example_id", "num_tokens")
+    arrays = {name: getattr(table, name)[rows] for name in names}
+    return dataclasses.replace(table, **arrays)
+
+
+def _projected(features: np.ndarray, scales: torch.Tensor, projection: str) -> np.ndarray:
+    scaled = torch.from_numpy(features) * scales
+    if projection == "exact":
+        return scaled.numpy()
+    dim, seed = (int(word) for word in projection.split(", seed "))
+    own = SeededProjection({"all": scaled.shape[1:]}, dim, seed)
+    projected = torch.zeros(len(scaled), own.dim)
+    own.add(projected, "all", scaled)
+    return projected.numpy()

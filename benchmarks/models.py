@@ -1,0 +1,39 @@
+"""Models that need no download: randomly initialized or trained from scratch."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
+
+
+def randomize_lora_b(model: PeftModel) -> PeftModel:
+    """Randomize every LoRA B, which starts at zero, so that adapters differ and A has a gradient."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def train_from_scratch(model: PreTrainedModel, rows: Dataset, folder: str | Path, **options: Any) -> None:
+    """Train on rows of `input_ids` and `labels` on the CPU, with a cosine schedule and a short warm-up.
+
+    Args:
+        model (`PreTrainedModel`): trained in place.
+        rows (`Dataset`): rows of equal length.
+        folder (`str` or `Path`): the trainer's output directory; nothing is saved.
+        options: more `TrainingArguments`.
+    """
+    args = TrainingArguments(
+        output_dir=str(folder),
+        warmup_steps=100,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        **options,
+    )
+    Trainer(model, args, train_dataset=rows, data_collator=default_data_collator).train()

@@ -1,0 +1,87 @@
+"""Trainers from the flags of `hf-ensemble fidelity`, and fine-tuning on mixtures with cached scores."""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trl import ModelConfig
+
+from hf_ensemble._files import write_json
+from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
+from hf_ensemble.cli.main import main as hf_ensemble
+from hf_ensemble.cli.trainers import build_trainer, load_tasks
+from hf_ensemble.tasks import TaskSet
+
+FOLDER = "chosen"
+Mixture = Mapping[str, float]
+
+
+def trainer_from_flags(flags: Sequence[str]):
+    """Build the trainer that `hf-ensemble fidelity` would build from these flags; returns it with its tasks."""
+    (arguments, model_arguments), rest = parse([FidelityArguments, ModelConfig], with_config(flags), True)
+    tasks = load_tasks(arguments, model_arguments, "fidelity")
+    return build_trainer(arguments, model_arguments, tasks, rest), tasks
+
+
+def flag_value(flags: Sequence[str], name: str) -> str:
+    """Value of a required flag among those that are passed on, or in their `--config` file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, dest="value", required=True)
+    return parser.parse_known_args(with_config(flags))[0].value
+
+
+def run_command(command: str, flags: Sequence[str]) -> Path:
+    """Run or resume `hf-ensemble COMMAND`; returns its output directory."""
+    folder = Path(flag_value(flags, "--output_dir"))
+    status = hf_ensemble([command, *flags])
+    if status:
+        sys.exit(status)
+    return folder
+
+
+def scored_runs(output_dir: Path) -> list[dict]:
+    """Fine-tuning runs of a finished `hf-ensemble fidelity`, each with subset, seed, scores and seconds."""
+    return [json.loads(file.read_text()) for file in sorted((output_dir / "scored_runs").glob("*.json"))]
+
+
+class TrainedMixtures:
+    """Test scores after fine-tuning on mixtures of the tasks, cached in OUTPUT_DIR/chosen.
+
+    Args:
+        trainer (`EnsembleTrainer` or `EnsembleSFTTrainer`): trains every mixture with its own arguments.
+        tasks (`TaskSet`): the tasks with their test rows.
+    """
+
+    def __init__(self, trainer, tasks: TaskSet):
+        self.trainer = trainer
+        self._test = trainer.prepare_rows(tasks.split("test"))
+        self._folder = Path(trainer.args.output_dir) / FOLDER
+
+    def make(self, wanted: Sequence[tuple[Mixture, int, Sequence[str]]], part: str = "0/1") -> None:
+        """Train on every mixture with its seed and score it on its targets; part "1/2" takes every second one."""
+        first, step = (int(number) for number in part.split("/"))
+        keys = list(dict.fromkeys(_key(mixture, seed) for mixture, seed, _ in wanted))[first::step]
+        for mixture, seed, targets in wanted:
+            if _key(mixture, seed) in keys:
+                for target, score in self.scores(mixture, seed, targets).items():
+                    print(target, sorted(mixture), seed, score, flush=True)
+
+    def scores(self, mixture: Mixture, seed: int, targets: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Test scores on the targets, from the cache or by training."""
+        folder = self._folder / _key(mixture, seed)
+        records = {target: folder.with_suffix(f".{target}.json") for target in targets}
+        missing = [target for target, record in records.items() if not record.exists()]
+        if missing:
+            adapter = self.trainer.adapter_training.run(f"{FOLDER}-{folder.name}", dict(mixture), folder, seed)
+            found = self.trainer.score_adapter(folder, {name: self._test[name] for name in missing}, "Test rows")
+            for name, score in found.items():
+                write_json(records[name], {**score, "seconds": adapter.seconds, "steps": adapter.global_step})
+        return {target: json.loads(record.read_text()) for target, record in records.items()}
+
+
+def _key(mixture: Mixture, seed: int) -> str:
+    weights = json.dumps(sorted(mixture.items()))
+    return f"{hashlib.blake2b(weights.encode(), digest_size=8).hexdigest()}-seed{seed}"
