@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from trl import ModelConfig
@@ -13,6 +14,7 @@ from hf_ensemble._files import write_json
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.main import main as hf_ensemble
 from hf_ensemble.cli.trainers import build_trainer, load_tasks
+from hf_ensemble.runs import RunDirectory
 from hf_ensemble.tasks import TaskSet
 
 FOLDER = "chosen"
@@ -44,7 +46,7 @@ def run_command(command: str, flags: Sequence[str]) -> Path:
 
 def scored_runs(output_dir: Path) -> list[dict]:
     """Fine-tuning runs of a finished `hf-ensemble fidelity`, each with subset, seed, scores and seconds."""
-    return [json.loads(file.read_text()) for file in sorted((output_dir / "scored_runs").glob("*.json"))]
+    return [run.to_dict() for run in RunDirectory(output_dir).scored_runs()]
 
 
 class TrainedMixtures:
@@ -57,6 +59,7 @@ class TrainedMixtures:
 
     def __init__(self, trainer, tasks: TaskSet):
         self.trainer = trainer
+        trainer.open_run()
         self._test = trainer.prepare_rows(tasks.split("test"))
         self._folder = Path(trainer.args.output_dir) / FOLDER
 
@@ -75,10 +78,11 @@ class TrainedMixtures:
         records = {target: folder.with_suffix(f".{target}.json") for target in targets}
         missing = [target for target, record in records.items() if not record.exists()]
         if missing:
-            adapter = self.trainer.adapter_training.run(f"{FOLDER}-{folder.name}", dict(mixture), folder, seed)
-            found = self.trainer.score_adapter(folder, {name: self._test[name] for name in missing}, "Test rows")
-            for name, score in found.items():
-                write_json(records[name], {**score, "seconds": adapter.seconds, "steps": adapter.global_step})
+            flow = self.trainer.flow
+            adapter = flow.training.run(f"{FOLDER}-{folder.name}", dict(mixture), folder, seed)
+            rows = {name: flow.context.model_columns(self._test[name]) for name in missing}
+            for name, score in flow.evaluation.score_adapter(folder, rows, "Test rows").items():
+                write_json(records[name], {**asdict(score), "seconds": adapter.seconds, "steps": adapter.global_step})
         return {target: json.loads(record.read_text()) for target, record in records.items()}
 
 

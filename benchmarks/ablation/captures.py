@@ -14,6 +14,7 @@ from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection,
 from hf_ensemble.capture.capture import MOMENT_ROWS
 from hf_ensemble.capture.training_arguments import fresh_lora_gain
 from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe
+from hf_ensemble.train.flows.adapter_training import AdapterTraining
 
 
 class Captures:
@@ -43,13 +44,14 @@ class Captures:
         if choice["evidence"] == "validation loss":
             return None
         train = self._exact(choice["linearised at"], choice["margin"])["train"]
-        steps = self.trainer.adapter_training.num_steps(self.trainer.tasks.names)
+        self.trainer.open_run()
+        steps = self.trainer.flow.training.num_steps(self.trainer.tasks.names)
         num_moving = Preconditioner({"all": self._adam_scales(train)}).num_moving()
         recipe = training_recipe(self.trainer.args, steps)
         if choice["steps"] == "equal, no growth":
             return recipe
         growth = {"none": 0.0, "x 1/2": 0.5, "x 2": 2.0, "x 4": 4.0}.get(choice["growth"], 1.0)
-        self.trainer.adapter_training.reset()
+        self.trainer.flow.training.reset()
         return dataclasses.replace(
             recipe, num_parameters=num_moving, input_gain=growth * fresh_lora_gain(self.trainer.model)
         )
@@ -57,7 +59,7 @@ class Captures:
     def _exact(self, point: str, margin: str) -> dict[str, FeatureTable]:
         if (point, margin) not in self._tables:
             self._tables = {}
-            training = self.trainer.adapter_training
+            training = self.trainer.flow.training
             training.reset()
             if point == "warm-up":
                 training.load(self._warm_up())
@@ -69,24 +71,21 @@ class Captures:
 
     def _capture(self, folder: Path, margin: str) -> GradientStore:
         config = CaptureConfig(None, margin=margin, preconditioner="none")
-        trainer = self.trainer
+        trainer, context = self.trainer, self.trainer.flow.context
         encoded = {
-            "train": trainer.train_dataset,
-            "validation": concatenate_datasets([trainer.eval_dataset[name] for name in trainer.tasks]),
+            "train": context.train_table,
+            "validation": concatenate_datasets([context.eval_tables[name] for name in context.tasks]),
         }
         return capture_gradients(
             trainer.model, trainer.tasks, config, folder, data_collator=trainer.data_collator, encoded=encoded
         )
 
     def _warm_up(self) -> Path:
-        trainer, args = self.trainer, self.trainer.args
-        trainer.args = copy.copy(args)
-        trainer.args.num_train_epochs, trainer.args.learning_rate = 1, args.learning_rate / 4
-        try:
-            trainer.adapter_training.run("warm-up", trainer.tasks.names, self.folder / "warm-up-adapter")
-        finally:
-            trainer.args = args
-        return self.folder / "warm-up-adapter"
+        context, folder = self.trainer.flow.context, self.folder / "warm-up-adapter"
+        args = copy.copy(context.args)
+        args.num_train_epochs, args.learning_rate = 1, args.learning_rate / 4
+        AdapterTraining(dataclasses.replace(context, args=args)).run("warm-up", context.tasks.names, folder)
+        return folder
 
     @staticmethod
     def _adam_scales(train: FeatureTable) -> torch.Tensor:

@@ -10,8 +10,7 @@ opposite and on both. FLAGS are those of `hf-ensemble fidelity`; --tasks may nam
 
 from pathlib import Path
 
-from hf_ensemble.select.grouping import GROUPING_METHODS
-from hf_ensemble.train.scored_runs import scored_run
+from hf_ensemble.select import GROUPING_METHODS
 
 from ..common import make_parser, read_rows, write_results, write_rows
 from ..trainers import flag_value, trainer_from_flags
@@ -50,7 +49,7 @@ def outcome(trainer, selector, task: str, opposite: str) -> dict:
         "opposite": opposite,
         "base_loss": float(estimator.base_loss()[column]),
         "predicted": estimator.predict_subsets(subsets).loss[:, column].tolist(),
-        "true": [scored_run(trainer, subset).scores[task]["loss"] for subset in subsets],
+        "true": [trainer.flow.calibration.scored_run(subset).scores[task].loss for subset in subsets],
         "selection": chosen.auxiliary,
         "takes_opposite": opposite in chosen.tasks,
     }
@@ -61,12 +60,12 @@ def main() -> None:
     stripped = Path(flag_value(flags, "--output_dir")) / "stripped"
     strip_instructions(Path(flag_value(flags, "--data")), stripped)
     trainer, _ = trainer_from_flags([*flags, "--data", str(stripped)])
-    selector = trainer.selector(trainer.capture())
+    selector = trainer.selector()
     tasks = [outcome(trainer, selector, *pair[::step]) for pair in PAIRS for step in (1, -1)]
     groupings = {
-        f"{method}, {count}": list(selector.group(count, method).groups.values())
+        f"{method}, {count or 'auto'}": list(selector.group(count, method).groups.values())
         for method in GROUPING_METHODS
-        for count in ("auto", 3)
+        for count in (None, 3)
     }
     together = {
         name: [pair[0] for pair in PAIRS if any(set(pair) <= set(group) for group in groups)]

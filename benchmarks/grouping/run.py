@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="which share of the trainings to make, such as 1/2")
     own, flags = parser.parse_known_args()
     trainer, tasks = trainer_from_flags(flags)
-    selector = trainer.selector(trainer.capture())
-    found = groupings(selector, own.num_groups or "auto", own.seeds)
+    selector = trainer.selector()
+    found = groupings(selector, own.num_groups, own.seeds)
     trainings = TrainedMixtures(trainer, tasks)
     wanted = [
         (dict.fromkeys(trained, 1.0), seed, tasks_of_group)

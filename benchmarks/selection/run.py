@@ -55,7 +55,7 @@ def choose(
 ) -> tuple[Choices, list[dict]]:
     """Choices by target, method and seed, and what selection and mixture take for every task."""
     store = trainer.capture()
-    selector = trainer.selector(store)
+    selector = trainer.selector()
     estimator = selector.estimator
     hidden = [
         representations(trainer, store.table(split, estimator.task_names), split) for split in ("train", "validation")

@@ -5,7 +5,9 @@ import yaml
 
 from helpers import toy
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
+from hf_ensemble.cli.command import COMMANDS
 from hf_ensemble.cli.demo import flow
+from hf_ensemble.cli.demo.flow import DemoResults
 from hf_ensemble.cli.demo.world import CORRUPTED, FAMILIES, TARGET, build_world
 from hf_ensemble.cli.main import main
 from hf_ensemble.ensemble import PeftEnsembleModel
@@ -38,7 +40,7 @@ def write_tasks(folder, tasks):
 
 def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
     data = write_tasks(tmp_path / "data", toy.sft_tasks())
-    config = {"bf16": False, "gradient_checkpointing": False, "num_groups": 3, "num_subsets": 10}
+    config = {"bf16": False, "gradient_checkpointing": False, "num_groups": 3, "affinity_subsets": 10}
     config["lora_target_modules"] = ["q_proj", "v_proj"]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     arguments = {"data": data, "model_name_or_path": base_folder, "output_dir": tmp_path / "out", "num_groups": 2}
@@ -47,6 +49,7 @@ def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
     assert results["split"] == "test" and len(results["groups"]) == 2
     assert set(results["scores"]) == {"base", "ensemble", "baseline"}
     assert set(results["scores"]["base"]) == {"sums", "diffs", "more_sums"}
+    assert results["mean_loss"]["ensemble"] > 0
     assert results["fidelity"]["mean_relative_error"] >= 0
     PeftEnsembleModel.from_pretrained(tmp_path / "out" / "ensemble")
     printed = " ".join(capsys.readouterr().out.split())
@@ -57,7 +60,7 @@ def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
 def test_fidelity_measures_draws_and_goes_on(tmp_path, base_folder, capsys):
     data = write_tasks(tmp_path / "data", toy.sft_tasks())
     arguments = {"data": data, "model_name_or_path": base_folder, "output_dir": tmp_path / "out", "bf16": "false"}
-    command = ["fidelity", *flags(**arguments, num_subsets=4, num_repeated=1, num_transplanted=1)]
+    command = ["fidelity", *flags(**arguments, fidelity_subsets=4, num_repeated=1, num_transplanted=1)]
     assert main(command) == 0
     report = json.loads((tmp_path / "out" / "estimate" / "fidelity.json").read_text())
     assert 3 <= len(report["subsets"]) <= 4 and report["ceiling"]["num_subsets"] == 1
@@ -67,7 +70,8 @@ def test_fidelity_measures_draws_and_goes_on(tmp_path, base_folder, capsys):
     assert main(command) == 0
     assert json.loads((tmp_path / "out" / "estimate" / "fidelity.json").read_text())["true_loss"] == report["true_loss"]
     assert main(["fidelity"]) == 1 and "hf-ensemble fidelity --help" in capsys.readouterr().err
-    assert main([*command, "--num_subsets", "0"]) == 1 and "num_subsets has to be 1" in capsys.readouterr().err
+    assert main([*command, "--fidelity_subsets", "0"]) == 1
+    assert "fidelity_subsets has to be a positive integer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("head", ["auto", "linear"])
@@ -115,9 +119,9 @@ def test_flags_win_over_the_configuration_file(tmp_path):
 
 
 def test_null_is_none_for_numbers_and_the_default_elsewhere():
-    argv = ["--projection_dim", "null", "--report_to", "null", "--tasks", "null", "--num_subsets", "null"]
+    argv = ["--projection_dim", "null", "--report_to", "null", "--tasks", "null", "--fidelity_subsets", "null"]
     (own,), rest = parse([FidelityArguments], argv, True)
-    assert own.tasks is None and own.num_subsets == 20 and rest == argv[:4]
+    assert own.tasks is None and own.fidelity_subsets == 20 and rest == argv[:4]
     (config,), _ = parse([EnsembleSFTConfig], [*rest, "--use_cpu", "true", "--bf16", "false"])
     assert config.projection_dim is None and config.report_to == EnsembleSFTConfig(use_cpu=True, bf16=False).report_to
 
@@ -145,14 +149,23 @@ def test_world_is_the_same_for_a_seed_and_its_families_contradict_each_other():
 def test_demo_keeps_its_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(flow.torch, "set_num_threads", lambda count: None)
     assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert results["target"] == TARGET and results["selected"][0] == TARGET
-    assert CORRUPTED not in results["selected"]
-    assert results["mean_accuracy"]["ensemble"] > results["mean_accuracy"]["baseline"]
-    assert results["reload_difference"] < 1e-5
+    outcome = DemoResults.load(tmp_path / "demo" / "demo.json")
+    results = outcome.results
+    assert outcome.target == TARGET and outcome.selected[0] == TARGET
+    assert CORRUPTED not in outcome.selected
+    assert results.mean_accuracy["ensemble"] > results.mean_accuracy["baseline"]
+    assert outcome.reload_difference < 1e-5
     # Opposite guidelines never share a group.
-    for tasks in results["groups"].values():
+    for tasks in results.groups.values():
         assert not (set(tasks) & set(FAMILIES["larger"]) and set(tasks) & set(FAMILIES["smaller"]))
     printed = capsys.readouterr().out
     tables = ("What helps", "Groups, one adapter each", "Accuracy on test rows", "Prediction against truth", "(as ")
     assert all(words in printed for words in tables)
+
+
+@pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+def test_every_command_prints_its_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and f"hf-ensemble {command}" in printed and "--output_dir" in printed

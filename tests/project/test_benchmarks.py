@@ -12,7 +12,7 @@ import pytest
 import yaml
 from trl import ModelConfig
 
-from hf_ensemble.cli.arguments import FidelityArguments, RunArguments
+from hf_ensemble.cli.arguments import FidelityArguments, FlowArguments
 from hf_ensemble.train import EnsembleConfig, EnsembleSFTConfig
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ SCRIPTS = [f"benchmarks.{study}.run" for study in STUDIES] + [
 # Flags that studies pass on, and keys of their YAML files.
 PASSED_ON = {"config"} | {
     field.name
-    for owner in (FidelityArguments, RunArguments, ModelConfig, EnsembleConfig, EnsembleSFTConfig)
+    for owner in (FidelityArguments, FlowArguments, ModelConfig, EnsembleConfig, EnsembleSFTConfig)
     for field in dataclasses.fields(owner)
 }
 

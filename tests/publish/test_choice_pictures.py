@@ -48,7 +48,7 @@ def test_every_choice_is_drawn(store, tmp_path, kind, runs):
 
 def test_select_and_group_are_commands(store, tmp_path, capsys):
     command = ["--store", str(store.folder), "--num_components", "20", "--output_dir", str(tmp_path / "out")]
-    flags = ["--target", "sums", "--max_tasks", "1", "--score_examples", "true", "--clusters", '{"diffs": 2}']
+    flags = ["--target", "sums", "--max_auxiliary", "1", "--score_examples", "true", "--clusters", '{"diffs": 2}']
     assert main(["select", *command, *flags, "--exclude", "diffs/1"]) == 0
     selection = Selection.load(tmp_path / "out" / "selection.json")
     assert selection.targets == {"sums": 1.0} and len(selection.auxiliary) <= 1
@@ -57,7 +57,7 @@ def test_select_and_group_are_commands(store, tmp_path, capsys):
     assert set(scores["scores"]) == {"sums", "diffs/0", "diffs/1", "more_sums"}
     printed = " ".join(capsys.readouterr().out.split())
     assert "How forward selection came there" in printed and "baseline: all" in printed and "that harm" in printed
-    assert main(["group", *command, "--max_groups", "2", "--overlap", "true"]) == 0
+    assert main(["group", *command, "--max_groups", "2", "--overlapping_groups", "true"]) == 0
     grouping = Grouping.load(tmp_path / "out" / "groups.json")
     assert len(grouping.predicted_loss) == 2 and grouping.settings["overlapping_groups"]
     assert "2 groups" in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_select_and_group_are_commands(store, tmp_path, capsys):
         (["--store", "{store}", "--target", "z"], "Unknown target 'z'"),
         (["--store", "{store}", "--clusters", "{"], "clusters has to be JSON"),
         (["--store", "{store}", "--clusters", "[1]"], "clusters has to map tasks to numbers"),
-        (["--store", "nowhere"], "No gradient store in 'nowhere'"),
+        (["--store", "nowhere"], "Expected a gradient store in 'nowhere'"),
         (["--store", "{store}", "--speed", "1"], "Unknown arguments"),
     ],
 )
