@@ -29,7 +29,7 @@ def test_bad_arguments_are_named(tmp_path, base_folder):
         ({"ensemble_weights": "x"}, ConfigurationError, "ensemble_weights"),
         ({"margin": "x"}, ConfigurationError, "margin"),
         ({"max_length": 2}, TaskError, "is left after tokenization"),
-        ({"capture_batch_size": 0}, ConfigurationError, "batch_size has to be positive"),
+        ({"capture_batch_size": 0}, ConfigurationError, "batch_size has to be a positive integer"),
         ({"preconditioner": "lion"}, ConfigurationError, "preconditioner has to be one of"),
         ({"num_groups": 0}, ConfigurationError, "num_groups has to be a positive number"),
         ({"num_groups": 4}, ConfigurationError, "num_groups=4 is more than the 3 tasks"),
