@@ -21,7 +21,7 @@ from datasets import concatenate_datasets
 from trl import ModelConfig
 
 from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection, capture_gradients, training_recipe
-from hf_ensemble.capture.capture import MOMENT_ROWS
+from hf_ensemble.capture.capture_pass import MOMENT_ROWS
 from hf_ensemble.capture.training_arguments import fresh_lora_gain
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.trainers import build_trainer, load_tasks
@@ -108,14 +108,14 @@ class Captures:
             return None
         train = self._exact(choice["linearised at"], choice["margin"])["train"]
         steps = self.trainer.adapter_training.num_steps(self.trainer.tasks.names)
-        num_moving = Preconditioner({"all": self._adam_scales(train)}).num_moving()
+        num_parameters = Preconditioner({"all": self._adam_scales(train)}).num_effective_parameters()
         recipe = training_recipe(self.trainer.args, steps)
         if choice["steps"] == "equal, no growth":
             return recipe
         growth = {"none": 0.0, "x 1/2": 0.5, "x 2": 2.0, "x 4": 4.0}.get(choice["growth"], 1.0)
         self.trainer.adapter_training.reset()
         return dataclasses.replace(
-            recipe, num_parameters=num_moving, input_gain=growth * fresh_lora_gain(self.trainer.model)
+            recipe, num_parameters=num_parameters, input_gain=growth * fresh_lora_gain(self.trainer.model)
         )
 
     def _exact(self, point: str, margin: str) -> dict[str, FeatureTable]:

@@ -17,7 +17,7 @@ from trl import ModelConfig
 
 from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
 from hf_ensemble.cli.trainers import build_trainer, load_tasks
-from hf_ensemble.select.grouping import GROUPING_METHODS
+from hf_ensemble.select import GROUPING_METHODS
 from hf_ensemble.train.scored_runs import scored_run
 
 PAIRS = [
@@ -75,7 +75,7 @@ def main() -> None:
             }
         )
     groupings = {
-        f"{method}, {count}": list(selector.group(count, method).groups.values())
+        f"{method}, {count}": list(selector.group(None if count == "auto" else count, method).groups.values())
         for method in GROUPING_METHODS
         for count in ("auto", 3)
     }

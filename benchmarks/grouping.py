@@ -21,7 +21,7 @@ from hf_ensemble.select import GROUPING_METHODS, DataSelector, partition_loss
 Groups = list[tuple[list[str], list[str]]]
 
 
-def groupings(selector: DataSelector, num_groups: int | str, seeds: list[int]) -> dict[str, list[Groups]]:
+def groupings(selector: DataSelector, num_groups: int | None, seeds: list[int]) -> dict[str, list[Groups]]:
     """For each way and seed the groups: their own tasks, and what they are trained on."""
     names = list(selector.estimator.task_names)
     found = {}
@@ -51,7 +51,7 @@ def main() -> None:
     tasks = load_tasks(arguments, model_arguments, "fidelity")
     trainer = build_trainer(arguments, model_arguments, tasks, flags)
     selector = trainer.selector(trainer.capture())
-    found = groupings(selector, own.num_groups or "auto", own.seeds)
+    found = groupings(selector, own.num_groups, own.seeds)
     trainings = TrainedMixtures(trainer, tasks)
     wanted = [
         (dict.fromkeys(trained, 1.0), seed, tasks_of_group)
