@@ -11,7 +11,7 @@ import torch
 from datasets import concatenate_datasets
 
 from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection, capture_gradients, training_recipe
-from hf_ensemble.capture.capture import MOMENT_ROWS
+from hf_ensemble.capture.capture_pass import MOMENT_ROWS
 from hf_ensemble.capture.training_arguments import fresh_lora_gain
 from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe
 from hf_ensemble.train.flows.adapter_training import AdapterTraining
@@ -46,7 +46,7 @@ class Captures:
         train = self._exact(choice["linearised at"], choice["margin"])["train"]
         self.trainer.open_run()
         steps = self.trainer.flow.training.num_steps(self.trainer.tasks.names)
-        num_moving = Preconditioner({"all": self._adam_scales(train)}).num_moving()
+        num_moving = Preconditioner({"all": self._adam_scales(train)}).num_effective_parameters()
         recipe = training_recipe(self.trainer.args, steps)
         if choice["steps"] == "equal, no growth":
             return recipe

@@ -1,6 +1,7 @@
 """Gradient features on disk: a self-describing directory, written in shards and memory-mapped for reading."""
 
-from .multi_writer import GradientStoreWriters, exclusive_writers
+from .locks import exclusive_writers
+from .multi_writer import GradientStoreWriters
 from .reader import FeatureTable, GradientStore
 from .recipe import TrainingRecipe
 from .writer import CapturedRows, GradientStoreWriter

@@ -1,15 +1,13 @@
 """Multiple stores of the same rows, filled in one pass."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .recipe import TrainingRecipe
-from .writer import CapturedRows, GradientStoreWriter, check_space, exclusive_writer
+from .writer import CapturedRows, GradientStoreWriter, check_space
 
 
 class GradientStoreWriters:
@@ -60,12 +58,3 @@ class GradientStoreWriters:
                 writer.update_records(recipe)
             else:
                 writer.finish(recipe, **records)
-
-
-@contextmanager
-def exclusive_writers(folders: Sequence[Path]) -> Iterator[None]:
-    """[`exclusive_writer`] of every folder."""
-    with ExitStack() as stack:
-        for folder in folders:
-            stack.enter_context(exclusive_writer(folder))
-        yield

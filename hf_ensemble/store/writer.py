@@ -1,8 +1,7 @@
 """Writes a gradient store, shard by shard."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import safetensors.numpy
-from filelock import FileLock, Timeout
 
 from .._files import named_differences, remove_leftovers, sha256_of, write_atomically, write_json
 from ..errors import StoreError, StoreMismatchError
@@ -281,26 +279,3 @@ def check_space(writers: Sequence[GradientStoreWriter]) -> None:
             f"The store in {str(folder)!r} needs another {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are "
             "free. Choose another directory, or a smaller projection_dim."
         )
-
-
-@contextmanager
-def exclusive_writer(folder: str | Path) -> Iterator[None]:
-    """While open, no other process can write into the store. The lock of a killed process is released at once.
-
-    Raises:
-        `StoreError`: when another process is writing.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Next to the directory, which has to be empty for a new store.
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise StoreError(
-            f"Another capture is writing into {str(folder)!r}. Wait for it to finish, or choose another directory."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -1,5 +1,6 @@
 """The precision of a capture: the trainer's own, part of the store's identity, and harmless for estimates."""
 
+from dataclasses import dataclass, fields
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -8,12 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from helpers import toy
 from helpers.captures import capture, causal_batch
 from hf_ensemble.capture import CaptureConfig, FeatureSettings, GradientExtractor
-from hf_ensemble.errors import StoreMismatchError
+from hf_ensemble.errors import ConfigurationError, StoreMismatchError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 
 
@@ -43,6 +44,23 @@ def test_feature_settings_become_a_config():
     config = CaptureConfig.from_settings(settings, batch_size=3)
     assert (config.projection_dim, config.margin, config.non_finite) == (8, "mean_log_odds", "exclude")
     assert config.batch_size == 3 and config.preconditioner == "auto"
+
+
+@dataclass
+class MixedArguments(FeatureSettings, TrainingArguments):
+    pass
+
+
+def test_feature_settings_mix_into_training_arguments(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--optim", "sgd", "--bf16", "--projection_dim", "8"]
+    (args,) = HfArgumentParser(MixedArguments).parse_args_into_dataclasses(flags)
+    config = CaptureConfig.from_settings(args, batch_size=args.per_device_eval_batch_size).resolved(args)
+    assert (config.projection_dim, config.preconditioner, config.mixed_precision) == (8, "none", "bf16")
+    own = fields(FeatureSettings)
+    assert all(each.metadata["help"] for each in own)
+    assert not {each.name for each in own} & {each.name for each in fields(TrainingArguments)}
+    with pytest.raises(ConfigurationError, match="margin has to be one of"):
+        MixedArguments(output_dir=str(tmp_path), use_cpu=True, margin="mean")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,233 @@
+"""One pass of a model over the rows of all tasks, which fills one or more gradient stores."""
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+
+from .._compat import package_versions
+from ..errors import CaptureError
+from ..logging import get_logger
+from ..models.batches import HalvingOnFullMemory, length_sorted_batches
+from ..store import (
+    CapturedRows,
+    GradientStore,
+    GradientStoreWriter,
+    GradientStoreWriters,
+    TrainingRecipe,
+    exclusive_writers,
+)
+from ..tasks import EXAMPLE_ID, TASK, TaskCollator, TaskSet
+from .config import CaptureConfig
+from .gradients import BatchGradients, GradientExtractor
+from .identity import model_identity
+from .preconditioner import Preconditioner
+from .training_arguments import fresh_lora_gain
+
+logger = get_logger(__name__)
+
+# Number of training rows, evenly spaced over all tasks, whose second moments make the preconditioner.
+MOMENT_ROWS = 128
+
+
+class CapturePass:
+    """A pass over encoded rows with resolved settings; see [`capture_gradients`] for the arguments.
+
+    Args:
+        model (`nn.Module`): model without distributed wrappers.
+        tasks (`TaskSet`): tasks to capture.
+        configs (`dict[str, CaptureConfig]`): resolved settings by store name, which a single pass can serve.
+        encoded (`dict[str, Dataset]`): tokenized rows by split, with `task` and `example_id`.
+        data_collator (`TaskCollator`): collates encoded rows.
+        optimizer (`torch.optim.Optimizer`, *optional*): optimizer for `preconditioner="optimizer"`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: TaskSet,
+        configs: Mapping[str, CaptureConfig],
+        encoded: Mapping[str, Dataset],
+        data_collator: TaskCollator,
+        optimizer: torch.optim.Optimizer | None = None,
+    ):
+        self.model = model
+        self.tasks = tasks
+        self.configs = configs
+        self.encoded = encoded
+        self.data_collator = data_collator
+        self.optimizer = optimizer
+        # Settings that all configs share are read from the first one.
+        self.config = next(iter(configs.values()))
+        self.extractor = GradientExtractor(
+            model,
+            [each.projection_dim for each in configs.values()],
+            [each.projection_seed for each in configs.values()],
+            self.config.margin,
+            tasks.label_space,
+            mixed_precision=self.config.mixed_precision,
+        )
+        self.state = PartialState()
+
+    def run(
+        self,
+        folders: Mapping[str, Path],
+        shard_size: int,
+        overwrite: bool,
+        disable_tqdm: bool,
+        recipe: TrainingRecipe | None,
+    ) -> dict[str, GradientStore]:
+        """Fill the stores in `folders`, resume them, or find them complete."""
+        state = self.state
+        with exclusive_writers(list(folders.values())) if state.is_main_process else nullcontext():
+            with state.main_process_first():
+                writers = self._writers(folders, shard_size, overwrite)
+            missing = writers.missing_shards()
+            state.wait_for_everyone()
+            if state.is_main_process:
+                writers.check_space()
+            if self.config.preconditioner != "none":
+                self._set_preconditioner(writers)
+            mine = missing[state.process_index :: state.num_processes]
+            self._capture_shards(writers, mine, disable_tqdm)
+            if mine and self.extractor.unused:
+                named = ", ".join(self.extractor.unused[:5])
+                logger.warning("No example depends on %s. Their features are zero.", named)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                coverage = {"hooked": self.extractor.hooked, "fallback": self.extractor.fallback}
+                writers.finish(self._completed(recipe), coverage=coverage, versions=package_versions())
+            state.wait_for_everyone()
+        stores = {name: GradientStore(folder) for name, folder in folders.items()}
+        excluded = next(iter(stores.values())).excluded
+        if excluded and state.is_main_process:
+            named = ", ".join(f"{task}/{example_id}" for _, task, example_id in excluded[:5])
+            logger.warning("%d examples with gradients that are not finite are excluded: %s.", len(excluded), named)
+        return stores
+
+    def _writers(self, folders: Mapping[str, Path], shard_size: int, overwrite: bool) -> GradientStoreWriters:
+        plan = [
+            (split, task, example_id)
+            for split, table in self.encoded.items()
+            for task, example_id in zip(table[TASK], table[EXAMPLE_ID])
+        ]
+        data = {
+            "row_format": self.tasks.row_format.value,
+            "fingerprint": self.tasks.fingerprint,
+            "tokens": _token_fingerprint(self.encoded),
+        }
+        identity = {"model": model_identity(self.model), "data": data}
+        writers = [
+            GradientStoreWriter(
+                folders[name],
+                {**identity, "config": config.identity()},
+                plan,
+                projection.dim,
+                config.feature_dtype,
+                shard_size,
+                overwrite,
+                self.state.is_main_process,
+            )
+            for (name, config), projection in zip(self.configs.items(), self.extractor.projections)
+        ]
+        return GradientStoreWriters(writers)
+
+    def _set_preconditioner(self, writers: GradientStoreWriters) -> None:
+        """Load the stores' preconditioner, which the main process computes first if there is none."""
+        if self.state.is_main_process:
+            scales = writers.preconditioner()
+            if scales is None:
+                computed = self._computed_preconditioner()
+                scales = {name: scale.cpu().numpy() for name, scale in computed.scales.items()}
+            writers.write_preconditioner(scales)
+        self.state.wait_for_everyone()
+        self.extractor.preconditioner = Preconditioner(writers.preconditioner())
+
+    def _computed_preconditioner(self) -> Preconditioner:
+        if self.config.preconditioner == "optimizer":
+            if self.optimizer is None:
+                raise CaptureError(
+                    "preconditioner='optimizer' needs the optimizer of a training. Pass it as optimizer=..., or set "
+                    "preconditioner='adam' to estimate the second moments from some rows."
+                )
+            return Preconditioner.from_optimizer(self.optimizer, self.extractor.parameters)
+        table = self.encoded["train"]
+        positions = np.unique(np.linspace(0, len(table) - 1, min(MOMENT_ROWS, len(table))).round().astype(int))
+        rows = [_without_none(table[int(position)]) for position in positions]
+        moments: dict[str, torch.Tensor] = {}
+        add = HalvingOnFullMemory(lambda batch: self.extractor.add_second_moments(self.data_collator(batch), moments))
+        with torch.random.fork_rng():
+            for batch in self._batches(rows):
+                add([rows[position] for position in batch])
+        return Preconditioner.from_second_moments(moments)
+
+    def _capture_shards(self, writers: GradientStoreWriters, shards: list[int], disable_tqdm: bool) -> None:
+        starts = np.cumsum([0, *(len(table) for table in self.encoded.values())]).tolist()
+        bounds = list(zip(self.encoded, starts))
+
+        def row_at(position: int) -> dict:
+            split, start = next(bound for bound in reversed(bounds) if position >= bound[1])
+            return _without_none(self.encoded[split][position - start])
+
+        total = sum(len(writers.rows_of(shard)) for shard in shards)
+        hidden = disable_tqdm or not self.state.is_local_main_process
+        extract = HalvingOnFullMemory(lambda batch: self.extractor(self.data_collator(batch)))
+        with (
+            tqdm(total=total, desc="Capturing gradients", unit="example", disable=hidden) as progress,
+            torch.random.fork_rng(),
+        ):
+            for shard in shards:
+                rows = [row_at(position) for position in writers.rows_of(shard)]
+                captured = self._capture_rows(extract, rows, progress)
+                writers.write_shard(shard, captured, exclude_non_finite=self.config.non_finite == "exclude")
+
+    def _capture_rows(self, extract: HalvingOnFullMemory, rows: list[dict], progress: tqdm) -> CapturedRows:
+        """Capture rows in batches of similar length, to save padding; results are in the order of the rows."""
+        batches = self._batches(rows)
+        parts: list[BatchGradients] = []
+        for batch in batches:
+            parts += extract([rows[position] for position in batch])
+            progress.update(len(batch))
+        back = np.argsort([position for batch in batches for position in batch])
+
+        def joined(name: str) -> np.ndarray:
+            return torch.cat([getattr(part, name) for part in parts]).numpy()[back]
+
+        return CapturedRows(joined("features"), joined("margin"), joined("loss"), joined("num_tokens"))
+
+    def _batches(self, rows: list[dict]) -> list[list[int]]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        return length_sorted_batches(lengths, self.config.batch_size, self.config.max_batch_tokens)
+
+    def _completed(self, recipe: TrainingRecipe | None) -> TrainingRecipe | None:
+        """The recipe with the effective number of parameters and the input gain, which a preconditioner determines."""
+        if recipe is None or self.extractor.preconditioner is None:
+            return recipe
+        return replace(
+            recipe,
+            num_parameters=self.extractor.preconditioner.num_effective_parameters(),
+            input_gain=fresh_lora_gain(self.model),
+        )
+
+
+def _without_none(row: dict) -> dict:
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _token_fingerprint(encoded: Mapping[str, Dataset]) -> str:
+    """Fingerprint of the tokens, which depend on the tokenizer and the truncation as well as on the tasks."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split, table in encoded.items():
+        digest.update(split.encode())
+        for column in ("input_ids", "labels"):
+            for value in table[column]:
+                digest.update(np.asarray(value, dtype=np.int64).tobytes())
+    return digest.hexdigest()
