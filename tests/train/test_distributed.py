@@ -14,9 +14,11 @@ from helpers import toy
 
 CAPTURE = """
 import sys
+from accelerate import PartialState
 from helpers import toy
 from hf_ensemble import CaptureConfig, TaskSet, capture_gradients
 from hf_ensemble.capture import capture
+PartialState(cpu=True)
 capture.SHARD_SIZE = 10
 tasks = TaskSet.from_datasets(toy.sft_tasks(train=17))
 config = CaptureConfig(projection_dim=32, batch_size=3)
