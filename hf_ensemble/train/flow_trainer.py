@@ -52,6 +52,8 @@ class FlowTrainerMixin(Generic[Flow]):
         Raises:
             `RunMismatchError`: when it holds a run of another configuration.
         """
+        # Between trainings the model is as no trainer has touched it, but for what the user has changed.
+        self._model_state.record()
         if self.flow is None:
             run = RunDirectory.open(
                 self.args.output_dir,
@@ -154,6 +156,7 @@ class FlowTrainerMixin(Generic[Flow]):
         """
         if self.is_adapter_trainer:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._model_state.record()
         if not self._is_trained():
             with self._model_state.restored():
                 return self._single_trainer().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -168,6 +171,7 @@ class FlowTrainerMixin(Generic[Flow]):
             eval_dataset (`dict[str, Dataset]`, *optional*): rows of each task; the evaluation rows by default.
         """
         tables = self._tables(eval_dataset)
+        self._model_state.record()
         with self.flow.context.model_state.restored():
             base = self.flow.evaluation.score_base(tables)
         return {"base": base, **self.flow.scores(tables)}

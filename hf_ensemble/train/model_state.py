@@ -23,6 +23,12 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module):
+        self._model = model
+        self.record()
+
+    def record(self) -> None:
+        """Take the model as it is now for its state."""
+        model = self._model
         self._modules = [(weakref.ref(module), _attributes(module)) for module in model.modules()]
         self._trainable = [(weakref.ref(parameter), parameter.requires_grad) for parameter in model.parameters()]
         configs = (getattr(model, name, None) for name in ("config", "generation_config"))

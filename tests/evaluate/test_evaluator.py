@@ -126,13 +126,15 @@ def test_mixed_precision_of_the_training_is_that_of_every_pass(tmp_path, base_fo
     trainer = sft_trainer(tmp_path / "run", base_folder, num_groups=2, num_train_epochs=1, bf16=True)
     seen, layer = [], trainer.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
     handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    # A hook of the user's own, which belongs to the model that every training finds.
-    trainer._model_state = type(trainer._model_state)(trainer.model)
+    # A hook that the user sets after the trainer was made stays on the model.
     trainer.train()
     assert set(seen) == {torch.bfloat16}
     seen.clear()
     trainer.evaluate()
     assert set(seen) == {torch.bfloat16}
+    seen.clear()
+    trainer.model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    assert seen == [torch.float32]
     handle.remove()
 
 

@@ -126,6 +126,16 @@ def test_a_finished_run_leaves_the_model_as_no_trainer_had_touched_it(tmp_path, 
     assert {**model.config.to_dict(), "use_cache": config["use_cache"]} == config
 
 
+def test_state_can_be_recorded_anew():
+    model = toy.with_lora(toy.llama())
+    state = ModelState(model)
+    model.train()
+    state.record()
+    with state.restored():
+        model.eval()
+    assert all(module.training for module in model.modules())
+
+
 def test_state_is_restored_after_an_exception():
     model = toy.with_lora(toy.llama())
     before, state = preparation(model), ModelState(model)
