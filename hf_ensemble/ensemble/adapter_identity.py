@@ -9,7 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import EnsembleError
-from .forward.fused import adapter_layers
+from .forward.adapter_layers import adapter_layers
 
 
 class AdapterIdentity:

@@ -1,4 +1,4 @@
-"""The members of an ensemble, where its base model comes from, and what weights may be."""
+"""The members of an ensemble, their base model and their weights."""
 
 import re
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ class BaseModelReference:
 
     Args:
         name_or_path (`str`): Hub id or folder.
-        revision (`str`, *optional*): commit of a Hub id.
+        revision (`str`, *optional*): commit on the Hub.
         auto_class (`str`): the transformers auto class that loads it.
-        num_labels (`int`, *optional*): outputs of a classification head that the base checkpoint lacks.
+        num_labels (`int`, *optional*): number of outputs of a classification head that the checkpoint lacks.
     """
 
     name_or_path: str
@@ -30,22 +30,20 @@ class BaseModelReference:
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """One adapter: its name (also its folder under `adapters/`) and the tasks it was trained on."""
+    """One adapter: its name, which is also its folder under `adapters/`, and the tasks it was trained on."""
 
     name: str
     tasks: list[str] = field(default_factory=list)
 
 
 def check_adapter_name(name: str) -> None:
-    """Raise [`EnsembleLoadError`] for a name that is no plain folder name, so that none leads out of the folder."""
+    """Raise [`EnsembleLoadError`] for a name that is not a plain folder name and might lead out of the folder."""
     if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
-        raise EnsembleLoadError(
-            f"Adapter name {name!r} is not usable as a folder's name: use letters, digits, '_' and '-'."
-        )
+        raise EnsembleLoadError(f"Adapter name {name!r} is not a valid folder name: use letters, digits, '_' and '-'.")
 
 
 def check_members(model: PeftModel, names: list[str]) -> None:
-    """Raise [`EnsembleError`] unless these are different LoRA adapters of the model."""
+    """Raise [`EnsembleError`] unless these are distinct LoRA adapters of the model."""
     for name in names:
         check_adapter_name(name)
     lacking = sorted(set(names) - set(model.peft_config))
@@ -56,11 +54,11 @@ def check_members(model: PeftModel, names: list[str]) -> None:
         )
     foreign = [name for name in names if model.peft_config[name].peft_type != "LORA"]
     if foreign:
-        raise EnsembleError(f"Members of an ensemble are LoRA adapters; {foreign} are not.")
+        raise EnsembleError(f"Expected LoRA adapters as members, found others: {foreign}.")
     invoked = [name for name in names if getattr(model.peft_config[name], "alora_invocation_tokens", None)]
     if invoked:
         raise EnsembleError(
-            f"The adapters {invoked} wait for invocation tokens (aLoRA), which an ensemble does not do."
+            f"The adapters {invoked} wait for invocation tokens (aLoRA), which an ensemble does not support."
         )
 
 
@@ -76,5 +74,5 @@ def check_weights(weights: Mapping[str, Mapping[str, float]], members: list[str]
         numbers = all(isinstance(w, (int, float)) and abs(w) < float("inf") for w in row.values())
         if not numbers or not any(row.values()):
             raise EnsembleError(
-                f"{prefix} weights of {task!r} have to be finite numbers and not all zero, found {dict(row)}."
+                f"{prefix} weights of {task!r} must be finite numbers and not all zero, found {dict(row)}."
             )

@@ -18,17 +18,17 @@ from .adapter_identity import AdapterIdentity
 from .forward.combination import check_combination
 from .forward.combined_forward import CombinedForward
 from .forward.generation import check_generation, generate_by_outputs
-from .forward.inference import MemberForward, summed_weights
+from .forward.inference import MemberForward
 from .forward.routing import check_routing
 from .forward.rows import batch_size_of
 from .forward.scoring import MemberTokens, answer_loss
+from .forward.summed import summed_weights
 from .forward.task_weights import Tasks, label_mask, tasks_of_rows, warn_of_unknown, weight_rows
 from .members import BaseModelReference, EnsembleMember, check_members, check_weights
 from .merging.merge import MergedAdapter, merge_adapters
 from .saving.files import base_reference
 from .saving.mixin import SavingMixin
 from .saving.vllm import vllm_obstacles
-from .weighting.collation import Collator
 from .weighting.collector import Rows
 from .weighting.fitting import WeightFit, fit_ensemble
 
@@ -163,17 +163,8 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         rows = [row for row, name in enumerate(tasks_of_rows(task, batch_size)) if name not in self.weights]
         if routing == "default" or not rows:
             return weights
-        if not self.can_generate() or self._is_encoder_decoder or inputs.get("input_ids") is None:
-            raise EnsembleError(
-                "routing='prompt' needs a causal language model and prompts in input_ids. Pass task=, or "
-                "routing='default'."
-            )
-        index = torch.tensor(rows, device=self.device)
-        prompts = {
-            name: inputs[name][index] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None
-        }
-        labels = None if labels is None else labels[index]
-        weights[index] = self._combined_forward().prompt_weights(prompts, labels, self.routing_temperature)
+        run = self._combined_forward()
+        weights[rows] = run.prompt_weights(rows, inputs, labels, self.routing_temperature)
         return weights
 
     @property
@@ -181,8 +172,7 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         return is_encoder_decoder(self.model)
 
     def _label_mask(self, task: Tasks, batch_size: int) -> torch.Tensor | None:
-        mask = label_mask(task, batch_size, self.label_space)
-        return None if mask is None else mask.to(self.device)
+        return label_mask(task, batch_size, self.label_space, self.device)
 
     def member_forward(self, combination: str | None = None) -> MemberForward:
         """Runs the adapters on a batch; to be used in a `with` statement."""
@@ -346,35 +336,22 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         weights = self.default_weights if task is None else self.weights[task]
         return merge_adapters(self.model, weights, rank, method, **options)
 
-    def fit_weights(
-        self,
-        dataset: "Mapping[str, Rows] | Rows",
-        constraint: str = "simplex",
-        data_collator: Collator | None = None,
-        batch_size: int = 8,
-        min_weight: float = 0.0,
-        max_values: int = 2**27,
-        max_rows: int | None = None,
-        seed: int = 0,
-        mixed_precision: str = "no",
-    ) -> WeightFit:
+    def fit_weights(self, dataset: Mapping[str, Rows] | Rows, constraint: str = "simplex", **options: Any) -> WeightFit:
         """Learn the weights of each task, and default weights for all of them, on the adapters' outputs.
 
-        The ensemble has the new weights afterwards. [`fit_ensemble`] fits them without setting them, and describes the
-        arguments.
+        [`fit_ensemble`] does the same without setting them, and describes the arguments.
+
+        Args:
+            dataset (`dict[str, Dataset]` or rows with a column `task`):
+                Rows of token ids and labels, by task. Use rows that the adapters were not trained on.
+            constraint (`str`, *optional*, defaults to `"simplex"`): `simplex`, `nonnegative` or `unconstrained`.
+            options: `data_collator`, `batch_size`, `min_weight`, `max_values`, `max_rows`, `seed` and
+                `mixed_precision`.
+
+        Returns:
+            [`WeightFit`]: the weights, with the losses of equal weights and of single adapters.
         """
-        fit = fit_ensemble(
-            self,
-            dataset,
-            constraint,
-            data_collator,
-            batch_size,
-            min_weight,
-            max_values,
-            max_rows,
-            seed,
-            mixed_precision,
-        )
+        fit = fit_ensemble(self, dataset, constraint, **options)
         weights = {**self.weights, **{task: fit.weights_of(fitted) for task, fitted in fit.tasks.items()}}
         default = fit.weights_of(fit.overall)
         check_weights({**weights, "default": default}, self.adapter_names)

@@ -1,4 +1,4 @@
-"""Base models, and what is asked of any model's inputs and outputs."""
+"""A base model of the library's own, and what all models have in common: inputs, answers, memory."""
 
 from .label_similarity import LabelSimilarityConfig, LabelSimilarityForSequenceClassification
 

@@ -1,4 +1,4 @@
-"""Which rows go through the model together."""
+"""Batches of similar length, and of a size that fits into memory."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -17,9 +17,9 @@ def length_sorted_batches(lengths: Sequence[int], max_rows: int, max_tokens: int
     """Positions of rows in batches of similar length, the shortest first.
 
     Args:
-        lengths (`Sequence[int]`): tokens of each row.
-        max_rows (`int`): rows of a batch at most.
-        max_tokens (`int`, *optional*): tokens of a batch at most, padding included; a longer row goes alone.
+        lengths (`Sequence[int]`): number of tokens of each row.
+        max_rows (`int`): largest number of rows in a batch.
+        max_tokens (`int`, *optional*): largest number of tokens, padding included; a longer row is a batch alone.
     """
     batches: list[list[int]] = []
     for position in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -37,7 +37,7 @@ def length_sorted_batches(lengths: Sequence[int], max_rows: int, max_tokens: int
 class HalvingOnFullMemory:
     """Calls a function on rows, and on halves of them where memory runs out.
 
-    The number of rows that did fit is kept for the calls that follow.
+    The number of rows that fitted is remembered for later calls.
 
     Args:
         function (`Callable`): from a list of rows to a result.
@@ -51,7 +51,7 @@ class HalvingOnFullMemory:
         """Results of consecutive pieces of the rows.
 
         Raises:
-            Whatever the function raises; running out of memory only where a single row does not fit.
+            Whatever the function raises; out-of-memory errors only if a single row does not fit.
         """
         results, waiting = [], [list(rows)]
         while waiting:
@@ -68,6 +68,6 @@ class HalvingOnFullMemory:
             # Outside of the handler: the exception holds the tensors of the failed attempt.
             clear_device_cache(garbage_collection=True)
             self._most = (len(piece) + 1) // 2
-            logger.warning("%d rows at once do not fit into memory: going on with %d.", len(piece), self._most)
+            logger.warning("%d rows at once do not fit into memory: continuing with %d.", len(piece), self._most)
             waiting.append(piece)
         return results

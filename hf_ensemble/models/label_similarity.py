@@ -1,4 +1,4 @@
-"""A classifier that needs no trained head: the similarity of a text to the texts of the labels."""
+"""A classifier without a trained head: similarities between a text and the labels' texts."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ class LabelSimilarityConfig(PreTrainedConfig):
 
     Args:
         encoder (`dict`): the encoder's configuration.
-        logit_scale (`float`): factor of the cosine similarities.
+        logit_scale (`float`): scale of the cosine similarities.
     """
 
     model_type = "label_similarity"
@@ -38,8 +38,7 @@ class LabelSimilarityConfig(PreTrainedConfig):
 class LabelSimilarityForSequenceClassification(PreTrainedModel):
     """Logits are scaled cosine similarities of the mean-pooled text to each label's text, embedded by the same encoder.
 
-    A sentence encoder classifies with it before any training, so that its base is worth linearising at; a fresh random
-    head is not.
+    It classifies before any training, unlike a new random head, so that the model can be linearised there.
 
     Example:
 
@@ -61,7 +60,7 @@ class LabelSimilarityForSequenceClassification(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Everything is loaded; nothing starts at random."""
+        """All weights are loaded; none is initialised at random."""
 
     @classmethod
     def from_encoder(
@@ -77,8 +76,8 @@ class LabelSimilarityForSequenceClassification(PreTrainedModel):
         Args:
             encoder (`str`): Hub id or folder.
             tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-            label_texts (`Sequence[str]`): what each label says; "_" reads as a space.
-            logit_scale (`float`, *optional*, defaults to 20): factor of the similarities.
+            label_texts (`Sequence[str]`): text of each label; "_" reads as a space.
+            logit_scale (`float`, *optional*, defaults to 20): scale of the similarities.
             encoder_kwargs: passed to `AutoModel.from_pretrained`.
         """
         pretrained = AutoModel.from_pretrained(encoder, **encoder_kwargs)

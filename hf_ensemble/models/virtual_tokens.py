@@ -1,4 +1,4 @@
-"""Positions that prompt learning puts before the tokens of a row."""
+"""Positions that prompt learning adds before the tokens of a row."""
 
 import torch
 from torch import nn
@@ -7,21 +7,21 @@ from ..errors import ScoringError
 
 
 def num_virtual_tokens(model: nn.Module) -> int:
-    """Virtual tokens that the active adapter learns as a prompt or prefix; 0 for any other adapter or model."""
+    """Number of virtual tokens of the active adapter; 0 for models and adapters without any."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     return getattr(config, "num_virtual_tokens", None) or 0 if getattr(config, "is_prompt_learning", False) else 0
 
 
 def positions_before(model: nn.Module, found: int, labels: int) -> int:
-    """How many of a model's `found` positions come before those of the labels: prompt learning's virtual tokens.
+    """How many of a model's `found` positions come before those of the labels: the virtual tokens.
 
     Raises:
         `ScoringError`: for positions that are neither the labels' nor virtual.
     """
     if found not in (labels, labels + num_virtual_tokens(model)):
         raise ScoringError(
-            f"Expected outputs at the {labels} positions of the labels, found {found}: which of them answer is not "
-            "known. Give labels for every position of the model's outputs."
+            f"Expected outputs at the {labels} positions of the labels, found {found}, and which of them answer is "
+            "not known. Pass labels for every position of the model's outputs."
         )
     return found - labels
 

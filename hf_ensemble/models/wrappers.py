@@ -1,4 +1,4 @@
-"""Looking at a model as it is, whatever wraps it and whichever mode it is in."""
+"""A model without its wrappers, and in evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ from torch import nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without its distributed and compiled wrappers, whose names and hooks are not the model's own."""
+    """The model without distributed and compiled wrappers, which have names and hooks of their own."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off while open; every module's own mode is restored, also after an exception."""
+    """While open, dropout is off; each module's own mode is restored, also after an exception."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

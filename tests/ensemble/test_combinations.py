@@ -131,11 +131,11 @@ def test_weights_cost_one_forward(ensemble, model, batch):
 @pytest.mark.parametrize("tasks", [TASKS, ["z"] * 4], ids=["by row", "alike"])
 @torch.no_grad()
 def test_weights_are_summed_once_for_a_decoding(ensemble, model, tasks, monkeypatch):
-    import hf_ensemble.ensemble.forward.fused as fused
+    import hf_ensemble.ensemble.forward.summed as summed
 
     made = []
-    concatenated = fused._concatenated
-    monkeypatch.setattr(fused, "_concatenated", lambda *args: made.append(1) or concatenated(*args))
+    concatenated = summed._concatenated
+    monkeypatch.setattr(summed, "_concatenated", lambda *args: made.append(1) or concatenated(*args))
     ensemble.combination = "weights"
     tokens = torch.randint(3, 40, (4, 9), generator=torch.Generator().manual_seed(0))
     output = ensemble(input_ids=tokens[:, :6], task=tasks, use_cache=True)

@@ -24,7 +24,7 @@ def test_snippets_run_one_after_another(tmp_path, monkeypatch):
     ensemble.save_pretrained(tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     namespace: dict = {}
     for number, block in enumerate(blocks):
         block = block.replace('"BASE"', '"base"').replace("user/my-ensemble", str(tmp_path / "saved"))

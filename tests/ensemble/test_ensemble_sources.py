@@ -74,7 +74,7 @@ def test_adapters_of_different_folders(origin, tmp_path):
     assert stock(ids).logits.isfinite().all()
     for bad, message in [
         ({}, "at least one adapter"),
-        ({"../x": tmp_path / "alone"}, "not usable as a folder's name"),
+        ({"../x": tmp_path / "alone"}, "not a valid folder name"),
         ({"c": AdapterSource(str(origin / "saved"), subfolder="../saved")}, "leads out of"),
         ({"c": tmp_path / "nothing"}, "neither a folder nor a repository"),
     ]:
@@ -82,7 +82,7 @@ def test_adapters_of_different_folders(origin, tmp_path):
             PeftEnsembleModel.from_pretrained(bad)
     path = tmp_path / "alone" / ADAPTER
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "other/base"}))
-    with pytest.raises(EnsembleLoadError, match="different base models"):
+    with pytest.raises(EnsembleLoadError, match="Expected adapters of one base model and task type"):
         PeftEnsembleModel.from_pretrained(sources)
     with_base = PeftEnsembleModel.from_pretrained(sources, base_model=str(origin / "base"))
     assert with_base.adapter_names == ["a1", "b2"]

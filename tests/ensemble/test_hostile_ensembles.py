@@ -132,10 +132,13 @@ CASES = {
     "no version": (ensemble(lambda d: d.update(format_version="1")), f"{CONFIG}.*with a format_version"),
     "no members": (ensemble(lambda d: d.__delitem__("members")), f"{CONFIG}.*damaged: KeyError\\('members'\\)"),
     "members of text": (ensemble(lambda d: d.update(members="first")), f"{CONFIG}.*damaged"),
-    "empty members": (ensemble(lambda d: d["members"].clear()), f"{CONFIG}: the ensemble has no member"),
-    "path as name": (ensemble(lambda d: d["members"][0].update(name="../../outside")), "'../../outside' is not usable"),
-    "absolute name": (ensemble(lambda d: d["members"][0].update(name="/etc")), "'/etc' is not usable"),
-    "number as name": (ensemble(lambda d: d["members"][0].update(name=7)), "7 is not usable"),
+    "empty members": (ensemble(lambda d: d["members"].clear()), f"{CONFIG}: expected at least one member"),
+    "path as name": (
+        ensemble(lambda d: d["members"][0].update(name="../../outside")),
+        "'../../outside' is not a valid",
+    ),
+    "absolute name": (ensemble(lambda d: d["members"][0].update(name="/etc")), "'/etc' is not a valid folder name"),
+    "number as name": (ensemble(lambda d: d["members"][0].update(name=7)), "7 is not a valid folder name"),
     "two of a name": (ensemble(lambda d: d["members"].append(d["members"][0])), f"{CONFIG}: two members.* same name"),
     "combination": (ensemble(lambda d: d.update(combination="magic")), f"{CONFIG}: unknown combination 'magic'"),
     "routing": (ensemble(lambda d: d.update(routing="magic")), f"{CONFIG}: unknown routing 'magic'"),
@@ -230,10 +233,13 @@ CASES = {
         tensors(lambda d: d.update({f"{Q_PROJ}.base_layer.weight": torch.zeros(32, 32)})),
         "base_layer.weight' would replace weights of the base model",
     ),
-    "stray tensor": (tensors(lambda d: d.update(stray=torch.zeros(2))), f"{TENSORS}: tensor 'stray' is no part"),
+    "stray tensor": (
+        tensors(lambda d: d.update(stray=torch.zeros(2))),
+        f"{TENSORS}: expected tensors of an adapter.*found 'stray'",
+    ),
     "another adapter's tensor": (
         tensors(lambda d: d.update({f"{Q_PROJ}.lora_A.first.weight": torch.zeros(8, 32)})),
-        f"{TENSORS}: tensor .*lora_A.first.weight' is no part of a LoRA adapter",
+        f"{TENSORS}: tensor .*lora_A.first.weight' does not belong in a LoRA adapter",
     ),
 }
 

@@ -125,7 +125,7 @@ def test_dora_needs_a_rank_and_keeps_what_it_can(batch, tmp_path):
     kinds = [{"use_dora": True, "target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}, {"use_dora": True}]
     model = make(llama(), kinds)
     ensemble = ensemble_of(model, {"first": 1.0})
-    with pytest.raises(EnsembleError, match="DoRA.*full rank.*Pass rank="):
+    with pytest.raises(EnsembleError, match="DoRA.*full-rank.*Pass rank="):
         ensemble.merge("x")
     merged = ensemble.merge("x", rank=32)
     assert 0 < ensemble.merge("x", rank=4).relative_error < 1 and merged.relative_error < 1e-5

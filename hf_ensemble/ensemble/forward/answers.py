@@ -10,9 +10,9 @@ from torch import nn
 
 from ...models.answer_head import AnswerHead, BodyRun, tokens_at_once
 from ...tasks import restrict_to_labels
+from .adapter_layers import active_adapter, adapter_layers
 from .cache import EnsembleCache
 from .combination import CombinedOutputs
-from .fused import active_adapter, adapter_layers
 from .inference import MemberForward, MemberOutput
 from .rows import AdapterRows, take_rows
 

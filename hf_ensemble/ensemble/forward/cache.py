@@ -1,4 +1,4 @@
-"""Key-value caches of an ensemble: one per row and adapter, behind the face of one cache."""
+"""Key-value caches of an ensemble: one per row and adapter, behind the interface of one cache."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from .rows import AdapterRows
 
 
 def cache_maker(config: PreTrainedConfig, max_length: int | None = None) -> Callable[[], Cache]:
-    """A function that makes an empty cache of the base model: static of `max_length` tokens, or dynamic."""
+    """A function that makes an empty cache for the base model, static with `max_length` tokens or dynamic."""
     decoder = config.get_text_config(decoder=True)
 
     def make() -> Cache:
@@ -22,10 +22,10 @@ def cache_maker(config: PreTrainedConfig, max_length: int | None = None) -> Call
 
 
 class EnsembleCache(DynamicCache):
-    """What `generate` and `forward` hold as their cache while several adapters decode.
+    """The cache of `generate` and `forward` while several adapters decode.
 
-    It is empty until the first forward tells which adapters each row of the batch uses; then it holds one cache over
-    all pairs of a row and an adapter (`fused`), or one for each adapter over its rows.
+    It is empty until the first forward, which sets the adapters of each row. Then it holds one cache for all pairs of a
+    row and an adapter (`fused`), or one per adapter for its rows.
     """
 
     def __init__(self, make: Callable[[], Cache]):
@@ -33,14 +33,14 @@ class EnsembleCache(DynamicCache):
         self._make = make
         self.parts: list[tuple[Cache, list[torch.Tensor]]] = []
         self._batch: tuple[bool, list] | None = None
-        # The adapters' states are theirs alone, so what is stacked of the adapters holds for as long.
+        # States belong to the adapters as they are, so their stacked matrices may be kept as long.
         self.stacks = Stacks()
 
     def of(self, rows: AdapterRows, fused: bool) -> list[Cache]:
-        """The caches of a batch, the same ones at every step: one for all adapters, or one for each.
+        """The caches of a batch, the same at every step: one for all adapters, or one per adapter.
 
         Raises:
-            `EnsembleError`: for a batch of other rows or adapters than the one that the cache was begun with.
+            `EnsembleError`: for a batch of other rows or adapters than those of the first call.
         """
         batch = (fused, [(name, own.tolist()) for name, own in zip(rows.names, rows.rows)])
         if not self.parts:
@@ -48,8 +48,8 @@ class EnsembleCache(DynamicCache):
             self.parts, self._batch = [(self._make(), group) for group in groups], batch
         if batch != self._batch:
             raise EnsembleError(
-                "The cache holds the states of other rows or adapters: expected the tasks and the batch that it was "
-                f"begun with, {self._batch[1]}, found {batch[1]}. Begin with past_key_values=None."
+                "The cache holds the states of other rows or adapters: expected the batch and tasks of its first call, "
+                f"{self._batch[1]}, found {batch[1]}. Start with past_key_values=None."
             )
         return [cache for cache, _ in self.parts]
 
@@ -57,7 +57,7 @@ class EnsembleCache(DynamicCache):
         return max((int(cache.get_seq_length(layer_idx)) for cache, _ in self.parts), default=0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Beams are exchanged within one example, whose beams all use the same adapters."""
+        """Beams change places within one example, whose beams all use the same adapters."""
         for cache, groups in self.parts:
             order, offset = [], 0
             for rows in groups:

@@ -1,4 +1,4 @@
-"""How the outputs of several adapters become one."""
+"""Combining the outputs of several adapters."""
 
 import torch
 
@@ -8,7 +8,7 @@ COMBINATIONS = ("logits", "log_probs", "probs", "weights")
 
 
 class CombinedOutputs:
-    """Weighted outputs, added adapter by adapter, so that one adapter's logits are held at a time.
+    """Weighted outputs, added adapter by adapter, so that one adapter's logits exist at a time.
 
     - `logits`: sum_k w_k l_k.
     - `log_probs`: the normalised weighted geometric mean of the distributions, log softmax(sum_k w_k log p_k). The
@@ -16,10 +16,10 @@ class CombinedOutputs:
     - `probs`: the weighted mean of the distributions, log(sum_k w_k p_k / sum_k w_k). Weights may not be negative.
 
     Args:
-        batch_size (`int`): rows of the batch.
+        batch_size (`int`): number of rows in the batch.
         combination (`str`): one of the three.
         mask (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
-            Labels that a row may answer with. The distributions of `probs` are over these alone.
+            Labels that a row may answer with. The distributions of `probs` are over these only.
 
     Raises:
         `EnsembleError`: for a negative weight with `probs`.
@@ -42,7 +42,7 @@ class CombinedOutputs:
             return
         ones, everywhere = bool((weights == 1).all()), len(rows) == self.batch_size
         if self.total is None and everywhere:
-            # Nothing is written into what came from the model.
+            # The model's own output is never written into.
             self.total, self._own = (logits, False) if ones else (shaped * logits, True)
             return
         if self.total is None:
@@ -80,5 +80,6 @@ class CombinedOutputs:
 
 
 def check_combination(combination: str) -> None:
+    """Raise [`EnsembleError`] for an unknown combination."""
     if combination not in COMBINATIONS:
         raise EnsembleError(f"Unknown combination {combination!r}; known: {', '.join(map(repr, COMBINATIONS))}.")

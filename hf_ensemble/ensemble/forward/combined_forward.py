@@ -8,14 +8,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ...errors import EnsembleError
 from ...models.answer_head import AnswerHead, head_width, tokens_at_once
 from ...models.inputs import is_encoder_decoder
 from ...tasks import AnswerScores, restrict_to_labels, score_answers
 from .answers import MemberAnswers
 from .cache import EnsembleCache, cache_maker
-from .inference import MemberForward, keep_stacks, kept_stacks, summed_weights
+from .inference import MemberForward
 from .routing import prompt_weights
 from .scoring import MemberTokens, ensemble_scores, member_tokens
+from .summed import keep_stacks, kept_stacks, summed_weights
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,20 @@ class CombinedForward:
             yield from member_tokens(answers, len(self.names), inputs, labels, self.shift, mask)
 
     def prompt_weights(
-        self, inputs: Mapping[str, Any], labels: torch.Tensor | None, temperature: float
+        self, rows: Sequence[int], inputs: Mapping[str, Any], labels: torch.Tensor | None, temperature: float
     ) -> torch.Tensor:
-        """Weights by how well each member predicts the prompts, see [`prompt_weights`]."""
-        with self.members("logits") as run:
-            answers = MemberAnswers(run, self.base)
-            return prompt_weights(
-                answers, len(self.names), inputs["input_ids"], inputs.get("attention_mask"), labels, temperature
+        """Weights `(len(rows), members)` of some rows by their prompts, see [`prompt_weights`].
+
+        Raises:
+            `EnsembleError`: for a model other than a causal language model, and for inputs without `input_ids`.
+        """
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if not self.shift or not self.base.can_generate() or ids is None:
+            raise EnsembleError(
+                "routing='prompt' needs a causal language model and prompts in input_ids. Pass task=, or "
+                "routing='default'."
             )
+        index = torch.tensor(rows, device=ids.device)
+        own = [None if value is None else value[index] for value in (ids, mask, labels)]
+        with self.members("logits") as run:
+            return prompt_weights(MemberAnswers(run, self.base), len(self.names), *own, temperature=temperature)

@@ -19,19 +19,19 @@ _DEFAULT_NEW_TOKENS = 20
 
 
 def check_generation(base: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuse what an ensemble cannot generate with.
+    """Refuse models and options that an ensemble cannot generate with.
 
     Raises:
-        `EnsembleError`: for a model that does not generate, or an option that presumes one forward per step.
+        `EnsembleError`: for a model that does not generate, and for options that assume one forward per step.
     """
     if not (hasattr(base, "can_generate") and base.can_generate()):
-        raise EnsembleError(f"{type(base).__name__} does not generate. Call the ensemble for its logits.")
+        raise EnsembleError(f"{type(base).__name__} does not generate. Call the ensemble itself for logits.")
     for option in ("past_key_values", "encoder_outputs"):
         if kwargs.get(option) is not None:
-            raise EnsembleError(f"{option} cannot be set: every adapter of an ensemble keeps states of its own.")
+            raise EnsembleError(f"{option} cannot be set: each adapter of an ensemble keeps its own states.")
     for option in ("output_attentions", "output_hidden_states"):
         if kwargs.get(option):
-            raise EnsembleError(f"{option} cannot be set: an ensemble has no hidden states of its own, only logits.")
+            raise EnsembleError(f"{option} cannot be set: an ensemble has logits, but no hidden states of its own.")
 
 
 def generate_by_outputs(
@@ -42,15 +42,15 @@ def generate_by_outputs(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    """`base.generate`, each step's logits being the combined outputs of the adapters.
+    """`base.generate`, with the combined outputs of the adapters as each step's logits.
 
     Args:
-        run (`MemberForward`): computes the outputs.
+        run (`MemberForward`): runs the adapters.
         base (`PreTrainedModel`): the base model.
         weights (`torch.Tensor` of shape `(B, adapters)`): weights of each prompt.
         input_ids (`torch.Tensor` of shape `(B, T)`): prompts.
         attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
-        kwargs: as of `generate`.
+        kwargs: see `generate`.
     """
     encoder_decoder = base.config.is_encoder_decoder
     kwargs, cache = _cache(base, 1 if encoder_decoder else input_ids.shape[1], kwargs)
@@ -65,7 +65,7 @@ def generate_by_outputs(
                 attention_mask = torch.ones_like(input_ids) if pad is None else (input_ids != pad).long()
                 kwargs["attention_mask"] = attention_mask
             run.encode(base.get_encoder(), weights, {"input_ids": input_ids, "attention_mask": attention_mask})
-            # `generate` asks these for their shape; the adapters' own states replace them.
+            # `generate` reads their shape only; the adapters' own states replace them.
             empty = torch.zeros(*input_ids.shape, 1, device=input_ids.device)
             kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=empty)
         with _replaced_forward(base, run, weights, cache):
@@ -73,7 +73,7 @@ def generate_by_outputs(
 
 
 def _cache(base: nn.Module, prompt_length: int, kwargs: dict[str, Any]) -> tuple[dict[str, Any], EnsembleCache | None]:
-    """The arguments without those that are about the cache, and the cache that they ask for."""
+    """The arguments without those about the cache, and the cache that they ask for."""
     kwargs = dict(kwargs)
     config = kwargs.get("generation_config") or base.generation_config
     kind = kwargs.pop("cache_implementation", None) or config.cache_implementation
@@ -102,7 +102,7 @@ def _replaced_forward(
 
     @functools.wraps(base.forward)
     def ensemble_forward(*args: Any, past_key_values: Any = None, **inputs: Any):
-        # Beams and returned sequences lie beside each other: row r of the prompt is expanded to a run of rows.
+        # Beams and returned sequences are adjacent: each row of the prompts becomes a run of rows.
         rows = weights.repeat_interleave(batch_size_of(inputs) // len(weights), dim=0)
         return output(logits=run(rows, inputs, cache), past_key_values=cache)
 

@@ -1,25 +1,23 @@
-"""Running a base model with the adapters of each row."""
+"""Running a base model with the adapters of each row of a batch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..._compat import preserve_active_adapter
 from ...errors import EnsembleError
 from ...logging import get_logger
+from .adapter_layers import CannotFuseError
 from .cache import EnsembleCache
 from .combination import CombinedOutputs
-from .fused import CannotFuseError, Stacks, grouped_adapters, summed_adapters
+from .fused import Stacks, grouped_adapters
 from .rows import AdapterRows, take_rows
 
 logger = get_logger(__name__)
-
-_STACKS_ATTRIBUTE = "_hf_ensemble_stacks"
 
 
 class MemberOutput(NamedTuple):
@@ -165,43 +163,3 @@ class MemberForward:
         expanded = [own.repeat_interleave(rows.batch_size // len(weights), 0) for own in states]
         own = torch.cat(expanded) if k is None else expanded[k]
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=own)}
-
-
-def kept_stacks(cache: Any) -> Stacks:
-    """The adapters' concatenated matrices of the earlier calls of a decoding; they are made once."""
-    known = getattr(cache, _STACKS_ATTRIBUTE, None)
-    if known is None or torch.is_grad_enabled():
-        return Stacks()
-    return known
-
-
-def keep_stacks(cache: Any, stacks: Stacks) -> None:
-    """Keep them with the key-value states for the next call."""
-    if isinstance(cache, Cache) and not torch.is_grad_enabled():
-        setattr(cache, _STACKS_ATTRIBUTE, stacks)
-
-
-@contextmanager
-def summed_weights(
-    model: PeftModel, names: Sequence[str], weights: torch.Tensor, stacks: Stacks | None = None
-) -> Iterator[None]:
-    """While open, the base model computes each row with the weighted sum of the adapters' deltas.
-
-    Args:
-        model (`PeftModel`): holds the adapters.
-        names (`Sequence[str]`): adapter names, in the order of the weights' columns.
-        weights (`torch.Tensor` of shape `(batch_size, len(names))`): weight of each adapter for each row.
-        stacks (`Stacks`, *optional*): stacks of an earlier call with the same adapters.
-
-    Raises:
-        `EnsembleError`: for a model with a layer that cannot sum adapters.
-    """
-    used = weights.any(0).nonzero().squeeze(1).tolist()
-    try:
-        with summed_adapters(model, [names[k] for k in used], weights[:, used], stacks or Stacks()):
-            yield
-    except CannotFuseError as error:
-        raise EnsembleError(
-            f"The combination 'weights' cannot be computed: {error} Use 'logits', or merge(task) and load the merged "
-            "adapter alone."
-        ) from error

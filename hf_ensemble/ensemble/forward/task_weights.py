@@ -1,4 +1,4 @@
-"""From the tasks of a batch's rows to the weights of its adapters."""
+"""The weights of a batch's adapters, from the tasks of its rows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -32,22 +32,24 @@ def weight_rows(
     names: Sequence[str],
     device: torch.device,
 ) -> torch.Tensor:
-    """Weight of each adapter for each row, `(batch_size, adapters)`; rows of no known task get the default."""
+    """Weight of each adapter for each row, `(batch_size, adapters)`; rows of no known task get the default weights."""
     rows = [weights.get(task, default) for task in tasks]
     return torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows], device=device)
 
 
 def warn_of_unknown(tasks: Sequence[str | None], known: Mapping[str, object], routing: str) -> None:
-    """Say once that a task has no weights."""
+    """Warn once about tasks without weights."""
     unknown = sorted({str(task) for task in tasks if task is not None and task not in known})
     if unknown:
         logger.warning_once(
-            f"No weights for the tasks {unknown}; they get those of no task (routing={routing!r}). "
+            f"No weights for the tasks {unknown}; their rows are weighed as rows of no task (routing={routing!r}). "
             f"Known: {sorted(known)}."
         )
 
 
-def label_mask(task: Tasks, batch_size: int, label_space: LabelSpace | None) -> torch.Tensor | None:
+def label_mask(
+    task: Tasks, batch_size: int, label_space: LabelSpace | None, device: torch.device
+) -> torch.Tensor | None:
     """Labels that each row of a classifier may answer with, bool `(batch_size, num_labels)`."""
     if label_space is None or task is None:
         return None
@@ -55,4 +57,4 @@ def label_mask(task: Tasks, batch_size: int, label_space: LabelSpace | None) -> 
     known = [row for row, name in enumerate(tasks) if name in label_space.task_labels]
     mask = torch.ones(batch_size, len(label_space), dtype=torch.bool)
     mask[known] = label_space.mask([tasks[row] for row in known])
-    return mask
+    return mask.to(device)

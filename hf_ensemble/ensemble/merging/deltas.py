@@ -1,4 +1,4 @@
-"""What each adapter adds to the base model's weights, module by module."""
+"""What each adapter adds to the weights of each module of the base model."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ...errors import EnsembleError
-from ..forward.fused import adapter_layers, is_linear_lora
+from ..forward.adapter_layers import adapter_layers, is_linear_lora
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class AdapterDelta:
 
 
 def lora_modules(model: PeftModel, names: Iterable[str]) -> Iterator[tuple[str, LoraLayer]]:
-    """Path in the base model and layer of each module that one of these adapters changes.
+    """Path and layer of each module of the base model that one of these adapters changes.
 
     Raises:
-        `EnsembleError`: for adapters that are not of whole linear or embedding modules.
+        `EnsembleError`: for adapters of other modules than whole linear layers and embeddings.
     """
     base = model.get_base_model()
     paths = {module: path for path, module in base.named_modules()}
@@ -49,15 +49,15 @@ def lora_modules(model: PeftModel, names: Iterable[str]) -> Iterator[tuple[str, 
         path = paths[layer]
         if not (is_linear_lora(layer) or type(layer) is LoraEmbedding):
             kind = type(layer).__name__ if isinstance(layer, BaseTunerLayer) else "trainable tokens"
-            raise EnsembleError(f"{path!r} has adapters of the kind {kind}, which cannot be merged into one adapter.")
+            raise EnsembleError(f"{path!r} has adapters of type {kind}, which cannot be merged into one adapter.")
         yield path, layer
 
 
 def adapter_delta(path: str, layer: LoraLayer, name: str) -> AdapterDelta | None:
-    """What the adapter `name` adds to the layer's weight; `None` where it does not have the layer.
+    """What an adapter adds to the layer's weight; `None` if it does not have the layer.
 
     Raises:
-        `EnsembleError`: for a LoRA bias, which is no change of a weight.
+        `EnsembleError`: for a LoRA bias, which does not change the weight.
     """
     scaling = layer.scaling.get(name)
     if name in layer.lora_embedding_A:

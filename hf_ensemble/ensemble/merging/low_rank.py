@@ -1,4 +1,4 @@
-"""Matrices as products of two thin ones: exact, or cut to a rank with the error that makes."""
+"""Matrices as products of two thin ones: exact, or truncated to a rank, with the error."""
 
 import torch
 
@@ -9,7 +9,7 @@ def truncated(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Te
     Args:
         down (`torch.Tensor` of shape `(R, in)`): right factor.
         up (`torch.Tensor` of shape `(out, R)`): left factor.
-        rank (`int`): rank of the result, at most.
+        rank (`int`): largest rank of the result.
 
     Returns:
         `tuple`: factors `(rank, in)` and `(out, rank)`, squared Frobenius norm of the error, and of the product.

@@ -1,4 +1,4 @@
-"""One plain PEFT adapter in place of a weighted set of adapters."""
+"""Merging a weighted set of adapters into one plain PEFT adapter."""
 
 import re
 import tempfile
@@ -37,16 +37,16 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """One plain LoRA adapter made of several; its scaling is 1.
+    """A plain LoRA adapter merged from several; its scaling is 1.
 
     Args:
         config (`LoraConfig`): `adapter_config.json`.
         state_dict (`dict[str, torch.Tensor]`): `adapter_model.safetensors`, in float32.
-        weights (`dict[str, float]`): of the adapters that were merged.
-        method (`str`): how they were merged.
-        relative_error (`float`): |merged - wanted| / |wanted| over all modules together, in the Frobenius norm, where
-            `wanted` is what the method gives before it is cut to the rank; 0.0 where nothing was cut.
-        module_errors (`dict[str, float]`): the same for each module that was cut.
+        weights (`dict[str, float]`): weight of each merged adapter.
+        method (`str`): merging method.
+        relative_error (`float`): |merged - exact| / |exact| over all modules together, in the Frobenius norm, where
+            `exact` is the method's result before it is truncated to the rank; 0.0 if nothing was truncated.
+        module_errors (`dict[str, float]`): the same for each truncated module.
     """
 
     config: LoraConfig
@@ -62,29 +62,29 @@ class MergedAdapter:
 
     @property
     def vllm_rank(self) -> int | None:
-        """The least `max_lora_rank` that vLLM serves the adapter with; `None` above its largest."""
+        """The smallest `max_lora_rank` with which vLLM serves the adapter; `None` above its largest."""
         return vllm_rank(self.config)
 
     def vllm_obstacles(self) -> list[str]:
-        """Why vLLM would refuse the adapter, or compute it wrongly; empty where it serves it."""
+        """Why vLLM would refuse the adapter or compute it wrongly; empty if it serves it."""
         return vllm_obstacles(self.config)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the two files of a plain PEFT adapter, which `PeftModel.from_pretrained` loads."""
+        """Write the two files of a plain PEFT adapter, for `PeftModel.from_pretrained`."""
         tensors = {key: value.contiguous() for key, value in self.state_dict.items()}
         weights = save(tensors, metadata={"format": "pt"})
         with tempfile.TemporaryDirectory() as work:
             self.config.save_pretrained(work)
             text = (Path(work) / ADAPTER_CONFIG).read_bytes()
-        # The configuration comes last: it is what makes the folder an adapter.
+        # The configuration comes last, as it makes the folder an adapter.
         write_atomically(Path(folder) / ADAPTER_WEIGHTS, lambda file: file.write(weights))
         write_atomically(Path(folder) / ADAPTER_CONFIG, lambda file: file.write(text))
 
     def add_to(self, model: nn.Module, name: str = "default") -> PeftModel:
-        """Put the adapter on a base model, or beside the adapters of a `PeftModel`, frozen and active.
+        """Add the adapter to a base model or a `PeftModel`, frozen and active.
 
         Raises:
-            `EnsembleError`: where the model has an adapter of this name.
+            `EnsembleError`: if the model already has an adapter of this name.
         """
         if isinstance(model, PeftModel):
             if name in model.peft_config:
@@ -106,13 +106,13 @@ def merge_adapters(
     Args:
         model (`PeftModel`): holds the adapters.
         weights (`dict[str, float]`): weight of each adapter.
-        rank (`int`, *optional*): cap of the rank. Without it, the sum of the adapters' ranks, which is exact for
-            `sum` and `lines`; the other methods' results have a higher rank.
+        rank (`int`, *optional*): largest rank. By default the sum of the adapters' ranks, which is exact for `sum` and
+            `lines`; the results of the other methods have a higher rank.
         method (`str`): one of [`METHODS`].
-        options: of the method, see `task_vectors`; for `lines`, `alpha` and `beta`.
+        options: the method's own, see `task_vectors`; for `lines`, `alpha` and `beta`.
 
     Raises:
-        `EnsembleError`: for an unknown method or option, and adapters that have no such form.
+        `EnsembleError`: for an unknown method or option, and for adapters that cannot be merged.
     """
     _check(rank, method)
     used = {name: float(weight) for name, weight in weights.items() if weight}
@@ -173,10 +173,10 @@ def _merged_module(
     method: str,
     options: dict[str, Any],
 ) -> Factors | torch.Tensor:
-    """What the method makes of one module: factors where the rank allows it, else a matrix `(out, in)`."""
+    """The method's result for one module: factors where the rank allows it, else a matrix `(out, in)`."""
     dense = [name for name, delta in deltas.items() if delta.dense is not None]
     if method in DENSE_METHODS:
-        # An adapter without this module changes nothing here, which counts in an average.
+        # An adapter without this module counts as zero in an average.
         matrices = [delta.matrix() for delta in deltas.values()]
         absent = [torch.zeros_like(matrices[0])] * (num_adapters - len(matrices))
         values = torch.tensor([*weights.values(), *[0.0] * len(absent)])
@@ -188,13 +188,13 @@ def _merged_module(
         return down, torch.cat([weights[name] * delta.up for name, delta in deltas.items()], 1)
     if rank is None:
         raise EnsembleError(
-            f"The adapters {dense} are DoRA: their change of {path!r} has full rank, so no merge is exact. Pass rank=."
+            f"The adapters {dense} are DoRA and change {path!r} by a full-rank matrix: no merge is exact. Pass rank=."
         )
     return sum(weights[name] * delta.matrix() for name, delta in deltas.items())
 
 
 def _factors(wanted: dict[str, Factors | torch.Tensor], rank: int, embeddings: set[str]):
-    """PEFT's tensors of every module, all of one rank, with the errors of those that were cut."""
+    """PEFT's tensors of every module, all of one rank, with the errors of the truncated ones."""
     state, errors, lost, total = {}, {}, 0.0, 0.0
     for path, change in wanted.items():
         if isinstance(change, torch.Tensor):
@@ -214,7 +214,7 @@ def _factors(wanted: dict[str, Factors | torch.Tensor], rank: int, embeddings: s
 
 
 def _config(model: PeftModel, like: str, targets: list[str], saved: Mapping[str, Any], rank: int) -> LoraConfig:
-    """Same rank and scaling 1 everywhere: what every server of adapters reads."""
+    """The same rank and scaling 1 everywhere, which every server of adapters reads."""
     source = model.peft_config[like]
     modules = sorted({key.rpartition(".")[0] for key in saved})
     return LoraConfig(
@@ -231,7 +231,7 @@ def _config(model: PeftModel, like: str, targets: list[str], saved: Mapping[str,
 
 
 def _shortest_names(model: PeftModel, targets: list[str]) -> list[str]:
-    """The last parts of the targets' paths where these mean the same modules, else whole paths."""
+    """The last parts of the targets' paths if they match the same modules, else whole paths."""
     short = {path.rpartition(".")[2] for path in targets}
     base = model.get_base_model()
     inner = ("base_layer", "lora_", "modules_to_save", "original_module")

@@ -1,4 +1,4 @@
-"""What rounding does to a merged change when it is folded into a quantized base."""
+"""The rounding of a merged change when it is folded into a quantized base."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ logger = get_logger(__name__)
 
 
 def warn_of_requantization(model: PeftModel, weights: Mapping[str, float]) -> float | None:
-    """Say how much of the merged change would survive in the weights of a quantized base.
+    """Warn about how much of the merged change rounding would lose in the weights of a quantized base.
 
     The merged adapter itself is exact on such a base. Folding it in (`merge_and_unload`) rounds the changed weights
     again.

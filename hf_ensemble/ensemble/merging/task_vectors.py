@@ -1,8 +1,8 @@
 """Merging several changes of one weight matrix into one: pure functions on `(out, in)` matrices.
 
-Each takes the adapters' changes and their weights, which sum to one in an ensemble of equals. Papers that average
-over the adapters, where the others add up, get `len(deltas)` times the weights, so that equal weights give their plain
-form. Matrices are merged one by one: pruning and normalisation are over the entries of a matrix.
+Each takes the adapters' changes and their weights, which usually sum to one. Methods that average over the adapters,
+rather than add them up, multiply the weights by `len(deltas)`, so that equal weights give the paper's plain form.
+Matrices are merged one by one: pruning and normalisation are over the entries of one matrix.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Deltas = Sequence[torch.Tensor]
 
 
 def ties(deltas: Deltas, weights: torch.Tensor, density: float = 0.2) -> torch.Tensor:
-    """TIES-Merging ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708)), by peft's function.
+    """TIES-Merging ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708)), with PEFT's function.
 
     The largest `density` of each change is kept; of each entry, those of the sign with the greater sum are averaged.
     """
@@ -22,7 +22,7 @@ def ties(deltas: Deltas, weights: torch.Tensor, density: float = 0.2) -> torch.T
 
 
 def dare_linear(deltas: Deltas, weights: torch.Tensor, density: float = 0.5, seed: int = 0) -> torch.Tensor:
-    """DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)), by peft's function: a random `density` of each
+    """DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)), with PEFT's function: a random `density` of each
     change is kept, divided by `density`, and added up."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -30,7 +30,7 @@ def dare_linear(deltas: Deltas, weights: torch.Tensor, density: float = 0.5, see
 
 
 def dare_ties(deltas: Deltas, weights: torch.Tensor, density: float = 0.5, seed: int = 0) -> torch.Tensor:
-    """DARE's random pruning, then TIES' election of signs, by peft's function."""
+    """DARE's random pruning, then TIES' election of signs, with PEFT's function."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return merge_utils.dare_ties(list(deltas), weights * len(deltas), density)
@@ -45,8 +45,8 @@ def breadcrumbs(
 
 
 def pcb(deltas: Deltas, weights: torch.Tensor, density: float = 0.1) -> torch.Tensor:
-    """PCB-Merging ([arXiv 2410.02396](https://arxiv.org/abs/2410.02396)): each entry is the mean of the adapters',
-    weighed by how much it counts within its adapter and how much it agrees with the others'.
+    """PCB-Merging ([arXiv 2410.02396](https://arxiv.org/abs/2410.02396)): each entry is the mean of the
+    adapters', weighted by its importance within its adapter and its agreement with the others.
 
     With t_i the flattened changes, clipped at their 0.01 % tails: b_i = exp(m n(|t_i|)^2) tanh(t_i sum_j t_j), where n
     scales to [0, 1]; the largest `density` of b_i, scaled to [0, 1], are the weights.

@@ -1,4 +1,4 @@
-"""What an adapter's files have to be before PEFT reads them: LoRA for this base, finite, and nothing else."""
+"""Checks of an adapter's files before PEFT reads them: LoRA for this base, finite, and nothing else."""
 
 import math
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Fields that make PEFT read other files, import code, or change the base that all adapters share.
 _REFUSED = {
-    "megatron_config": "which an ensemble does not read",
+    "megatron_config": "which an ensemble does not support",
     "layer_replication": "which changes the base model that all adapters share",
-    "alora_invocation_tokens": "whose adapter waits for tokens, which an ensemble does not do",
-    "arrow_config": "which routes between adapters by itself",
+    "alora_invocation_tokens": "whose adapter waits for tokens, which an ensemble does not support",
+    "arrow_config": "which routes between adapters on its own",
     "use_qalora": "which an ensemble cannot compute",
     "use_bdlora": "which an ensemble cannot compute",
 }
@@ -35,12 +35,12 @@ def check_adapter(folder: Path, name: str, base: nn.Module, root: Path) -> dict[
 
     Args:
         folder (`Path`): holds the adapter's two files.
-        name (`str`): for the messages.
+        name (`str`): adapter name, for messages.
         base (`nn.Module`): the base model, with or without adapters.
-        root (`Path`): nothing outside of it is read.
+        root (`Path`): folder outside of which nothing is read.
 
     Returns:
-        `dict`: what `adapter_config.json` holds.
+        `dict`: the content of `adapter_config.json`.
 
     Raises:
         `EnsembleLoadError`: naming file and fault.
@@ -55,7 +55,7 @@ def check_adapter(folder: Path, name: str, base: nn.Module, root: Path) -> dict[
 
 
 def check_config(config: Mapping[str, Any], what: str) -> None:
-    """The fields of `adapter_config.json` that decide what PEFT does with it."""
+    """Check the fields of `adapter_config.json` that decide what PEFT does with it."""
 
     def refuse(text: str) -> None:
         raise EnsembleLoadError(f"{what}: {ADAPTER_CONFIG} {text}.")
@@ -126,7 +126,7 @@ def _check_one(file, key: str, shape: tuple, dtype: str, saved: tuple, base: nn.
 
 
 def _check_ranks(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: Path, what: str) -> None:
-    """Every rank that the configuration states is that of the tensors, so that PEFT allocates no more than the file."""
+    """Check that the stated ranks are those of the tensors, so that PEFT allocates no more than the file holds."""
     ranks = {}
     for key, shape in shapes.items():
         module, part = split_key(key)

@@ -1,4 +1,4 @@
-"""The tensors of a LoRA adapter's file, one by one, against the base model's modules."""
+"""Checking the tensors of a LoRA adapter's file against the base model's modules."""
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,7 +21,7 @@ _LORA_PARTS = (
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Module in the base model, and what of its adapter the tensor is; an empty part for no LoRA tensor."""
+    """Module in the base model, and which part of its adapter the tensor is; empty for other tensors."""
     path = key.removeprefix(_PREFIX)
     for part in _LORA_PARTS:
         if path.endswith(f".{part}"):
@@ -39,17 +39,19 @@ def check_tensor(
         key (`str`): the tensor's name.
         shape (`tuple[int, ...]`): its shape.
         saved (`tuple[str, ...]`): the adapter's `modules_to_save`.
-        what (`str`): adapter and file, for the message.
+        what (`str`): adapter and file, for messages.
 
     Returns:
-        `torch.Tensor`, *optional*: the base model's own tensor of that place, which it may not differ from.
+        `torch.Tensor`, *optional*: the base model's own tensor of this name, which it must equal.
 
     Raises:
-        `EnsembleLoadError`: for a tensor that has no place in a LoRA adapter of this base.
+        `EnsembleLoadError`: for a tensor that does not belong in a LoRA adapter of this base.
     """
     module_path, part = split_key(key)
     if not key.startswith(_PREFIX):
-        raise EnsembleLoadError(f"{what}: tensor {key!r} is no part of an adapter, whose tensors start {_PREFIX!r}.")
+        raise EnsembleLoadError(
+            f"{what}: expected tensors of an adapter, whose names start with {_PREFIX!r}, found {key!r}."
+        )
     if part:
         module = plain_module(base, module_path)
         if module is None:
@@ -62,7 +64,7 @@ def check_tensor(
 
 
 def plain_module(base: nn.Module, path: str) -> nn.Module | None:
-    """The base model's own module of that path, without the adapters around it."""
+    """The base model's own module at this path, without the adapters around it."""
     module = base
     for name in path.split("."):
         module = _unwrapped(module)
@@ -100,7 +102,7 @@ def _check_shape(module: nn.Module, part: str, key: str, shape: tuple[int, ...],
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer or an embedding; `None` of other modules, which PEFT itself checks."""
+    """Inputs and outputs of a linear layer or an embedding; `None` for other modules, which PEFT checks itself."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, Conv1D):
@@ -115,7 +117,7 @@ def _other_tensor(base, path: str, key: str, shape, saved, what: str) -> torch.T
     module = plain_module(base, parent)
     own = None if module is None else module.state_dict().get(name)
     if own is None:
-        raise EnsembleLoadError(f"{what}: tensor {key!r} is no part of a LoRA adapter for this base model.")
+        raise EnsembleLoadError(f"{what}: tensor {key!r} does not belong in a LoRA adapter for this base model.")
     if tuple(own.shape) != tuple(shape):
         raise EnsembleLoadError(
             f"{what}: tensor {key!r} has the shape {list(shape)}, expected {list(own.shape)} for this base model."

@@ -1,4 +1,4 @@
-"""`ensemble_config.json`: what a saved ensemble consists of."""
+"""`ensemble_config.json`: the parts of a saved ensemble."""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -20,17 +20,17 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class SavedEnsembleConfig:
-    """What `ensemble_config.json` holds.
+    """Content of `ensemble_config.json`.
 
     Args:
         base_model (`BaseModelReference`): the base model.
         members (`list[EnsembleMember]`): the adapters, in the order of the weights' columns.
         weights (`dict[str, dict[str, float]]`): weight of each adapter, by task; adapters left out weigh 0.
-        default_weights (`dict[str, float]`): for rows of no known task.
+        default_weights (`dict[str, float]`): weights for rows of no known task.
         label_space (`dict`, *optional*): label sets of classification tasks.
-        versions (`dict[str, str]`): packages that wrote it.
-        combination (`str`): what is summed, see [`PeftEnsembleModel`].
-        routing (`str`): weights of rows of no known task, see [`PeftEnsembleModel`].
+        versions (`dict[str, str]`): versions of the packages that wrote it.
+        combination (`str`): see [`PeftEnsembleModel`].
+        routing (`str`): see [`PeftEnsembleModel`].
     """
 
     base_model: BaseModelReference
@@ -55,7 +55,7 @@ class SavedEnsembleConfig:
         """Read and check a configuration.
 
         Raises:
-            `EnsembleLoadError`: for a missing or foreign file, a newer format, or an adapter name that is no folder
+            `EnsembleLoadError`: for a missing or foreign file, a newer format, or an adapter name that is not a folder
             name.
         """
         path = folder / CONFIG_NAME
@@ -96,17 +96,17 @@ class SavedEnsembleConfig:
         return config
 
     def check(self) -> None:
-        """Raise [`EnsembleLoadError`] for names that lead elsewhere and for values of other types."""
+        """Raise [`EnsembleLoadError`] for names that lead out of the folder and for values of the wrong type."""
         base = self.base_model
         if not all(isinstance(v, str) for v in (base.name_or_path, base.auto_class, base.revision or "")):
-            raise EnsembleLoadError(f"{CONFIG_NAME}: base_model has to hold texts, found {base}.")
+            raise EnsembleLoadError(f"{CONFIG_NAME}: expected strings in base_model, found {base}.")
         if not Path(base.name_or_path).is_absolute() and ".." in re.split(r"[/\\]", base.name_or_path):
             raise EnsembleLoadError(f"{CONFIG_NAME}: the base model {base.name_or_path!r} leads out of its folder.")
         names = [member.name for member in self.members]
         for name in names:
             check_adapter_name(name)
         if not names:
-            raise EnsembleLoadError(f"{CONFIG_NAME}: the ensemble has no member.")
+            raise EnsembleLoadError(f"{CONFIG_NAME}: expected at least one member, found none.")
         if len(set(names)) < len(names):
             raise EnsembleLoadError(f"{CONFIG_NAME}: two members have the same name, found {names}.")
         check_weights(self.weights, names, CONFIG_NAME)

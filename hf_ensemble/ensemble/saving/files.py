@@ -1,4 +1,4 @@
-"""Ensembles on disk and on the Hub: a configuration beside plain PEFT adapters."""
+"""Ensembles on disk and on the Hub: a configuration and plain PEFT adapters."""
 
 import shutil
 import tempfile
@@ -32,17 +32,19 @@ def base_reference(model: PeftModel) -> BaseModelReference:
     """Name, revision and auto class of a model's base.
 
     Raises:
-        `EnsembleLoadError`: for a class that no auto class loads.
+        `EnsembleLoadError`: for a class without an auto class.
     """
     base = model.get_base_model()
     name = type(base).__name__
     auto_class = next((auto for suffix, auto in _AUTO_CLASSES.items() if name.endswith(suffix)), None)
     if auto_class is None:
-        raise EnsembleLoadError(f"{name} is of no class that an ensemble can load again: {sorted(_AUTO_CLASSES)}.")
+        raise EnsembleLoadError(
+            f"Expected a base model whose class ends in one of {sorted(_AUTO_CLASSES)}, found {name}."
+        )
     path = base.config._name_or_path or ""
     is_classifier = auto_class == "AutoModelForSequenceClassification"
     return BaseModelReference(
-        # A folder is found again from wherever the ensemble is loaded.
+        # The ensemble may be loaded from another working directory.
         name_or_path=str(Path(path).resolve()) if path and Path(path).is_dir() else path,
         revision=getattr(base.config, "_commit_hash", None),
         auto_class=auto_class,
@@ -51,11 +53,11 @@ def base_reference(model: PeftModel) -> BaseModelReference:
 
 
 def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
-    """Write one adapter as plain PEFT files into `folder`, whole or not at all."""
+    """Write one adapter as plain PEFT files into `folder`, completely or not at all."""
 
     def write(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as work:
-            # PEFT writes an adapter of another name than "default" into a folder of that name, beside a card.
+            # PEFT writes adapters not named "default" into a folder of their name, and a card beside it.
             model.save_pretrained(work, selected_adapters=[name], safe_serialization=True)
             source = Path(work) if name == "default" else Path(work) / name
             for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -73,17 +75,17 @@ def save_ensemble(folder: Path, model: PeftModel, config: SavedEnsembleConfig) -
 
 
 def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str, root: Path | None = None) -> PeftModel:
-    """Put one adapter of a folder on a base model, or beside the adapters that it has, frozen.
+    """Add the adapter in a folder to a base model or a `PeftModel`, frozen.
 
     Args:
         model (`nn.Module`): a base model, or a `PeftModel`.
-        folder (`Path`): holds the adapter.
-        name (`str`): the name it gets.
-        root (`Path`, *optional*): nothing outside of it is read; the folder itself by default.
+        folder (`Path`): folder of the adapter.
+        name (`str`): name to give it.
+        root (`Path`, *optional*): folder outside of which nothing is read; `folder` by default.
 
     Raises:
-        `EnsembleLoadError`: for missing, damaged or hostile files, and for weights that do not fit the model. The model
-        is then as it was.
+        `EnsembleLoadError`: for missing, damaged or hostile files, and for weights that do not fit the model, which is
+        left as it was.
     """
     peft_model = model if isinstance(model, PeftModel) else None
     base = model if peft_model is None else peft_model.get_base_model()
@@ -95,7 +97,7 @@ def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str, root: 
         else:
             peft_model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
         _check_complete(loaded, folder / ADAPTER_WEIGHTS, name)
-    except Exception as error:  # peft, transformers and torch each raise their own classes for adapters that do not fit
+    except Exception as error:  # PEFT, transformers and torch raise various classes for adapters that do not fit
         _take_off(model, peft_model, name)
         if isinstance(error, EnsembleLoadError):
             raise
@@ -104,7 +106,7 @@ def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str, root: 
 
 
 def _check_complete(model: PeftModel, weights: Path, name: str) -> None:
-    """PEFT leaves what a file lacks at its initial values, without an error."""
+    """PEFT silently leaves tensors that a file lacks at their initial values."""
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     with safe_open(weights, framework="pt") as file:
         found = set(file.keys())
@@ -117,7 +119,7 @@ def _check_complete(model: PeftModel, weights: Path, name: str) -> None:
 
 
 def _take_off(model: nn.Module, peft_model: PeftModel | None, name: str) -> None:
-    """Undo a failed loading."""
+    """Undo a failed load."""
     if peft_model is not None:
         if name in peft_model.peft_config:
             peft_model.delete_adapter(name)
@@ -128,7 +130,7 @@ def _take_off(model: nn.Module, peft_model: PeftModel | None, name: str) -> None
             parent, _, child = path.rpartition(".")
             plain = module.original_module if wrapped else module.get_base_layer()
             setattr(model.get_submodule(parent), child, plain)
-    # PEFT keeps the configurations on the base model too, and would take the name for one that is there.
+    # PEFT also keeps the configurations on the base model, and would believe the name to be taken.
     if hasattr(model, "peft_config"):
         del model.peft_config
 
@@ -145,7 +147,7 @@ def load_ensemble(
     config = SavedEnsembleConfig.load(folder)
     if base_model is None and not Path(name_or_path).is_dir() and Path(config.base_model.name_or_path).is_absolute():
         raise EnsembleLoadError(
-            f"{name_or_path!r} names the base model {config.base_model.name_or_path!r}, a folder of another machine. "
+            f"{name_or_path!r} names the base model {config.base_model.name_or_path!r}, a folder on another machine. "
             "Pass base_model=."
         )
     model: Any = base_model
@@ -157,10 +159,10 @@ def load_ensemble(
 
 
 def local_folder(name_or_path: str, revision: str | None, token: str | None, subfolder: str = "") -> Path:
-    """A folder itself, or the snapshot of a Hub id: configuration and safetensors, no pickle, no code.
+    """The folder, or a snapshot of the Hub id: configurations and safetensors, no pickles, no code.
 
     Raises:
-        `EnsembleLoadError`: for what is neither, and for a subfolder that leads out of it.
+        `EnsembleLoadError`: for anything else, and for a subfolder that leads out of it.
     """
     parts = Path(subfolder).parts
     if Path(subfolder).is_absolute() or ".." in parts:
@@ -174,7 +176,9 @@ def local_folder(name_or_path: str, revision: str | None, token: str | None, sub
         snapshot = snapshot_download(name_or_path, revision=revision, token=token, allow_patterns=patterns)
         return Path(snapshot, *parts)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise EnsembleLoadError(f"{name_or_path!r} is neither a folder nor a repository to be had: {error}") from error
+        raise EnsembleLoadError(
+            f"{name_or_path!r} is neither a folder nor a repository that can be downloaded: {error}"
+        ) from error
 
 
 def load_base(
@@ -183,7 +187,7 @@ def load_base(
     """The base model, from safetensors; code of its repository runs only with `trust_remote_code` in `model_kwargs`.
 
     Raises:
-        `EnsembleLoadError`: for an unknown class and a base that is not to be had, or only in an unsafe form.
+        `EnsembleLoadError`: for an unknown class, and for a base that cannot be loaded from safetensors.
     """
     if reference.auto_class not in _AUTO_CLASSES.values():
         raise EnsembleLoadError(f"{CONFIG_NAME} names the unknown model class {reference.auto_class!r}.")
@@ -201,5 +205,5 @@ def load_base(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise EnsembleLoadError(
-            f"The base model {name!r} cannot be loaded: {error} Pass base_model= where it lies elsewhere."
+            f"The base model {name!r} cannot be loaded: {error} Pass base_model= if it is somewhere else."
         ) from error

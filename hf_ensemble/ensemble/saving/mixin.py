@@ -1,4 +1,4 @@
-"""Saving and loading ensembles: the part of [`PeftEnsembleModel`] that knows files."""
+"""Saving and loading: the part of [`PeftEnsembleModel`] that handles files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ _AUTO_CLASS_OF_TASK = {
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where one adapter lies.
+    """Location of one adapter.
 
     Args:
         name_or_path (`str`): folder or Hub id.
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
-        subfolder (`str`, *optional*): within it.
+        subfolder (`str`, *optional*): subfolder of the adapter.
     """
 
     name_or_path: str
@@ -44,7 +44,7 @@ class SavingMixin:
     """Saving and loading of [`PeftEnsembleModel`]."""
 
     def ensemble_config(self) -> SavedEnsembleConfig:
-        """What `ensemble_config.json` will hold."""
+        """The content of `ensemble_config.json`."""
         return SavedEnsembleConfig(
             self.base_model_reference,
             self.members,
@@ -70,19 +70,19 @@ class SavingMixin:
         model_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
-        """An ensemble of adapters that lie in different folders or Hub repositories.
+        """Make an ensemble of adapters from different folders or Hub repositories.
 
         Args:
-            base_model (`str` or `PreTrainedModel`, *optional*): the base model, or where it lies; the one that all the
-                adapters name by default.
-            adapters (`dict[str, str]`): folder, Hub id or [`AdapterSource`] of each adapter, by the name it gets.
+            base_model (`str` or `PreTrainedModel`, *optional*): the base model, or its folder or Hub id; by default the
+                one that all adapters name.
+            adapters (`dict[str, str]`): folder, Hub id or [`AdapterSource`] of each adapter, by name.
             weights (`dict[str, dict[str, float]]`, *optional*): weight of each adapter, by task.
             token (`str`, *optional*): Hub token.
             model_kwargs (`dict`, *optional*): passed to the base model's `from_pretrained`.
-            kwargs: further arguments of the class.
+            kwargs: further arguments of [`PeftEnsembleModel`].
 
         Raises:
-            `EnsembleLoadError`: for an adapter that is missing, foreign or not safetensors.
+            `EnsembleLoadError`: for an adapter that is missing, of another base, or not in safetensors.
         """
         folders = {}
         for name, source in adapters.items():
@@ -108,20 +108,20 @@ class SavingMixin:
         token: str | None = None,
         **model_kwargs: Any,
     ):
-        """Load an ensemble from a folder or the Hub, or make one of adapters that lie apart.
+        """Load an ensemble from a folder or the Hub, or make one of separate adapters.
 
         Args:
-            name_or_path (`str`, `Path` or `dict[str, str]`): folder, or Hub id; or adapters as of [`from_adapters`],
-                which get equal weights.
+            name_or_path (`str`, `Path` or `dict[str, str]`): folder or Hub id; or adapters as for
+                [`from_adapters`], with equal weights.
             revision (`str`, *optional*): branch, tag or commit of a Hub id.
-            base_model (`str` or `PreTrainedModel`, *optional*): in place of the base that the ensemble names.
+            base_model (`str` or `PreTrainedModel`, *optional*): overrides the base that the ensemble names.
             token (`str`, *optional*): Hub token.
             model_kwargs: passed to the base model's `from_pretrained` (`dtype`, `device_map`, `quantization_config`,
                 ...). Code of the base's repository runs only with `trust_remote_code=True` here.
 
         Raises:
-            `EnsembleLoadError`: for a folder that is no ensemble, an adapter that is missing, foreign, damaged or not
-                safetensors, a name that leads out of the folder; the message names file and fault.
+            `EnsembleLoadError`: for a folder that is not an ensemble, for an adapter that is missing, foreign, damaged
+                or not in safetensors, and for a name that leads out of the folder; the message names the file.
         """
         if isinstance(name_or_path, Mapping):
             return cls.from_adapters(base_model, name_or_path, token=token, model_kwargs=model_kwargs)
@@ -148,13 +148,14 @@ def _named_base(folders: Mapping[str, Path], override: str | None) -> BaseModelR
         kinds.add(data.get("task_type"))
     if len(kinds) != 1 or (override is None and len(set(named.values())) != 1):
         raise EnsembleLoadError(
-            f"The adapters are of different base models or tasks: {named}, {sorted(map(str, kinds))}. Pass the base "
-            "model itself."
+            f"Expected adapters of one base model and task type, found {named}, {sorted(map(str, kinds))}. Pass the "
+            "base model itself."
         )
     auto_class = _AUTO_CLASS_OF_TASK.get(kinds.pop() or "")
     if auto_class is None:
         raise EnsembleLoadError(
-            f"{ADAPTER_CONFIG} names no task_type that tells the base model's class. Pass the model."
+            f"Expected one of the task types {sorted(_AUTO_CLASS_OF_TASK)} in {ADAPTER_CONFIG}, which gives the base "
+            "model's class. Pass the model itself."
         )
     base, revision = next(iter(named.values()))
     return BaseModelReference(override or base, None if override else revision, auto_class)

@@ -1,4 +1,4 @@
-"""Reading files of others: nothing outside of a folder, no other form than JSON objects."""
+"""Reading untrusted files: none outside of a folder, and JSON objects only."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ _MAX_JSON_BYTES = 2**24
 
 
 def checked_file(path: Path, root: Path, what: str) -> Path:
-    """`path`, which has to be a regular file inside of `root`, also where links lead.
+    """`path`, after checking that it is a regular file inside of `root`, links followed.
 
     Raises:
-        `EnsembleLoadError`: for a missing file, and for one that lies elsewhere.
+        `EnsembleLoadError`: for a missing file, and for one outside of `root`.
     """
     if not path.is_file():
         pickled = sorted(p.name for p in path.parent.glob("*.bin")) if path.suffix == ".safetensors" else []
@@ -26,7 +26,7 @@ def checked_file(path: Path, root: Path, what: str) -> Path:
 
 
 def _allowed(root: Path) -> list[Path]:
-    """The folder itself; of a snapshot in the Hub's cache also the files that it links to."""
+    """The folder itself and, for a snapshot in the Hub's cache, the files that it links to."""
     folders = [root.resolve()]
     for parent in (root.absolute(), *root.absolute().parents):
         if parent.parent.name == "snapshots":

@@ -1,4 +1,4 @@
-"""What servers of adapters ask of them."""
+"""What vLLM requires of adapters."""
 
 from peft import LoraConfig
 
@@ -7,12 +7,12 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_rank(config: LoraConfig) -> int | None:
-    """The least `max_lora_rank` that vLLM serves an adapter with; `None` above its largest."""
+    """The smallest `max_lora_rank` with which vLLM serves an adapter; `None` above its largest."""
     return next((rank for rank in VLLM_RANKS if rank >= config.r), None)
 
 
 def vllm_obstacles(config: LoraConfig) -> list[str]:
-    """Why vLLM would refuse an adapter, or compute it wrongly; empty where it serves it."""
+    """Why vLLM would refuse an adapter or compute it wrongly; empty if it serves it."""
     obstacles = []
     if config.modules_to_save:
         obstacles.append(f"modules_to_save {sorted(config.modules_to_save)}")
