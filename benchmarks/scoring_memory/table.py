@@ -9,9 +9,9 @@ def table(results: dict) -> str:
     lines = [
         f"Llama of {results['layers']} layers and hidden size {results['hidden_size']}, vocabulary "
         f"{results['vocabulary']:,}, {results['batch_size']} rows of {results['length']:,} tokens, LoRA of rank "
-        f"{results['rank']} on every linear layer, float32 on a CPU. Peak of the resident set above the process at rest, "
-        "in MiB, and as a multiple of the peak of a training step, as trl computes it and with tiles of 64 MiB. The logits "
-        "that `max_values` keeps are subtracted and shown separately.",
+        f"{results['rank']} on every linear layer, float32 on a CPU. Peak of the resident set above the process at "
+        "rest, in MiB, and as a multiple of the peak of a training step, as trl computes it and with tiles of 64 MiB. "
+        "The logits that `max_values` keeps are subtracted and shown separately.",
     ]
     steps = [results["answers"]["every token"][step]["peak_bytes"] for step in (STEP, SMALL_TILES)]
     for answers, methods in results["answers"].items():
