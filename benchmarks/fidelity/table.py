@@ -48,7 +48,7 @@ def _measures(report: dict) -> list[tuple[str, str]]:
             ("first-order error of the losses there", formatted(first["loss_relative_error"], ".1%")),
             (
                 "distance from theta0 of theta0 + S P w, of real training",
-                f"{first['transplanted_distance']:.2f}, {first['training_distance']:.2f}",
+                f"{first['predicted_distance']:.2f}, {first['training_distance']:.2f}",
             ),
         ]
     return rows

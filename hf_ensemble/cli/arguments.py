@@ -70,7 +70,7 @@ class FidelityArguments(DataArguments):
     num_repeated: int = field(
         default=0, metadata={"help": "Subsets to train with a second seed as well, for the noise ceiling."}
     )
-    num_transplanted: int = field(
+    num_first_order: int = field(
         default=3,
         metadata={"help": "Subsets whose predicted parameters are put into the model, for the first-order error."},
     )
@@ -78,7 +78,7 @@ class FidelityArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("fidelity_subsets", 1), ("num_repeated", 0), ("num_transplanted", 0)):
+        for name, least in (("fidelity_subsets", 1), ("num_repeated", 0), ("num_first_order", 0)):
             check_at_least(name, getattr(self, name), least)
 
 

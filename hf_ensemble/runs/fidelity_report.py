@@ -31,14 +31,14 @@ class FirstOrderError:
         squared_error (`float`): sum of (m - (m_i + x_i.w))^2 over sum of m^2, m the margin at theta0 + S P w of every
             validation example; the residual of GradEx, arXiv 2409.19458.
         loss_relative_error (`float`): mean relative error of the linear losses against those at theta0 + S P w.
-        transplanted_distance (`float`): mean norm of S P w.
+        predicted_distance (`float`): mean norm of S P w.
         training_distance (`float`): mean norm of the way that training went on the same subsets.
     """
 
     num_subsets: int
     squared_error: float
     loss_relative_error: float
-    transplanted_distance: float
+    predicted_distance: float
     training_distance: float
 
 

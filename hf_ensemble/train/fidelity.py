@@ -28,7 +28,7 @@ def measure_fidelity(
     sizes: Sequence[int] | None = None,
     subsets: Sequence[Sequence[str]] | None = None,
     num_repeated: int = 0,
-    num_transplanted: int = 3,
+    num_first_order: int = 3,
     seed: int = 0,
 ) -> FidelityReport:
     """Fine-tune random subsets of the tasks with the user's own trainer, and compare with the predictions.
@@ -43,7 +43,7 @@ def measure_fidelity(
         subsets (`Sequence[Sequence[str]]`, *optional*): in place of random ones.
         num_repeated (`int`, *optional*, defaults to 0): how many of the subsets, from the first on, are trained with a
             second seed, for the noise ceiling.
-        num_transplanted (`int`, *optional*, defaults to 3): number of subsets whose predicted parameters are put into
+        num_first_order (`int`, *optional*, defaults to 3): number of subsets whose predicted parameters are put into
             the model, for the error of the first-order approximation alone.
         seed (`int`, *optional*, defaults to 0): seed of the draw of subsets.
 
@@ -80,7 +80,7 @@ def measure_fidelity(
         prediction,
         first,
         ceiling=_ceiling(prediction.loss, _measure(first, names, "loss"), second, names),
-        first_order=_first_order(trainer.flow, store, estimator, prediction, first, num_transplanted),
+        first_order=_first_order(trainer.flow, store, estimator, prediction, first, num_first_order),
         capture_seconds=trainer.run_directory.seconds("gradients"),
         prediction_seconds=prediction_seconds,
     )
@@ -189,7 +189,7 @@ def _first_order(
         num_subsets=len(chosen),
         squared_error=error / norm,
         loss_relative_error=mean_relative_error(np.array(linear_losses), np.array(losses)),
-        transplanted_distance=float(np.mean(distances)),
+        predicted_distance=float(np.mean(distances)),
         training_distance=float(np.mean([runs[row].distance for row in chosen])),
     )
 

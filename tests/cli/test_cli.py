@@ -60,7 +60,7 @@ def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
 def test_fidelity_measures_draws_and_goes_on(tmp_path, base_folder, capsys):
     data = write_tasks(tmp_path / "data", toy.sft_tasks())
     arguments = {"data": data, "model_name_or_path": base_folder, "output_dir": tmp_path / "out", "bf16": "false"}
-    command = ["fidelity", *flags(**arguments, fidelity_subsets=4, num_repeated=1, num_transplanted=1)]
+    command = ["fidelity", *flags(**arguments, fidelity_subsets=4, num_repeated=1, num_first_order=1)]
     assert main(command) == 0
     report = json.loads((tmp_path / "out" / "estimate" / "fidelity.json").read_text())
     assert 3 <= len(report["subsets"]) <= 4 and report["ceiling"]["num_subsets"] == 1

@@ -20,7 +20,7 @@ def test_fidelity_compares_with_real_trainings_and_resumes(finished, monkeypatch
     # The baseline calibrates, so that all tasks together are no test.
     assert [sorted(run.mixture) for run in estimator.observed_runs] == [sorted(trainer.tasks)]
     subsets = [["sums"], ["diffs"], ["sums", "diffs"], ["more_sums", "diffs"], trainer.tasks.names]
-    report = measure_fidelity(trainer, subsets=subsets, num_repeated=3, num_transplanted=1)
+    report = measure_fidelity(trainer, subsets=subsets, num_repeated=3, num_first_order=1)
     assert report.subsets == subsets[:4] and report.calibration_subsets == [list(trainer.tasks)]
     predicted = estimator.predict_subsets(subsets[:4])
     true = np.array(report.true_loss)
@@ -35,7 +35,7 @@ def test_fidelity_compares_with_real_trainings_and_resumes(finished, monkeypatch
     # Two subsets hold a task: too few for a rank correlation, and JSON has no NaN.
     assert np.isnan(report.mean_task_spearman_inside) == (saved["mean_task_spearman_inside"] is None)
     monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
-    again = measure_fidelity(trainer, subsets=subsets, num_repeated=3, num_transplanted=1)
+    again = measure_fidelity(trainer, subsets=subsets, num_repeated=3, num_first_order=1)
     assert again.true_loss == report.true_loss
     assert again.first_order == report.first_order
     with pytest.raises(EstimationError, match="Every subset calibrates the estimates already"):

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> FidelityReport:
         arguments.fidelity_subsets,
         arguments.fidelity_sizes,
         num_repeated=arguments.num_repeated,
-        num_transplanted=arguments.num_transplanted,
+        num_first_order=arguments.num_first_order,
         seed=arguments.subset_seed,
     )
     run = trainer.run_directory
