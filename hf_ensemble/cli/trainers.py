@@ -24,7 +24,7 @@ from ..train import (
     SelectionSFTTrainer,
     SelectionTrainer,
 )
-from ..train.multi_task_trainer import load_classifier
+from ..train.trainer_inputs import load_classifier
 from .arguments import DataArguments, parse
 
 Trainers = EnsembleTrainer | EnsembleSFTTrainer | SelectionTrainer | SelectionSFTTrainer
