@@ -29,9 +29,12 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process left in a folder that was killed while [`write_atomically`] wrote into it."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
+    """Remove the temporary files and folders of a process that was killed while it wrote into a folder."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.tmp.old")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -45,6 +45,10 @@ class RunMismatchError(HfEnsembleError, ValueError):
     """A run directory holds stages of another configuration."""
 
 
+class RunLockedError(HfEnsembleError, RuntimeError):
+    """Another process works in the run directory."""
+
+
 class EnsembleError(HfEnsembleError, ValueError):
     """Adapters, weights or tasks of an ensemble do not fit together."""
 

@@ -4,19 +4,20 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .._compat import package_versions
-from .._files import named_differences
+from .._files import named_differences, remove_leftovers
 from .._processes import is_main_process, run_on_main
 from .._records import Record
 from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER
 from ..errors import RunMismatchError
 from ..logging import get_logger
 from . import layout
+from .lock import exclusive_run
 from .records import RunRecord, ScoredRun, StageRecord, TrainedAdapter
 
 logger = get_logger(__name__)
@@ -120,6 +121,11 @@ class RunDirectory:
         if is_main_process():
             trained.save(self._training_record(trained.name))
 
+    def forget_training(self, name: str) -> None:
+        """Drop the record of a training, on the main process, where something else takes its adapter's place."""
+        if is_main_process():
+            self._training_record(name).unlink(missing_ok=True)
+
     def scored_run(self, subset: Sequence[str], seed: int) -> ScoredRun | None:
         """A subset's true fine-tuning; `None` where it was not made."""
         path = self._scored_run(subset, seed)
@@ -195,6 +201,22 @@ class RunDirectory:
         record = RunRecord(configuration, choices, package_versions(), stages)
         self.write(record)
         return record
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While open, no other process can work in the run; temporary files of killed ones are removed.
+
+        Raises:
+            `RunLockedError`: when another process works in it.
+        """
+        with ExitStack() as stack:
+            run_on_main(lambda: self._lock(stack))
+            yield
+
+    def _lock(self, stack: ExitStack) -> None:
+        stack.enter_context(exclusive_run(self.path))
+        for folder in (self.path, *(self.path / name for name in layout.WRITTEN_FOLDERS), self.member("x").parent):
+            remove_leftovers(folder)
 
     def _delete(self, names: Iterable[str]) -> None:
         """Delete artefacts of stages, and nothing else that lies there."""

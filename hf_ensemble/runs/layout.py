@@ -28,6 +28,8 @@ RECORDS: dict[type[Record], str] = {
     Evaluation: "evaluation.json",
     Results: "results.json",
 }
+# Folders that a run writes files and folders into.
+WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE)
 # What depends on the choice of groups or auxiliary tasks, and what the choice depends on.
 CHOICE_ARTEFACTS = (RECORDS[Grouping], RECORDS[Selection], RECORDS[Evaluation], RECORDS[Results], ENSEMBLE, ADAPTER)
 CHOICE_STAGES = ("group", "select", "weights", "adapter")

@@ -1,9 +1,12 @@
 """What the files of a run hold."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from .._files import sha256_of
 from .._records import Record
+from ..errors import RecordError
 from ..estimate import ObservedRun, SubsetEstimator
 from ..evaluate import TaskScores
 from ..select import Grouping
@@ -98,6 +101,7 @@ class TrainedAdapter(Record):
         distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
         total_flos (`float`): floating point operations, as `Trainer` counts them.
         seconds (`float`): wall time; of the last stretch for a training that was resumed.
+        sha256 (`str`, *optional*): checksum of the adapter's weights.
     """
 
     format = "hf_ensemble.trained_adapter"
@@ -112,6 +116,19 @@ class TrainedAdapter(Record):
     distance: float = 0.0
     total_flos: float = 0.0
     seconds: float = 0.0
+    sha256: str | None = None
+
+    def check_weights(self, file: Path) -> None:
+        """Make sure that an adapter's weights are those that the training has written.
+
+        Raises:
+            `RecordError`: for other ones.
+        """
+        if self.sha256 is not None and (not file.is_file() or sha256_of(file) != self.sha256):
+            raise RecordError(
+                f"{str(file)!r} is not what the training {self.name!r} has written: it is damaged or was replaced. "
+                f"Delete the folder {str(file.parent)!r} to train the adapter again, or restore the file."
+            )
 
 
 @dataclass(frozen=True)

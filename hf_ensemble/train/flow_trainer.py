@@ -1,7 +1,8 @@
 """What the public trainers share: a flow over the user's arguments, and the parent trainer where there is none yet."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -65,6 +66,13 @@ class FlowTrainerMixin(Generic[Flow]):
             self.flow = self._make_flow(self._context(run))
         return self.flow.context.run
 
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """While open, the run is open and no other process can work in it."""
+        with RunDirectory(self.args.output_dir).locked():
+            self.open_run()
+            yield
+
     def _context(self, run: RunDirectory) -> FlowContext:
         precision = self.accelerator.mixed_precision
         return FlowContext(
@@ -102,6 +110,7 @@ class FlowTrainerMixin(Generic[Flow]):
 
         Raises:
             `RunMismatchError`: when `output_dir` holds a run of another configuration.
+            `RunLockedError`: when another process works in it.
             `ConfigurationError`: for arguments that only a single training takes.
         """
         if self.is_adapter_trainer:
@@ -113,15 +122,15 @@ class FlowTrainerMixin(Generic[Flow]):
                 f"Expected no checkpoint in resume_from_checkpoint, since a run consists of several trainings; found "
                 f"{resume_from_checkpoint!r}. Leave it out: a run that is started again resumes by itself."
             )
-        self.open_run()
-        output = self.flow.train()
+        with self._working():
+            output = self.flow.train()
         self.log(dict(output.metrics))
         return output
 
     def capture(self) -> GradientStore:
         """The run's gradient store; the gradients are captured where the run does not hold them yet."""
-        self.open_run()
-        return captured_gradients(self.flow.context, self.flow.training)
+        with self._working():
+            return captured_gradients(self.flow.context, self.flow.training)
 
     def selector(self) -> DataSelector:
         """Predictions from the run's gradients, calibrated as the run's choices are.
@@ -129,7 +138,8 @@ class FlowTrainerMixin(Generic[Flow]):
         Gradients are captured and calibrating fine-tunings made where the run does not hold them yet.
         """
         self.capture()
-        return self.flow.calibration.selector(self.flow.num_calibration_runs())
+        with self._working():
+            return self.flow.calibration.selector(self.flow.num_calibration_runs())
 
     def _is_trained(self) -> bool:
         raise NotImplementedError
@@ -160,7 +170,8 @@ class FlowTrainerMixin(Generic[Flow]):
         if not self._is_trained():
             with self._model_state.restored():
                 return self._single_trainer().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        metrics = self.flow.evaluate(self._tables(eval_dataset), metric_key_prefix)
+        with self._working():
+            metrics = self.flow.evaluate(self._tables(eval_dataset), metric_key_prefix)
         self.log(dict(metrics))
         return metrics
 

@@ -56,7 +56,7 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     """Write one adapter as plain PEFT files into `folder`, completely or not at all."""
 
     def write(target: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".peft.", suffix=".tmp") as work:
             # PEFT writes adapters not named "default" into a folder of their name, and a card beside it.
             model.save_pretrained(work, selected_adapters=[name], safe_serialization=True)
             source = Path(work) if name == "default" else Path(work) / name

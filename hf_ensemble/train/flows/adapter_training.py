@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,15 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from ..._files import sha256_of
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
+from ...ensemble.saving.adapter_check import ADAPTER_WEIGHTS
 from ...ensemble.saving.files import save_adapter
 from ...estimate.mixtures import epoch_length
 from ...logging import get_logger
 from ...runs import TrainedAdapter
 from ...tasks import TASK
+from .checkpoints import last_whole_checkpoint
 from .context import FlowContext
 
 logger = get_logger(__name__)
@@ -128,9 +132,10 @@ class AdapterTraining:
             )
             if is_main_process():
                 save_adapter(self.context.model, self.context.adapter_name, folder)
-                run.write_trained_adapter(trained)
+                run.write_trained_adapter(replace(trained, sha256=sha256_of(folder / ADAPTER_WEIGHTS)))
                 _remove_checkpoints(run.training(name))
             wait_for_everyone()
+            trained = run_on_main(lambda: run.trained_adapter(name))
         finally:
             self.reset()
         self.context.log_history.extend({**entry, "adapter": name} for entry in trainer.state.log_history)
@@ -142,6 +147,7 @@ class AdapterTraining:
         known, work = run.trained_adapter(wanted.name), run.training(wanted.name)
         same = known is not None and (known.mixture, known.seed) == (wanted.mixture, wanted.seed)
         if same and known.status == "done" and folder.exists():
+            known.check_weights(folder / ADAPTER_WEIGHTS)
             return known, None
         if not same:
             # Checkpoints of another mixture.
@@ -168,16 +174,6 @@ class AdapterTraining:
             {task: self.context.eval_rows[task] for task, weight in begun.mixture.items() if weight > 0},
             {task: weight * sampling[task] for task, weight in begun.mixture.items()},
         )
-
-
-def last_whole_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that was written to its end; the state is what `Trainer` writes last."""
-    steps = {int(path.name.split("-")[-1]): path for path in work.glob("checkpoint-*") if path.is_dir()}
-    whole = [step for step, path in steps.items() if (path / "trainer_state.json").is_file()]
-    for step in set(steps) - set(whole):
-        logger.warning("The checkpoint %s was not written to its end and is deleted.", steps[step])
-        shutil.rmtree(steps[step])
-    return str(steps[max(whole)]) if whole else None
 
 
 def _remove_checkpoints(work: Path) -> None:

@@ -6,6 +6,7 @@ from ..._compat import preserve_active_adapter
 from ..._files import write_folder_atomically
 from ..._processes import is_main_process, run_on_all, run_on_main, split_between_processes, wait_for_everyone
 from ...ensemble import EnsembleMember, PeftEnsembleModel
+from ...ensemble.saving.adapter_check import ADAPTER_WEIGHTS
 from ...ensemble.saving.files import load_adapter
 from ...ensemble.weighting.fitting import WeightFit, fit_ensemble
 from ...runs import EnsembleWeights
@@ -38,6 +39,8 @@ class EnsembleAssembly:
     def copy_baseline(self, name: str) -> None:
         """Make the one adapter for all tasks a member of this name."""
         run = self.context.run
+        if name != BASELINE:
+            run.forget_training(name)
         if is_main_process():
             write_folder_atomically(
                 run.member(name), lambda new: shutil.copytree(run.baseline, new, dirs_exist_ok=True)
@@ -119,6 +122,10 @@ class EnsembleAssembly:
                     continue
                 if found is not None:
                     model.delete_adapter(member.name)
-                load_adapter(model, run.baseline if member.name == BASELINE else run.member(member.name), member.name)
+                folder = run.baseline if member.name == BASELINE else run.member(member.name)
+                trained = run.trained_adapter(member.name)
+                if trained is not None:
+                    trained.check_weights(folder / ADAPTER_WEIGHTS)
+                load_adapter(model, folder, member.name)
                 mark_as_of_a_run(model.peft_config[member.name])
                 self._loaded[member.name] = model.peft_config[member.name]

@@ -1,0 +1,98 @@
+"""Two processes, killed processes, damaged files."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from helpers import toy
+from helpers.trainers import sft_trainer
+from hf_ensemble.errors import RecordError, RunLockedError
+from hf_ensemble.runs import RunDirectory
+from hf_ensemble.train.flows.checkpoints import last_whole_checkpoint
+
+HOLD = """
+import sys
+from hf_ensemble.runs import RunDirectory
+with RunDirectory(sys.argv[1]).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_told_of_the_first(tmp_path, base_folder):
+    run = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline().strip() == "held"
+        trainer = sft_trainer(run, base_folder, overwrite_run=True)
+        with pytest.raises(RunLockedError, match=f"process {holder.pid} on .*choose another output_dir"):
+            trainer.train()
+        # A killed holder holds nothing.
+        holder.kill()
+        holder.wait()
+        with RunDirectory(run).locked(), RunDirectory(run).locked():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+        holder.stdout.close()
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    left = [
+        ".run.json.abc.tmp",
+        "estimate/.weights.json.x.tmp",
+        "training/.one.json.y.tmp",
+        "ensemble/adapters/.g.z.tmp",
+    ]
+    for name in [*left, "mine.txt", "ensemble/adapters/group_0/adapter_config.json", "notes/.draft.tmp"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "ensemble" / "adapters" / ".peft.q.tmp" / "default").mkdir(parents=True)
+    (tmp_path / "ensemble" / "adapters" / ".group_0.w.tmp.old").mkdir()
+    with RunDirectory(tmp_path).locked():
+        found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found - {".run.lock", ".run.holder.json"} == {
+        "mine.txt",
+        "ensemble/adapters/group_0/adapter_config.json",
+        "notes/.draft.tmp",
+    }
+    assert [path.name for path in (tmp_path / "ensemble" / "adapters").iterdir()] == ["group_0"]
+
+
+@pytest.mark.parametrize("name", ["baseline", "ensemble/adapters/group_0"])
+def test_a_flipped_bit_in_a_trained_adapter_is_found(finished, tmp_path, name):
+    trainer, _, base = finished
+    shutil.copytree(trainer.run_directory.path, tmp_path / "run")
+    file = tmp_path / "run" / name / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(RecordError, match=r"adapter_model\.safetensors.* damaged or was replaced. Delete the folder"):
+        sft_trainer(tmp_path / "run", base, num_groups=2).train()
+
+
+def checkpoint(folder, step):
+    own = folder / f"checkpoint-{step}"
+    own.mkdir(parents=True)
+    (own / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    torch.save({"a": torch.ones(100)}, own / "optimizer.pt")
+    toy.with_lora(toy.llama()).save_pretrained(own)
+    return own
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors"])
+@pytest.mark.parametrize("size", [0, 40])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, size):
+    whole, damaged = checkpoint(tmp_path, 2), checkpoint(tmp_path, 10)
+    file = damaged / name
+    file.write_bytes(file.read_bytes()[:size] if name != "trainer_state.json" or not size else b"{")
+    assert last_whole_checkpoint(tmp_path) == str(whole)
+    assert not damaged.exists()
