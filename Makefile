@@ -10,7 +10,7 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-ensemble demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 style: $(STAMP)
 	$(BIN)/ruff check .
