@@ -191,7 +191,7 @@ def test_the_layers_have_their_own_forward_back_also_after_an_error(monkeypatch)
     before = model(input_ids=torch.tensor([rows[0]["input_ids"]])).logits
     extractor = GradientExtractor(model, projection_dim=None)
     extractor(collator(rows))
-    monkeypatch.setattr(extractor, "_margins", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(extractor, "_scored", lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         extractor(collator(rows))
     assert not any("forward" in module.__dict__ for module in model.modules())

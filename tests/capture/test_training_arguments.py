@@ -36,9 +36,9 @@ def trainer_with(folder, base, tasks=None, **settings):
 def test_learning_rates_are_those_of_the_training(tmp_path, base_folder, settings):
     trainer = trainer_with(tmp_path / "run", base_folder, **settings)
     trainer.open_run()
-    trainer.adapter_training.run("all", trainer.tasks.names, tmp_path / "all")
+    trainer.flow.training.run("all", trainer.tasks.names, tmp_path / "all")
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    num_steps = trainer.adapter_training.num_steps(trainer.tasks.names)
+    num_steps = trainer.flow.training.num_steps(trainer.tasks.names)
     assert learning_rates(trainer.args, num_steps) == pytest.approx(logged)
     recipe = trainer.capture().recipe
     assert recipe.learning_rates == pytest.approx(logged)
@@ -52,8 +52,8 @@ def test_sampling_weights_lengthen_the_training(tmp_path, base_folder):
         model=base_folder, args=sft_config(tmp_path), train_dataset=tasks, peft_config=toy.lora()
     )
     trainer.open_run()
-    trained = trainer.adapter_training.run("all", tasks.names, tmp_path / "all")
-    assert trainer.adapter_training.num_steps(tasks.names) == trained.global_step
+    trained = trainer.flow.training.run("all", tasks.names, tmp_path / "all")
+    assert trainer.flow.training.num_steps(tasks.names) == trained.global_step
 
 
 def test_long_trainings_are_put_together():

@@ -57,7 +57,7 @@ def test_ensemble_over_a_4_bit_base(base_folder, tmp_path):
         num_train_epochs=1,
         learning_rate=1e-2,
         num_groups=2,
-        num_subsets=10,
+        affinity_subsets=10,
         projection_dim=64,
     )
     trainer = EnsembleSFTTrainer(

@@ -108,7 +108,7 @@ def test_rows_are_left_out_by_their_ids():
     for examples, message in (
         ({"x": []}, "Unknown tasks"),
         ({"sums": ["none"]}, "no training rows with the ids"),
-        ({"sums": ids}, "is left"),
+        ({"sums": ids}, "no training rows left"),
     ):
         with pytest.raises(TaskError, match=message):
             tasks.without(examples)

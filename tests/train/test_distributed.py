@@ -88,20 +88,32 @@ def launch(script: Path, processes: int, *arguments: str) -> subprocess.Complete
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
 
-@pytest.fixture
-def train(tmp_path):
-    """Launches all four trainers."""
-    script = tmp_path / "train.py"
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Launches all four trainers, once for each number of processes."""
+    home, done = tmp_path_factory.mktemp("distributed"), {}
+    script = home / "train.py"
     script.write_text(TRAIN)
-    base = toy.save_model(toy.llama(), tmp_path / "base")
-    encoder = toy.save_model(toy.bert(2).bert, tmp_path / "encoder")
+    base = toy.save_model(toy.llama(), home / "base")
+    encoder = toy.save_model(toy.bert(2).bert, home / "encoder")
 
     def run(processes, fails="no"):
-        folder = tmp_path / f"{processes}-{fails}"
-        folder.mkdir()
-        return folder, launch(script, processes, str(folder), base, encoder, fails)
+        folder = home / f"{processes}-{fails}"
+        if folder not in done:
+            folder.mkdir()
+            done[folder] = launch(script, processes, str(folder), base, encoder, fails)
+        return folder, done[folder]
 
     return run
+
+
+def reports_of(train, processes):
+    folder, done = train(processes)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder, {
+        name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
+        for name in TRAINERS
+    }
 
 
 def test_two_processes_write_the_store_of_one(tmp_path):
@@ -115,24 +127,19 @@ def test_two_processes_write_the_store_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_rank_makes_the_same_choices_and_they_are_those_of_one_process(train):
-    reports = {}
-    for processes in (1, 2, 4):
-        folder, done = train(processes)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        for name in TRAINERS:
-            own = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
-            assert all(report == own[0] for report in own[1:]), name
-            reports[processes, name] = own[0]
-        assert (folder / "sft" / "ensemble" / "README.md").is_file()
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_rank_makes_the_same_choices_and_they_are_those_of_one_process(train, processes):
+    _, alone = reports_of(train, 1)
+    folder, together = reports_of(train, processes)
+    assert (folder / "sft" / "ensemble" / "README.md").is_file()
     for name in TRAINERS:
-        one = reports[1, name]["metrics"]
-        for processes in (2, 4):
-            other = reports[processes, name]["metrics"]
-            assert set(other) == set(one)
-            # Larger batches over all processes, fewer steps: the losses are near, not equal.
-            losses = [key for key in one if key.endswith("loss")]
-            assert np.allclose([one[key] for key in losses], [other[key] for key in losses], rtol=0.15), name
+        own, (one,) = together[name], alone[name]
+        assert all(report == own[0] for report in own[1:]), name
+        assert set(own[0]["metrics"]) == set(one["metrics"])
+        # Larger batches over all processes, fewer steps: the losses are near, not equal.
+        losses = [key for key in one["metrics"] if key.endswith("loss")]
+        found, expected = ([report["metrics"][key] for key in losses] for report in (own[0], one))
+        assert np.allclose(found, expected, rtol=0.15), name
 
 
 def test_an_error_on_one_rank_ends_all_with_that_error(train):
