@@ -13,7 +13,7 @@ from .problem import SelectionProblem
 from .selection import Selection
 from .subsets import random_subsets
 
-# Maximum number of subsets that an exhaustive search predicts: about a second of work.
+# Maximum number of subsets that an exhaustive search predicts: seconds to half a minute on a CPU core.
 _MAX_SUBSETS = 20_000
 # Maximum number of close calls that an exhaustive search reports.
 _NUM_CLOSE = 10
@@ -88,25 +88,23 @@ def exhaustive_selection(problem: SelectionProblem) -> Selection:
             f"{len(optional)} optional tasks make {total} subsets; an exhaustive search takes at most {_MAX_SUBSETS}. "
             "Exclude tasks, lower max_auxiliary, or use another method."
         )
-    masks = [
-        mask
-        for size in range(max_size + 1)
-        for subset in combinations(optional, size)
-        if (mask := _with(problem.required, list(subset))).any() and problem.fits(mask)
-    ]
-    scored = problem.score(np.stack(masks))
-    best = int(np.argmin(scored.value))
-    close = [int(row) for row in np.argsort(scored.value) if problem.close_calls(scored, best)[row]][:_NUM_CLOSE]
-    held = np.stack(masks)
-    scores = {problem.names[i]: float(scored.value[held[:, i]].min()) for i in optional if held[:, i].any()}
+    masks = np.stack(
+        [
+            mask
+            for size in range(max_size + 1)
+            for subset in combinations(optional, size)
+            if (mask := _with(problem.required, list(subset))).any() and problem.fits(mask)
+        ]
+    )
+    scored = problem.score(masks)
+    ranked = np.argsort(scored.value, kind="stable")
+    best = int(ranked[0])
+    is_close = problem.close_calls(scored, best)
+    close = [", ".join(problem.names_of(masks[row])) for row in ranked[is_close[ranked]][:_NUM_CLOSE]]
+    scores = {problem.names[i]: float(scored.value[masks[:, i]].min()) for i in optional if masks[:, i].any()}
     chosen = sorted(problem.names_of(masks[best] & ~problem.required), key=scores.get)
-    path = [
-        {
-            "added": ", ".join(problem.names_of(masks[best])),
-            **problem.path_entry(scored, best),
-            "close_calls": [", ".join(problem.names_of(masks[row])) for row in close],
-        }
-    ]
+    added = ", ".join(problem.names_of(masks[best]))
+    path = [{"added": added, **problem.path_entry(scored, best), "close_calls": close}]
     return make_selection(problem, "exhaustive", [*problem.names_of(problem.required), *chosen], scores, path)
 
 

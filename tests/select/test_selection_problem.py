@@ -180,3 +180,16 @@ def test_mixture_keeps_to_the_tasks_that_are_allowed(selector):
     found = selector.select("a", "mixture", exclude=["b"])
     assert "b" not in found.weights and found.tasks[0] == "a"
     assert set(selector.select(["a", "d"], "mixture").targets) == {"a", "d"}
+
+
+def test_exhaustive_compares_each_subset_with_the_best_once(estimator, monkeypatch):
+    compared = []
+    spread = estimator.score_spread
+
+    def counted(coefficients, *arguments):
+        compared.append(len(coefficients))
+        return spread(coefficients, *arguments)
+
+    monkeypatch.setattr(estimator, "score_spread", counted)
+    DataSelector(estimator).select("a", "exhaustive")
+    assert compared == [2 ** (len(NAMES) - 1)]
