@@ -1,6 +1,7 @@
 """One adapter made of several, against the sum of the dense deltas."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -192,13 +193,11 @@ def test_mergers_equal_their_plain_definitions():
     thrice = (3 * weights).tolist()
     assert torch.allclose(task_vectors.ties(deltas, weights, 0.3), plain_ties(deltas, thrice, 0.3), atol=1e-6)
     assert torch.allclose(task_vectors.pcb(deltas, weights, 0.2).double(), plain_pcb(deltas, thrice, 0.2), atol=1e-5)
-    once = task_vectors.dare_linear(deltas, weights, 0.5, seed=3)
-    state = torch.random.get_rng_state()
-    assert torch.equal(once, task_vectors.dare_linear(deltas, weights, 0.5, seed=3))
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert not torch.equal(once, task_vectors.dare_linear(deltas, weights, 0.5, seed=4))
+    once = task_vectors.dare_linear(deltas, weights, "q", 0.5, seed=3)
+    assert torch.equal(once, task_vectors.dare_linear(deltas, weights, "q", 0.5, seed=3))
+    assert not torch.equal(once, task_vectors.dare_linear(deltas, weights, "q", 0.5, seed=4))
     # On average over seeds, DARE is the weighted sum.
-    many = sum(task_vectors.dare_linear(deltas, weights, 0.5, seed=s) for s in range(400)) / 400
+    many = sum(task_vectors.dare_linear(deltas, weights, "q", 0.5, seed=s) for s in range(400)) / 400
     assert (many - sum(w * d for w, d in zip(weights, deltas))).abs().mean() < 0.05
     trail = task_vectors.breadcrumbs(deltas[:1], torch.ones(1), 0.5, 0.1)
     order = deltas[0].abs().reshape(-1).argsort()
@@ -206,6 +205,33 @@ def test_mergers_equal_their_plain_definitions():
     assert torch.equal(trail.reshape(-1)[order[60:108]], deltas[0].reshape(-1)[order[60:108]])
     factors = [task_vectors.lines_factor(layer, 5, 0.2, 0.8) for layer in (0, 2, 4, None)]
     assert factors == pytest.approx([0.2, 0.6, 1.0, 0.2])
+
+
+@pytest.mark.parametrize("method", [task_vectors.dare_linear, task_vectors.dare_ties])
+def test_dare_drops_entries_of_each_module_and_adapter_independently(method):
+    ones, only_first = [torch.ones(100, 100)] * 2, torch.tensor([1.0, 0.0])
+    kept = [method(ones, only_first, f"layers.{layer}.q_proj") != 0 for layer in range(2)]
+    kept.append(method(ones, 1 - only_first, "layers.0.q_proj") != 0)
+    for first, second in itertools.combinations(kept, 2):
+        # Independent halves agree on half of the entries, to within 4 standard deviations.
+        assert abs(float((first == second).float().mean()) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_leaves_every_random_state_alone(method, model, monkeypatch):
+    seeded = []
+    # It also seeds the generators of devices that this machine may lack.
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    monkeypatch.setattr(torch.random, "manual_seed", seeded.append)
+    state = torch.random.get_rng_state()
+    ensemble_of(model).merge("x", method=method)
+    assert not seeded and torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.5])
+def test_dare_refuses_an_impossible_density(density):
+    with pytest.raises(EnsembleError, match="above 0 and at most 1"):
+        task_vectors.dare_linear([torch.ones(2, 2)], torch.ones(1), "q", density)
 
 
 @torch.no_grad()
@@ -223,7 +249,8 @@ def test_task_vector_methods_on_a_model(model, batch, tmp_path):
         assert ensemble.merge("x", rank=32, method=method, **options).relative_error < 1e-5
         merged = ensemble.merge("x", method=method, **options)
         for path, own in deltas.items():
-            wanted = getattr(task_vectors, method)(list(own.values()), values, **options)
+            module = {"module": path} if method.startswith("dare") else {}
+            wanted = getattr(task_vectors, method)(list(own.values()), values, **module, **options)
             down, up = (merged.state_dict[f"base_model.model.{path}.lora_{x}.weight"] for x in "AB")
             # Without a cap, the sum of the adapters' ranks.
             assert merged.rank == 14

@@ -32,6 +32,8 @@ DENSE_METHODS: dict[str, Callable[..., torch.Tensor]] = {
     "pcb": task_vectors.pcb,
 }
 METHODS = ("sum", "lines", *DENSE_METHODS)
+# Methods that draw entries at random, by the module's name.
+_RANDOM_METHODS = ("dare_linear", "dare_ties")
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -179,8 +181,9 @@ def _merged_module(
         # An adapter without this module counts as zero in an average.
         matrices = [delta.matrix() for delta in deltas.values()]
         absent = [torch.zeros_like(matrices[0])] * (num_adapters - len(matrices))
-        values = torch.tensor([*weights.values(), *[0.0] * len(absent)])
-        return _with_options(DENSE_METHODS[method], [*matrices, *absent], values, **options)
+        values = torch.tensor([*weights.values(), *[0.0] * len(absent)], device=matrices[0].device)
+        drawn_from = [path] if method in _RANDOM_METHODS else []
+        return _with_options(DENSE_METHODS[method], [*matrices, *absent], values, *drawn_from, **options)
     if options and method == "sum":
         raise EnsembleError(f"The method 'sum' takes no options, found {sorted(options)}.")
     if not dense:

@@ -5,10 +5,13 @@ rather than add them up, multiply the weights by `len(deltas)`, so that equal we
 Matrices are merged one by one: pruning and normalisation are over the entries of one matrix.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from peft.utils import merge_utils
+
+from ...errors import EnsembleError
 
 Deltas = Sequence[torch.Tensor]
 
@@ -21,19 +24,24 @@ def ties(deltas: Deltas, weights: torch.Tensor, density: float = 0.2) -> torch.T
     return merge_utils.ties(list(deltas), weights * len(deltas), density)
 
 
-def dare_linear(deltas: Deltas, weights: torch.Tensor, density: float = 0.5, seed: int = 0) -> torch.Tensor:
-    """DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)), with PEFT's function: a random `density` of each
-    change is kept, divided by `density`, and added up."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return merge_utils.dare_linear(list(deltas), weights, density)
+def dare_linear(
+    deltas: Deltas, weights: torch.Tensor, module: str, density: float = 0.5, seed: int = 0
+) -> torch.Tensor:
+    """DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)): a random `density` of each change is kept, divided
+    by `density`, and added up.
+
+    The entries to drop are drawn from the seed and the module's name, so modules of one shape drop different ones, and
+    a module drops the same ones on every device.
+    """
+    return sum(w * delta for w, delta in zip(weights, _thinned(deltas, module, density, seed)))
 
 
-def dare_ties(deltas: Deltas, weights: torch.Tensor, density: float = 0.5, seed: int = 0) -> torch.Tensor:
-    """DARE's random pruning, then TIES' election of signs, with PEFT's function."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return merge_utils.dare_ties(list(deltas), weights * len(deltas), density)
+def dare_ties(deltas: Deltas, weights: torch.Tensor, module: str, density: float = 0.5, seed: int = 0) -> torch.Tensor:
+    """DARE's random pruning, then TIES' election of signs, by peft's functions."""
+    kept = torch.stack(_thinned(deltas, module, density, seed))
+    elected = merge_utils.calculate_majority_sign_mask(kept)
+    scaled = merge_utils.reshape_weight_task_tensors(kept, weights * len(deltas))
+    return merge_utils.disjoint_merge(kept * scaled, elected)
 
 
 def breadcrumbs(
@@ -64,6 +72,17 @@ def lines_factor(layer: int | None, num_layers: int, alpha: float, beta: float) 
     """LiNeS ([arXiv 2410.17146](https://arxiv.org/abs/2410.17146)): alpha + beta (layer - 1) / (layers - 1), layers
     counted from 1 here and from 0 in the argument; `alpha` outside of the layers."""
     return alpha if layer is None else alpha + beta * layer / max(num_layers - 1, 1)
+
+
+def _thinned(deltas: Deltas, module: str, density: float, seed: int) -> list[torch.Tensor]:
+    """Each change with a random `density` of its entries, divided by `density`."""
+    if not 0 < density <= 1:
+        raise EnsembleError(f"Expected a density above 0 and at most 1, found {density}.")
+    digest = hashlib.blake2b(f"{seed}|{module}".encode(), digest_size=8).digest()
+    # A generator of its own leaves the global ones alone, which torch.manual_seed would reset on every device.
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    masks = [torch.rand(delta.shape, generator=generator) < density for delta in deltas]
+    return [delta * mask.to(delta.device) / density for delta, mask in zip(deltas, masks)]
 
 
 def _middle(magnitude: torch.Tensor, below: float, above: float) -> torch.Tensor:
