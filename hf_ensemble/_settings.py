@@ -1,7 +1,7 @@
 """What the settings dataclasses of all stages share."""
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from .errors import ConfigurationError
@@ -33,3 +33,9 @@ def check_at_least(name: str, value: Any, least: int, optional: bool = False) ->
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ConfigurationError(f"{name} has to be {expected}{' or None' if optional else ''}, found {value!r}.")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raise `ConfigurationError` for anything but a number between 0 and 1, both excluded."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < 1:
+        raise ConfigurationError(f"{name} has to be a number between 0 and 1, found {value!r}.")

@@ -24,9 +24,6 @@ class DataArguments:
         default=None, metadata={"help": "Folder of tasks: NAME/{train,validation,test}.jsonl, or NAME.jsonl."}
     )
     tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the folder to use; all by default."})
-    validation_fraction: float | None = field(
-        default=None, metadata={"help": "Share of a NAME.jsonl to hold out for evaluation."}
-    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Maximum number of training rows per task."})
     max_validation_rows: int | None = field(
         default=None, metadata={"help": "Maximum number of validation rows per task."}

@@ -44,7 +44,6 @@ def load_tasks(arguments: DataArguments, model_arguments: ModelConfig, command: 
     limits = {"train": arguments.max_train_rows, "validation": arguments.max_validation_rows}
     return load_task_folder(
         arguments.data,
-        validation_fraction=arguments.validation_fraction,
         max_rows={split: limit for split, limit in limits.items() if limit is not None},
         names=arguments.tasks,
     )

@@ -26,8 +26,8 @@ def encode(
     """Convert rows to `input_ids`, `attention_mask` and `labels`, and keep `task` and `example_id`.
 
     A classification label becomes the index of its output in `label_space`. Prompts, and everything in a chat before
-    the assistant's last turn, are masked with -100. A plain completion ends with the tokenizer's end-of-sequence token,
-    as in trl.
+    the assistant's last turn, are masked with -100; every token of a plain text is an answer. A completion or text
+    ends with the tokenizer's end-of-sequence token, as in trl.
 
     Raises:
         `TaskError`: for rows without an answer token after truncation to `max_length`.
@@ -38,6 +38,7 @@ def encode(
         RowFormat.CLASSIFICATION: lambda row: _encode_classification(row, tokenizer, label_space, max_length),
         RowFormat.PROMPT_COMPLETION: lambda row: _encode_prompt_completion(row, tokenizer, max_length),
         RowFormat.CHAT: lambda row: _encode_chat(row, tokenizer, max_length),
+        RowFormat.TEXT: lambda row: _encode_text(row, tokenizer, max_length),
     }
     drop = [column for column in dataset.column_names if column not in META_COLUMNS]
     return dataset.map(encoders[row_format], remove_columns=drop, desc="Tokenizing", load_from_cache_file=False)
@@ -71,10 +72,17 @@ def _encode_prompt_completion(row, tokenizer, max_length):
     if isinstance(row["prompt"], list):
         return _encode_chat({**row, "messages": row["prompt"] + row["completion"]}, tokenizer, max_length)
     prompt = tokenizer(row["prompt"])["input_ids"]
-    full = tokenizer(row["prompt"] + row["completion"])["input_ids"]
-    if tokenizer.eos_token_id is not None and full[-1:] != [tokenizer.eos_token_id]:
-        full = full + [tokenizer.eos_token_id]
-    return _mask_prefix(row, prompt, full, max_length)
+    return _mask_prefix(row, prompt, _with_eos(row["prompt"] + row["completion"], tokenizer), max_length)
+
+
+def _encode_text(row, tokenizer, max_length):
+    return _mask_prefix(row, [], _with_eos(row["text"], tokenizer), max_length)
+
+
+def _with_eos(text, tokenizer):
+    tokens = tokenizer(text)["input_ids"]
+    has_end = tokenizer.eos_token_id is None or tokens[-1:] == [tokenizer.eos_token_id]
+    return tokens if has_end else tokens + [tokenizer.eos_token_id]
 
 
 def _encode_chat(row, tokenizer, max_length):

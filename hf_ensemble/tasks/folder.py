@@ -6,24 +6,21 @@ from pathlib import Path
 from datasets import Dataset
 
 from ..errors import TaskError
-from .rows import content_hash
 from .task_set import SPLITS, TaskSet
 
 
 def load_task_folder(
     folder: str | Path,
-    validation_fraction: float | None = None,
     max_rows: dict[str, int] | None = None,
     sampling_weights: dict[str, float] | None = None,
     names: list[str] | None = None,
 ) -> TaskSet:
     """Load tasks from `NAME/{train,validation,test}.jsonl` or `NAME.jsonl`.
 
+    Validation rows may be lacking: [`TaskSet.with_validation`] holds some out.
+
     Args:
         folder (`str` or `Path`): folder with one sub-folder or file per task.
-        validation_fraction (`float`, *optional*):
-            Share of a single `NAME.jsonl` to hold out for evaluation. Rows are assigned by a hash of their content, so
-            the split does not depend on their order.
         max_rows (`dict[str, int]`, *optional*): maximum number of rows by split; the first rows of each file are used.
         sampling_weights (`dict[str, float]`, *optional*): see [`TaskSet`].
         names (`list[str]`, *optional*): names of the tasks to load. All by default.
@@ -41,7 +38,7 @@ def load_task_folder(
                 files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
                 sources.append((path.name, {split: _read_jsonl(file, path.name) for split, file in files.items()}))
         elif path.suffix == ".jsonl" and (names is None or path.stem in names):
-            sources.append((path.stem, _hold_out(_read_jsonl(path, path.stem), validation_fraction)))
+            sources.append((path.stem, {"train": _read_jsonl(path, path.stem)}))
     missing = sorted(set(names or ()) - {name for name, _ in sources})
     if missing or not sources:
         raise TaskError(
@@ -74,15 +71,3 @@ def _read_jsonl(path: Path, name: str) -> Dataset:
         return Dataset.from_list(rows)
     except Exception as error:  # pyarrow raises unrelated exception classes here
         raise TaskError(f"Task {name!r}: the rows of {path.name} do not form one table: {error}") from error
-
-
-def _hold_out(rows: Dataset, fraction: float | None) -> dict[str, Dataset]:
-    if fraction is None:
-        return {"train": rows}
-    if not 0 < fraction < 1:
-        raise TaskError(f"validation_fraction has to be between 0 and 1, found {fraction}.")
-    held_out = [int(content_hash(row), 16) / 2**64 < fraction for row in rows]
-    return {
-        "train": rows.select([i for i, out in enumerate(held_out) if not out]),
-        "validation": rows.select([i for i, out in enumerate(held_out) if out]),
-    }

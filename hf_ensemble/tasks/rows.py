@@ -23,14 +23,17 @@ class RowFormat(StrEnum):
     CLASSIFICATION = "classification"
     PROMPT_COMPLETION = "prompt_completion"
     CHAT = "chat"
+    TEXT = "text"
+    # Whatever `trl.SFTTrainer` takes, which tokenizes the rows.
+    SFT = "sft"
 
     @property
     def required(self) -> tuple[str, ...]:
         return _REQUIRED[self]
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (*_REQUIRED[self], *_OPTIONAL[self])
+    def used(self, columns: Iterable[str]) -> list[str]:
+        """Those of the columns that the format uses."""
+        return [column for column in columns if self is RowFormat.SFT or column in _REQUIRED[self] + _OPTIONAL[self]]
 
 
 _REQUIRED = {
@@ -38,12 +41,16 @@ _REQUIRED = {
     RowFormat.CLASSIFICATION: ("text", "label"),
     RowFormat.PROMPT_COMPLETION: ("prompt", "completion"),
     RowFormat.CHAT: ("messages",),
+    RowFormat.TEXT: ("text",),
+    RowFormat.SFT: (),
 }
 _OPTIONAL = {
     RowFormat.TOKENIZED: ("attention_mask", "token_type_ids", "completion_mask", "assistant_masks", "seq_lengths"),
     RowFormat.CLASSIFICATION: ("label_text",),
     RowFormat.PROMPT_COMPLETION: (),
     RowFormat.CHAT: ("tools",),
+    RowFormat.TEXT: (),
+    RowFormat.SFT: (),
 }
 
 
@@ -54,10 +61,11 @@ def detect_format(task: str, columns: Iterable[str]) -> RowFormat:
         `TaskError`: for columns that match no format.
     """
     columns = set(columns)
-    for row_format in RowFormat:
+    formats = [row_format for row_format in RowFormat if row_format.required]
+    for row_format in formats:
         if columns.issuperset(row_format.required):
             return row_format
-    known = " or ".join(" + ".join(row_format.required) for row_format in RowFormat)
+    known = " or ".join(" + ".join(row_format.required) for row_format in formats)
     raise TaskError(
         f"Task {task!r}: expected the columns {known}; found {sorted(columns)}. Rename the columns with "
         "Dataset.rename_columns."
@@ -87,10 +95,11 @@ def add_identity(task: str, split: str, dataset: Dataset, row_format: RowFormat)
             f"Task {task!r}, split {split!r}: the column {TASK!r} is reserved for the task name, found "
             f"{sorted(map(str, dataset.unique(TASK)))[:5]}. Rename that column, or split the dataset by it."
         )
-    unused = [c for c in dataset.column_names if c not in row_format.columns and c not in META_COLUMNS]
+    used = row_format.used(column for column in dataset.column_names if column not in META_COLUMNS)
+    unused = [column for column in dataset.column_names if column not in (*used, *META_COLUMNS)]
     if unused:
         logger.info("Task %r, split %r: columns %s are not used.", task, split, unused)
-    content = dataset.select_columns([c for c in row_format.columns if c in dataset.column_names])
+    content = dataset.select_columns(used)
     hashes = [content_hash(row) for row in content]
     if EXAMPLE_ID in dataset.column_names:
         ids = [str(i) for i in dataset[EXAMPLE_ID]]

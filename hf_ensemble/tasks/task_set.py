@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value, concatenate_datase
 
 from ..errors import TaskError
 from .columns import EXAMPLE_ID
+from .hold_out import hold_out
 from .labels import LabelSpace
 from .rows import RowFormat, add_identity, detect_format, label_names_of
 
@@ -27,7 +28,7 @@ class Task:
     Args:
         name (`str`): task name.
         splits (`dict[str, Dataset]`):
-            Rows of the splits `"train"`, `"validation"` and optionally `"test"`, with the columns `task` and
+            Rows of the splits `"train"` and optionally `"validation"` and `"test"`, with the columns `task` and
             `example_id`.
         row_format (`RowFormat`): format of the rows.
         label_names (`tuple[str, ...]`, *optional*): label names of a classification task.
@@ -104,8 +105,11 @@ class TaskSet(Mapping[str, Task]):
         validation: Mapping[str, Dataset] | None = None,
         test: Mapping[str, Dataset] | None = None,
         sampling_weights: Mapping[str, float] | None = None,
+        row_format: RowFormat | None = None,
     ) -> "TaskSet":
         """Create tasks from named datasets.
+
+        Evaluation rows may be lacking: [`TaskSet.with_validation`] holds some out.
 
         Args:
             train (`dict[str, Dataset]`, `dict[str, DatasetDict]` or pairs of name and dataset):
@@ -114,10 +118,11 @@ class TaskSet(Mapping[str, Task]):
             validation (`dict[str, Dataset]`, *optional*): evaluation rows of tasks, if `train` has none.
             test (`dict[str, Dataset]`, *optional*): held-out rows, which no choice depends on.
             sampling_weights (`dict[str, float]`, *optional*): see [`TaskSet`].
+            row_format (`RowFormat`, *optional*): format of the rows; detected from their columns by default.
 
         Raises:
-            `TaskError`: for unknown columns, empty tasks, repeated names, labels outside the task's set, tasks without
-                evaluation rows, and evaluation rows of unknown tasks.
+            `TaskError`: for unknown columns, empty tasks, repeated names, labels outside the task's set, and evaluation
+                rows of unknown tasks.
         """
         pairs = list(train.items() if isinstance(train, Mapping) else train)
         names = [name for name, _ in pairs]
@@ -132,9 +137,9 @@ class TaskSet(Mapping[str, Task]):
                 raise TaskError(f"The {split} rows name tasks without training rows: {unknown}; the tasks are {names}.")
         tasks = []
         for name, source in pairs:
-            splits = _splits_of(name, source)
+            splits = splits_of(name, source)
             splits.update({split: as_dataset(name, d[name]) for split, d in given.items() if name in d})
-            tasks.append(make_task(name, splits))
+            tasks.append(make_task(name, splits, row_format))
         return cls(tasks, sampling_weights)
 
     def __getitem__(self, name: str) -> Task:
@@ -168,7 +173,8 @@ class TaskSet(Mapping[str, Task]):
         """
         lacking = [name for name, task in self._tasks.items() if split not in task.splits]
         if lacking:
-            raise TaskError(f"Expected {split!r} rows of every task, found none of {lacking}.")
+            remedy = " Pass them, or hold some out: tasks.with_validation()." if split == "validation" else ""
+            raise TaskError(f"Expected {split!r} rows of every task, found none of {lacking}.{remedy}")
         return {name: task.splits[split] for name, task in self._tasks.items()}
 
     def table(self, split: str) -> Dataset:
@@ -186,6 +192,22 @@ class TaskSet(Mapping[str, Task]):
             raise TaskError(f"Unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
         kept = [task for name, task in self._tasks.items() if name in names]
         return TaskSet(kept, {task.name: self.sampling_weights[task.name] for task in kept})
+
+    def with_validation(self, fraction: float = 0.1, seed: int = 0) -> "TaskSet":
+        """The same tasks, each with validation rows: where there are none, a share of the training rows is held out.
+
+        Args:
+            fraction (`float`, *optional*, defaults to 0.1):
+                Share of a task's rows; at least 20 rows, at most 500 and never more than half of them.
+            seed (`int`, *optional*, defaults to 0): seed of the draw, which does not depend on the rows' order.
+
+        Raises:
+            `TaskError`: for a task with a single row.
+        """
+        tasks = [
+            task if "validation" in task.splits else hold_out(task, fraction, seed) for task in self._tasks.values()
+        ]
+        return TaskSet(tasks, self.sampling_weights)
 
     def without(self, examples: Mapping[str, Iterable[str]]) -> "TaskSet":
         """The same tasks without some training rows.
@@ -250,16 +272,14 @@ class TaskSet(Mapping[str, Task]):
         }
 
 
-def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
+def make_task(name: str, splits: Mapping[str, Dataset], row_format: RowFormat | None = None) -> Task:
     """Create a task from its splits. Raises like [`TaskSet.from_datasets`]."""
-    for split in ("train", "validation"):
-        if split not in splits:
-            what = "evaluation" if split == "validation" else "training"
-            raise TaskError(f"Task {name!r} has no {what} rows: expected a split {split!r}, found {sorted(splits)}.")
+    if "train" not in splits:
+        raise TaskError(f"Task {name!r} has no training rows: expected a split 'train', found {sorted(splits)}.")
     for split, rows in splits.items():
         if len(rows) == 0:
             raise TaskError(f"Task {name!r} is empty: split {split!r} has no rows.")
-    row_format = detect_format(name, splits["train"].column_names)
+    row_format = row_format or detect_format(name, splits["train"].column_names)
     for split, rows in splits.items():
         lacking = [column for column in row_format.required if column not in rows.column_names]
         if lacking:
@@ -300,7 +320,8 @@ def as_dataset(name: str, source) -> Dataset:
     raise TaskError(f"Task {name!r}: expected a datasets.Dataset or a list of dicts, found {type(source).__name__}.")
 
 
-def _splits_of(name: str, source) -> dict[str, Dataset]:
+def splits_of(name: str, source) -> dict[str, Dataset]:
+    """The splits of one dataset by their usual names; a dataset without splits is its training rows."""
     if not isinstance(source, (DatasetDict, Mapping)):
         return {"train": as_dataset(name, source)}
     splits = {}

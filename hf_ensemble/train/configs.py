@@ -1,21 +1,44 @@
 """Arguments of the trainers: those of `TrainingArguments` and `SFTConfig`, and the settings of every stage."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
+import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .._settings import check_at_least, check_one_of
+from .._settings import check_at_least, check_fraction, check_one_of
 from ..capture import CaptureConfig, FeatureSettings
+from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
 
+logger = get_logger(__name__)
+
 WEIGHTINGS = ("fitted", "own_group")
+# LoRA needs about ten times the learning rate of full fine-tuning.
+ADAPTER_LEARNING_RATE = 2e-4
+
+Config = TypeVar("Config", bound=TrainingArguments)
 
 
 @dataclass
 class RunArguments(FeatureSettings):
     """What the ensemble and the selection trainers share."""
 
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Initial learning rate. By default 2e-4 for the adapters of a run over several datasets, and the "
+            "parent class's own where a single model is trained as it would."
+        },
+    )
+    validation_fraction: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of the rows of a dataset without evaluation rows that is held out for evaluation: at least "
+            "20 rows, at most 500 and never more than half."
+        },
+    )
     capture_batch_size: int | None = field(
         default=None,
         metadata={"help": "Examples per backward pass of the capture; per_device_eval_batch_size by default."},
@@ -38,8 +61,22 @@ class RunArguments(FeatureSettings):
     def __post_init__(self):
         check_at_least("num_components", self.num_components, 1)
         check_at_least("calibration_runs", self.calibration_runs, 0)
+        check_fraction("validation_fraction", self.validation_fraction)
+        if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
+            # trl would refuse these arguments on a machine without an accelerator.
+            logger.warning_once(
+                "Training on the CPU in float32: bf16 is off. Set bf16=True and use_cpu=True to use it."
+            )
+            self.bf16 = False
         super().__post_init__()
         self.capture_config()
+
+    def resolve_learning_rate(self, of_adapters: bool) -> None:
+        """Fill in the learning rate where none was given: that of adapters, or the parent class's default."""
+        if self.learning_rate is None:
+            parent = SFTConfig if isinstance(self, SFTConfig) else TrainingArguments
+            default = next(own.default for own in fields(parent) if own.name == "learning_rate")
+            self.learning_rate = ADAPTER_LEARNING_RATE if of_adapters else default
 
     def capture_config(self) -> CaptureConfig:
         """Settings of the capture pass, in the precision of the training."""
@@ -103,3 +140,12 @@ class SelectionConfig(SelectionArguments, TrainingArguments):
 @dataclass
 class SelectionSFTConfig(SelectionArguments, SFTConfig):
     """`SFTConfig` of [`SelectionSFTTrainer`]."""
+
+
+def as_config(args: TrainingArguments, config_class: type[Config]) -> Config:
+    """Arguments of a parent class as those of a trainer's own, field by field; its own class is passed through."""
+    if isinstance(args, config_class):
+        return args
+    known = {own.name for own in fields(config_class)}
+    shared = [own.name for own in fields(args) if own.init and own.name in known]
+    return config_class(**{name: getattr(args, name) for name in shared})

@@ -11,7 +11,8 @@ from .flow_trainer import FlowTrainerMixin
 from .flows.assembly import BASELINE
 from .flows.context import FlowContext
 from .flows.ensemble_flow import EnsembleFlow
-from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
+from .multi_task_sft_trainer import MultiTaskSFTTrainer
+from .multi_task_trainer import MultiTaskTrainer
 from .used_models import check_adapter_names
 
 
@@ -25,6 +26,8 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.trains_directly:
+            return
         self.args.check_tasks(len(self.tasks))
         check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks)))})
 
@@ -48,7 +51,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
         Raises:
             `ConfigurationError`: after training.
         """
-        if self.is_adapter_trainer:
+        if self.trains_directly:
             return super().predict(*args, **kwargs)
         if self._is_trained():
             raise ConfigurationError("predict() knows one model. Call trainer.ensemble(**batch, task=...) instead.")
@@ -57,7 +60,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the ensemble; before [`train`], what the parent trainer saves."""
-        if self.is_adapter_trainer or not self._is_trained() or _internal_call:
+        if self.trains_directly or not self._is_trained() or _internal_call:
             super().save_model(output_dir, _internal_call)
         elif self.is_world_process_zero():
             self.ensemble.save_pretrained(output_dir or str(self.run_directory.ensemble))

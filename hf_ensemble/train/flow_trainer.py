@@ -53,6 +53,11 @@ class FlowTrainerMixin(Generic[Flow]):
         Raises:
             `RunMismatchError`: when it holds a run of another configuration.
         """
+        if self.trains_directly:
+            raise ConfigurationError(
+                "This trainer trains one model as its parent class does, so there is no run over several datasets. "
+                "Pass a dict of at least two datasets, and peft_config=LoraConfig(...)."
+            )
         # Between trainings the model is as no trainer has touched it, but for what the user has changed.
         self._model_state.record()
         if self.flow is None:
@@ -85,13 +90,14 @@ class FlowTrainerMixin(Generic[Flow]):
             train_rows=self.train_dataset,
             eval_rows=self.eval_dataset,
             model_columns=self._remove_unused_columns,
-            data_collator=self.data_collator,
+            data_collator=self.row_collator,
+            num_drawn_rows=self.num_drawn_rows,
             processing_class=self.processing_class,
             label_space=self.label_space,
             mixed_precision=precision,
             evaluator=Evaluator(
                 self.model,
-                self.data_collator,
+                self.row_collator,
                 self.args.per_device_eval_batch_size,
                 precision,
                 bool(self.args.disable_tqdm),
@@ -100,7 +106,9 @@ class FlowTrainerMixin(Generic[Flow]):
             log_history=self.state.log_history,
         )
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput:
         """Run every stage that `output_dir` does not hold yet.
 
         A run that was killed and is started again with the same configuration goes on where it stopped.
@@ -113,10 +121,13 @@ class FlowTrainerMixin(Generic[Flow]):
             `RunLockedError`: when another process works in it.
             `ConfigurationError`: for arguments that only a single training takes.
         """
-        if self.is_adapter_trainer:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if kwargs:
-            raise ConfigurationError(f"{type(self).__name__}.train() takes no {sorted(kwargs)}.")
+        if self.trains_directly:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if trial is not None or ignore_keys_for_eval is not None:
+            raise ConfigurationError(
+                f"Expected neither trial nor ignore_keys_for_eval, since {type(self).__name__}.train() runs several "
+                "trainings."
+            )
         if resume_from_checkpoint not in (None, True, False):
             raise ConfigurationError(
                 f"Expected no checkpoint in resume_from_checkpoint, since a run consists of several trainings; found "
@@ -164,7 +175,7 @@ class FlowTrainerMixin(Generic[Flow]):
         Raises:
             `TaskError`: for unknown tasks, and for a task whose every answer is cut off.
         """
-        if self.is_adapter_trainer:
+        if self.trains_directly:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._model_state.record()
         if not self._is_trained():
@@ -216,6 +227,8 @@ class FlowTrainerMixin(Generic[Flow]):
         Raises:
             `ConfigurationError`: before training.
         """
+        if self.trains_directly:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         if kwargs:
             logger.info("The card is made from the run; %s are not used.", sorted(kwargs))
         if not is_main_process():

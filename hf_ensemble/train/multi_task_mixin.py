@@ -1,20 +1,21 @@
 """Trainers that make a trainer of their own class for every adapter."""
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .._compat import keep_quantized_weights_in_place
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
-from ..tasks import TASK, TaskSet
+from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.task_set import as_dataset, make_task
+from .configs import as_config
 from .model_state import ModelState
 from .used_models import mark_as_of_a_run
 
@@ -27,23 +28,24 @@ _RESERVED = ("mean", "overall")
 class MultiTaskMixin:
     """What the trainers over a dict of datasets share.
 
-    Such a trainer is never trained itself. It makes trainers for single adapters, each of the user's own class, so that
-    whatever a subclass overrides or a callback does happens in every training.
+    Over several datasets and an adapter such a trainer is never trained itself. It makes trainers for single adapters,
+    each of the user's own class, so that whatever a subclass overrides or a callback does happens in every training.
+    Over one dataset, and where there is no adapter, it trains its model as the parent class does.
 
     Attributes:
-        tasks (`TaskSet`): the tasks.
-        is_adapter_trainer (`bool`): whether this is a trainer for a single adapter.
+        tasks (`TaskSet`, *optional*): the tasks; `None` over one dataset.
+        trains_directly (`bool`): whether this trainer trains its model itself, as the parent class does.
     """
 
     adapter_trainer_class: ClassVar[type[Trainer]]
     config_class: ClassVar[type[TrainingArguments]]
-    is_adapter_trainer: bool = False
-    tasks: TaskSet
+    trains_directly: bool = False
+    tasks: TaskSet | None = None
     _model_state: ModelState | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         # The first thing that `Trainer` does with a model: what is recorded here is the model before any trainer.
-        if not self.is_adapter_trainer and self._model_state is None:
+        if not self.trains_directly and self._model_state is None:
             self._undo_preparation()
             keep_quantized_weights_in_place(self.model)
             self._model_state = ModelState(self.model)
@@ -52,21 +54,19 @@ class MultiTaskMixin:
     def _undo_preparation(self) -> None:
         """Take off what a parent's constructor has put on the model already; each adapter's trainer does it again."""
 
-    def _checked_args(self, args: Any, model: Any) -> TrainingArguments:
-        """The trainer's own arguments; defaults where there are none.
-
-        Raises:
-            `ConfigurationError`: for arguments of another class.
-        """
+    def _own_args(self, args: TrainingArguments | None, model: Any, of_adapters: bool) -> TrainingArguments:
+        """The arguments as this trainer's own class; defaults where there are none."""
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            return self.config_class(output_dir=f"{Path(name or 'model').name}-{type(self).__name__}")
-        if not isinstance(args, self.config_class):
-            raise ConfigurationError(
-                f"Expected args to be a {self.config_class.__name__}, found a {type(args).__name__}. It takes the same "
-                "arguments: change the class's name."
-            )
+            name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
+            args = self.config_class(output_dir=f"{Path(name or 'model').name}-{type(self).__name__}")
+        args = as_config(args, self.config_class)
+        args.resolve_learning_rate(of_adapters)
         return args
+
+    def _train_directly(self, tasks: TaskSet | None, **kwargs: Any) -> None:
+        """Construct this trainer as one that trains its model itself."""
+        self.tasks, self.trains_directly = tasks, True
+        self.adapter_trainer_class.__init__(self, **kwargs)
 
     def _finish_init(
         self,
@@ -80,11 +80,6 @@ class MultiTaskMixin:
             raise ConfigurationError(
                 "An optimizer instance serves one training only, and several adapters are trained. Pass "
                 "optimizer_cls_and_kwargs instead of optimizers."
-            )
-        if not isinstance(self.model, PeftModel):
-            raise ConfigurationError(
-                f"Expected a model with an adapter, found a plain {type(self.model).__name__}. Pass "
-                "peft_config=LoraConfig(...)."
             )
         if has_made_adapter:
             mark_as_of_a_run(self.model.peft_config[self.model.active_adapters[0]])
@@ -112,6 +107,15 @@ class MultiTaskMixin:
         # This trainer never runs the model.
         self._model_state.restore()
 
+    @property
+    def row_collator(self) -> TaskCollator:
+        """From rows to a padded batch, one row each: what capture and evaluation take."""
+        return self.data_collator
+
+    def num_drawn_rows(self) -> Mapping[str, int]:
+        """Number of rows of each task that a training draws from; packed rows count once."""
+        return Counter(self.train_dataset[TASK])
+
     def adapter_trainer(
         self,
         args: TrainingArguments,
@@ -132,7 +136,7 @@ class MultiTaskMixin:
         """
         trainer = object.__new__(type(self))
         trainer.__dict__.update(self.__dict__)
-        trainer.is_adapter_trainer = True
+        trainer.trains_directly = True
         self.adapter_trainer_class.__init__(
             trainer,
             model=self.model,
@@ -161,5 +165,8 @@ class MultiTaskMixin:
     def _identified(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         """Check and identify raw rows as the training rows were."""
         known = self.tasks.subset(datasets)
-        rows = {name: as_dataset(name, source) for name, source in datasets.items()}
-        return {name: make_task(name, {**known[name].splits, "test": rows[name]}).splits["test"] for name in rows}
+        tasks = {
+            name: make_task(name, {**known[name].splits, "test": as_dataset(name, source)}, known[name].row_format)
+            for name, source in datasets.items()
+        }
+        return {name: task.splits["test"] for name, task in tasks.items()}

@@ -8,7 +8,8 @@ from .configs import SelectionConfig, SelectionSFTConfig
 from .flow_trainer import FlowTrainerMixin
 from .flows.context import FlowContext
 from .flows.selection_flow import SelectionFlow
-from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
+from .multi_task_sft_trainer import MultiTaskSFTTrainer
+from .multi_task_trainer import MultiTaskTrainer
 
 
 class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
@@ -17,18 +18,24 @@ class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
     After [`train`] the final adapter is active in the model.
 
     Args:
-        target (`str`): the task to do well on.
+        target (`str`, *optional*): the task to do well on; not needed with a single dataset.
 
     Attributes:
         selection (`Selection`, *optional*): the tasks that the final adapter was trained on, after [`train`].
     """
 
-    def __init__(self, *args: Any, target: str, **kwargs: Any):
+    def __init__(self, *args: Any, target: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.target = target
+        if self.tasks is None:
+            return
+        if self.trains_directly:
+            raise ConfigurationError(
+                "A selection compares gradients of an adapter, and there is none. Pass peft_config=LoraConfig(...)."
+            )
         if target not in self.tasks:
             raise ConfigurationError(f"Unknown target {target!r}; the tasks are {list(self.tasks)}.")
         self.args.check_tasks(len(self.tasks))
-        self.target = target
 
     def _make_flow(self, context: FlowContext) -> SelectionFlow:
         return SelectionFlow(context, self.target)
@@ -44,7 +51,7 @@ class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
         return self.selection is not None
 
     def predict(self, *args: Any, **kwargs: Any):
-        if self.is_adapter_trainer:
+        if self.trains_directly:
             return super().predict(*args, **kwargs)
         with self._model_state.restored():
             return self._single_trainer().predict(*args, **kwargs)

@@ -27,6 +27,8 @@ class TaskColumnsMixin:
         label_space (`LabelSpace`, *optional*): label sets of classification tasks; the loss counts a row's own labels.
         sampling_weights (`dict[str, float]`, *optional*): relative weight of one row of each task; all alike by
             default.
+        has_tasks (`bool`, *optional*, defaults to `True`):
+            Whether rows carry their task. A trainer without tasks is its parent.
 
     Attributes:
         batch_tasks (`list[str]`): task of each row of the batch that the model is run on.
@@ -37,19 +39,23 @@ class TaskColumnsMixin:
         *args: Any,
         label_space: LabelSpace | None = None,
         sampling_weights: Mapping[str, float] | None = None,
+        has_tasks: bool = True,
         **kwargs: Any,
     ):
+        self.has_tasks = has_tasks
         self.label_space = label_space
         self.sampling_weights = dict(sampling_weights or {})
         self.batch_tasks: list[str] = []
         super().__init__(*args, **kwargs)
-        if not isinstance(self.data_collator, TaskCollator):
-            self.data_collator = TaskCollator(self.data_collator)
-        keep_quantized_weights_in_place(self.model)
+        if has_tasks:
+            if not isinstance(self.data_collator, TaskCollator):
+                self.data_collator = TaskCollator(self.data_collator)
+            keep_quantized_weights_in_place(self.model)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *META_COLUMNS]))
+        if self.has_tasks:
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *META_COLUMNS]))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -60,7 +66,8 @@ class TaskColumnsMixin:
     def _prepare_inputs(self, inputs):
         # Here, and not in `compute_loss`, so that a subclass's own loss gets what its model takes.
         inputs = super()._prepare_inputs(inputs)
-        self.batch_tasks = pop_meta(inputs).get(TASK, [])
+        if self.has_tasks:
+            self.batch_tasks = pop_meta(inputs).get(TASK, [])
         return inputs
 
 

@@ -3,14 +3,47 @@
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import DatasetDict
 from transformers import AutoModelForSequenceClassification
 
 from ..errors import ConfigurationError, TaskError
-from ..tasks import LabelSpace, TaskSet
+from ..logging import get_logger
+from ..tasks import LabelSpace, RowFormat, TaskSet
+from ..tasks.task_set import splits_of
+
+logger = get_logger(__name__)
 
 
-def as_task_set(train_dataset: Any, eval_dataset: Any) -> TaskSet:
-    """The trainers' datasets as tasks.
+# What a `DatasetDict` of the splits of one dataset is keyed by.
+_SPLITS = {"train", "validation", "test", "eval", "dev", "valid"}
+
+
+def is_one_dataset(train_dataset: Any) -> bool:
+    """Whether a trainer is given a single dataset: a plain one, or a dict of one."""
+    if isinstance(train_dataset, TaskSet):
+        return False
+    return not isinstance(train_dataset, Mapping) or len(train_dataset) == 1
+
+
+def the_one_dataset(train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+    """Training and evaluation rows of a single dataset, as the parent trainer takes them."""
+    if not isinstance(train_dataset, Mapping):
+        return train_dataset, eval_dataset
+    (rows,) = train_dataset.values()
+    if isinstance(rows, Mapping):
+        splits = splits_of(*train_dataset, rows)
+        return splits["train"], splits.get("validation") if eval_dataset is None else eval_dataset
+    return rows, eval_dataset
+
+
+def is_text_classification(rows: Any) -> bool:
+    """Whether rows are text with a label, which `transformers.Trainer` would not take."""
+    columns = set(getattr(rows, "column_names", None) or ())
+    return columns >= set(RowFormat.CLASSIFICATION.required) and "input_ids" not in columns
+
+
+def as_task_set(train_dataset: Any, eval_dataset: Any, row_format: RowFormat | None = None) -> TaskSet:
+    """The trainers' datasets as tasks, which may lack evaluation rows.
 
     Raises:
         `TaskError`: for anything but named datasets.
@@ -19,10 +52,30 @@ def as_task_set(train_dataset: Any, eval_dataset: Any) -> TaskSet:
         if eval_dataset is not None:
             raise TaskError("A TaskSet brings its own evaluation rows: do not pass eval_dataset beside it.")
         return train_dataset
-    for name, value in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if not isinstance(value, Mapping) and not (name == "eval_dataset" and value is None):
-            raise TaskError(f"Expected {name} to be a dict of named datasets, found {type(value).__name__}.")
-    return TaskSet.from_datasets(train_dataset, eval_dataset)
+    if isinstance(train_dataset, DatasetDict) and set(train_dataset) <= _SPLITS:
+        raise TaskError(
+            f"Expected a dict of datasets by name, found the splits {sorted(train_dataset)} of one dataset. Pass "
+            'train_dataset=dataset["train"], or {"name": dataset, ...} with several datasets.'
+        )
+    if eval_dataset is not None and not isinstance(eval_dataset, Mapping):
+        raise TaskError(
+            f"Expected evaluation rows by name, {list(train_dataset)}, found one {type(eval_dataset).__name__}. Pass a "
+            "dict, or leave eval_dataset out to hold out some rows of each dataset."
+        )
+    return TaskSet.from_datasets(train_dataset, eval_dataset, row_format=row_format)
+
+
+def with_held_out_rows(tasks: TaskSet, fraction: float, seed: int) -> TaskSet:
+    """The tasks, with validation rows held out of those that have none."""
+    lacking = [name for name, task in tasks.items() if "validation" not in task.splits]
+    if not lacking:
+        return tasks
+    tasks = tasks.with_validation(fraction, seed)
+    held_out = ", ".join(f"{name} ({len(tasks[name].splits['validation'])})" for name in lacking)
+    logger.warning(
+        "No evaluation rows were given: some training rows are held out, drawn with seed %d: %s.", seed, held_out
+    )
+    return tasks
 
 
 def check_labels(model, label_space: LabelSpace | None) -> None:

@@ -4,7 +4,6 @@ import copy
 import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +83,7 @@ class AdapterTraining:
         args, tasks = self.context.args, self.context.tasks
         if args.max_steps > 0:
             return args.max_steps
-        counts = Counter(self.context.train_rows[TASK])
+        counts = self.context.num_drawn_rows()
         weights = np.array([tasks.sampling_weights[task] for task in subset])
         rows = epoch_length(weights, np.array([counts[task] for task in subset]))
         batches = math.ceil(rows / (args.train_batch_size * args.world_size))

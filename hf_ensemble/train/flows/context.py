@@ -47,7 +47,8 @@ class FlowContext:
         train_rows (`Dataset`): token table of all tasks' training rows, as trainers take it.
         eval_rows (`dict[str, Dataset]`): token table of each task's validation rows, as trainers take it.
         model_columns (`Callable`): drops the columns that neither the model nor the rows' identity needs.
-        data_collator (`TaskCollator`): from rows to a batch.
+        data_collator (`TaskCollator`): from rows to a padded batch, one row each.
+        num_drawn_rows (`Callable`): number of rows of each task that a training draws from; packed rows count once.
         processing_class (`PreTrainedTokenizerBase`): the tokenizer.
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
         mixed_precision (`str`): precision of the training: `"no"`, `"bf16"` or `"fp16"`.
@@ -66,6 +67,7 @@ class FlowContext:
     eval_rows: Mapping[str, Dataset]
     model_columns: Callable[[Dataset], Dataset]
     data_collator: TaskCollator
+    num_drawn_rows: Callable[[], Mapping[str, int]]
     processing_class: PreTrainedTokenizerBase
     label_space: LabelSpace | None
     mixed_precision: str
