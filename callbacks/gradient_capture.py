@@ -66,6 +66,8 @@ class GradientCaptureCallback(TrainerCallback):
             raise ConfigurationError(
                 f"when has to be 'train_begin', 'train_end', 'epoch' or a positive number of steps, found {when!r}."
             )
+        # Raises now for tasks without validation rows, and not when training begins.
+        tasks.split("validation")
         self.tasks = tasks
         self.output_dir = Path(output_dir)
         self.config = config

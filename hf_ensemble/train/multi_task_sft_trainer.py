@@ -16,7 +16,13 @@ from ..logging import get_logger
 from ..tasks import META_COLUMNS, TASK, RowFormat, TaskCollator, TaskSet
 from .multi_task_mixin import MultiTaskMixin
 from .task_trainer import TaskSFTTrainer
-from .trainer_inputs import as_task_set, is_one_dataset, the_one_dataset, with_held_out_rows
+from .trainer_inputs import (
+    as_task_set,
+    is_one_dataset,
+    is_text_classification,
+    the_one_dataset,
+    with_held_out_rows,
+)
 from .used_models import without_adapters_of_earlier_runs
 
 logger = get_logger(__name__)
@@ -74,6 +80,13 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             raise TaskError(
                 "Supervised fine-tuning takes prompts and completions, found text and label. Use EnsembleTrainer."
             )
+        labelled = [name for name, task in tasks.items() if is_text_classification(task.splits["train"])]
+        if labelled:
+            logger.warning(
+                "The tasks %s have a text and a label: SFTTrainer learns the text, and the label is not used. For text "
+                "classification use EnsembleTrainer or SelectionTrainer.",
+                labelled,
+            )
         # The parent's constructor looks at the first row, and prepares what it is given; see _prepare_dataset.
         self._shown_rows = next(iter(tasks.values())).splits["train"]
         given |= {"train_dataset": self._shown_rows, "sampling_weights": tasks.sampling_weights}
@@ -84,6 +97,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
                 len(tasks),
             )
             self._train_directly(tasks, model=model, optimizers=optimizers, eval_dataset=eval_dataset, **given)
+            self._shown_rows = None
             self.train_dataset = self._table(tasks, "train")
             if args.packing:
                 self.train_dataset = self._packed(self.train_dataset, args)
@@ -94,6 +108,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             eval_dataset={"shown": self._shown_rows},
             **given,
         )
+        self._shown_rows = None
         self.train_dataset = self._table(tasks, "train")
         self.eval_dataset = {name: self._tokens(name, rows) for name, rows in tasks.split("validation").items()}
         own = {"data_collator": data_collator, **kwargs}

@@ -68,7 +68,6 @@ def test_fingerprint_changes_with_any_row():
         ({"train": {"a": Dataset.from_list(ROWS).select([]), "b": ROWS}}, "'a' is empty"),
         ({"train": [("a", ROWS), ("a", ROWS)]}, "Two tasks with the same name"),
         ({"train": {"a": ROWS, "A": ROWS}, "validation": {"a": ROWS, "A": ROWS}}, "Two tasks with the same name"),
-        ({"validation": {"a": ROWS}}, "'b' has no evaluation rows"),
         ({"validation": {"a": ROWS, "b": ROWS, "c": ROWS}}, r"without training rows: \['c'\]"),
         ({"train": {"a/b": ROWS}, "validation": {"a/b": ROWS}}, "folder name"),
         ({"train": {}, "validation": {}}, "at least one task"),
@@ -215,15 +214,13 @@ def test_folder_of_folders_and_files(tmp_path):
     for split in ("train", "validation", "test"):
         write_jsonl(tmp_path / "a" / f"{split}.jsonl", ROWS)
     write_jsonl(tmp_path / "b.jsonl", toy.sum_rows(40, 5))
-    with pytest.raises(TaskError, match="'b' has no evaluation rows"):
-        load_task_folder(tmp_path)
-    tasks = load_task_folder(tmp_path, validation_fraction=0.3, max_rows={"train": 4})
+    tasks = load_task_folder(tmp_path, max_rows={"train": 4})
     assert tasks.names == ("a", "b")
     assert len(tasks["a"].splits["train"]) == 4
     assert not tasks.has_split("test") and "test" in tasks["a"].splits
-    assert 0 < len(tasks["b"].splits["validation"]) < 40
-    again = load_task_folder(tmp_path, validation_fraction=0.3, names=["b"])
-    assert again["b"].splits["validation"]["example_id"][:] == tasks["b"].splits["validation"]["example_id"][:]
+    with pytest.raises(TaskError, match=r"found none of \['b'\]. Pass them, or hold some out"):
+        tasks.table("validation")
+    assert load_task_folder(tmp_path, names=["b"]).names == ("b",)
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -233,8 +230,34 @@ def test_bad_folders_are_named(tmp_path):
         load_task_folder(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"prompt": "a"\n')
     with pytest.raises(TaskError, match=r"x.jsonl line 1 is not JSON"):
-        load_task_folder(tmp_path, validation_fraction=0.5)
+        load_task_folder(tmp_path)
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     write_jsonl(tmp_path / "x" / "train.jsonl", ROWS)
     with pytest.raises(TaskError, match="Two tasks with the same name"):
-        load_task_folder(tmp_path, validation_fraction=0.5)
+        load_task_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "held_out"), [(2, 0.1, 1), (17, 0.1, 8), (60, 0.1, 20), (400, 0.1, 40), (9000, 0.2, 500)]
+)
+def test_held_out_rows(rows, fraction, held_out):
+    """Which rows are held out depends on the seed and their content alone, not on their order."""
+    source = [{"prompt": f"{number} =", "completion": " 1"} for number in range(rows)]
+    splits = {}
+    for order, seed in ((source, 0), (source[::-1], 0), (source, 1)):
+        (task,) = TaskSet.from_datasets({"a": order}).with_validation(fraction, seed).values()
+        ids = {split: set(own["example_id"]) for split, own in task.splits.items()}
+        assert len(ids["validation"]) == held_out and not ids["validation"] & ids["train"]
+        assert len(ids["train"]) == rows - held_out and set(task.fingerprints) == set(ids)
+        splits.setdefault(seed, ids)
+        assert splits[seed] == ids
+    assert rows < 10 or splits[0] != splits[1]
+
+
+def test_rows_are_held_out_only_where_there_are_none():
+    tasks = TaskSet.from_datasets({"a": ROWS, "b": toy.sum_rows(40)}, {"a": ROWS})
+    whole = tasks.with_validation()
+    assert whole["a"] is tasks["a"] and len(whole["b"].splits["validation"]) == 20
+    assert whole.with_validation() == whole
+    with pytest.raises(TaskError, match="Task 'a': Expected at least 2 rows"):
+        TaskSet.from_datasets({"a": ROWS[:1]}).with_validation()

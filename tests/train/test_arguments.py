@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
-from helpers.trainers import sft_config, sft_trainer, text_trainer
+from helpers.trainers import sft_config, sft_trainer, split, text_trainer
 from hf_ensemble import (
     EnsembleConfig,
     EnsembleSFTConfig,
@@ -23,7 +24,6 @@ from hf_ensemble.errors import ConfigurationError, TaskError
 def test_bad_arguments_are_named(tmp_path, base_folder):
     tasks = toy.sft_tasks()
     for changes, error, message in [
-        ({"packing": True}, ConfigurationError, "Packed rows lose their task"),
         ({"num_components": 0}, ConfigurationError, "num_components"),
         ({"grouping_method": "x"}, ConfigurationError, "grouping_method"),
         ({"ensemble_weights": "x"}, ConfigurationError, "ensemble_weights"),
@@ -37,15 +37,13 @@ def test_bad_arguments_are_named(tmp_path, base_folder):
         with pytest.raises(error, match=message):
             sft_trainer(tmp_path / "run", base_folder, tasks, **changes)
     arguments = {"model": base_folder, "args": sft_config(tmp_path / "run"), "peft_config": toy.lora()}
-    with pytest.raises(TaskError, match="dict of named datasets, found list"):
-        EnsembleSFTTrainer(**arguments, train_dataset=tasks["sums"]["train"])
-    plain = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(ConfigurationError, match="Expected args to be a EnsembleSFTConfig, found a SFTConfig"):
-        EnsembleSFTTrainer(**{**arguments, "args": plain}, train_dataset=tasks)
-    with pytest.raises(TaskError, match="Use EnsembleTrainer"):
-        EnsembleSFTTrainer(**arguments, train_dataset=toy.text_tasks())
-    with pytest.raises(ConfigurationError, match="Pass peft_config"):
-        EnsembleSFTTrainer(**{**arguments, "peft_config": None}, train_dataset=tasks)
+    splits = DatasetDict({split: Dataset.from_list(rows) for split, rows in tasks["sums"].items()})
+    with pytest.raises(TaskError, match=r"found the splits \['train', 'validation'\] of one dataset"):
+        EnsembleSFTTrainer(**arguments, train_dataset=splits)
+    with pytest.raises(TaskError, match="Expected evaluation rows by name.*found one Dataset"):
+        EnsembleSFTTrainer(**arguments, train_dataset=split(tasks, "train"), eval_dataset=splits["validation"])
+    with pytest.raises(ValueError, match="not conversational"):
+        sft_trainer(tmp_path / "run", base_folder, tasks, assistant_only_loss=True)
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(ConfigurationError, match="optimizer_cls_and_kwargs"):
