@@ -7,7 +7,9 @@ from trl import SFTConfig
 
 from .._settings import check_at_least, check_one_of
 from ..capture import CaptureConfig, FeatureSettings
+from ..errors import ConfigurationError
 from ..select import GroupingSettings, SelectionSettings
+from .parent_arguments import check_parent_arguments
 
 WEIGHTINGS = ("fitted", "own_group")
 
@@ -38,6 +40,7 @@ class RunArguments(FeatureSettings):
     def __post_init__(self):
         check_at_least("num_components", self.num_components, 1)
         check_at_least("calibration_runs", self.calibration_runs, 0)
+        check_parent_arguments(self)
         super().__post_init__()
         self.capture_config()
 
@@ -83,6 +86,14 @@ class SelectionArguments(SelectionSettings, RunArguments):
             "help": "First train the adapter on all tasks, and take gradients and the final fine-tuning from there."
         },
     )
+
+    def __post_init__(self):
+        if self.selection_method == "mixture" and self.train_sampling_strategy != "random":
+            raise ConfigurationError(
+                f"selection_method='mixture' draws rows by their task's weight, expected train_sampling_strategy="
+                f"'random', found {self.train_sampling_strategy!r}. Leave one of them out."
+            )
+        super().__post_init__()
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ..logging import get_logger
 from ..tasks import RowFormat, data_collator_for, encode, length_limit
 from .multi_task_mixin import MultiTaskMixin
 from .task_trainer import TaskSFTTrainer, TaskTrainer
-from .trainer_inputs import as_task_set, check_labels, load_classifier
+from .trainer_inputs import as_task_set, check_labels, check_rows_and_arguments, load_classifier
 from .used_models import without_adapters_of_earlier_runs
 
 logger = get_logger(__name__)
@@ -43,6 +43,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
     ):
         args = self._checked_args(args, model)
         tasks = as_task_set(train_dataset, eval_dataset)
+        check_rows_and_arguments(tasks, args)
         # The adapter's first weights are random: seed before they are made.
         set_seed(args.seed)
         if args.label_smoothing_factor > 0 and tasks.label_space is not None:
@@ -120,8 +121,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
                 "Without assistant_only_loss=True every token of a chat is trained on and counts as its answer, "
                 "including the user's turns, and the accuracy of whole answers means nothing."
             )
-        if args.packing or args.padding_free:
-            raise ConfigurationError("Packed rows lose their task: set packing=False and padding_free=False.")
+        check_rows_and_arguments(tasks, args)
         super().__init__(
             model=model if isinstance(model, str) else without_adapters_of_earlier_runs(model),
             args=args,

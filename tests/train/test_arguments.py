@@ -23,7 +23,7 @@ from hf_ensemble.errors import ConfigurationError, TaskError
 def test_bad_arguments_are_named(tmp_path, base_folder):
     tasks = toy.sft_tasks()
     for changes, error, message in [
-        ({"packing": True}, ConfigurationError, "Packed rows lose their task"),
+        ({"packing": True}, ConfigurationError, "packed rows lose their task"),
         ({"num_components": 0}, ConfigurationError, "num_components"),
         ({"grouping_method": "x"}, ConfigurationError, "grouping_method"),
         ({"ensemble_weights": "x"}, ConfigurationError, "ensemble_weights"),
