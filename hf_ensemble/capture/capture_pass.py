@@ -1,6 +1,5 @@
 """One pass of a model over the rows of all tasks, which fills one or more gradient stores."""
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +25,7 @@ from ..store import (
     exclusive_writers,
 )
 from ..tasks import EXAMPLE_ID, TASK, TaskCollator, TaskSet
+from ..tasks.rows import token_fingerprint
 from .config import CaptureConfig
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
@@ -122,7 +122,7 @@ class CapturePass:
         data = {
             "row_format": self.tasks.row_format.value,
             "fingerprint": self.tasks.fingerprint,
-            "tokens": _token_fingerprint(self.encoded),
+            "tokens": token_fingerprint(self.encoded),
         }
         identity = {"model": model_identity(self.model), "data": data}
         writers = [
@@ -220,14 +220,3 @@ class CapturePass:
 
 def _without_none(row: dict) -> dict:
     return {key: value for key, value in row.items() if value is not None}
-
-
-def _token_fingerprint(encoded: Mapping[str, Dataset]) -> str:
-    """Fingerprint of the tokens, which depend on the tokenizer and the truncation as well as on the tasks."""
-    digest = hashlib.blake2b(digest_size=16)
-    for split, table in encoded.items():
-        digest.update(split.encode())
-        for column in ("input_ids", "labels"):
-            for value in table[column]:
-                digest.update(np.asarray(value, dtype=np.int64).tobytes())
-    return digest.hexdigest()

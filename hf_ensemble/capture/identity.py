@@ -1,14 +1,17 @@
 """Identity of a model: what its gradients depend on, as comparable JSON values."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .._values import plain_values
+
 _SAMPLES = 64
 # The source and version of an adapter do not change its gradients.
-_IGNORED_ADAPTER_FIELDS = ("inference_mode", "peft_version", "base_model_name_or_path", "revision")
+_IGNORED_ADAPTER_FIELDS = ("inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping")
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
@@ -24,30 +27,34 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
         "name": getattr(config, "_name_or_path", None) or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
         "adapter": _adapter_configs(model),
-        "theta0": _hash({name: p.detach() for name, p in trainable.items()}, samples=None),
+        "theta0": parameter_fingerprint(trainable),
         "base_weights": _hash(frozen, samples=_SAMPLES),
     }
+
+
+def parameter_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
+    """32 hexadecimal digits that depend on every entry of named tensors."""
+    return _hash(parameters, samples=None)
 
 
 def _adapter_configs(model: nn.Module) -> dict[str, Any]:
     configs = {}
     for name in getattr(model, "active_adapters", []) if hasattr(model, "peft_config") else []:
         raw = model.peft_config[name].to_dict()
-        configs[name] = {
-            key: sorted(value) if isinstance(value, (set, frozenset)) else value
-            for key, value in raw.items()
-            if isinstance(value, (str, int, float, bool, list, set, frozenset)) and key not in _IGNORED_ADAPTER_FIELDS
-        }
+        configs[name] = plain_values(
+            {key: value for key, value in raw.items() if value is not None and key not in _IGNORED_ADAPTER_FIELDS},
+            other=str,
+        )
     return configs
 
 
-def _hash(tensors: dict[str, torch.Tensor], samples: int | None) -> str:
+def _hash(tensors: Mapping[str, torch.Tensor], samples: int | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().reshape(-1)
         if samples is not None and flat.numel() > samples:
             # Integer arithmetic: float32 cannot index the entries of a large embedding.
             flat = flat[torch.arange(samples, device=flat.device) * (flat.numel() - 1) // (samples - 1)]
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()

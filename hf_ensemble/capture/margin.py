@@ -1,12 +1,13 @@
 """The margin of an example: the log-odds of its answer."""
 
 import hashlib
-import inspect
+import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from .._values import identity_of
 from ..errors import ConfigurationError
 from ..tasks import AnswerScores
 
@@ -43,13 +44,8 @@ def margins(scores: AnswerScores, kind: MarginKind = "geometric_mean") -> torch.
 
 
 def margin_identity(kind: MarginKind) -> str:
-    """A name that identifies the margin: for functions, the qualified name and a fingerprint of the source."""
+    """A name that identifies the margin: for functions, the qualified name and a fingerprint of [`identity_of`]."""
     if isinstance(kind, str):
         return kind
-    source: Any = getattr(kind, "__code__", None)
-    try:
-        content = inspect.getsource(kind).encode()
-    except (OSError, TypeError):
-        content = b"" if source is None else source.co_code
-    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+    digest = hashlib.blake2b(json.dumps(identity_of(kind), sort_keys=True).encode(), digest_size=8).hexdigest()
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', type(kind).__qualname__)}:{digest}"

@@ -32,7 +32,7 @@ def push_ensemble_to_hub(
         token (`str`, *optional*): Hub token.
         private (`bool`, *optional*): of a new repository.
         commit_message (`str`, *optional*): of the commit.
-        revision (`str`, *optional*): branch to commit to.
+        revision (`str`, *optional*): branch to commit to; created where it does not exist.
 
     Raises:
         `EnsembleLoadError`: when the run holds no complete ensemble.
@@ -48,6 +48,8 @@ def push_ensemble_to_hub(
         )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     card = write_model_card(run, repo_id)
     with tempfile.TemporaryDirectory() as work:
         _copy_public(card.parent, Path(work), config)

@@ -117,6 +117,11 @@ class RunDirectory:
         path = self._training_record(name)
         return TrainedAdapter.load(path) if path.is_file() else None
 
+    def num_steps(self) -> int:
+        """Optimizer steps of all trainings that the run has a record of."""
+        paths = (self.path / layout.TRAINING).glob("*.json")
+        return max((known.first_step + known.global_step for known in map(TrainedAdapter.load, paths)), default=0)
+
     def write_trained_adapter(self, trained: TrainedAdapter) -> None:
         if is_main_process():
             trained.save(self._training_record(trained.name))

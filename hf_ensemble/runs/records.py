@@ -94,6 +94,8 @@ class TrainedAdapter(Record):
         name (`str`): name of the training.
         mixture (`dict[str, float]`): weight of each task's rows; tasks left out were not trained on.
         seed (`int`): seed of the order of the rows and of dropout.
+        theta0 (`str`): fingerprint of the parameters that it begins at.
+        first_step (`int`): optimizer steps of the run's trainings before this one; trackers count on from there.
         status (`str`): `"training"` or `"done"`; the figures below are known once it is done.
         num_examples (`int`): training rows.
         global_step (`int`): optimizer steps.
@@ -109,6 +111,8 @@ class TrainedAdapter(Record):
     name: str
     mixture: dict[str, float]
     seed: int
+    theta0: str
+    first_step: int = 0
     status: Literal["training", "done"] = "training"
     num_examples: int = 0
     global_step: int = 0
@@ -117,6 +121,12 @@ class TrainedAdapter(Record):
     total_flos: float = 0.0
     seconds: float = 0.0
     sha256: str | None = None
+
+    def continues(self, known: "TrainedAdapter | None") -> bool:
+        """Whether what is known of a training is known of this one: of the same rows, seed and starting point."""
+        return known is not None and all(
+            getattr(known, name) == getattr(self, name) for name in ("name", "mixture", "seed", "theta0")
+        )
 
     def check_weights(self, file: Path) -> None:
         """Make sure that an adapter's weights are those that the training has written.
@@ -141,6 +151,7 @@ class ScoredRun(Record):
         scores (`dict[str, TaskScores]`): validation scores of every task.
         seconds (`float`): wall time of the training and its scoring.
         distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
+        theta0 (`str`): fingerprint of the parameters that the training began at.
     """
 
     format = "hf_ensemble.scored_run"
@@ -150,6 +161,7 @@ class ScoredRun(Record):
     scores: dict[str, TaskScores]
     seconds: float
     distance: float
+    theta0: str
 
     def as_observed(self) -> ObservedRun:
         """The evidence that an estimate takes."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from ..estimate import ObservedRun
 from ..select import DataSelector
+from ..store import GradientStore
 from .directory import RunDirectory
 from .records import TasksRecord
 
@@ -22,7 +23,8 @@ def run_selector(
         tasks (`Sequence[str]`, *optional*): tasks to take; all by default.
         num_components (`int`, *optional*, defaults to 400): see [`SubsetEstimator`].
         observed_runs (`Sequence[ObservedRun]`, *optional*):
-            What calibrates the predictions; by default every fine-tuning of the run that was on no other tasks.
+            What calibrates the predictions; by default every fine-tuning of the run that was on no other tasks and
+            began where the gradients were captured.
         clusters (`dict[str, int]`, *optional*): see [`DataSelector.from_store`].
 
     Raises:
@@ -32,6 +34,11 @@ def run_selector(
     known = run.read(TasksRecord).tasks
     names = list(known) if tasks is None else list(tasks)
     if observed_runs is None:
-        observed_runs = [scored.as_observed() for scored in run.scored_runs() if set(scored.subset) <= set(names)]
+        theta0 = GradientStore(run.gradients).identity["model"]["theta0"]
+        observed_runs = [
+            scored.as_observed()
+            for scored in run.scored_runs()
+            if set(scored.subset) <= set(names) and scored.theta0 == theta0
+        ]
     weights = {name: known[name].sampling_weight for name in names if name in known}
     return DataSelector.from_store(run.gradients, tasks, num_components, observed_runs, weights, clusters)

@@ -4,11 +4,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
 from datasets import ClassLabel, Dataset
 
+from .._values import plain_values
 from ..errors import TaskError
 from ..logging import get_logger
 from .columns import EXAMPLE_ID, META_COLUMNS, TASK
@@ -73,9 +76,32 @@ def detect_format(task: str, columns: Iterable[str]) -> RowFormat:
 
 
 def content_hash(row: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that depend only on a row's content."""
-    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    """16 hexadecimal digits that depend only on a row's values, be they in lists, arrays or tensors.
+
+    Raises:
+        `TaskError`: for objects that are no values, such as images.
+    """
+    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=lambda value: plain_values(value, _exact_text))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def token_fingerprint(tables: Mapping[str, Dataset]) -> str:
+    """32 hexadecimal digits that depend on every value of encoded rows: on the tokenizer and the truncation too."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, table in tables.items():
+        digest.update(f"{name}: {len(table)}\n".encode())
+        for row in table.with_format(None):
+            digest.update(content_hash({key: value for key, value in row.items() if value is not None}).encode())
+    return digest.hexdigest()
+
+
+def _exact_text(value: Any) -> str:
+    if isinstance(value, (date, time, timedelta, Decimal, bytes)):
+        return str(value)
+    raise TaskError(
+        f"Expected rows of texts, numbers, dates, lists and dicts, found a {type(value).__name__}. Convert it, or drop "
+        "the column."
+    )
 
 
 def add_identity(task: str, split: str, dataset: Dataset, row_format: RowFormat) -> tuple[Dataset, str]:
@@ -115,7 +141,8 @@ def add_identity(task: str, split: str, dataset: Dataset, row_format: RowFormat)
         for value in hashes:
             ids.append(value if not seen[value] else f"{value}-{seen[value]}")
             seen[value] += 1
-    fingerprint = hashlib.blake2b("\n".join(map("\t".join, zip(ids, hashes))).encode(), digest_size=16).hexdigest()
+    # As JSON, since ids of the user's own may hold any character.
+    fingerprint = hashlib.blake2b(json.dumps([ids, hashes]).encode(), digest_size=16).hexdigest()
     return content.add_column(TASK, [task] * len(ids)).add_column(EXAMPLE_ID, ids), fingerprint
 
 

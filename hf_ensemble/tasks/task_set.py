@@ -1,12 +1,14 @@
 """`TaskSet`: many named datasets as one table."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, concatenate_datasets
 
+from .._values import plain_values
 from ..errors import TaskError
 from .columns import EXAMPLE_ID
 from .hold_out import hold_out
@@ -250,10 +252,9 @@ class TaskSet(Mapping[str, Task]):
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that depend only on the rows of all splits."""
-        parts = [f"{n}/{s}={f}" for n, task in self._tasks.items() for s, f in sorted(task.fingerprints.items())]
-        parts += [f"{n}: {'|'.join(task.label_names)}" for n, task in self._tasks.items() if task.label_names]
-        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+        """32 hexadecimal digits that depend only on the rows of all splits and on the labels' names."""
+        parts = [(name, sorted(task.fingerprints.items()), task.label_names) for name, task in self._tasks.items()]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict:
         """Row format, fingerprints, and sizes, labels and sampling weight of each task, as JSON values."""
@@ -279,6 +280,7 @@ def make_task(name: str, splits: Mapping[str, Dataset], row_format: RowFormat | 
     for split, rows in splits.items():
         if len(rows) == 0:
             raise TaskError(f"Task {name!r} is empty: split {split!r} has no rows.")
+    splits = {split: _without_format(rows) for split, rows in splits.items()}
     row_format = row_format or detect_format(name, splits["train"].column_names)
     for split, rows in splits.items():
         lacking = [column for column in row_format.required if column not in rows.column_names]
@@ -297,6 +299,17 @@ def make_task(name: str, splits: Mapping[str, Dataset], row_format: RowFormat | 
         label_names,
         {split: fingerprint for split, (_, fingerprint) in identified.items()},
     )
+
+
+def _without_format(rows: Dataset) -> Dataset:
+    """The same values, read as Python's own, whatever `set_format` asks for; what `set_transform` makes of them."""
+    if rows.format["type"] != "custom":
+        return rows.with_format(None)
+    made = Dataset.from_list([plain_values(row) for row in rows])
+    for column, feature in rows.features.items():
+        if isinstance(feature, ClassLabel) and column in made.column_names:
+            made = made.cast_column(column, feature)
+    return made
 
 
 def _plain_columns(rows: Dataset) -> Dataset:

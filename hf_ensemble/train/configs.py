@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from .._settings import check_at_least, check_fraction, check_one_of
 from ..capture import CaptureConfig, FeatureSettings
+from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
 
@@ -120,6 +121,14 @@ class SelectionArguments(SelectionSettings, RunArguments):
             "help": "First train the adapter on all tasks, and take gradients and the final fine-tuning from there."
         },
     )
+
+    def __post_init__(self):
+        if self.selection_method == "mixture" and self.train_sampling_strategy != "random":
+            raise ConfigurationError(
+                f"selection_method='mixture' draws rows by their task's weight, expected train_sampling_strategy="
+                f"'random', found {self.train_sampling_strategy!r}. Leave one of them out."
+            )
+        super().__post_init__()
 
 
 @dataclass

@@ -6,12 +6,15 @@ from dataclasses import fields
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainingArguments
 
+from .._values import identity_of
 from ..capture import model_identity
 from ..select import GroupingSettings, SelectionSettings
 from ..tasks import TaskSet
+from ..tasks.rows import token_fingerprint
 
 # Arguments that say where and how to report or how fast to go, not what to train.
 _UNCOMPARED = ("output_dir", "run_name", "project", "disable_tqdm", "overwrite_run", "local_rank", "report_to")
@@ -23,6 +26,8 @@ _UNCOMPARED += (
     "dataloader_prefetch_factor",
 )
 _UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
+# Arguments of trainers, beside `args`, that decide what is trained.
+_TRAINER_ARGUMENTS = ("data_collator", "compute_loss_func", "optimizer_cls_and_kwargs")
 # Arguments that only the choice of groups or auxiliary tasks depends on.
 _CHOICES = {own.name for settings in (GroupingSettings, SelectionSettings) for own in fields(settings)}
 _CHOICES |= {"num_components", "ensemble_weights", "calibration_runs"}
@@ -32,8 +37,24 @@ _SECRET = re.compile(
 )
 
 
-def configuration_of(model: PeftModel, tasks: TaskSet, args: TrainingArguments, trainer_class: type) -> dict[str, Any]:
-    """What every stage of a run depends on. Credentials among the arguments are left out."""
+def configuration_of(
+    model: PeftModel,
+    tasks: TaskSet,
+    rows: Mapping[str, Dataset],
+    args: TrainingArguments,
+    trainer_class: type,
+    trainer_arguments: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What every stage of a run depends on. Credentials among the arguments are left out.
+
+    Args:
+        model (`PeftModel`): at theta0.
+        tasks (`TaskSet`): the tasks.
+        rows (`dict[str, Dataset]`): their rows as tokens.
+        args (`TrainingArguments`): the trainer's arguments.
+        trainer_class (`type`): the user's class of trainer.
+        trainer_arguments (`dict`): what each training's trainer is constructed with beside.
+    """
     arguments = {
         key: value
         for key, value in args.to_dict().items()
@@ -43,8 +64,10 @@ def configuration_of(model: PeftModel, tasks: TaskSet, args: TrainingArguments, 
         "trainer": trainer_class.__name__,
         "model": model_identity(model),
         "tasks": tasks.fingerprint,
+        "tokens": token_fingerprint(rows),
         "sampling_weights": tasks.sampling_weights,
         "arguments": json_values(arguments),
+        "trainer_arguments": json_values({key: trainer_arguments.get(key) for key in _TRAINER_ARGUMENTS}),
     }
 
 
@@ -59,17 +82,12 @@ def json_values(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json_value(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
+    value = identity_of(value)
     if isinstance(value, str):
         return _without_credentials(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return json_values(value)
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(_json_value, value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [_json_value(entry) for entry in value]
-    return _without_credentials(str(getattr(value, "value", value)))
+    return [_json_value(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _without_credentials(text: str) -> str:

@@ -64,6 +64,8 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
             super().save_model(output_dir, _internal_call)
         elif self.is_world_process_zero():
             self.ensemble.save_pretrained(output_dir or str(self.run_directory.ensemble))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save")
 
     def _upload(self, repo_id: str, **kwargs: Any):
         if not self._is_trained():

@@ -50,6 +50,21 @@ def measure_fidelity(
     Raises:
         `EstimationError`: for subsets with unknown tasks, and when no subset is left to compare with.
     """
+    with trainer.working():
+        report = _measured(trainer, num_subsets, sizes, subsets, num_repeated, num_first_order, seed)
+        trainer.run_directory.write(report)
+    return report
+
+
+def _measured(
+    trainer: EnsembleTrainer | EnsembleSFTTrainer | SelectionTrainer | SelectionSFTTrainer,
+    num_subsets: int,
+    sizes: Sequence[int] | None,
+    subsets: Sequence[Sequence[str]] | None,
+    num_repeated: int,
+    num_first_order: int,
+    seed: int,
+) -> FidelityReport:
     store = trainer.capture()
     estimator = trainer.selector().estimator
     names = list(estimator.task_names)
@@ -74,7 +89,7 @@ def measure_fidelity(
         calibration.scored_run(subset, trainer.args.seed + _OTHER_SEED, f"Second seed {number}/{num_repeated}")
         for number, subset in enumerate(subsets[:num_repeated], start=1)
     ]
-    report = _report(
+    return _report(
         estimator,
         subsets,
         prediction,
@@ -84,8 +99,6 @@ def measure_fidelity(
         capture_seconds=trainer.run_directory.seconds("gradients"),
         prediction_seconds=prediction_seconds,
     )
-    trainer.run_directory.write(report)
-    return report
 
 
 def _report(

@@ -21,6 +21,7 @@ from .flows.capturing import captured_gradients
 from .flows.context import FlowContext
 from .flows.ensemble_flow import EnsembleFlow
 from .flows.selection_flow import SelectionFlow
+from .tracking import tracked_run
 
 logger = get_logger(__name__)
 
@@ -35,9 +36,17 @@ class FlowTrainerMixin(Generic[Flow]):
     """
 
     flow: Flow | None = None
+    _is_working: bool = False
 
     def _make_flow(self, context: FlowContext) -> Flow:
         raise NotImplementedError
+
+    def _run_configuration(self) -> dict[str, Any]:
+        rows = {
+            "train": self.train_dataset,
+            **{f"validation of {name}": own for name, own in self.eval_dataset.items()},
+        }
+        return configuration_of(self.model, self.tasks, rows, self.args, type(self), self._adapter_trainer_kwargs)
 
     def _run_choices(self) -> dict[str, Any]:
         return choices_of(self.args)
@@ -63,7 +72,7 @@ class FlowTrainerMixin(Generic[Flow]):
         if self.flow is None:
             run = RunDirectory.open(
                 self.args.output_dir,
-                configuration_of(self.model, self.tasks, self.args, type(self)),
+                self._run_configuration(),
                 self._run_choices(),
                 self.args.overwrite_run,
             )
@@ -72,11 +81,25 @@ class FlowTrainerMixin(Generic[Flow]):
         return self.flow.context.run
 
     @contextmanager
-    def _working(self) -> Iterator[None]:
-        """While open, the run is open and no other process can work in it."""
+    def working(self) -> Iterator[None]:
+        """While open, the run is open, trainings begin where gradients are captured, and no other process works in it.
+
+        Raises:
+            `RunMismatchError`: when `output_dir` holds a run of another configuration.
+            `RunLockedError`: when another process works in it.
+        """
         with RunDirectory(self.args.output_dir).locked():
             self.open_run()
-            yield
+            if self._is_working:
+                yield
+                return
+            self._is_working = True
+            try:
+                self.flow.start()
+                yield
+            finally:
+                self._is_working = False
+                self.flow.finish()
 
     def _context(self, run: RunDirectory) -> FlowContext:
         precision = self.accelerator.mixed_precision
@@ -133,14 +156,31 @@ class FlowTrainerMixin(Generic[Flow]):
                 f"Expected no checkpoint in resume_from_checkpoint, since a run consists of several trainings; found "
                 f"{resume_from_checkpoint!r}. Leave it out: a run that is started again resumes by itself."
             )
-        with self._working():
+        with self.working(), tracked_run(self):
             output = self.flow.train()
-        self.log(dict(output.metrics))
+            # Of the whole run, so that trackers see its metrics after those of its trainings.
+            self.state.global_step = self.run_directory.num_steps()
+            self.log(dict(output.metrics))
+        if self.args.push_to_hub:
+            self._push_finished()
         return output
+
+    def _push_finished(self) -> None:
+        """Upload what `train` has made. A failure is reported: the run is complete without it."""
+        try:
+            self.push_to_hub()
+        except Exception as error:  # whatever the connection, the Hub or a file raises
+            logger.error(
+                "The run in %r is complete, but was not uploaded: %s: %s. Call trainer.push_to_hub(), or start the "
+                "same script again.",
+                self.args.output_dir,
+                type(error).__name__,
+                error,
+            )
 
     def capture(self) -> GradientStore:
         """The run's gradient store; the gradients are captured where the run does not hold them yet."""
-        with self._working():
+        with self.working():
             return captured_gradients(self.flow.context, self.flow.training)
 
     def selector(self) -> DataSelector:
@@ -149,7 +189,7 @@ class FlowTrainerMixin(Generic[Flow]):
         Gradients are captured and calibrating fine-tunings made where the run does not hold them yet.
         """
         self.capture()
-        with self._working():
+        with self.working():
             return self.flow.calibration.selector(self.flow.num_calibration_runs())
 
     def _is_trained(self) -> bool:
@@ -181,7 +221,7 @@ class FlowTrainerMixin(Generic[Flow]):
         if not self._is_trained():
             with self._model_state.restored():
                 return self._single_trainer().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        with self._working():
+        with self.working():
             metrics = self.flow.evaluate(self._tables(eval_dataset), metric_key_prefix)
         self.log(dict(metrics))
         return metrics
@@ -207,6 +247,7 @@ class FlowTrainerMixin(Generic[Flow]):
     def _single_trainer(self):
         """The parent trainer over all tasks, for what it can do before a run has made anything."""
         args = copy.copy(self.args)
+        args.push_to_hub = False
         return self.adapter_trainer(args, self.train_dataset, self.eval_dataset, self.tasks.sampling_weights)
 
     def push_to_hub(

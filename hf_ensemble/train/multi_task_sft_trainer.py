@@ -15,9 +15,11 @@ from ..errors import TaskError
 from ..logging import get_logger
 from ..tasks import META_COLUMNS, TASK, RowFormat, TaskCollator, TaskSet
 from .multi_task_mixin import MultiTaskMixin
+from .parent_arguments import check_parent_arguments
 from .task_trainer import TaskSFTTrainer
 from .trainer_inputs import (
     as_task_set,
+    check_rows_and_arguments,
     is_one_dataset,
     is_text_classification,
     the_one_dataset,
@@ -102,7 +104,9 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             if args.packing:
                 self.train_dataset = self._packed(self.train_dataset, args)
             return
+        check_parent_arguments(args)
         tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
+        check_rows_and_arguments(tasks, args)
         super().__init__(
             model=model if isinstance(model, str) else without_adapters_of_earlier_runs(model),
             eval_dataset={"shown": self._shown_rows},

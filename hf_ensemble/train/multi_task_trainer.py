@@ -12,10 +12,12 @@ from ..errors import ConfigurationError
 from ..tasks import META_COLUMNS, RowFormat, TaskSet, data_collator_for, encode, length_limit
 from ..tasks.task_set import make_task
 from .multi_task_mixin import MultiTaskMixin
+from .parent_arguments import check_parent_arguments
 from .task_trainer import TaskTrainer
 from .trainer_inputs import (
     as_task_set,
     check_labels,
+    check_rows_and_arguments,
     is_one_dataset,
     is_text_classification,
     load_classifier,
@@ -66,7 +68,9 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         if args.label_smoothing_factor > 0 and tasks.label_space is not None and not is_one:
             raise ConfigurationError("label_smoothing_factor is not defined over label sets that differ by task.")
         if has_adapter and not is_one:
+            check_parent_arguments(args)
             tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
+            check_rows_and_arguments(tasks, args)
         model, processing_class = _text_model(model, model_init, processing_class, tasks)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)

@@ -18,6 +18,7 @@ from ..tasks import (
     pop_meta,
     restrict_to_labels,
 )
+from .resumed_training import ResumedTrainingMixin
 
 
 class TaskColumnsMixin:
@@ -61,7 +62,8 @@ class TaskColumnsMixin:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if len(set(self.sampling_weights.values())) <= 1:
             return super()._get_train_sampler(train_dataset)
-        return TaskWeightedSampler(dataset[TASK], self.sampling_weights, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return TaskWeightedSampler(dataset[TASK], self.sampling_weights, seed)
 
     def _prepare_inputs(self, inputs):
         # Here, and not in `compute_loss`, so that a subclass's own loss gets what its model takes.
@@ -71,7 +73,7 @@ class TaskColumnsMixin:
         return inputs
 
 
-class TaskTrainer(TaskColumnsMixin, Trainer):
+class TaskTrainer(TaskColumnsMixin, ResumedTrainingMixin, Trainer):
     """`transformers.Trainer` over a token table of several tasks; takes the arguments of both."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -95,5 +97,5 @@ class TaskTrainer(TaskColumnsMixin, Trainer):
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 
 
-class TaskSFTTrainer(TaskColumnsMixin, SFTTrainer):
+class TaskSFTTrainer(TaskColumnsMixin, ResumedTrainingMixin, SFTTrainer):
     """`trl.SFTTrainer` over a token table of several tasks; takes the arguments of both."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import DatasetDict
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
@@ -76,6 +76,24 @@ def with_held_out_rows(tasks: TaskSet, fraction: float, seed: int) -> TaskSet:
         "No evaluation rows were given: some training rows are held out, drawn with seed %d: %s.", seed, held_out
     )
     return tasks
+
+
+def check_rows_and_arguments(tasks: TaskSet, args: TrainingArguments) -> None:
+    """Raise `ConfigurationError` for arguments that trainings on some of the tasks could not honour."""
+    if len(set(tasks.sampling_weights.values())) > 1 and args.train_sampling_strategy != "random":
+        raise ConfigurationError(
+            "Sampling weights draw rows at random, expected train_sampling_strategy='random', found "
+            f"{args.train_sampling_strategy!r}. Leave one of them out."
+        )
+    batch_size = args.train_batch_size * args.world_size
+    rows = {name: len(own) for name, own in tasks.split("train").items()}
+    small = [name for name, count in rows.items() if count < batch_size]
+    if args.dataloader_drop_last and small:
+        raise ConfigurationError(
+            f"With dataloader_drop_last=True a training on {small[0]!r} alone would have no batch: expected at least "
+            f"{batch_size} rows of each task, found {rows[small[0]]}. Set dataloader_drop_last=False, or a smaller "
+            "per_device_train_batch_size."
+        )
 
 
 def check_labels(model, label_space: LabelSpace | None) -> None:

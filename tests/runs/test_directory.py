@@ -59,9 +59,9 @@ def test_differences_are_named_and_only_what_depends_on_them_is_redone(tmp_path)
 def test_records_of_single_trainings_are_kept_by_name(tmp_path):
     run = RunDirectory(tmp_path)
     assert run.trained_adapter("x") is None and run.scored_run(["a"], 0) is None and run.scored_runs() == []
-    trained = TrainedAdapter("x", {"a": 1.0, "b": 0.5}, 3, status="done", training_loss=0.5, global_step=7)
+    trained = TrainedAdapter("x", {"a": 1.0, "b": 0.5}, 3, "f00", 4, "done", training_loss=0.5, global_step=7)
     run.write_trained_adapter(trained)
-    scored = ScoredRun(["b", "a"], 3, {"a": TaskScores(0.5, 1.0, 4)}, 1.5, 0.25)
+    scored = ScoredRun(["b", "a"], 3, {"a": TaskScores(0.5, 1.0, 4)}, 1.5, 0.25, "f00")
     run.write_scored_run(scored)
     assert run.trained_adapter("x") == trained
     # By the set of tasks, and by the seed.

@@ -1,5 +1,7 @@
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -19,6 +21,7 @@ from hf_ensemble.tasks import (
     restrict_to_labels,
     score_answers,
 )
+from hf_ensemble.tasks.rows import content_hash, token_fingerprint
 
 ROWS = toy.sum_rows(5)
 
@@ -53,6 +56,69 @@ def test_own_example_ids_are_kept_and_checked():
     assert task_set(train={"a": rows, "b": ROWS}).table("train")["example_id"][:5] == ["0", "1", "2", "3", "4"]
     with pytest.raises(TaskError, match="repeat"):
         task_set(train={"a": [{**row, "example_id": 1} for row in ROWS], "b": ROWS})
+
+
+def token_rows(changed=None, length=1500):
+    """Token rows that are longer than what numpy and torch print."""
+    ids = [3 + i % 20 for i in range(length)]
+    if changed is not None:
+        ids[changed] = 30
+    return [{"input_ids": ids, "labels": ids}, {"input_ids": ids[::-1], "labels": ids}]
+
+
+def in_format(rows, kind):
+    if kind == "list":
+        return rows
+    if kind == "transform":
+        table = Dataset.from_list([{"key": i} for i in range(len(rows))])
+        return table.with_transform(lambda batch: {key: [rows[i][key] for i in batch["key"]] for key in rows[0]})
+    return Dataset.from_list(rows).with_format(kind)
+
+
+@pytest.mark.parametrize("kind", ["list", None, "numpy", "torch", "pandas", "transform"])
+def test_identity_follows_values_whatever_format_they_are_read_in(kind):
+    def of(rows):
+        return TaskSet.from_datasets({"a": in_format(rows, kind)}, {"a": rows[:1]})
+
+    plain = TaskSet.from_datasets({"a": token_rows()}, {"a": token_rows()[:1]})
+    found = of(token_rows())
+    assert found.fingerprint == plain.fingerprint
+    assert found.table("train")["example_id"][:] == plain.table("train")["example_id"][:]
+    for position in (0, 750, 1499):
+        changed = of(token_rows(position))
+        assert changed.fingerprint != plain.fingerprint
+        assert not set(changed.table("train")["example_id"]) & set(plain.table("train")["example_id"])
+
+
+def test_a_row_hashes_as_its_values():
+    plain = {"a": [[1, 2], [3]], "b": {"c": [0.5, 1.5]}, "d": True, "e": 4}
+    same = [
+        {"a": [np.array([1, 2]), np.array([3])], "b": {"c": torch.tensor([0.5, 1.5])}, "d": np.True_, "e": np.int8(4)},
+        {"a": np.array([np.array([1, 2]), np.array([3])], dtype=object), "b": {"c": (0.5, 1.5)}, "d": True, "e": 4},
+        dict(reversed(plain.items())),
+    ]
+    assert {content_hash(row) for row in same} == {content_hash(plain)}
+    tensor = torch.arange(5000)
+    changed = tensor.clone()
+    changed[2500] = 0
+    for kind in (lambda x: x, torch.Tensor.numpy, lambda x: {"nested": [x]}):
+        assert content_hash({"x": kind(tensor)}) != content_hash({"x": kind(changed)})
+    with pytest.raises(TaskError, match="found a object. Convert it"):
+        content_hash({"x": object()})
+
+
+def test_fingerprints_keep_names_and_rows_apart():
+    def labels(*names):
+        rows = [{"text": "x", "label": i, "label_text": name} for i, name in enumerate(names)]
+        return TaskSet.from_datasets({"a": rows}, {"a": rows[:1]})._tasks["a"]
+
+    first, second = (replace(labels("x", "y"), label_names=names) for names in (("a|b", "c"), ("a", "b|c")))
+    assert TaskSet([first]).fingerprint != TaskSet([second]).fingerprint
+    split, joined = (
+        Dataset.from_list([{"input_ids": ids, "labels": [1]} for ids in rows])
+        for rows in ([[1], [2, 3]], [[1, 2], [3]])
+    )
+    assert token_fingerprint({"train": split}) != token_fingerprint({"train": joined})
 
 
 def test_fingerprint_changes_with_any_row():

@@ -1,5 +1,7 @@
 """Runs that are started again, killed, or found in the way."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -139,14 +141,14 @@ def test_another_choice_of_groups_keeps_gradients_and_baseline(tmp_path, base_fo
         sft_trainer(tmp_path / "run", base_folder, num_groups=2, num_train_epochs=1).train()
     train, trained = TaskSFTTrainer.train, []
     monkeypatch.setattr(
-        TaskSFTTrainer, "train", lambda self, *a, **k: (trained.append(self.args.run_name), train(self))[1]
+        TaskSFTTrainer, "train", lambda self, *a, **k: (trained.append(Path(self.args.output_dir).name), train(self))[1]
     )
     monkeypatch.setattr(
         "hf_ensemble.train.flows.capturing.capture_gradients", lambda *a, **k: pytest.fail("captured again")
     )
     again = sft_trainer(tmp_path / "run", base_folder, num_groups=2, num_train_epochs=1, overwrite_run=True)
     again.train()
-    assert trained == ["run-group_0", "run-group_1"] and len(again.grouping.groups) == 2
+    assert trained == ["group_0", "group_1"] and len(again.grouping.groups) == 2
 
 
 def test_an_old_record_is_not_taken_for_a_new_adapter(tmp_path, base_folder):

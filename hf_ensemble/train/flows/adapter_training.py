@@ -17,16 +17,15 @@ from transformers import Trainer
 
 from ..._files import sha256_of
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
+from ...capture.identity import parameter_fingerprint
 from ...ensemble.saving.adapter_check import ADAPTER_WEIGHTS
 from ...ensemble.saving.files import save_adapter
 from ...estimate.mixtures import epoch_length
-from ...logging import get_logger
 from ...runs import TrainedAdapter
 from ...tasks import TASK
+from ..tracking import report_as_part_of_run
 from .checkpoints import last_whole_checkpoint
 from .context import FlowContext
-
-logger = get_logger(__name__)
 
 
 class AdapterTraining:
@@ -46,6 +45,10 @@ class AdapterTraining:
             for name, parameter in context.model.named_parameters()
             if parameter.requires_grad
         }
+
+    def theta0_fingerprint(self) -> str:
+        """What records and the gradient store know theta0 by."""
+        return parameter_fingerprint(self.theta0)
 
     def reset(self) -> None:
         """Put theta0 back into the model, trainable, and activate its adapter."""
@@ -86,7 +89,8 @@ class AdapterTraining:
         counts = self.context.num_drawn_rows()
         weights = np.array([tasks.sampling_weights[task] for task in subset])
         rows = epoch_length(weights, np.array([counts[task] for task in subset]))
-        batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+        whole = math.floor if args.dataloader_drop_last else math.ceil
+        batches = max(whole(rows / (args.train_batch_size * args.world_size)), 1)
         return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
     def run(
@@ -104,10 +108,10 @@ class AdapterTraining:
         """
         run, args = self.context.run, self.context.args
         weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
-        begun = TrainedAdapter(name, weights, args.seed if seed is None else seed)
-        finished, checkpoint = run_on_main(lambda: self._found(begun, folder))
-        if finished is not None:
-            return finished
+        wanted = TrainedAdapter(name, weights, args.seed if seed is None else seed, self.theta0_fingerprint())
+        begun, checkpoint = run_on_main(lambda: self._begun(wanted, folder))
+        if begun.status == "done":
+            return begun
         self.reset()
         rows = rows_of(self.context.train_rows, weights)
         try:
@@ -117,10 +121,8 @@ class AdapterTraining:
                 result = trainer.train(resume_from_checkpoint=checkpoint)
                 seconds = time.perf_counter() - start
                 trainer.accelerator.free_memory()
-            trained = TrainedAdapter(
-                name,
-                weights,
-                begun.seed,
+            trained = replace(
+                begun,
                 status="done",
                 num_examples=len(rows),
                 global_step=int(result.global_step),
@@ -140,19 +142,20 @@ class AdapterTraining:
         self.context.log_history.extend({**entry, "adapter": name} for entry in trainer.state.log_history)
         return trained
 
-    def _found(self, wanted: TrainedAdapter, folder: Path) -> tuple[TrainedAdapter | None, str | None]:
-        """The finished training where there is one, and the checkpoint to go on from; decided by the main process."""
+    def _begun(self, wanted: TrainedAdapter, folder: Path) -> tuple[TrainedAdapter, str | None]:
+        """The training, finished or begun, and the checkpoint that it goes on from; decided by the main process."""
         run = self.context.run
         known, work = run.trained_adapter(wanted.name), run.training(wanted.name)
-        same = known is not None and (known.mixture, known.seed) == (wanted.mixture, wanted.seed)
+        same = wanted.continues(known)
         if same and known.status == "done" and folder.exists():
             known.check_weights(folder / ADAPTER_WEIGHTS)
             return known, None
         if not same:
-            # Checkpoints of another mixture.
-            shutil.rmtree(work, ignore_errors=True)
-        run.write_trained_adapter(wanted)
-        return None, last_whole_checkpoint(work)
+            # Those of another mixture or starting point.
+            _remove_checkpoints(work)
+        begun = replace(wanted, first_step=known.first_step if same else run.num_steps())
+        run.write_trained_adapter(begun)
+        return begun, last_whole_checkpoint(work)
 
     def _trainer(self, begun: TrainedAdapter, rows: Dataset) -> Trainer:
         args = copy.copy(self.context.args)
@@ -160,19 +163,15 @@ class AdapterTraining:
             args.seed = args.data_seed = begun.seed
         args.output_dir = str(self.context.run.training(begun.name))
         args.push_to_hub = False
-        args.run_name = f"{args.run_name or self.context.run.path.name}-{begun.name}"
-        if args.load_best_model_at_end:
-            logger.warning(
-                "load_best_model_at_end is not used: an adapter's losses are those of the end of its training."
-            )
-            args.load_best_model_at_end = False
         sampling = self.context.tasks.sampling_weights
-        return self.context.make_trainer(
+        trainer = self.context.make_trainer(
             args,
             rows,
             {task: self.context.eval_rows[task] for task, weight in begun.mixture.items() if weight > 0},
             {task: weight * sampling[task] for task, weight in begun.mixture.items()},
         )
+        report_as_part_of_run(trainer.callback_handler, begun.name, begun.first_step)
+        return trainer
 
 
 def _remove_checkpoints(work: Path) -> None:

@@ -39,7 +39,7 @@ class Calibration:
             description (`str`, *optional*, defaults to `"Run"`): label of the progress bar.
         """
         run, seed = self.context.run, self.context.args.seed if seed is None else seed
-        known = run_on_main(lambda: run.scored_run(subset, seed))
+        known = self._known(subset, seed, self.training.theta0_fingerprint())
         if known is not None:
             return known
         folder = run.scored_adapter(subset, seed)
@@ -59,16 +59,21 @@ class Calibration:
             description (`str`): label of the progress bar.
         """
         run, subset = self.context.run, list(trained.mixture)
-        known = run_on_main(lambda: run.scored_run(subset, trained.seed))
+        known = self._known(subset, trained.seed, trained.theta0)
         if known is not None:
             return known
         start = time.perf_counter()
         scores = self.evaluation.score_adapter(folder, self.context.eval_tables, description)
         seconds = round(trained.seconds + time.perf_counter() - start, 3)
-        scored = ScoredRun(subset, trained.seed, scores, seconds, trained.distance)
+        scored = ScoredRun(subset, trained.seed, scores, seconds, trained.distance, trained.theta0)
         run.write_scored_run(scored)
         wait_for_everyone()
         return scored
+
+    def _known(self, subset: Sequence[str], seed: int, theta0: str) -> ScoredRun | None:
+        """What the run holds of a fine-tuning that began at theta0."""
+        known = run_on_main(lambda: self.context.run.scored_run(subset, seed))
+        return known if known is not None and known.theta0 == theta0 else None
 
     def observed_runs(self, count: int) -> list[ObservedRun]:
         """The fine-tunings that calibrate the estimates; those that the run does not hold yet are made."""

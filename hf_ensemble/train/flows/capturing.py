@@ -3,17 +3,29 @@
 from datasets import concatenate_datasets
 
 from ...capture import capture_gradients, optimizer_preconditioner, training_recipe
+from ...errors import RunMismatchError
 from ...store import GradientStore, TrainingRecipe
 from .adapter_training import AdapterTraining
 from .context import FlowContext
 
 
 def captured_gradients(context: FlowContext, training: AdapterTraining) -> GradientStore:
-    """The run's gradient store, captured at theta0 where the run does not hold it yet."""
+    """The run's gradient store, captured at theta0 where the run does not hold it yet.
+
+    Raises:
+        `RunMismatchError`: when it was captured elsewhere than where trainings begin.
+    """
     run, args = context.run, context.args
     with run.stage("gradients") as todo:
         if not todo:
-            return GradientStore(run.gradients)
+            store = GradientStore(run.gradients)
+            found, expected = store.identity["model"]["theta0"], training.theta0_fingerprint()
+            if found != expected:
+                raise RunMismatchError(
+                    f"The gradients in {str(run.gradients)!r} were captured at other parameters (theta0 {found}) than "
+                    f"those that trainings begin at ({expected}). Choose another output_dir, or delete the run."
+                )
+            return store
         training.reset()
         with context.model_state.restored():
             return capture_gradients(

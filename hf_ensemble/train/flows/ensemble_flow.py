@@ -41,6 +41,12 @@ class EnsembleFlow:
         self.ensemble: PeftEnsembleModel | None = None
         self.grouping: Grouping | None = None
 
+    def start(self) -> None:
+        """Trainings begin at the model's own adapter."""
+
+    def finish(self) -> None:
+        """The ensemble's adapters stand beside the one that is trained."""
+
     def train(self) -> TrainOutput:
         """Run every stage; steps and mean training loss over all adapters, and the metrics of the evaluation."""
         run, args, tasks = self.context.run, self.context.args, self.context.tasks

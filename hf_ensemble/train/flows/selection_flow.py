@@ -39,14 +39,26 @@ class SelectionFlow:
         self.evaluation = SystemEvaluation(context)
         self.calibration = Calibration(context, self.training, self.evaluation)
         self.selection: Selection | None = None
+        self._is_started = False
+
+    def start(self) -> None:
+        """Settle theta0 before anything is captured or trained, by `meta_initialization` where it is asked for."""
+        if self._is_started or not self.context.args.meta_initialization:
+            return
+        run = self.context.run
+        with run.stage(META_INITIALIZATION):
+            self.training.run(META_INITIALIZATION, self.context.tasks.names, run.meta_initialization)
+        self.training.start_from(run.meta_initialization)
+        self._is_started = True
+
+    def finish(self) -> None:
+        """Leave the final adapter in the model, where there is one."""
+        if self.selection is not None:
+            self.training.load(self.context.run.adapter)
 
     def train(self) -> TrainOutput:
         """Run every stage; the final adapter is left in the model."""
         run = self.context.run
-        if self.context.args.meta_initialization:
-            with run.stage(META_INITIALIZATION):
-                self.training.run(META_INITIALIZATION, self.context.tasks.names, run.meta_initialization)
-            self.training.start_from(run.meta_initialization)
         captured_gradients(self.context, self.training)
         self.selection = self._select()
         with run.stage(ADAPTER):

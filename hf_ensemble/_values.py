@@ -1,0 +1,81 @@
+"""Values as JSON holds them, and what objects are known by."""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+
+def _refused(value: Any) -> Any:
+    raise TypeError(f"a {type(value).__name__} has no JSON form")
+
+
+def plain_values(value: Any, other: Callable[[Any], Any] = _refused) -> Any:
+    """Nested containers, arrays and tensors as the dicts, lists and scalars of JSON, with every entry.
+
+    Args:
+        value (`Any`): what to convert. Sets are sorted; keys become strings.
+        other (`Callable`, *optional*): what to make of an object of another kind.
+
+    Raises:
+        `TypeError`: for an object of another kind, where `other` is not given.
+    """
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(entry, other) for key, entry in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain_values(entry, other) for entry in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [plain_values(entry, other) for entry in value]
+    if hasattr(value, "tolist"):
+        # Arrays, tensors and their scalars; an array of objects holds further ones.
+        return plain_values(value.tolist(), other)
+    if isinstance(value, (bool, int, float, str)):
+        return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
+    return other(value)
+
+
+def identity_of(value: Any) -> Any:
+    """What a value consists of, as JSON values that are the same in the next process.
+
+    Classes are known by their names; functions by their source, defaults and what they close over; other objects by
+    their class and their attributes.
+    """
+    return plain_values(value, _identity)
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, type):
+        return _name_of(value)
+    if isinstance(value, functools.partial):
+        return {"partial": identity_of(value.func), "args": identity_of([*value.args, value.keywords])}
+    if inspect.ismethod(value):
+        return {"method": _identity(value.__func__), "of": _identity(value.__self__)}
+    if inspect.isfunction(value):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        held = [value.__defaults__, value.__kwdefaults__, cells]
+        return {"function": _name_of(value), "source": _source_digest(value), "holds": plain_values(held, _name_of)}
+    attributes = getattr(value, "__dict__", None)
+    if not attributes:
+        # A torch.dtype, a built-in function. What names no address is the same in the next process.
+        text = str(value)
+        return _name_of(value) if " at 0x" in text else text
+    return {"class": _name_of(type(value)), "attributes": plain_values(attributes, _name_of)}
+
+
+def _name_of(value: Any) -> str:
+    own = value if hasattr(value, "__qualname__") else type(value)
+    return f"{own.__module__}.{own.__qualname__}"
+
+
+def _source_digest(function: Any) -> str:
+    try:
+        content = inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        content = function.__code__.co_code + repr(function.__code__.co_consts).encode()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,0 +1,84 @@
+"""Arguments of `TrainingArguments` and `SFTConfig` that a run of several trainings does not take."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a run does not take of an argument.
+
+    Args:
+        because (`str`): the reason.
+        instead (`str`): what to do.
+        values (`Sequence`, *optional*): the values that it does not take; all that turn something on by default.
+    """
+
+    because: str
+    instead: str
+    values: Sequence[Any] | None = None
+
+
+_FULL_EVAL = Refusal("it casts the base model, which all trainings share", "evaluate in mixed precision with bf16=True")
+_SHARDED = Refusal(
+    "gradients are captured of whole parameters", "share the rows among processes instead (DDP), or quantize the base"
+)
+REFUSED: dict[str, Refusal] = {
+    "auto_find_batch_size": Refusal(
+        "each training would find a batch size of its own, and predictions are of one batch size",
+        "set per_device_train_batch_size and gradient_accumulation_steps",
+    ),
+    "load_best_model_at_end": Refusal(
+        "predictions are of the end of a training, whose adapter is kept", "leave it out, or train for fewer epochs"
+    ),
+    "metric_for_best_model": Refusal(
+        "each training is evaluated on its own tasks, so that no metric is one of all trainings", "leave it out"
+    ),
+    "lr_scheduler_type": Refusal(
+        "each training is evaluated on its own tasks, so that no metric is one of all trainings",
+        "use a schedule of steps, such as 'linear' or 'cosine'",
+        ("reduce_lr_on_plateau", "greedy"),
+    ),
+    "save_strategy": Refusal(
+        "checkpoints are kept to resume from alone", "set it to 'steps', 'epoch' or 'no'", ("best",)
+    ),
+    "save_only_model": Refusal("a training that was killed could not resume", "set save_total_limit to save space"),
+    "enable_jit_checkpoint": Refusal(
+        "a training that it stops would count as finished", "set save_strategy='steps' and save_steps"
+    ),
+    "resume_from_checkpoint": Refusal(
+        "a run consists of several trainings", "leave it out: a run that is started again resumes by itself"
+    ),
+    "bf16_full_eval": _FULL_EVAL,
+    "fp16_full_eval": _FULL_EVAL,
+    "fsdp": _SHARDED,
+    "deepspeed": _SHARDED,
+    "parallelism_config": _SHARDED,
+}
+# Refused only beside `push_to_hub`, of which it says what to upload.
+_HUB_STRATEGY = Refusal(
+    "checkpoints of single trainings are not uploaded",
+    "set it to 'end' to upload the result",
+    ("checkpoint", "all_checkpoints"),
+)
+
+
+def check_parent_arguments(args: TrainingArguments) -> None:
+    """Refuse what the parents take and a run cannot honour.
+
+    Raises:
+        `ConfigurationError`: which names the argument.
+    """
+    for name, refusal in {**REFUSED, **({"hub_strategy": _HUB_STRATEGY} if args.push_to_hub else {})}.items():
+        value = getattr(args, name, None)
+        value = getattr(value, "value", value)
+        if value and (refusal.values is None or value in refusal.values):
+            raise ConfigurationError(
+                f"{name}={value!r} cannot be honoured in a run of several trainings: {refusal.because}. Please "
+                f"{refusal.instead}."
+            )

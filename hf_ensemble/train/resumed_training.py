@@ -1,0 +1,66 @@
+"""A training that was resumed, and ends as one that was not interrupted."""
+
+from typing import Any
+
+import torch
+from transformers.trainer_utils import TrainOutput
+
+# Among the states of callbacks in a checkpoint's `trainer_state.json`.
+_KEY = "hf_ensemble.training_loss"
+
+
+class ResumedTrainingMixin:
+    """Keeps the sum of the losses in checkpoints, and trains no step after the last.
+
+    `Trainer` begins a new sum when it resumes: its mean is over the steps since the checkpoint, and the first logged
+    loss lacks the steps between the last log and the checkpoint. From the checkpoint of a last step that `max_steps`
+    sets within an epoch it goes on to the next step.
+    """
+
+    _resumed_loss: dict[str, Any] | None = None
+    _is_ending: bool = False
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        since_log = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
+        self.state.stateful_callbacks[_KEY] = {
+            "args": {},
+            "attributes": {
+                "total": self._total_loss_scalar,
+                "since_log": since_log,
+                "last_log": self._globalstep_last_logged,
+            },
+        }
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        # Called for the state of the checkpoint that is resumed from.
+        self._resumed_loss = self.state.stateful_callbacks.pop(_KEY, None)
+        super()._load_callback_state()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._restore_loss()
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _restore_loss(self) -> None:
+        if self._resumed_loss is None:
+            return
+        loss, self._resumed_loss = self._resumed_loss["attributes"], None
+        self._tr_loss = torch.tensor(loss["since_log"][self.args.process_index], device=self.args.device)
+        self._total_loss_scalar = loss["total"]
+        self._globalstep_last_logged = loss["last_log"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._is_ending and "train_loss" in logs:
+            logs["train_loss"] = self._mean_loss()
+        super().log(logs, *args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._restore_loss()
+        self._is_ending = True
+        output = super()._finalize_training(*args, **kwargs)
+        self._is_ending = False
+        return output._replace(training_loss=self._mean_loss())
+
+    def _mean_loss(self) -> float:
+        return self._total_loss_scalar / max(self.state.global_step, 0.001)

@@ -1,0 +1,162 @@
+"""What TensorBoard and other trackers see of a run's trainings."""
+
+from pathlib import Path
+
+import pytest
+import transformers.integrations.integration_utils as integrations
+from transformers import TrainerCallback
+
+from helpers.trainers import sft_trainer
+from hf_ensemble.train.task_trainer import TaskSFTTrainer
+from hf_ensemble.train.tracking import PartOfRun
+
+CHANGES = {"num_groups": 2, "num_train_epochs": 1, "logging_strategy": "steps", "logging_steps": 1}
+
+
+class Tracker(TrainerCallback):
+    """Like a tracker of one run for the whole process: it is open from the first training's begin to the same's end."""
+
+    logged: list[tuple[int, dict]] = []
+    saved: list[int] = []
+    names: list[str] = []
+    holder = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if Tracker.holder is None:
+            Tracker.holder = self
+            Tracker.names.append(args.run_name)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        assert Tracker.holder is not None
+        Tracker.logged.append((state.global_step, integrations.rewrite_logs(logs)))
+
+    def on_save(self, args, state, control, **kwargs):
+        assert (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
+        Tracker.saved.append(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if Tracker.holder is self:
+            Tracker.holder = None
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "fake", Tracker)
+    for name in ("logged", "saved", "names"):
+        monkeypatch.setattr(Tracker, name, [])
+    monkeypatch.setattr(Tracker, "holder", None)
+    return Tracker
+
+
+def test_a_tracker_sees_one_run_whose_steps_go_on(tmp_path, base_folder, tracker):
+    trainer = sft_trainer(
+        tmp_path / "run",
+        base_folder,
+        report_to=["fake"],
+        run_name="mine",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        **CHANGES,
+    )
+    trainer.train()
+    assert tracker.names == ["mine"] and tracker.holder is None
+    steps = [step for step, _ in tracker.logged]
+    assert steps == sorted(steps) and steps[0] == 1
+    run = trainer.run_directory
+    lengths = [run.trained_adapter(name).global_step for name in ("baseline", "group_0", "group_1")]
+    assert steps[-1] == sum(lengths) == run.num_steps() == trainer.state.global_step
+    assert len(tracker.saved) == 3
+    for number, name in enumerate(("baseline", "group_0", "group_1")):
+        own = [step for step, logs in tracker.logged if f"train/{name}/loss" in logs]
+        start = sum(lengths[:number])
+        assert run.trained_adapter(name).first_step == start
+        assert own == list(range(start + 1, start + lengths[number] + 1))
+    assert any("eval/baseline/sums_loss" in logs for _, logs in tracker.logged)
+    # The run's own metrics come last, without a training's name.
+    assert "eval/mean_loss" in tracker.logged[-1][1]
+
+
+def test_steps_go_on_after_a_kill(tmp_path, base_folder, tracker, monkeypatch):
+    def make():
+        return sft_trainer(
+            tmp_path / "run", base_folder, report_to=["fake"], save_strategy="steps", save_steps=2, **CHANGES
+        )
+
+    step = TaskSFTTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.args.output_dir.endswith("group_0") and self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskSFTTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make().train()
+    assert tracker.holder is None
+    first = [step for step, logs in tracker.logged if "train/group_0/loss" in logs]
+    tracker.logged.clear()
+    make().train()
+    second = [step for step, logs in tracker.logged if "train/group_0/loss" in logs]
+    # From the checkpoint on, which is one step back.
+    assert second[0] == first[-1] and second == list(range(second[0], second[-1] + 1))
+
+
+class Writer:
+    """Stands in for `SummaryWriter`: a line for each figure."""
+
+    def __init__(self, log_dir=None):
+        assert log_dir is not None, "would be written beside the script"
+        self.file = Path(log_dir) / "events.out"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+
+    def add_scalar(self, name, value, step):
+        with self.file.open("a") as file:
+            file.write(f"{name} {step}\n")
+
+    def add_text(self, *args, **kwargs):
+        self.file.touch()
+
+    def flush(self):
+        pass
+
+    close = flush
+
+
+@pytest.mark.parametrize("folder", [None, "all"])
+def test_logs_of_every_training_stay(tmp_path, base_folder, monkeypatch, folder):
+    class TensorBoard(integrations.TensorBoardCallback):
+        def __init__(self):
+            self._SummaryWriter, self.tb_writer = Writer, None
+            self.logging_dir = None if folder is None else str(tmp_path / folder)
+
+    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "tensorboard", TensorBoard)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    trainer = sft_trainer(run, base_folder, report_to=["tensorboard"], save_strategy="steps", save_steps=2, **CHANGES)
+    trainer.train()
+    trainer.evaluate()
+    for name in ("baseline", "group_0", "group_1"):
+        (file,) = (tmp_path / folder).rglob("events.out") if folder else (run / "training" / name).rglob("events.out")
+        lines = [line.split() for line in file.read_text().splitlines()]
+        steps = [int(step) for key, step in lines if key == f"train/{name}/loss"]
+        start = trainer.run_directory.trained_adapter(name).first_step
+        assert steps == list(range(start + 1, start + len(steps) + 1)) and len(steps) > 2
+    assert not list(run.rglob("checkpoint-*"))
+    files = list((tmp_path / folder if folder else run / "runs").rglob("events.out"))
+    assert any("eval/mean_loss" in file.read_text() for file in files)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_callbacks_see_the_training_as_it_is(tmp_path, base_folder, tracker):
+    class Plain(TrainerCallback):
+        first: list[int] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                Plain.first.append(state.global_step)
+
+    trainer = sft_trainer(tmp_path / "run", base_folder, callbacks=[Plain()], report_to=["fake"], **CHANGES)
+    trainer.train()
+    assert Plain.first.count(1) == 3
+    assert not any(isinstance(callback, PartOfRun) for callback in trainer.callback_handler.callbacks)
