@@ -206,9 +206,12 @@ class TaskSet(Mapping[str, Task]):
         Raises:
             `TaskError`: for a task with a single row.
         """
-        tasks = [
-            task if "validation" in task.splits else hold_out(task, fraction, seed) for task in self._tasks.values()
-        ]
+        tasks = []
+        for task in self._tasks.values():
+            if "validation" not in task.splits:
+                parts = hold_out(task.name, task.splits["train"], fraction, seed)
+                task = _with_splits(task, dict(zip(("train", "validation"), parts)))
+            tasks.append(task)
         return TaskSet(tasks, self.sampling_weights)
 
     def without(self, examples: Mapping[str, Iterable[str]]) -> "TaskSet":
@@ -234,16 +237,7 @@ class TaskSet(Mapping[str, Task]):
             rows = [index for index, example in enumerate(ids) if example not in dropped]
             if not rows:
                 raise TaskError(f"Task {task.name!r} has no training rows left. Remove the task with subset instead.")
-            if dropped:
-                train, fingerprint = add_identity(
-                    task.name, "train", task.splits["train"].select(rows), task.row_format
-                )
-                task = replace(
-                    task,
-                    splits={**task.splits, "train": train},
-                    fingerprints={**task.fingerprints, "train": fingerprint},
-                )
-            kept.append(task)
+            kept.append(_with_splits(task, {"train": task.splits["train"].select(rows)}) if dropped else task)
         return TaskSet(kept, self.sampling_weights)
 
     def reweighted(self, sampling_weights: Mapping[str, float]) -> "TaskSet":
@@ -271,6 +265,16 @@ class TaskSet(Mapping[str, Task]):
                 for name, task in self._tasks.items()
             },
         }
+
+
+def _with_splits(task: Task, changed: Mapping[str, Dataset]) -> Task:
+    """A task with other rows in some of its splits."""
+    identified = {split: add_identity(task.name, split, rows, task.row_format) for split, rows in changed.items()}
+    return replace(
+        task,
+        splits={**task.splits, **{split: rows for split, (rows, _) in identified.items()}},
+        fingerprints={**task.fingerprints, **{split: fingerprint for split, (_, fingerprint) in identified.items()}},
+    )
 
 
 def make_task(name: str, splits: Mapping[str, Dataset], row_format: RowFormat | None = None) -> Task:

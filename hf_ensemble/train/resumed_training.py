@@ -14,13 +14,19 @@ class ResumedTrainingMixin:
 
     `Trainer` begins a new sum when it resumes: its mean is over the steps since the checkpoint, and the first logged
     loss lacks the steps between the last log and the checkpoint. From the checkpoint of a last step that `max_steps`
-    sets within an epoch it goes on to the next step.
+    sets within an epoch it goes on to the next step. Over a single dataset a trainer stays as its parent is.
     """
 
+    has_tasks: bool
     _resumed_loss: dict[str, Any] | None = None
     _is_ending: bool = False
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.has_tasks:
+            self._keep_loss()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _keep_loss(self) -> None:
         since_log = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
         self.state.stateful_callbacks[_KEY] = {
             "args": {},
@@ -30,7 +36,6 @@ class ResumedTrainingMixin:
                 "last_log": self._globalstep_last_logged,
             },
         }
-        super()._save_checkpoint(*args, **kwargs)
 
     def _load_callback_state(self) -> None:
         # Called for the state of the checkpoint that is resumed from.
@@ -39,7 +44,7 @@ class ResumedTrainingMixin:
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._restore_loss()
-        if self.state.global_step < self.state.max_steps:
+        if not self.has_tasks or self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
     def _restore_loss(self) -> None:
@@ -56,6 +61,8 @@ class ResumedTrainingMixin:
         super().log(logs, *args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if not self.has_tasks:
+            return super()._finalize_training(*args, **kwargs)
         self._restore_loss()
         self._is_ending = True
         output = super()._finalize_training(*args, **kwargs)

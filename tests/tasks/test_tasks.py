@@ -325,5 +325,5 @@ def test_rows_are_held_out_only_where_there_are_none():
     whole = tasks.with_validation()
     assert whole["a"] is tasks["a"] and len(whole["b"].splits["validation"]) == 20
     assert whole.with_validation() == whole
-    with pytest.raises(TaskError, match="Task 'a': Expected at least 2 rows"):
+    with pytest.raises(TaskError, match="Task 'a': expected at least 2 rows"):
         TaskSet.from_datasets({"a": ROWS[:1]}).with_validation()

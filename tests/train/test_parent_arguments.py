@@ -12,15 +12,18 @@ from helpers.trainers import sft_config, sft_trainer, split, text_trainer
 from hf_ensemble import (
     EnsembleConfig,
     EnsembleSFTConfig,
+    EnsembleSFTTrainer,
+    EnsembleTrainer,
     SelectionConfig,
     SelectionSFTConfig,
     SelectionSFTTrainer,
+    SelectionTrainer,
     TaskSet,
 )
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.runs import TrainedAdapter
 from hf_ensemble.train import ensemble_trainer
-from hf_ensemble.train.parent_arguments import REFUSED
+from hf_ensemble.train.parent_arguments import REFUSED, check_parent_arguments
 
 
 def words(text):
@@ -47,12 +50,12 @@ USED = words("""
     ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics
     local_rank trust_remote_code router_aux_loss_coef dataset_num_proc eos_token pad_token max_length
     truncation_mode shuffle_dataset pad_to_multiple_of completion_only_loss assistant_only_loss loss_type
-    activation_offloading
+    activation_offloading packing packing_strategy eval_packing padding_free
 """)
 # What the run itself uses, and each training otherwise or not at all.
 USED_BY_RUN = words("""
     output_dir push_to_hub hub_model_id hub_token hub_private_repo hub_revision hub_strategy model_init_kwargs
-    chat_template_path dataset_kwargs
+    chat_template_path dataset_kwargs dataset_text_field
 """)
 # Of no consequence here, for the reason given.
 IRRELEVANT = {
@@ -63,8 +66,6 @@ IRRELEVANT = {
     "greater_is_better": "read with metric_for_best_model alone",
     "fsdp_config": "read with fsdp alone",
     "length_column_name": "rows carry no such column: lengths are those of the tokens, as in the parents then",
-    "dataset_text_field": "read for rows of text alone, which are no tasks",
-    "packing_strategy": "read with packing alone",
 }
 # Values that are refused, and what the message says beside the name.
 REFUSED_VALUES = {
@@ -81,11 +82,14 @@ REFUSED_VALUES = {
     "fsdp": ("full_shard", "DDP"),
     "deepspeed": ({"zero_optimization": {"stage": 3}}, "DDP"),
     "parallelism_config": (SimpleNamespace(tp_size=2), "DDP"),
-    "packing": (True, "lose their task"),
-    "eval_packing": (True, "lose their task"),
-    "padding_free": (True, "lose their task"),
 }
-CONFIGS = [EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig]
+TRAINERS = {
+    EnsembleConfig: (EnsembleTrainer, toy.text_tasks()),
+    EnsembleSFTConfig: (EnsembleSFTTrainer, toy.sft_tasks()),
+    SelectionConfig: (SelectionTrainer, toy.text_tasks()),
+    SelectionSFTConfig: (SelectionSFTTrainer, toy.sft_tasks()),
+}
+CONFIGS = list(TRAINERS)
 
 
 @pytest.mark.parametrize("parent", [TrainingArguments, SFTConfig])
@@ -100,20 +104,25 @@ def test_every_argument_of_the_parents_has_its_place(parent):
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", REFUSED_VALUES)
-def test_what_cannot_be_honoured_is_refused_by_name(config, name, tmp_path):
+def test_what_cannot_be_honoured_is_refused_by_name(config, name, tmp_path, monkeypatch):
+    """Before the model is loaded, and only where there are several datasets and an adapter."""
     if name not in {field.name for field in fields(config)}:
         pytest.skip("not an argument of this parent")
     value, message = REFUSED_VALUES[name]
+    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    setattr(args, name, value)
+    trainer_class, tasks = TRAINERS[config]
+    options = {"target": next(iter(tasks))} if "Selection" in config.__name__ else {}
     with pytest.raises(ConfigurationError, match=f"^{name}=.* cannot be honoured .*: .*\\. Please") as caught:
-        config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{name: value})
+        trainer_class("no model", args, train_dataset=split(tasks, "train"), peft_config=toy.lora(), **options)
     assert message in str(caught.value)
 
 
 def test_checkpoints_are_no_part_of_an_upload(tmp_path):
     for strategy in ("checkpoint", "all_checkpoints"):
         with pytest.raises(ConfigurationError, match="^hub_strategy='.*checkpoint.*Please set it to 'end'"):
-            sft_config(tmp_path, push_to_hub=True, hub_strategy=strategy)
-        sft_config(tmp_path, hub_strategy=strategy)
+            check_parent_arguments(sft_config(tmp_path, push_to_hub=True, hub_strategy=strategy))
+        check_parent_arguments(sft_config(tmp_path, hub_strategy=strategy))
 
 
 def test_each_training_is_given_the_arguments_that_are_used(tmp_path, base_folder):
