@@ -13,7 +13,7 @@ from datasets import concatenate_datasets
 from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection, capture_gradients, training_recipe
 from hf_ensemble.capture.capture_pass import MOMENT_ROWS
 from hf_ensemble.capture.training_arguments import fresh_lora_gain
-from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe
+from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe, take_rows
 from hf_ensemble.train.flows.adapter_training import AdapterTraining
 
 
@@ -35,7 +35,7 @@ class Captures:
         kept = self._kept_rows(train, choice["training rows"])
         parts = {"train": _rows(train, kept), "validation": exact["validation"]}
         return {
-            split: dataclasses.replace(table, features=_projected(table.features, scales, choice["projection"]))
+            split: dataclasses.replace(table, features=_projected(table.features[:], scales, choice["projection"]))
             for split, table in parts.items()
         }
 
@@ -101,9 +101,9 @@ class Captures:
 
 
 def _rows(table: FeatureTable, rows: np.ndarray) -> FeatureTable:
-    names = ("features", "margin", "task", "example_id", "num_tokens")
+    names = ("margin", "task", "example_id", "num_tokens")
     arrays = {name: getattr(table, name)[rows] for name in names}
-    return dataclasses.replace(table, **arrays)
+    return dataclasses.replace(table, features=take_rows(table.features, rows), **arrays)
 
 
 def _projected(features: np.ndarray, scales: torch.Tensor, projection: str) -> np.ndarray:

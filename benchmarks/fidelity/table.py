@@ -30,7 +30,10 @@ def _measures(report: dict) -> list[tuple[str, str]]:
         ("over subsets without the task", formatted(report["mean_task_spearman_outside"], ".2f")),
         ("correlation of losses", formatted(report["correlation"], ".3f")),
         ("correlation of changes in loss", formatted(report["change_correlation"], ".3f")),
-        (f"coverage of {report['interval_level']:.0%} intervals", formatted(report["interval_coverage"], ".0%")),
+        (
+            f"coverage of {formatted(report['interval_level'], '.0%')} intervals",
+            formatted(report["interval_coverage"], ".0%"),
+        ),
         ("time of 100 fine-tuning runs / (capture and 100 predictions)", formatted(report["speed_up"], ".0f")),
     ]
     if report["ceiling"]:

@@ -61,7 +61,8 @@ def path_table(selection: Selection) -> Table:
     table = Table(title=f"How {selection.method.replace('_', ' ')} selection came there")
     table.add_column("step")
     table.add_column("predicted loss", justify="right")
-    table.add_column("90 % interval", justify="right")
+    levels = [step["level"] for step in selection.path if step.get("level") is not None]
+    table.add_column(f"{levels[0]:.0%} interval" if levels else "interval", justify="right")
     table.add_column("close calls")
     for step in selection.path:
         change = f"without {step['removed']}" if "removed" in step else step["added"]
@@ -139,8 +140,9 @@ def fidelity_summary(report: FidelityReport) -> Table:
         ("    over subsets that do not", f"{report.mean_task_spearman_outside:.2f}"),
         ("correlation of losses", f"{report.correlation:.3f}"),
         ("correlation of their changes by training", f"{report.change_correlation:.3f}"),
-        (f"true losses inside of {report.interval_level:.0%} intervals", f"{report.interval_coverage:.0%}"),
     ]
+    if report.interval_level is not None:
+        rows.append((f"true losses inside of {report.interval_level:.0%} intervals", f"{report.interval_coverage:.0%}"))
     if report.ceiling is not None:
         ceiling = report.ceiling
         rows += [

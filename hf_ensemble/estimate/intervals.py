@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Coverage that intervals aim at; with fewer than nine residuals they promise less.
 LEVEL = 0.9
 
 
@@ -17,11 +18,11 @@ class IntervalWidth:
     Args:
         quantile (`float`):
             Quantile of |log(true / predicted)| / sqrt(displacement) over the observed runs; NaN without any.
-        level (`float`): nominal coverage.
+        level (`float`): coverage that the intervals promise; NaN without a quantile.
     """
 
     quantile: float = float("nan")
-    level: float = LEVEL
+    level: float = float("nan")
 
     @classmethod
     def fit(
@@ -30,15 +31,18 @@ class IntervalWidth:
         """Fit to predictions with known true losses, all arrays `(S, T)`; unknown true losses are NaN.
 
         The quantile is that of split conformal prediction, with the finite-sample correction (Lei et al. 2018,
-        Distribution-Free Predictive Inference for Regression).
+        Distribution-Free Predictive Inference for Regression). The largest of n residuals covers another one with
+        probability n / (n + 1): the level is never above it.
         """
         known = np.isfinite(true) & (displacement > 0)
         # c was fitted to a single loss, whose residual is uninformative.
         if known.sum() < 2:
-            return cls(level=level)
+            return cls()
         scores = np.sort(np.abs(np.log(true[known] / predicted[known])) / np.sqrt(displacement[known]))
-        rank = int(np.ceil((len(scores) + 1) * level))
-        return cls(float(scores[min(rank, len(scores)) - 1]), level)
+        count = len(scores)
+        if level * (count + 1) >= count:
+            return cls(float(scores[-1]), min(level, count / (count + 1)))
+        return cls(float(scores[int(np.ceil((count + 1) * level)) - 1]), level)
 
     def around(self, predicted: np.ndarray, displacement: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends for predictions of any shape; NaN without a fitted quantile."""

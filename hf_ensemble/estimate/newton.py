@@ -21,35 +21,51 @@ _MAX_FLOAT32_STEPS = 15
 
 @dataclass
 class TaskRows:
-    """The `n` rows of one task.
+    """The `n` rows of one task, or of several.
 
     Args:
-        features (`torch.Tensor` of shape `(n, k)`): features in float64.
-        single (`torch.Tensor` of shape `(n, k)`): features in float32.
+        given (`torch.Tensor` of shape `(n, k)`): features in float32 or float64.
+        single (`torch.Tensor` of shape `(n, k)`): features in float32; the same tensor where those are.
         mean_square (`torch.Tensor` of shape `(k,)`): mean of the squared features, float32.
         margin (`torch.Tensor` of shape `(n,)`): margins at the linearization point, float64.
         weight (`torch.Tensor` of shape `(n,)`, *optional*): weight of each row's loss, float64. 1 by default.
     """
 
-    features: torch.Tensor
+    given: torch.Tensor
     single: torch.Tensor
     mean_square: torch.Tensor
     margin: torch.Tensor
     weight: torch.Tensor | None = None
+
+    @property
+    def features(self) -> torch.Tensor:
+        """Features in float64. Those in float32 are converted as they are used: a copy would triple the memory."""
+        return self.given.double()
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
         """Multiply values `(..., n)` by the row weights."""
         return values if self.weight is None else values * self.weight.to(values.dtype)
 
 
+def joined(tasks: list[TaskRows]) -> TaskRows:
+    """The rows of several tasks as those of one; copied."""
+    if len(tasks) == 1:
+        return tasks[0]
+    given = torch.cat([rows.given for rows in tasks])
+    single = given.float()
+    weight = None if tasks[0].weight is None else torch.cat([rows.weight for rows in tasks])
+    margin = torch.cat([rows.margin for rows in tasks])
+    return TaskRows(given, single, (single * single).mean(0), margin, weight)
+
+
 @dataclass
 class WeightedRows:
-    """One task's rows under the `s` mixtures that use the task.
+    """Rows of one task, or of several, under the `s` mixtures that use them.
 
     Args:
         rows (`TaskRows`): the rows.
         mixtures (`torch.Tensor` of shape `(s,)`): indices of these mixtures among all mixtures being solved.
-        weight (`torch.Tensor` of shape `(s, 1)`): positive weight of the task's rows.
+        weight (`torch.Tensor` of shape `(s, 1)` or `(s, n)`): positive weight of the rows.
         z (`torch.Tensor` of shape `(s, n)`): m + x.w of every row.
         curvature (`torch.Tensor` of shape `(s, n)`, *optional*):
             Second derivative of every row's weighted loss, float32; set by [`differentiate`].
@@ -68,7 +84,10 @@ class WeightedRows:
 
     def loss(self, z: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the rows' losses, `(s,)`."""
-        return -self.rows.weighted(torch.nn.functional.logsigmoid(z)).sum(1) * self.weight[:, 0]
+        losses = self.rows.weighted(torch.nn.functional.logsigmoid(z))
+        if self.weight.shape[1] == 1:
+            return -losses.sum(1) * self.weight[:, 0]
+        return -(losses * self.weight).sum(1)
 
     def differentiate(self) -> torch.Tensor:
         """Gradient of the loss, `(s, k)`; also sets the curvature."""

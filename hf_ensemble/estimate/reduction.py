@@ -1,6 +1,7 @@
 """Principal components of the gradient features.
 
-Features may be a memory map of any float type: they are read in blocks and never copied as a whole.
+Features may be a store's or a memory map of any float type: they are read in blocks and never copied as a whole. What
+stays is their components in float32.
 """
 
 from collections.abc import Iterator
@@ -10,9 +11,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 from ..errors import EstimationError
-
-# Maximum number of features in memory at once, in float64.
-_BLOCK = 8_000_000
+from ..store import Features, column_blocks, row_blocks
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class FeatureReduction:
     components: np.ndarray
 
     @classmethod
-    def fit(cls, features: np.ndarray, num_components: int) -> "FeatureReduction":
+    def fit(cls, features: Features, num_components: int) -> "FeatureReduction":
         """Compute the leading principal directions of training features `(n, d)`, without centering.
 
         The surrogate's optimum is a linear combination of the training rows, so as many components as rows lose
@@ -38,29 +37,38 @@ class FeatureReduction:
             `EstimationError`: for features that are not finite or all zero.
         """
         n, d = features.shape
-        scale = sum(_row_norms(start, block).sum() for start, block in _blocks(features)) / n
+        gram, norms = np.zeros((min(n, d), min(n, d))), 0.0
+        for part, block in _blocks(features):
+            norms += _sum_of_norms(part.start, block)
+            if d <= n:
+                gram += block.T @ block
+        scale = norms / n
         if scale == 0:
             raise EstimationError(
                 "Expected nonzero gradient features, found zeros only. Check that the adapter is active."
             )
         k = min(num_components, n, d)
         if d <= n:
-            _, vectors = eigh(_gram(features), subset_by_index=[d - k, d - 1])
+            _, vectors = eigh(gram, subset_by_index=[d - k, d - 1], overwrite_a=True)
             components = vectors[:, ::-1]
         else:
-            values, vectors = eigh(_gram(features.T), subset_by_index=[n - k, n - 1])
+            for block in column_blocks(features):
+                block = block.astype(np.float64)
+                gram += block @ block.T
+            values, vectors = eigh(gram, subset_by_index=[n - k, n - 1], overwrite_a=True)
             kept = values > values[-1] * 1e-12
             left = vectors[:, kept] / np.sqrt(values[kept])
-            right = sum(block.T @ left[start : start + len(block)] for start, block in _blocks(features))
+            right = np.zeros((d, int(kept.sum())))
+            for part, block in _blocks(features):
+                right += block.T @ left[part]
             components = right[:, ::-1]
         return cls(float(scale), np.ascontiguousarray(components))
 
-    def apply(self, features: np.ndarray) -> np.ndarray:
-        """Map features `(n, d)` to components `(n, k)`, float64."""
-        out = np.empty((len(features), self.components.shape[1]))
-        for start, block in _blocks(features):
-            np.matmul(block, self.components, out=out[start : start + len(block)])
-        out /= self.scale
+    def apply(self, features: Features) -> np.ndarray:
+        """Map features `(n, d)` to components `(n, k)`, float32."""
+        out = np.empty((len(features), self.components.shape[1]), dtype=np.float32)
+        for part, block in _blocks(features):
+            out[part] = block @ self.components / self.scale
         return out
 
     def restore(self, w: np.ndarray) -> np.ndarray:
@@ -68,25 +76,19 @@ class FeatureReduction:
         return w @ self.components.T / self.scale
 
 
-def squared_row_norms(features: np.ndarray) -> np.ndarray:
+def squared_row_norms(features: Features) -> np.ndarray:
     """Squared row norms `(n,)` of features `(n, d)`, float64."""
     return np.concatenate([np.einsum("ij,ij->i", block, block) for _, block in _blocks(features)])
 
 
-def _blocks(features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Consecutive blocks of rows: index of the first row, and a float64 copy."""
-    rows = max(1, _BLOCK // features.shape[1])
-    for start in range(0, len(features), rows):
-        yield start, features[start : start + rows].astype(np.float64)
+def _blocks(features: Features) -> Iterator[tuple[slice, np.ndarray]]:
+    """Consecutive blocks of rows in float64."""
+    for part, block in row_blocks(features):
+        yield part, block.astype(np.float64)
 
 
-def _gram(features: np.ndarray) -> np.ndarray:
-    """X^T X of features `(n, d)`, `(d, d)`."""
-    return sum(block.T @ block for _, block in _blocks(features))
-
-
-def _row_norms(start: int, block: np.ndarray) -> np.ndarray:
+def _sum_of_norms(start: int, block: np.ndarray) -> float:
     finite = np.isfinite(block).all(axis=1)
     if not finite.all():
         raise EstimationError(f"Row {start + int(np.argmin(finite))} has a feature that is not finite.")
-    return np.linalg.norm(block, axis=1)
+    return float(np.linalg.norm(block, axis=1).sum())

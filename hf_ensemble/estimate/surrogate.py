@@ -15,10 +15,13 @@ import numpy as np
 import torch
 
 from ..errors import EstimationError
-from .newton import TaskRows, WeightedRows, approach, minimize
+from .newton import TaskRows, WeightedRows, approach, joined, minimize
+from .toggling import toggled_optima
 
 # Maximum number of (mixture, row) pairs with a weight in memory at once, at about 30 bytes each.
 _CHUNK = 8_000_000
+# Maximum number of features of tasks that are joined, which is a copy; a task with an eighth of it is fast by itself.
+_JOINED = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class SurrogateProblem:
 
     Args:
         features (`np.ndarray` of shape `(n, k)`):
-            Training features. Principal components are fastest, because the preconditioner is diagonal.
+            Training features, float32 or float64. Principal components are fastest, because the preconditioner is
+            diagonal.
         margin (`np.ndarray` of shape `(n,)`): margins at the linearization point.
         task (`np.ndarray` of shape `(n,)`): index of each row's task.
         device (`torch.device` or `str`, *optional*): device to solve on, with float64. The CPU by default.
@@ -73,7 +77,9 @@ class SurrogateProblem:
         # Rows are sorted by task, so each product reads contiguous memory.
         order = np.argsort(task, kind="stable")
         self._order = order
-        x = torch.from_numpy(features[order].astype(np.float64, copy=False)).to(device)
+        if (np.diff(task) < 0).any():
+            features = features[order]
+        x = torch.from_numpy(np.ascontiguousarray(features)).to(device)
         m = torch.from_numpy(margin[order].astype(np.float64, copy=False)).to(device)
         if row_weights is not None:
             u = torch.from_numpy(row_weights[order].astype(np.float64, copy=False)).to(device)
@@ -142,6 +148,33 @@ class SurrogateProblem:
         ]
         return SurrogateSolution(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
+    def toggled(
+        self, mixture: np.ndarray, w: np.ndarray, l2: float, tasks: np.ndarray, weights: np.ndarray, new_l2: np.ndarray
+    ) -> np.ndarray:
+        """Approximate optima `(C, k)` of a mixture `(T,)` with one task more or one less; see [`toggled_optima`].
+
+        Args:
+            mixture (`np.ndarray` of shape `(T,)`): the known mixture.
+            w (`np.ndarray` of shape `(k,)`): its optimum.
+            l2 (`float`): its penalty.
+            tasks (`np.ndarray` of shape `(C,)`): the task of each change; removed where the mixture has it.
+            weights (`np.ndarray` of shape `(C,)`): weight of a row of the task where it is added.
+            new_l2 (`np.ndarray` of shape `(C,)`): penalty of each changed mixture.
+        """
+        signed = np.where(mixture[tasks] > 0, -mixture[tasks], weights)
+        total = float(mixture @ self.totals)
+        row_weights = torch.from_numpy(mixture[None].astype(np.float32)).to(self._device)
+        found = toggled_optima(
+            [(block.rows, block.weight[0]) for block in self._blocks(row_weights)],
+            [(self._tasks[index], float(weight)) for index, weight in zip(tasks, signed)],
+            total,
+            torch.from_numpy(total + signed * self.totals[tasks]).to(self._device),
+            l2,
+            torch.from_numpy(new_l2.copy()).to(self._device),
+            torch.from_numpy(w.copy()).to(self._device),
+        )
+        return found.double().cpu().numpy()
+
     def derivatives(self, mixture: np.ndarray, w: np.ndarray, l2: float) -> tuple[np.ndarray, np.ndarray]:
         """Hessian `(k, k)` of a mixture's objective at w `(k,)`, and each task's summed loss gradient `(T, k)`."""
         point = torch.from_numpy(np.ascontiguousarray(w, dtype=np.float64)).to(self._device)
@@ -186,15 +219,39 @@ class SurrogateProblem:
     def _blocks(self, weights: torch.Tensor, w: torch.Tensor | None = None) -> list[WeightedRows]:
         """Rows of the tasks with a weight, in the precision of `weights` `(S, T)`, at w or at the start w = 0."""
         blocks = []
-        for task, rows in enumerate(self._tasks):
-            using = weights[:, task].nonzero()[:, 0]
-            if len(using) and len(rows.margin):
-                if w is None:
-                    z = rows.margin.to(weights.dtype).repeat(len(using), 1)
-                else:
-                    z = torch.addmm(rows.margin, w[using], rows.features.T)
-                blocks.append(WeightedRows(rows, using, weights[using, task].unsqueeze(1), z))
+        for tasks in self._alike(weights > 0):
+            rows = joined([self._tasks[task] for task in tasks])
+            using = weights[:, tasks[0]].nonzero()[:, 0]
+            weight = weights[using][:, tasks]
+            if len(tasks) > 1:
+                counts = torch.as_tensor(self.counts[tasks], device=self._device)
+                weight = weight.repeat_interleave(counts, dim=1)
+            if w is None:
+                z = rows.margin.to(weights.dtype).repeat(len(using), 1)
+            else:
+                z = torch.addmm(rows.margin, w[using], rows.features.T)
+            blocks.append(WeightedRows(rows, using, weight, z))
         return blocks
+
+    def _alike(self, used: torch.Tensor) -> list[list[int]]:
+        """Tasks that the same mixtures use `(S, T)`, together up to `_JOINED` features: products of many rows are fast.
+
+        Tasks without rows and those that no mixture uses are left out.
+        """
+        open_lists: dict[bytes, list[int]] = {}
+        found = []
+        patterns = used.T.cpu().numpy()
+        for task in np.flatnonzero(patterns.any(axis=1)[: len(self.counts)] & (self.counts > 0)).tolist():
+            key, size = patterns[task].tobytes(), self.counts[task] * self.num_components
+            own = open_lists.get(key)
+            if size > _JOINED // 8:
+                found.append([task])
+            elif own is None or self.counts[own].sum() * self.num_components + size > _JOINED:
+                open_lists[key] = [task]
+                found.append(open_lists[key])
+            else:
+                own.append(task)
+        return found
 
 
 def solve_surrogate(

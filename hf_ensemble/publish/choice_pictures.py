@@ -57,10 +57,10 @@ def selection_path(selection: Selection, path: Path) -> None:
     loss = np.array([step["predicted_loss"] for step in steps])
     rows = np.arange(len(steps))
     with drawing(path, (6.0, 1.6 + 0.3 * len(steps) + 0.2 * len(selection.baselines))) as axes:
-        ends = [step.get("interval") for step in steps]
-        for row, interval in zip(rows, ends):
-            if interval is not None:
-                axes.hlines(row, *interval, color="0.8", linewidth=5, zorder=1)
+        known = [(row, step) for row, step in zip(rows, steps) if step.get("interval") is not None]
+        for index, (row, step) in enumerate(known):
+            label = f"{step['level']:.0%} interval" if index == 0 else None
+            axes.hlines(row, *step["interval"], color="0.8", linewidth=5, zorder=1, label=label)
         axes.plot(loss, rows, color=BLUE, marker="o", markersize=4, linewidth=1.2, zorder=3)
         styles = ["-", "--", ":", "-."]
         for (name, value), line in zip(selection.baselines.items(), styles):
@@ -71,7 +71,7 @@ def selection_path(selection: Selection, path: Path) -> None:
         axes.set_title(
             f"{selection.method.replace('_', ' ')} selection for {_shortened(', '.join(selection.targets), 40)}"
         )
-        if selection.baselines:
+        if selection.baselines or known:
             axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, title="predicted for")
 
 

@@ -65,8 +65,8 @@ class FidelityReport(Record):
         mean_task_spearman_outside (`float`): the same over the subsets that do not.
         correlation (`float`): Pearson correlation of the losses over all pairs.
         change_correlation (`float`): the same of the losses' changes from theta0.
-        interval_level (`float`): nominal coverage of the intervals.
-        interval_coverage (`float`): share of true losses inside of theirs.
+        interval_level (`float`): coverage that the intervals promise; `None` without intervals.
+        interval_coverage (`float`): share of true losses inside of theirs; `None` without intervals.
         ceiling (`NoiseCeiling`, *optional*): where subsets were trained twice.
         first_order (`FirstOrderError`, *optional*): where optima were put into the model.
         calibration_subsets (`list[list[str]]`): what the runs that calibrated the estimates were trained on.

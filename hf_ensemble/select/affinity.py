@@ -39,7 +39,7 @@ def predicted_affinity(
     num_tasks = len(estimator.task_names)
     size = subset_size or max(2, round(num_tasks / 3))
     subsets = random_subsets(num_tasks, size, affinity_subsets, seed)
-    scores = -estimator.predict(subsets).loss
+    scores = np.where(subsets > 0, -estimator.predict(subsets, needed=subsets > 0).loss, 0.0)
     raw = affinity_matrix(subsets, scores)
     held = np.where(subsets > 0, scores, np.nan)
     mean, spread = np.nanmean(held, axis=0), np.nanstd(held, axis=0)

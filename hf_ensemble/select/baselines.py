@@ -11,7 +11,7 @@ from sklearn.neural_network import MLPRegressor
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun
 from ..estimate.mixtures import mixture_weights
-from ..store import FeatureTable
+from ..store import FeatureTable, row_blocks
 from .problem import SelectionProblem
 from .searches import make_selection
 from .selection import Selection
@@ -45,11 +45,12 @@ def mean_cosines(train: FeatureTable, validation: FeatureTable) -> np.ndarray:
     """Mean cosine similarity between the features of task k's training rows and task j's validation rows, `(T, T)`."""
 
     def mean_directions(table: FeatureTable) -> np.ndarray:
-        means = []
-        for index in range(len(table.task_names)):
-            rows = table.features[table.task == index]
-            means.append((rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).mean(axis=0))
-        return np.stack(means).astype(np.float64)
+        sums = np.zeros((len(table.task_names), table.features.shape[1]))
+        for part, block in row_blocks(table.features):
+            directions = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
+            for index in np.unique(table.task[part]):
+                sums[index] += directions[table.task[part] == index].sum(axis=0, dtype=np.float64)
+        return sums / np.bincount(table.task, minlength=len(sums))[:, None]
 
     return mean_directions(train) @ mean_directions(validation).T
 
@@ -95,7 +96,7 @@ def transport_selection(
         ) from error
     goal = np.isin(validation.task, [problem.names.index(target) for target in problem.targets])
     # The squared distance of normalized rows is 2 (1 - cosine).
-    cost = ot.dist(train.features, validation.features[goal], metric="cosine").astype(np.float64)
+    cost = ot.dist(np.asarray(train.features), validation.features[goal], metric="cosine").astype(np.float64)
     _, found = ot.emd(ot.unif(cost.shape[0]), ot.unif(cost.shape[1]), cost, log=True)
     potential = found["u"]
     # Shares sum to one, so potentials are defined up to a constant: the mean over the other rows is subtracted.

@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun
-from ..store import FeatureTable
+from ..store import FeatureTable, take_rows
 
 # Task names do not contain it, so a cluster is never mistaken for another task.
 _SEPARATOR = "/"
@@ -35,7 +35,7 @@ def split_into_clusters(
     """Split the training rows of some tasks by k-means over the directions of their features.
 
     The clusters `TASK/0`, `TASK/1`, ..., largest first, take the task's place. Each cluster gets all of the task's
-    validation rows.
+    validation rows. The features of one task at a time are in memory.
 
     Args:
         train, validation (`FeatureTable`): features of the same tasks.
@@ -70,7 +70,8 @@ def split_into_clusters(
             tasks.append(np.full(len(held_out), len(names) + label))
         names += own_names
     kept = np.concatenate(rows)
-    arrays = {key: getattr(validation, key)[kept] for key in ("features", "margin", "example_id")}
+    arrays = {key: getattr(validation, key)[kept] for key in ("margin", "example_id")}
+    arrays["features"] = take_rows(validation.features, kept)
     tokens = None if validation.num_tokens is None else validation.num_tokens[kept]
     return (
         replace(train, task=task, task_names=tuple(names)),

@@ -1,51 +1,19 @@
 """Local search for a partition of the tasks with a small predicted loss: merges, then moves and swaps.
 
 A group is a boolean mask over the tasks; its loss is the sum of its tasks' losses when the group trains together.
-Where the losses come from does not matter here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
+from .group_losses import GroupLosses, group_masks
 from .partition import canonical
 
 # Minimum gain of a step, relative to the loss of all groups: anything less is solver error.
 _MIN_GAIN = 1e-6
-
-
-class GroupLosses:
-    """Losses of groups, cached so that each is predicted once.
-
-    Args:
-        predict (`Callable`): maps mixtures `(S, T)` of zeros and ones to the loss of every task, `(S, T)`.
-    """
-
-    def __init__(self, predict: Callable[[np.ndarray], np.ndarray]):
-        self._predict = predict
-        self._known: dict[bytes, float] = {}
-
-    def __call__(self, masks: Iterable[np.ndarray], trained: Iterable[np.ndarray] | None = None) -> np.ndarray:
-        """Sum of the members' losses for each mask `(T,)`, trained on the members or on the masks in `trained`."""
-        masks = list(masks)
-        trained = masks if trained is None else list(trained)
-        keys = [mask.tobytes() + own.tobytes() for mask, own in zip(masks, trained)]
-        new = {key: row for row, key in enumerate(keys) if key not in self._known}
-        if new:
-            rows = list(new.values())
-            predicted = self._predict(np.stack([trained[row] for row in rows]).astype(np.float64))
-            totals = np.where(np.stack([masks[row] for row in rows]), predicted, 0.0).sum(axis=1)
-            self._known.update(zip(new, totals.tolist()))
-        return np.array([self._known[key] for key in keys])
-
-    def of_partition(self, labels: np.ndarray, trained: np.ndarray | None = None) -> float:
-        """Sum over the groups of a partition `(T,)`; group g trains on `trained[g]` `(T,)` or on its own tasks."""
-        return float(self(group_masks(labels), trained).sum())
-
-
-def group_masks(labels: np.ndarray) -> np.ndarray:
-    """The groups of a partition `(T,)` as masks `(G, T)`."""
-    return labels == np.arange(labels.max() + 1)[:, None]
+# Number of changes that are predicted at once where they are ranked by estimates.
+_NUM_PREDICTED = 32
 
 
 def add_helpers(
@@ -183,31 +151,112 @@ Change = list[tuple[int, int]]
 
 
 def _step(losses: GroupLosses, labels: np.ndarray, changes: list[Change]) -> bool:
-    """Make the best changes that touch no group twice; returns whether there were any."""
+    """Make the best changes that touch no group twice, or many at once; returns whether there were any.
+
+    Where predicting every change takes long, changes are ranked by estimates: as many of the best as gain together are
+    made at once, and near the optimum, single ones are predicted as far down the ranking as any may still gain.
+    """
     if not changes:
         return False
-    count = labels.max() + 1
-    masks = np.stack([labels == group for group in range(count)])
+    masks = group_masks(labels)
+    least = _MIN_GAIN * float(losses(masks).sum())
+    if not losses.is_slow(after for change in changes for after in _changed_groups(masks, labels, change).values()):
+        return _make(labels, changes, _gains(losses, masks, labels, changes), least)
+    estimated = _estimated_gains(losses, masks, labels, changes)
+    ranked = np.argsort(-estimated, kind="stable")
+    if _make_many(losses, masks, labels, [changes[index] for index in ranked], estimated[ranked], least):
+        return True
+    gains = np.full(len(changes), -np.inf)
+    chosen = ranked[:_NUM_PREDICTED]
+    while len(chosen):
+        gains[chosen] = _gains(losses, masks, labels, [changes[index] for index in chosen])
+        if (gains > least).any():
+            return _make(labels, changes, gains, least)
+        known = np.isfinite(gains)
+        error = np.abs(gains[known] - estimated[known]).max()
+        chosen = ranked[~known[ranked] & (estimated[ranked] + error > least)][:_NUM_PREDICTED]
+    return False
+
+
+def _changed_groups(masks: np.ndarray, labels: np.ndarray, change: Change) -> dict[int, np.ndarray]:
+    """Masks of the groups that a change touches, after it."""
+    after: dict[int, np.ndarray] = {}
+    for task, group in change:
+        for changed, value in ((int(labels[task]), False), (group, True)):
+            after.setdefault(changed, masks[changed].copy())[task] = value
+    return after
+
+
+def _gains(losses: GroupLosses, masks: np.ndarray, labels: np.ndarray, changes: list[Change]) -> np.ndarray:
+    """By how much each change lowers the loss."""
     present = losses(masks)
-    touched, results = [], []
+    after = [_changed_groups(masks, labels, change) for change in changes]
+    totals = iter(losses(mask for groups in after for mask in groups.values()))
+    return np.array([sum(present[group] - next(totals) for group in groups) for groups in after])
+
+
+def _estimated_gains(losses: GroupLosses, masks: np.ndarray, labels: np.ndarray, changes: list[Change]) -> np.ndarray:
+    """[`_gains`], from estimates for single tasks that are added up."""
+    toggled: dict[int, set[int]] = {}
     for change in changes:
-        after = {}
         for task, group in change:
-            for changed, value in ((labels[task], False), (group, True)):
-                after.setdefault(changed, masks[changed].copy())[task] = value
-        touched.append(list(after))
-        results += list(after.values())
-    totals = iter(losses(results))
-    gains = np.array([sum(present[group] - next(totals) for group in groups) for groups in touched])
+            for touched in (int(labels[task]), group):
+                toggled.setdefault(touched, set()).add(task)
+    rises = {group: losses.estimated_rises(masks[group], sorted(tasks)) for group, tasks in toggled.items()}
+    return np.array(
+        [-sum(rises[int(labels[task])][task] + rises[group][task] for task, group in change) for change in changes]
+    )
+
+
+def _make(labels: np.ndarray, changes: list[Change], gains: np.ndarray, least: float) -> bool:
+    """Make the changes with the largest gains that touch no group twice."""
     used: set[int] = set()
     for index in np.argsort(-gains, kind="stable"):
-        if gains[index] <= _MIN_GAIN * present.sum():
+        if gains[index] <= least:
             break
-        if not used & set(touched[index]):
-            used |= set(touched[index])
+        touched = {group for task, new in changes[index] for group in (int(labels[task]), new)}
+        if not used & touched:
+            used |= touched
             for task, group in changes[index]:
                 labels[task] = group
     return bool(used)
+
+
+def _make_many(
+    losses: GroupLosses,
+    masks: np.ndarray,
+    labels: np.ndarray,
+    changes: list[Change],
+    estimated: np.ndarray,
+    least: float,
+) -> bool:
+    """Make the first changes, as many as together gain half of what they are estimated to; none for less than four."""
+    moved: set[int] = set()
+    chosen, hoped = [], []
+    sizes = np.bincount(labels)
+    for change, gain in zip(changes, estimated):
+        if gain <= least:
+            break
+        tasks = {task for task, _ in change}
+        # A group is never emptied.
+        if not moved & tasks and (len(change) > 1 or sizes[labels[change[0][0]]] > 1):
+            if len(change) == 1:
+                sizes[labels[change[0][0]]] -= 1
+            moved |= tasks
+            chosen.append(change)
+            hoped.append(gain)
+    count, before = len(chosen), float(losses(masks).sum())
+    while count >= 4:
+        after = labels.copy()
+        for change in chosen[:count]:
+            for task, group in change:
+                after[task] = group
+        gain = before - losses.of_partition(after)
+        if gain > max(least, 0.5 * sum(hoped[:count])):
+            labels[:] = after
+            return True
+        count //= 2
+    return False
 
 
 def _moves(labels: np.ndarray, vectors: np.ndarray, num_candidates: int) -> list[Change]:

@@ -9,7 +9,8 @@ import numpy as np
 from ..estimate import SubsetEstimator
 from .affinity import predicted_affinity
 from .choice import Choice, with_provenance
-from .direct_search import GroupLosses, add_helpers, group_masks, improve_partition, merge_path
+from .direct_search import add_helpers, improve_partition, merge_path
+from .group_losses import EstimatedGroups, GroupLosses, group_masks
 from .partition import coclustering, semidefinite_partition, spectral_partition
 from .settings import GroupingSettings
 
@@ -107,7 +108,7 @@ def group_tasks(
     affinity = np.zeros((1, 1))
     if len(names) > 1:
         affinity = predicted_affinity(estimator, settings.affinity_subsets, subset_size, seed)
-    group_losses = GroupLosses(lambda mixtures: estimator.predict(mixtures).loss)
+    group_losses = GroupLosses(EstimatedGroups(estimator))
     directions = estimator.task_gradients()
     partitions = _partitions(group_losses, affinity, directions, settings, num_candidates, seed)
     losses = [group_losses.of_partition(labels, trained) / len(names) for labels, trained in partitions]

@@ -88,7 +88,7 @@ def optimize_mixture(
 
     def search(start: np.ndarray) -> np.ndarray:
         found = minimize(
-            lambda weights: estimator.weighted_loss(weights, goal),
+            estimator.sensitivity(goal).to_weights,
             start,
             jac=True,
             method="L-BFGS-B",

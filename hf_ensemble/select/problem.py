@@ -11,6 +11,10 @@ from ..estimate import Prediction, SubsetEstimator
 from ..estimate.mixtures import mixture_weights
 from .settings import SelectionSettings
 
+# Number of (subset, task) pairs to predict from which on a step of a search estimates first.
+_SLOW = 2_000
+# Number of subsets that are predicted at once where they are ranked by estimates.
+_NUM_PREDICTED = 8
 # Normal quantile: at 90 %, a difference within this many standard errors of zero may be due to chance.
 _CLOSE = 1.645
 Targets = str | Sequence[str] | Mapping[str, float] | None
@@ -41,11 +45,13 @@ class SubsetScores:
 
     Args:
         value (`np.ndarray` of shape `(S,)`): weighted loss in nats, or weighted error (1 - accuracy).
-        prediction (`Prediction`): predictions of the subsets.
+        prediction (`Prediction`): predictions of the subsets for the targets.
+        is_exact (`bool`): whether all of them are predicted; otherwise those with large scores are estimated.
     """
 
     value: np.ndarray
     prediction: Prediction
+    is_exact: bool = True
 
 
 class SelectionProblem:
@@ -128,9 +134,49 @@ class SelectionProblem:
 
     def score(self, masks: np.ndarray) -> SubsetScores:
         """Predicted scores of subsets `(S, T)`."""
-        prediction = self.estimator.predict(np.asarray(masks, dtype=np.float64))
+        prediction = self.estimator.predict(np.asarray(masks, dtype=np.float64), needed=self._needed(len(masks)))
+        return SubsetScores(self._values(prediction), prediction)
+
+    def score_toggled(self, mask: np.ndarray, tasks: np.ndarray, optimum: np.ndarray | None = None) -> SubsetScores:
+        """Scores of a subset `(T,)` with one task more, or less where it has the task, for each task `(C,)`.
+
+        Where predicting all of them takes long, they are estimated, and those that may be the best are predicted: all
+        whose estimate is above the best score by less than three times the largest error of an estimate so far. The
+        subset's own `optimum` `(k,)` saves a part of the time.
+        """
+        tasks = np.asarray(tasks)
+        masks = np.repeat(np.asarray(mask, dtype=bool)[None], len(tasks), axis=0)
+        masks[np.arange(len(tasks)), tasks] ^= True
+        is_fast = len(tasks) <= 2 * _NUM_PREDICTED or masks.sum() <= _SLOW
+        if is_fast or not mask.any() or self.settings.selection_metric != "loss":
+            return self.score(masks)
+        prediction = self.estimator.predict_toggled(mask, tasks, self._needed(len(tasks)), optimum)
+        value = self._values(prediction)
+        estimated, known = value.copy(), np.zeros(len(tasks), dtype=bool)
+        rows = np.argsort(estimated, kind="stable")[:_NUM_PREDICTED]
+        while len(rows):
+            needed, start = self._needed(len(rows)), prediction.coefficients[rows]
+            exact = self.estimator.predict(masks[rows].astype(np.float64), needed=needed, initial=start)
+            for name in ("loss", "accuracy", "loss_low", "loss_high", "coefficients", "gradient_norm"):
+                getattr(prediction, name)[rows] = getattr(exact, name)
+            value[rows] = self._values(exact)
+            known[rows] = True
+            error = np.abs(value[known] - estimated[known]).max()
+            rows = np.flatnonzero(~known & (estimated <= value[known].min() + 3 * error))
+        return SubsetScores(value, prediction, bool(known.all()))
+
+    def _needed(self, count: int) -> np.ndarray:
+        """Mask of the targets, for `count` subsets."""
+        return np.repeat((mixture_weights(self.targets, self.names) > 0)[None], count, axis=0)
+
+    def _values(self, prediction: Prediction) -> np.ndarray:
         measure = prediction.loss if self.settings.selection_metric == "loss" else 1.0 - prediction.accuracy
-        return SubsetScores(measure @ mixture_weights(self.targets, self.names), prediction)
+        return self._sum(measure)
+
+    def _sum(self, values: np.ndarray) -> np.ndarray:
+        """Weighted sum over the targets of values `(..., T)`; those of other tasks may be NaN."""
+        goal = mixture_weights(self.targets, self.names)
+        return np.where(goal > 0, values, 0.0) @ goal
 
     def close_calls(self, scored: SubsetScores, best: int) -> np.ndarray:
         """Subsets that cannot be distinguished from the best one, as a mask `(S,)`.
@@ -147,12 +193,13 @@ class SelectionProblem:
 
     def path_entry(self, scored: SubsetScores, row: int) -> dict[str, Any]:
         """A subset's entry in [`Selection.path`]."""
-        prediction, goal = scored.prediction, mixture_weights(self.targets, self.names)
-        low, high = float(prediction.loss_low[row] @ goal), float(prediction.loss_high[row] @ goal)
+        prediction = scored.prediction
+        low, high = float(self._sum(prediction.loss_low[row])), float(self._sum(prediction.loss_high[row]))
         entry = {
-            "predicted_loss": float(prediction.loss[row] @ goal),
+            "predicted_loss": float(self._sum(prediction.loss[row])),
             "interval": [low, high] if np.isfinite(low) else None,
+            "level": prediction.level if np.isfinite(low) else None,
         }
         if self.settings.selection_metric == "accuracy":
-            entry["predicted_accuracy"] = float(prediction.accuracy[row] @ goal)
+            entry["predicted_accuracy"] = float(self._sum(prediction.accuracy[row]))
         return entry

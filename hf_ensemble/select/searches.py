@@ -22,21 +22,28 @@ _NUM_CLOSE = 10
 def forward_selection(problem: SelectionProblem) -> Selection:
     """Greedily add the task that improves the targets' predicted score most; stop when no task improves it."""
     chosen, path, order, scores = problem.required.copy(), [], problem.names_of(problem.required), {}
-    best = np.inf
+    best, optimum = np.inf, None
     if chosen.any():
         scored = problem.score(chosen[None])
-        best = float(scored.value[0])
+        best, optimum = float(scored.value[0]), scored.prediction.coefficients[0]
         path.append({"added": ", ".join(order), **problem.path_entry(scored, 0), "close_calls": []})
     while True:
         candidates = [i for i in np.flatnonzero(problem.optional & ~chosen) if problem.fits(_with(chosen, i))]
         if not candidates:
             break
-        scored = problem.score(np.stack([_with(chosen, i) for i in candidates]))
-        scores.update({problem.names[i]: float(value) for i, value in zip(candidates, scored.value)})
+        scored = problem.score_toggled(chosen, candidates, optimum)
         winner = int(np.argmin(scored.value))
+        is_last = scored.value[winner] >= best or not any(
+            problem.fits(_with(_with(chosen, candidates[winner]), i)) for i in candidates if i != candidates[winner]
+        )
+        if is_last and not scored.is_exact:
+            # What ends the search, and the scores that it reports, are predicted and not estimated.
+            scored = problem.score(np.stack([_with(chosen, i) for i in candidates]))
+            winner = int(np.argmin(scored.value))
+        scores.update({problem.names[i]: float(value) for i, value in zip(candidates, scored.value)})
         if scored.value[winner] >= best:
             break
-        best = float(scored.value[winner])
+        best, optimum = float(scored.value[winner]), scored.prediction.coefficients[winner]
         chosen = _with(chosen, candidates[winner])
         order.append(problem.names[candidates[winner]])
         close = problem.close_calls(scored, winner)
@@ -52,18 +59,22 @@ def backward_selection(problem: SelectionProblem) -> Selection:
     """
     chosen, scores = problem.required | problem.optional, {}
     scored = problem.score(chosen[None])
-    best = float(scored.value[0])
+    best, optimum = float(scored.value[0]), scored.prediction.coefficients[0]
     path = [{"added": ", ".join(problem.names_of(chosen)), **problem.path_entry(scored, 0), "close_calls": []}]
     while True:
         candidates = np.flatnonzero(problem.optional & chosen)
         if not len(candidates) or chosen.sum() == 1:
             break
-        scored = problem.score(np.stack([_without(chosen, i) for i in candidates]))
-        scores.update({problem.names[i]: float(best - value) for i, value in zip(candidates, scored.value)})
+        scored = problem.score_toggled(chosen, candidates, optimum)
         winner = int(np.argmin(scored.value))
+        is_last = (scored.value[winner] >= best and problem.fits(chosen)) or chosen.sum() == 2
+        if is_last and not scored.is_exact:
+            scored = problem.score(np.stack([_without(chosen, i) for i in candidates]))
+            winner = int(np.argmin(scored.value))
+        scores.update({problem.names[i]: float(best - value) for i, value in zip(candidates, scored.value)})
         if scored.value[winner] >= best and problem.fits(chosen):
             break
-        best = float(scored.value[winner])
+        best, optimum = float(scored.value[winner]), scored.prediction.coefficients[winner]
         chosen = _without(chosen, candidates[winner])
         close = problem.close_calls(scored, winner)
         others = [problem.names[i] for i, is_close in zip(candidates, close) if is_close]

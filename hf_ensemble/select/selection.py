@@ -22,7 +22,7 @@ class Selection(Choice):
             mean cosine.
         path (`list[dict]`):
             Steps of the search: the task `added` or `removed`, the `predicted_loss` of the targets, the `interval` that
-            contains the true loss in 90 of 100 cases (`None` without an observed run) and `close_calls`, the
+            contains the true loss with probability `level` (both `None` without an observed run) and `close_calls`, the
             alternatives that the validation rows cannot distinguish from this one.
         summary (`str`): one sentence.
         settings (`dict`): everything needed to repeat this selection from the same features.

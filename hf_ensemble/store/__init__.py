@@ -1,5 +1,6 @@
-"""Gradient features on disk: a self-describing directory, written in shards and memory-mapped for reading."""
+"""Gradient features on disk: a self-describing directory, written in shards and read in blocks."""
 
+from .features import Features, StoredFeatures, column_blocks, row_blocks, take_rows
 from .locks import exclusive_writers
 from .multi_writer import GradientStoreWriters
 from .reader import FeatureTable, GradientStore
@@ -9,9 +10,14 @@ from .writer import CapturedRows, GradientStoreWriter
 __all__ = [
     "CapturedRows",
     "FeatureTable",
+    "Features",
     "GradientStore",
     "GradientStoreWriter",
     "GradientStoreWriters",
+    "StoredFeatures",
     "TrainingRecipe",
+    "column_blocks",
     "exclusive_writers",
+    "row_blocks",
+    "take_rows",
 ]

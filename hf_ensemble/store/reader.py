@@ -12,12 +12,11 @@ import pyarrow.feather
 
 from .._files import read_json, sha256_of
 from ..errors import StoreError
+from .features import Features, StoredFeatures, row_blocks
 from .layout import (
     FORMAT_VERSION,
     MANIFEST,
     PRECONDITIONER,
-    features_file,
-    from_stored,
     marker_file,
     read_manifest,
     read_preconditioner,
@@ -31,7 +30,8 @@ class FeatureTable:
     """Gradient features of examples as arrays, `n` rows of `d` features: all that an estimate needs.
 
     Args:
-        features (`np.ndarray` of shape `(n, d)`): projected gradients of the margin, float32.
+        features (`np.ndarray` or [`StoredFeatures`] of shape `(n, d)`):
+            Projected gradients of the margin. Those of a store stay on disk; `features[:]` reads them.
         margin (`np.ndarray` of shape `(n,)`): log-odds of the answer at the linearization point.
         task (`np.ndarray` of shape `(n,)`): index of each row's task in `task_names`.
         task_names (`tuple[str, ...]`): names of the tasks.
@@ -39,7 +39,7 @@ class FeatureTable:
         num_tokens (`np.ndarray` of shape `(n,)`, *optional*): number of answer tokens of each row, if known.
     """
 
-    features: np.ndarray
+    features: Features
     margin: np.ndarray
     task: np.ndarray
     task_names: tuple[str, ...]
@@ -49,7 +49,9 @@ class FeatureTable:
     def fingerprint(self) -> str:
         """32 hexadecimal digits that depend on all values and names."""
         digest = hashlib.sha256(json.dumps([self.task_names, self.example_id.tolist()]).encode())
-        for array in (self.features, self.margin, self.task):
+        for _, block in row_blocks(self.features):
+            digest.update(np.ascontiguousarray(block))
+        for array in (self.margin, self.task):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()[:32]
 
@@ -58,7 +60,7 @@ class FeatureTable:
 
 
 class GradientStore:
-    """A finished gradient store, memory-mapped from disk.
+    """A finished gradient store. Its features stay on disk and are read in blocks.
 
     Args:
         folder (`str` or `Path`): directory of the store.
@@ -162,7 +164,7 @@ class GradientStore:
         return here & ~self.rows["excluded"].to_numpy(zero_copy_only=False)
 
     def table(self, split: str, tasks: Sequence[str] | Mapping[str, Sequence[str]] | None = None) -> FeatureTable:
-        """Read the rows of a split, of all or some tasks. Other rows are not read from disk.
+        """The rows of a split, of all or some tasks. Features are read from disk when they are indexed.
 
         Args:
             split (`str`): `"train"` or `"validation"`.
@@ -186,7 +188,7 @@ class GradientStore:
                 f"{list(self.task_names)}."
             )
         return FeatureTable(
-            features=self._features(positions),
+            features=StoredFeatures(self.folder, self.manifest, positions, self.rows["scale"].to_numpy()[positions]),
             margin=self.rows["margin"].to_numpy()[positions],
             task=row_tasks[positions],
             task_names=names,
@@ -204,15 +206,3 @@ class GradientStore:
                 f"{'/'.join(lacking[0])!r}."
             )
         return np.array([pair in pairs for pair in own])
-
-    def _features(self, positions: np.ndarray) -> np.ndarray:
-        out = np.empty((len(positions), self.dim), dtype=np.float32)
-        scale = self.rows["scale"].to_numpy()
-        size = self.manifest["shard_size"]
-        for shard in self._shards:
-            here = np.flatnonzero(positions // size == shard)
-            if len(here):
-                mapped = np.load(features_file(self.folder, shard), mmap_mode="r", allow_pickle=False)
-                out[here] = from_stored(mapped[positions[here] - shard * size], self.manifest["dtype"])
-        out *= scale[positions, None]
-        return out

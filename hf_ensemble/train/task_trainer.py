@@ -1,11 +1,12 @@
 """Ordinary trainers over a token table of several tasks, whose rows carry `task` and `example_id`."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import Trainer
+from transformers.loss.loss_utils import fixed_cross_entropy
 from trl import SFTTrainer
 
 from .._compat import keep_quantized_weights_in_place
@@ -74,27 +75,32 @@ class TaskColumnsMixin:
 
 
 class TaskTrainer(TaskColumnsMixin, ResumedTrainingMixin, Trainer):
-    """`transformers.Trainer` over a token table of several tasks; takes the arguments of both."""
+    """`transformers.Trainer` over a token table of several tasks; takes the arguments of both.
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if self.label_space is not None and self.compute_loss_func is None:
-            # The loss below is a batch's mean: Trainer has to divide it by the accumulation steps.
-            self.loss_is_scaled_for_ga = False
+    A classifier's loss is the mean over the rows of an optimizer step, however they are cut into batches and processes.
+    This differs from a plain `Trainer` on purpose: the classifiers of transformers 5.23 average over each batch where
+    `Trainer` expects them to average over the step, so its loss and gradients are the sum over the accumulated batches.
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.label_space is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        logits = restrict_to_labels(outputs.logits, self.label_space.mask(self.batch_tasks))
-        outputs["logits"] = logits
-        if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-        else:
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-        return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+        given = self.compute_loss_func
+        # Not for longer than this call: a subclass's own loss is scaled as in a plain `Trainer`.
+        self.compute_loss_func = partial(self._loss_over_own_labels, given or _mean_cross_entropy)
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.compute_loss_func = given
+
+    def _loss_over_own_labels(self, loss_func, outputs, labels, num_items_in_batch=None):
+        outputs["logits"] = restrict_to_labels(outputs["logits"], self.label_space.mask(self.batch_tasks))
+        return loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+
+
+def _mean_cross_entropy(outputs, labels, num_items_in_batch=None):
+    """Mean over the step's rows; over the batch's where `Trainer` has not counted them and averages by itself."""
+    return fixed_cross_entropy(outputs["logits"].float(), labels, num_items_in_batch)
 
 
 class TaskSFTTrainer(TaskColumnsMixin, ResumedTrainingMixin, SFTTrainer):

@@ -221,3 +221,30 @@ def test_interval_quantile_is_that_of_the_residuals():
     assert abs(width.quantile - 0.1645) < 0.02
     low, high = width.around(np.ones((40, 5)), displacement)
     assert abs(np.nanmean(((low <= true) & (true <= high))[~np.isnan(true)]) - 0.9) < 0.02
+    assert width.level == 0.9
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 10, 19, 20])
+def test_no_interval_promises_more_than_its_residuals_can(count):
+    """The nominal level is that of another residual from the same distribution."""
+    rng = np.random.default_rng(count)
+    scores = rng.exponential(size=(4000, count + 1))
+    widths = [IntervalWidth.fit(np.ones((1, count)), np.ones((1, count)), np.exp(row[None, :-1])) for row in scores]
+    level = widths[0].level
+    if count == 1:
+        assert np.isnan(level) and np.isnan(widths[0].quantile)
+        return
+    assert level == pytest.approx(min(0.9, count / (count + 1)))
+    held = np.mean([row[-1] <= width.quantile for row, width in zip(scores, widths)])
+    # At least the level, and at most one rank more.
+    assert level - 0.02 < held < level + 1 / (count + 1) + 0.02
+
+
+def test_predictions_tell_the_level_of_their_intervals():
+    tables = world()
+    some = [ObservedRun(dict.fromkeys(NAMES, 1.0), {"a": 0.6, "b": 0.7})]
+    assert SubsetEstimator(*tables, observed_runs=some).predict_subsets([["a"]]).level == pytest.approx(2 / 3)
+    all_of_them = [ObservedRun(dict.fromkeys(NAMES, 1.0), dict.fromkeys(NAMES, 0.65))]
+    assert SubsetEstimator(*tables, observed_runs=all_of_them).predict_subsets([["a"]]).level == pytest.approx(0.8)
+    none = SubsetEstimator(*tables).predict_subsets([["a"]])
+    assert np.isnan(none.level) and np.isnan(none.loss_low).all()

@@ -239,13 +239,13 @@ def test_reduction_in_blocks_equals_the_whole(monkeypatch, n):
     features = gradients(n)
     whole = FeatureReduction.fit(features, 12)
     reduced = whole.apply(features)
-    monkeypatch.setattr("hf_ensemble.estimate.reduction._BLOCK", 7 * 60)
+    monkeypatch.setattr("hf_ensemble.store.features.BLOCK", 7 * 60)
     blocks = FeatureReduction.fit(features, 12)
     assert abs(whole.scale - blocks.scale) < 1e-12 * whole.scale
     # A direction is known up to its sign.
     signs = np.sign((whole.components * blocks.components).sum(axis=0))
     assert np.abs(whole.components - signs * blocks.components).max() < 1e-9
-    assert np.abs(reduced - signs * blocks.apply(features)).max() < 1e-9
+    assert np.abs(reduced - signs * blocks.apply(features)).max() < 1e-6
 
 
 def test_reduction_reads_a_memory_map_in_half_precision(tmp_path):
@@ -254,13 +254,13 @@ def test_reduction_reads_a_memory_map_in_half_precision(tmp_path):
     reduction = FeatureReduction.fit(mapped, 1000)
     exact = np.asarray(mapped).astype(np.float64)
     reduced = reduction.apply(mapped)
-    assert reduced.dtype == np.float64
+    assert reduced.dtype == np.float32
     norm = np.linalg.norm(exact, axis=1).mean()
-    assert np.abs(reduced @ reduced.T - exact @ exact.T / norm**2).max() < 1e-12
+    assert np.abs(reduced @ reduced.T - exact @ exact.T / norm**2).max() < 1e-5
 
 
 def test_bad_features_are_named(monkeypatch):
-    monkeypatch.setattr("hf_ensemble.estimate.reduction._BLOCK", 7 * 60)
+    monkeypatch.setattr("hf_ensemble.store.features.BLOCK", 7 * 60)
     features = gradients()
     features[100, 3] = np.nan
     with pytest.raises(EstimationError, match="Row 100 has a feature that is not finite"):

@@ -6,7 +6,8 @@ import pytest
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.select import DataSelector, coclustering, partition_loss
-from hf_ensemble.select.direct_search import GroupLosses, add_helpers, group_masks
+from hf_ensemble.select.direct_search import add_helpers
+from hf_ensemble.select.group_losses import GroupLosses, group_masks
 from hf_ensemble.store import FeatureTable
 
 METHODS = ("direct", "spectral", "semidefinite", "coclustering")

@@ -99,8 +99,10 @@ def test_the_path_tells_intervals_and_close_calls(selector, estimator):
     assert first["added"] == "b"
     low, high = first["interval"]
     assert low < first["predicted_loss"] < high
+    assert first["level"] == pytest.approx(6 / 7)
     prediction = estimator.predict_subsets([["a", name] for name in NAMES[1:]])
-    features, margin, task = estimator._validation
+    rows = estimator._validation
+    features, margin, task = rows.features, rows.margin, rows.task
     losses = np.logaddexp(0, -(margin[task == 0] + prediction.coefficients @ features[task == 0].T))
     apart = losses - losses[0]
     close = apart.mean(1) <= 1.645 * apart.std(1) / np.sqrt((task == 0).sum())
@@ -123,6 +125,7 @@ def doubled(table):
 
 def test_without_calibration_there_is_no_interval():
     assert DataSelector(SubsetEstimator(*world())).select("a").path[0]["interval"] is None
+    assert DataSelector(SubsetEstimator(*world())).select("a").path[0]["level"] is None
 
 
 def test_baselines_stand_beside_every_result(selector, estimator):

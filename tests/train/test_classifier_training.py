@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+)
 
 from helpers import toy
 from helpers.trainers import text_trainer
@@ -44,22 +51,69 @@ def test_loss_of_a_classifier_counts_the_own_labels_alone(tmp_path):
     assert torch.allclose(found, expected / 3, atol=1e-6)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_gradient_accumulation_gives_the_same_classifier(tmp_path, batch_size):
-    """Eight rows in one step, however they are cut."""
-    tasks = {"t": {"train": toy.text_rows(8), "validation": toy.text_rows(2, 1)}}
-    adapters = []
-    for size in (8, batch_size):
-        changes = {
-            "per_device_train_batch_size": size,
-            "gradient_accumulation_steps": 8 // size,
-            "num_train_epochs": 1,
-            "max_grad_norm": 0.0,
-            "optim": "sgd",
-        }
-        trainer = text_trainer(tmp_path / f"run{size}", toy.bert(2), tasks, **changes)
-        trainer.open_run()
-        trainer.flow.training.run("one", ["t"], tmp_path / f"adapter{size}")
-        adapters.append(load_file(str(tmp_path / f"adapter{size}" / "adapter_model.safetensors")))
-    for name, value in adapters[0].items():
-        assert torch.allclose(value, adapters[1][name], atol=1e-6), name
+def classifiers():
+    """Over an encoder and a decoder."""
+    llama = toy.llama(num_labels=2).config
+    torch.manual_seed(0)
+    return {"bert": toy.bert(2), "llama": LlamaForSequenceClassification(llama).eval()}
+
+
+def step(folder, kind, batch_size, plain=False):
+    """Gradients of one step over eleven rows in batches of `batch_size`, and its loss."""
+    tasks = {"t": {"train": toy.text_rows(11), "validation": toy.text_rows(2, 1)}}
+    changes = {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": -(-11 // batch_size),
+        "num_train_epochs": 1,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+    }
+    lora = LoraConfig(r=4, target_modules=["query" if kind == "bert" else "q_proj"], task_type="SEQ_CLS")
+    model = get_peft_model(classifiers()[kind], lora)
+    outer = text_trainer(folder, model, tasks, peft=None, **changes)
+    if plain:
+        rows = outer.train_dataset.remove_columns(["task", "example_id"])
+        inner = Trainer(outer.model, outer.args, DataCollatorWithPadding(outer.processing_class), rows)
+    else:
+        inner = outer.adapter_trainer(outer.args, outer.train_dataset, {}, {})
+    gradients = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+
+    inner.add_callback(Look())
+    return gradients, inner.train().training_loss
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_gradients_of_a_step_do_not_depend_on_how_it_is_cut(tmp_path, kind):
+    """Eleven rows in one batch, and in batches whose last one is smaller."""
+    whole, loss = step(tmp_path / "whole", kind, 11)
+    assert any(gradient.abs().max() > 1e-3 for gradient in whole.values())
+    for size in (1, 2, 4):
+        parts, parts_loss = step(tmp_path / str(size), kind, size)
+        assert parts_loss == pytest.approx(loss, rel=1e-5)
+        for name, expected in whole.items():
+            assert torch.allclose(parts[name], expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_plain_trainer_sums_over_the_accumulated_batches(tmp_path, kind):
+    """The one difference that is on purpose; it goes where transformers mends it."""
+    own, own_loss = step(tmp_path / "own", kind, 11)
+    plain, plain_loss = step(tmp_path / "plain", kind, 11, plain=True)
+    assert own_loss == plain_loss and all(torch.equal(own[name], plain[name]) for name in plain)
+    parts, parts_loss = step(tmp_path / "parts", kind, 1, plain=True)
+    assert parts_loss == pytest.approx(11 * own_loss, rel=1e-5)
+    for name, expected in own.items():
+        assert torch.allclose(parts[name], 11 * expected, atol=1e-5), name
+
+
+def test_gradients_are_the_plain_trainers_where_it_averages(tmp_path, monkeypatch):
+    """For models that say that they know nothing of the step, it divides by the number of batches."""
+    monkeypatch.setattr(BertForSequenceClassification, "accepts_loss_kwargs", False, raising=False)
+    for size in (1, 4):
+        own, own_loss = step(tmp_path / f"own{size}", "bert", size)
+        plain, plain_loss = step(tmp_path / f"plain{size}", "bert", size, plain=True)
+        assert own_loss == plain_loss and all(torch.equal(own[name], plain[name]) for name in plain)

@@ -1,0 +1,56 @@
+"""The rows whose losses are predicted."""
+
+import numpy as np
+
+from ..errors import EstimationError
+from ..store import FeatureTable
+from .outcomes import predicted_outcomes
+
+
+class ValidationRows:
+    """Validation rows, sorted by task.
+
+    Args:
+        table (`FeatureTable`): their ids and margins.
+        features (`np.ndarray` of shape `(n, k)`): their reduced features.
+
+    Raises:
+        `EstimationError`: for features that are not finite.
+    """
+
+    def __init__(self, table: FeatureTable, features: np.ndarray):
+        if not np.isfinite(features).all():
+            raise EstimationError("Expected finite validation features, found NaN or infinity. Capture them again.")
+        order = np.argsort(table.task, kind="stable")
+        self.features = features[order]
+        self.margin = table.margin[order].astype(np.float64)
+        self.task = table.task[order]
+        self._ids = table.example_id[order].tolist()
+        self._names = table.task_names
+
+    def outcomes(
+        self, coefficients: np.ndarray, needed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Losses, accuracies and displacements `(S, T)` at optima `(S, k)`; see [`predicted_outcomes`]."""
+        return predicted_outcomes(
+            self.features, self.margin, self.task, len(self._names), np.atleast_2d(coefficients), needed
+        )
+
+    def margins(self, w: np.ndarray) -> np.ndarray:
+        """Margin m_i + x_i.w of every row, `(n,)`."""
+        return self.margin + self.features @ w
+
+    def by_example(self, w: np.ndarray) -> dict[tuple[str, str], float]:
+        """Margin of every row by (task, example id)."""
+        names = (self._names[index] for index in self.task)
+        return dict(zip(zip(names, self._ids), self.margins(w).tolist()))
+
+    def spread(self, coefficients: np.ndarray, reference: np.ndarray, weights: np.ndarray, metric: str) -> np.ndarray:
+        """Standard error over the rows of weighted scores at optima `(S, k)` minus those at one `(k,)`, `(S,)`."""
+        variance = np.zeros(len(coefficients))
+        for index in np.flatnonzero(weights):
+            rows = self.task == index
+            z = self.margin[rows] + np.vstack([coefficients, reference]) @ self.features[rows].T
+            scores = (z > 0).astype(np.float64) if metric == "accuracy" else np.logaddexp(0.0, -z)
+            variance += weights[index] ** 2 * (scores[:-1] - scores[-1]).var(axis=1) / rows.sum()
+        return np.sqrt(variance)
