@@ -5,9 +5,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from .._settings import check_at_least, check_number, checked_mapping
 from ..errors import TaskError
 from .rows import content_hash
-from .task_set import SPLITS, TaskSet
+from .task_set import SPLITS, TaskSet, table_error
 
 
 def load_task_folder(
@@ -29,8 +30,12 @@ def load_task_folder(
         names (`list[str]`, *optional*): names of the tasks to load. All by default.
 
     Raises:
+        `ConfigurationError`: for arguments out of range.
         `TaskError`: for a folder without tasks, lines that are not JSON, and what [`TaskSet.from_datasets`] refuses.
     """
+    check_number("validation_fraction", validation_fraction, 0, 1, above=True, optional=True)
+    for split, limit in checked_mapping("max_rows", max_rows or {}).items():
+        check_at_least(f"The maximum number of {split} rows", limit, 1)
     folder = Path(folder)
     if not folder.is_dir():
         raise TaskError(f"Expected a folder of JSONL tasks at {str(folder)!r}, found none.")
@@ -57,30 +62,31 @@ def load_task_folder(
 
 def _read_jsonl(path: Path, name: str) -> Dataset:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"Task {name!r}: line {number} of {str(path)!r}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"Task {name!r}: {path.name} line {number} is not JSON: {error}") from error
+            except ValueError as error:
+                raise TaskError(
+                    f"{where} is not JSON in UTF-8 ({error}). Expected one object on each line: correct or delete it."
+                ) from error
             if not isinstance(row, dict):
-                raise TaskError(f"Task {name!r}: {path.name} line {number}: expected an object, found {line[:40]!r}.")
+                raise TaskError(f"{where}: expected an object, found {line[:40]!r}. Correct or delete the line.")
             rows.append(row)
     if not rows:
-        raise TaskError(f"Task {name!r} is empty: {path.name} has no rows.")
+        raise TaskError(f"Task {name!r} is empty: {str(path)!r} has no rows. Add rows, or delete the file.")
     try:
         return Dataset.from_list(rows)
     except Exception as error:  # pyarrow raises unrelated exception classes here
-        raise TaskError(f"Task {name!r}: the rows of {path.name} do not form one table: {error}") from error
+        raise table_error(f"Task {name!r}, {path.name}", error) from error
 
 
 def _hold_out(rows: Dataset, fraction: float | None) -> dict[str, Dataset]:
     if fraction is None:
         return {"train": rows}
-    if not 0 < fraction < 1:
-        raise TaskError(f"validation_fraction has to be between 0 and 1, found {fraction}.")
     held_out = [int(content_hash(row), 16) / 2**64 < fraction for row in rows]
     return {
         "train": rows.select([i for i, out in enumerate(held_out) if not out]),

@@ -4,12 +4,15 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value, concatenate_datasets
 
+from .._settings import check_number, checked_mapping, checked_names
 from ..errors import TaskError
 from .columns import EXAMPLE_ID
 from .labels import LabelSpace
+from .row_checks import check_rows
 from .rows import RowFormat, add_identity, detect_format, label_names_of
 
 SPLITS = ("train", "validation", "test")
@@ -18,6 +21,8 @@ _SPLIT_ALIASES = {"validation": ("validation", "eval", "dev", "valid"), "train":
 _OTHER_WIDTHS = ("large_string", "string_view", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 # Task names become folder names of adapters, parts of metric names and repository paths.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# File systems take names of 255 bytes; prefixes and suffixes are added.
+_MAX_NAME = 128
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ class TaskSet(Mapping[str, Task]):
     def __init__(self, tasks: Iterable[Task], sampling_weights: Mapping[str, float] | None = None):
         self._tasks: dict[str, Task] = {}
         for task in tasks:
-            self._check_name(task.name)
+            if not isinstance(task, Task):
+                raise TaskError(f"Expected tasks, found {task!r:.60}. Make them with TaskSet.from_datasets.")
+            check_task_name(task.name)
+            self._check_clash(task.name)
             self._tasks[task.name] = task
         if not self._tasks:
             raise TaskError("Expected at least one task, found none.")
@@ -76,26 +84,18 @@ class TaskSet(Mapping[str, Task]):
         self.row_format = formats.pop()
         self.sampling_weights = self._check_weights(sampling_weights or {})
 
-    def _check_name(self, name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise TaskError(
-                f"Task name {name!r} cannot be used as a folder name: use letters, digits, '_', '-' and '.', and start "
-                "with a letter or digit."
-            )
+    def _check_clash(self, name: str) -> None:
         clash = next((other for other in self._tasks if other.lower() == name.lower()), None)
         if clash is not None:
             raise TaskError(f"Two tasks with the same name: {clash!r} and {name!r} (case is ignored). Rename one.")
 
     def _check_weights(self, weights: Mapping[str, float]) -> dict[str, float]:
-        unknown = sorted(set(weights) - set(self._tasks))
-        if unknown:
-            raise TaskError(f"The sampling weights name unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
-        full = {name: float(weights.get(name, 1.0)) for name in self._tasks}
-        if any(not 0 < w < float("inf") for w in full.values()):
-            raise TaskError(
-                f"Sampling weights have to be positive and finite, found {full}. Drop a task instead of weighting it 0."
-            )
-        return full
+        checked_mapping("sampling_weights", weights, TaskError)
+        checked_names("tasks in sampling_weights", weights, self, TaskError)
+        for name, weight in weights.items():
+            what = f"The sampling weight of {name!r} (drop a task instead of weighting it 0)"
+            check_number(what, weight, 0, above=True, error=TaskError)
+        return {name: float(weights.get(name, 1.0)) for name in self._tasks}
 
     @classmethod
     def from_datasets(
@@ -119,15 +119,17 @@ class TaskSet(Mapping[str, Task]):
             `TaskError`: for unknown columns, empty tasks, repeated names, labels outside the task's set, tasks without
                 evaluation rows, and evaluation rows of unknown tasks.
         """
-        pairs = list(train.items() if isinstance(train, Mapping) else train)
+        pairs = _named_pairs(train)
         names = [name for name, _ in pairs]
+        for name in names:
+            check_task_name(name)
         if len(set(names)) < len(names):
             raise TaskError(
                 f"Two tasks with the same name: {next(n for n in names if names.count(n) > 1)!r}. Rename one."
             )
         given = {"validation": validation or {}, "test": test or {}}
         for split, datasets in given.items():
-            unknown = sorted(set(datasets) - set(names))
+            unknown = sorted(set(checked_mapping(f"the {split} rows", datasets, TaskError)) - set(names))
             if unknown:
                 raise TaskError(f"The {split} rows name tasks without training rows: {unknown}; the tasks are {names}.")
         tasks = []
@@ -180,10 +182,8 @@ class TaskSet(Mapping[str, Task]):
 
     def subset(self, names: Iterable[str]) -> "TaskSet":
         """The given tasks, in the order of this set."""
-        names = set(names)
-        unknown = sorted(names - set(self._tasks))
-        if unknown:
-            raise TaskError(f"Unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
+        names = {names} if isinstance(names, str) else set(names)
+        checked_names("tasks", names, self, TaskError)
         kept = [task for name, task in self._tasks.items() if name in names]
         return TaskSet(kept, {task.name: self.sampling_weights[task.name] for task in kept})
 
@@ -250,6 +250,28 @@ class TaskSet(Mapping[str, Task]):
         }
 
 
+def check_task_name(name: str) -> None:
+    """Raise `TaskError` for a name that is no plain folder name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
+        raise TaskError(
+            f"Task name {name!r:.120} cannot be used as a folder name: use letters, digits, '_', '-' and '.', start "
+            f"with a letter or digit, and take at most {_MAX_NAME} characters."
+        )
+
+
+def _named_pairs(train) -> list[tuple[str, Any]]:
+    """Pairs of a name and a dataset."""
+    pairs = train.items() if isinstance(train, Mapping) else train
+    is_table = isinstance(train, (str, Dataset, IterableDataset)) or not isinstance(pairs, Iterable)
+    pairs = [] if is_table else list(pairs)
+    if is_table or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise TaskError(
+            f"Expected the training rows as a dict of named datasets, found a {type(train).__name__}. Pass "
+            "{name: dataset}."
+        )
+    return pairs
+
+
 def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
     """Create a task from its splits. Raises like [`TaskSet.from_datasets`]."""
     for split in ("train", "validation"):
@@ -267,6 +289,8 @@ def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
                 f"Task {name!r}, split {split!r}: expected the columns {list(row_format.required)} like the training "
                 f"rows ({row_format.value}), found {rows.column_names}, which lack {lacking}."
             )
+    for split, rows in splits.items():
+        check_rows(name, split, rows, row_format)
     label_names = label_names_of(name, splits) if row_format is RowFormat.CLASSIFICATION else None
     splits = {split: _plain_columns(rows) for split, rows in splits.items()}
     identified = {split: add_identity(name, split, rows, row_format) for split, rows in splits.items()}
@@ -281,6 +305,9 @@ def make_task(name: str, splits: Mapping[str, Dataset]) -> Task:
 
 def _plain_columns(rows: Dataset) -> Dataset:
     """Cast labels to plain integers and texts to plain strings, so that tables can be concatenated."""
+    label = rows.features.get("label")
+    if isinstance(label, Value) and label.dtype == "bool":
+        rows = rows.cast_column("label", Value("int64"))
     for column in ("label", "text", "label_text", "prompt", "completion"):
         feature = rows.features.get(column)
         if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype in _OTHER_WIDTHS):
@@ -288,16 +315,30 @@ def _plain_columns(rows: Dataset) -> Dataset:
     return rows
 
 
+def table_error(where: str, error: Exception) -> TaskError:
+    """The error for rows whose values cannot stand in one column."""
+    reason = " ".join(str(error).split())
+    return TaskError(
+        f"{where}: its rows do not form one table ({reason}). Expected the same kind of value in a column in all rows."
+    )
+
+
 def as_dataset(name: str, source) -> Dataset:
     """Convert a list of dicts to a dataset, and pass datasets through. Raises `TaskError` for anything else."""
     if isinstance(source, Dataset):
         return source
     if isinstance(source, list):
+        odd = next((row for row in source if not isinstance(row, Mapping)), None)
+        if odd is not None:
+            raise TaskError(f"Task {name!r}: expected each row as a dict, found {odd!r:.60}.")
         try:
             return Dataset.from_list(source)
         except Exception as error:  # pyarrow raises unrelated exception classes here
-            raise TaskError(f"Task {name!r}: its rows do not form one table: {error}") from error
-    raise TaskError(f"Task {name!r}: expected a datasets.Dataset or a list of dicts, found {type(source).__name__}.")
+            raise table_error(f"Task {name!r}", error) from error
+    advice = " Load it with streaming=False." if isinstance(source, IterableDataset) else ""
+    raise TaskError(
+        f"Task {name!r}: expected a datasets.Dataset or a list of dicts, found {type(source).__name__}.{advice}"
+    )
 
 
 def _splits_of(name: str, source) -> dict[str, Dataset]:

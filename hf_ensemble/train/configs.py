@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .._settings import check_at_least, check_one_of
+from .._settings import check_at_least, check_flag, check_number, check_one_of
 from ..capture import CaptureConfig, FeatureSettings
 from ..select import GroupingSettings, SelectionSettings
 
@@ -38,8 +38,20 @@ class RunArguments(FeatureSettings):
     def __post_init__(self):
         check_at_least("num_components", self.num_components, 1)
         check_at_least("calibration_runs", self.calibration_runs, 0)
+        check_flag("overwrite_run", self.overwrite_run)
         super().__post_init__()
+        self._check_training()
         self.capture_config()
+
+    def _check_training(self) -> None:
+        """Refuse values of `TrainingArguments` and `SFTConfig` that fail in the middle of a run, or train nothing."""
+        check_at_least("seed", self.seed, 0)
+        check_number("learning_rate", self.learning_rate, 0, above=True)
+        check_at_least("max_steps", self.max_steps, -1)
+        check_number("num_train_epochs", self.num_train_epochs, 0, above=self.max_steps <= 0)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("max_length", getattr(self, "max_length", None), 1, optional=True)
 
     def capture_config(self) -> CaptureConfig:
         """Settings of the capture pass, in the precision of the training."""
@@ -70,6 +82,7 @@ class EnsembleArguments(GroupingSettings, RunArguments):
 
     def __post_init__(self):
         check_one_of("ensemble_weights", self.ensemble_weights, WEIGHTINGS)
+        check_flag("train_baseline", self.train_baseline)
         super().__post_init__()
 
 
@@ -83,6 +96,10 @@ class SelectionArguments(SelectionSettings, RunArguments):
             "help": "First train the adapter on all tasks, and take gradients and the final fine-tuning from there."
         },
     )
+
+    def __post_init__(self):
+        check_flag("meta_initialization", self.meta_initialization)
+        super().__post_init__()
 
 
 @dataclass

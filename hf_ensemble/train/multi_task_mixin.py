@@ -1,18 +1,21 @@
 """Trainers that make a trainer of their own class for every adapter."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .._compat import keep_quantized_weights_in_place
+from .._settings import checked_mapping
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
+from ..models.token_checks import check_token_rows
 from ..tasks import TASK, TaskSet
 from ..tasks.task_set import as_dataset, make_task
 from .model_state import ModelState
@@ -22,6 +25,14 @@ logger = get_logger(__name__)
 
 # Task names that would collide with names of metrics or of adapters.
 _RESERVED = ("mean", "overall")
+# Arguments of the constructors that have to be of some kind, or None.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "peft_config": (PeftConfig,),
+    "callbacks": (list, tuple),
+    "processing_class": (PreTrainedTokenizerBase, ProcessorMixin),
+    "data_collator": (Callable,),
+}
+_PASS_ADAPTER = "Pass peft_config=LoraConfig(...)."
 
 
 class MultiTaskMixin:
@@ -56,8 +67,12 @@ class MultiTaskMixin:
         """The trainer's own arguments; defaults where there are none.
 
         Raises:
-            `ConfigurationError`: for arguments of another class.
+            `ConfigurationError`: for arguments of another class, and for a model that is none.
         """
+        if not isinstance(model, (str, nn.Module)):
+            raise ConfigurationError(
+                f"Expected model to be a model, or its name or folder, found a {type(model).__name__}."
+            )
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             return self.config_class(output_dir=f"{Path(name or 'model').name}-{type(self).__name__}")
@@ -68,23 +83,49 @@ class MultiTaskMixin:
             )
         return args
 
+    def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
+        """Refuse what is known to be wrong before the model is loaded.
+
+        Args:
+            tasks (`TaskSet`): the tasks.
+            args (`TrainingArguments`): the trainer's arguments.
+            given (`dict`): the constructor's other arguments, by name.
+
+        Raises:
+            `ConfigurationError`: for arguments of another kind, and arguments that only a single training takes.
+            `TaskError`: for task names that the run uses itself.
+        """
+        if tuple(given["optimizers"] or (None, None)) != (None, None):
+            raise ConfigurationError(
+                "An optimizer instance serves one training only, and several adapters are trained. Pass "
+                "optimizer_cls_and_kwargs instead of optimizers."
+            )
+        if args.metric_for_best_model is not None or args.load_best_model_at_end:
+            raise ConfigurationError(
+                "No checkpoint is chosen by one metric: each adapter's training evaluates its own tasks only, and ends "
+                "with its last step. Leave metric_for_best_model and load_best_model_at_end unset."
+            )
+        if given["peft_config"] is None and isinstance(given["model"], str):
+            raise ConfigurationError(f"Expected an adapter to train on {given['model']!r}, found none. {_PASS_ADAPTER}")
+        for name, kinds in _KINDS.items():
+            value = given[name]
+            if value is not None and not isinstance(value, kinds):
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise ConfigurationError(f"Expected {name} to be a {expected}, found {value!r:.60}.")
+        reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
+        if reserved:
+            raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
+
     def _finish_init(
         self,
         tasks: TaskSet,
         adapter_trainer_kwargs: dict[str, Any],
         callbacks: list[TrainerCallback | type[TrainerCallback]] | None,
-        optimizers: Any,
         has_made_adapter: bool,
     ) -> None:
-        if tuple(optimizers or (None, None)) != (None, None):
-            raise ConfigurationError(
-                "An optimizer instance serves one training only, and several adapters are trained. Pass "
-                "optimizer_cls_and_kwargs instead of optimizers."
-            )
         if not isinstance(self.model, PeftModel):
             raise ConfigurationError(
-                f"Expected a model with an adapter, found a plain {type(self.model).__name__}. Pass "
-                "peft_config=LoraConfig(...)."
+                f"Expected a model with an adapter, found a plain {type(self.model).__name__}. {_PASS_ADAPTER}"
             )
         if has_made_adapter:
             mark_as_of_a_run(self.model.peft_config[self.model.active_adapters[0]])
@@ -93,9 +134,6 @@ class MultiTaskMixin:
                 "compute_metrics is used by evaluations during each training; the evaluation of the whole run reports "
                 "loss and accuracy."
             )
-        reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
-        if reserved:
-            raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
         self.tasks = tasks
         self._adapter_trainer_kwargs = adapter_trainer_kwargs
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
@@ -109,6 +147,8 @@ class MultiTaskMixin:
         lost += [name for name, rows in self.eval_dataset.items() if len(rows) == 0]
         if lost:
             raise TaskError(f"No row of the tasks {lost} is left after tokenization: raise max_length.")
+        for rows in (self.train_dataset, *self.eval_dataset.values()):
+            check_token_rows(self.model, rows)
         # This trainer never runs the model.
         self._model_state.restore()
 
@@ -155,11 +195,22 @@ class MultiTaskMixin:
         return trainer
 
     def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        """Raw evaluation rows of known tasks as token tables with `task` and `example_id`."""
+        """Raw evaluation rows of known tasks as token tables with `task` and `example_id`.
+
+        Raises:
+            `TaskError`: for unknown tasks, and rows that the task or the model cannot take.
+        """
+        tables = self._token_tables(self._identified(datasets))
+        for rows in tables.values():
+            check_token_rows(self.model, rows)
+        return tables
+
+    def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
+        """Identified rows as token tables."""
         raise NotImplementedError
 
     def _identified(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         """Check and identify raw rows as the training rows were."""
-        known = self.tasks.subset(datasets)
+        known = self.tasks.subset(checked_mapping("eval_dataset", datasets, TaskError))
         rows = {name: as_dataset(name, source) for name, source in datasets.items()}
         return {name: make_task(name, {**known[name].splits, "test": rows[name]}).splits["test"] for name in rows}

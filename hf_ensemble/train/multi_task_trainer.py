@@ -13,7 +13,7 @@ from ..logging import get_logger
 from ..tasks import RowFormat, data_collator_for, encode, length_limit
 from .multi_task_mixin import MultiTaskMixin
 from .task_trainer import TaskSFTTrainer, TaskTrainer
-from .trainer_inputs import as_task_set, check_labels, load_classifier
+from .trainer_inputs import as_task_set, check_labels, check_template, load_classifier
 from .used_models import without_adapters_of_earlier_runs
 
 logger = get_logger(__name__)
@@ -41,8 +41,17 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         optimizers=(None, None),
         **kwargs: Any,
     ):
+        given = {
+            "model": model,
+            "data_collator": data_collator,
+            "processing_class": processing_class,
+            "peft_config": peft_config,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+        }
         args = self._checked_args(args, model)
         tasks = as_task_set(train_dataset, eval_dataset)
+        self._check_arguments(tasks, args, given)
         # The adapter's first weights are random: seed before they are made.
         set_seed(args.seed)
         if args.label_smoothing_factor > 0 and tasks.label_space is not None:
@@ -77,13 +86,13 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             **kwargs,
         )
         own = {"data_collator": self.data_collator, **kwargs}
-        self._finish_init(tasks, own, callbacks, optimizers, peft_config is not None)
+        self._finish_init(tasks, own, callbacks, peft_config is not None)
 
     def _encode(self, rows: Dataset) -> Dataset:
         return encode(rows, self._tokenizer, self._row_format, self._label_space, length_limit(self._tokenizer))
 
-    def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        return {name: self._encode(rows) for name, rows in self._identified(datasets).items()}
+    def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
+        return {name: self._encode(rows) for name, rows in datasets.items()}
 
 
 class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
@@ -109,8 +118,22 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         formatting_func=None,
         **kwargs: Any,
     ):
+        given = {
+            "model": model,
+            "data_collator": data_collator,
+            "processing_class": processing_class,
+            "peft_config": peft_config,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+        }
         args = self._checked_args(args, model)
         tasks = as_task_set(train_dataset, eval_dataset)
+        self._check_arguments(tasks, args, given)
+        if formatting_func is not None:
+            raise ConfigurationError(
+                "formatting_func joins prompt and answer into one text, in which the answer can no longer be told. "
+                "Leave it unset and make the columns prompt and completion with Dataset.map."
+            )
         if tasks.row_format is RowFormat.CLASSIFICATION:
             raise TaskError(
                 "Supervised fine-tuning takes prompts and completions, found text and label. Use EnsembleTrainer."
@@ -132,12 +155,11 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
             quantization_config=quantization_config,
-            formatting_func=formatting_func,
             sampling_weights=tasks.sampling_weights,
             **kwargs,
         )
         own = {"data_collator": data_collator, **kwargs}
-        self._finish_init(tasks, own, callbacks, optimizers, peft_config is not None)
+        self._finish_init(tasks, own, callbacks, peft_config is not None)
 
     def _undo_preparation(self) -> None:
         if isinstance(self.model, PeftModel) and self.args.gradient_checkpointing:
@@ -152,7 +174,11 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         return super().adapter_trainer(args, *tables, **kwargs)
 
-    def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        rows = self._identified(datasets)
-        arguments = (self.processing_class, self.args, False, self._formatting_func)
-        return {name: self._prepare_dataset(dataset, *arguments, name) for name, dataset in rows.items()}
+    def _prepare_dataset(self, dataset: Dataset, processing_class, *args: Any, **kwargs: Any) -> Dataset:
+        if "input_ids" not in dataset.column_names:
+            check_template(dataset, processing_class)
+        return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+
+    def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
+        arguments = (self.processing_class, self.args, False, None)
+        return {name: self._prepare_dataset(dataset, *arguments, name) for name, dataset in datasets.items()}

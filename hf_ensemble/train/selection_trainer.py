@@ -1,9 +1,13 @@
 """Fine-tune for one target: choose the auxiliary datasets that help it, then train once."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from transformers import TrainingArguments
 
 from ..errors import ConfigurationError
 from ..select import Selection
+from ..tasks import TaskSet
 from .configs import SelectionConfig, SelectionSFTConfig
 from .flow_trainer import FlowTrainerMixin
 from .flows.context import FlowContext
@@ -24,11 +28,14 @@ class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
     """
 
     def __init__(self, *args: Any, target: str, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if target not in self.tasks:
-            raise ConfigurationError(f"Unknown target {target!r}; the tasks are {list(self.tasks)}.")
-        self.args.check_tasks(len(self.tasks))
         self.target = target
+        super().__init__(*args, **kwargs)
+
+    def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
+        super()._check_arguments(tasks, args, given)
+        if self.target not in tasks.names:
+            raise ConfigurationError(f"Unknown target {self.target!r}; the tasks are {list(tasks)}.")
+        args.check_tasks(len(tasks))
 
     def _make_flow(self, context: FlowContext) -> SelectionFlow:
         return SelectionFlow(context, self.target)

@@ -162,11 +162,6 @@ class AdapterTraining:
         args.output_dir = str(self.context.run.training(begun.name))
         args.push_to_hub = False
         args.run_name = f"{args.run_name or self.context.run.path.name}-{begun.name}"
-        if args.load_best_model_at_end:
-            logger.warning(
-                "load_best_model_at_end is not used: an adapter's losses are those of the end of its training."
-            )
-            args.load_best_model_at_end = False
         sampling = self.context.tasks.sampling_weights
         return self.context.make_trainer(
             args,
