@@ -8,7 +8,7 @@ from typing import Literal
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from .._settings import check_flag
+from .._settings import check_flag, checked_path
 from ..capture import CaptureConfig, capture_gradients, encoded_splits, optimizer_preconditioner, training_recipe
 from ..errors import ConfigurationError
 from ..store import GradientStore
@@ -78,11 +78,9 @@ class GradientCaptureCallback(TrainerCallback):
             )
         if config is not None and not isinstance(config, CaptureConfig):
             raise ConfigurationError(f"Expected config to be a CaptureConfig, found {config!r:.60}.")
-        if not isinstance(output_dir, (str, Path)):
-            raise ConfigurationError(f"Expected output_dir to be a folder, found {output_dir!r:.60}.")
         check_flag("overwrite", overwrite)
         self.tasks = tasks
-        self.output_dir = Path(output_dir)
+        self.output_dir = checked_path("output_dir", output_dir)
         self.config = config
         self.when = when
         self.overwrite = overwrite

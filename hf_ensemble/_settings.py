@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import inf, isfinite
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigurationError, HfEnsembleError
@@ -106,6 +107,17 @@ def check_options(
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ConfigurationError(f"{what} takes no {unknown}; it takes {known or 'no further arguments'}.")
+
+
+def checked_path(name: str, value: Any, error: type[HfEnsembleError] = ConfigurationError) -> Path:
+    """A path.
+
+    Raises:
+        `HfEnsembleError`: of the kind `error`, for anything but the path of a file or folder.
+    """
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
+        raise error(f"Expected {name} as a path, found {value!r:.60}.")
+    return Path(value)
 
 
 def checked_mapping(what: str, value: Any, error: type[HfEnsembleError] = ConfigurationError) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .._settings import checked_path
 from ..errors import CaptureError, ConfigurationError
 from ..models.token_checks import check_token_rows
 from ..models.wrappers import unwrapped
@@ -102,7 +103,7 @@ def capture_gradients(
         is_classification = tasks.row_format is RowFormat.CLASSIFICATION
         data_collator = data_collator_for(tasks.row_format, processing_class, labels_are_tokens=not is_classification)
     capture = CapturePass(unwrapped(model), tasks, configs, encoded, data_collator, optimizer)
-    folders = {name: Path(output_dir) / name for name in configs}
+    folders = {name: checked_path("output_dir", output_dir) / name for name in configs}
     stores = capture.run(folders, SHARD_SIZE, overwrite, disable_tqdm, recipe)
     return stores if isinstance(config, Mapping) else stores[""]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .._settings import check_at_least, check_number, checked_mapping
+from .._settings import check_at_least, check_number, checked_mapping, checked_path
 from ..errors import TaskError
 from .rows import content_hash
 from .task_set import SPLITS, TaskSet, table_error
@@ -36,7 +36,7 @@ def load_task_folder(
     check_number("validation_fraction", validation_fraction, 0, 1, above=True, optional=True)
     for split, limit in checked_mapping("max_rows", max_rows or {}).items():
         check_at_least(f"The maximum number of {split} rows", limit, 1)
-    folder = Path(folder)
+    folder = checked_path("the folder of tasks", folder)
     if not folder.is_dir():
         raise TaskError(f"Expected a folder of JSONL tasks at {str(folder)!r}, found none.")
     sources: list[tuple[str, dict[str, Dataset]]] = []

@@ -64,7 +64,7 @@ def test_ensembles_are_refused(bad, model):
 
 IDS = torch.tensor([[3, 4, 5], [3, 6, 7]])
 CALLS = {
-    "no inputs": ("forward", {}, "Expected (inputs|input_ids)"),
+    "no inputs": ("forward", {}, "Expected input_ids with a row for each example, found no inputs"),
     "task is a number": ("forward", {"input_ids": IDS, "task": 3}, "name of a task, or one name for each row"),
     "too few tasks": ("forward", {"input_ids": IDS, "task": ["x"]}, "one task for each of 2 rows, found 1"),
     "tasks are numbers": ("forward", {"input_ids": IDS, "task": [0, 1]}, "or one name for each row, found task="),
@@ -149,8 +149,8 @@ FILES = {
     "no folder": (load(lambda folder: folder / "none"), "none"),
     "not an ensemble": (load(lambda folder: folder), "holds no ensemble_config.json: it is not a saved ensemble"),
     "a file": (load(lambda folder: folder / "file"), "file"),
-    "None": (load(None), "folder or Hub id, found None"),
-    "a number": (load(3), "folder or Hub id, found 3"),
+    "None": (load(None), "Expected name_or_path as a path, found None"),
+    "a number": (load(3), "Expected name_or_path as a path, found 3"),
     "no adapters": (load({}), "Expected at least one adapter, found none"),
     "adapter leads out": (load({"../x": "folder"}), "is not a valid folder name"),
     "adapter is missing": (load({"x": "no/such/folder"}), "no/such/folder"),
@@ -160,7 +160,7 @@ FILES = {
     ),
     "card without a run": (lambda folder: write_model_card(folder), "holds no ensemble_config.json"),
     "upload without a run": (lambda folder: push_ensemble_to_hub(folder, "user/x"), "holds no ensemble_config.json"),
-    "upload of None": (lambda folder: push_ensemble_to_hub(None, "user/x"), "run as a folder, found None"),
+    "upload of None": (lambda folder: push_ensemble_to_hub(None, "user/x"), "folder of the run as a path, found None"),
 }
 
 
@@ -175,5 +175,5 @@ def test_folders_are_refused(bad, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("folder", [None, 3])
 def test_an_ensemble_is_saved_into_folders_only(ensemble, folder):
-    with pytest.raises(EnsembleError, match="Expected a folder to save into, found"):
+    with pytest.raises(EnsembleError, match="Expected the folder to save into as a path, found"):
         ensemble.save_pretrained(folder)

@@ -151,7 +151,7 @@ CALLBACKS = {
     "when is True": (lambda: (tasks(), "x"), {"when": True}, "found True"),
     "when is None": (lambda: (tasks(), "x"), {"when": None}, "found None"),
     "overwrite is text": (lambda: (tasks(), "x"), {"overwrite": "no"}, "overwrite has to be True or False"),
-    "folder is None": (lambda: (tasks(), None), {}, "Expected output_dir to be a folder, found None"),
+    "folder is None": (lambda: (tasks(), None), {}, "Expected output_dir as a path, found None"),
 }
 
 
