@@ -1,10 +1,13 @@
-"""What the settings dataclasses of all stages share."""
+"""What the settings dataclasses of all stages share, and the checks of single values."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from math import inf, isfinite
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, HfEnsembleError
 
 
 class Settings:
@@ -20,22 +23,109 @@ class Settings:
             following()
 
 
-def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise `ConfigurationError` for a value that is not among those allowed."""
-    if value not in allowed:
-        raise ConfigurationError(f"{name} has to be one of {tuple(allowed)}, found {value!r}.")
+def check_one_of(
+    name: str, value: Any, allowed: Sequence[str], error: type[HfEnsembleError] = ConfigurationError
+) -> None:
+    """Raise `error` for a value that is not among those allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise error(f"{name} has to be one of {tuple(allowed)}, found {value!r}.")
 
 
-def check_at_least(name: str, value: Any, least: int, optional: bool = False) -> None:
-    """Raise `ConfigurationError` for anything but an integer of at least `least`, or `None` where it is `optional`."""
+def check_flag(name: str, value: Any, error: type[HfEnsembleError] = ConfigurationError) -> None:
+    """Raise `error` for anything but `True` and `False`."""
+    if not isinstance(value, bool):
+        raise error(f"{name} has to be True or False, found {value!r}.")
+
+
+def check_at_least(
+    name: str, value: Any, least: int, optional: bool = False, error: type[HfEnsembleError] = ConfigurationError
+) -> None:
+    """Raise `error` for anything but an integer of at least `least`, or `None` where it is `optional`."""
     if optional and value is None:
         return
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ConfigurationError(f"{name} has to be {expected}{' or None' if optional else ''}, found {value!r}.")
+        raise error(f"{name} has to be {expected}{' or None' if optional else ''}, found {value!r}.")
 
 
-def check_fraction(name: str, value: Any) -> None:
-    """Raise `ConfigurationError` for anything but a number between 0 and 1, both excluded."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < 1:
-        raise ConfigurationError(f"{name} has to be a number between 0 and 1, found {value!r}.")
+def check_number(
+    name: str,
+    value: Any,
+    least: float = -inf,
+    most: float = inf,
+    *,
+    above: bool = False,
+    optional: bool = False,
+    error: type[HfEnsembleError] = ConfigurationError,
+) -> None:
+    """Raise `error` for anything but a finite number from `least` to `most`, or `None` where it is `optional`.
+
+    Args:
+        above (`bool`, *optional*, defaults to `False`): whether `least` itself is refused.
+    """
+    if optional and value is None:
+        return
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    if is_number and (value > least if above else value >= least) and value <= most:
+        return
+    lower = "" if least == -inf else f" above {least:g}" if above else f" of at least {least:g}"
+    upper = "" if most == inf else f"{' and' if lower else ' of'} at most {most:g}"
+    raise error(f"{name} has to be a finite number{lower}{upper}{' or None' if optional else ''}, found {value!r}.")
+
+
+def checked_names(
+    what: str,
+    names: Any,
+    known: Collection[str],
+    error: type[HfEnsembleError] = ConfigurationError,
+) -> list[str]:
+    """A name or several of them as a list.
+
+    Raises:
+        `HfEnsembleError`: of the kind `error`, for anything but names, unknown and repeated ones.
+    """
+    if isinstance(names, str):
+        names = [names]
+    found = list(names) if isinstance(names, Iterable) else [None]
+    if not all(isinstance(name, str) for name in found):
+        raise error(f"Expected {what} as a list of names, found {names!r:.80}; the tasks are {list(known)}.")
+    unknown = sorted({name for name in found if name not in known})
+    if unknown:
+        raise error(f"Unknown {what} {unknown}; the tasks are {list(known)}.")
+    if len(set(found)) < len(found):
+        raise error(f"Expected different {what}, found {found}. Name each once.")
+    return found
+
+
+def check_options(
+    function: Callable[..., Any], options: Mapping[str, Any], what: str, given: Collection[str] = ()
+) -> None:
+    """Raise `ConfigurationError` for options that are no optional arguments of a function, or `given` already."""
+    parameters = inspect.signature(function).parameters.values()
+    optional = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
+    known = [name for name in optional if name not in given]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigurationError(f"{what} takes no {unknown}; it takes {known or 'no further arguments'}.")
+
+
+def checked_path(name: str, value: Any, error: type[HfEnsembleError] = ConfigurationError) -> Path:
+    """A path.
+
+    Raises:
+        `HfEnsembleError`: of the kind `error`, for anything but the path of a file or folder.
+    """
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
+        raise error(f"Expected {name} as a path, found {value!r:.60}.")
+    return Path(value)
+
+
+def checked_mapping(what: str, value: Any, error: type[HfEnsembleError] = ConfigurationError) -> Mapping[str, Any]:
+    """A mapping whose keys are names.
+
+    Raises:
+        `HfEnsembleError`: of the kind `error`, for anything else.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise error(f"Expected {what} as a dict by name, found {value!r:.80}.")
+    return value

@@ -1,7 +1,7 @@
 """Gradient features: the projected gradient of each example's log-odds with respect to the adapter's parameters."""
 
 from .applied_update import applied_update
-from .capture import capture_gradients
+from .capture import capture_gradients, encoded_splits
 from .config import CaptureConfig, FeatureSettings
 from .gradients import GradientExtractor
 from .identity import model_identity
@@ -19,6 +19,7 @@ __all__ = [
     "SeededProjection",
     "applied_update",
     "capture_gradients",
+    "encoded_splits",
     "log_odds",
     "margins",
     "model_identity",

@@ -9,7 +9,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import CaptureError
+from .._settings import checked_path
+from ..errors import CaptureError, ConfigurationError
+from ..models.token_checks import check_token_rows
 from ..models.wrappers import unwrapped
 from ..store import GradientStore, TrainingRecipe
 from ..tasks import RowFormat, TaskCollator, TaskSet, data_collator_for, encode, length_limit
@@ -88,24 +90,46 @@ def capture_gradients(
     >>> store = capture_gradients(model, tasks, processing_class=tokenizer, output_dir="gradients")  # doctest: +SKIP
     ```
     """
+    _check_arguments(model, tasks, config, processing_class)
     configs = config if isinstance(config, Mapping) else {"": config or CaptureConfig()}
     configs = {name: each.resolved() for name, each in configs.items()}
     if isinstance(config, Mapping):
         check_single_pass(configs)
     if encoded is None:
-        encoded = _encoded(tasks, processing_class, next(iter(configs.values())).max_length)
+        encoded = encoded_splits(tasks, processing_class, next(iter(configs.values())).max_length)
+    for rows in encoded.values():
+        check_token_rows(model, rows)
     if data_collator is None:
         is_classification = tasks.row_format is RowFormat.CLASSIFICATION
         data_collator = data_collator_for(tasks.row_format, processing_class, labels_are_tokens=not is_classification)
     capture = CapturePass(unwrapped(model), tasks, configs, encoded, data_collator, optimizer)
-    folders = {name: Path(output_dir) / name for name in configs}
+    folders = {name: checked_path("output_dir", output_dir) / name for name in configs}
     stores = capture.run(folders, SHARD_SIZE, overwrite, disable_tqdm, recipe)
     return stores if isinstance(config, Mapping) else stores[""]
 
 
-def _encoded(
+def _check_arguments(model: Any, tasks: Any, config: Any, processing_class: Any) -> None:
+    """Raise `ConfigurationError` for arguments of another kind."""
+    configs = config.values() if isinstance(config, Mapping) else [] if config is None else [config]
+    for name, value, kind in (
+        ("model", model, nn.Module),
+        ("tasks", tasks, TaskSet),
+        *(("config", each, CaptureConfig) for each in configs),
+        *([] if processing_class is None else [("processing_class", processing_class, PreTrainedTokenizerBase)]),
+    ):
+        if not isinstance(value, kind):
+            raise ConfigurationError(f"Expected {name} to be a {kind.__name__}, found {value!r:.60}.")
+
+
+def encoded_splits(
     tasks: TaskSet, processing_class: PreTrainedTokenizerBase | None, max_length: int | None
 ) -> dict[str, Dataset]:
+    """The tasks' training and validation rows as tokens, cut at `max_length` or else where the tokenizer cuts.
+
+    Raises:
+        `CaptureError`: without a tokenizer.
+        `TaskError`: for rows that have no answer left, or cannot be encoded.
+    """
     if processing_class is None:
         raise CaptureError(
             "Expected processing_class or encoded, found neither. Pass the tokenizer as processing_class."

@@ -65,6 +65,7 @@ class FeatureSettings(Settings):
 
     def __post_init__(self):
         check_at_least("projection_dim", self.projection_dim, 1, optional=True)
+        check_at_least("projection_seed", self.projection_seed, 0)
         if not callable(self.margin):
             check_one_of("margin", self.margin, MARGIN_KINDS)
         check_one_of("preconditioner", self.preconditioner, ("auto", *PRECONDITIONERS))

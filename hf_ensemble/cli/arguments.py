@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-from .._settings import check_at_least, check_one_of
+from .._settings import check_at_least, check_number, check_one_of
 from ..errors import ConfigurationError
 from ..select import GroupingSettings, SelectionSettings
 
@@ -38,6 +38,9 @@ class DataArguments:
 
     def __post_init__(self):
         check_one_of("head", self.head, ("auto", "linear", "label_similarity"))
+        check_number("validation_fraction", self.validation_fraction, 0, 1, above=True, optional=True)
+        for name in ("max_train_rows", "max_validation_rows"):
+            check_at_least(name, getattr(self, name), 1, optional=True)
 
 
 @dataclass
@@ -56,6 +59,7 @@ class FlowArguments(DataArguments):
     def __post_init__(self):
         super().__post_init__()
         check_at_least("fidelity_subsets", self.fidelity_subsets, 0)
+        _check_sizes(self.fidelity_sizes)
 
 
 @dataclass
@@ -75,8 +79,15 @@ class FidelityArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("fidelity_subsets", 1), ("num_repeated", 0), ("num_first_order", 0)):
-            check_at_least(name, getattr(self, name), least)
+        least = {"fidelity_subsets": 1, "num_repeated": 0, "num_first_order": 0, "subset_seed": 0}
+        for name, value in least.items():
+            check_at_least(name, getattr(self, name), value)
+        _check_sizes(self.fidelity_sizes)
+
+
+def _check_sizes(sizes: list[int] | None) -> None:
+    for size in sizes or ():
+        check_at_least("Each of fidelity_sizes", size, 1)
 
 
 @dataclass
@@ -93,6 +104,9 @@ class ChoiceArguments:
     output_dir: str = field(default="choice", metadata={"help": "Where the choice and its pictures go."})
     tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the store to use; all by default."})
     num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
+
+    def __post_init__(self):
+        check_at_least("num_components", self.num_components, 1)
 
 
 @dataclass
@@ -116,6 +130,10 @@ class GroupArguments(GroupingSettings, ChoiceArguments):
 
     seed: int = field(default=0, metadata={"help": "Seed of random subsets and clustering."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least("seed", self.seed, 0)
+
 
 @dataclass
 class DemoArguments:
@@ -123,7 +141,13 @@ class DemoArguments:
 
     output_dir: str = field(default="demo_output", metadata={"help": "Where models, adapters and reports go."})
     seed: int = field(default=0, metadata={"help": "Seed of the world and of all trainings."})
-    fidelity_subsets: int = field(default=4, metadata={"help": "Subsets to fine-tune, to check predictions."})
+    fidelity_subsets: int = field(
+        default=4, metadata={"help": "Subsets to fine-tune, to check predictions; at most 5."}
+    )
+
+    def __post_init__(self):
+        check_at_least("seed", self.seed, 0)
+        check_at_least("fidelity_subsets", self.fidelity_subsets, 1)
 
 
 def with_config(argv: Sequence[str]) -> list[str]:
@@ -143,12 +167,14 @@ def with_config(argv: Sequence[str]) -> list[str]:
         raise ConfigurationError(f"No configuration file at {str(path)!r}.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{str(path)!r} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{str(path)!r} has to map names to values, found {type(content).__name__}.")
     flags: list[str] = []
     for key, value in content.items():
+        if not isinstance(key, str):
+            raise ConfigurationError(f"{str(path)!r} has to map names to values, found the name {key!r}.")
         values = value if isinstance(value, list) else [value]
         flags += [f"--{key}", *map(_flag_text, values)]
     return flags + argv[:position] + argv[position + 2 :]
@@ -173,14 +199,21 @@ def parse(
     The value `null` is None for numbers that may be None, and the default elsewhere.
 
     Raises:
-        `ConfigurationError`: for unknown flags, unless `remaining_allowed`.
+        `ConfigurationError`: for values of the wrong type, and for unknown flags, unless `remaining_allowed`.
     """
-    parser = HfArgumentParser(tuple(classes), prog=f"hf-ensemble {command}", allow_abbrev=False)
+    parser = _Parser(tuple(classes), prog=f"hf-ensemble {command}", allow_abbrev=False)
     argv = _nulls(parser, classes, list(argv))
     *parsed, remaining = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if remaining and not remaining_allowed:
         raise ConfigurationError(f"Unknown arguments: {' '.join(remaining)}. See hf-ensemble {command} --help.")
     return parsed, remaining
+
+
+class _Parser(HfArgumentParser):
+    """A parser that raises its errors, which otherwise print every flag there is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}. See {self.prog} --help.")
 
 
 def _nulls(parser: HfArgumentParser, classes: Sequence[type], argv: list[str]) -> list[str]:

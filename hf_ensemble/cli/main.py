@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import HfEnsembleError
@@ -20,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: 0 on success, 1 for an error of the user's input (printed in one line; `--debug` shows the traceback),
-        130 when interrupted.
+        130 when interrupted. Without a known command it exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [flag for flag in argv if flag != "--debug"]
-    parser = argparse.ArgumentParser(prog="hf-ensemble", description=_DESCRIPTION)
+    parser = _Parser(prog="hf-ensemble", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"hf-ensemble {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
     subparsers = parser.add_subparsers(dest="command", required=True)
@@ -39,12 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The libraries below raise ValueError for bad arguments.
         if debug:
             raise
-        print(f"hf-ensemble: {error}", file=sys.stderr)
+        # Some of their messages take several lines.
+        print(f"hf-ensemble: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("hf-ensemble: stopped. Run the same command again to continue.", file=sys.stderr)
         return 130
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See hf-ensemble --help.\n")
 
 
 def _quiet() -> None:

@@ -113,6 +113,8 @@ def build_trainer(
 def _loading_arguments(model_arguments: ModelConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained`, as trl's own scripts pass them."""
     dtype = model_arguments.dtype
+    if dtype not in ("auto", None) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigurationError(f"dtype has to be 'auto' or a type of torch such as 'bfloat16', found {dtype!r}.")
     return {
         "revision": model_arguments.model_revision,
         "trust_remote_code": getattr(model_arguments, "trust_remote_code", False),

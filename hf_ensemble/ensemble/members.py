@@ -3,9 +3,12 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Real
 
 from peft import PeftModel
 
+from .._settings import checked_mapping
 from ..errors import EnsembleError, EnsembleLoadError
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -44,6 +47,8 @@ def check_adapter_name(name: str) -> None:
 
 def check_members(model: PeftModel, names: list[str]) -> None:
     """Raise [`EnsembleError`] unless these are distinct LoRA adapters of the model."""
+    if not isinstance(model, PeftModel):
+        raise EnsembleError(f"Expected model to be a PeftModel with the adapters, found a {type(model).__name__}.")
     for name in names:
         check_adapter_name(name)
     lacking = sorted(set(names) - set(model.peft_config))
@@ -65,13 +70,14 @@ def check_members(model: PeftModel, names: list[str]) -> None:
 def check_weights(weights: Mapping[str, Mapping[str, float]], members: list[str], where: str = "") -> None:
     """Raise [`EnsembleError`] for a weight of an unknown adapter, one that is not finite, or a task without any."""
     prefix = f"{where}: the" if where else "The"
-    for task, row in weights.items():
+    for task, row in checked_mapping("the weights by task", weights, EnsembleError).items():
+        checked_mapping(f"the weights of {task!r}", row, EnsembleError)
         unknown = sorted(set(row) - set(members))
         if unknown:
             raise EnsembleError(
                 f"{prefix} weights of {task!r} name unknown adapters {unknown}; the adapters are {members}."
             )
-        numbers = all(isinstance(w, (int, float)) and abs(w) < float("inf") for w in row.values())
+        numbers = all(isinstance(w, Real) and not isinstance(w, bool) and isfinite(w) for w in row.values())
         if not numbers or not any(row.values()):
             raise EnsembleError(
                 f"{prefix} weights of {task!r} must be finite numbers and not all zero, found {dict(row)}."

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput, SequenceClassifierOutput
 
 from .._compat import keep_quantized_weights_in_place
+from .._settings import check_options
 from ..errors import EnsembleError
 from ..models.answer_head import head_width
 from ..models.answer_scorer import check_answers
@@ -85,15 +86,20 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         routing: str = "default",
     ):
         super().__init__()
+        if isinstance(members, str) or not isinstance(members, Sequence):
+            raise EnsembleError(f"Expected members as a list of adapter names, found {members!r:.60}.")
         self.members = [m if isinstance(m, EnsembleMember) else EnsembleMember(m) for m in members]
         check_members(model, self.adapter_names)
         check_combination(combination)
         check_routing(routing)
+        if label_space is not None and not isinstance(label_space, LabelSpace):
+            raise EnsembleError(f"Expected label_space to be a LabelSpace, found {label_space!r:.60}.")
+        default_weights = default_weights or dict.fromkeys(self.adapter_names, 1.0 / len(self.members))
+        check_weights(weights or {}, self.adapter_names)
+        check_weights({"default": default_weights}, self.adapter_names)
         self.model = model
         self.weights = {task: dict(row) for task, row in (weights or {}).items()}
-        self.default_weights = dict(default_weights or dict.fromkeys(self.adapter_names, 1.0 / len(self.members)))
-        check_weights(self.weights, self.adapter_names)
-        check_weights({"default": self.default_weights}, self.adapter_names)
+        self.default_weights = dict(default_weights)
         self.label_space = label_space
         self.base_model_reference = base_model or base_reference(model)
         self.combination = combination
@@ -351,6 +357,7 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         Returns:
             [`WeightFit`]: the weights, with the losses of equal weights and of single adapters.
         """
+        check_options(fit_ensemble, options, "fit_weights", ("constraint",))
         fit = fit_ensemble(self, dataset, constraint, **options)
         weights = {**self.weights, **{task: fit.weights_of(fitted) for task, fitted in fit.tasks.items()}}
         default = fit.weights_of(fit.overall)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._settings import check_at_least, check_number, checked_mapping
 from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
 from .calibration import LossCalibration
@@ -65,6 +66,11 @@ class SubsetEstimator:
         recipe: TrainingRecipe | None = None,
         device: torch.device | str | None = None,
     ):
+        check_at_least("num_components", num_components, 1)
+        if not isinstance(observed_runs, Sequence) or not all(isinstance(run, ObservedRun) for run in observed_runs):
+            raise EstimationError(f"Expected observed_runs as a list of ObservedRun, found {observed_runs!r:.80}.")
+        if recipe is not None and not isinstance(recipe, TrainingRecipe):
+            raise EstimationError(f"Expected recipe to be a TrainingRecipe, found {recipe!r:.60}.")
         if train.task_names != validation.task_names:
             raise EstimationError(
                 f"Expected training and validation features of the same tasks, found {train.task_names} and "
@@ -79,6 +85,8 @@ class SubsetEstimator:
             rows = np.bincount(table.task, minlength=len(self.task_names))
             if (rows == 0).any():
                 raise EstimationError(f"Task {self.task_names[int(np.argmin(rows))]!r} has no {split} rows.")
+        for name, weight in checked_mapping("sampling_weights", sampling_weights or {}, EstimationError).items():
+            check_number(f"The sampling weight of {name!r}", weight, 0, above=True, error=EstimationError)
         self.sampling_weights = mixture_weights(
             {**dict.fromkeys(self.task_names, 1.0), **(sampling_weights or {})}, self.task_names
         )
@@ -120,7 +128,13 @@ class SubsetEstimator:
             self.interval = IntervalWidth.fit(left_out, displacement, losses)
 
     def predict_subsets(self, subsets: Iterable[Iterable[str] | Mapping[str, float]]) -> Prediction:
-        """Predict the outcomes of subsets of task names, or of mixtures as dicts from name to weight."""
+        """Predict the outcomes of subsets of task names, or of mixtures as dicts from name to weight.
+
+        Raises:
+            `EstimationError`: without a subset, and for unknown tasks and empty subsets.
+        """
+        if isinstance(subsets, str) or not isinstance(subsets, Iterable) or not (subsets := list(subsets)):
+            raise EstimationError(f"Expected a list of subsets, each a list of task names, found {subsets!r}.")
         return self.predict(np.array([mixture_weights(subset, self.task_names) for subset in subsets]))
 
     def predict(
@@ -143,12 +157,17 @@ class SubsetEstimator:
         Raises:
             `EstimationError`: for an empty mixture or negative weights.
         """
-        mixtures = np.atleast_2d(np.asarray(mixtures, dtype=np.float64))
+        try:
+            mixtures = np.atleast_2d(np.asarray(mixtures, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise EstimationError(f"Expected mixtures as an array of numbers, found {mixtures!r:.80}.") from error
         if mixtures.shape[1] != len(self.task_names):
             raise EstimationError(f"Expected mixtures over {len(self.task_names)} tasks, found shape {mixtures.shape}.")
         if not np.isfinite(mixtures).all():
             raise EstimationError("Expected finite mixture weights, found NaN or infinity.")
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
+        if not np.issubdtype(np.asarray(scale).dtype, np.number):
+            raise EstimationError(f"Expected l2_scale as a number or one for each mixture, found {l2_scale!r:.60}.")
         sampled = mixtures * self.sampling_weights
         solution = self._train.solve(sampled, self._length.l2(scale, sampled), initial=initial)
         return self._predicted(mixtures, solution.coefficients, solution.gradient_norm, needed, l2_scale is not None)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from .._settings import check_number, checked_names
 from ..errors import EstimationError
 
 
@@ -11,12 +12,12 @@ def mixture_weights(tasks: Iterable[str] | Mapping[str, float], task_names: Sequ
     """Convert a subset of names, or a dict from name to weight, to an array of weights `(T,)`.
 
     Raises:
-        `EstimationError`: for an unknown task.
+        `EstimationError`: for unknown and repeated tasks, and weights that are no numbers.
     """
-    weights = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, 1.0)
-    unknown = sorted(set(weights) - set(task_names))
-    if unknown:
-        raise EstimationError(f"Unknown tasks {unknown}; the tasks are {list(task_names)}.")
+    names = checked_names("tasks", tasks, task_names, EstimationError)
+    weights = tasks if isinstance(tasks, Mapping) else dict.fromkeys(names, 1.0)
+    for name, weight in weights.items():
+        check_number(f"The weight of {name!r}", weight, error=EstimationError)
     return np.array([weights.get(name, 0.0) for name in task_names])
 
 

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from .._settings import check_number, checked_mapping
 from ..errors import EstimationError
 from ..logging import get_logger
 from .mixtures import mixture_weights
 
 _GRID = np.logspace(-3, 3, 25)
+# Losses are divided by at least this.
+_MIN_LOSS = 1e-12
 
 logger = get_logger(__name__)
 
@@ -22,11 +26,23 @@ class ObservedRun:
 
     Args:
         mixture (`dict[str, float]`): weight of each task's rows in training.
-        losses (`dict[str, float]`): mean validation loss of each evaluated task.
+        losses (`dict[str, float]`): mean validation loss of each evaluated task; NaN where it is unknown.
+
+    Raises:
+        `EstimationError`: for weights and losses that are no numbers, or negative, and for a mixture without a task.
     """
 
     mixture: Mapping[str, float]
     losses: Mapping[str, float]
+
+    def __post_init__(self):
+        for name, weight in checked_mapping("the mixture of an observed run", self.mixture, EstimationError).items():
+            check_number(f"The weight of {name!r} in an observed run", weight, 0, error=EstimationError)
+        if not any(self.mixture.values()):
+            raise EstimationError(f"Expected an observed run on at least one task, found the mixture {self.mixture}.")
+        for name, loss in checked_mapping("the losses of an observed run", self.losses, EstimationError).items():
+            if not (isinstance(loss, float) and isnan(loss)):
+                check_number(f"The loss of {name!r} in an observed run", loss, 0, error=EstimationError)
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ def choose_regularization(
         mixtures, truth = losses_of(observed_runs or replayed_runs, task_names)
 
         def criterion(loss: np.ndarray) -> float:
-            return float(np.nanmean(np.abs(loss - truth) / truth))
+            return float(np.nanmean(np.abs(loss - truth) / np.maximum(truth, _MIN_LOSS)))
     else:
         size = len(task_names)
         mixtures = np.concatenate([np.eye(size), np.ones((1, size))])

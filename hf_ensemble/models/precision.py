@@ -4,9 +4,10 @@ import contextlib
 
 import torch
 
-from ..errors import ConfigurationError
+from .._settings import check_one_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MIXED_PRECISIONS = ("no", *_DTYPES)
 
 
 def autocast(device: torch.device | str, mixed_precision: str) -> contextlib.AbstractContextManager:
@@ -19,8 +20,7 @@ def autocast(device: torch.device | str, mixed_precision: str) -> contextlib.Abs
     Raises:
         `ConfigurationError`: for another precision.
     """
+    check_one_of("mixed_precision", mixed_precision, MIXED_PRECISIONS)
     if mixed_precision == "no":
         return contextlib.nullcontext()
-    if mixed_precision not in _DTYPES:
-        raise ConfigurationError(f"Expected mixed_precision 'no', 'bf16' or 'fp16', found {mixed_precision!r}.")
     return torch.autocast(torch.device(device).type, dtype=_DTYPES[mixed_precision])

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from .._settings import check_one_of
+from ..errors import ConfigurationError
 from ..select import ExampleScores, Grouping, Mixture, Selection
 from .drawing import BLUE, GREY, ORANGE, drawing
 from .pictures import affinity_heat_map
 
+SUFFIXES = ("png", "svg", "pdf", "jpg", "webp")
 _BASELINES = {
     "all": "all tasks",
     "alone": "targets alone",
@@ -29,7 +32,16 @@ def draw_choice(
 
     Returns:
         `list[Path]`: the pictures.
+
+    Raises:
+        `ConfigurationError`: for anything but a choice, and unknown formats.
     """
+    if not isinstance(choice, (Selection, Mixture, Grouping, ExampleScores)):
+        raise ConfigurationError(
+            f"Expected a Selection, Mixture, Grouping or ExampleScores, found {choice!r:.60}. Load a saved one first."
+        )
+    for suffix in suffixes:
+        check_one_of("Each suffix of a picture", suffix, SUFFIXES)
     pictures = {}
     if isinstance(choice, Selection):
         pictures["selection_path"] = lambda path: selection_path(choice, path)

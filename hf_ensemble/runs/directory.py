@@ -13,6 +13,7 @@ from .._compat import package_versions
 from .._files import named_differences, remove_leftovers
 from .._processes import is_main_process, run_on_main
 from .._records import Record
+from .._settings import checked_path
 from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER
 from ..errors import RunMismatchError
 from ..logging import get_logger
@@ -38,7 +39,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = checked_path("the folder of the run", path)
         self._record: RunRecord | None = None
 
     # Folders

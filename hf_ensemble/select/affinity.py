@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .._settings import check_at_least
 from ..estimate import SubsetEstimator
 from .subsets import random_subsets
 
@@ -35,7 +36,12 @@ def predicted_affinity(
         affinity_subsets (`int`, *optional*, defaults to 400): number of random subsets.
         subset_size (`int`, *optional*): number of tasks in a subset. A third of all tasks, at least 2, by default.
         seed (`int`, *optional*, defaults to 0): seed of the subsets.
+
+    Raises:
+        `ConfigurationError`: for values out of range.
     """
+    check_at_least("affinity_subsets", affinity_subsets, 1)
+    check_at_least("subset_size", subset_size, 1, optional=True)
     num_tasks = len(estimator.task_names)
     size = subset_size or max(2, round(num_tasks / 3))
     subsets = random_subsets(num_tasks, size, affinity_subsets, seed)

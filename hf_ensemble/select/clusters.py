@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from sklearn.cluster import KMeans
 
+from .._settings import check_at_least, checked_mapping, checked_names
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun
 from ..store import FeatureTable, take_rows
@@ -44,9 +45,9 @@ def split_into_clusters(
     Raises:
         `ConfigurationError`: for unknown tasks, and more clusters than rows.
     """
-    unknown = sorted(set(clusters) - set(train.task_names))
-    if unknown:
-        raise ConfigurationError(f"Unknown tasks {unknown}; the tasks are {list(train.task_names)}.")
+    for name, count in checked_mapping("clusters", clusters).items():
+        check_at_least(f"The number of clusters of {name!r}", count, 1)
+    checked_names("tasks to cluster", clusters, train.task_names)
     names: list[str] = []
     task = np.empty(len(train), dtype=int)
     rows, tasks = [], []
@@ -57,7 +58,7 @@ def split_into_clusters(
             labels, count = np.zeros(len(own), dtype=int), 1
             own_names = [name]
         else:
-            if not 1 <= count <= len(own):
+            if count > len(own):
                 raise ConfigurationError(
                     f"Task {name!r} has {len(own)} training rows: expected 1 to {len(own)} clusters, found {count}."
                 )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import ConfigurationError
+from .._settings import check_number, checked_names
 from ..estimate import SubsetEstimator
 from ..estimate.mixtures import mixture_weights
 from .choice import Choice, calibration_note, with_provenance
@@ -46,12 +46,8 @@ class ExampleScores(Choice):
         Raises:
             `ConfigurationError`: for unknown tasks, and shares out of range.
         """
-        if not 0 <= share <= 1:
-            raise ConfigurationError(f"Expected a share from 0 to 1, found {share}.")
-        unknown = sorted(set(tasks or ()) - set(self.scores))
-        if unknown:
-            raise ConfigurationError(f"Unknown tasks {unknown}; the tasks are {list(self.scores)}.")
-        chosen = self.scores if tasks is None else tasks
+        check_number("share", share, 0, 1)
+        chosen = self.scores if tasks is None else checked_names("tasks", tasks, self.scores)
         return {task: self._lowest(task, round(share * len(self.scores[task]))) for task in chosen}
 
     def harmful(self) -> dict[str, dict[str, str]]:

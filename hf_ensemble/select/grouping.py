@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .._settings import check_at_least
 from ..estimate import SubsetEstimator
 from .affinity import predicted_affinity
 from .choice import Choice, with_provenance
@@ -100,8 +101,11 @@ def group_tasks(
         seed (`int`, *optional*, defaults to 0): seed of the affinity's subsets and of the clustering.
 
     Raises:
-        `ConfigurationError`: for more groups than tasks.
+        `ConfigurationError`: for more groups than tasks, and values out of range.
     """
+    check_at_least("num_candidates", num_candidates, 1)
+    check_at_least("subset_size", subset_size, 1, optional=True)
+    check_at_least("seed", seed, 0)
     settings = settings or GroupingSettings()
     names = estimator.task_names
     settings.check_tasks(len(names))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .._settings import check_at_least, check_number, check_options
 from ..errors import ConfigurationError
 from .baselines import all_tasks, predicted_baselines, random_selection, similarity_selection, targets_alone
 from .mixture import optimize_mixture
@@ -32,6 +33,7 @@ def mixture_selection(problem: SelectionProblem, caps: float = 1.0) -> Selection
         `ConfigurationError`: for budgets other than `max_auxiliary`, required tasks besides the targets, and metrics
             other than the loss.
     """
+    check_number("caps", caps, 0, 1)
     estimator, names, targets = problem.estimator, problem.names, problem.targets
     required = set(problem.names_of(problem.required)) - set(targets)
     if problem.settings.selection_metric != "loss" or required or set(problem.settings.budgets()) - {"max_auxiliary"}:
@@ -80,13 +82,16 @@ def select_tasks(problem: SelectionProblem, similarity: np.ndarray | None = None
         options: further arguments of the method.
 
     Raises:
-        `ConfigurationError`: for `"gradient_similarity"` without similarities.
+        `ConfigurationError`: for `"gradient_similarity"` without similarities, and options that the method lacks.
     """
     method = problem.settings.selection_method
     if method in _SEARCHES:
+        check_options(_SEARCHES[method], options, f"method={method!r}")
         selection = _SEARCHES[method](problem, **options)
     else:
         size = options.pop("size", problem.settings.max_auxiliary)
+        check_at_least("size", size, 0, optional=True)
+        check_options(random_selection if method == "random" else similarity_selection, options, f"method={method!r}")
         if size is None:
             # As many as an unrestricted search selects.
             size = len(forward_selection(problem).tasks) - int(problem.required.sum())

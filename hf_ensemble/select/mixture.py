@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy.optimize import minimize
 
-from ..errors import ConfigurationError
+from .._settings import check_at_least, check_number, checked_names
 from ..estimate import SubsetEstimator
 from ..estimate.mixtures import mixture_weights
 from .baselines import predicted_baselines
@@ -79,6 +79,7 @@ def optimize_mixture(
         `ConfigurationError`: for unknown tasks, target weights that are not positive, and caps outside [0, 1].
     """
     names, counts = estimator.task_names, estimator.counts
+    check_at_least("max_iterations", max_iterations, 1)
     targets = target_weights(targets, estimator)
     upper = _upper_bounds(caps, targets, names)
     goal = mixture_weights(targets, names)
@@ -129,10 +130,8 @@ def optimize_mixture(
 
 
 def _upper_bounds(caps: float | Mapping[str, float], targets: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
-    by_name = dict(caps) if isinstance(caps, Mapping) else dict.fromkeys(names, caps)
-    unknown = sorted(set(by_name) - set(names))
-    if unknown:
-        raise ConfigurationError(f"The caps name unknown tasks {unknown}; the tasks are {list(names)}.")
-    if not all(0 <= cap <= 1 for cap in by_name.values()):
-        raise ConfigurationError(f"Caps have to be from 0 to 1, relative to the largest weight; found {caps}.")
+    by_name = caps if isinstance(caps, Mapping) else dict.fromkeys(names, caps)
+    checked_names("tasks in caps", by_name, names)
+    for name, cap in by_name.items():
+        check_number(f"The cap of {name!r}, relative to the largest weight,", cap, 0, 1)
     return np.array([1.0 if name in targets else float(by_name.get(name, 1.0)) for name in names])

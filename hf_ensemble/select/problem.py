@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .._settings import check_number, checked_names
 from ..errors import ConfigurationError
 from ..estimate import Prediction, SubsetEstimator
 from ..estimate.mixtures import mixture_weights
@@ -28,14 +29,12 @@ def target_weights(targets: Targets, estimator: SubsetEstimator) -> dict[str, fl
     """
     if targets is None:
         targets = estimator.task_names
-    if isinstance(targets, str):
-        targets = [targets]
-    weights = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(targets, 1.0 / max(len(targets), 1))
-    if not weights or not all(np.isfinite(weight) and weight > 0 for weight in weights.values()):
-        raise ConfigurationError(f"Expected targets with positive weights, found {weights}.")
-    for target in weights:
-        if target not in estimator.task_names:
-            raise ConfigurationError(f"Unknown target {target!r}; the tasks are {list(estimator.task_names)}.")
+    names = checked_names("targets", targets, estimator.task_names)
+    if not names:
+        raise ConfigurationError(f"Expected at least one target, found none; the tasks are {estimator.task_names}.")
+    weights = targets if isinstance(targets, Mapping) else dict.fromkeys(names, 1.0 / len(names))
+    for name, weight in weights.items():
+        check_number(f"The weight of the target {name!r}", weight, 0, above=True)
     return {name: float(weight) for name, weight in weights.items()}
 
 
@@ -87,10 +86,8 @@ class SelectionProblem:
         self.settings.check_tasks(len(self.names))
         if include is None:
             include = () if len(self.targets) == len(self.names) > 1 else tuple(self.targets)
-        self._include, self._exclude = list(include), list(exclude)
-        unknown = sorted({*include, *exclude} - set(self.names))
-        if unknown:
-            raise ConfigurationError(f"Unknown tasks {unknown}; the tasks are {list(self.names)}.")
+        include = self._include = checked_names("tasks to include", include, self.names)
+        exclude = self._exclude = checked_names("tasks to exclude", exclude, self.names)
         both = sorted(set(include) & set(exclude))
         if both:
             raise ConfigurationError(f"The tasks {both} are both included and excluded. Drop them from one of the two.")

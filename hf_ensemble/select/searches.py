@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._settings import check_at_least, check_number
 from ..errors import ConfigurationError
 from .choice import calibration_note, with_provenance
 from .problem import SelectionProblem
@@ -139,10 +140,11 @@ def random_ensemble_selection(
         threshold (`float`, *optional*): score below which a task is selected. The mean over all subsets by default.
 
     Raises:
-        `ConfigurationError`: for a threshold that is not finite.
+        `ConfigurationError`: for values out of range.
     """
-    if threshold is not None and not np.isfinite(threshold):
-        raise ConfigurationError(f"threshold has to be finite, found {threshold}.")
+    check_number("threshold", threshold, optional=True)
+    check_at_least("num_subsets", num_subsets, 1)
+    check_at_least("subset_size", subset_size, 1, optional=True)
     optional = np.flatnonzero(problem.optional)
     if not len(optional):
         return forward_selection(problem)

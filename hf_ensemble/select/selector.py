@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .._settings import check_options
 from ..estimate import ObservedRun, SubsetEstimator
 from ..store import GradientStore
 from .affinity import predicted_affinity
@@ -183,6 +184,7 @@ class DataSelector:
 
     def mixture(self, targets: Targets = None, **options: Any) -> Mixture:
         """Sampling weights with the least predicted loss of `targets`; see [`optimize_mixture`]."""
+        check_options(optimize_mixture, options, "mixture")
         return optimize_mixture(self.estimator, targets, **options)
 
     def score_examples(
@@ -221,9 +223,11 @@ class DataSelector:
         Raises:
             `ConfigurationError`: for an unknown method, and more groups than tasks.
         """
+        check_options(group_tasks, options, "group", ("settings",))
         settings = GroupingSettings(num_groups, max_groups, method, group_cost, overlapping_groups, affinity_subsets)
         return group_tasks(self.estimator, settings, **options)
 
     def affinity(self, **options: Any) -> np.ndarray:
         """How much better than average each task does beside each other, `(T, T)`; see [`predicted_affinity`]."""
+        check_options(predicted_affinity, options, "affinity")
         return predicted_affinity(self.estimator, **options)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._settings import Settings, check_at_least, check_one_of
+from .._settings import Settings, check_at_least, check_flag, check_number, check_one_of
 from ..errors import ConfigurationError
 
 SELECTION_METHODS = (
@@ -104,8 +104,8 @@ class GroupingSettings(Settings):
         for name in ("num_groups", "max_groups"):
             check_at_least(name, getattr(self, name), 1, optional=True)
         check_at_least("affinity_subsets", self.affinity_subsets, 1)
-        if not 0 <= self.group_cost < float("inf"):
-            raise ConfigurationError(f"group_cost has to be finite and not negative, found {self.group_cost!r}.")
+        check_number("group_cost", self.group_cost, 0)
+        check_flag("overlapping_groups", self.overlapping_groups)
         super().__post_init__()
 
     def group_arguments(self) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from itertools import cycle
 
 import numpy as np
 
+from .._settings import check_at_least
+from ..errors import ConfigurationError
+
 # Attempts to draw a new subset before a size counts as exhausted.
 _TRIES = 50
 
@@ -13,7 +16,13 @@ def random_subsets(num_tasks: int, size: int, count: int, seed: int = 0) -> np.n
     """Subsets of one size as 0/1 rows `(count, num_tasks)`, with each task about equally often.
 
     Subsets are dealt from a shuffled deck of all tasks, so every task appears once before any repeats.
+
+    Raises:
+        `ConfigurationError`: for a size, number or seed that is none.
     """
+    check_at_least("The size of a subset", size, 0)
+    check_at_least("The number of subsets", count, 0)
+    check_at_least("seed", seed, 0)
     generator = np.random.default_rng(seed)
     size = min(size, num_tasks)
     subsets = np.zeros((count, num_tasks))
@@ -41,7 +50,16 @@ def mixed_subsets(num_tasks: int, count: int, sizes: Sequence[int] | None = None
         sizes (`Sequence[int]`, *optional*):
             Sizes to cycle through. Logarithmically spaced from 1 to all tasks by default.
         seed (`int`, *optional*, defaults to 0): seed of the draws.
+
+    Raises:
+        `ConfigurationError`: for sizes, a number or a seed that are none.
     """
+    check_at_least("num_subsets", count, 1)
+    check_at_least("seed", seed, 0)
+    if sizes is not None and (isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes):
+        raise ConfigurationError(f"Expected sizes of subsets as a list of integers, found {sizes!r}.")
+    for size in sizes or ():
+        check_at_least("Each size of a subset", size, 1)
     if sizes is None:
         sizes = sorted({int(round(size)) for size in np.geomspace(1, num_tasks, 8)})
     generator = np.random.default_rng(seed)

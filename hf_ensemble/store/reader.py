@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.feather
 
 from .._files import read_json, sha256_of
+from .._settings import checked_names, checked_path
 from ..errors import StoreError
 from .features import Features, StoredFeatures, row_blocks
 from .layout import (
@@ -81,7 +82,7 @@ class GradientStore:
     """
 
     def __init__(self, folder: str | Path, verify: bool = True):
-        self.folder = Path(folder)
+        self.folder = checked_path("the folder of the store", folder, StoreError)
         self.manifest = read_manifest(self.folder)
         version = self.manifest.get("format_version")
         if version != FORMAT_VERSION:
@@ -174,7 +175,9 @@ class GradientStore:
         Raises:
             `StoreError`: for tasks without such rows, and for missing examples.
         """
-        names = self.task_names if tasks is None else tuple(tasks)
+        names = self.task_names if tasks is None else tuple(checked_names("tasks", tasks, self.task_names, StoreError))
+        if not names:
+            raise StoreError(f"Expected at least one task, found none; the tasks of the store are {self.task_names}.")
         index = {name: i for i, name in enumerate(names)}
         row_tasks = np.array([index.get(task, -1) for task in self.rows["task"].to_pylist()])
         kept = self._kept(split) & (row_tasks >= 0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .._settings import check_at_least, check_flag, check_number
 from ..errors import ConfigurationError
 
 # Enough for a replay, and few enough for a manifest.
@@ -39,18 +40,19 @@ class TrainingRecipe:
     fixed_steps: bool = False
 
     def __post_init__(self):
-        rates = np.asarray(self.learning_rates, dtype=np.float64)
+        check_at_least("batch_size", self.batch_size, 1)
+        check_number("num_parameters", self.num_parameters, 0, above=True, optional=True)
+        check_number("input_gain", self.input_gain, 0)
+        check_flag("fixed_steps", self.fixed_steps)
+        try:
+            rates = np.asarray(self.learning_rates, dtype=np.float64)
+        except (TypeError, ValueError):
+            rates = np.zeros(0)
         if rates.ndim != 1 or not len(rates) or not np.isfinite(rates).all() or (rates < 0).any() or not rates.any():
             raise ConfigurationError(
                 "Expected the learning rate of at least one step, none negative and not all zero, found "
                 f"{str(self.learning_rates):.80}."
             )
-        if self.batch_size < 1 or (self.num_parameters is not None and self.num_parameters <= 0):
-            raise ConfigurationError(
-                f"Expected a positive batch_size and num_parameters, found {self.batch_size}, {self.num_parameters}."
-            )
-        if not self.input_gain >= 0:
-            raise ConfigurationError(f"Expected an input_gain of 0 or more, found {self.input_gain}.")
         segments = np.array_split(rates, min(len(rates), _NUM_SEGMENTS))
         object.__setattr__(self, "learning_rates", [float(segment.sum()) for segment in segments])
 

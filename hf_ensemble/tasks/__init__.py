@@ -7,7 +7,8 @@ from .folder import load_task_folder
 from .labels import LabelSpace
 from .rows import RowFormat
 from .sampler import TaskWeightedSampler
-from .task_set import Task, TaskSet
+from .task import Task
+from .task_set import TaskSet
 
 __all__ = [
     "EXAMPLE_ID",

@@ -1,6 +1,7 @@
 """Tokenizes the rows of tasks."""
 
 import copy
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from datasets import Dataset
 
 from ..errors import TaskError
 from .answers import IGNORE_INDEX
-from .columns import META_COLUMNS, TASK, TaskCollator
+from .columns import EXAMPLE_ID, META_COLUMNS, TASK, TaskCollator
 from .labels import LabelSpace
 from .rows import RowFormat
 
@@ -65,12 +66,17 @@ def data_collator_for(
 
 def _encode_classification(row, tokenizer, label_space, max_length):
     encoded = tokenizer(row["text"], truncation=max_length is not None, max_length=max_length)
+    if not encoded["input_ids"]:
+        raise TaskError(
+            f"Task {row[TASK]!r}, example {row[EXAMPLE_ID]!r}: expected a text of at least one token, found "
+            f"{row['text']!r:.60}. Drop the row."
+        )
     return {**encoded, "labels": label_space.output_of(row[TASK], row["label"])}
 
 
 def _encode_prompt_completion(row, tokenizer, max_length):
     if isinstance(row["prompt"], list):
-        return _encode_chat({**row, "messages": row["prompt"] + row["completion"]}, tokenizer, max_length)
+        return _encode_messages(row, row["prompt"], row["prompt"] + row["completion"], tokenizer, max_length)
     prompt = tokenizer(row["prompt"])["input_ids"]
     return _mask_prefix(row, prompt, _with_eos(row["prompt"] + row["completion"], tokenizer), max_length)
 
@@ -92,8 +98,23 @@ def _encode_chat(row, tokenizer, max_length):
             f"Task {row[TASK]!r}: expected chats that end with an assistant's turn, found {messages!r:.120}. Drop the "
             "turns after it."
         )
-    options = {"tools": row.get("tools"), "tokenize": True, "return_dict": False}
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
+    return _encode_messages(row, messages[:-1], messages, tokenizer, max_length)
+
+
+def _encode_messages(row, before, messages, tokenizer, max_length):
+    if tokenizer.chat_template is None:
+        raise TaskError(
+            f"Task {row[TASK]!r}: expected a tokenizer with a chat template for rows of messages, found none. Set "
+            "tokenizer.chat_template, or use the tokenizer of an instruction-tuned model."
+        )
+    tools = row.get("tools")
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(row.get("chat_template_kwargs") or {}),
+        "tokenize": True,
+        "return_dict": False,
+    }
+    prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, **options)
     full = tokenizer.apply_chat_template(messages, **options)
     return _mask_prefix(row, prompt, full, max_length)
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from .._settings import check_at_least, checked_mapping, checked_path
 from ..errors import TaskError
-from .task_set import SPLITS, TaskSet
+from .task import SPLITS, table_error
+from .task_set import TaskSet
 
 
 def load_task_folder(
@@ -26,9 +28,12 @@ def load_task_folder(
         names (`list[str]`, *optional*): names of the tasks to load. All by default.
 
     Raises:
+        `ConfigurationError`: for arguments out of range.
         `TaskError`: for a folder without tasks, lines that are not JSON, and what [`TaskSet.from_datasets`] refuses.
     """
-    folder = Path(folder)
+    for split, limit in checked_mapping("max_rows", max_rows or {}).items():
+        check_at_least(f"The maximum number of {split} rows", limit, 1)
+    folder = checked_path("the folder of tasks", folder)
     if not folder.is_dir():
         raise TaskError(f"Expected a folder of JSONL tasks at {str(folder)!r}, found none.")
     sources: list[tuple[str, dict[str, Dataset]]] = []
@@ -54,20 +59,23 @@ def load_task_folder(
 
 def _read_jsonl(path: Path, name: str) -> Dataset:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"Task {name!r}: line {number} of {str(path)!r}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"Task {name!r}: {path.name} line {number} is not JSON: {error}") from error
+            except ValueError as error:
+                raise TaskError(
+                    f"{where} is not JSON in UTF-8 ({error}). Expected one object on each line: correct or delete it."
+                ) from error
             if not isinstance(row, dict):
-                raise TaskError(f"Task {name!r}: {path.name} line {number}: expected an object, found {line[:40]!r}.")
+                raise TaskError(f"{where}: expected an object, found {line[:40]!r}. Correct or delete the line.")
             rows.append(row)
     if not rows:
-        raise TaskError(f"Task {name!r} is empty: {path.name} has no rows.")
+        raise TaskError(f"Task {name!r} is empty: {str(path)!r} has no rows. Add rows, or delete the file.")
     try:
         return Dataset.from_list(rows)
     except Exception as error:  # pyarrow raises unrelated exception classes here
-        raise TaskError(f"Task {name!r}: the rows of {path.name} do not form one table: {error}") from error
+        raise table_error(f"Task {name!r}, {path.name}", error) from error

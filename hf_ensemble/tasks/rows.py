@@ -9,7 +9,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from .._values import plain_values
 from ..errors import TaskError
@@ -17,6 +17,9 @@ from ..logging import get_logger
 from .columns import EXAMPLE_ID, META_COLUMNS, TASK
 
 logger = get_logger(__name__)
+
+# More classes than any label set has: a larger number is a mistake, and a head is as large as its largest label.
+_MAX_LABELS = 2**16
 
 
 class RowFormat(StrEnum):
@@ -154,27 +157,59 @@ def label_names_of(task: str, splits: Mapping[str, Dataset]) -> tuple[str, ...]:
     Raises:
         `TaskError`: for labels that are not integers from 0, and labels that the training split does not have.
     """
+    for split, dataset in splits.items():
+        _check_label_type(task, split, dataset)
     feature = splits["train"].features["label"]
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)
     else:
         found = splits["train"].unique("label")
-        if not all(isinstance(label, int) and label >= 0 for label in found):
+        if min(found) < 0 or max(found) >= _MAX_LABELS:
             raise TaskError(
-                f"Task {task!r}: labels have to be integers from 0, found {sorted(map(repr, found))[:5]}. "
-                "Cast the column to datasets.ClassLabel."
+                f"Task {task!r}: labels have to be integers from 0 to the number of classes less 1, at most "
+                f"{_MAX_LABELS - 1}, found {min(found) if min(found) < 0 else max(found)}. Drop these rows, or cast "
+                "the column to datasets.ClassLabel."
             )
         names = _names_from_text(task, splits["train"], 1 + max(found))
+        if len(names) > 2 * len(found):
+            logger.warning(
+                "Task %r: the largest label is %d, and only %d labels have training rows. If the others do not exist, "
+                "cast the column to datasets.ClassLabel.",
+                task,
+                max(found),
+                len(found),
+            )
     for split, dataset in splits.items():
-        outside = {
-            label for label in dataset.unique("label") if not (isinstance(label, int) and 0 <= label < len(names))
-        }
+        own = dataset.features["label"]
+        if isinstance(feature, ClassLabel) and isinstance(own, ClassLabel) and own.names != feature.names:
+            raise TaskError(
+                f"Task {task!r}, split {split!r}: expected the labels of the training rows in their order, "
+                f"{feature.names}, found {own.names}. Cast the column to the training rows' ClassLabel."
+            )
+        outside = [label for label in dataset.unique("label") if not 0 <= label < len(names)]
         if outside:
             raise TaskError(
-                f"Task {task!r}, split {split!r}: label {min(outside, key=str)!r} is outside the task's set of "
-                f"{len(names)} labels {list(names)}, which the training split defines. Drop these rows."
+                f"Task {task!r}, split {split!r}: label {min(outside)} is outside the task's set of {len(names)} "
+                f"labels {list(names)!s:.200}, which the training split defines. Drop these rows."
             )
     return names
+
+
+def _check_label_type(task: str, split: str, dataset: Dataset) -> None:
+    feature = dataset.features["label"]
+    plain = dataset.with_format(None)
+    is_integer = isinstance(feature, Value) and (feature.dtype == "bool" or "int" in feature.dtype)
+    if not isinstance(feature, ClassLabel) and not is_integer:
+        raise TaskError(
+            f"Task {task!r}, split {split!r}: labels have to be integers from 0, one for each row, found "
+            f"{plain[0]['label']!r:.60}. Cast the column to datasets.ClassLabel."
+        )
+    labels = plain["label"][:]
+    if None in labels:
+        raise TaskError(
+            f"Task {task!r}, split {split!r}, row {labels.index(None)} (counted from 0): expected a label, found none. "
+            "Correct the row or drop it."
+        )
 
 
 def _names_from_text(task: str, train: Dataset, num_labels: int) -> tuple[str, ...]:

@@ -2,46 +2,18 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from .._values import plain_values
+from .._settings import check_number, checked_mapping, checked_names
 from ..errors import TaskError
 from .columns import EXAMPLE_ID
 from .hold_out import hold_out
 from .labels import LabelSpace
-from .rows import RowFormat, add_identity, detect_format, label_names_of
-
-SPLITS = ("train", "validation", "test")
-_SPLIT_ALIASES = {"validation": ("validation", "eval", "dev", "valid"), "train": ("train",), "test": ("test",)}
-# Other widths of a type, which cannot be concatenated.
-_OTHER_WIDTHS = ("large_string", "string_view", "int8", "int16", "int32", "uint8", "uint16", "uint32")
-# Task names become folder names of adapters, parts of metric names and repository paths.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One named dataset.
-
-    Args:
-        name (`str`): task name.
-        splits (`dict[str, Dataset]`):
-            Rows of the splits `"train"` and optionally `"validation"` and `"test"`, with the columns `task` and
-            `example_id`.
-        row_format (`RowFormat`): format of the rows.
-        label_names (`tuple[str, ...]`, *optional*): label names of a classification task.
-        fingerprints (`dict[str, str]`, *optional*): fingerprint of each split's rows and their order.
-    """
-
-    name: str
-    splits: Mapping[str, Dataset]
-    row_format: RowFormat
-    label_names: tuple[str, ...] | None = None
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
+from .rows import RowFormat
+from .task import Task, as_dataset, check_task_name, make_task, splits_of, with_splits
 
 
 class TaskSet(Mapping[str, Task]):
@@ -68,7 +40,10 @@ class TaskSet(Mapping[str, Task]):
     def __init__(self, tasks: Iterable[Task], sampling_weights: Mapping[str, float] | None = None):
         self._tasks: dict[str, Task] = {}
         for task in tasks:
-            self._check_name(task.name)
+            if not isinstance(task, Task):
+                raise TaskError(f"Expected tasks, found {task!r:.60}. Make them with TaskSet.from_datasets.")
+            check_task_name(task.name)
+            self._check_clash(task.name)
             self._tasks[task.name] = task
         if not self._tasks:
             raise TaskError("Expected at least one task, found none.")
@@ -79,26 +54,18 @@ class TaskSet(Mapping[str, Task]):
         self.row_format = formats.pop()
         self.sampling_weights = self._check_weights(sampling_weights or {})
 
-    def _check_name(self, name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise TaskError(
-                f"Task name {name!r} cannot be used as a folder name: use letters, digits, '_', '-' and '.', and start "
-                "with a letter or digit."
-            )
+    def _check_clash(self, name: str) -> None:
         clash = next((other for other in self._tasks if other.lower() == name.lower()), None)
         if clash is not None:
             raise TaskError(f"Two tasks with the same name: {clash!r} and {name!r} (case is ignored). Rename one.")
 
     def _check_weights(self, weights: Mapping[str, float]) -> dict[str, float]:
-        unknown = sorted(set(weights) - set(self._tasks))
-        if unknown:
-            raise TaskError(f"The sampling weights name unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
-        full = {name: float(weights.get(name, 1.0)) for name in self._tasks}
-        if any(not 0 < w < float("inf") for w in full.values()):
-            raise TaskError(
-                f"Sampling weights have to be positive and finite, found {full}. Drop a task instead of weighting it 0."
-            )
-        return full
+        checked_mapping("sampling_weights", weights, TaskError)
+        checked_names("tasks in sampling_weights", weights, self, TaskError)
+        for name, weight in weights.items():
+            what = f"The sampling weight of {name!r} (drop a task instead of weighting it 0)"
+            check_number(what, weight, 0, above=True, error=TaskError)
+        return {name: float(weights.get(name, 1.0)) for name in self._tasks}
 
     @classmethod
     def from_datasets(
@@ -126,15 +93,17 @@ class TaskSet(Mapping[str, Task]):
             `TaskError`: for unknown columns, empty tasks, repeated names, labels outside the task's set, and evaluation
                 rows of unknown tasks.
         """
-        pairs = list(train.items() if isinstance(train, Mapping) else train)
+        pairs = _named_pairs(train)
         names = [name for name, _ in pairs]
+        for name in names:
+            check_task_name(name)
         if len(set(names)) < len(names):
             raise TaskError(
                 f"Two tasks with the same name: {next(n for n in names if names.count(n) > 1)!r}. Rename one."
             )
         given = {"validation": validation or {}, "test": test or {}}
         for split, datasets in given.items():
-            unknown = sorted(set(datasets) - set(names))
+            unknown = sorted(set(checked_mapping(f"the {split} rows", datasets, TaskError)) - set(names))
             if unknown:
                 raise TaskError(f"The {split} rows name tasks without training rows: {unknown}; the tasks are {names}.")
         tasks = []
@@ -188,10 +157,8 @@ class TaskSet(Mapping[str, Task]):
 
     def subset(self, names: Iterable[str]) -> "TaskSet":
         """The given tasks, in the order of this set."""
-        names = set(names)
-        unknown = sorted(names - set(self._tasks))
-        if unknown:
-            raise TaskError(f"Unknown tasks {unknown}; the tasks are {list(self._tasks)}.")
+        names = {names} if isinstance(names, str) else set(names)
+        checked_names("tasks", names, self, TaskError)
         kept = [task for name, task in self._tasks.items() if name in names]
         return TaskSet(kept, {task.name: self.sampling_weights[task.name] for task in kept})
 
@@ -210,7 +177,7 @@ class TaskSet(Mapping[str, Task]):
         for task in self._tasks.values():
             if "validation" not in task.splits:
                 parts = hold_out(task.name, task.splits["train"], fraction, seed)
-                task = _with_splits(task, dict(zip(("train", "validation"), parts)))
+                task = with_splits(task, dict(zip(("train", "validation"), parts)))
             tasks.append(task)
         return TaskSet(tasks, self.sampling_weights)
 
@@ -237,7 +204,7 @@ class TaskSet(Mapping[str, Task]):
             rows = [index for index, example in enumerate(ids) if example not in dropped]
             if not rows:
                 raise TaskError(f"Task {task.name!r} has no training rows left. Remove the task with subset instead.")
-            kept.append(_with_splits(task, {"train": task.splits["train"].select(rows)}) if dropped else task)
+            kept.append(with_splits(task, {"train": task.splits["train"].select(rows)}) if dropped else task)
         return TaskSet(kept, self.sampling_weights)
 
     def reweighted(self, sampling_weights: Mapping[str, float]) -> "TaskSet":
@@ -267,83 +234,14 @@ class TaskSet(Mapping[str, Task]):
         }
 
 
-def _with_splits(task: Task, changed: Mapping[str, Dataset]) -> Task:
-    """A task with other rows in some of its splits."""
-    identified = {split: add_identity(task.name, split, rows, task.row_format) for split, rows in changed.items()}
-    return replace(
-        task,
-        splits={**task.splits, **{split: rows for split, (rows, _) in identified.items()}},
-        fingerprints={**task.fingerprints, **{split: fingerprint for split, (_, fingerprint) in identified.items()}},
-    )
-
-
-def make_task(name: str, splits: Mapping[str, Dataset], row_format: RowFormat | None = None) -> Task:
-    """Create a task from its splits. Raises like [`TaskSet.from_datasets`]."""
-    if "train" not in splits:
-        raise TaskError(f"Task {name!r} has no training rows: expected a split 'train', found {sorted(splits)}.")
-    for split, rows in splits.items():
-        if len(rows) == 0:
-            raise TaskError(f"Task {name!r} is empty: split {split!r} has no rows.")
-    splits = {split: _without_format(rows) for split, rows in splits.items()}
-    row_format = row_format or detect_format(name, splits["train"].column_names)
-    for split, rows in splits.items():
-        lacking = [column for column in row_format.required if column not in rows.column_names]
-        if lacking:
-            raise TaskError(
-                f"Task {name!r}, split {split!r}: expected the columns {list(row_format.required)} like the training "
-                f"rows ({row_format.value}), found {rows.column_names}, which lack {lacking}."
-            )
-    label_names = label_names_of(name, splits) if row_format is RowFormat.CLASSIFICATION else None
-    splits = {split: _plain_columns(rows) for split, rows in splits.items()}
-    identified = {split: add_identity(name, split, rows, row_format) for split, rows in splits.items()}
-    return Task(
-        name,
-        {split: rows for split, (rows, _) in identified.items()},
-        row_format,
-        label_names,
-        {split: fingerprint for split, (_, fingerprint) in identified.items()},
-    )
-
-
-def _without_format(rows: Dataset) -> Dataset:
-    """The same values, read as Python's own, whatever `set_format` asks for; what `set_transform` makes of them."""
-    if rows.format["type"] != "custom":
-        return rows.with_format(None)
-    made = Dataset.from_list([plain_values(row) for row in rows])
-    for column, feature in rows.features.items():
-        if isinstance(feature, ClassLabel) and column in made.column_names:
-            made = made.cast_column(column, feature)
-    return made
-
-
-def _plain_columns(rows: Dataset) -> Dataset:
-    """Cast labels to plain integers and texts to plain strings, so that tables can be concatenated."""
-    for column in ("label", "text", "label_text", "prompt", "completion"):
-        feature = rows.features.get(column)
-        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype in _OTHER_WIDTHS):
-            rows = rows.cast_column(column, Value("int64" if column == "label" else "string"))
-    return rows
-
-
-def as_dataset(name: str, source) -> Dataset:
-    """Convert a list of dicts to a dataset, and pass datasets through. Raises `TaskError` for anything else."""
-    if isinstance(source, Dataset):
-        return source
-    if isinstance(source, list):
-        try:
-            return Dataset.from_list(source)
-        except Exception as error:  # pyarrow raises unrelated exception classes here
-            raise TaskError(f"Task {name!r}: its rows do not form one table: {error}") from error
-    raise TaskError(f"Task {name!r}: expected a datasets.Dataset or a list of dicts, found {type(source).__name__}.")
-
-
-def splits_of(name: str, source) -> dict[str, Dataset]:
-    """The splits of one dataset by their usual names; a dataset without splits is its training rows."""
-    if not isinstance(source, (DatasetDict, Mapping)):
-        return {"train": as_dataset(name, source)}
-    splits = {}
-    for split, aliases in _SPLIT_ALIASES.items():
-        for alias in aliases:
-            if alias in source:
-                splits.setdefault(split, as_dataset(name, source[alias]))
-    return splits
+def _named_pairs(train) -> list[tuple[str, Any]]:
+    """Pairs of a name and a dataset."""
+    pairs = train.items() if isinstance(train, Mapping) else train
+    is_table = isinstance(train, (str, Dataset, IterableDataset)) or not isinstance(pairs, Iterable)
+    pairs = [] if is_table else list(pairs)
+    if is_table or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise TaskError(
+            f"Expected the training rows as a dict of named datasets, found a {type(train).__name__}. Pass "
+            "{name: dataset}."
+        )
+    return pairs

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .._settings import check_at_least, check_fraction, check_one_of
+from .._settings import check_at_least, check_flag, check_number, check_one_of
 from ..capture import CaptureConfig, FeatureSettings
 from ..errors import ConfigurationError
 from ..logging import get_logger
@@ -62,7 +62,8 @@ class RunArguments(FeatureSettings):
     def __post_init__(self):
         check_at_least("num_components", self.num_components, 1)
         check_at_least("calibration_runs", self.calibration_runs, 0)
-        check_fraction("validation_fraction", self.validation_fraction)
+        check_number("validation_fraction", self.validation_fraction, 0, 1, above=True)
+        check_flag("overwrite_run", self.overwrite_run)
         if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
             # trl would refuse these arguments on a machine without an accelerator.
             logger.warning_once(
@@ -70,7 +71,18 @@ class RunArguments(FeatureSettings):
             )
             self.bf16 = False
         super().__post_init__()
+        self._check_training()
         self.capture_config()
+
+    def _check_training(self) -> None:
+        """Refuse values of `TrainingArguments` and `SFTConfig` that fail in the middle of a run, or train nothing."""
+        check_at_least("seed", self.seed, 0)
+        check_number("learning_rate", self.learning_rate, 0, above=True, optional=True)
+        check_at_least("max_steps", self.max_steps, -1)
+        check_number("num_train_epochs", self.num_train_epochs, 0, above=self.max_steps <= 0)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("max_length", getattr(self, "max_length", None), 1, optional=True)
 
     def resolve_learning_rate(self, of_adapters: bool) -> None:
         """Fill in the learning rate where none was given: that of adapters, or the parent class's default."""
@@ -108,6 +120,7 @@ class EnsembleArguments(GroupingSettings, RunArguments):
 
     def __post_init__(self):
         check_one_of("ensemble_weights", self.ensemble_weights, WEIGHTINGS)
+        check_flag("train_baseline", self.train_baseline)
         super().__post_init__()
 
 
@@ -128,6 +141,7 @@ class SelectionArguments(SelectionSettings, RunArguments):
                 f"selection_method='mixture' draws rows by their task's weight, expected train_sampling_strategy="
                 f"'random', found {self.train_sampling_strategy!r}. Leave one of them out."
             )
+        check_flag("meta_initialization", self.meta_initialization)
         super().__post_init__()
 
 

@@ -1,11 +1,15 @@
 """Fine-tune on many datasets: group them, train one adapter per group, serve the weighted ensemble."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from transformers import TrainingArguments
 
 from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError
 from ..publish import push_ensemble_to_hub
 from ..select import Grouping
+from ..tasks import TaskSet
 from .configs import EnsembleConfig, EnsembleSFTConfig
 from .flow_trainer import FlowTrainerMixin
 from .flows.assembly import BASELINE
@@ -26,10 +30,12 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.trains_directly:
-            return
-        self.args.check_tasks(len(self.tasks))
-        check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks)))})
+        if not self.trains_directly:
+            check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks)))})
+
+    def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
+        super()._check_arguments(tasks, args, given)
+        args.check_tasks(len(tasks))
 
     def _make_flow(self, context: FlowContext) -> EnsembleFlow:
         return EnsembleFlow(context)

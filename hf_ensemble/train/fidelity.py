@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .._settings import check_at_least, checked_names
 from ..capture import applied_update
-from ..errors import EstimationError
+from ..errors import ConfigurationError, EstimationError
 from ..estimate import Prediction, SubsetEstimator
 from ..estimate.fidelity_measures import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
 from ..runs import FidelityReport, FirstOrderError, NoiseCeiling, ScoredRun
@@ -48,29 +49,33 @@ def measure_fidelity(
         seed (`int`, *optional*, defaults to 0): seed of the draw of subsets.
 
     Raises:
-        `EstimationError`: for subsets with unknown tasks, and when no subset is left to compare with.
+        `ConfigurationError`: for numbers out of range, and subsets that are empty or have unknown tasks.
+        `EstimationError`: when no subset is left to compare with.
     """
+    check_at_least("num_repeated", num_repeated, 0)
+    check_at_least("num_first_order", num_first_order, 0)
+    names = list(trainer.tasks)
+    if subsets is None:
+        drawn = mixed_subsets(len(names), num_subsets, sizes, seed)
+        subsets = [[name for name, held in zip(names, row) if held] for row in drawn]
+    subsets = [checked_names("tasks of a subset", subset, names) for subset in subsets]
+    if not all(subsets):
+        raise ConfigurationError(f"Expected at least one task in each subset, found none in one of {subsets!s:.200}.")
     with trainer.working():
-        report = _measured(trainer, num_subsets, sizes, subsets, num_repeated, num_first_order, seed)
+        report = _measured(trainer, subsets, num_repeated, num_first_order)
         trainer.run_directory.write(report)
     return report
 
 
 def _measured(
     trainer: EnsembleTrainer | EnsembleSFTTrainer | SelectionTrainer | SelectionSFTTrainer,
-    num_subsets: int,
-    sizes: Sequence[int] | None,
-    subsets: Sequence[Sequence[str]] | None,
+    subsets: Sequence[Sequence[str]],
     num_repeated: int,
     num_first_order: int,
-    seed: int,
 ) -> FidelityReport:
     store = trainer.capture()
     estimator = trainer.selector().estimator
     names = list(estimator.task_names)
-    if subsets is None:
-        drawn = mixed_subsets(len(names), num_subsets, sizes, seed)
-        subsets = [[name for name, held in zip(names, row) if held] for row in drawn]
     seen = [sorted(observed.mixture) for observed in estimator.observed_runs]
     subsets = [list(subset) for subset in subsets if sorted(subset) not in seen]
     if not subsets:

@@ -219,6 +219,7 @@ class FlowTrainerMixin(Generic[Flow]):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._model_state.record()
         if not self._is_trained():
+            eval_dataset = None if eval_dataset is None else self.prepare_rows(eval_dataset)
             with self._model_state.restored():
                 return self._single_trainer().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self.working():
@@ -231,7 +232,12 @@ class FlowTrainerMixin(Generic[Flow]):
 
         Args:
             eval_dataset (`dict[str, Dataset]`, *optional*): rows of each task; the evaluation rows by default.
+
+        Raises:
+            `ConfigurationError`: before training.
         """
+        if not self._is_trained():
+            raise ConfigurationError("There is nothing to score yet: call train() first.")
         tables = self._tables(eval_dataset)
         self._model_state.record()
         with self.flow.context.model_state.restored():

@@ -2,27 +2,40 @@
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .._compat import keep_quantized_weights_in_place
+from .._settings import checked_mapping
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
+from ..models.token_checks import check_token_rows
 from ..tasks import TASK, TaskCollator, TaskSet
-from ..tasks.task_set import as_dataset, make_task
+from ..tasks.task import as_dataset, make_task
 from .configs import as_config
 from .model_state import ModelState
+from .parent_arguments import check_parent_arguments
+from .trainer_inputs import check_rows_and_arguments
 from .used_models import mark_as_of_a_run
 
 logger = get_logger(__name__)
 
 # Task names that would collide with names of metrics or of adapters.
 _RESERVED = ("mean", "overall")
+# Arguments of the constructors that have to be of some kind, or None.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "peft_config": (PeftConfig,),
+    "callbacks": (list, tuple),
+    "processing_class": (PreTrainedTokenizerBase, ProcessorMixin),
+    "data_collator": (Callable,),
+}
 
 
 class MultiTaskMixin:
@@ -39,6 +52,7 @@ class MultiTaskMixin:
 
     adapter_trainer_class: ClassVar[type[Trainer]]
     config_class: ClassVar[type[TrainingArguments]]
+    needs_adapter: ClassVar[bool] = False
     trains_directly: bool = False
     tasks: TaskSet | None = None
     _model_state: ModelState | None = None
@@ -54,8 +68,20 @@ class MultiTaskMixin:
     def _undo_preparation(self) -> None:
         """Take off what a parent's constructor has put on the model already; each adapter's trainer does it again."""
 
-    def _own_args(self, args: TrainingArguments | None, model: Any, of_adapters: bool) -> TrainingArguments:
-        """The arguments as this trainer's own class; defaults where there are none."""
+    def _own_args(self, args: TrainingArguments | None, model: str | nn.Module, of_adapters: bool) -> TrainingArguments:
+        """The arguments as this trainer's own class; defaults where there are none.
+
+        Raises:
+            `ConfigurationError`: for arguments of another kind, and for a model that is none.
+        """
+        if not isinstance(model, (str, nn.Module)):
+            raise ConfigurationError(
+                f"Expected model to be a model, or its name or folder, found a {type(model).__name__}."
+            )
+        if not (args is None or isinstance(args, TrainingArguments)):
+            raise ConfigurationError(
+                f"Expected args to be a {self.config_class.__name__}, found a {type(args).__name__}."
+            )
         if args is None:
             name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
             args = self.config_class(output_dir=f"{Path(name or 'model').name}-{type(self).__name__}")
@@ -63,24 +89,59 @@ class MultiTaskMixin:
         args.resolve_learning_rate(of_adapters)
         return args
 
+    def _has_adapter(self, model: Any, peft_config: PeftConfig | None) -> bool:
+        """Whether the trainer is given an adapter.
+
+        Raises:
+            `ConfigurationError`: when there is none and the trainer needs one.
+        """
+        has_adapter = peft_config is not None or isinstance(model, PeftModel)
+        if self.needs_adapter and not has_adapter:
+            raise ConfigurationError(
+                "A selection compares gradients of an adapter, and there is none. Pass peft_config=LoraConfig(...)."
+            )
+        return has_adapter
+
     def _train_directly(self, tasks: TaskSet | None, **kwargs: Any) -> None:
         """Construct this trainer as one that trains its model itself."""
         self.tasks, self.trains_directly = tasks, True
         self.adapter_trainer_class.__init__(self, **kwargs)
+
+    def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
+        """Refuse what a run over several datasets cannot finish, as far as it is known before the model is loaded.
+
+        Args:
+            tasks (`TaskSet`): the tasks, with validation rows.
+            args (`TrainingArguments`): the trainer's arguments.
+            given (`dict`): the constructor's other arguments, by name.
+
+        Raises:
+            `ConfigurationError`: for arguments of another kind, and arguments that only a single training takes.
+            `TaskError`: for task names that the run uses itself.
+        """
+        if tuple(given["optimizers"] or (None, None)) != (None, None):
+            raise ConfigurationError(
+                "An optimizer instance serves one training only, and several adapters are trained. Pass "
+                "optimizer_cls_and_kwargs instead of optimizers."
+            )
+        check_parent_arguments(args)
+        check_rows_and_arguments(tasks, args)
+        for name, kinds in _KINDS.items():
+            value = given[name]
+            if value is not None and not isinstance(value, kinds):
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise ConfigurationError(f"Expected {name} to be a {expected}, found {value!r:.60}.")
+        reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
+        if reserved:
+            raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
 
     def _finish_init(
         self,
         tasks: TaskSet,
         adapter_trainer_kwargs: dict[str, Any],
         callbacks: list[TrainerCallback | type[TrainerCallback]] | None,
-        optimizers: Any,
         has_made_adapter: bool,
     ) -> None:
-        if tuple(optimizers or (None, None)) != (None, None):
-            raise ConfigurationError(
-                "An optimizer instance serves one training only, and several adapters are trained. Pass "
-                "optimizer_cls_and_kwargs instead of optimizers."
-            )
         if has_made_adapter:
             mark_as_of_a_run(self.model.peft_config[self.model.active_adapters[0]])
         if self.compute_metrics is not None:
@@ -88,9 +149,6 @@ class MultiTaskMixin:
                 "compute_metrics is used by evaluations during each training; the evaluation of the whole run reports "
                 "loss and accuracy."
             )
-        reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
-        if reserved:
-            raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
         self.tasks = tasks
         self._adapter_trainer_kwargs = adapter_trainer_kwargs
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
@@ -104,6 +162,8 @@ class MultiTaskMixin:
         lost += [name for name, rows in self.eval_dataset.items() if len(rows) == 0]
         if lost:
             raise TaskError(f"No row of the tasks {lost} is left after tokenization: raise max_length.")
+        for rows in (self.train_dataset, *self.eval_dataset.values()):
+            check_token_rows(self.model, rows)
         # This trainer never runs the model.
         self._model_state.restore()
 
@@ -159,12 +219,23 @@ class MultiTaskMixin:
         return trainer
 
     def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        """Raw evaluation rows of known tasks as token tables with `task` and `example_id`."""
+        """Raw evaluation rows of known tasks as token tables with `task` and `example_id`.
+
+        Raises:
+            `TaskError`: for unknown tasks, and rows that the task or the model cannot take.
+        """
+        tables = self._token_tables(self._identified(datasets))
+        for rows in tables.values():
+            check_token_rows(self.model, rows)
+        return tables
+
+    def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
+        """Identified rows as token tables."""
         raise NotImplementedError
 
     def _identified(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         """Check and identify raw rows as the training rows were."""
-        known = self.tasks.subset(datasets)
+        known = self.tasks.subset(checked_mapping("eval_dataset", datasets, TaskError))
         tasks = {
             name: make_task(name, {**known[name].splits, "test": as_dataset(name, source)}, known[name].row_format)
             for name, source in datasets.items()

@@ -15,11 +15,10 @@ from ..errors import TaskError
 from ..logging import get_logger
 from ..tasks import META_COLUMNS, TASK, RowFormat, TaskCollator, TaskSet
 from .multi_task_mixin import MultiTaskMixin
-from .parent_arguments import check_parent_arguments
 from .task_trainer import TaskSFTTrainer
 from .trainer_inputs import (
     as_task_set,
-    check_rows_and_arguments,
+    check_template,
     is_one_dataset,
     is_text_classification,
     the_one_dataset,
@@ -58,7 +57,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         **kwargs: Any,
     ):
         is_one = is_one_dataset(train_dataset)
-        is_direct = is_one or not (peft_config is not None or isinstance(model, PeftModel))
+        is_direct = is_one or not self._has_adapter(model, peft_config)
         if args is not None or not is_one:
             args = self._own_args(args, model, of_adapters=not is_direct)
         given = {
@@ -104,9 +103,8 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             if args.packing:
                 self.train_dataset = self._packed(self.train_dataset, args)
             return
-        check_parent_arguments(args)
         tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
-        check_rows_and_arguments(tasks, args)
+        self._check_arguments(tasks, args, given | {"optimizers": optimizers})
         super().__init__(
             model=model if isinstance(model, str) else without_adapters_of_earlier_runs(model),
             eval_dataset={"shown": self._shown_rows},
@@ -116,7 +114,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         self.train_dataset = self._table(tasks, "train")
         self.eval_dataset = {name: self._tokens(name, rows) for name, rows in tasks.split("validation").items()}
         own = {"data_collator": data_collator, **kwargs}
-        self._finish_init(tasks, own, callbacks, optimizers, peft_config is not None)
+        self._finish_init(tasks, own, callbacks, peft_config is not None)
 
     def _undo_preparation(self) -> None:
         if isinstance(self.model, PeftModel) and self.args.gradient_checkpointing:
@@ -144,6 +142,8 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         if self.args.completion_only_loss is None:
             # trl decides by the columns; here, those of each task.
             self.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
+        if "input_ids" not in rows.column_names:
+            check_template(rows, self.processing_class)
         tokens = self._prepare_dataset(rows, self.processing_class, self.args, False, self._formatting_func, name)
         keeps_columns = not self.args.remove_unused_columns
         return tokens if keeps_columns else tokens.select_columns([*_TOKENS, *META_COLUMNS])
@@ -189,5 +189,5 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             eval_dataset = {name: self._packed(rows, args) for name, rows in eval_dataset.items()}
         return super().adapter_trainer(args, train_dataset, eval_dataset, *weights, **kwargs)
 
-    def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        return {name: self._tokens(name, rows) for name, rows in self._identified(datasets).items()}
+    def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
+        return {name: self._tokens(name, rows) for name, rows in datasets.items()}

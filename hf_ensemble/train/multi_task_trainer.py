@@ -4,20 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ..errors import ConfigurationError
 from ..tasks import META_COLUMNS, RowFormat, TaskSet, data_collator_for, encode, length_limit
-from ..tasks.task_set import make_task
+from ..tasks.task import make_task
 from .multi_task_mixin import MultiTaskMixin
-from .parent_arguments import check_parent_arguments
 from .task_trainer import TaskTrainer
 from .trainer_inputs import (
     as_task_set,
     check_labels,
-    check_rows_and_arguments,
     is_one_dataset,
     is_text_classification,
     load_classifier,
@@ -50,9 +48,12 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         optimizers=(None, None),
         **kwargs: Any,
     ):
-        has_adapter = peft_config is not None or isinstance(model, PeftModel)
         is_one = is_one_dataset(train_dataset)
-        args = self._own_args(args, model, of_adapters=has_adapter and not is_one)
+        has_adapter = not is_one and self._has_adapter(model, peft_config)
+        if model is None and model_init is not None and not is_one:
+            model = model_init()
+        if model is not None or model_init is None:
+            args = self._own_args(args, model, of_adapters=has_adapter)
         given = {"args": args, "data_collator": data_collator, "callbacks": callbacks, **kwargs}
         # The adapter's first weights are random: seed before they are made.
         set_seed(args.seed)
@@ -67,10 +68,10 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         tasks = as_task_set({"data": train_dataset} if is_one else train_dataset, None if is_one else eval_dataset)
         if args.label_smoothing_factor > 0 and tasks.label_space is not None and not is_one:
             raise ConfigurationError("label_smoothing_factor is not defined over label sets that differ by task.")
-        if has_adapter and not is_one:
-            check_parent_arguments(args)
+        if has_adapter:
             tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
-            check_rows_and_arguments(tasks, args)
+            checked = {"processing_class": processing_class, "peft_config": peft_config, "optimizers": optimizers}
+            self._check_arguments(tasks, args, given | checked)
         model, processing_class = _text_model(model, model_init, processing_class, tasks)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
@@ -89,7 +90,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         else:
             super().__init__(**self._rows_of(tasks), **given)
             own = {"data_collator": self.data_collator, **kwargs}
-            self._finish_init(tasks, own, callbacks, optimizers, peft_config is not None)
+            self._finish_init(tasks, own, callbacks, peft_config is not None)
 
     def _encode(self, rows: Dataset) -> Dataset:
         return encode(rows, self._tokenizer, self._row_format, self._label_space, length_limit(self._tokenizer))
@@ -118,8 +119,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
 
         return {"train_dataset": encoded(task.splits["train"]), "eval_dataset": encoded(eval_dataset)}
 
-    def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        return {name: self._encode(rows) for name, rows in self._identified(datasets).items()}
+    def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
+        return {name: self._encode(rows) for name, rows in datasets.items()}
 
 
 def _text_model(

@@ -17,6 +17,9 @@ def collect_results(
 
     Returns:
         `Results`: also written into the run.
+
+    Raises:
+        `ConfigurationError`: before `train()`.
     """
     split = "test" if trainer.tasks.has_split("test") else "eval"
     rows = trainer.tasks.split("test") if split == "test" else None

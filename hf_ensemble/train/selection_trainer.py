@@ -1,9 +1,13 @@
 """Fine-tune for one target: choose the auxiliary datasets that help it, then train once."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from transformers import TrainingArguments
 
 from ..errors import ConfigurationError
 from ..select import Selection
+from ..tasks import TaskSet
 from .configs import SelectionConfig, SelectionSFTConfig
 from .flow_trainer import FlowTrainerMixin
 from .flows.context import FlowContext
@@ -24,18 +28,17 @@ class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
         selection (`Selection`, *optional*): the tasks that the final adapter was trained on, after [`train`].
     """
 
+    needs_adapter = True
+
     def __init__(self, *args: Any, target: str | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
         self.target = target
-        if self.tasks is None:
-            return
-        if self.trains_directly:
-            raise ConfigurationError(
-                "A selection compares gradients of an adapter, and there is none. Pass peft_config=LoraConfig(...)."
-            )
-        if target not in self.tasks:
-            raise ConfigurationError(f"Unknown target {target!r}; the tasks are {list(self.tasks)}.")
-        self.args.check_tasks(len(self.tasks))
+        super().__init__(*args, **kwargs)
+
+    def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
+        super()._check_arguments(tasks, args, given)
+        if self.target not in tasks.names:
+            raise ConfigurationError(f"Unknown target {self.target!r}; the tasks are {list(tasks)}.")
+        args.check_tasks(len(tasks))
 
     def _make_flow(self, context: FlowContext) -> SelectionFlow:
         return SelectionFlow(context, self.target)

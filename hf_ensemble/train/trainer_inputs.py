@@ -3,16 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
-from ..tasks import LabelSpace, RowFormat, TaskSet
-from ..tasks.task_set import splits_of
+from ..tasks import TASK, LabelSpace, RowFormat, TaskSet
+from ..tasks.task import as_dataset, splits_of
 
 logger = get_logger(__name__)
-
 
 # What a `DatasetDict` of the splits of one dataset is keyed by.
 _SPLITS = {"train", "validation", "test", "eval", "dev", "valid"}
@@ -30,6 +29,8 @@ def the_one_dataset(train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     if not isinstance(train_dataset, Mapping):
         return train_dataset, eval_dataset
     (rows,) = train_dataset.values()
+    if isinstance(rows, list):
+        rows = as_dataset(*train_dataset, rows)
     if isinstance(rows, Mapping):
         splits = splits_of(*train_dataset, rows)
         return splits["train"], splits.get("validation") if eval_dataset is None else eval_dataset
@@ -102,6 +103,25 @@ def check_labels(model, label_space: LabelSpace | None) -> None:
         raise ConfigurationError(
             f"The tasks have {len(label_space)} different labels, the model's head has {model.config.num_labels} "
             f"outputs. Load the model with num_labels={len(label_space)}, in the order of TaskSet.label_space.names."
+        )
+
+
+def check_template(rows: Dataset, processing_class: Any) -> None:
+    """Raise `TaskError` for what trl cannot make chats into tokens with.
+
+    Those are a tokenizer without a chat template, and rows without `chat_template_kwargs` beside rows with them.
+    """
+    row = rows[0]
+    is_chat = any(isinstance(row.get(column), list) for column in ("messages", "prompt"))
+    if is_chat and getattr(processing_class, "chat_template", None) is None:
+        raise TaskError(
+            f"Task {row[TASK]!r}: expected a tokenizer with a chat template for rows of messages, found none. Set its "
+            "chat_template, pass chat_template_path, or use an instruction-tuned model."
+        )
+    if "chat_template_kwargs" in rows.column_names and None in (given := rows["chat_template_kwargs"][:]):
+        raise TaskError(
+            f"Task {rows[given.index(None)][TASK]!r}: expected chat_template_kwargs in all rows of all tasks or in "
+            "none, found rows with and without. Add them to every row."
         )
 
 

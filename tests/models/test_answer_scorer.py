@@ -110,7 +110,7 @@ def test_autocast_is_that_of_a_trainer():
     assert torch.allclose(rounded.loss, exact.loss, atol=0.1) and not torch.equal(rounded.loss, exact.loss)
     with autocast(torch.device("cpu"), "no"):
         assert torch.equal(AnswerScorer(model)(inputs, labels).loss, exact.loss)
-    with pytest.raises(ConfigurationError, match="Expected mixed_precision 'no', 'bf16' or 'fp16', found 'fp8'"):
+    with pytest.raises(ConfigurationError, match="mixed_precision has to be one of .*, found 'fp8'"):
         autocast("cpu", "fp8")
 
 

@@ -68,7 +68,7 @@ def test_select_and_group_are_commands(store, tmp_path, capsys):
     ("flags", "message"),
     [
         ([], "Expected --store FOLDER"),
-        (["--store", "{store}", "--target", "z"], "Unknown target 'z'"),
+        (["--store", "{store}", "--target", "z"], "Unknown targets ['z']"),
         (["--store", "{store}", "--clusters", "{"], "clusters has to be JSON"),
         (["--store", "{store}", "--clusters", "[1]"], "clusters has to map tasks to numbers"),
         (["--store", "nowhere"], "Expected a gradient store in 'nowhere'"),

@@ -90,7 +90,7 @@ def test_a_store_is_divided_and_its_tasks_filtered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("clusters", "message"), [({"x": 2}, "Unknown tasks"), ({"a": 11}, "1 to 10 clusters, found 11")]
+    ("clusters", "message"), [({"x": 2}, "Unknown tasks to cluster"), ({"a": 11}, "1 to 10 clusters, found 11")]
 )
 def test_what_cannot_be_divided_is_named(clusters, message):
     with pytest.raises(ConfigurationError, match=message):

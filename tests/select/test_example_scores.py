@@ -117,7 +117,7 @@ def test_rows_are_left_out_by_their_ids():
 def test_bad_input_is_named(selector):
     scores = selector.score_examples("a")
     for share in (-0.1, 1.1):
-        with pytest.raises(ConfigurationError, match="share from 0 to 1"):
+        with pytest.raises(ConfigurationError, match="share has to be a finite number of at least 0 and at most 1"):
             scores.worst(share)
     with pytest.raises(ConfigurationError, match="Unknown tasks"):
         scores.worst(0.1, ["x"])

@@ -155,11 +155,11 @@ def test_it_survives_json_and_feeds_the_trainers(selector, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("x",), "Unknown target 'x'"),
-        (([],), "positive weights"),
-        (({"a": 0.0},), "positive weights"),
-        (("a", 1.5), "Caps have to be from 0 to 1"),
-        (("a", {"x": 0.5}), "unknown tasks"),
+        (("x",), r"Unknown targets \['x'\]"),
+        (([],), "at least one target"),
+        (({"a": 0.0},), "weight of the target 'a' has to be a finite number above 0"),
+        (("a", 1.5), "The cap of .* at least 0 and at most 1"),
+        (("a", {"x": 0.5}), "Unknown tasks in caps"),
     ],
 )
 def test_bad_input_is_named(selector, arguments, message):

@@ -49,9 +49,11 @@ def test_examples_are_read_by_task_and_id(tmp_path):
     assert some.example_id.tolist() == ["id1", "id2", "id5"] and some.task_names == ("b", "a")
     whole = store.table("train")
     assert (some.features[:] == whole.features[[1, 2, 5]]).all() and (some.margin == whole.margin[[1, 2, 5]]).all()
-    for wanted, named in [({"a": ["id1"]}, "a/id1"), ({"a": ["id8"]}, "a/id8"), ({"c": ["id1"]}, "c/id1")]:
+    for wanted, named in [({"a": ["id1"]}, "a/id1"), ({"a": ["id8"]}, "a/id8")]:
         with pytest.raises(StoreError, match=f"1 of the requested examples, for example '{named}'"):
             store.table("train", wanted)
+    with pytest.raises(StoreError, match=r"Unknown tasks \['c'\]"):
+        store.table("train", {"c": ["id1"]})
 
 
 def test_a_writer_killed_over_its_first_file_is_no_obstacle(tmp_path):

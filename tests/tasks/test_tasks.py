@@ -143,8 +143,8 @@ def test_fingerprint_changes_with_any_row():
         ),
         ({"train": {"a": "rows", "b": ROWS}}, "found str"),
         ({"train": {"a": [{**ROWS[0], "task": "z"}], "b": ROWS}}, "reserved"),
-        ({"sampling_weights": {"z": 1.0}}, "unknown tasks"),
-        ({"sampling_weights": {"a": 0.0}}, "positive and finite"),
+        ({"sampling_weights": {"z": 1.0}}, "Unknown tasks in sampling_weights"),
+        ({"sampling_weights": {"a": 0.0}}, "finite number above 0, found 0.0"),
     ],
 )
 def test_bad_input_is_named(changes, message):
@@ -177,7 +177,8 @@ def test_tasks_of_different_label_features_make_one_table():
     tasks = TaskSet.from_datasets(train, train)
     assert len(tasks.table("train")) == 6
     assert tasks.label_space.names == ("negative", "positive", "bad", "good")
-    renamed = TaskSet.from_datasets({**train, "cola": rows(["no", "yes"])}, train)
+    other = {**train, "cola": rows(["no", "yes"])}
+    renamed = TaskSet.from_datasets(other, other)
     assert renamed.fingerprint != tasks.fingerprint
 
 
@@ -218,7 +219,8 @@ def test_encoding_a_chat_masks_all_but_the_last_turn(tokenizer):
     tasks = TaskSet.from_datasets({"c": [{"messages": chat}]}, {"c": [{"messages": chat}]})
     row = encode(tasks.table("train"), tokenizer, tasks.row_format)[0]
     assert [tokenizer.decode([t]) for t in row["labels"] if t != -100] == ["3"]
-    unfinished = TaskSet.from_datasets({"c": [{"messages": chat[:1]}]}, {"c": [{"messages": chat[:1]}]})
+    rows = {"c": [{"messages": [*chat, chat[0]]}]}
+    unfinished = TaskSet.from_datasets(rows, rows)
     with pytest.raises(TaskError, match="assistant's turn"):
         encode(unfinished.table("train"), tokenizer, unfinished.row_format)
 
@@ -295,7 +297,7 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(TaskError, match="No task"):
         load_task_folder(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"prompt": "a"\n')
-    with pytest.raises(TaskError, match=r"x.jsonl line 1 is not JSON"):
+    with pytest.raises(TaskError, match=r"line 1 of .*x.jsonl' is not JSON"):
         load_task_folder(tmp_path)
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     write_jsonl(tmp_path / "x" / "train.jsonl", ROWS)

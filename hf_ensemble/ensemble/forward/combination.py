@@ -2,6 +2,7 @@
 
 import torch
 
+from ..._settings import check_one_of
 from ...errors import EnsembleError
 
 COMBINATIONS = ("logits", "log_probs", "probs", "weights")
@@ -81,5 +82,4 @@ class CombinedOutputs:
 
 def check_combination(combination: str) -> None:
     """Raise [`EnsembleError`] for an unknown combination."""
-    if combination not in COMBINATIONS:
-        raise EnsembleError(f"Unknown combination {combination!r}; known: {', '.join(map(repr, COMBINATIONS))}.")
+    check_one_of("combination", combination, COMBINATIONS, EnsembleError)

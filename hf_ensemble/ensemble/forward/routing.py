@@ -2,6 +2,7 @@
 
 import torch
 
+from ..._settings import check_one_of
 from ...errors import EnsembleError
 from ...tasks import IGNORE_INDEX, token_scores
 from .answers import MemberAnswers
@@ -12,8 +13,7 @@ ROUTINGS = ("default", "prompt")
 
 def check_routing(routing: str) -> None:
     """Raise [`EnsembleError`] for an unknown routing."""
-    if routing not in ROUTINGS:
-        raise EnsembleError(f"Unknown routing {routing!r}; known: {', '.join(map(repr, ROUTINGS))}.")
+    check_one_of("routing", routing, ROUTINGS, EnsembleError)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ...errors import EnsembleError
+
 # Inputs whose first dimension is not the batch, whatever its length.
 _SHARED_INPUTS = ("cache_position", "logits_to_keep")
 
@@ -62,8 +64,16 @@ class AdapterRows:
 
 
 def batch_size_of(inputs: Mapping[str, Any]) -> int:
-    """Number of rows in a model's inputs."""
-    return next(v for k, v in inputs.items() if torch.is_tensor(v) and k not in _SHARED_INPUTS).shape[0]
+    """Number of rows in a model's inputs.
+
+    Raises:
+        `EnsembleError`: without a tensor with a row for each example.
+    """
+    of_rows = (v for k, v in inputs.items() if torch.is_tensor(v) and v.dim() and k not in _SHARED_INPUTS)
+    first = next(of_rows, None)
+    if first is None:
+        raise EnsembleError(f"Expected input_ids with a row for each example, found {sorted(inputs) or 'no inputs'}.")
+    return first.shape[0]
 
 
 def take_rows(inputs: Mapping[str, Any], rows: torch.Tensor, batch_size: int) -> dict[str, Any]:

@@ -17,9 +17,11 @@ def tasks_of_rows(task: Tasks, batch_size: int) -> list[str | None]:
     """The task of each row.
 
     Raises:
-        `EnsembleError`: for a list of another length than the batch.
+        `EnsembleError`: for a list of another length than the batch, and for anything but names.
     """
     tasks = list(task) if isinstance(task, (list, tuple)) else [task] * batch_size
+    if not all(name is None or isinstance(name, str) for name in tasks):
+        raise EnsembleError(f"Expected the name of a task, or one name for each row, found task={task!r:.60}.")
     if len(tasks) != batch_size:
         raise EnsembleError(f"Expected one task for each of {batch_size} rows, found {len(tasks)}.")
     return tasks

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ..._files import write_atomically
+from ..._settings import check_at_least, check_one_of
 from ...errors import EnsembleError
 from ...logging import get_logger
 from ..saving.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -153,10 +154,8 @@ _LINES = {"alpha": 1.0, "beta": 0.5}
 
 
 def _check(rank: int | None, method: str) -> None:
-    if method not in METHODS:
-        raise EnsembleError(f"Unknown method {method!r}; known: {', '.join(map(repr, METHODS))}.")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise EnsembleError(f"Expected a rank of at least 1, or None for the exact merge, found {rank!r}.")
+    check_one_of("method", method, METHODS, EnsembleError)
+    check_at_least("rank", rank, 1, optional=True, error=EnsembleError)
 
 
 def _with_options(function: Callable, *args: Any, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from peft.utils import merge_utils
 
+from ..._settings import check_at_least, check_number
 from ...errors import EnsembleError
 
 Deltas = Sequence[torch.Tensor]
@@ -21,6 +22,7 @@ def ties(deltas: Deltas, weights: torch.Tensor, density: float = 0.2) -> torch.T
 
     The largest `density` of each change is kept; of each entry, those of the sign with the greater sum are averaged.
     """
+    _check_density(density)
     return merge_utils.ties(list(deltas), weights * len(deltas), density)
 
 
@@ -49,6 +51,8 @@ def breadcrumbs(
 ) -> torch.Tensor:
     """Model Breadcrumbs ([arXiv 2312.06795](https://arxiv.org/abs/2312.06795)): of each change the smallest and the
     very largest entries are dropped, the rest is added up."""
+    for name, share in (("drop_smallest", drop_smallest), ("drop_largest", drop_largest)):
+        check_number(name, share, 0, 1, error=EnsembleError)
     return sum(w * delta * _middle(delta.abs(), drop_smallest, drop_largest) for w, delta in zip(weights, deltas))
 
 
@@ -59,6 +63,7 @@ def pcb(deltas: Deltas, weights: torch.Tensor, density: float = 0.1) -> torch.Te
     With t_i the flattened changes, clipped at their 0.01 % tails: b_i = exp(m n(|t_i|)^2) tanh(t_i sum_j t_j), where n
     scales to [0, 1]; the largest `density` of b_i, scaled to [0, 1], are the weights.
     """
+    _check_density(density)
     flat = torch.stack([delta.reshape(-1) for delta in deltas])
     magnitude = _clip(flat.abs(), 1e-4, 1 - 1e-4)
     within = torch.exp(len(flat) * _to_unit_interval(magnitude) ** 2)
@@ -71,13 +76,19 @@ def pcb(deltas: Deltas, weights: torch.Tensor, density: float = 0.1) -> torch.Te
 def lines_factor(layer: int | None, num_layers: int, alpha: float, beta: float) -> float:
     """LiNeS ([arXiv 2410.17146](https://arxiv.org/abs/2410.17146)): alpha + beta (layer - 1) / (layers - 1), layers
     counted from 1 here and from 0 in the argument; `alpha` outside of the layers."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        check_number(name, value, error=EnsembleError)
     return alpha if layer is None else alpha + beta * layer / max(num_layers - 1, 1)
+
+
+def _check_density(density: float) -> None:
+    check_number("density", density, 0, 1, above=True, error=EnsembleError)
 
 
 def _thinned(deltas: Deltas, module: str, density: float, seed: int) -> list[torch.Tensor]:
     """Each change with a random `density` of its entries, divided by `density`."""
-    if not 0 < density <= 1:
-        raise EnsembleError(f"Expected a density above 0 and at most 1, found {density}.")
+    _check_density(density)
+    check_at_least("seed", seed, 0, error=EnsembleError)
     digest = hashlib.blake2b(f"{seed}|{module}".encode(), digest_size=8).digest()
     # A generator of its own leaves the global ones alone, which torch.manual_seed would reset on every device.
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

@@ -81,8 +81,8 @@ class SavedEnsembleConfig:
             config = cls(
                 BaseModelReference(**data["base_model"]),
                 [EnsembleMember(**member) for member in data["members"]],
-                data["weights"],
-                data["default_weights"],
+                {task: dict(row) for task, row in data["weights"].items()},
+                dict(data["default_weights"]),
                 data.get("label_space"),
                 data.get("versions", {}),
                 data.get("combination", COMBINATIONS[0]),

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import EnsembleLoadError
+from ..._settings import checked_mapping, checked_path
+from ...errors import EnsembleError, EnsembleLoadError
 from ...tasks import LabelSpace
 from ..members import BaseModelReference, check_adapter_name
 from .adapter_check import ADAPTER_CONFIG
@@ -57,8 +58,9 @@ class SavingMixin:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `ensemble_config.json` and one plain PEFT adapter per member, safetensors only."""
+        folder = checked_path("the folder to save into", folder, EnsembleError)
         self.check_adapters()
-        save_ensemble(Path(folder), self.model, self.ensemble_config())
+        save_ensemble(folder, self.model, self.ensemble_config())
 
     @classmethod
     def from_adapters(
@@ -85,7 +87,7 @@ class SavingMixin:
             `EnsembleLoadError`: for an adapter that is missing, of another base, or not in safetensors.
         """
         folders = {}
-        for name, source in adapters.items():
+        for name, source in checked_mapping("adapters", adapters, EnsembleLoadError).items():
             check_adapter_name(name)
             if not isinstance(source, AdapterSource):
                 source = AdapterSource(str(source))
@@ -125,7 +127,8 @@ class SavingMixin:
         """
         if isinstance(name_or_path, Mapping):
             return cls.from_adapters(base_model, name_or_path, token=token, model_kwargs=model_kwargs)
-        model, config = load_ensemble(str(name_or_path), revision, base_model, token, model_kwargs)
+        folder = checked_path("name_or_path", name_or_path, EnsembleLoadError)
+        model, config = load_ensemble(str(folder), revision, base_model, token, model_kwargs)
         return cls(
             model,
             config.members,

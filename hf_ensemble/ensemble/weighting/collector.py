@@ -114,6 +114,7 @@ class AnswerCollector:
         lengths: list[int] = []
         for start in range(0, len(rows), self.batch_size):
             inputs, labels = self._batch(task, rows[start : start + self.batch_size])
+            self._check_range(task, inputs, labels, numbers[start : start + self.batch_size])
             counts += (answer_tokens(labels, self._shift)[1] != IGNORE_INDEX).sum(1).tolist()
             mask = inputs.get("attention_mask")
             ids = next(value for value in inputs.values() if torch.is_tensor(value))
@@ -124,6 +125,23 @@ class AnswerCollector:
                 f"{numbers[counts.index(0)]}: all labels are -100. Drop such rows."
             )
         return counts, lengths
+
+    def _check_range(self, task: str, inputs: Mapping[str, Any], labels: torch.Tensor, numbers: Sequence[int]) -> None:
+        """Raise `EnsembleError` for token ids and labels that the model does not have."""
+        vocabulary = getattr(self.members.config.get_text_config(), "vocab_size", None)
+        found = (("token ids", inputs.get("input_ids"), vocabulary), ("labels", labels, self.members.num_outputs))
+        for what, values, size in found:
+            if values is None or size is None:
+                continue
+            outside = (values < 0) | (values >= size)
+            if what == "labels":
+                outside &= values != IGNORE_INDEX
+            rows = outside.reshape(len(values), -1).any(1)
+            if rows.any():
+                raise EnsembleError(
+                    f"Expected {what} from 0 to {size - 1} in the rows of {task!r}, found {int(values[outside][0])} in "
+                    f"row {numbers[int(rows.nonzero()[0])]}. Correct the row or drop it."
+                )
 
     def _batch(self, task: str, rows: Rows) -> tuple[dict[str, Any], torch.Tensor]:
         batch = dict(self.collate(list(rows)))

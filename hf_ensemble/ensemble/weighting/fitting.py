@@ -1,17 +1,19 @@
 """Fitting an ensemble's weights to rows of its tasks, on outputs that the adapters compute once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..._settings import check_at_least, check_number, check_one_of, checked_mapping
 from ...errors import EnsembleError
+from ...models.precision import MIXED_PRECISIONS
 from ...models.wrappers import evaluation_mode
 from ...tasks import TASK
 from .collation import Collator, default_collator
 from .collector import AnswerCollector, Members, Rows
-from .objectives import FittedWeights, Objective, fit_objective, logits_objective, probs_objective
+from .objectives import FittedWeights, Objective, check_constraint, fit_objective, logits_objective, probs_objective
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,17 @@ def fit_ensemble(
 
     Raises:
         `EnsembleError`:
-            Without rows, labels or answers, for a `max_values` that holds no answer token, and for the combination
+            Without rows, labels or answers, for tokens and labels outside of the model's, for arguments out of range,
+            for a `max_values` that holds no answer token, and for the combination
             `weights`, whose loss is not convex in its weights.
     """
+    check_constraint(constraint, ensemble.combination)
+    check_at_least("batch_size", batch_size, 1, error=EnsembleError)
+    check_at_least("max_values", max_values, 1, error=EnsembleError)
+    check_at_least("max_rows", max_rows, 1, optional=True, error=EnsembleError)
+    check_at_least("seed", seed, 0, error=EnsembleError)
+    check_number("min_weight", min_weight, 0, 1, error=EnsembleError)
+    check_one_of("mixed_precision", mixed_precision, MIXED_PRECISIONS, EnsembleError)
     if ensemble.combination == "weights":
         raise EnsembleError(
             "With the combination 'weights' the loss is not convex in the weights: fit them with combination='logits', "
@@ -135,12 +145,15 @@ def _by_task(dataset: "Mapping[str, Rows] | Rows") -> dict[str, Rows]:
         tables: dict[str, Any] = dict(dataset)
     else:
         tables = {}
+        if isinstance(dataset, str) or not isinstance(dataset, Iterable):
+            raise EnsembleError(f"Expected a dict of rows by task, found {dataset!r:.60}.")
         for row in dataset:
-            if TASK not in row:
+            if not isinstance(row, Mapping) or TASK not in row:
                 raise EnsembleError(
-                    f"Expected a dict of rows by task, or rows with a column 'task', found a row with {sorted(row)}."
+                    f"Expected a dict of rows by task, or rows with a column 'task', found the row {row!r:.60}."
                 )
             tables.setdefault(row[TASK], []).append(row)
+    checked_mapping("rows by task", tables, EnsembleError)
     empty = sorted(task for task, rows in tables.items() if not len(rows))
     if empty or not tables:
         raise EnsembleError(f"Expected rows of at least one task, found none{f' of {empty}' if empty else ''}.")

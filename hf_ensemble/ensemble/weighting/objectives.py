@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..._settings import check_one_of
 from ...errors import EnsembleError
 from ...tasks import token_scores
 from .convex import CONSTRAINTS, minimize_convex
@@ -35,6 +36,13 @@ class FittedWeights:
     uniform_loss: float = float("nan")
     one_hot_losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
     constraint: str = "simplex"
+
+
+def check_constraint(constraint: str, combination: str) -> None:
+    """Raise `EnsembleError` for an unknown constraint, or one that the combination does not allow."""
+    check_one_of("constraint", constraint, CONSTRAINTS, EnsembleError)
+    if combination == "probs" and constraint != "simplex":
+        raise EnsembleError("Weights of the combination 'probs' are shares: expected constraint='simplex'.")
 
 
 def mixed_loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -154,10 +162,7 @@ def fit_objective(
     Raises:
         `EnsembleError`: for an unknown constraint or one that the combination does not allow.
     """
-    if constraint not in CONSTRAINTS:
-        raise EnsembleError(f"Unknown constraint {constraint!r}; known: {', '.join(map(repr, CONSTRAINTS))}.")
-    if combination == "probs" and constraint != "simplex":
-        raise EnsembleError("Weights of the combination 'probs' are shares: expected constraint='simplex'.")
+    check_constraint(constraint, combination)
     uniform = np.full(members, 1.0 / members)
     starts = [uniform, *np.eye(members)]
     losses = [objective(w)[0] for w in starts]

@@ -1,0 +1,136 @@
+"""What a row's values have to be, by its format."""
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..errors import TaskError
+from .answers import IGNORE_INDEX
+from .rows import RowFormat
+
+# Columns that trl reads for models of text and images.
+_IMAGE_COLUMNS = ("image", "images")
+
+
+def check_rows(task: str, split: str, rows: Dataset, row_format: RowFormat) -> None:
+    """Check the values of one split of a task, before anything is made of them.
+
+    Labels of classification tasks are [`label_names_of`]'s.
+
+    Raises:
+        `TaskError`: for the first row with a missing value or one of another kind; for columns of images.
+    """
+    images = [column for column in _IMAGE_COLUMNS if column in rows.column_names]
+    if images and "input_ids" not in rows.column_names:
+        raise TaskError(
+            f"Task {task!r}, split {split!r}: rows with images are not supported, found the columns {images}. Remove "
+            "them with Dataset.remove_columns to train on the text alone."
+        )
+    columns = [column for column in row_format.used(rows.column_names) if column != "label"]
+    number = 0
+    for batch in rows.with_format(None).select_columns(columns).iter(batch_size=1000):
+        for values in zip(*(batch[column] for column in columns)):
+            fault = _FAULTS[row_format](dict(zip(columns, values)))
+            if fault is not None:
+                raise TaskError(
+                    f"Task {task!r}, split {split!r}, row {number} (counted from 0): {fault}. Correct the row or drop "
+                    "it."
+                )
+            number += 1
+
+
+def _text_fault(row: Mapping[str, Any]) -> str | None:
+    return _fault_of_strings(row, ("text",))
+
+
+def _prompt_fault(row: Mapping[str, Any]) -> str | None:
+    columns = ("prompt", "completion")
+    if not any(isinstance(row[column], list) for column in columns):
+        return _fault_of_strings(row, columns, "a string or a list of messages") or _fault_of_extras(row)
+    return next(filter(None, (_fault_of_messages(row[column], column) for column in columns)), _fault_of_extras(row))
+
+
+def _chat_fault(row: Mapping[str, Any]) -> str | None:
+    fault = _fault_of_messages(row["messages"], "messages") or _fault_of_extras(row)
+    if fault is None and all(message["role"] != "assistant" for message in row["messages"]):
+        return f"expected a message of the role 'assistant', found the roles {[m['role'] for m in row['messages']]}"
+    return fault
+
+
+def _token_fault(row: Mapping[str, Any]) -> str | None:
+    ids, labels = row["input_ids"], row["labels"]
+    if not _are_integers(ids) or not len(ids) or min(ids) < 0:
+        return f"expected token ids in 'input_ids', found {ids!r:.60}"
+    for column in ("attention_mask", "token_type_ids", "completion_mask", "assistant_masks"):
+        if row.get(column) is not None and len(row[column]) != len(ids):
+            return f"expected {len(ids)} values in {column!r}, one for each token, found {len(row[column])}"
+    is_class = isinstance(labels, int | np.integer) and not isinstance(labels, bool)
+    if not is_class and not _are_integers(labels):
+        return f"expected token ids or one class in 'labels', found {labels!r:.60}"
+    own = [labels] if is_class else [label for label in labels if label != IGNORE_INDEX]
+    if not own:
+        return "expected an answer in 'labels', found -100 only"
+    if min(own) < 0:
+        return f"expected labels from 0, or {IGNORE_INDEX} where none counts, found {min(own)}"
+    return None
+
+
+def _sft_fault(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row in one of trl's forms; columns of the user's own may hold anything."""
+    if "input_ids" in row:
+        return _token_fault({"labels": row["input_ids"], **row})
+    if "messages" in row:
+        return _fault_of_messages(row["messages"], "messages") or _fault_of_extras(row)
+    if "prompt" in row and "completion" in row:
+        return _prompt_fault(row)
+    return _text_fault(row) if "text" in row else None
+
+
+_FAULTS = {
+    RowFormat.TEXT: _text_fault,
+    RowFormat.SFT: _sft_fault,
+    RowFormat.CLASSIFICATION: _text_fault,
+    RowFormat.PROMPT_COMPLETION: _prompt_fault,
+    RowFormat.CHAT: _chat_fault,
+    RowFormat.TOKENIZED: _token_fault,
+}
+
+
+def _fault_of_strings(row: Mapping[str, Any], columns: Iterable[str], expected: str = "a string") -> str | None:
+    for column in columns:
+        if not isinstance(row[column], str):
+            return f"expected {expected} in {column!r}, found {row[column]!r:.60}"
+    return None
+
+
+def _fault_of_messages(messages: Any, column: str) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return f"expected a list of messages in {column!r}, found {messages!r:.60}"
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"expected messages with a role and a content in {column!r}, found {message!r:.60}"
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            return f"expected a content in each message of {column!r}, found {message.get('content')!r:.60}"
+    return None
+
+
+def _fault_of_extras(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with the columns that chat templates read besides the messages."""
+    tools, arguments = row.get("tools"), row.get("chat_template_kwargs")
+    with suppress(ValueError):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    if tools is not None and not isinstance(tools, list):
+        return f"expected a list of tools, or its JSON text, in 'tools', found {tools!r:.60}"
+    if arguments is not None and not isinstance(arguments, Mapping):
+        return f"expected a dict in 'chat_template_kwargs', found {arguments!r:.60}"
+    return None
+
+
+def _are_integers(values: Any) -> bool:
+    if not isinstance(values, list | tuple):
+        return False
+    return all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values)

@@ -1,0 +1,152 @@
+"""One named dataset: its splits, their format and identity."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
+
+from .._values import plain_values
+from ..errors import TaskError
+from .row_checks import check_rows
+from .rows import RowFormat, add_identity, detect_format, label_names_of
+
+SPLITS = ("train", "validation", "test")
+_SPLIT_ALIASES = {"validation": ("validation", "eval", "dev", "valid"), "train": ("train",), "test": ("test",)}
+# Other widths of a type, which cannot be concatenated.
+_OTHER_WIDTHS = ("large_string", "string_view", "int8", "int16", "int32", "uint8", "uint16", "uint32")
+# Task names become folder names of adapters, parts of metric names and repository paths.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# File systems take names of 255 bytes; prefixes and suffixes are added.
+_MAX_NAME = 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """One named dataset.
+
+    Args:
+        name (`str`): task name.
+        splits (`dict[str, Dataset]`):
+            Rows of the splits `"train"` and optionally `"validation"` and `"test"`, with the columns `task` and
+            `example_id`.
+        row_format (`RowFormat`): format of the rows.
+        label_names (`tuple[str, ...]`, *optional*): label names of a classification task.
+        fingerprints (`dict[str, str]`, *optional*): fingerprint of each split's rows and their order.
+    """
+
+    name: str
+    splits: Mapping[str, Dataset]
+    row_format: RowFormat
+    label_names: tuple[str, ...] | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+
+def with_splits(task: Task, changed: Mapping[str, Dataset]) -> Task:
+    """A task with other rows in some of its splits."""
+    identified = {split: add_identity(task.name, split, rows, task.row_format) for split, rows in changed.items()}
+    return replace(
+        task,
+        splits={**task.splits, **{split: rows for split, (rows, _) in identified.items()}},
+        fingerprints={**task.fingerprints, **{split: fingerprint for split, (_, fingerprint) in identified.items()}},
+    )
+
+
+def check_task_name(name: str) -> None:
+    """Raise `TaskError` for a name that is no plain folder name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
+        raise TaskError(
+            f"Task name {name!r:.120} cannot be used as a folder name: use letters, digits, '_', '-' and '.', start "
+            f"with a letter or digit, and take at most {_MAX_NAME} characters."
+        )
+
+
+def make_task(name: str, splits: Mapping[str, Dataset], row_format: RowFormat | None = None) -> Task:
+    """Create a task from its splits. Raises like [`TaskSet.from_datasets`]."""
+    if "train" not in splits:
+        raise TaskError(f"Task {name!r} has no training rows: expected a split 'train', found {sorted(splits)}.")
+    for split, rows in splits.items():
+        if len(rows) == 0:
+            raise TaskError(f"Task {name!r} is empty: split {split!r} has no rows.")
+    splits = {split: _without_format(rows) for split, rows in splits.items()}
+    row_format = row_format or detect_format(name, splits["train"].column_names)
+    for split, rows in splits.items():
+        lacking = [column for column in row_format.required if column not in rows.column_names]
+        if lacking:
+            raise TaskError(
+                f"Task {name!r}, split {split!r}: expected the columns {list(row_format.required)} like the training "
+                f"rows ({row_format.value}), found {rows.column_names}, which lack {lacking}."
+            )
+    for split, rows in splits.items():
+        check_rows(name, split, rows, row_format)
+    label_names = label_names_of(name, splits) if row_format is RowFormat.CLASSIFICATION else None
+    splits = {split: _plain_columns(rows) for split, rows in splits.items()}
+    identified = {split: add_identity(name, split, rows, row_format) for split, rows in splits.items()}
+    return Task(
+        name,
+        {split: rows for split, (rows, _) in identified.items()},
+        row_format,
+        label_names,
+        {split: fingerprint for split, (_, fingerprint) in identified.items()},
+    )
+
+
+def _without_format(rows: Dataset) -> Dataset:
+    """The same values, read as Python's own, whatever `set_format` asks for; what `set_transform` makes of them."""
+    if rows.format["type"] != "custom":
+        return rows.with_format(None)
+    made = Dataset.from_list([plain_values(row) for row in rows])
+    for column, feature in rows.features.items():
+        if isinstance(feature, ClassLabel) and column in made.column_names:
+            made = made.cast_column(column, feature)
+    return made
+
+
+def _plain_columns(rows: Dataset) -> Dataset:
+    """Cast labels to plain integers and texts to plain strings, so that tables can be concatenated."""
+    label = rows.features.get("label")
+    if isinstance(label, Value) and label.dtype == "bool":
+        rows = rows.cast_column("label", Value("int64"))
+    for column in ("label", "text", "label_text", "prompt", "completion"):
+        feature = rows.features.get(column)
+        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype in _OTHER_WIDTHS):
+            rows = rows.cast_column(column, Value("int64" if column == "label" else "string"))
+    return rows
+
+
+def table_error(where: str, error: Exception) -> TaskError:
+    """The error for rows whose values cannot stand in one column."""
+    reason = " ".join(str(error).split())
+    return TaskError(
+        f"{where}: its rows do not form one table ({reason}). Expected the same kind of value in a column in all rows."
+    )
+
+
+def as_dataset(name: str, source) -> Dataset:
+    """Convert a list of dicts to a dataset, and pass datasets through. Raises `TaskError` for anything else."""
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, list):
+        odd = next((row for row in source if not isinstance(row, Mapping)), None)
+        if odd is not None:
+            raise TaskError(f"Task {name!r}: expected each row as a dict, found {odd!r:.60}.")
+        try:
+            return Dataset.from_list(source)
+        except Exception as error:  # pyarrow raises unrelated exception classes here
+            raise table_error(f"Task {name!r}", error) from error
+    advice = " Load it with streaming=False." if isinstance(source, IterableDataset) else ""
+    raise TaskError(
+        f"Task {name!r}: expected a datasets.Dataset or a list of dicts, found {type(source).__name__}.{advice}"
+    )
+
+
+def splits_of(name: str, source) -> dict[str, Dataset]:
+    """The splits of one dataset by their usual names; a dataset without splits is its training rows."""
+    if not isinstance(source, (DatasetDict, Mapping)):
+        return {"train": as_dataset(name, source)}
+    splits = {}
+    for split, aliases in _SPLIT_ALIASES.items():
+        for alias in aliases:
+            if alias in source:
+                splits.setdefault(split, as_dataset(name, source[alias]))
+    return splits
