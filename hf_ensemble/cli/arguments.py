@@ -9,7 +9,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from .._settings import check_at_least, check_number, check_one_of
+from .._settings import check_at_least, check_one_of
 from ..errors import ConfigurationError
 from ..select import GroupingSettings, SelectionSettings
 
@@ -38,7 +38,6 @@ class DataArguments:
 
     def __post_init__(self):
         check_one_of("head", self.head, ("auto", "linear", "label_similarity"))
-        check_number("validation_fraction", self.validation_fraction, 0, 1, above=True, optional=True)
         for name in ("max_train_rows", "max_validation_rows"):
             check_at_least(name, getattr(self, name), 1, optional=True)
 

@@ -53,8 +53,9 @@ _REQUIRED = {
 _OPTIONAL = {
     RowFormat.TOKENIZED: ("attention_mask", "token_type_ids", "completion_mask", "assistant_masks", "seq_lengths"),
     RowFormat.CLASSIFICATION: ("label_text",),
-    RowFormat.PROMPT_COMPLETION: (),
-    RowFormat.CHAT: ("tools",),
+    # Chat templates read these.
+    RowFormat.PROMPT_COMPLETION: ("tools", "chat_template_kwargs"),
+    RowFormat.CHAT: ("tools", "chat_template_kwargs"),
     RowFormat.TEXT: (),
     RowFormat.SFT: (),
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from .._settings import check_number, checked_mapping, checked_names
+from .._settings import check_at_least, check_number, checked_mapping, checked_names
 from ..errors import TaskError
 from .columns import EXAMPLE_ID
 from .hold_out import hold_out
@@ -171,8 +171,11 @@ class TaskSet(Mapping[str, Task]):
             seed (`int`, *optional*, defaults to 0): seed of the draw, which does not depend on the rows' order.
 
         Raises:
+            `ConfigurationError`: for arguments out of range.
             `TaskError`: for a task with a single row.
         """
+        check_number("fraction", fraction, 0, 1, above=True)
+        check_at_least("seed", seed, 0)
         tasks = []
         for task in self._tasks.values():
             if "validation" not in task.splits:

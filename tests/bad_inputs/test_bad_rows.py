@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from helpers import toy
-from hf_ensemble import TaskSet, load_task_folder
+from hf_ensemble import GradientCaptureCallback, TaskSet, load_task_folder
 from hf_ensemble.errors import HfEnsembleError, TaskError
 from hf_ensemble.tasks import RowFormat, encode
 
@@ -142,7 +142,6 @@ SETS = {
     "train is a path": ({"train": "data"}, "dict of named datasets, found a str"),
     "train is empty": ({"train": {}}, "Expected at least one task, found none"),
     "validation is a list": ({"validation": [PAIR]}, "Expected the validation rows as a dict by name"),
-    "validation is missing": ({"validation": None}, "has no evaluation rows: expected a split 'validation'"),
     "validation of an unknown task": ({"validation": {"b": [PAIR]}}, r"without training rows: \['b'\]"),
     "test rows are text": ({"test": "rows"}, "Expected the test rows as a dict by name"),
     "names that differ by case": ({"train": {"a": [PAIR], "A": [PAIR]}}, "Two tasks with the same name"),
@@ -229,7 +228,6 @@ LINE = json.dumps(PAIR) + "\n"
 FOLDERS = {
     "no folder": (None, {}, "Expected a folder of JSONL tasks at .*found none"),
     "no task": ({"notes.txt": "x"}, {}, "No task in .*expected NAME/train.jsonl"),
-    "no validation": ({"a/train.jsonl": LINE}, {}, "has no evaluation rows"),
     "no train": ({"a/validation.jsonl": LINE}, {}, "has no training rows"),
     "empty file": ({"a/train.jsonl": "", "a/validation.jsonl": LINE}, {}, "is empty: .*train.jsonl' has no rows"),
     "blank lines": ({"a/train.jsonl": "\n\n", "a/validation.jsonl": LINE}, {}, "is empty: .*train.jsonl"),
@@ -250,13 +248,8 @@ FOLDERS = {
         "'a', train.jsonl: its rows do not form one table.*same kind of value",
     ),
     "unknown name": ({"a.jsonl": LINE}, {"names": ["z"]}, r"No task named \['z'\]"),
-    "fraction is text": ({"a.jsonl": LINE}, {"validation_fraction": "0.2"}, "validation_fraction has to be a finite"),
-    "fraction is 0": ({"a.jsonl": LINE}, {"validation_fraction": 0}, "above 0 and at most 1 or None, found 0"),
-    "fraction is NaN": ({"a.jsonl": LINE}, {"validation_fraction": NAN}, "found nan"),
-    "fraction is 2": ({"a.jsonl": LINE}, {"validation_fraction": 2.0}, "at most 1 or None, found 2.0"),
     "no row is allowed": ({"a.jsonl": LINE}, {"max_rows": {"train": 0}}, "train rows has to be a positive integer"),
     "rows are text": ({"a.jsonl": LINE}, {"max_rows": {"train": "5"}}, "has to be a positive integer, found '5'"),
-    "nothing held out": ({"a.jsonl": LINE}, {"validation_fraction": 1e-9}, "'validation' has no rows"),
 }
 
 
@@ -301,3 +294,24 @@ def test_tools_and_template_arguments_reach_the_tokens():
             (encoded,) = encode(tasks.table("train"), tokenizer, tasks.row_format)
             assert tokenizer.decode(encoded["input_ids"]) == expected
             assert tokenizer.decode([token for token in encoded["labels"] if token != -100]) == "3"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": "0.2"}, "fraction has to be a finite number above 0 and at most 1, found '0.2'"),
+        ({"fraction": 0}, "found 0"),
+        ({"fraction": NAN}, "found nan"),
+        ({"fraction": 2.0}, "found 2.0"),
+        ({"seed": "x"}, "seed has to be an integer of at least 0, found 'x'"),
+        ({}, "Task 'a': expected at least 2 rows to hold one out for evaluation, found 1"),
+    ],
+)
+def test_rows_that_cannot_be_held_out(options, message):
+    with pytest.raises(HfEnsembleError, match=message):
+        TaskSet.from_datasets({"a": [PAIR]}).with_validation(**options)
+
+
+def test_a_set_without_validation_rows_says_so_where_they_are_needed(tmp_path):
+    with pytest.raises(TaskError, match=r"none of \['a'\]. Pass them, or hold some out: tasks.with_validation\(\)"):
+        GradientCaptureCallback(TaskSet.from_datasets({"a": [PAIR]}), tmp_path)
