@@ -127,13 +127,13 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             "optimizers": optimizers,
         }
         args = self._checked_args(args, model)
-        tasks = as_task_set(train_dataset, eval_dataset)
-        self._check_arguments(tasks, args, given)
         if formatting_func is not None:
             raise ConfigurationError(
                 "formatting_func joins prompt and answer into one text, in which the answer can no longer be told. "
                 "Leave it unset and make the columns prompt and completion with Dataset.map."
             )
+        tasks = as_task_set(train_dataset, eval_dataset)
+        self._check_arguments(tasks, args, given)
         if tasks.row_format is RowFormat.CLASSIFICATION:
             raise TaskError(
                 "Supervised fine-tuning takes prompts and completions, found text and label. Use EnsembleTrainer."
