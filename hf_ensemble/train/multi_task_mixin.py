@@ -162,6 +162,13 @@ class MultiTaskMixin:
         lost += [name for name, rows in self.eval_dataset.items() if len(rows) == 0]
         if lost:
             raise TaskError(f"No row of the tasks {lost} is left after tokenization: raise max_length.")
+        kept = {"train": len(self.train_dataset), "validation": sum(map(len, self.eval_dataset.values()))}
+        for split, count in kept.items():
+            total = sum(map(len, tasks.split(split).values()))
+            if count < total:
+                logger.warning(
+                    "%d of %d %s rows are left out: max_length cuts their answers off.", total - count, total, split
+                )
         for rows in (self.train_dataset, *self.eval_dataset.values()):
             check_token_rows(self.model, rows)
         # This trainer never runs the model.

@@ -78,7 +78,7 @@ FLAGS = {
         "fraction is text": (
             ["--validation_fraction", "half"],
             RUN,
-            "argument --validation_fraction: invalid float value",
+            r"argument --validation_fraction\S*: invalid float value",
         ),
         "fraction is 0": (["--validation_fraction", "0"], RUN, "validation_fraction has to be a finite number above 0"),
         "fraction is nan": (["--validation_fraction", "nan"], RUN, "validation_fraction has to be .* found nan"),
@@ -93,9 +93,17 @@ FLAGS = {
         "size is 0": (["--fidelity_sizes", "1", "0"], RUN, "Each of fidelity_sizes has to be a positive integer"),
         "model is missing": ([], RUN, "no-model"),
         "type is unknown": (["--dtype", "float33"], RUN, "float33"),
-        "rank is text": (["--lora_r", "big"], RUN, "argument --lora_r: invalid int value: 'big'. See hf-ensemble run"),
+        "rank is text": (
+            ["--lora_r", "big"],
+            RUN,
+            r"argument --lora_r\S*: invalid int value: 'big'. See hf-ensemble run",
+        ),
         "unknown flag": (["--speed", "1"], RUN, "Unknown arguments: --speed 1. See hf-ensemble run --help"),
-        "dimension is text": (["--projection_dim", "abc"], RUN, "argument --projection_dim: invalid int value: 'abc'"),
+        "dimension is text": (
+            ["--projection_dim", "abc"],
+            RUN,
+            r"argument --projection_dim\S*: invalid int value: 'abc'",
+        ),
         "dimension is 0": (
             ["--projection_dim", "0"],
             RUN,
@@ -112,7 +120,7 @@ FLAGS = {
     "fidelity": {
         "nothing": ([], None, "see hf-ensemble fidelity --help"),
         "no subsets": (["--fidelity_subsets", "0"], RUN, "fidelity_subsets has to be a positive integer, found 0"),
-        "repeats are text": (["--num_repeated", "x"], RUN, "argument --num_repeated: invalid int value"),
+        "repeats are text": (["--num_repeated", "x"], RUN, r"argument --num_repeated\S*: invalid int value"),
         "first order is negative": (
             ["--num_first_order", "-1"],
             RUN,
@@ -131,7 +139,7 @@ FLAGS = {
         "unknown exclude": (["--exclude", "z"], STORE, r"Unknown tasks to exclude \['z'\]"),
         "unknown method": (["--selection_method", "best"], STORE, "selection_method has to be one of"),
         "unknown metric": (["--selection_metric", "f1"], STORE, "selection_metric has to be one of"),
-        "budget is text": (["--max_auxiliary", "two"], STORE, "argument --max_auxiliary: invalid int value: 'two'"),
+        "budget is text": (["--max_auxiliary", "two"], STORE, r"argument --max_auxiliary\S*: invalid int value: 'two'"),
         "budget is negative": (["--max_examples", "-1"], STORE, "max_examples has to be an integer of at least 0"),
         "components are 0": (["--num_components", "0"], STORE, "num_components has to be a positive integer"),
         "clusters are no JSON": (["--clusters", "{"], STORE, "clusters has to be JSON like"),
@@ -161,19 +169,19 @@ FLAGS = {
         "setting of another type": (
             ["--config", "{w}/type.yaml"],
             STORE,
-            "argument --num_components: invalid int value",
+            r"argument --num_components\S*: invalid int value",
         ),
         "setting is a mapping": (
             ["--config", "{w}/mapping.yaml"],
             STORE,
-            "argument --max_auxiliary: invalid int value",
+            r"argument --max_auxiliary\S*: invalid int value",
         ),
         "setting has two values": (["--config", "{w}/values.yaml"], STORE, "Unknown arguments: 2"),
     },
     "group": {
         "no store": ([], None, "Expected --store FOLDER"),
         "more groups than tasks": (["--num_groups", "9"], STORE, "num_groups=9 is more than the 3 tasks"),
-        "groups are text": (["--max_groups", "two"], STORE, "argument --max_groups: invalid int value: 'two'"),
+        "groups are text": (["--max_groups", "two"], STORE, r"argument --max_groups\S*: invalid int value: 'two'"),
         "cost is nan": (
             ["--group_cost", "nan"],
             STORE,
@@ -185,7 +193,7 @@ FLAGS = {
         "switch is text": (["--overlapping_groups", "perhaps"], STORE, "Truthy value expected: got perhaps"),
     },
     "demo": {
-        "seed is text": (["--seed", "x"], [], "argument --seed: invalid int value: 'x'"),
+        "seed is text": (["--seed", "x"], [], r"argument --seed\S*: invalid int value: 'x'"),
         "seed is negative": (["--seed", "-1"], [], "seed has to be an integer of at least 0"),
         "no subsets": (["--fidelity_subsets", "0"], [], "fidelity_subsets has to be a positive integer"),
         "unknown flag": (["--speed", "1"], [], "Unknown arguments: --speed 1"),
