@@ -1,5 +1,6 @@
 """Gradient features on disk: a self-describing directory, written in shards and memory-mapped for reading."""
 
+from .layout import has_every_file
 from .locks import exclusive_writers
 from .multi_writer import GradientStoreWriters
 from .reader import FeatureTable, GradientStore
@@ -14,4 +15,5 @@ __all__ = [
     "GradientStoreWriters",
     "TrainingRecipe",
     "exclusive_writers",
+    "has_every_file",
 ]

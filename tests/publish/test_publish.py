@@ -98,7 +98,7 @@ def test_an_incomplete_ensemble_is_not_uploaded(run, tmp_path):
 
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "ensemble" / "adapters" / "group_1" / "adapter_model.safetensors").unlink()
-    with pytest.raises(EnsembleLoadError, match="'group_1' is missing"):
+    with pytest.raises(EnsembleLoadError, match="'group_1': adapter_model.safetensors is missing"):
         push_ensemble_to_hub(tmp_path / "run", "user/name")
     with pytest.raises(EnsembleLoadError, match="holds no ensemble_config.json"):
         push_ensemble_to_hub(tmp_path, "user/name")

@@ -12,7 +12,7 @@ from helpers import toy
 from helpers.trainers import sft_trainer
 from hf_ensemble.errors import RecordError, RunLockedError
 from hf_ensemble.runs import RunDirectory
-from hf_ensemble.train.flows.checkpoints import last_whole_checkpoint
+from hf_ensemble.train.flows.checkpoints import last_whole_checkpoint, seal_checkpoint
 
 HOLD = """
 import sys
@@ -85,6 +85,7 @@ def checkpoint(folder, step):
     (own / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     torch.save({"a": torch.ones(100)}, own / "optimizer.pt")
     toy.with_lora(toy.llama()).save_pretrained(own)
+    seal_checkpoint(own)
     return own
 
 

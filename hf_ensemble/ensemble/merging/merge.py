@@ -15,7 +15,7 @@ from torch import nn
 from ..._files import write_atomically
 from ...errors import EnsembleError
 from ...logging import get_logger
-from ..saving.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..saving.ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..saving.vllm import vllm_obstacles, vllm_rank
 from . import task_vectors
 from .deltas import AdapterDelta, adapter_delta, lora_modules, saved_modules

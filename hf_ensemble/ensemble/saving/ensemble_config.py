@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..._compat import package_versions
-from ..._files import write_json
-from ...errors import EnsembleError, EnsembleLoadError
+from ..._files import sha256_of, write_json
+from ..._records import check_checksum, with_checksum
+from ...errors import EnsembleError, EnsembleLoadError, RecordError
 from ..forward.combination import COMBINATIONS
 from ..forward.routing import ROUTINGS
 from ..members import BaseModelReference, EnsembleMember, check_adapter_name, check_weights
@@ -14,6 +15,8 @@ from .untrusted import checked_file, read_object
 
 CONFIG_NAME = "ensemble_config.json"
 ADAPTERS_FOLDER = "adapters"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FORMAT = "hf_ensemble.ensemble"
 FORMAT_VERSION = 1
 
@@ -31,6 +34,7 @@ class SavedEnsembleConfig:
         versions (`dict[str, str]`): versions of the packages that wrote it.
         combination (`str`): see [`PeftEnsembleModel`].
         routing (`str`): see [`PeftEnsembleModel`].
+        files (`dict[str, dict[str, str]]`): checksums of each adapter's files; taken anew when the ensemble is saved.
     """
 
     base_model: BaseModelReference
@@ -41,14 +45,39 @@ class SavedEnsembleConfig:
     versions: dict[str, str] = field(default_factory=package_versions)
     combination: str = "logits"
     routing: str = "default"
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
+        """Write the configuration beside the adapters, with their checksums."""
+        files = {
+            member.name: {
+                name: sha256_of(path)
+                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+                if (path := folder / ADAPTERS_FOLDER / member.name / name).is_file()
+            }
+            for member in self.members
+        }
         data = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **asdict(self),
+            "files": files,
         }
-        write_json(folder / CONFIG_NAME, data)
+        write_json(folder / CONFIG_NAME, with_checksum(data))
+
+    def check_adapter_files(self, name: str, folder: Path) -> None:
+        """Make sure that an adapter's files are those that were saved with the configuration.
+
+        Raises:
+            `EnsembleLoadError`: for missing and other ones.
+        """
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            path = checked_file(folder / ADAPTERS_FOLDER / name / file, folder, f"Adapter {name!r}")
+            if self.files.get(name, {}).get(file) != sha256_of(path):
+                raise EnsembleLoadError(
+                    f"Adapter {name!r}: {str(path)!r} is not the file that the ensemble was saved with: it is damaged "
+                    "or was replaced. Restore it, or save the ensemble again."
+                )
 
     @classmethod
     def load(cls, folder: Path) -> "SavedEnsembleConfig":
@@ -87,8 +116,12 @@ class SavedEnsembleConfig:
                 data.get("versions", {}),
                 data.get("combination", COMBINATIONS[0]),
                 data.get("routing", ROUTINGS[0]),
+                data.get("files", {}),
             )
             config.check()
+            check_checksum(data, str(path), "Restore it, or save the ensemble again with save_pretrained.")
+        except RecordError as error:
+            raise EnsembleLoadError(str(error)) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, EnsembleError):
                 raise

@@ -10,8 +10,7 @@ from torch import nn
 from ...errors import EnsembleLoadError
 from ...tasks import LabelSpace
 from ..members import BaseModelReference, check_adapter_name
-from .adapter_check import ADAPTER_CONFIG
-from .ensemble_config import SavedEnsembleConfig
+from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
 from .files import load_adapter, load_base, load_ensemble, local_folder, save_ensemble
 from .untrusted import checked_file, read_object
 

@@ -16,15 +16,14 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from ..._files import sha256_of
+from ..._files import checksums, writing
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
-from ...ensemble.saving.adapter_check import ADAPTER_WEIGHTS
 from ...ensemble.saving.files import save_adapter
 from ...estimate.mixtures import epoch_length
 from ...logging import get_logger
 from ...runs import TrainedAdapter
 from ...tasks import TASK
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import SealCheckpoints, last_whole_checkpoint
 from .context import FlowContext
 
 logger = get_logger(__name__)
@@ -115,7 +114,8 @@ class AdapterTraining:
             with self.context.model_state.restored():
                 trainer = self._trainer(begun, rows)
                 start = time.perf_counter()
-                result = trainer.train(resume_from_checkpoint=checkpoint)
+                with writing(run.training(name)):
+                    result = trainer.train(resume_from_checkpoint=checkpoint)
                 seconds = time.perf_counter() - start
                 trainer.accelerator.free_memory()
             trained = TrainedAdapter(
@@ -132,7 +132,7 @@ class AdapterTraining:
             )
             if is_main_process():
                 save_adapter(self.context.model, self.context.adapter_name, folder)
-                run.write_trained_adapter(replace(trained, sha256=sha256_of(folder / ADAPTER_WEIGHTS)))
+                run.write_trained_adapter(replace(trained, files=checksums(folder)))
                 _remove_checkpoints(run.training(name))
             wait_for_everyone()
             trained = run_on_main(lambda: run.trained_adapter(name))
@@ -147,7 +147,7 @@ class AdapterTraining:
         known, work = run.trained_adapter(wanted.name), run.training(wanted.name)
         same = known is not None and (known.mixture, known.seed) == (wanted.mixture, wanted.seed)
         if same and known.status == "done" and folder.exists():
-            known.check_weights(folder / ADAPTER_WEIGHTS)
+            known.check_files(folder)
             return known, None
         if not same:
             # Checkpoints of another mixture.
@@ -168,12 +168,14 @@ class AdapterTraining:
             )
             args.load_best_model_at_end = False
         sampling = self.context.tasks.sampling_weights
-        return self.context.make_trainer(
+        trainer = self.context.make_trainer(
             args,
             rows,
             {task: self.context.eval_rows[task] for task, weight in begun.mixture.items() if weight > 0},
             {task: weight * sampling[task] for task, weight in begun.mixture.items()},
         )
+        trainer.add_callback(SealCheckpoints)
+        return trainer
 
 
 def _remove_checkpoints(work: Path) -> None:

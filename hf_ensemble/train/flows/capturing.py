@@ -2,8 +2,9 @@
 
 from datasets import concatenate_datasets
 
+from ..._processes import run_on_main
 from ...capture import capture_gradients, optimizer_preconditioner, training_recipe
-from ...store import GradientStore, TrainingRecipe
+from ...store import GradientStore, TrainingRecipe, has_every_file
 from .adapter_training import AdapterTraining
 from .context import FlowContext
 
@@ -12,7 +13,8 @@ def captured_gradients(context: FlowContext, training: AdapterTraining) -> Gradi
     """The run's gradient store, captured at theta0 where the run does not hold it yet."""
     run, args = context.run, context.args
     with run.stage("gradients") as todo:
-        if not todo:
+        # What was deleted from a finished store, because it was damaged, is captured again.
+        if not todo and run_on_main(lambda: has_every_file(run.gradients)):
             return GradientStore(run.gradients)
         training.reset()
         with context.model_state.restored():
