@@ -15,6 +15,7 @@ from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..tasks import TASK, TaskSet
 from ..tasks.task_set import as_dataset, make_task
+from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
 from .model_state import ModelState
 from .used_models import mark_as_of_a_run
 
@@ -66,6 +67,7 @@ class MultiTaskMixin:
                 f"Expected args to be a {self.config_class.__name__}, found a {type(args).__name__}. It takes the same "
                 "arguments: change the class's name."
             )
+        check_hub_model_id(args.hub_model_id)
         return args
 
     def _finish_init(
@@ -96,6 +98,7 @@ class MultiTaskMixin:
         reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
         if reserved:
             raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
+        forget_secrets_of(self.processing_class)
         self.tasks = tasks
         self._adapter_trainer_kwargs = adapter_trainer_kwargs
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
@@ -153,6 +156,15 @@ class MultiTaskMixin:
             if callback not in self.callback_handler.callbacks:
                 trainer.remove_callback(type(callback))
         return trainer
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        # The arguments are pickled beside the model.
+        own = self.args
+        self.args = arguments_without_secrets(own)
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args = own
 
     def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         """Raw evaluation rows of known tasks as token tables with `task` and `example_id`."""

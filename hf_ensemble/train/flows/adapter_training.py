@@ -1,6 +1,5 @@
 """Training one adapter after another from one starting point, each by an ordinary trainer."""
 
-import copy
 import math
 import shutil
 import time
@@ -23,6 +22,7 @@ from ...estimate.mixtures import epoch_length
 from ...logging import get_logger
 from ...runs import TrainedAdapter
 from ...tasks import TASK
+from ..credentials import arguments_without_secrets
 from .checkpoints import SealCheckpoints, last_whole_checkpoint
 from .context import FlowContext
 
@@ -156,7 +156,8 @@ class AdapterTraining:
         return None, last_whole_checkpoint(work)
 
     def _trainer(self, begun: TrainedAdapter, rows: Dataset) -> Trainer:
-        args = copy.copy(self.context.args)
+        # A training reports its arguments to trackers and needs no login.
+        args = arguments_without_secrets(self.context.args)
         if begun.seed != args.seed:
             args.seed = args.data_seed = begun.seed
         args.output_dir = str(self.context.run.training(begun.name))
