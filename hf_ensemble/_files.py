@@ -54,9 +54,10 @@ def _error_number(error: Exception) -> int | None:
     """Why the file system refused, also where a library wraps it in an exception of its own."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    # safetensors and tokenizers give the number in their text; torch.save says only that writing failed.
-    found = re.search(r"os error (\d+)", str(error))
-    if found is None and "PytorchStreamWriter failed writing" in str(error):
+    # safetensors and tokenizers give the number in their text; torch.save says only where in it writing failed.
+    text = str(error)
+    found = re.search(r"os error (\d+)", text)
+    if found is None and "inline_container" in text and "PytorchStreamReader" not in text:
         return errno.ENOSPC
     return None if found is None else int(found[1])
 
@@ -78,6 +79,18 @@ def _refusal(path: Path, number: int | None, size: int | None) -> str | None:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
+
+
+def make_writable_folder(folder: Path) -> None:
+    """Make a folder, and see whether files can be written into it.
+
+    Raises:
+        `WriteError`: where they cannot.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
 
 
 def write_atomically(path: Path, write: Callable[[Any], None], size: int | None = None) -> None:

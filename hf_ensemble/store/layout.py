@@ -23,6 +23,8 @@ from ..errors import ConfigurationError, RecordError, StoreError
 
 FORMAT, FORMAT_VERSION = "hf_ensemble.gradient_store", 2
 MANIFEST = "manifest.json"
+# What a manifest holds in any state of its store.
+_KEYS = ("status", "num_rows", "dim", "dtype", "shard_size", "num_shards", "identity")
 PRECONDITIONER = "preconditioner.safetensors"
 # Stored data types by name. NumPy has no bfloat16: its bits are stored as integers.
 _STORED = {"float16": np.dtype("float16"), "bfloat16": np.dtype("int16"), "float32": np.dtype("float32")}
@@ -85,6 +87,9 @@ def read_manifest(folder: Path) -> dict:
             f"{str(path)!r} has format version {version!r}, this release reads {FORMAT_VERSION}. Capture again, or use "
             "the release that wrote it."
         )
+    lacking = [key for key in _KEYS if key not in data]
+    if lacking:
+        raise StoreError(f"{str(path)!r} lacks {lacking}. {remedy}")
     return _checked(data, path, remedy)
 
 

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .._compat import keep_quantized_weights_in_place
+from .._files import make_writable_folder
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..tasks import TASK, TaskSet
@@ -58,6 +59,7 @@ class MultiTaskMixin:
 
         Raises:
             `ConfigurationError`: for arguments of another class.
+            `WriteError`: when nothing can be written into `output_dir`.
         """
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -68,6 +70,8 @@ class MultiTaskMixin:
                 "arguments: change the class's name."
             )
         check_hub_model_id(args.hub_model_id)
+        if args.should_save:
+            make_writable_folder(Path(args.output_dir))
         return args
 
     def _finish_init(

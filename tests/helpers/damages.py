@@ -33,9 +33,9 @@ def _as_list(path):
 
 def _without_key(path):
     data = json.loads(path.read_text())
-    for key in list(data)[2:3]:
-        del data[key]
-    path.write_text(json.dumps(with_checksum({key: value for key, value in data.items() if key != "checksum"})))
+    data.pop("checksum")
+    del data[list(data)[min(2, len(data) - 1)]]
+    path.write_text(json.dumps(with_checksum(data)))
 
 
 def _without_checksum(path):

@@ -94,7 +94,7 @@ def test_no_secret_in_any_file_upload_or_line(tmp_path):
         "data": str(tmp_path / "data"),
         "model_name_or_path": base,
         "output_dir": "c",
-        "lora_target_modules": ["q_proj"],
+        "lora_target_modules": ["q_proj", "v_proj"],
         **{"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 2, "save_strategy": "no"},
         **{"projection_dim": 32, "num_groups": 2, "affinity_subsets": 5, "gradient_checkpointing": False},
     }

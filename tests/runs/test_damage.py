@@ -25,7 +25,7 @@ from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 REMEDIES = (
     "Delete",
-    "Capture again",
+    "Capture",
     "Check the path",
     "Upgrade",
     "Install a newer",

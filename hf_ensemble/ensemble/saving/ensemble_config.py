@@ -11,7 +11,7 @@ from ...errors import EnsembleError, EnsembleLoadError, RecordError
 from ..forward.combination import COMBINATIONS
 from ..forward.routing import ROUTINGS
 from ..members import BaseModelReference, EnsembleMember, check_adapter_name, check_weights
-from .untrusted import checked_file, read_object
+from .untrusted import REMEDY, checked_file, read_object
 
 CONFIG_NAME = "ensemble_config.json"
 ADAPTERS_FOLDER = "adapters"
@@ -76,7 +76,7 @@ class SavedEnsembleConfig:
             if self.files.get(name, {}).get(file) != sha256_of(path):
                 raise EnsembleLoadError(
                     f"Adapter {name!r}: {str(path)!r} is not the file that the ensemble was saved with: it is damaged "
-                    "or was replaced. Restore it, or save the ensemble again."
+                    f"or was replaced. {REMEDY}"
                 )
 
     @classmethod
@@ -89,14 +89,16 @@ class SavedEnsembleConfig:
         """
         path = folder / CONFIG_NAME
         if not path.is_file():
-            raise EnsembleLoadError(f"{str(folder)!r} holds no {CONFIG_NAME}: it is not a saved ensemble.")
+            raise EnsembleLoadError(
+                f"{str(folder)!r} holds no {CONFIG_NAME}: it is not a saved ensemble. Check the path."
+            )
         where = f"The ensemble in {str(folder)!r}"
         data = read_object(checked_file(path, folder, where), where)
         version = data.get("format_version")
         if data.get("format") != FORMAT or not isinstance(version, int):
             raise EnsembleLoadError(
                 f"{CONFIG_NAME} in {str(folder)!r} is damaged: expected the format {FORMAT!r} with a format_version, "
-                f"found {data.get('format')!r} and {version!r}."
+                f"found {data.get('format')!r} and {version!r}. {REMEDY}"
             )
         if version > FORMAT_VERSION:
             raise EnsembleLoadError(
@@ -119,13 +121,13 @@ class SavedEnsembleConfig:
                 data.get("files", {}),
             )
             config.check()
-            check_checksum(data, str(path), "Restore it, or save the ensemble again with save_pretrained.")
+            check_checksum(data, str(path), REMEDY)
         except RecordError as error:
             raise EnsembleLoadError(str(error)) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, EnsembleError):
                 raise
-            raise EnsembleLoadError(f"{CONFIG_NAME} in {str(folder)!r} is damaged: {error!r}.") from error
+            raise EnsembleLoadError(f"{CONFIG_NAME} in {str(folder)!r} is damaged: {error!r}. {REMEDY}") from error
         return config
 
     def check(self) -> None:
