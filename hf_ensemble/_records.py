@@ -144,10 +144,14 @@ def check_checksum(data: Mapping[str, Any], where: str, remedy: str = _REMEDY) -
 
 
 def _checksum(data: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in data.items() if key != _CHECKSUM}
-    # As it is read back: keys are strings, and tuples are lists.
-    content = json.loads(json.dumps(content))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest_of({key: value for key, value in data.items() if key != _CHECKSUM})
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, the same before it is written and after it is read."""
+    # Keys become strings and tuples lists before they are sorted.
+    value = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class _Mismatch(ValueError):

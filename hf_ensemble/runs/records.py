@@ -1,13 +1,11 @@
 """What the files of a run hold."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .._files import checksums
-from .._records import Record
+from .._records import Record, digest_of
 from ..errors import RecordError
 from ..estimate import ObservedRun, SubsetEstimator
 from ..evaluate import TaskScores
@@ -48,8 +46,8 @@ class RunRecord(Record):
 
     def identity(self, with_choices: bool) -> str:
         """What tells the files of this run from those of others: a digest of the configuration, and of the choices."""
-        content = [self.configuration, self.choices if with_choices else None]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        data = self.to_dict()
+        return digest_of([data["configuration"], data["choices"] if with_choices else None])[:32]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import textwrap
 from pathlib import Path
 
+import pytest
 import yaml
 
 from helpers import toy
@@ -83,6 +84,7 @@ assert main(["run", "--config", CONFIG, "--learning_rate", "0.1"]) == 1
 """
 
 
+@pytest.mark.slow
 def test_no_secret_in_any_file_upload_or_line(tmp_path):
     base = toy.save_model(toy.llama(), tmp_path / "base")
     for name, splits in toy.sft_tasks(6, 4).items():

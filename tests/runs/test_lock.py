@@ -51,6 +51,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
         "estimate/.weights.json.x.tmp",
         "training/.one.json.y.tmp",
         "ensemble/adapters/.g.z.tmp",
+        "ensemble/assets/.affinity.png.v.tmp",
     ]
     for name in [*left, "mine.txt", "ensemble/adapters/group_0/adapter_config.json", "notes/.draft.tmp"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
