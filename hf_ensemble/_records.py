@@ -1,6 +1,8 @@
 """Typed, versioned records: frozen dataclasses kept as JSON files."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,8 @@ from ._files import read_json, write_json
 from .errors import RecordError
 
 _REMEDY = "Delete it and run the step that writes it again."
+# Beside the fields, a file holds the checksum of its content and, where it belongs to one, the run's identity.
+_CHECKSUM, _RUN = "checksum", "run"
 _PLAIN = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
 
 
@@ -47,16 +51,27 @@ class Record:
         """
         return {"format": self.format, "format_version": self.format_version, **_fields_to_json(self, "")}
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all."""
-        write_json(Path(path), self.to_dict())
+    def save(self, path: str | Path, run: str | None = None) -> None:
+        """Write as JSON with a checksum, whole or not at all.
+
+        Args:
+            path (`str` or `Path`): the file.
+            run (`str`, *optional*): identity of the run that the record belongs to.
+        """
+        belongs = {} if run is None else {_RUN: run}
+        write_json(Path(path), with_checksum({**self.to_dict(), **belongs}))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, run: str | None = None) -> Self:
         """Read what [`Record.save`] wrote.
 
+        Args:
+            path (`str` or `Path`): the file.
+            run (`str`, *optional*): identity of the run that the record has to belong to; any by default.
+
         Raises:
-            `RecordError`: for a missing or unreadable file, and for what [`Record.from_dict`] refuses.
+            `RecordError`: for a missing, unreadable or altered file, for one of another run, and for what
+                [`Record.from_dict`] refuses.
         """
         path = Path(path)
         try:
@@ -70,7 +85,13 @@ class Record:
             raise RecordError(
                 f"{str(path)!r} cannot be read: {error.strerror or error}. Check the path and its permissions."
             ) from error
-        return cls.from_dict(data, str(path))
+        record = cls.from_dict(data, str(path))
+        check_checksum(data, str(path))
+        if run is not None and data.get(_RUN) != run:
+            raise RecordError(
+                f"{str(path)!r} belongs to another run, or to this one before its configuration changed. {_REMEDY}"
+            )
+        return record
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> Self:
@@ -99,11 +120,38 @@ class Record:
                 f"{where!r} has format version {version}, this release reads up to {cls.format_version}. Upgrade "
                 "hf_ensemble."
             )
-        fields = {key: value for key, value in data.items() if key not in ("format", "format_version")}
+        fields = {key: value for key, value in data.items() if key not in ("format", "format_version", _CHECKSUM, _RUN)}
         try:
             return _dataclass_from_json(fields, cls, "")
         except _Mismatch as error:
             _refuse(where, str(error), error)
+
+
+def with_checksum(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON data and, as the last entry, a checksum of it, which [`check_checksum`] checks."""
+    return {**data, _CHECKSUM: _checksum(data)}
+
+
+def check_checksum(data: Mapping[str, Any], where: str, remedy: str = _REMEDY) -> None:
+    """Make sure that JSON data are as they were written.
+
+    Raises:
+        `RecordError`: for data that were altered, or that have no checksum.
+    """
+    if data.get(_CHECKSUM) != _checksum(data):
+        found = "was altered since it was written" if _CHECKSUM in data else "has no checksum"
+        raise RecordError(f"{where!r} {found}. {remedy}")
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    return digest_of({key: value for key, value in data.items() if key != _CHECKSUM})
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, the same before it is written and after it is read."""
+    # Keys become strings and tuples lists before they are sorted.
+    value = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class _Mismatch(ValueError):

@@ -21,6 +21,10 @@ class RecordError(HfEnsembleError, ValueError):
     """A JSON file is missing, damaged, or of another format than expected."""
 
 
+class WriteError(HfEnsembleError, OSError):
+    """A file or folder cannot be written: the disk is full, permissions are missing, or something is in the way."""
+
+
 class ScoringError(HfEnsembleError, RuntimeError):
     """Answers cannot be scored for this model or these rows."""
 

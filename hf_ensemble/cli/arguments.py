@@ -166,8 +166,13 @@ def with_config(argv: Sequence[str]) -> list[str]:
         raise ConfigurationError(f"No configuration file at {str(path)!r}.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{str(path)!r} is not YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{str(path)!r} is no text: {error}. Expected YAML in UTF-8.") from error
+    except yaml.YAMLError as error:
+        # The parser's own message quotes the line, which may hold a token.
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}: {getattr(error, 'problem', None) or 'syntax error'}"
+        raise ConfigurationError(f"{str(path)!r} is not YAML{where}. Mend the file.") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{str(path)!r} has to map names to values, found {type(content).__name__}.")
     flags: list[str] = []
@@ -204,7 +209,10 @@ def parse(
     argv = _nulls(parser, classes, list(argv))
     *parsed, remaining = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if remaining and not remaining_allowed:
-        raise ConfigurationError(f"Unknown arguments: {' '.join(remaining)}. See hf-ensemble {command} --help.")
+        # Without their values: a token may be among them.
+        unknown = [word.split("=")[0] for word in remaining if word.startswith("--")]
+        named = " ".join(unknown) or f"{len(remaining)} words that belong to no flag"
+        raise ConfigurationError(f"Unknown arguments: {named}. See hf-ensemble {command} --help.")
     return parsed, remaining
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .._files import remove_leftovers
 from ..errors import ConfigurationError
 from ..publish import draw_choice
 from ..runs import RunDirectory, run_selector
@@ -30,6 +31,7 @@ def selector_of(arguments: ChoiceArguments, clusters: Mapping[str, int] | None =
 def save_choice(choice: Choice, folder: str, out: Console) -> None:
     """Write a choice and its pictures, and say where."""
     directory = RunDirectory(folder)
+    remove_leftovers(directory.path)
     file = directory.where(type(choice))
     choice.save(file)
     pictures = draw_choice(choice, Path(folder))

@@ -10,6 +10,7 @@ from typing import NoReturn
 from .. import __version__
 from ..errors import HfEnsembleError
 from .command import COMMANDS
+from .stopping import Terminated, print_last_line, sigterm_as_interrupt
 
 _DESCRIPTION = (
     "Fine-tune a language model on many datasets at once: group them, train an adapter per group, ship the ensemble."
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: 0 on success, 1 for an error of the user's input (printed in one line; `--debug` shows the traceback),
-        130 when interrupted. Without a known command it exits with 2.
+        130 when interrupted, 143 when terminated. Without a known command it exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
@@ -34,18 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparsers.add_parser(command.name, help=command.help, add_help=False)
     known, rest = parser.parse_known_args(argv)
     try:
-        _quiet()
-        next(command for command in COMMANDS if command.name == known.command).load()(rest)
+        with sigterm_as_interrupt():
+            _quiet()
+            next(command for command in COMMANDS if command.name == known.command).load()(rest)
     except (HfEnsembleError, OSError, ValueError) as error:
         # The libraries below raise ValueError for bad arguments.
         if debug:
             raise
         # Some of their messages take several lines.
-        print(f"hf-ensemble: {' '.join(str(error).split())}", file=sys.stderr)
+        print_last_line(f"hf-ensemble: {' '.join(str(error).split())}")
         return 1
-    except KeyboardInterrupt:
-        print("hf-ensemble: stopped. Run the same command again to continue.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print_last_line("hf-ensemble: stopped. Run the same command again to continue.")
+        return 143 if isinstance(stop, Terminated) else 130
     return 0
 
 

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
-from .._files import read_json, write_folder_atomically, write_json
-from ..errors import ConfigurationError
+from .._files import checksums, read_json, write_folder_atomically, write_json
+from ..errors import ConfigurationError, RecordError
 from ..models import LabelSimilarityForSequenceClassification
 from ..runs import RunDirectory
 from ..tasks import RowFormat, TaskSet, load_task_folder
@@ -26,6 +26,9 @@ from ..train import (
 )
 from ..train.trainer_inputs import load_classifier
 from .arguments import DataArguments, parse
+
+# What a model with the labels as its head was made of, beside its files.
+_MADE_OF = "made_of.json"
 
 Trainers = EnsembleTrainer | EnsembleSFTTrainer | SelectionTrainer | SelectionSFTTrainer
 
@@ -140,12 +143,17 @@ def label_similarity_model(name: str, tokenizer, tasks: TaskSet, folder: Path, *
         def write(target: Path) -> None:
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
-            write_json(target / "made_of.json", {"encoder": name, "labels": list(names)})
+            write_json(target / _MADE_OF, {"encoder": name, "labels": list(names), "files": checksums(target)})
 
         write_folder_atomically(folder, write)
     return LabelSimilarityForSequenceClassification.from_pretrained(folder)
 
 
 def _is_label_similarity_of(folder: Path, encoder: str, labels: Sequence[str]) -> bool:
-    made_of = folder / "made_of.json"
-    return made_of.is_file() and read_json(made_of) == {"encoder": encoder, "labels": list(labels)}
+    """Whether the model was made of these, and its files are as they were written."""
+    try:
+        made_of = read_json(folder / _MADE_OF)
+    except (OSError, RecordError):
+        return False
+    files = {name: checksum for name, checksum in checksums(folder).items() if name != _MADE_OF}
+    return made_of == {"encoder": encoder, "labels": list(labels), "files": files}

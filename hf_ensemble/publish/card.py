@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .._files import write_atomically
 from .._records import Record
 from ..ensemble.saving.ensemble_config import SavedEnsembleConfig
-from ..errors import EnsembleLoadError
 from ..evaluate import TaskScores, mean_scores
 from ..logging import get_logger
 from ..runs import Estimate, Evaluation, RunDirectory, RunRecord, TaskRecord, TasksRecord
@@ -196,10 +195,9 @@ def require_ensemble(run: RunDirectory) -> SavedEnsembleConfig:
     """The configuration of a run's ensemble.
 
     Raises:
-        `EnsembleLoadError`: when the run holds no complete ensemble.
+        `EnsembleLoadError`: when the run holds no complete ensemble, or a damaged one.
     """
     config = SavedEnsembleConfig.load(run.ensemble)
     for member in config.members:
-        if not (run.member(member.name) / "adapter_model.safetensors").is_file():
-            raise EnsembleLoadError(f"Adapter {member.name!r} is missing from {str(run.ensemble)!r}.")
+        config.check_adapter_files(member.name, run.ensemble)
     return config

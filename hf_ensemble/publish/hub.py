@@ -11,7 +11,7 @@ from .._files import read_json, write_json
 from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER, SavedEnsembleConfig
 from ..logging import get_logger
 from ..runs import RunDirectory
-from .card import public_name, require_ensemble, write_model_card
+from .card import require_ensemble, write_model_card
 
 logger = get_logger(__name__)
 
@@ -58,6 +58,10 @@ def push_ensemble_to_hub(
 
 def _copy_public(ensemble: Path, target: Path, config: SavedEnsembleConfig) -> None:
     """What an ensemble consists of and nothing beside it, without the paths of this machine."""
+    base = config.base_model.name_or_path
+    if Path(base).is_absolute():
+        # Not its last part either, which another machine would take for a model of its own.
+        base = ""
     for path in ensemble.iterdir():
         if path.is_file() and not path.name.startswith("."):
             shutil.copy(path, target / path.name)
@@ -69,7 +73,6 @@ def _copy_public(ensemble: Path, target: Path, config: SavedEnsembleConfig) -> N
         source = ensemble / ADAPTERS_FOLDER / member.name
         shutil.copy(source / "adapter_model.safetensors", folder)
         adapter = read_json(source / "adapter_config.json")
-        adapter["base_model_name_or_path"] = public_name(adapter.get("base_model_name_or_path"))
+        adapter["base_model_name_or_path"] = base or None
         write_json(folder / "adapter_config.json", adapter)
-    base = dataclasses.replace(config.base_model, name_or_path=public_name(config.base_model.name_or_path))
-    dataclasses.replace(config, base_model=base).save(target)
+    dataclasses.replace(config, base_model=dataclasses.replace(config.base_model, name_or_path=base)).save(target)

@@ -104,19 +104,19 @@ class RunDirectory:
         """A record of the run.
 
         Raises:
-            `RecordError`: for a file that is missing, damaged, or of a newer release.
+            `RecordError`: for a file that is missing, damaged, of another run, or of a newer release.
         """
-        return kind.load(self.where(kind))
+        return kind.load(self.where(kind), self._identity(kind))
 
     def write(self, record: Record) -> None:
         """Write a record, on the main process."""
         if is_main_process():
-            record.save(self.where(type(record)))
+            record.save(self.where(type(record)), self._identity(type(record)))
 
     def trained_adapter(self, name: str) -> TrainedAdapter | None:
         """What is known of a training; `None` where it was not begun."""
         path = self._training_record(name)
-        return TrainedAdapter.load(path) if path.is_file() else None
+        return TrainedAdapter.load(path, self._identity(TrainedAdapter)) if path.is_file() else None
 
     def num_steps(self) -> int:
         """Optimizer steps of all trainings that the run has a record of."""
@@ -125,7 +125,7 @@ class RunDirectory:
 
     def write_trained_adapter(self, trained: TrainedAdapter) -> None:
         if is_main_process():
-            trained.save(self._training_record(trained.name))
+            trained.save(self._training_record(trained.name), self._identity(TrainedAdapter))
 
     def forget_training(self, name: str) -> None:
         """Drop the record of a training, on the main process, where something else takes its adapter's place."""
@@ -135,15 +135,22 @@ class RunDirectory:
     def scored_run(self, subset: Sequence[str], seed: int) -> ScoredRun | None:
         """A subset's true fine-tuning; `None` where it was not made."""
         path = self._scored_run(subset, seed)
-        return ScoredRun.load(path) if path.is_file() else None
+        return ScoredRun.load(path, self._identity(ScoredRun)) if path.is_file() else None
 
     def scored_runs(self) -> list[ScoredRun]:
         """Every true fine-tuning of the run."""
-        return [ScoredRun.load(path) for path in sorted((self.path / layout.SCORED_RUNS).glob("*.json"))]
+        files = sorted((self.path / layout.SCORED_RUNS).glob("*.json"))
+        return [ScoredRun.load(path, self._identity(ScoredRun)) for path in files]
 
     def write_scored_run(self, scored: ScoredRun) -> None:
         if is_main_process():
-            scored.save(self._scored_run(scored.subset, scored.seed))
+            scored.save(self._scored_run(scored.subset, scored.seed), self._identity(ScoredRun))
+
+    def _identity(self, kind: type[Record]) -> str | None:
+        """What the run's own records of a kind carry; `None` for the run's record itself and where there is none."""
+        if kind is RunRecord or (self._record is None and not self.has(RunRecord)):
+            return None
+        return self.record.identity(with_choices=kind in layout.CHOICE_RECORDS)
 
     def _training_record(self, name: str) -> Path:
         return self.path / layout.TRAINING / f"{name}.json"
@@ -221,7 +228,7 @@ class RunDirectory:
 
     def _lock(self, stack: ExitStack) -> None:
         stack.enter_context(exclusive_run(self.path))
-        for folder in (self.path, *(self.path / name for name in layout.WRITTEN_FOLDERS), self.member("x").parent):
+        for folder in (self.path, *(self.path / name for name in layout.WRITTEN_FOLDERS)):
             remove_leftovers(folder)
 
     def _delete(self, names: Iterable[str]) -> None:
@@ -243,9 +250,14 @@ class RunDirectory:
         return None if known is None else known.seconds
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[bool]:
-        """Yields whether the stage has to be run; it is recorded as done when the block ends without an exception."""
-        if self.is_done(name):
+    def stage(self, name: str, *kinds: type[Record]) -> Iterator[bool]:
+        """Yields whether the stage has to be run; it is recorded as done when the block ends without an exception.
+
+        Args:
+            name (`str`): name of the stage.
+            kinds (`type[Record]`): records that the stage writes; without one of them it is run again.
+        """
+        if self.is_done(name) and run_on_main(lambda: all(self.has(kind) for kind in kinds)):
             logger.info("Stage %r is done already.", name)
             yield False
             return

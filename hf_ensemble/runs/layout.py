@@ -29,9 +29,11 @@ RECORDS: dict[type[Record], str] = {
     Results: "results.json",
 }
 # Folders that a run writes files and folders into.
-WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE)
+WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE, f"{ENSEMBLE}/adapters", f"{ENSEMBLE}/assets")
 # What depends on the choice of groups or auxiliary tasks, and what the choice depends on.
 CHOICE_ARTEFACTS = (RECORDS[Grouping], RECORDS[Selection], RECORDS[Evaluation], RECORDS[Results], ENSEMBLE, ADAPTER)
+# Records that a run of another choice does not share.
+CHOICE_RECORDS: tuple[type[Record], ...] = (Grouping, Selection, Estimate, EnsembleWeights, Evaluation, Results)
 CHOICE_STAGES = ("group", "select", "weights", "adapter")
 BASIC_ARTEFACTS = (
     GRADIENTS,

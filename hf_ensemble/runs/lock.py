@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .._files import read_json, write_json
+from .._files import read_json, write_json, writing
 from ..errors import RecordError, RunLockedError
 
 _LOCK, _HOLDER = ".run.lock", ".run.holder.json"
@@ -24,11 +24,13 @@ def exclusive_run(path: Path) -> Iterator[None]:
     Raises:
         `RunLockedError`: when another process works in the run.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     # One lock per path in this process, so that a callback may evaluate while its trainer trains.
     lock = FileLock(path / _LOCK, timeout=0, is_singleton=True)
     try:
-        lock.acquire()
+        with writing(path / _LOCK):
+            lock.acquire()
     except Timeout as error:
         raise RunLockedError(
             f"Another process works in the run in {str(path)!r}: {_holder(path)}. Wait for it to finish, stop it, or "

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .._files import sha256_of
-from .._records import Record
+from .._files import checksums
+from .._records import Record, digest_of
 from ..errors import RecordError
 from ..estimate import ObservedRun, SubsetEstimator
 from ..evaluate import TaskScores
@@ -43,6 +43,11 @@ class RunRecord(Record):
     choices: dict[str, Any]
     versions: dict[str, str]
     stages: dict[str, StageRecord] = field(default_factory=dict)
+
+    def identity(self, with_choices: bool) -> str:
+        """What tells the files of this run from those of others: a digest of the configuration, and of the choices."""
+        data = self.to_dict()
+        return digest_of([data["configuration"], data["choices"] if with_choices else None])[:32]
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class TrainedAdapter(Record):
         distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
         total_flos (`float`): floating point operations, as `Trainer` counts them.
         seconds (`float`): wall time; of the last stretch for a training that was resumed.
-        sha256 (`str`, *optional*): checksum of the adapter's weights.
+        files (`dict[str, str]`): checksums of the adapter's files.
     """
 
     format = "hf_ensemble.trained_adapter"
@@ -120,7 +125,7 @@ class TrainedAdapter(Record):
     distance: float = 0.0
     total_flos: float = 0.0
     seconds: float = 0.0
-    sha256: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     def continues(self, known: "TrainedAdapter | None") -> bool:
         """Whether what is known of a training is known of this one: of the same rows, seed and starting point."""
@@ -128,16 +133,18 @@ class TrainedAdapter(Record):
             getattr(known, name) == getattr(self, name) for name in ("name", "mixture", "seed", "theta0")
         )
 
-    def check_weights(self, file: Path) -> None:
-        """Make sure that an adapter's weights are those that the training has written.
+    def check_files(self, folder: Path) -> None:
+        """Make sure that an adapter's files are those that the training has written.
 
         Raises:
             `RecordError`: for other ones.
         """
-        if self.sha256 is not None and (not file.is_file() or sha256_of(file) != self.sha256):
+        found = checksums(folder)
+        altered = [name for name, checksum in self.files.items() if found.get(name) != checksum]
+        if altered:
             raise RecordError(
-                f"{str(file)!r} is not what the training {self.name!r} has written: it is damaged or was replaced. "
-                f"Delete the folder {str(file.parent)!r} to train the adapter again, or restore the file."
+                f"{str(folder / altered[0])!r} is not what the training {self.name!r} has written: it is damaged or "
+                f"was replaced. Delete the folder {str(folder)!r} to train the adapter again, or restore the file."
             )
 
 

@@ -1,6 +1,7 @@
 """Gradient features on disk: a self-describing directory, written in shards and read in blocks."""
 
 from .features import Features, StoredFeatures, column_blocks, row_blocks, take_rows
+from .layout import has_every_file
 from .locks import exclusive_writers
 from .multi_writer import GradientStoreWriters
 from .reader import FeatureTable, GradientStore
@@ -20,4 +21,5 @@ __all__ = [
     "exclusive_writers",
     "row_blocks",
     "take_rows",
+    "has_every_file",
 ]

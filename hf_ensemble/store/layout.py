@@ -17,11 +17,14 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from .._files import read_json
-from ..errors import ConfigurationError, StoreError
+from .._files import read_json, sha256_of
+from .._records import check_checksum
+from ..errors import ConfigurationError, RecordError, StoreError
 
-FORMAT_VERSION = 2
+FORMAT, FORMAT_VERSION = "hf_ensemble.gradient_store", 2
 MANIFEST = "manifest.json"
+# What a manifest holds in any state of its store.
+_KEYS = ("status", "num_rows", "dim", "dtype", "shard_size", "num_shards", "identity")
 PRECONDITIONER = "preconditioner.safetensors"
 # Stored data types by name. NumPy has no bfloat16: its bits are stored as integers.
 _STORED = {"float16": np.dtype("float16"), "bfloat16": np.dtype("int16"), "float32": np.dtype("float32")}
@@ -66,20 +69,97 @@ def marker_file(folder: Path, shard: int) -> Path:
 
 
 def read_manifest(folder: Path) -> dict:
-    """Read the manifest.
+    """Read the manifest, without its checksum.
 
     Raises:
-        `StoreError`: for a missing or damaged manifest.
+        `StoreError`: for a missing, damaged or altered manifest, and one of another release.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise StoreError(f"Expected a gradient store in {str(folder)!r}, found no {MANIFEST}. Capture gradients first.")
-    try:
-        return read_json(path)
-    except ValueError as error:
+    remedy = f"Delete the folder {str(folder)!r} and capture again."
+    data = _read_object(path, remedy)
+    if data.get("format") != FORMAT:
+        raise StoreError(f"{str(path)!r} has format {data.get('format')!r}, expected {FORMAT!r}. {remedy}")
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
         raise StoreError(
-            f"{MANIFEST} in {str(folder)!r} is damaged: {error}. Capture into another directory."
-        ) from error
+            f"{str(path)!r} has format version {version!r}, this release reads {FORMAT_VERSION}. Capture again, or use "
+            "the release that wrote it."
+        )
+    lacking = [key for key in _KEYS if key not in data]
+    if lacking:
+        raise StoreError(f"{str(path)!r} lacks {lacking}. {remedy}")
+    return _checked(data, path, remedy)
+
+
+def read_marker(folder: Path, shard: int) -> dict[str, str]:
+    """Checksums of a shard's files, by name.
+
+    Raises:
+        `StoreError`: for a missing, damaged or altered marker, and one without the checksums.
+    """
+    path = marker_file(folder, shard)
+    if not path.is_file():
+        raise StoreError(f"{path.name} is missing from {str(folder)!r}. Capture again.")
+    remedy = "Delete it and capture again."
+    found = _checked(_read_object(path, remedy), path, remedy).get("sha256")
+    expected = {features_file(folder, shard).name, rows_file(folder, shard).name}
+    if not isinstance(found, dict) or set(found) != expected:
+        raise StoreError(f"{str(path)!r} holds no checksums of {' and '.join(sorted(expected))}. {remedy}")
+    return found
+
+
+def check_file(folder: Path, name: str, checksum: str, record: str) -> None:
+    """Make sure that a file of a store is as it was written; `record` is the file to delete where it is not.
+
+    Raises:
+        `StoreError`: for a missing or altered file.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise StoreError(f"{name} is missing from {str(folder)!r}. Capture again.")
+    if sha256_of(path) != checksum:
+        raise StoreError(
+            f"{name} in {str(folder)!r} was altered (its checksum differs). Delete {record} and capture again."
+        )
+
+
+def _read_object(path: Path, remedy: str) -> dict:
+    try:
+        data = read_json(path)
+    except (RecordError, OSError) as error:
+        raise StoreError(f"{str(path)!r} cannot be read: {error.__cause__ or error}. {remedy}") from error
+    if not isinstance(data, dict):
+        raise StoreError(f"{str(path)!r} is damaged: expected an object, found {data!r:.60}. {remedy}")
+    return data
+
+
+def _checked(data: dict, path: Path, remedy: str) -> dict:
+    try:
+        check_checksum(data, str(path), remedy)
+    except RecordError as error:
+        raise StoreError(str(error)) from error
+    return {key: value for key, value in data.items() if key != "checksum"}
+
+
+def has_shard(folder: Path, shard: int) -> bool:
+    """Whether all files of a shard are there."""
+    return all(file(folder, shard).is_file() for file in (marker_file, features_file, rows_file))
+
+
+def has_every_file(folder: Path) -> bool:
+    """Whether a store was finished and none of its files was deleted since.
+
+    Raises:
+        `StoreError`: for a damaged manifest.
+    """
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(folder)
+    if "preconditioner_sha256" in manifest and not (folder / PRECONDITIONER).is_file():
+        return False
+    return manifest["status"] == "complete" and all(has_shard(folder, s) for s in range(manifest["num_shards"]))
 
 
 def read_preconditioner(folder: Path) -> dict[str, np.ndarray] | None:

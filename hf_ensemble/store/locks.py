@@ -6,6 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .._files import writing
 from ..errors import StoreError
 
 
@@ -17,11 +18,13 @@ def exclusive_writer(folder: str | Path) -> Iterator[None]:
         `StoreError`: when another process is writing.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Next to the directory, which has to be empty for a new store.
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    path = folder.with_name(f".{folder.name}.lock")
+    lock = FileLock(path, timeout=0)
     try:
-        lock.acquire()
+        with writing(path):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout as error:
         raise StoreError(
             f"Another capture is writing into {str(folder)!r}. Wait for it to finish, or choose another directory."

@@ -12,14 +12,18 @@ import pyarrow.feather
 import safetensors.numpy
 
 from .._files import named_differences, remove_leftovers, sha256_of, write_atomically, write_json
+from .._records import with_checksum
 from ..errors import StoreError, StoreMismatchError
 from ..logging import get_logger
 from .layout import (
+    FORMAT,
     FORMAT_VERSION,
     MANIFEST,
     PRECONDITIONER,
     as_stored,
+    check_file,
     features_file,
+    has_shard,
     marker_file,
     read_manifest,
     read_preconditioner,
@@ -85,7 +89,7 @@ class GradientStoreWriter:
         self.dtype = stored_dtype(dtype)
         self.shard_size = shard_size
         self.manifest = {
-            "format": "hf_ensemble.gradient_store",
+            "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "status": "capturing",
             "num_rows": len(plan),
@@ -114,8 +118,14 @@ class GradientStoreWriter:
                 )
             self._clear()
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise StoreError(f"{str(self.folder)!r} is not empty and has no {MANIFEST}. Choose another directory.")
-        write_json(path, self.manifest)
+            raise StoreError(
+                f"{str(self.folder)!r} is not empty and has no {MANIFEST}. Choose another directory, or delete this "
+                "one if it was a store."
+            )
+        self._write_manifest(self.manifest)
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        write_json(self.folder / MANIFEST, with_checksum(manifest))
 
     def _clear(self) -> None:
         (self.folder / MANIFEST).unlink()
@@ -129,13 +139,27 @@ class GradientStoreWriter:
         return {key: value for key, value in manifest.items() if key not in _RECORDS}
 
     def write_preconditioner(self, scales: Mapping[str, np.ndarray]) -> None:
-        """Save the scales of every parameter's gradient, which are needed to map features back to parameters."""
+        """Save the scales of every parameter's gradient, which are needed to map features back to parameters.
+
+        Their checksum goes into the manifest, so that a resumed pass uses no others.
+        """
         data = safetensors.numpy.save({name: np.ascontiguousarray(scale) for name, scale in scales.items()})
-        write_atomically(self.folder / PRECONDITIONER, lambda file: file.write(data))
+        write_atomically(self.folder / PRECONDITIONER, lambda file: file.write(data), len(data))
+        manifest = read_manifest(self.folder)
+        self._write_manifest({**manifest, **self._updatable(None)})
 
     def preconditioner(self) -> dict[str, np.ndarray] | None:
-        """The scales saved by [`write_preconditioner`], or `None`."""
-        return read_preconditioner(self.folder)
+        """The scales saved by [`write_preconditioner`], or `None`.
+
+        Raises:
+            `StoreError`: for a damaged or altered file.
+        """
+        scales = read_preconditioner(self.folder)
+        checksum = read_manifest(self.folder).get("preconditioner_sha256")
+        if scales is None or checksum is None:
+            return None
+        check_file(self.folder, PRECONDITIONER, checksum, PRECONDITIONER)
+        return scales
 
     def missing_shards(self) -> list[int]:
         """Shards that are not complete yet."""
@@ -143,7 +167,7 @@ class GradientStoreWriter:
 
     def has_shard(self, shard: int) -> bool:
         """Whether a shard is complete."""
-        return marker_file(self.folder, shard).exists()
+        return has_shard(self.folder, shard)
 
     def is_complete(self) -> bool:
         """Whether the store is finished."""
@@ -198,13 +222,18 @@ class GradientStoreWriter:
                 "excluded": excluded,
             }
         )
-        write_atomically(features_file(self.folder, shard), lambda file: np.save(file, features, allow_pickle=False))
+        write_atomically(
+            features_file(self.folder, shard),
+            lambda file: np.save(file, features, allow_pickle=False),
+            features.nbytes,
+        )
         write_atomically(
             rows_file(self.folder, shard),
             lambda file: pa.feather.write_feather(table, file, compression="uncompressed"),
+            table.nbytes,
         )
         files = {p.name: sha256_of(p) for p in (features_file(self.folder, shard), rows_file(self.folder, shard))}
-        write_json(marker_file(self.folder, shard), {"rows": len(positions), "sha256": files})
+        write_json(marker_file(self.folder, shard), with_checksum({"rows": len(positions), "sha256": files}))
 
     def _refuse(self, positions: range, excluded: np.ndarray) -> None:
         bad = [self.plan[positions[i]] for i in np.flatnonzero(excluded)]
@@ -227,9 +256,7 @@ class GradientStoreWriter:
         missing = self.missing_shards()
         if missing:
             raise StoreError(f"The store in {str(self.folder)!r} lacks the shards {missing[:10]}. Capture them first.")
-        write_json(
-            self.folder / MANIFEST, {**self.manifest, "status": "complete", **records, **self._updatable(recipe)}
-        )
+        self._write_manifest({**self.manifest, "status": "complete", **records, **self._updatable(recipe)})
 
     def _updatable(self, recipe: TrainingRecipe | None) -> dict[str, Any]:
         """Records that may change in a finished store."""
@@ -246,7 +273,7 @@ class GradientStoreWriter:
         manifest = read_manifest(self.folder)
         updated = {**manifest, **self._updatable(recipe)}
         if updated != manifest:
-            write_json(self.folder / MANIFEST, updated)
+            self._write_manifest(updated)
 
 
 def _finite(rows: CapturedRows) -> np.ndarray:

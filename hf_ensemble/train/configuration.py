@@ -1,10 +1,8 @@
 """What a run is compared by when it is started again: its configuration and its choices, as JSON values."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from datasets import Dataset
 from peft import PeftModel
@@ -15,6 +13,7 @@ from ..capture import model_identity
 from ..select import GroupingSettings, SelectionSettings
 from ..tasks import TaskSet
 from ..tasks.rows import token_fingerprint
+from .credentials import is_secret_name
 
 # Arguments that say where and how to report or how fast to go, not what to train.
 _UNCOMPARED = ("output_dir", "run_name", "project", "disable_tqdm", "overwrite_run", "local_rank", "report_to")
@@ -31,10 +30,8 @@ _TRAINER_ARGUMENTS = ("data_collator", "compute_loss_func", "optimizer_cls_and_k
 # Arguments that only the choice of groups or auxiliary tasks depends on.
 _CHOICES = {own.name for settings in (GroupingSettings, SelectionSettings) for own in fields(settings)}
 _CHOICES |= {"num_components", "ensemble_weights", "calibration_runs"}
-# Names under which loaders and trackers take credentials: their values are never written.
-_SECRET = re.compile(
-    r"(^|_)(token|auth|authorization|password|passwd|secret|credentials?|cookies?|headers|api_key|access_key)$"
-)
+# `TrainingArguments.to_dict` hides every value with such a name; these are tokens of the vocabulary.
+_TEXT_TOKENS = ("eos_token", "pad_token")
 
 
 def configuration_of(
@@ -60,6 +57,7 @@ def configuration_of(
         for key, value in args.to_dict().items()
         if key not in (*_UNCOMPARED, *_CHOICES) and not key.startswith(_UNCOMPARED_PREFIXES)
     }
+    arguments |= {key: getattr(args, key) for key in _TEXT_TOKENS if key in arguments}
     return {
         "trainer": trainer_class.__name__,
         "model": model_identity(model),
@@ -78,21 +76,13 @@ def choices_of(args: TrainingArguments) -> dict[str, Any]:
 
 def json_values(data: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as JSON holds them: sets sorted, objects by their names, credentials left out."""
-    return {str(key): _json_value(value) for key, value in data.items() if not _SECRET.search(str(key).lower())}
+    return {str(key): _json_value(value) for key, value in data.items() if not is_secret_name(str(key))}
 
 
 def _json_value(value: Any) -> Any:
     value = identity_of(value)
     if isinstance(value, str):
-        return _without_credentials(value)
+        return without_secrets(value)
     if isinstance(value, dict):
         return json_values(value)
     return [_json_value(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _without_credentials(text: str) -> str:
-    """A URL without its user and password; any other text as it is."""
-    if "://" not in text or "@" not in text:
-        return text
-    parts = urlsplit(text)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, Train
 from transformers.trainer_callback import ExportableState
 
 from .._compat import keep_quantized_weights_in_place
+from .._files import make_writable_folder
 from .._settings import checked_mapping
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
@@ -20,6 +21,7 @@ from ..models.token_checks import check_token_rows
 from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.task import as_dataset, make_task
 from .configs import as_config
+from .credentials import arguments_without_secrets, check_hub_model_id
 from .model_state import ModelState
 from .parent_arguments import check_parent_arguments
 from .trainer_inputs import check_rows_and_arguments
@@ -118,12 +120,14 @@ class MultiTaskMixin:
         Raises:
             `ConfigurationError`: for arguments of another kind, and arguments that only a single training takes.
             `TaskError`: for task names that the run uses itself.
+            `WriteError`: when nothing can be written into `output_dir`.
         """
         if tuple(given["optimizers"] or (None, None)) != (None, None):
             raise ConfigurationError(
                 "An optimizer instance serves one training only, and several adapters are trained. Pass "
                 "optimizer_cls_and_kwargs instead of optimizers."
             )
+        check_hub_model_id(args.hub_model_id)
         check_parent_arguments(args)
         check_rows_and_arguments(tasks, args)
         for name, kinds in _KINDS.items():
@@ -134,6 +138,8 @@ class MultiTaskMixin:
         reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
         if reserved:
             raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
+        if args.should_save:
+            make_writable_folder(Path(args.output_dir))
 
     def _finish_init(
         self,
@@ -224,6 +230,15 @@ class MultiTaskMixin:
             if callback not in self.callback_handler.callbacks:
                 trainer.remove_callback(type(callback))
         return trainer
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        # The arguments are pickled beside the model.
+        own = self.args
+        self.args = arguments_without_secrets(own)
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args = own
 
     def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         """Raw evaluation rows of known tasks as token tables with `task` and `example_id`.

@@ -258,7 +258,9 @@ def local_hub(storage_dir: Path) -> Iterator[str]:
         thread.join()
 
 
-def run_against_hub(code: str, endpoint: str, home: Path) -> "subprocess.CompletedProcess[str]":
+def run_against_hub(
+    code: str, endpoint: str, home: Path, variables: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     """Run Python `code` in a new process whose Hub is `endpoint`.
 
     A new process, because `huggingface_hub` reads its settings once, when it is imported.
@@ -271,6 +273,8 @@ def run_against_hub(code: str, endpoint: str, home: Path) -> "subprocess.Complet
         home (`Path`):
             Becomes `HF_HOME` and the working directory. Made if missing. A second `home` has an empty cache, so it
             sees what another machine would see.
+        variables (`dict[str, str]`, *optional*):
+            Further environment variables.
 
     Returns:
         `subprocess.CompletedProcess`: with `stdout` and `stderr` as text.
@@ -285,6 +289,7 @@ def run_against_hub(code: str, endpoint: str, home: Path) -> "subprocess.Complet
     environment = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
     environment |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    environment |= variables or {}
     options: dict[str, Any] = {"env": environment, "cwd": home, "timeout": SUBPROCESS_TIMEOUT_SECONDS}
     try:
         done = subprocess.run(

@@ -159,6 +159,23 @@ def test_files_that_are_not_there_are_named(tmp_path):
         Report.load(tmp_path / "list.json")
 
 
+def test_altered_values_and_records_of_another_run_are_named(tmp_path):
+    path = tmp_path / "report.json"
+    report().save(path, run="one")
+    assert Report.load(path) == Report.load(path, run="one") == report()
+    with pytest.raises(RecordError, match=r"report\.json' belongs to another run.* Delete it"):
+        Report.load(path, run="two")
+    data = json.loads(path.read_text())
+    for changed, message in [
+        ({**data, "count": 4}, "was altered since it was written"),
+        ({**data, "run": "two"}, "was altered since it was written"),
+        ({key: value for key, value in data.items() if key != "checksum"}, "has no checksum"),
+    ]:
+        path.write_text(json.dumps(changed))
+        with pytest.raises(RecordError, match=rf"report\.json' {message}\. Delete it"):
+            Report.load(path)
+
+
 def test_older_versions_are_read():
     data = {**report().to_dict(), "format_version": 1}
     assert Report.from_dict(data, "the report") == report()

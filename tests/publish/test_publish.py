@@ -98,7 +98,7 @@ def test_an_incomplete_ensemble_is_not_uploaded(run, tmp_path):
 
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "ensemble" / "adapters" / "group_1" / "adapter_model.safetensors").unlink()
-    with pytest.raises(EnsembleLoadError, match="'group_1' is missing"):
+    with pytest.raises(EnsembleLoadError, match="'group_1': adapter_model.safetensors is missing"):
         push_ensemble_to_hub(tmp_path / "run", "user/name")
     with pytest.raises(EnsembleLoadError, match="holds no ensemble_config.json"):
         push_ensemble_to_hub(tmp_path, "user/name")
@@ -137,6 +137,22 @@ def test_push_and_load_from_a_hub(run, tmp_path):
             base = AutoModelForCausalLM.from_pretrained({str(run.parent / "base")!r})
             PeftModel.from_pretrained(base, "hub-user/animals", subfolder="adapters/group_0")
             assert AutoTokenizer.from_pretrained("hub-user/animals")("sum : 1").input_ids
+            # A folder here that is called as the base model was there is another model.
+            import shutil
+            shutil.copytree({str(run.parent / "base")!r}, "base")
+            from huggingface_hub import snapshot_download
+            adapters = Path(snapshot_download("hub-user/animals")) / "adapters"
+            for load in (
+                lambda: PeftEnsembleModel.from_pretrained("hub-user/animals"),
+                lambda: PeftEnsembleModel.from_pretrained(adapters.parent),
+                lambda: PeftEnsembleModel.from_adapters(None, {{"group_0": adapters / "group_0"}}),
+            ):
+                try:
+                    load()
+                except EnsembleLoadError as error:
+                    assert "does not name its base model" in str(error) and "Pass base_model=" in str(error)
+                else:
+                    raise AssertionError("another machine's base model was taken")
             try:
                 PeftEnsembleModel.from_pretrained("hub-user/nothing")
             except EnsembleLoadError as error:

@@ -74,7 +74,7 @@ def test_every_record_of_a_finished_run_reads_back(finished):
     for kind in (RunRecord, TasksRecord, Grouping, Estimate, Evaluation):
         data = json.loads(run.where(kind).read_text())
         assert data["format"] == kind.format and data["format_version"] == kind.format_version
-        assert run.read(kind).to_dict() == data
+        assert run.read(kind).to_dict().items() <= data.items()
     assert run.read(Estimate).l2_evidence == "observed_runs" and len(run.read(Estimate).calibration_subsets) == 1
     assert run.read(Evaluation).reported_split == "eval"
     selector = run_selector(run, num_components=20)

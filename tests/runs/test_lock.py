@@ -12,7 +12,7 @@ from helpers import toy
 from helpers.trainers import sft_trainer
 from hf_ensemble.errors import RecordError, RunLockedError
 from hf_ensemble.runs import RunDirectory
-from hf_ensemble.train.flows.checkpoints import last_whole_checkpoint
+from hf_ensemble.train.flows.checkpoints import last_whole_checkpoint, seal_checkpoint
 
 HOLD = """
 import sys
@@ -51,6 +51,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
         "estimate/.weights.json.x.tmp",
         "training/.one.json.y.tmp",
         "ensemble/adapters/.g.z.tmp",
+        "ensemble/assets/.affinity.png.v.tmp",
     ]
     for name in [*left, "mine.txt", "ensemble/adapters/group_0/adapter_config.json", "notes/.draft.tmp"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +86,7 @@ def checkpoint(folder, step):
     (own / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     torch.save({"a": torch.ones(100)}, own / "optimizer.pt")
     toy.with_lora(toy.llama()).save_pretrained(own)
+    seal_checkpoint(own)
     return own
 
 

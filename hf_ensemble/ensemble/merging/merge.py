@@ -16,7 +16,7 @@ from ..._files import write_atomically
 from ..._settings import check_at_least, check_one_of
 from ...errors import EnsembleError
 from ...logging import get_logger
-from ..saving.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..saving.ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..saving.vllm import vllm_obstacles, vllm_rank
 from . import task_vectors
 from .deltas import AdapterDelta, adapter_delta, lora_modules, saved_modules

@@ -12,10 +12,9 @@ from torch import nn
 
 from ...errors import EnsembleLoadError
 from .adapter_tensors import check_tensor, split_key
+from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .untrusted import checked_file, read_object
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Fields that make PEFT read other files, import code, or change the base that all adapters share.
 _REFUSED = {
     "megatron_config": "which an ensemble does not support",

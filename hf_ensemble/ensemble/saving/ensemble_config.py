@@ -5,15 +5,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..._compat import package_versions
-from ..._files import write_json
-from ...errors import EnsembleError, EnsembleLoadError
+from ..._files import sha256_of, write_json
+from ..._records import check_checksum, with_checksum
+from ...errors import EnsembleError, EnsembleLoadError, RecordError
 from ..forward.combination import COMBINATIONS
 from ..forward.routing import ROUTINGS
 from ..members import BaseModelReference, EnsembleMember, check_adapter_name, check_weights
-from .untrusted import checked_file, read_object
+from .untrusted import REMEDY, checked_file, read_object
 
 CONFIG_NAME = "ensemble_config.json"
 ADAPTERS_FOLDER = "adapters"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FORMAT = "hf_ensemble.ensemble"
 FORMAT_VERSION = 1
 
@@ -31,6 +34,7 @@ class SavedEnsembleConfig:
         versions (`dict[str, str]`): versions of the packages that wrote it.
         combination (`str`): see [`PeftEnsembleModel`].
         routing (`str`): see [`PeftEnsembleModel`].
+        files (`dict[str, dict[str, str]]`): checksums of each adapter's files; taken anew when the ensemble is saved.
     """
 
     base_model: BaseModelReference
@@ -41,14 +45,39 @@ class SavedEnsembleConfig:
     versions: dict[str, str] = field(default_factory=package_versions)
     combination: str = "logits"
     routing: str = "default"
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
+        """Write the configuration beside the adapters, with their checksums."""
+        files = {
+            member.name: {
+                name: sha256_of(path)
+                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+                if (path := folder / ADAPTERS_FOLDER / member.name / name).is_file()
+            }
+            for member in self.members
+        }
         data = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **asdict(self),
+            "files": files,
         }
-        write_json(folder / CONFIG_NAME, data)
+        write_json(folder / CONFIG_NAME, with_checksum(data))
+
+    def check_adapter_files(self, name: str, folder: Path) -> None:
+        """Make sure that an adapter's files are those that were saved with the configuration.
+
+        Raises:
+            `EnsembleLoadError`: for missing and other ones.
+        """
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            path = checked_file(folder / ADAPTERS_FOLDER / name / file, folder, f"Adapter {name!r}")
+            if self.files.get(name, {}).get(file) != sha256_of(path):
+                raise EnsembleLoadError(
+                    f"Adapter {name!r}: {str(path)!r} is not the file that the ensemble was saved with: it is damaged "
+                    f"or was replaced. {REMEDY}"
+                )
 
     @classmethod
     def load(cls, folder: Path) -> "SavedEnsembleConfig":
@@ -60,14 +89,16 @@ class SavedEnsembleConfig:
         """
         path = folder / CONFIG_NAME
         if not path.is_file():
-            raise EnsembleLoadError(f"{str(folder)!r} holds no {CONFIG_NAME}: it is not a saved ensemble.")
+            raise EnsembleLoadError(
+                f"{str(folder)!r} holds no {CONFIG_NAME}: it is not a saved ensemble. Check the path."
+            )
         where = f"The ensemble in {str(folder)!r}"
         data = read_object(checked_file(path, folder, where), where)
         version = data.get("format_version")
         if data.get("format") != FORMAT or not isinstance(version, int):
             raise EnsembleLoadError(
                 f"{CONFIG_NAME} in {str(folder)!r} is damaged: expected the format {FORMAT!r} with a format_version, "
-                f"found {data.get('format')!r} and {version!r}."
+                f"found {data.get('format')!r} and {version!r}. {REMEDY}"
             )
         if version > FORMAT_VERSION:
             raise EnsembleLoadError(
@@ -87,12 +118,16 @@ class SavedEnsembleConfig:
                 data.get("versions", {}),
                 data.get("combination", COMBINATIONS[0]),
                 data.get("routing", ROUTINGS[0]),
+                data.get("files", {}),
             )
             config.check()
+            check_checksum(data, str(path), REMEDY)
+        except RecordError as error:
+            raise EnsembleLoadError(str(error)) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, EnsembleError):
                 raise
-            raise EnsembleLoadError(f"{CONFIG_NAME} in {str(folder)!r} is damaged: {error!r}.") from error
+            raise EnsembleLoadError(f"{CONFIG_NAME} in {str(folder)!r} is damaged: {error!r}. {REMEDY}") from error
         return config
 
     def check(self) -> None:

@@ -14,11 +14,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..._files import write_folder_atomically
+from ..._files import remove_leftovers, write_folder_atomically
 from ...errors import EnsembleLoadError
 from ..members import BaseModelReference
-from .adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
-from .ensemble_config import ADAPTERS_FOLDER, CONFIG_NAME, SavedEnsembleConfig
+from .adapter_check import check_adapter
+from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, CONFIG_NAME, SavedEnsembleConfig
 
 _AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -68,7 +68,8 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
 
 def save_ensemble(folder: Path, model: PeftModel, config: SavedEnsembleConfig) -> None:
     """Write the adapters, then the configuration that makes the folder an ensemble."""
-    folder.mkdir(parents=True, exist_ok=True)
+    for work in (folder, folder / ADAPTERS_FOLDER):
+        remove_leftovers(work)
     for member in config.members:
         save_adapter(model, member.name, folder / ADAPTERS_FOLDER / member.name)
     config.save(folder)
@@ -154,6 +155,7 @@ def load_ensemble(
     if not isinstance(base_model, nn.Module):
         model = load_base(config.base_model, base_model, token, model_kwargs)
     for member in config.members:
+        config.check_adapter_files(member.name, folder)
         model = load_adapter(model, folder / ADAPTERS_FOLDER / member.name, member.name, folder)
     return model, config
 
@@ -193,7 +195,10 @@ def load_base(
         raise EnsembleLoadError(f"{CONFIG_NAME} names the unknown model class {reference.auto_class!r}.")
     name = override or reference.name_or_path
     if not name:
-        raise EnsembleLoadError("The ensemble does not name its base model. Pass base_model=.")
+        raise EnsembleLoadError(
+            "The ensemble does not name its base model: it was trained from a folder of another machine. Pass "
+            "base_model=."
+        )
     kwargs = {"trust_remote_code": False, **model_kwargs}
     if override is None and reference.revision is not None:
         kwargs.setdefault("revision", reference.revision)

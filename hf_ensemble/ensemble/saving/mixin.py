@@ -11,8 +11,7 @@ from ..._settings import checked_mapping, checked_path
 from ...errors import EnsembleError, EnsembleLoadError
 from ...tasks import LabelSpace
 from ..members import BaseModelReference, check_adapter_name
-from .adapter_check import ADAPTER_CONFIG
-from .ensemble_config import SavedEnsembleConfig
+from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
 from .files import load_adapter, load_base, load_ensemble, local_folder, save_ensemble
 from .untrusted import checked_file, read_object
 

@@ -7,6 +7,7 @@ from typing import Any
 from ...errors import EnsembleLoadError
 
 _MAX_JSON_BYTES = 2**24
+REMEDY = "Restore the file, or save the ensemble or adapter again."
 
 
 def checked_file(path: Path, root: Path, what: str) -> Path:
@@ -18,7 +19,7 @@ def checked_file(path: Path, root: Path, what: str) -> Path:
     if not path.is_file():
         pickled = sorted(p.name for p in path.parent.glob("*.bin")) if path.suffix == ".safetensors" else []
         note = f" Found {pickled}: pickled weights are not read." if pickled else ""
-        raise EnsembleLoadError(f"{what}: {path.name} is missing from {str(path.parent)!r}.{note}")
+        raise EnsembleLoadError(f"{what}: {path.name} is missing from {str(path.parent)!r}.{note} {REMEDY}")
     resolved = path.resolve()
     if not any(resolved.is_relative_to(allowed) for allowed in _allowed(root)):
         raise EnsembleLoadError(f"{what}: {path.name} leads out of {str(root)!r}, to {str(resolved)!r}.")
@@ -47,7 +48,9 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as error:
         if isinstance(error, EnsembleLoadError):
             raise
-        raise EnsembleLoadError(f"{what}: {path.name} is damaged: {error!r}.") from error
+        raise EnsembleLoadError(f"{what}: {path.name} is damaged: {error!r}. {REMEDY}") from error
     if not isinstance(data, dict):
-        raise EnsembleLoadError(f"{what}: {path.name} is damaged: expected a JSON object, found {type(data).__name__}.")
+        raise EnsembleLoadError(
+            f"{what}: {path.name} is damaged: expected a JSON object, found {type(data).__name__}. {REMEDY}"
+        )
     return data

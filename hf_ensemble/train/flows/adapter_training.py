@@ -1,6 +1,5 @@
 """Training one adapter after another from one starting point, each by an ordinary trainer."""
 
-import copy
 import math
 import shutil
 import time
@@ -15,16 +14,16 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from ..._files import sha256_of
+from ..._files import checksums, writing
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture.identity import parameter_fingerprint
-from ...ensemble.saving.adapter_check import ADAPTER_WEIGHTS
 from ...ensemble.saving.files import save_adapter
 from ...estimate.mixtures import epoch_length
 from ...runs import TrainedAdapter
 from ...tasks import TASK
+from ..credentials import arguments_without_secrets
 from ..tracking import report_as_part_of_run
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import SealCheckpoints, last_whole_checkpoint
 from .context import FlowContext
 
 
@@ -118,7 +117,8 @@ class AdapterTraining:
             with self.context.model_state.restored():
                 trainer = self._trainer(begun, rows)
                 start = time.perf_counter()
-                result = trainer.train(resume_from_checkpoint=checkpoint)
+                with writing(run.training(name)):
+                    result = trainer.train(resume_from_checkpoint=checkpoint)
                 seconds = time.perf_counter() - start
                 trainer.accelerator.free_memory()
             trained = replace(
@@ -133,7 +133,7 @@ class AdapterTraining:
             )
             if is_main_process():
                 save_adapter(self.context.model, self.context.adapter_name, folder)
-                run.write_trained_adapter(replace(trained, sha256=sha256_of(folder / ADAPTER_WEIGHTS)))
+                run.write_trained_adapter(replace(trained, files=checksums(folder)))
                 _remove_checkpoints(run.training(name))
             wait_for_everyone()
             trained = run_on_main(lambda: run.trained_adapter(name))
@@ -148,7 +148,7 @@ class AdapterTraining:
         known, work = run.trained_adapter(wanted.name), run.training(wanted.name)
         same = wanted.continues(known)
         if same and known.status == "done" and folder.exists():
-            known.check_weights(folder / ADAPTER_WEIGHTS)
+            known.check_files(folder)
             return known, None
         if not same:
             # Those of another mixture or starting point.
@@ -158,7 +158,8 @@ class AdapterTraining:
         return begun, last_whole_checkpoint(work)
 
     def _trainer(self, begun: TrainedAdapter, rows: Dataset) -> Trainer:
-        args = copy.copy(self.context.args)
+        # A training reports its arguments to trackers and needs no login.
+        args = arguments_without_secrets(self.context.args)
         if begun.seed != args.seed:
             args.seed = args.data_seed = begun.seed
         args.output_dir = str(self.context.run.training(begun.name))
@@ -171,6 +172,7 @@ class AdapterTraining:
             {task: weight * sampling[task] for task, weight in begun.mixture.items()},
         )
         report_as_part_of_run(trainer.callback_handler, begun.name, begun.first_step)
+        trainer.add_callback(SealCheckpoints)
         return trainer
 
 

@@ -3,10 +3,9 @@
 import shutil
 
 from ..._compat import preserve_active_adapter
-from ..._files import write_folder_atomically
+from ..._files import write_folder_atomically, writing
 from ..._processes import is_main_process, run_on_all, run_on_main, split_between_processes, wait_for_everyone
 from ...ensemble import EnsembleMember, PeftEnsembleModel
-from ...ensemble.saving.adapter_check import ADAPTER_WEIGHTS
 from ...ensemble.saving.files import load_adapter
 from ...ensemble.weighting.fitting import WeightFit, fit_ensemble
 from ...runs import EnsembleWeights
@@ -56,21 +55,20 @@ class EnsembleAssembly:
         run = self.context.run
         members = [EnsembleMember(name, self.grouping.trained_on(name)) for name in self.grouping.groups]
         shared = EnsembleMember(BASELINE, list(self.context.tasks))
-        with run.stage("weights") as todo:
+        with run.stage("weights", EnsembleWeights) as todo:
             if todo:
-                weights = self._weights(members, shared)
-                if any(BASELINE in row for row in weights.weights.values()):
-                    self.copy_baseline(BASELINE)
-                run.write(weights)
+                run.write(self._weights(members, shared))
                 wait_for_everyone()
         weights = run_on_main(lambda: run.read(EnsembleWeights)).weights
         if any(BASELINE in row for row in weights.values()):
+            self.copy_baseline(BASELINE)
             members.append(shared)
         self._load(members)
         ensemble = PeftEnsembleModel(self.context.model, members, weights, label_space=self.context.label_space)
         if is_main_process():
             ensemble.ensemble_config().save(run.ensemble)
-            self.context.processing_class.save_pretrained(run.ensemble)
+            with writing(run.ensemble):
+                self.context.processing_class.save_pretrained(run.ensemble)
         wait_for_everyone()
         return ensemble
 
@@ -125,7 +123,7 @@ class EnsembleAssembly:
                 folder = run.baseline if member.name == BASELINE else run.member(member.name)
                 trained = run.trained_adapter(member.name)
                 if trained is not None:
-                    trained.check_weights(folder / ADAPTER_WEIGHTS)
+                    trained.check_files(folder)
                 load_adapter(model, folder, member.name)
                 mark_as_of_a_run(model.peft_config[member.name])
                 self._loaded[member.name] = model.peft_config[member.name]

@@ -2,9 +2,10 @@
 
 from datasets import concatenate_datasets
 
+from ..._processes import run_on_main
 from ...capture import capture_gradients, optimizer_preconditioner, training_recipe
 from ...errors import RunMismatchError
-from ...store import GradientStore, TrainingRecipe
+from ...store import GradientStore, TrainingRecipe, has_every_file
 from .adapter_training import AdapterTraining
 from .context import FlowContext
 
@@ -17,7 +18,8 @@ def captured_gradients(context: FlowContext, training: AdapterTraining) -> Gradi
     """
     run, args = context.run, context.args
     with run.stage("gradients") as todo:
-        if not todo:
+        # What was deleted from a finished store, because it was damaged, is captured again.
+        if not todo and run_on_main(lambda: has_every_file(run.gradients)):
             store = GradientStore(run.gradients)
             found, expected = store.identity["model"]["theta0"], training.theta0_fingerprint()
             if found != expected:

@@ -1,20 +1,41 @@
-"""Checkpoints of a training that was interrupted, and whether they can be read."""
+"""Checkpoints of a training that was interrupted, and whether they are as they were written."""
 
-import json
 import shutil
-import zipfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..._files import checksums, read_json, write_json
+from ..._processes import is_main_process, wait_for_everyone
+from ..._records import check_checksum, with_checksum
+from ...errors import RecordError
 from ...logging import get_logger
 
 logger = get_logger(__name__)
 
+_SEAL = "checksums.json"
+
+
+class SealCheckpoints(TrainerCallback):
+    """Writes the checksums of every checkpoint's files into it, last of all."""
+
+    def on_save(self, args, state, control, **kwargs):
+        # Every process writes its own random state.
+        wait_for_everyone()
+        if is_main_process():
+            seal_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint's files into it."""
+    if checkpoint.is_dir():
+        write_json(checkpoint / _SEAL, with_checksum({"files": checksums(checkpoint)}))
+
 
 def last_whole_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint of which every file reads; others are deleted."""
-    steps = {int(path.name.split("-")[-1]): path for path in work.glob("checkpoint-*") if path.is_dir()}
+    """The newest checkpoint whose files are as they were written; others are deleted."""
+    steps = {int(path.name.split("-")[-1]): path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
     whole = []
     for step, path in steps.items():
         fault = _fault(path)
@@ -27,25 +48,15 @@ def last_whole_checkpoint(work: Path) -> str | None:
 
 
 def _fault(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; `None` for a whole one. The state is what `Trainer` writes last."""
-    if not (checkpoint / "trainer_state.json").is_file():
+    """Why a checkpoint cannot be resumed from; `None` for a whole one."""
+    if not (checkpoint / _SEAL).is_file():
         return "it was not written to its end"
-    for path in checkpoint.rglob("*"):
-        if path.is_file() and not _reads(path):
-            return f"{path.name} is damaged"
-    return None
-
-
-def _reads(path: Path) -> bool:
     try:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        elif path.suffix in (".pt", ".pth"):
-            with zipfile.ZipFile(path) as archive:
-                return archive.testzip() is None
-    except (ValueError, OSError, SafetensorError, zipfile.BadZipFile):
-        return False
-    return True
+        seal = read_json(checkpoint / _SEAL)
+        check_checksum(seal, _SEAL)
+        written = seal["files"]
+    except (OSError, RecordError, AttributeError, KeyError, TypeError):
+        return f"{_SEAL} is damaged"
+    found = checksums(checkpoint)
+    altered = [name for name, checksum in written.items() if found.get(name) != checksum]
+    return f"{altered[0]} is damaged" if altered else None

@@ -80,10 +80,10 @@ class EnsembleFlow:
 
     def _group(self) -> Grouping:
         run = self.context.run
-        with run.stage("group") as todo:
+        with run.stage("group", Grouping, Estimate) as todo:
+            observed = self.calibration.observed_runs(self.num_calibration_runs())
             if not todo:
                 return run_on_main(lambda: run.read(Grouping))
-            observed = self.calibration.observed_runs(self.num_calibration_runs())
             # One process predicts and chooses, the others take its choice.
             grouping = run_on_main(lambda: self._chosen(observed))
             wait_for_everyone()

@@ -72,10 +72,10 @@ class SelectionFlow:
 
     def _select(self) -> Selection:
         run = self.context.run
-        with run.stage("select") as todo:
+        with run.stage("select", Selection) as todo:
+            observed = self.calibration.observed_runs(self.num_calibration_runs())
             if not todo:
                 return run_on_main(lambda: run.read(Selection))
-            observed = self.calibration.observed_runs(self.num_calibration_runs())
             # One process predicts and chooses, the others take its choice.
             selection = run_on_main(lambda: self._chosen(observed))
             wait_for_everyone()
