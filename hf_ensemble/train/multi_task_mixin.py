@@ -21,7 +21,7 @@ from ..models.token_checks import check_token_rows
 from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.task import as_dataset, make_task
 from .configs import as_config
-from .credentials import arguments_without_secrets, check_hub_model_id
+from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
 from .model_state import ModelState
 from .parent_arguments import check_parent_arguments
 from .trainer_inputs import check_rows_and_arguments
@@ -155,6 +155,7 @@ class MultiTaskMixin:
                 "compute_metrics is used by evaluations during each training; the evaluation of the whole run reports "
                 "loss and accuracy."
             )
+        forget_secrets_of(self.processing_class)
         self.tasks = tasks
         self._adapter_trainer_kwargs = adapter_trainer_kwargs
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
