@@ -93,6 +93,29 @@ def test_other_weights_of_the_same_name_are_another_run(finished, tmp_path):
         ).open_run()
 
 
+def test_what_a_trainer_is_constructed_with_is_compared(finished):
+    trainer, _, base = finished
+
+    def opened(**changes):
+        EnsembleSFTTrainer(
+            model=base,
+            args=sft_config(trainer.run_directory.path, num_groups=2),
+            train_dataset=toy.sft_tasks(),
+            peft_config=toy.lora(),
+            **changes,
+        ).open_run()
+
+    opened()
+    other_end = toy.tokenizer()
+    other_end.eos_token = "yes"
+    for changes, name in [
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}, "trainer_arguments.optimizer_cls_and_kwargs"),
+        ({"processing_class": other_end}, "tokens"),
+    ]:
+        with pytest.raises(RunMismatchError, match=name):
+            opened(**changes)
+
+
 def test_a_training_goes_on_from_its_last_whole_checkpoint_and_from_no_other(tmp_path, base_folder, monkeypatch):
     changes = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4}
 
