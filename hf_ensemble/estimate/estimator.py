@@ -221,7 +221,7 @@ class SubsetEstimator:
             accuracy,
             *interval.around(loss, displacement),
             interval.level,
-            coefficients,
+            coefficients.astype(np.float64, copy=False),
             gradient_norm,
         )
 

@@ -25,7 +25,8 @@ def predicted_outcomes(
         margin (`np.ndarray` of shape `(n,)`): margins at the linearization point.
         task (`np.ndarray` of shape `(n,)`): index of each row's task; every task has rows.
         num_tasks (`int`): number of tasks, `T`.
-        coefficients (`np.ndarray` of shape `(S, k)`): w of each mixture.
+        coefficients (`np.ndarray` of shape `(S, k)`):
+            w of each mixture. The products are in its precision, float32 or float64.
         needed (`np.ndarray` of shape `(S, T)`, *optional*): mask of the outcomes to compute; others are NaN.
 
     Returns:
@@ -35,7 +36,7 @@ def predicted_outcomes(
         order = np.argsort(task, kind="stable")
         features, margin, task = features[order], margin[order], task[order]
     x = torch.from_numpy(np.ascontiguousarray(features))
-    m, w = (torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64)) for array in (margin, coefficients))
+    m, w = (torch.from_numpy(np.ascontiguousarray(array, dtype=coefficients.dtype)) for array in (margin, coefficients))
     edges = np.searchsorted(task, np.arange(num_tasks + 1))
     outcomes = np.full((3, len(w), num_tasks), np.nan)
     moves: list[tuple[int, np.ndarray, torch.Tensor]] = []
@@ -45,7 +46,7 @@ def predicted_outcomes(
         chunk = max(1, _CHUNK // (last - first))
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
-            own = x[first:last].double().T
+            own = x[first:last].to(w.dtype).T
             # Rows of the product are shorter than coefficients: it is cheaper to leave some out afterwards.
             move = (
                 (w @ own)[part] if len(w) // 2 < len(part) < len(w) else (w if len(part) == len(w) else w[part]) @ own
@@ -71,7 +72,7 @@ def _summarize(
     mixtures = np.concatenate([part for _, part, _ in moves])
     tasks = np.concatenate([np.full(len(part), index) for index, part, _ in moves])
     starts = np.cumsum(counts) - counts
-    values = (-torch.nn.functional.logsigmoid(z), (z > 0).double(), move.square_())
+    values = (-torch.nn.functional.logsigmoid(z), (z > 0).to(z.dtype), move.square_())
     for row, value in enumerate(values):
         mean = np.add.reduceat(value.numpy(), starts) / counts
         outcomes[row, mixtures, tasks] = np.sqrt(mean) if row == 2 else mean

@@ -173,7 +173,7 @@ class SurrogateProblem:
             torch.from_numpy(new_l2.copy()).to(self._device),
             torch.from_numpy(w.copy()).to(self._device),
         )
-        return found.double().cpu().numpy()
+        return found.cpu().numpy()
 
     def derivatives(self, mixture: np.ndarray, w: np.ndarray, l2: float) -> tuple[np.ndarray, np.ndarray]:
         """Hessian `(k, k)` of a mixture's objective at w `(k,)`, and each task's summed loss gradient `(T, k)`."""

@@ -5,12 +5,18 @@ of a changed mixture is A plus or minus one task's part, which has the rank of t
 the ridge is thus a preconditioner with which conjugate gradients take a few steps for any number of changes at once.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .newton import TaskRows
 
 # Steps of conjugate gradients: the Newton step is then known to a few percent, its effect on losses far better.
 _STEPS = 2
+# Maximum number of features of changed tasks that are copied next to each other.
+_FILLED = 4_000_000
 
 
 def toggled_optima(
@@ -44,20 +50,14 @@ def toggled_optima(
     factor = torch.linalg.cholesky(
         (known / total).double() + (ridge + jitter) * torch.eye(len(w), dtype=torch.float64, device=w.device)
     )
-    inverse = torch.cholesky_inverse(factor).float()
-    parts, gradient = [], w.new_empty(len(changed), len(w))
-    for index, (rows, weight) in enumerate(changed):
-        wrong, curvature = _derivatives(rows, w)
-        parts.append((rows.single, weight * curvature))
-        gradient[index] = -weight * (wrong @ rows.single)
+    inverse = torch.cholesky_inverse(factor.float())
+    parts = [_Part.of(changed, part, w) for part in _slices(changed)]
     # At the optimum, the known tasks' gradients add up to minus the penalty's.
-    gradient = (gradient - ridge * total * w) / totals + 2 * new_l2 * w
+    gradient = (torch.cat([part.gradient for part in parts]) - ridge * total * w) / totals + 2 * new_l2 * w
 
     def product(v: torch.Tensor) -> torch.Tensor:
-        own = v @ known
-        for index, (x, curvature) in enumerate(parts):
-            own[index] += ((x @ v[index]) * curvature) @ x
-        return own / totals + 2 * new_l2 * v
+        own = torch.cat([part.product(v[part.changes]) for part in parts])
+        return own.addmm_(v, known) / totals + 2 * new_l2 * v
 
     step, residual = torch.zeros_like(gradient), -gradient
     direction = y = residual @ inverse
@@ -72,6 +72,52 @@ def toggled_optima(
         direction = y + rho_next / rho.clamp(min=1e-30) * direction
         rho = rho_next
     return w + step
+
+
+@dataclass
+class _Part:
+    """Some of the changes: rows `(c, n, k)` of their tasks, filled up with zeros, and their parts at w."""
+
+    changes: slice
+    rows: torch.Tensor
+    curvature: torch.Tensor
+    gradient: torch.Tensor
+
+    @classmethod
+    def of(cls, changed: list[tuple[TaskRows, float]], changes: slice, w: torch.Tensor) -> "_Part":
+        tasks = [rows for rows, _ in changed[changes]]
+        rows = _filled([task.single for task in tasks])
+        margin = _filled([task.margin.float() for task in tasks])
+        weight = _filled([task.weighted(torch.ones_like(task.margin)).float() for task in tasks])
+        wrong = torch.sigmoid(-(margin + rows @ w))
+        slope = weight * wrong * torch.tensor([[sign] for _, sign in changed[changes]], device=w.device)
+        return cls(changes, rows, slope * (1 - wrong), -_sums(slope, rows))
+
+    def product(self, v: torch.Tensor) -> torch.Tensor:
+        """Hessians of the changes times v `(c, k)`."""
+        return _sums((self.rows @ v.unsqueeze(2)).squeeze(2) * self.curvature, self.rows)
+
+
+def _slices(changed: list[tuple[TaskRows, float]]) -> Iterator[slice]:
+    """Consecutive changes with at most `_FILLED` features, or single ones."""
+    start, longest = 0, 0
+    for index, (rows, _) in enumerate(changed):
+        count, width = rows.single.shape
+        longest = max(longest, count)
+        if index > start and (index + 1 - start) * longest * width > _FILLED:
+            yield slice(start, index)
+            start, longest = index, count
+    yield slice(start, len(changed))
+
+
+def _filled(arrays: list[torch.Tensor]) -> torch.Tensor:
+    """Stacked arrays `(n, ...)`, filled up with zeros; a single one is not copied."""
+    return arrays[0].unsqueeze(0) if len(arrays) == 1 else pad_sequence(arrays, batch_first=True)
+
+
+def _sums(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Weighted sums `(c, k)` of rows `(c, n, k)` by weights `(c, n)`."""
+    return (weights.unsqueeze(1) @ rows).squeeze(1)
 
 
 def _derivatives(rows: TaskRows, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

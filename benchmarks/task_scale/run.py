@@ -1,0 +1,93 @@
+"""How do time and memory of a choice grow with the number of tasks?
+
+    python -m benchmarks.task_scale.run OUTPUT
+    python -m benchmarks.task_scale.run OUTPUT --tasks 1000 --choices group    # adds to the OUTPUT that is there
+
+Tasks of 20 training and 20 validation rows each are generated: a tenth as many topics as tasks, and a mean of its own
+for every task. A fine-tuning on all of them is taken to lower every loss by a fifth. Each choice is made in a process
+of its own.
+"""
+
+import multiprocessing
+import time
+
+import numpy as np
+import torch
+
+from hf_ensemble import DataSelector, FeatureTable, ObservedRun, SubsetEstimator
+
+from ..common import add_machine_flags, make_parser, peak_memory, read_results, write_results
+from .table import table
+
+CHOICES = ("select", "mixture", "group")
+
+
+def world(tasks: int, rows: int, dim: int) -> tuple[FeatureTable, FeatureTable, ObservedRun]:
+    """Training and validation features, and the losses of a fine-tuning on all tasks."""
+    rng = np.random.default_rng(tasks)
+    topics, of = rng.normal(size=(max(2, tasks // 10), dim)), rng.integers(max(2, tasks // 10), size=tasks)
+    means = 0.35 * topics[of] + 0.35 * rng.normal(size=(tasks, dim))
+    names = tuple(f"task_{task}" for task in range(tasks))
+
+    def features() -> FeatureTable:
+        task = np.repeat(np.arange(tasks), rows)
+        values = (rng.normal(size=(len(task), dim)) + means[task]) * np.arange(1, dim + 1) ** -0.5
+        ids = np.arange(len(task)).astype(str)
+        return FeatureTable(values.astype(np.float32), 1.5 * rng.normal(size=len(task)), task, names, ids)
+
+    train, validation = features(), features()
+    losses = np.bincount(validation.task, np.logaddexp(0, -validation.margin)) / rows
+    return train, validation, ObservedRun(dict.fromkeys(names, 1.0), dict(zip(names, (0.8 * losses).tolist())))
+
+
+def measure(tasks: int, choice: str, rows: int, dim: int, threads: int) -> dict:
+    """Seconds and peak memory of one choice in this process."""
+    torch.set_num_threads(threads)
+    train, validation, run = world(tasks, rows, dim)
+    start = time.perf_counter()
+    selector = DataSelector(SubsetEstimator(train, validation, observed_runs=[run]))
+    made = time.perf_counter() - start
+    start = time.perf_counter()
+    if choice == "select":
+        found = selector.select("task_0")
+        size, loss = len(found.tasks), found.path[-1]["predicted_loss"]
+    elif choice == "mixture":
+        found = selector.mixture("task_0")
+        size, loss = len(found.weights), found.predicted_loss
+    else:
+        found = selector.group()
+        size, loss = len(found.groups), min(found.predicted_loss.values())
+    return {
+        "tasks": tasks,
+        "choice": choice,
+        "seconds_to_reduce_and_calibrate": round(made, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_resident_bytes": peak_memory(),
+        "chosen": size,
+        "predicted_loss": loss,
+    }
+
+
+def main() -> None:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[100, 300, 1000])
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
+    parser.add_argument("--rows", type=int, default=20, help="training rows of a task, and validation rows")
+    parser.add_argument("--dim", type=int, default=400, help="captured dimensions")
+    add_machine_flags(parser)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = read_results(arguments.output)
+    known = {(line["tasks"], line["choice"]): line for line in results.get("choices", [])}
+    for tasks in arguments.tasks:
+        for choice in arguments.choices:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                settings = (tasks, choice, arguments.rows, arguments.dim, arguments.threads)
+                known[tasks, choice] = pool.apply(measure, settings)
+            lines = [known[key] for key in sorted(known, key=lambda key: (CHOICES.index(key[1]), key[0]))]
+            results = {**results, "rows": arguments.rows, "dim": arguments.dim, "choices": lines}
+            write_results(arguments.output, results, table)
+
+
+if __name__ == "__main__":
+    main()
