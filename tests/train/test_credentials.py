@@ -75,10 +75,8 @@ def test_tokens_in_texts_and_of_the_environment(monkeypatch):
 
 
 def test_tokens_of_the_vocabulary_are_compared(tmp_path, base_folder):
-    from hf_ensemble.train.configuration import configuration_of
-
     trainer = sft_trainer(tmp_path / "run", base_folder, eos_token="<eos>")
-    arguments = configuration_of(trainer.model, trainer.tasks, trainer.args, type(trainer))["arguments"]
+    arguments = trainer._run_configuration()["arguments"]
     assert arguments["eos_token"] == "<eos>" and "hub_token" not in arguments
 
 
