@@ -60,7 +60,9 @@ def classifiers():
 
 def step(folder, kind, batch_size, plain=False):
     """Gradients of one step over eleven rows in batches of `batch_size`, and its loss."""
-    tasks = {"t": {"train": toy.text_rows(11), "validation": toy.text_rows(2, 1)}}
+    tasks = {
+        name: {"train": toy.text_rows(count), "validation": toy.text_rows(2)} for name, count in (("t", 6), ("u", 5))
+    }
     changes = {
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": -(-11 // batch_size),
