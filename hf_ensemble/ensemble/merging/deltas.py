@@ -80,20 +80,25 @@ def base_weight(layer: LoraLayer) -> torch.Tensor:
     return dequantize_module_weight(layer.get_base_layer()).detach().float()
 
 
-def saved_modules(model: PeftModel, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Weighted parameters of the modules that adapters replace (`modules_to_save`): base + sum_k w_k (own_k - base)."""
-    result: dict[str, torch.Tensor] = {}
+def saved_modules(model: PeftModel, weights: Mapping[str, float]) -> dict[str, dict[str, torch.Tensor]]:
+    """Weighted parameters of the modules that adapters replace (`modules_to_save`): base + sum_k w_k (own_k - base).
+
+    Returns:
+        `dict[str, dict[str, torch.Tensor]]`: by path of the module, and by name within it.
+    """
+    result: dict[str, dict[str, torch.Tensor]] = {}
     base = model.get_base_model()
     for path, wrapper in base.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
         used = [name for name in weights if name in wrapper.modules_to_save]
-        original = _parameters(wrapper.original_module)
-        for key, value in original.items() if used else ():
-            changes = [
-                weights[n] * (_parameters(wrapper.modules_to_save[n])[key].float() - value.float()) for n in used
-            ]
-            result[f"{path}.{key}"] = value.float() + sum(changes)
+        if not used:
+            continue
+        own = {name: _parameters(wrapper.modules_to_save[name]) for name in used}
+        result[path] = {
+            key: value.float() + sum(weights[name] * (own[name][key].float() - value.float()) for name in used)
+            for key, value in _parameters(wrapper.original_module).items()
+        }
     return result
 
 
