@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,7 +50,8 @@ def lora_modules(model: PeftModel, names: Iterable[str]) -> Iterator[tuple[str, 
         path = paths[layer]
         if not (is_linear_lora(layer) or type(layer) is LoraEmbedding):
             kind = type(layer).__name__ if isinstance(layer, BaseTunerLayer) else "trainable tokens"
-            raise EnsembleError(f"{path!r} has adapters of type {kind}, which cannot be merged into one adapter.")
+            kind = "IA3" if isinstance(layer, IA3Layer) else kind
+            raise EnsembleError(f"{path!r} has adapters of type {kind}, which cannot be merged into one LoRA adapter.")
         yield path, layer
 
 
