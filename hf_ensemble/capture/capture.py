@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import CaptureError
+from ..models.inputs import is_encoder_decoder
 from ..models.wrappers import unwrapped
 from ..store import GradientStore, TrainingRecipe
 from ..tasks import RowFormat, TaskCollator, TaskSet, data_collator_for, encode, length_limit
@@ -93,7 +94,7 @@ def capture_gradients(
     if isinstance(config, Mapping):
         check_single_pass(configs)
     if encoded is None:
-        encoded = _encoded(tasks, processing_class, next(iter(configs.values())).max_length)
+        encoded = _encoded(model, tasks, processing_class, next(iter(configs.values())).max_length)
     if data_collator is None:
         is_classification = tasks.row_format is RowFormat.CLASSIFICATION
         data_collator = data_collator_for(tasks.row_format, processing_class, labels_are_tokens=not is_classification)
@@ -104,7 +105,7 @@ def capture_gradients(
 
 
 def _encoded(
-    tasks: TaskSet, processing_class: PreTrainedTokenizerBase | None, max_length: int | None
+    model: nn.Module, tasks: TaskSet, processing_class: PreTrainedTokenizerBase | None, max_length: int | None
 ) -> dict[str, Dataset]:
     if processing_class is None:
         raise CaptureError(
@@ -112,7 +113,11 @@ def _encoded(
         )
     if max_length is None:
         max_length = length_limit(processing_class)
-    return {
-        split: encode(tasks.table(split), processing_class, tasks.row_format, tasks.label_space, max_length)
-        for split in ("train", "validation")
-    }
+    arguments = (
+        processing_class,
+        tasks.row_format,
+        tasks.label_space,
+        max_length,
+        is_encoder_decoder(unwrapped(model)),
+    )
+    return {split: encode(tasks.table(split), *arguments) for split in ("train", "validation")}

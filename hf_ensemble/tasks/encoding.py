@@ -22,12 +22,13 @@ def encode(
     row_format: RowFormat,
     label_space: LabelSpace | None = None,
     max_length: int | None = None,
+    encoder_decoder: bool = False,
 ) -> Dataset:
     """Convert rows to `input_ids`, `attention_mask` and `labels`, and keep `task` and `example_id`.
 
     A classification label becomes the index of its output in `label_space`. Prompts, and everything in a chat before
     the assistant's last turn, are masked with -100. A plain completion ends with the tokenizer's end-of-sequence token,
-    as in trl.
+    as in trl. For an encoder-decoder the prompt is the input and the completion alone is the labels.
 
     Raises:
         `TaskError`: for rows without an answer token after truncation to `max_length`.
@@ -39,6 +40,8 @@ def encode(
         RowFormat.PROMPT_COMPLETION: lambda row: _encode_prompt_completion(row, tokenizer, max_length),
         RowFormat.CHAT: lambda row: _encode_chat(row, tokenizer, max_length),
     }
+    if encoder_decoder:
+        encoders[RowFormat.PROMPT_COMPLETION] = lambda row: _encode_apart(row, tokenizer, max_length)
     drop = [column for column in dataset.column_names if column not in META_COLUMNS]
     return dataset.map(encoders[row_format], remove_columns=drop, desc="Tokenizing", load_from_cache_file=False)
 
@@ -75,6 +78,19 @@ def _encode_prompt_completion(row, tokenizer, max_length):
     if tokenizer.eos_token_id is not None and full[-1:] != [tokenizer.eos_token_id]:
         full = full + [tokenizer.eos_token_id]
     return _mask_prefix(row, prompt, full, max_length)
+
+
+def _encode_apart(row, tokenizer, max_length):
+    if isinstance(row["prompt"], list):
+        raise TaskError(
+            f"Task {row[TASK]!r}: expected texts as prompts for an encoder-decoder model, found chats. Write each "
+            "prompt and completion as one text."
+        )
+    limit = {"truncation": max_length is not None, "max_length": max_length}
+    answer = tokenizer(text_target=row["completion"], **limit)["input_ids"]
+    if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
+        answer = [*answer, tokenizer.eos_token_id][:max_length]
+    return {**tokenizer(row["prompt"], **limit), "labels": answer}
 
 
 def _encode_chat(row, tokenizer, max_length):

@@ -12,6 +12,7 @@ from .flows.assembly import BASELINE
 from .flows.context import FlowContext
 from .flows.ensemble_flow import EnsembleFlow
 from .multi_task_trainer import MultiTaskSFTTrainer, MultiTaskTrainer
+from .supported import check_base_model
 from .used_models import check_adapter_names
 
 
@@ -26,6 +27,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.args.check_tasks(len(self.tasks))
+        check_base_model(self.model)
         check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks)))})
 
     def _make_flow(self, context: FlowContext) -> EnsembleFlow:

@@ -21,6 +21,7 @@ from .flows.capturing import captured_gradients
 from .flows.context import FlowContext
 from .flows.ensemble_flow import EnsembleFlow
 from .flows.selection_flow import SelectionFlow
+from .supported import check_before_loading
 
 logger = get_logger(__name__)
 
@@ -35,6 +36,12 @@ class FlowTrainerMixin(Generic[Flow]):
     """
 
     flow: Flow | None = None
+
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any):
+        datasets = kwargs.get("train_dataset")
+        if isinstance(datasets, Mapping) and len(datasets) > 1:
+            check_before_loading(model, kwargs.get("peft_config"), type(self))
+        super().__init__(model, *args, **kwargs)
 
     def _make_flow(self, context: FlowContext) -> Flow:
         raise NotImplementedError

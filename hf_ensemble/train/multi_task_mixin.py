@@ -16,6 +16,7 @@ from ..logging import get_logger
 from ..tasks import TASK, TaskSet
 from ..tasks.task_set import as_dataset, make_task
 from .model_state import ModelState
+from .supported import check_loaded, set_padding
 from .used_models import mark_as_of_a_run
 
 logger = get_logger(__name__)
@@ -96,6 +97,7 @@ class MultiTaskMixin:
         reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
         if reserved:
             raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
+        check_loaded(self, tasks)
         self.tasks = tasks
         self._adapter_trainer_kwargs = adapter_trainer_kwargs
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
@@ -111,6 +113,7 @@ class MultiTaskMixin:
             raise TaskError(f"No row of the tasks {lost} is left after tokenization: raise max_length.")
         # This trainer never runs the model.
         self._model_state.restore()
+        set_padding(self)
 
     def adapter_trainer(
         self,

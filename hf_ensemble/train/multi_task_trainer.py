@@ -5,15 +5,16 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 from trl import SFTConfig
 
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
+from ..models.inputs import is_encoder_decoder
 from ..tasks import RowFormat, data_collator_for, encode, length_limit
 from .multi_task_mixin import MultiTaskMixin
 from .task_trainer import TaskSFTTrainer, TaskTrainer
-from .trainer_inputs import as_task_set, check_labels, load_classifier
+from .trainer_inputs import as_task_set, check_labels, load_model
 from .used_models import without_adapters_of_earlier_runs
 
 logger = get_logger(__name__)
@@ -52,8 +53,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
                 model if isinstance(model, str) else model.config._name_or_path
             )
         if isinstance(model, str):
-            space = tasks.label_space
-            model = AutoModelForCausalLM.from_pretrained(model) if space is None else load_classifier(model, space)
+            model = load_model(model, tasks.label_space)
         check_labels(model, tasks.label_space)
         model = without_adapters_of_earlier_runs(model)
         if peft_config is not None:
@@ -64,6 +64,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
                 tasks.row_format, processing_class, labels_are_tokens=not is_classification
             )
         self._row_format, self._tokenizer, self._label_space = tasks.row_format, processing_class, tasks.label_space
+        self._is_encoder_decoder = is_encoder_decoder(model)
         super().__init__(
             model=model,
             args=args,
@@ -80,7 +81,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         self._finish_init(tasks, own, callbacks, optimizers, peft_config is not None)
 
     def _encode(self, rows: Dataset) -> Dataset:
-        return encode(rows, self._tokenizer, self._row_format, self._label_space, length_limit(self._tokenizer))
+        limit, apart = length_limit(self._tokenizer), self._is_encoder_decoder
+        return encode(rows, self._tokenizer, self._row_format, self._label_space, limit, apart)
 
     def prepare_rows(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         return {name: self._encode(rows) for name, rows in self._identified(datasets).items()}

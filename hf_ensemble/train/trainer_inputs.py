@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from ..errors import ConfigurationError, TaskError
 from ..tasks import LabelSpace, TaskSet
@@ -32,6 +32,14 @@ def check_labels(model, label_space: LabelSpace | None) -> None:
             f"The tasks have {len(label_space)} different labels, the model's head has {model.config.num_labels} "
             f"outputs. Load the model with num_labels={len(label_space)}, in the order of TaskSet.label_space.names."
         )
+
+
+def load_model(name: str, label_space: LabelSpace | None):
+    """A language model, an encoder-decoder where the name is one's, or a classifier for the label space."""
+    if label_space is not None:
+        return load_classifier(name, label_space)
+    auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(name).is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(name)
 
 
 def load_classifier(name: str, label_space: LabelSpace, **kwargs: Any):
