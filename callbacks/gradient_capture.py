@@ -91,7 +91,7 @@ class GradientCaptureCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, processing_class=None, **kwargs):
         # Whatever is wrong with the rows is said before anything is trained.
-        self._encode(args, processing_class)
+        self._encode(args, model, processing_class)
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         if self.when != "train_begin":
@@ -122,18 +122,18 @@ class GradientCaptureCallback(TrainerCallback):
         # SFTTrainer truncates its rows to this length.
         return config if config.max_length else replace(config, max_length=getattr(args, "max_length", None))
 
-    def _encode(self, args, processing_class) -> None:
+    def _encode(self, args, model, processing_class) -> None:
         if processing_class is None:
             raise ConfigurationError(
                 "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
             )
         _check_loss(self.tasks, args)
-        self._encoded = encoded_splits(self.tasks, processing_class, self._config(args).max_length)
+        self._encoded = encoded_splits(model, self.tasks, processing_class, self._config(args).max_length)
 
     def _capture(self, args, model, processing_class, folder: Path, num_steps=None, optimizer=None) -> None:
         if self._encoded is None:
             # Added to the trainer after its constructor.
-            self._encode(args, processing_class)
+            self._encode(args, model, processing_class)
         config = self._config(args)
         matches_optimizer = config.preconditioner == optimizer_preconditioner(args)
         self.store = capture_gradients(

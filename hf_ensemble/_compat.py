@@ -57,3 +57,47 @@ def preserve_active_adapter(model) -> Iterator[None]:
         for name, parameter in model.named_parameters():
             # An adapter that was loaded inside stays frozen.
             parameter.requires_grad_(trainable.get(name, False))
+
+
+@contextlib.contextmanager
+def tied_modules_under_adapters() -> Iterator[None]:
+    """Let PEFT find the modules that are tied to the embeddings while adapters are on them.
+
+    peft 0.21 looks for the embeddings' own parameter names, which an earlier adapter on the embeddings changes: a
+    second one with `ensure_weight_tying` silently gets the embeddings alone, and its output layer is the base's.
+    Retired when `_get_module_names_tied_with_embedding` finds them under `modules_to_save` and LoRA.
+    """
+    import peft.tuners.tuners_utils as peft_tuners
+    import peft.utils.other as peft_other
+
+    find = peft_other._get_module_names_tied_with_embedding
+
+    def names(model) -> list[str]:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base.model if hasattr(base, "tuner_layer_cls") else base
+        embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+        wrapped = isinstance(embeddings, (peft_other.ModulesToSaveWrapper, peft_tuners.BaseTunerLayer))
+        return _tied_by_paths(base, embeddings) if wrapped else find(model)
+
+    peft_other._get_module_names_tied_with_embedding = names
+    peft_tuners._get_module_names_tied_with_embedding = names
+    try:
+        yield
+    finally:
+        peft_other._get_module_names_tied_with_embedding = find
+        peft_tuners._get_module_names_tied_with_embedding = find
+
+
+def _tied_by_paths(base: torch.nn.Module, embeddings: torch.nn.Module) -> list[str]:
+    """Paths of the modules that are tied to the embeddings, which wrappers leave as they are."""
+    if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
+        return []
+    path = next(path for path, module in base.named_modules() if module is embeddings)
+    tied = set()
+    for parent, module in base.named_modules():
+        keys = getattr(module, "_tied_weights_keys", None)
+        start = f"{parent}." if parent else ""
+        if isinstance(keys, dict):
+            own = [target for target, source in keys.items() if f"{start}{source}" == f"{path}.weight"]
+            tied |= {f"{start}{target}".rpartition(".")[0] for target in own}
+    return sorted(tied)

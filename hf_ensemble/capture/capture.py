@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._settings import checked_path
 from ..errors import CaptureError, ConfigurationError
+from ..models.inputs import is_encoder_decoder
 from ..models.token_checks import check_token_rows
 from ..models.wrappers import unwrapped
 from ..store import GradientStore, TrainingRecipe
@@ -96,7 +97,7 @@ def capture_gradients(
     if isinstance(config, Mapping):
         check_single_pass(configs)
     if encoded is None:
-        encoded = encoded_splits(tasks, processing_class, next(iter(configs.values())).max_length)
+        encoded = encoded_splits(model, tasks, processing_class, next(iter(configs.values())).max_length)
     for rows in encoded.values():
         check_token_rows(model, rows)
     if data_collator is None:
@@ -122,7 +123,7 @@ def _check_arguments(model: Any, tasks: Any, config: Any, processing_class: Any)
 
 
 def encoded_splits(
-    tasks: TaskSet, processing_class: PreTrainedTokenizerBase | None, max_length: int | None
+    model: nn.Module, tasks: TaskSet, processing_class: PreTrainedTokenizerBase | None, max_length: int | None
 ) -> dict[str, Dataset]:
     """The tasks' training and validation rows as tokens, cut at `max_length` or else where the tokenizer cuts.
 
@@ -136,7 +137,11 @@ def encoded_splits(
         )
     if max_length is None:
         max_length = length_limit(processing_class)
-    return {
-        split: encode(tasks.table(split), processing_class, tasks.row_format, tasks.label_space, max_length)
-        for split in ("train", "validation")
-    }
+    arguments = (
+        processing_class,
+        tasks.row_format,
+        tasks.label_space,
+        max_length,
+        is_encoder_decoder(unwrapped(model)),
+    )
+    return {split: encode(tasks.table(split), *arguments) for split in ("train", "validation")}

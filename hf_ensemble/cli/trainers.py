@@ -24,7 +24,7 @@ from ..train import (
     SelectionSFTTrainer,
     SelectionTrainer,
 )
-from ..train.trainer_inputs import load_classifier
+from ..train.inputs.datasets import load_classifier
 from .arguments import DataArguments, parse
 
 # What a model with the labels as its head was made of, beside its files.

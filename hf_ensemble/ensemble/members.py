@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from .._settings import checked_mapping
 from ..errors import EnsembleError, EnsembleLoadError
+from .adapter_kinds import adapter_obstacle
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -23,12 +24,14 @@ class BaseModelReference:
         revision (`str`, *optional*): commit on the Hub.
         auto_class (`str`): the transformers auto class that loads it.
         num_labels (`int`, *optional*): number of outputs of a classification head that the checkpoint lacks.
+        pad_token_id (`int`, *optional*): padding token of a classifier, which its checkpoint may lack.
     """
 
     name_or_path: str
     revision: str | None
     auto_class: str
     num_labels: int | None = None
+    pad_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def check_adapter_name(name: str) -> None:
 
 
 def check_members(model: PeftModel, names: list[str]) -> None:
-    """Raise [`EnsembleError`] unless these are distinct LoRA adapters of the model."""
+    """Raise [`EnsembleError`] unless these are distinct adapters of the model that can share it."""
     if not isinstance(model, PeftModel):
         raise EnsembleError(f"Expected model to be a PeftModel with the adapters, found a {type(model).__name__}.")
     for name in names:
@@ -57,14 +60,10 @@ def check_members(model: PeftModel, names: list[str]) -> None:
             f"Expected different adapters of the model as members, found {names}; the model has "
             f"{list(model.peft_config)}."
         )
-    foreign = [name for name in names if model.peft_config[name].peft_type != "LORA"]
-    if foreign:
-        raise EnsembleError(f"Expected LoRA adapters as members, found others: {foreign}.")
-    invoked = [name for name in names if getattr(model.peft_config[name], "alora_invocation_tokens", None)]
-    if invoked:
-        raise EnsembleError(
-            f"The adapters {invoked} wait for invocation tokens (aLoRA), which an ensemble does not support."
-        )
+    for name in names:
+        obstacle = adapter_obstacle(model.peft_config[name].to_dict())
+        if obstacle is not None:
+            raise EnsembleError(f"The configuration of the adapter {name!r} {obstacle}.")
 
 
 def check_weights(weights: Mapping[str, Mapping[str, float]], members: list[str], where: str = "") -> None:

@@ -296,11 +296,11 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
             task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
             routing (`str`, *optional*): overrides the ensemble's own.
-            kwargs: see `GenerationMixin.generate`: greedy, sampling and beams, streamers, stopping criteria, dynamic
-                and static caches.
+            kwargs: see `GenerationMixin.generate`: greedy, sampling and beams, guidance by a negative prompt, assisted
+                decoding, streamers, stopping criteria, dynamic and static caches.
 
         Raises:
-            `EnsembleError`: for a classifier, or a cache of the caller's own.
+            `EnsembleError`: for a classifier, a cache of the caller's own, and options that need more than logits.
         """
         base = self.model.get_base_model()
         check_generation(base, kwargs)

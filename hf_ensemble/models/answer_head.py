@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..tasks import IGNORE_INDEX, AnswerScores, token_scores
@@ -134,7 +135,11 @@ class AnswerHead:
 
 def head_width(base: nn.Module) -> int | None:
     """Number of outputs of a language model's head; `None` without a head, or where it does not tell."""
-    return getattr(_output_layer(base), "out_features", None)
+    layer = _output_layer(base)
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        # An adapter's copy that is tied to the embeddings tells their sizes.
+        layer = layer.original_module
+    return getattr(layer, "out_features", None)
 
 
 def tokens_at_once(rows: int, width: int) -> int:

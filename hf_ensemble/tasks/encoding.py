@@ -23,6 +23,7 @@ def encode(
     row_format: RowFormat,
     label_space: LabelSpace | None = None,
     max_length: int | None = None,
+    encoder_decoder: bool = False,
 ) -> Dataset:
     """Convert rows to `input_ids`, `attention_mask` and `labels`, and keep `task` and `example_id`.
 
@@ -41,6 +42,8 @@ def encode(
         RowFormat.CHAT: lambda row: _encode_chat(row, tokenizer, max_length),
         RowFormat.TEXT: lambda row: _encode_text(row, tokenizer, max_length),
     }
+    if encoder_decoder:
+        encoders[RowFormat.PROMPT_COMPLETION] = lambda row: _encode_apart(row, tokenizer, max_length)
     drop = [column for column in dataset.column_names if column not in META_COLUMNS]
     return dataset.map(encoders[row_format], remove_columns=drop, desc="Tokenizing", load_from_cache_file=False)
 
@@ -89,6 +92,19 @@ def _with_eos(text, tokenizer):
     tokens = tokenizer(text)["input_ids"]
     has_end = tokenizer.eos_token_id is None or tokens[-1:] == [tokenizer.eos_token_id]
     return tokens if has_end else tokens + [tokenizer.eos_token_id]
+
+
+def _encode_apart(row, tokenizer, max_length):
+    if isinstance(row["prompt"], list):
+        raise TaskError(
+            f"Task {row[TASK]!r}: expected texts as prompts for an encoder-decoder model, found chats. Write each "
+            "prompt and completion as one text."
+        )
+    limit = {"truncation": max_length is not None, "max_length": max_length}
+    answer = tokenizer(text_target=row["completion"], **limit)["input_ids"]
+    if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
+        answer = [*answer, tokenizer.eos_token_id][:max_length]
+    return {**tokenizer(row["prompt"], **limit), "labels": answer}
 
 
 def _encode_chat(row, tokenizer, max_length):

@@ -15,9 +15,10 @@ from .flow_trainer import FlowTrainerMixin
 from .flows.assembly import BASELINE
 from .flows.context import FlowContext
 from .flows.ensemble_flow import EnsembleFlow
+from .inputs.supported import check_base_model
+from .inputs.used_models import check_adapter_names
 from .multi_task_sft_trainer import MultiTaskSFTTrainer
 from .multi_task_trainer import MultiTaskTrainer
-from .used_models import check_adapter_names
 
 
 class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
@@ -31,6 +32,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not self.trains_directly:
+            check_base_model(self.model)
             check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks)))})
 
     def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:

@@ -22,10 +22,11 @@ from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.task import as_dataset, make_task
 from .configs import as_config
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
+from .inputs.datasets import check_rows_and_arguments
+from .inputs.parent_arguments import check_parent_arguments
+from .inputs.supported import check_before_loading, check_loaded, set_padding
+from .inputs.used_models import mark_as_of_a_run
 from .model_state import ModelState
-from .parent_arguments import check_parent_arguments
-from .trainer_inputs import check_rows_and_arguments
-from .used_models import mark_as_of_a_run
 
 logger = get_logger(__name__)
 
@@ -135,6 +136,7 @@ class MultiTaskMixin:
             if value is not None and not isinstance(value, kinds):
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ConfigurationError(f"Expected {name} to be a {expected}, found {value!r:.60}.")
+        check_before_loading(given["model"], given["peft_config"], type(self))
         reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
         if reserved:
             raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
@@ -156,6 +158,7 @@ class MultiTaskMixin:
                 "loss and accuracy."
             )
         forget_secrets_of(self.processing_class)
+        check_loaded(self, tasks)
         self.tasks = tasks
         self._adapter_trainer_kwargs = adapter_trainer_kwargs
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
@@ -180,6 +183,7 @@ class MultiTaskMixin:
             check_token_rows(self.model, rows)
         # This trainer never runs the model.
         self._model_state.restore()
+        set_padding(self)
 
     @property
     def row_collator(self) -> TaskCollator:

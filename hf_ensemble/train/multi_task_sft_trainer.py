@@ -14,9 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..errors import TaskError
 from ..logging import get_logger
 from ..tasks import META_COLUMNS, TASK, RowFormat, TaskCollator, TaskSet
-from .multi_task_mixin import MultiTaskMixin
-from .task_trainer import TaskSFTTrainer
-from .trainer_inputs import (
+from .inputs.datasets import (
     as_task_set,
     check_template,
     is_one_dataset,
@@ -24,7 +22,9 @@ from .trainer_inputs import (
     the_one_dataset,
     with_held_out_rows,
 )
-from .used_models import without_adapters_of_earlier_runs
+from .inputs.used_models import without_adapters_of_earlier_runs
+from .multi_task_mixin import MultiTaskMixin
+from .task_trainer import TaskSFTTrainer
 
 logger = get_logger(__name__)
 
@@ -104,7 +104,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
                 self.train_dataset = self._packed(self.train_dataset, args)
             return
         tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
-        self._check_arguments(tasks, args, given | {"optimizers": optimizers})
+        self._check_arguments(tasks, args, given | {"model": model, "optimizers": optimizers})
         super().__init__(
             model=model if isinstance(model, str) else without_adapters_of_earlier_runs(model),
             eval_dataset={"shown": self._shown_rows},

@@ -6,23 +6,24 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ..errors import ConfigurationError
+from ..models.inputs import is_encoder_decoder
 from ..tasks import META_COLUMNS, RowFormat, TaskSet, data_collator_for, encode, length_limit
 from ..tasks.task import make_task
-from .multi_task_mixin import MultiTaskMixin
-from .task_trainer import TaskTrainer
-from .trainer_inputs import (
+from .inputs.datasets import (
     as_task_set,
     check_labels,
     is_one_dataset,
     is_text_classification,
-    load_classifier,
+    load_model,
     the_one_dataset,
     with_held_out_rows,
 )
-from .used_models import without_adapters_of_earlier_runs
+from .inputs.used_models import without_adapters_of_earlier_runs
+from .multi_task_mixin import MultiTaskMixin
+from .task_trainer import TaskTrainer
 
 
 class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
@@ -70,8 +71,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             raise ConfigurationError("label_smoothing_factor is not defined over label sets that differ by task.")
         if has_adapter:
             tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
-            checked = {"processing_class": processing_class, "peft_config": peft_config, "optimizers": optimizers}
-            self._check_arguments(tasks, args, given | checked)
+            checked = {"model": model, "processing_class": processing_class, "peft_config": peft_config}
+            self._check_arguments(tasks, args, given | checked | {"optimizers": optimizers})
         model, processing_class = _text_model(model, model_init, processing_class, tasks)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
@@ -81,6 +82,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
                 tasks.row_format, processing_class, labels_are_tokens=not is_classification
             )
         self._row_format, self._tokenizer, self._label_space = tasks.row_format, processing_class, tasks.label_space
+        self._is_encoder_decoder = is_encoder_decoder(model)
         given |= {"model": model, "processing_class": processing_class}
         if is_one:
             rows = self._rows_of_one(tasks, eval_dataset)
@@ -93,7 +95,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             self._finish_init(tasks, own, callbacks, peft_config is not None)
 
     def _encode(self, rows: Dataset) -> Dataset:
-        return encode(rows, self._tokenizer, self._row_format, self._label_space, length_limit(self._tokenizer))
+        limit, apart = length_limit(self._tokenizer), self._is_encoder_decoder
+        return encode(rows, self._tokenizer, self._row_format, self._label_space, limit, apart)
 
     def _rows_of(self, tasks: TaskSet) -> dict[str, Any]:
         """The arguments of [`TaskTrainer`] that hold the tasks' rows, and how they are trained on."""
@@ -134,7 +137,6 @@ def _text_model(
             model if isinstance(model, str) else model.config._name_or_path
         )
     if isinstance(model, str):
-        space = tasks.label_space
-        model = AutoModelForCausalLM.from_pretrained(model) if space is None else load_classifier(model, space)
+        model = load_model(model, tasks.label_space)
     check_labels(model, tasks.label_space)
     return without_adapters_of_earlier_runs(model), processing_class

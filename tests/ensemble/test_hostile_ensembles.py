@@ -203,7 +203,10 @@ CASES = {
     ),
     "adapter no JSON": (lambda f: (f / "adapters/second" / ADAPTER).write_text("{"), f"'second': {ADAPTER} is damaged"),
     "no kind": (lambda f: (f / "adapters/second" / ADAPTER).write_text("{}"), f"{ADAPTER} is damaged: it has no peft"),
-    "other kind": (adapter(peft_type="XLORA", adapters={"0": "/etc"}), f"'second': {ADAPTER} says 'XLORA'"),
+    "other kind": (
+        adapter(peft_type="XLORA", adapters={"0": "/etc"}),
+        f"'second': {ADAPTER} has the peft_type 'XLORA'",
+    ),
     "megatron": (adapter(megatron_config={"a": 1}, megatron_core="os"), f"'second': {ADAPTER} sets megatron_config"),
     "replicated layers": (adapter(layer_replication=[[0, 2], [0, 2]]), "sets layer_replication.*changes the base"),
     "initialization": (adapter(init_lora_weights="pissa"), "init_lora_weights 'pissa'.*changes the base model"),
@@ -247,13 +250,25 @@ CASES = {
         tensors(lambda d: d.update({f"{Q_PROJ}.base_layer.weight": torch.zeros(32, 32)})),
         "base_layer.weight' would replace weights of the base model",
     ),
+    "base replaced through a token's place": (
+        tensors(
+            lambda d: d.update(
+                {"base_model.model.model.embed_tokens.token_adapter.base_layer.weight": torch.zeros(45, 32)}
+            )
+        ),
+        "token_adapter.base_layer.weight' would replace weights of the base model",
+    ),
+    "vocabulary of another base": (
+        tensors(lambda d: d.update({"base_model.model.model.embed_tokens.weight": torch.zeros(50, 32)})),
+        "embed_tokens.weight' would replace weights of the base model",
+    ),
     "stray tensor": (
         tensors(lambda d: d.update(stray=torch.zeros(2))),
         f"{TENSORS}: expected tensors of an adapter.*found 'stray'",
     ),
     "another adapter's tensor": (
         tensors(lambda d: d.update({f"{Q_PROJ}.lora_A.first.weight": torch.zeros(8, 32)})),
-        f"{TENSORS}: tensor .*lora_A.first.weight' does not belong in a LoRA adapter",
+        f"{TENSORS}: tensor .*lora_A.first.weight' does not belong in an adapter",
     ),
 }
 

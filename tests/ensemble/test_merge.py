@@ -8,7 +8,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
 from peft.utils.integrations import dequantize_module_weight as dequantize
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from helpers import ensembles, toy
 from helpers.member_kinds import KINDS, NAMES, llama, make
@@ -152,6 +158,40 @@ def test_saved_heads_are_averaged(tmp_path):
     head = 0.25 * model.base_model.model.classifier.modules_to_save["first"].weight
     head = head + 0.75 * model.base_model.model.classifier.modules_to_save["second"].weight
     assert torch.allclose(merged.state_dict["base_model.model.classifier.weight"], head, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_saved_head_of_several_layers_is_loaded_as_one_module(tmp_path):
+    """RoBERTa's head has a hidden layer: PEFT replaces all of it, by the name of the whole."""
+    settings = {"vocab_size": 45, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 4, "max_position_embeddings": 66, "num_labels": 3, "pad_token_id": 1}
+
+    def load():
+        torch.manual_seed(0)
+        return RobertaForSequenceClassification(RobertaConfig(**settings)).eval()
+
+    model = get_peft_model(load(), toy.lora("SEQ_CLS"), adapter_name="first")
+    model.add_adapter("second", toy.lora("SEQ_CLS"))
+    ensembles.randomize_adapters(model, ["first", "second"])
+    weights = {"x": {"first": 0.25, "second": 0.75}, "one": {"second": 1.0}}
+    ensemble = PeftEnsembleModel(model.eval(), ["first", "second"], weights)
+    ids = torch.randint(3, 20, (3, 6))
+    for task in weights:
+        merged = ensemble.merge(task)
+        merged.save_pretrained(tmp_path / task)
+        stock = PeftModel.from_pretrained(load(), tmp_path / task).eval()
+        head = stock.base_model.model.classifier.modules_to_save["default"]
+        own = model.base_model.model.classifier.modules_to_save
+        for key, value in head.state_dict().items():
+            mean = sum(weight * own[name].state_dict()[key] for name, weight in weights[task].items())
+            assert torch.allclose(value, mean, atol=1e-6)
+        assert torch.equal(merged.add_to(load())(input_ids=ids).logits, stock(input_ids=ids).logits)
+        ensemble.combination = "weights"
+        assert torch.allclose(stock(input_ids=ids).logits, ensemble(input_ids=ids, task=task).logits, atol=1e-5)
+        rows = ensemble(input_ids=ids, task=["one", task, "one"]).logits
+        assert torch.allclose(rows[1], stock(input_ids=ids).logits[1], atol=1e-5)
+        ensemble.combination = "logits"
+    assert torch.allclose(stock(input_ids=ids).logits, ensemble(input_ids=ids, task="one").logits, atol=1e-5)
 
 
 def plain_ties(deltas, weights, density):

@@ -23,7 +23,7 @@ from hf_ensemble import (
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.runs import TrainedAdapter
 from hf_ensemble.train import ensemble_trainer
-from hf_ensemble.train.parent_arguments import REFUSED, check_parent_arguments
+from hf_ensemble.train.inputs.parent_arguments import REFUSED, check_parent_arguments
 
 
 def words(text):

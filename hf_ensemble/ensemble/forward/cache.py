@@ -33,6 +33,7 @@ class EnsembleCache(DynamicCache):
         self._make = make
         self.parts: list[tuple[Cache, list[torch.Tensor]]] = []
         self._batch: tuple[bool, list] | None = None
+        self._records_past = False
         # States belong to the adapters as they are, so their stacked matrices may be kept as long.
         self.stacks = Stacks()
 
@@ -45,13 +46,25 @@ class EnsembleCache(DynamicCache):
         batch = (fused, [(name, own.tolist()) for name, own in zip(rows.names, rows.rows)])
         if not self.parts:
             groups = [rows.rows] if fused else [[own] for own in rows.rows]
-            self.parts, self._batch = [(self._make(), group) for group in groups], batch
+            self.parts, self._batch = [(self._new_part(), group) for group in groups], batch
         if batch != self._batch:
             raise EnsembleError(
                 "The cache holds the states of other rows or adapters: expected the batch and tasks of its first call, "
                 f"{self._batch[1]}, found {batch[1]}. Start with past_key_values=None."
             )
         return [cache for cache, _ in self.parts]
+
+    def _new_part(self) -> Cache:
+        part = self._make()
+        if self._records_past:
+            _record_past(part)
+        return part
+
+    def activate_past_recording(self) -> None:
+        """Keep what assisted decoding may roll back to, also beyond a sliding window."""
+        self._records_past = True
+        for cache, _ in self.parts:
+            _record_past(cache)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max((int(cache.get_seq_length(layer_idx)) for cache, _ in self.parts), default=0)
@@ -81,3 +94,8 @@ class EnsembleCache(DynamicCache):
     @property
     def is_initialized(self) -> bool:
         return all(cache.is_initialized for cache, _ in self.parts)
+
+
+def _record_past(cache: Cache) -> None:
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    own.activate_past_recording()

@@ -37,6 +37,8 @@ class CombinedOutputs:
     def add(self, rows: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> None:
         """Add one adapter's `logits` of shape `(len(rows), ..., V)` with a weight per row; `rows` ascend."""
         logits = logits.float()
+        # Of a model that is spread over devices, the logits are on the last one.
+        rows, weights = rows.to(logits.device), weights.to(logits.device)
         shaped = weights.view(-1, *[1] * (logits.dim() - 1))
         if self.combination == "probs":
             self._add_probabilities(rows, weights, shaped, logits)
@@ -60,7 +62,7 @@ class CombinedOutputs:
         if bool((weights < 0).any()):
             raise EnsembleError("The combination 'probs' is a mean of distributions: expected no weight below 0.")
         if self.mask is not None:
-            logits = logits.masked_fill(~self.mask[rows].to(logits.device), float("-inf"))
+            logits = logits.masked_fill(~self.mask.to(logits.device)[rows], float("-inf"))
         # In the log domain, so that an improbable token stays finite.
         part = shaped.log() + torch.log_softmax(logits, -1)
         if self.total is None:

@@ -16,22 +16,35 @@ from .inference import MemberForward
 from .rows import batch_size_of
 
 _DEFAULT_NEW_TOKENS = 20
+_NO_STATES = "an ensemble has logits, but no attentions or hidden states of its own"
+_REFUSED_OPTIONS = {
+    "output_attentions": _NO_STATES,
+    "output_hidden_states": _NO_STATES,
+    "penalty_alpha": _NO_STATES,
+    "dola_layers": _NO_STATES,
+    "use_mtp": _NO_STATES,
+    "assistant_early_exit": "an ensemble has no logits after a part of its layers; use assistant_model or "
+    "prompt_lookup_num_tokens",
+    "token_healing": "it generates for one prompt after the other, whose tasks are not known; cut the prompts' last "
+    "tokens yourself",
+}
 
 
 def check_generation(base: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuse models and options that an ensemble cannot generate with.
 
     Raises:
-        `EnsembleError`: for a model that does not generate, and for options that assume one forward per step.
+        `EnsembleError`: for a model that does not generate, and for options that need more than combined logits.
     """
     if not (hasattr(base, "can_generate") and base.can_generate()):
         raise EnsembleError(f"{type(base).__name__} does not generate. Call the ensemble itself for logits.")
     for option in ("past_key_values", "encoder_outputs"):
         if kwargs.get(option) is not None:
             raise EnsembleError(f"{option} cannot be set: each adapter of an ensemble keeps its own states.")
-    for option in ("output_attentions", "output_hidden_states"):
-        if kwargs.get(option):
-            raise EnsembleError(f"{option} cannot be set: an ensemble has logits, but no hidden states of its own.")
+    config = kwargs.get("generation_config") or base.generation_config
+    for option, reason in _REFUSED_OPTIONS.items():
+        if kwargs.get(option, getattr(config, option, None)):
+            raise EnsembleError(f"{option} cannot be set: {reason}.")
 
 
 def generate_by_outputs(
@@ -68,7 +81,7 @@ def generate_by_outputs(
             # `generate` reads their shape only; the adapters' own states replace them.
             empty = torch.zeros(*input_ids.shape, 1, device=input_ids.device)
             kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=empty)
-        with _replaced_forward(base, run, weights, cache):
+        with _replaced_forward(base, run, weights):
             return base.generate(input_ids=input_ids, **kwargs)
 
 
@@ -93,15 +106,20 @@ def _cache(base: nn.Module, prompt_length: int, kwargs: dict[str, Any]) -> tuple
 
 
 @contextmanager
-def _replaced_forward(
-    base: nn.Module, run: MemberForward, weights: torch.Tensor, cache: EnsembleCache | None
-) -> Iterator[None]:
+def _replaced_forward(base: nn.Module, run: MemberForward, weights: torch.Tensor) -> Iterator[None]:
     """While open, the base model's forward is the ensemble's."""
     patched: Callable | None = base.__dict__.get("forward")
     output = Seq2SeqLMOutput if base.config.is_encoder_decoder else CausalLMOutputWithPast
 
     @functools.wraps(base.forward)
-    def ensemble_forward(*args: Any, past_key_values: Any = None, **inputs: Any):
+    def ensemble_forward(input_ids: Any = None, past_key_values: Any = None, **inputs: Any):
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
+        cache = past_key_values
+        if not isinstance(cache, EnsembleCache):
+            # A second text beside the prompts, such as guidance by a negative prompt, starts with states of its own.
+            wanted = cache is not None or inputs.get("use_cache")
+            cache = EnsembleCache(cache_maker(base.config)) if wanted else None
         # Beams and returned sequences are adjacent: each row of the prompts becomes a run of rows.
         rows = weights.repeat_interleave(batch_size_of(inputs) // len(weights), dim=0)
         return output(logits=run(rows, inputs, cache), past_key_values=cache)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import Cache
 
@@ -63,7 +64,7 @@ def summed_adapters(model: nn.Module, names: list[str], weights: torch.Tensor, s
 
     Linear LoRA layers use the adapters' concatenated factors. For any other layer, the changes that the adapters
     make to its output are summed, which is the same for layers that are linear in their parameters (DoRA, embeddings,
-    saved linear heads).
+    saved linear heads). Of saved modules with several layers, the parameters are summed.
 
     Args:
         weights (`torch.Tensor` of shape `(batch_size, len(names))`): weight of each adapter for each row. A batch
@@ -75,6 +76,8 @@ def summed_adapters(model: nn.Module, names: list[str], weights: torch.Tensor, s
     def compute(layer: nn.Module, plain: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not is_stackable(layer, names):
             own = _row_weights(weights, x, same)
+            if isinstance(layer, ModulesToSaveWrapper) and next(layer.original_module.children(), None) is not None:
+                return _with_summed_parameters(layer, names, own, x, *args, **kwargs)
             base = with_adapter(layer, None, plain, x, *args, **kwargs)
             total = base
             for column, name in enumerate(names):
@@ -106,6 +109,25 @@ def _concatenated(layer: LoraLayer, names: list[str], weights: torch.Tensor | No
     up = torch.cat([layer.lora_B[name].weight * factor[k] for k, name in held], 1)
     owner = torch.cat([torch.full((layer.lora_A[name].weight.shape[0],), k) for k, name in held])
     return down, up, owner.to(down.device)
+
+
+def _with_summed_parameters(
+    layer: ModulesToSaveWrapper, names: list[str], weights: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """The output of a saved module of several layers, with one sum of parameters for each distinct row of weights."""
+    held = [(k, layer.modules_to_save[name]) for k, name in enumerate(names) if name in layer.modules_to_save]
+    parameters = [(k, dict(module.named_parameters())) for k, module in held]
+    distinct, kinds = weights.unique(dim=0, return_inverse=True)
+    rows, outputs = [], []
+    for number, own in enumerate(distinct):
+        summed = {
+            key: value + sum(own[k].to(value) * (changed[key] - value) for k, changed in parameters)
+            for key, value in layer.original_module.named_parameters()
+        }
+        rows.append((kinds == number).nonzero().squeeze(1))
+        some = x if len(distinct) == 1 else x[rows[-1]]
+        outputs.append(torch.func.functional_call(layer.original_module, summed, (some, *args), kwargs))
+    return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
 def _row_weights(weights: torch.Tensor, x: torch.Tensor, same: bool) -> torch.Tensor:

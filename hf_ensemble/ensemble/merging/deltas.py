@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,7 +50,8 @@ def lora_modules(model: PeftModel, names: Iterable[str]) -> Iterator[tuple[str, 
         path = paths[layer]
         if not (is_linear_lora(layer) or type(layer) is LoraEmbedding):
             kind = type(layer).__name__ if isinstance(layer, BaseTunerLayer) else "trainable tokens"
-            raise EnsembleError(f"{path!r} has adapters of type {kind}, which cannot be merged into one adapter.")
+            kind = "IA3" if isinstance(layer, IA3Layer) else kind
+            raise EnsembleError(f"{path!r} has adapters of type {kind}, which cannot be merged into one LoRA adapter.")
         yield path, layer
 
 
@@ -80,20 +82,25 @@ def base_weight(layer: LoraLayer) -> torch.Tensor:
     return dequantize_module_weight(layer.get_base_layer()).detach().float()
 
 
-def saved_modules(model: PeftModel, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Weighted parameters of the modules that adapters replace (`modules_to_save`): base + sum_k w_k (own_k - base)."""
-    result: dict[str, torch.Tensor] = {}
+def saved_modules(model: PeftModel, weights: Mapping[str, float]) -> dict[str, dict[str, torch.Tensor]]:
+    """Weighted parameters of the modules that adapters replace (`modules_to_save`): base + sum_k w_k (own_k - base).
+
+    Returns:
+        `dict[str, dict[str, torch.Tensor]]`: by path of the module, and by name within it.
+    """
+    result: dict[str, dict[str, torch.Tensor]] = {}
     base = model.get_base_model()
     for path, wrapper in base.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
         used = [name for name in weights if name in wrapper.modules_to_save]
-        original = _parameters(wrapper.original_module)
-        for key, value in original.items() if used else ():
-            changes = [
-                weights[n] * (_parameters(wrapper.modules_to_save[n])[key].float() - value.float()) for n in used
-            ]
-            result[f"{path}.{key}"] = value.float() + sum(changes)
+        if not used:
+            continue
+        own = {name: _parameters(wrapper.modules_to_save[name]) for name in used}
+        result[path] = {
+            key: value.float() + sum(weights[name] * (own[name][key].float() - value.float()) for name in used)
+            for key, value in _parameters(wrapper.original_module).items()
+        }
     return result
 
 

@@ -139,14 +139,15 @@ def merge_adapters(
         ranks[path] = sum(len(delta.down) for delta in held.values())
         if isinstance(wanted[path], torch.Tensor) and rank is not None:
             ranks[path] = min(wanted[path].shape)
-    if not wanted and not saved_modules(model, used):
+    saved = saved_modules(model, used)
+    if not wanted and not saved:
         raise EnsembleError(f"The adapters {list(used)} change no module of the model.")
     cap = max(ranks.values(), default=1) if rank is None else min(rank, max(ranks.values(), default=1))
     state, errors, relative_error = _factors(wanted, cap, embeddings)
-    saved = saved_modules(model, used)
-    state.update({f"base_model.model.{key}": value for key, value in saved.items()})
+    for path, parameters in saved.items():
+        state.update({f"base_model.model.{path}.{key}": value for key, value in parameters.items()})
     warn_of_requantization(model, used)
-    config = _config(model, next(iter(used)), list(wanted), saved, cap)
+    config = _config(model, next(iter(used)), list(wanted), sorted(saved), cap)
     return MergedAdapter(config, state, used, method, relative_error, errors)
 
 
@@ -215,15 +216,14 @@ def _factors(wanted: dict[str, Factors | torch.Tensor], rank: int, embeddings: s
     return state, errors, (lost / total) ** 0.5 if total else 0.0
 
 
-def _config(model: PeftModel, like: str, targets: list[str], saved: Mapping[str, Any], rank: int) -> LoraConfig:
+def _config(model: PeftModel, like: str, targets: list[str], saved: list[str], rank: int) -> LoraConfig:
     """The same rank and scaling 1 everywhere, which every server of adapters reads."""
     source = model.peft_config[like]
-    modules = sorted({key.rpartition(".")[0] for key in saved})
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=_shortest_names(model, targets),
-        modules_to_save=modules or None,
+        modules_to_save=saved or None,
         task_type=source.task_type,
         fan_in_fan_out=source.fan_in_fan_out,
         base_model_name_or_path=source.base_model_name_or_path,

@@ -1,4 +1,4 @@
-"""Checks of an adapter's files before PEFT reads them: LoRA for this base, finite, and nothing else."""
+"""Checks of an adapter's files before PEFT reads them: an adapter for this base, finite, and nothing else."""
 
 import math
 from collections.abc import Mapping
@@ -11,20 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...errors import EnsembleLoadError
-from .adapter_tensors import check_tensor, split_key
+from ..adapter_kinds import adapter_obstacle
+from .adapter_tensors import check_tensor, replaced_modules, split_key
 from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .untrusted import checked_file, read_object
 
-# Fields that make PEFT read other files, import code, or change the base that all adapters share.
-_REFUSED = {
-    "megatron_config": "which an ensemble does not support",
-    "layer_replication": "which changes the base model that all adapters share",
-    "alora_invocation_tokens": "whose adapter waits for tokens, which an ensemble does not support",
-    "arrow_config": "which routes between adapters on its own",
-    "use_qalora": "which an ensemble cannot compute",
-    "use_bdlora": "which an ensemble cannot compute",
-}
-_PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal", "eva", "mica", "kaiming")
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _MAX_PATTERN = 1000
 
@@ -61,18 +52,9 @@ def check_config(config: Mapping[str, Any], what: str) -> None:
 
     if "peft_type" not in config:
         refuse("is damaged: it has no peft_type")
-    if config["peft_type"] != "LORA":
-        refuse(f"says {config['peft_type']!r}; members of an ensemble are LORA")
-    for key, reason in _REFUSED.items():
-        if config.get(key):
-            refuse(f"sets {key}, {reason}")
-    if config.get("init_lora_weights") not in _PLAIN_INITIALIZATIONS:
-        refuse(
-            f"has init_lora_weights {config['init_lora_weights']!r}, which changes the base model when it is loaded; "
-            "save the adapter with path_initial_model_for_weight_conversion"
-        )
-    if config.get("bias", "none") != "none":
-        refuse(f"has bias {config['bias']!r}: biases of the base model are shared by all adapters, expected 'none'")
+    obstacle = adapter_obstacle(config)
+    if obstacle is not None:
+        refuse(obstacle)
     ranks = {"r": config.get("r", 8), **_pattern(config, "rank_pattern", refuse)}
     for key, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -80,7 +62,7 @@ def check_config(config: Mapping[str, Any], what: str) -> None:
     for key, alpha in {"lora_alpha": config.get("lora_alpha", 8), **_pattern(config, "alpha_pattern", refuse)}.items():
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
             refuse(f"has the scaling {alpha!r} ({key}), expected a finite number")
-    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+    for key in ("target_modules", "feedforward_modules", "modules_to_save", "exclude_modules"):
         value = config.get(key)
         texts = [value] if isinstance(value, str) else value or []
         if not isinstance(texts, list) or not all(isinstance(t, str) and 0 < len(t) <= _MAX_PATTERN for t in texts):
@@ -101,7 +83,7 @@ def _check_weights(path: Path, config: Mapping[str, Any], base: nn.Module, what:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
             dtypes = {key: file.get_slice(key).get_dtype() for key in keys}
             _check_ranks(shapes, config, path, what)
-            saved = tuple(config.get("modules_to_save") or ())
+            saved = replaced_modules(config, base)
             for key in keys:
                 _check_one(file, key, shapes[key], dtypes[key], saved, base, f"{what}: {path.name}")
             _check_pairs(keys, f"{what}: {path.name}")
@@ -118,10 +100,15 @@ def _check_one(file, key: str, shape: tuple, dtype: str, saved: tuple, base: nn.
     values = file.get_tensor(key)
     if not bool(values.isfinite().all()):
         raise EnsembleLoadError(f"{what}: tensor {key!r} has values that are not finite.")
-    if own is not None and not torch.equal(own.detach().to(values), values):
+    if own is not None and not _is_same(own.detach(), values):
         raise EnsembleLoadError(
             f"{what}: tensor {key!r} would replace weights of the base model, which all adapters share."
         )
+
+
+def _is_same(own: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether these are the same weights, in the precision of the coarser ones."""
+    return torch.equal(own.to(values), values) or torch.equal(own, values.to(own))
 
 
 def _check_ranks(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: Path, what: str) -> None:

@@ -1,4 +1,7 @@
-"""Checking the tensors of a LoRA adapter's file against the base model's modules."""
+"""Checking the tensors of an adapter's file against the base model's modules."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -8,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import EnsembleLoadError
 
-_PREFIX = "base_model.model."
-_LORA_PARTS = (
+PREFIX = "base_model.model."
+_PARTS = (
     "lora_A.weight",
     "lora_B.weight",
     "lora_B.bias",
@@ -17,13 +20,15 @@ _LORA_PARTS = (
     "lora_embedding_B",
     "lora_magnitude_vector",
     "lora_magnitude_vector.weight",
+    "ia3_l",
+    "token_adapter.trainable_tokens_delta",
 )
 
 
 def split_key(key: str) -> tuple[str, str]:
     """Module in the base model, and which part of its adapter the tensor is; empty for other tensors."""
-    path = key.removeprefix(_PREFIX)
-    for part in _LORA_PARTS:
+    path = key.removeprefix(PREFIX)
+    for part in _PARTS:
         if path.endswith(f".{part}"):
             return path.removesuffix(f".{part}"), part
     return path, ""
@@ -38,19 +43,19 @@ def check_tensor(
         base (`nn.Module`): the base model, with or without adapters.
         key (`str`): the tensor's name.
         shape (`tuple[int, ...]`): its shape.
-        saved (`tuple[str, ...]`): the adapter's `modules_to_save`.
+        saved (`tuple[str, ...]`): names of the modules that the adapter replaces, see [`replaced_modules`].
         what (`str`): adapter and file, for messages.
 
     Returns:
         `torch.Tensor`, *optional*: the base model's own tensor of this name, which it must equal.
 
     Raises:
-        `EnsembleLoadError`: for a tensor that does not belong in a LoRA adapter of this base.
+        `EnsembleLoadError`: for a tensor that does not belong in an adapter of this base.
     """
     module_path, part = split_key(key)
-    if not key.startswith(_PREFIX):
+    if not key.startswith(PREFIX):
         raise EnsembleLoadError(
-            f"{what}: expected tensors of an adapter, whose names start with {_PREFIX!r}, found {key!r}."
+            f"{what}: expected tensors of an adapter, whose names start with {PREFIX!r}, found {key!r}."
         )
     if part:
         module = plain_module(base, module_path)
@@ -58,9 +63,35 @@ def check_tensor(
             raise EnsembleLoadError(f"{what}: tensor {key!r} is for a module that the base model does not have.")
         _check_shape(module, part, key, shape, what)
         return None
-    if "trainable_tokens_delta" in key or "token_adapter" in key:
-        return None
     return _other_tensor(base, module_path, key, shape, saved, what)
+
+
+def embedding_layers(base: nn.Module) -> list[nn.Module]:
+    """The input embeddings and the output layer of a base model, with the adapters around them."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        find = getattr(base, name, None)
+        try:
+            layer = find() if callable(find) else None
+        except NotImplementedError:
+            continue
+        if layer is not None:
+            found.append(layer)
+    return found
+
+
+def replaced_modules(config: Mapping[str, Any], base: nn.Module) -> tuple[str, ...]:
+    """Names of the modules of which an adapter has a copy: `modules_to_save`, and embeddings that are tied to them.
+
+    PEFT takes every module whose path ends in one of the names.
+    """
+    names = tuple(config.get("modules_to_save") or ())
+    model_config = getattr(base, "config", None)
+    if not names or not config.get("ensure_weight_tying") or not getattr(model_config, "tie_word_embeddings", False):
+        return names
+    layers = embedding_layers(base)
+    tied = tuple(path for path, module in base.named_modules() if any(module is layer for layer in layers))
+    return (*names, *tied) if any(path.endswith(names) for path in tied) else names
 
 
 def plain_module(base: nn.Module, path: str) -> nn.Module | None:
@@ -68,7 +99,7 @@ def plain_module(base: nn.Module, path: str) -> nn.Module | None:
     module = base
     for name in path.split("."):
         module = _unwrapped(module)
-        if name in ("base_layer", "original_module") and not hasattr(module, name):
+        if name in ("base_layer", "original_module", "token_adapter") and not hasattr(module, name):
             continue
         module = module._modules.get(name)
         if module is None:
@@ -88,16 +119,23 @@ def _check_shape(module: nn.Module, part: str, key: str, shape: tuple[int, ...],
     if width is None:
         return
     inputs, outputs = width
-    rank = shape[0] if part.endswith("_A") or part == "lora_A.weight" else shape[-1]
-    expected = {
-        "lora_A.weight": (rank, inputs),
-        "lora_B.weight": (outputs, rank),
-        "lora_embedding_A": (rank, inputs),
-        "lora_embedding_B": (outputs, rank),
-    }.get(part, (outputs,))
-    if shape != expected and not (part.startswith("lora_magnitude") and outputs in shape and len(shape) <= 2):
+    first, last = (shape[0], shape[-1]) if shape else (0, 0)
+    columns = outputs if isinstance(module, nn.Embedding) else inputs
+    allowed = {
+        "lora_A.weight": [(first, inputs)],
+        "lora_B.weight": [(outputs, last)],
+        "lora_embedding_A": [(first, inputs)],
+        "lora_embedding_B": [(outputs, last)],
+        "lora_magnitude_vector": [(outputs,), (1, outputs), (outputs, 1)],
+        "lora_magnitude_vector.weight": [(outputs,), (1, outputs), (outputs, 1)],
+        "ia3_l": [(1, inputs), (outputs, 1)],
+        # One row a token; how many there are, PEFT reads from the configuration.
+        "token_adapter.trainable_tokens_delta": [(first, columns)],
+    }.get(part, [(outputs,)])
+    if shape not in allowed:
+        expected = " or ".join(str(list(own)) for own in allowed)
         raise EnsembleLoadError(
-            f"{what}: tensor {key!r} has the shape {list(shape)}, expected {list(expected)} for this base model."
+            f"{what}: tensor {key!r} has the shape {list(shape)}, expected {expected} for this base model."
         )
 
 
@@ -117,12 +155,11 @@ def _other_tensor(base, path: str, key: str, shape, saved, what: str) -> torch.T
     module = plain_module(base, parent)
     own = None if module is None else module.state_dict().get(name)
     if own is None:
-        raise EnsembleLoadError(f"{what}: tensor {key!r} does not belong in a LoRA adapter for this base model.")
+        raise EnsembleLoadError(f"{what}: tensor {key!r} does not belong in an adapter for this base model.")
     if tuple(own.shape) != tuple(shape):
         raise EnsembleLoadError(
             f"{what}: tensor {key!r} has the shape {list(shape)}, expected {list(own.shape)} for this base model."
         )
-    # PEFT takes every module whose path ends in one of the names.
     parts = parent.split(".")
     ancestors = [".".join(parts[: end + 1]) for end in range(len(parts))]
     return None if any(ancestor.endswith(saved) for ancestor in ancestors) else own

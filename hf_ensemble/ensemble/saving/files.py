@@ -12,13 +12,19 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..._files import remove_leftovers, write_folder_atomically
+from ..._compat import tied_modules_under_adapters
+from ..._files import remove_leftovers, write_folder_atomically, write_json
 from ...errors import EnsembleLoadError
+from ...models.inputs import is_encoder_decoder
 from ..members import BaseModelReference
 from .adapter_check import check_adapter
+from .adapter_tensors import embedding_layers
 from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, CONFIG_NAME, SavedEnsembleConfig
+from .untrusted import read_object
+from .vocabulary import fit_vocabulary, resized_embeddings
 
 _AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -37,9 +43,13 @@ def base_reference(model: PeftModel) -> BaseModelReference:
     base = model.get_base_model()
     name = type(base).__name__
     auto_class = next((auto for suffix, auto in _AUTO_CLASSES.items() if name.endswith(suffix)), None)
+    if auto_class == "AutoModelForSeq2SeqLM" and not is_encoder_decoder(base):
+        auto_class = None  # Vision-language models have the same suffix.
     if auto_class is None:
         raise EnsembleLoadError(
-            f"Expected a base model whose class ends in one of {sorted(_AUTO_CLASSES)}, found {name}."
+            f"Expected a causal language model, an encoder-decoder or a sequence classifier, whose class ends in one "
+            f"of {sorted(_AUTO_CLASSES)}; found {name}. Load the base model with one of "
+            f"{sorted(set(_AUTO_CLASSES.values()))}."
         )
     path = base.config._name_or_path or ""
     is_classifier = auto_class == "AutoModelForSequenceClassification"
@@ -49,6 +59,7 @@ def base_reference(model: PeftModel) -> BaseModelReference:
         revision=getattr(base.config, "_commit_hash", None),
         auto_class=auto_class,
         num_labels=base.config.num_labels if is_classifier else None,
+        pad_token_id=base.config.get_text_config().pad_token_id if is_classifier else None,
     )
 
 
@@ -58,12 +69,33 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     def write(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".peft.", suffix=".tmp") as work:
             # PEFT writes adapters not named "default" into a folder of their name, and a card beside it.
-            model.save_pretrained(work, selected_adapters=[name], safe_serialization=True)
+            model.save_pretrained(work, selected_adapters=[name], save_embedding_layers=False)
             source = Path(work) if name == "default" else Path(work) / name
-            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                shutil.copy(source / file, target / file)
+            if _is_tied_in_name_only(model, name):
+                config = read_object(source / ADAPTER_CONFIG, f"Adapter {name!r}")
+                write_json(target / ADAPTER_CONFIG, {**config, "ensure_weight_tying": False})
+            else:
+                shutil.copy(source / ADAPTER_CONFIG, target / ADAPTER_CONFIG)
+            embeddings = resized_embeddings(model, name)
+            if embeddings:
+                tensors = {**load_file(source / ADAPTER_WEIGHTS), **embeddings}
+                save_file(tensors, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            else:
+                shutil.copy(source / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
 
     write_folder_atomically(folder, write)
+
+
+def _is_tied_in_name_only(model: PeftModel, name: str) -> bool:
+    """Whether an adapter asks for tied embeddings that PEFT has not tied, as it does for a second one on a model."""
+    layers = embedding_layers(model.get_base_model())
+    if not getattr(model.peft_config[name], "ensure_weight_tying", False) or len(layers) < 2:
+        return False
+    holds = [
+        isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and name in layer._get_available_adapters()
+        for layer in layers
+    ]
+    return holds[0] and not holds[1]
 
 
 def save_ensemble(folder: Path, model: PeftModel, config: SavedEnsembleConfig) -> None:
@@ -93,10 +125,11 @@ def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str, root: 
     check_adapter(folder, name, base, root or folder)
     loaded = peft_model
     try:
-        if peft_model is None:
-            loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
-        else:
-            peft_model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        with tied_modules_under_adapters():
+            if peft_model is None:
+                loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+            else:
+                peft_model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
         _check_complete(loaded, folder / ADAPTER_WEIGHTS, name)
     except Exception as error:  # PEFT, transformers and torch raise various classes for adapters that do not fit
         _take_off(model, peft_model, name)
@@ -151,12 +184,14 @@ def load_ensemble(
             f"{name_or_path!r} names the base model {config.base_model.name_or_path!r}, a folder on another machine. "
             "Pass base_model=."
         )
+    folders = {member.name: folder / ADAPTERS_FOLDER / member.name for member in config.members}
     model: Any = base_model
     if not isinstance(base_model, nn.Module):
         model = load_base(config.base_model, base_model, token, model_kwargs)
-    for member in config.members:
-        config.check_adapter_files(member.name, folder)
-        model = load_adapter(model, folder / ADAPTERS_FOLDER / member.name, member.name, folder)
+        fit_vocabulary(model, folders, folder)
+    for name, own in folders.items():
+        config.check_adapter_files(name, folder)
+        model = load_adapter(model, own, name, folder)
     return model, config
 
 
@@ -204,6 +239,8 @@ def load_base(
         kwargs.setdefault("revision", reference.revision)
     if reference.num_labels is not None:
         kwargs.setdefault("num_labels", reference.num_labels)
+    if reference.pad_token_id is not None:
+        kwargs.setdefault("pad_token_id", reference.pad_token_id)
     try:
         return getattr(transformers, reference.auto_class).from_pretrained(
             name, token=token, use_safetensors=True, **kwargs

@@ -14,6 +14,7 @@ from ..members import BaseModelReference, check_adapter_name
 from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
 from .files import load_adapter, load_base, load_ensemble, local_folder, save_ensemble
 from .untrusted import checked_file, read_object
+from .vocabulary import fit_vocabulary
 
 _AUTO_CLASS_OF_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -96,6 +97,7 @@ class SavingMixin:
         model: Any = base_model
         if not isinstance(base_model, nn.Module):
             model = load_base(_named_base(folders, base_model), None, token, dict(model_kwargs or {}))
+            fit_vocabulary(model, folders)
         for name, folder in folders.items():
             model = load_adapter(model, folder, name)
         return cls(model, list(adapters), weights, **kwargs).eval()

@@ -1,6 +1,6 @@
 """What vLLM requires of adapters."""
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
 # vLLM's choices for max_lora_rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -11,8 +11,10 @@ def vllm_rank(config: LoraConfig) -> int | None:
     return next((rank for rank in VLLM_RANKS if rank >= config.r), None)
 
 
-def vllm_obstacles(config: LoraConfig) -> list[str]:
+def vllm_obstacles(config: PeftConfig) -> list[str]:
     """Why vLLM would refuse an adapter or compute it wrongly; empty if it serves it."""
+    if not isinstance(config, LoraConfig):
+        return [f"an adapter of type {config.peft_type.value}"]
     obstacles = []
     if config.modules_to_save:
         obstacles.append(f"modules_to_save {sorted(config.modules_to_save)}")

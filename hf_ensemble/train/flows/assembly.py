@@ -10,7 +10,7 @@ from ...ensemble.saving.files import load_adapter
 from ...ensemble.weighting.fitting import WeightFit, fit_ensemble
 from ...runs import EnsembleWeights
 from ...select import Grouping
-from ..used_models import mark_as_of_a_run
+from ..inputs.used_models import mark_as_of_a_run
 from .context import FlowContext
 
 BASELINE = "baseline"

@@ -12,7 +12,7 @@ from ...ensemble import PeftEnsembleModel
 from ...ensemble.saving.files import load_adapter
 from ...evaluate import TaskScores, mean_scores
 from ...runs import Evaluation
-from ..used_models import mark_as_of_a_run
+from ..inputs.used_models import mark_as_of_a_run
 from .context import FlowContext
 
 # While an adapter of a folder is scored it has this name on the model.

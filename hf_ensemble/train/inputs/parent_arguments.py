@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..errors import ConfigurationError
+from ...errors import ConfigurationError
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..errors import ConfigurationError
-from ..logging import get_logger
+from ...errors import ConfigurationError
+from ...logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -4,12 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    TrainingArguments,
+)
 
-from ..errors import ConfigurationError, TaskError
-from ..logging import get_logger
-from ..tasks import TASK, LabelSpace, RowFormat, TaskSet
-from ..tasks.task import as_dataset, splits_of
+from ...errors import ConfigurationError, TaskError
+from ...logging import get_logger
+from ...tasks import TASK, LabelSpace, RowFormat, TaskSet
+from ...tasks.task import as_dataset, splits_of
 
 logger = get_logger(__name__)
 
@@ -123,6 +129,14 @@ def check_template(rows: Dataset, processing_class: Any) -> None:
             f"Task {rows[given.index(None)][TASK]!r}: expected chat_template_kwargs in all rows of all tasks or in "
             "none, found rows with and without. Add them to every row."
         )
+
+
+def load_model(name: str, label_space: LabelSpace | None):
+    """A language model, an encoder-decoder where the name is one's, or a classifier for the label space."""
+    if label_space is not None:
+        return load_classifier(name, label_space)
+    auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(name).is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(name)
 
 
 def load_classifier(name: str, label_space: LabelSpace, **kwargs: Any):

@@ -1,0 +1,118 @@
+"""Embeddings of a base model whose vocabulary was resized: they travel in the adapters' files, as PEFT has it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .adapter_tensors import PREFIX, embedding_layers, plain_module, split_key
+from .untrusted import checked_file
+
+
+def resized_embeddings(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """Embeddings and output layer of the base model, by the names under which PEFT reads them beside an adapter.
+
+    Without them no one could load an adapter whose base got new tokens. Those that the adapter has a copy of its own
+    of are left out.
+
+    Args:
+        model (`PeftModel`): holds the adapter.
+        name (`str`): the adapter's name.
+
+    Returns:
+        `dict[str, torch.Tensor]`: empty where the vocabulary is that of the base model's checkpoint.
+    """
+    base = model.get_base_model()
+    if not _is_resized(base):
+        return {}
+    paths = {module: path for path, module in base.named_modules()}
+    tensors: dict[str, torch.Tensor] = {}
+    found: set[int] = set()
+    for layer in embedding_layers(base):
+        if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
+            continue
+        module = plain_module(base, paths[layer])
+        for key, value in module.state_dict(keep_vars=True).items():
+            if id(value) not in found:  # tied ones once
+                found.add(id(value))
+                tensors[f"{PREFIX}{paths[layer]}.{_inner_path(layer, name)}{key}"] = value.detach()
+    return tensors
+
+
+def fit_vocabulary(base: nn.Module, folders: Mapping[str, Path], root: Path | None = None) -> None:
+    """Resize the vocabulary of a base model that was just loaded to that of its adapters' embeddings.
+
+    New tokens get the rows that the first file holds for them. Whether all files hold the same rows is checked when
+    they are loaded.
+
+    Args:
+        base (`nn.Module`): the base model, without adapters.
+        folders (`dict[str, Path]`): the adapters' folders by name.
+        root (`Path`, *optional*): folder outside of which nothing is read; each adapter's own by default.
+
+    Raises:
+        `EnsembleLoadError`: for an adapter whose files are missing or lead out of the folder.
+    """
+    layers = embedding_layers(base)
+    if not layers:
+        return
+    before = layers[0].weight.shape[0]
+    rows: dict[int, torch.Tensor] = {}
+    for name, folder in folders.items():
+        for file_name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            file = checked_file(folder / file_name, root or folder, f"Adapter {name!r}")
+        for position, tensor in _embeddings_of(file, base, layers):
+            rows.setdefault(position, tensor)
+    sizes = {len(tensor) for tensor in rows.values()} - {before}
+    if len(sizes) != 1:
+        return
+    base.resize_token_embeddings(sizes.pop(), mean_resizing=False)
+    with torch.no_grad():
+        for position, layer in enumerate(embedding_layers(base)):
+            if position in rows:
+                layer.weight[before:] = rows[position][before:].to(layer.weight)
+
+
+def _embeddings_of(path: Path, base: nn.Module, layers: list[nn.Module]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Which of the layers a file has a weight for, and the weight."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                module_path, part = split_key(key)
+                module = None if part else plain_module(base, module_path.removesuffix(".weight"))
+                if module in layers and len(file.get_slice(key).get_shape()) == 2:
+                    tensor = file.get_tensor(key)
+                    if tensor.is_floating_point() and tensor.shape[1] == module.weight.shape[1]:
+                        yield layers.index(module), tensor
+    except (SafetensorError, OSError):
+        return  # The check of the adapter names what is wrong.
+
+
+def _inner_path(layer: nn.Module, name: str) -> str:
+    """Where PEFT keeps the plain module within the adapter's layers, once it is loaded alone."""
+    if isinstance(layer, TrainableTokensWrapper) and name in layer._get_available_adapters():
+        return "token_adapter.base_layer."
+    if isinstance(layer, BaseTunerLayer) and name in layer._get_available_adapters():
+        return "base_layer."
+    return ""
+
+
+def _is_resized(base: nn.Module) -> bool:
+    config = getattr(base, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name or not hasattr(base, "get_input_embeddings"):
+        return False
+    try:
+        # It was loaded from there, so it is on this machine.
+        revision = getattr(config, "_commit_hash", None)
+        original = type(config).from_pretrained(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    sizes = [getattr(own.get_text_config(), "vocab_size", None) for own in (config, original)]
+    return sizes[0] != sizes[1]

@@ -1,0 +1,99 @@
+"""What a run of several trainings cannot finish, found before anything is trained."""
+
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.utils.other import TrainableTokensWrapper
+from transformers import PreTrainedConfig, Trainer
+from trl import SFTTrainer
+
+from ...ensemble.adapter_kinds import adapter_obstacle
+from ...ensemble.saving.adapter_tensors import embedding_layers
+from ...ensemble.saving.files import base_reference
+from ...errors import ConfigurationError, EnsembleLoadError
+from ...models.inputs import is_encoder_decoder
+from ...tasks import RowFormat, TaskSet
+
+
+def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_class: type[Trainer]) -> None:
+    """Check what is known before a model is loaded and rows are tokenized.
+
+    Args:
+        model (`str` or `nn.Module`): the model that a trainer is given.
+        peft_config (`PeftConfig`, *optional*): the adapter that it is asked for.
+        trainer_class (`type[Trainer]`): its class.
+
+    Raises:
+        `ConfigurationError`: for adapters that cannot be saved and loaded beside others, and for models that the
+            trainer cannot train.
+    """
+    if peft_config is None and isinstance(model, PeftModel):
+        name = model.active_adapter
+        peft_config = model.peft_config[name if isinstance(name, str) else name[0]]
+    obstacle = None if peft_config is None else adapter_obstacle(peft_config.to_dict())
+    if obstacle is not None:
+        raise ConfigurationError(f"A run puts several adapters on one base model, but this adapter {obstacle}.")
+    if issubclass(trainer_class, SFTTrainer) and _is_encoder_decoder(model):
+        raise ConfigurationError(
+            "Expected a model of decoder layers alone, as SFTTrainer trains; found an encoder-decoder. Use "
+            f"{trainer_class.__name__.replace('SFT', '')}, which takes the same prompts and completions."
+        )
+
+
+def check_loaded(trainer: Trainer, tasks: TaskSet) -> None:
+    """Check the model and the tokenizer of a trainer over several tasks.
+
+    Raises:
+        `ConfigurationError`: for chats with an encoder-decoder, for adapters that the trainer would not train, and
+            without a padding token.
+    """
+    model = trainer.model
+    check_before_loading(model, None, type(trainer))
+    if is_encoder_decoder(model) and tasks.row_format is RowFormat.CHAT:
+        raise ConfigurationError(
+            "Expected prompts and completions, or token ids with labels, for an encoder-decoder model; found chats. "
+            "Make a prompt of the turns before the last one, and a completion of the last."
+        )
+    wrapped = [isinstance(layer, TrainableTokensWrapper) for layer in embedding_layers(model.get_base_model())]
+    if isinstance(trainer, SFTTrainer) and any(wrapped[1:]):
+        raise ConfigurationError(
+            "SFTTrainer reads the output layer's weight directly, so trainable_token_indices cannot train tokens of "
+            "an output layer that is tied to the embeddings. Use modules_to_save=['embed_tokens'] with "
+            "ensure_weight_tying=True, or load the model with tie_word_embeddings=False."
+        )
+    collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
+    tokenizer = getattr(collator, "tokenizer", None)
+    if tokenizer is not None and tokenizer.pad_token_id is None:
+        raise ConfigurationError(
+            "Expected a tokenizer with a padding token, found none. Set tokenizer.pad_token, for example to "
+            "tokenizer.eos_token, and pass the tokenizer as processing_class."
+        )
+
+
+def check_base_model(model: PeftModel) -> None:
+    """Raise `ConfigurationError` for a base model that a saved ensemble could not load again."""
+    try:
+        base_reference(model)
+    except EnsembleLoadError as error:
+        raise ConfigurationError(f"An ensemble has to load its base model again. {error}") from error
+
+
+def set_padding(trainer: Trainer) -> None:
+    """Tell a classifier the tokenizer's padding token where its configuration has none.
+
+    A classifier over decoder layers reads the last token before the padding, and takes one row at a time otherwise.
+    """
+    config = trainer.model.config.get_text_config()
+    tokenizer = trainer.processing_class
+    if trainer.label_space is not None and config.pad_token_id is None and tokenizer is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    if not isinstance(model, str):
+        return is_encoder_decoder(model)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model)
+    except (OSError, ValueError):
+        return False  # Loading the model says what is wrong.
+    return bool(config.get("is_encoder_decoder"))
