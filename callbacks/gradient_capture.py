@@ -89,7 +89,7 @@ class GradientCaptureCallback(TrainerCallback):
         self.store: GradientStore | None = None
         self._encoded: Mapping[str, Dataset] | None = None
 
-    def on_init_end(self, args, state, control, processing_class=None, **kwargs):
+    def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         # Whatever is wrong with the rows is said before anything is trained.
         self._encode(args, model, processing_class)
 
