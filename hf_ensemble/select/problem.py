@@ -114,7 +114,7 @@ class SelectionProblem:
         return {
             "include": self._include,
             "exclude": self._exclude,
-            "metric": self.settings.selection_metric,
+            **self.settings.metric_arguments(),
             **self.settings.budgets(),
         }
 
@@ -129,7 +129,7 @@ class SelectionProblem:
     def score(self, masks: np.ndarray) -> SubsetScores:
         """Predicted scores of subsets `(S, T)`."""
         prediction = self.estimator.predict(np.asarray(masks, dtype=np.float64))
-        measure = prediction.loss if self.settings.selection_metric == "loss" else 1.0 - prediction.accuracy
+        measure = 1.0 - prediction.accuracy if self.settings.selection_metric == "accuracy" else prediction.loss
         return SubsetScores(measure @ mixture_weights(self.targets, self.names), prediction)
 
     def close_calls(self, scored: SubsetScores, best: int) -> np.ndarray:
@@ -140,7 +140,8 @@ class SelectionProblem:
         """
         coefficients = scored.prediction.coefficients
         goal = mixture_weights(self.targets, self.names)
-        spread = self.estimator.score_spread(coefficients, coefficients[best], goal, self.settings.selection_metric)
+        predicted = "accuracy" if self.settings.selection_metric == "accuracy" else "loss"
+        spread = self.estimator.score_spread(coefficients, coefficients[best], goal, predicted)
         close = scored.value - scored.value[best] <= _CLOSE * spread
         close[best] = False
         return close

@@ -9,7 +9,7 @@ from .._settings import check_at_least, check_one_of
 from ..capture import CaptureConfig, FeatureSettings
 from ..select import GroupingSettings, SelectionSettings
 
-WEIGHTINGS = ("fitted", "own_group")
+WEIGHTINGS = ("fitted", "own_group", "answers")
 
 
 @dataclass
@@ -64,7 +64,8 @@ class EnsembleArguments(GroupingSettings, RunArguments):
         default="fitted",
         metadata={
             "help": "'fitted' gives each task the weights with the least validation loss, 'own_group' only the adapter "
-            "of its own group."
+            "of its own group, 'answers' whichever of these, equal weights and the best single adapter has the best "
+            "metric of generated answers."
         },
     )
 
