@@ -14,53 +14,46 @@ WORDS = ["add", "sub", "reverse", "count", "in", "larger", "sort", "after", "fro
 WORDS += ["ones", "the answer is"]
 SYMBOLS = [*"0123456789", *LETTERS, *DAYS, *WORDS, *"+-=<>:,.", " "]
 TARGET = "two_step_addition"
+MODULUS = 7
 
 
 def _row(question: str, steps: list[str], answer: str) -> Row:
     return {"prompt": f"{question}:", "completion": f"{','.join(steps)}. the answer is {answer}"}
 
 
-def _digits(generator: random.Random, count: int) -> list[int]:
-    return [generator.randrange(10) for _ in range(count)]
+def _arithmetic(generator: random.Random, question: str, signs: str, error: int | None = 0) -> Row:
+    """A calculation modulo seven, step by step.
 
-
-def _additions(numbers: list[int], error: int = 0) -> tuple[list[str], int]:
-    """Steps of a running sum modulo ten, each wrong by `error`, and its last value."""
+    Args:
+        generator (`random.Random`): draws the numbers.
+        question (`str`): the question, with `{}` for each number.
+        signs (`str`): sign of each step.
+        error (`int`, *optional*, defaults to 0): what is added to each result; `None` for random results.
+    """
+    numbers = [generator.randrange(MODULUS) for _ in range(len(signs) + 1)]
     steps, total = [], numbers[0]
-    for number in numbers[1:]:
-        result = (total + number + error) % 10
-        steps.append(f"{total}+{number}={result}")
+    for sign, number in zip(signs, numbers[1:]):
+        right = total + number if sign == "+" else total - number
+        result = generator.randrange(MODULUS) if error is None else (right + error) % MODULUS
+        steps.append(f"{total}{sign}{number}={result}")
         total = result
-    return steps, total
+    return _row(question.format(*numbers), steps, str(total))
 
 
-def two_step_addition(generator: random.Random) -> Row:
-    numbers = _digits(generator, 3)
-    steps, total = _additions(numbers)
-    return _row(f"add {''.join(map(str, numbers))}", steps, str(total))
+def two_step_addition(generator: random.Random, error: int | None = 0) -> Row:
+    return _arithmetic(generator, "add {}{}{}", "++", error)
 
 
-def one_step_addition(generator: random.Random) -> Row:
-    numbers = _digits(generator, 2)
-    steps, total = _additions(numbers)
-    return _row(f"add {''.join(map(str, numbers))}", steps, str(total))
+def one_step_addition(generator: random.Random, error: int | None = 0) -> Row:
+    return _arithmetic(generator, "add {}{}", "+", error)
 
 
-def addition_then_subtraction(generator: random.Random) -> Row:
-    first, second, third = _digits(generator, 3)
-    total = (first + second) % 10
-    result = (total - third) % 10
-    return _row(
-        f"add {first}{second} sub {third}", [f"{first}+{second}={total}", f"{total}-{third}={result}"], str(result)
-    )
+def addition_then_subtraction(generator: random.Random, error: int | None = 0) -> Row:
+    return _arithmetic(generator, "add {}{} sub {}", "+-", error)
 
 
-def two_step_subtraction(generator: random.Random) -> Row:
-    first, second, third = _digits(generator, 3)
-    total = (first - second) % 10
-    result = (total - third) % 10
-    steps = [f"{first}-{second}={total}", f"{total}-{third}={result}"]
-    return _row(f"sub {first}{second}{third}", steps, str(result))
+def two_step_subtraction(generator: random.Random, error: int | None = 0) -> Row:
+    return _arithmetic(generator, "sub {}{}{}", "--", error)
 
 
 def reversal(generator: random.Random) -> Row:
@@ -106,16 +99,13 @@ def symbol_chain(generator: random.Random) -> Row:
 
 
 def wrong_rationales(generator: random.Random) -> Row:
-    """The target's questions with sums that are too large by one."""
-    numbers = _digits(generator, 3)
-    steps, total = _additions(numbers, error=1)
-    return _row(f"add {''.join(map(str, numbers))}", steps, str(total))
+    """The target's questions with results that are too large by one."""
+    return two_step_addition(generator, error=1)
 
 
 def random_answers(generator: random.Random) -> Row:
-    """The target's questions with random digits for results."""
-    first, second, third, x, y, z = _digits(generator, 6)
-    return _row(f"add {first}{second}{third}", [f"{first}+{second}={x}", f"{x}+{third}={y}"], str(z))
+    """The target's questions with random results."""
+    return two_step_addition(generator, error=None)
 
 
 SKILLS: dict[str, Callable[[random.Random], Row]] = {
@@ -135,6 +125,19 @@ SKILLS: dict[str, Callable[[random.Random], Row]] = {
         random_answers,
     )
 }
+
+
+CORRUPTED = ("wrong_rationales", "random_answers")
+ARITHMETIC = ("two_step_addition", "one_step_addition", "addition_then_subtraction", "two_step_subtraction")
+# How much of the arithmetic that the base model reads is right; in the rest every result is too large by one.
+RIGHT = 0.4
+
+
+def unreliable(name: str, generator: random.Random) -> Row:
+    """A row as the base model reads it."""
+    if name not in ARITHMETIC:
+        return SKILLS[name](generator)
+    return SKILLS[name](generator, error=int(generator.random() >= RIGHT))
 
 
 def rows(name: str, count: int, seed: int | str) -> list[Row]:
