@@ -174,7 +174,7 @@ def scores(
     found = {"base model": {**_flat(flow.evaluation.score_base(test)[TARGET]), "skills": []}}
     for way, selection in choices.items():
         name = "choice-" + "-".join(sorted(selection.weights))
-        folder = Path(trainer.args.output_dir) / "chosen" / str(abs(hash_of(name)))
+        folder = Path(trainer.args.output_dir) / "chosen" / str(hash_of(name))
         flow.training.run(f"choice-{folder.name}", selection.weights, folder)
         own = flow.evaluation.score_adapter(folder, test, "Test rows")[TARGET]
         found[way] = {**_flat(own), "skills": list(selection.auxiliary)}
@@ -203,12 +203,13 @@ def measure(base: Path, settings, seeds: Sequence[int]) -> list[dict]:
     for seed in seeds:
         trainer = make_trainer(base, Path(settings.output_dir) / f"seed-{seed}", settings, seed)
         choices = choose(trainer, seed)
-        steps = {way: [asdict_step(step) for step in selection.path] for way, selection in choices.items()}
+        steps = {way: [outcome_of(step) for step in selection.path] for way, selection in choices.items()}
         worlds.append({"seed": seed, "scores": scores(trainer, choices, seed), "paths": steps})
     return worlds
 
 
-def asdict_step(step: Mapping) -> dict:
+def outcome_of(step: Mapping) -> dict:
+    """What the results keep of a step of a search."""
     kept = ("added", "predicted_loss", "answered", "verified")
     return {name: step[name] for name in kept if name in step}
 
