@@ -16,6 +16,7 @@ _EXPORTS = {
     "estimate": ["ObservedRun", "Prediction", "SubsetEstimator"],
     "select": ["DataSelector", "ExampleScores", "Grouping", "Mixture", "Selection"],
     "ensemble": ["PeftEnsembleModel"],
+    "evaluate": ["AnswerMetric"],
     "runs": ["FidelityReport", "RunDirectory"],
     "publish": ["draw_choice", "push_ensemble_to_hub", "write_model_card"],
     "callbacks": ["GradientCaptureCallback"],

@@ -50,6 +50,14 @@ class FlowArguments(DataArguments):
         default=None,
         metadata={"help": "Select auxiliary tasks for this one and train once, instead of making an ensemble."},
     )
+    answer_metrics: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also score generated answers: what to extract from them (the_answer_is, number_after_hashes, "
+            'choice, yes_no, last_number, whole_text, or a regular expression), or JSON by task: \'{"gsm8k": '
+            '{"extract": "number_after_hashes", "metrics": ["exact_match"], "max_new_tokens": 200}}\'.'
+        },
+    )
     fidelity_subsets: int = field(
         default=0, metadata={"help": "Random subsets to fine-tune, to compare predictions with the truth."}
     )
@@ -147,6 +155,22 @@ class DemoArguments:
     def __post_init__(self):
         check_at_least("seed", self.seed, 0)
         check_at_least("fidelity_subsets", self.fidelity_subsets, 1)
+
+
+def answer_metrics(text: str | None) -> str | dict[str, Any] | None:
+    """What `answer_metrics` says: settings by task where it is JSON, else what to extract from every task's answers.
+
+    Raises:
+        `ConfigurationError`: for what begins like JSON and is not.
+    """
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(
+            f'answer_metrics has to be JSON like \'{{"gsm8k": "the_answer_is"}}\', found {text!r}: {error}.'
+        ) from error
 
 
 def with_config(argv: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Tables of the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..ensemble import PeftEnsembleModel
+from ..evaluate import TaskScores
 from ..runs import FidelityReport, Results
 from ..select import ExampleScores, Grouping, Selection
 
@@ -26,19 +27,44 @@ def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
     return table
 
 
-def results_table(results: Results) -> Table:
-    """Accuracy of every system on every task."""
+def results_tables(results: Results) -> list[Table]:
+    """Accuracy of every system on every task, and a table for each metric of the generated answers."""
+    metrics = dict.fromkeys(name for means in results.mean_metrics.values() for name in means)
+    return [
+        _results_table(results, "Accuracy", lambda scores: scores.accuracy, results.mean_accuracy),
+        *(
+            _results_table(
+                results,
+                f"{name} of generated answers",
+                lambda scores, name=name: scores.metrics.get(name),
+                {system: means.get(name) for system, means in results.mean_metrics.items()},
+            )
+            for name in metrics
+        ),
+    ]
+
+
+def _results_table(
+    results: Results,
+    title: str,
+    measure: Callable[[TaskScores], float | None],
+    means: Mapping[str, float | None],
+) -> Table:
     names = {"base": "base model", "baseline": "one adapter for all", "ensemble": "ensemble", "selection": "selection"}
     systems = [system for system in names if system in results.scores]
-    table = Table(title=f"Accuracy on {results.split} rows")
+    table = Table(title=f"{title} on {results.split} rows")
     table.add_column("task")
     for system in systems:
         table.add_column(names[system], justify="right")
     for task in results.scores[systems[-1]]:
-        table.add_row(task, *(f"{results.scores[system][task].accuracy:.3f}" for system in systems))
+        table.add_row(task, *(_figure(measure(results.scores[system][task])) for system in systems))
     table.add_section()
-    table.add_row("mean", *(f"{results.mean_accuracy[system]:.3f}" for system in systems), style="bold")
+    table.add_row("mean", *(_figure(means[system]) for system in systems), style="bold")
     return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def selection_table(selection: Selection, expected: Mapping[str, str] | None = None) -> Table:
@@ -64,6 +90,9 @@ def path_table(selection: Selection) -> Table:
     levels = [step["level"] for step in selection.path if step.get("level") is not None]
     table.add_column(f"{levels[0]:.0%} interval" if levels else "interval", justify="right")
     table.add_column("close calls")
+    answered = [step["answered"] for step in selection.path if "answered" in step]
+    if answered:
+        table.add_column("answered", justify="right")
     for step in selection.path:
         change = f"without {step['removed']}" if "removed" in step else step["added"]
         interval = step.get("interval")
@@ -72,6 +101,7 @@ def path_table(selection: Selection) -> Table:
             f"{step['predicted_loss']:.4f}",
             "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
             _listed(step.get("close_calls", [])),
+            *([f"{step['answered']:.3f}"] if answered else []),
         )
     table.add_section()
     for name, loss in selection.baselines.items():

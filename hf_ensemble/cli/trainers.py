@@ -11,6 +11,7 @@ from trl import ModelConfig, get_quantization_config
 
 from .._files import checksums, read_json, write_folder_atomically, write_json
 from ..errors import ConfigurationError, RecordError
+from ..evaluate import AnswerMetrics
 from ..models import LabelSimilarityForSequenceClassification
 from ..runs import RunDirectory
 from ..tasks import RowFormat, TaskSet, load_task_folder
@@ -58,6 +59,7 @@ def build_trainer(
     tasks: TaskSet,
     flags: Sequence[str],
     target: str | None = None,
+    answer_metrics: AnswerMetrics = None,
 ) -> Trainers:
     """The trainer for these tasks: over text classification or supervised fine-tuning, ensemble or selection."""
     is_classification = tasks.row_format is RowFormat.CLASSIFICATION
@@ -78,6 +80,7 @@ def build_trainer(
     model: Any = name
     task_type: str | None = "CAUSAL_LM"
     options: dict[str, Any] = {} if target is None else {"target": target}
+    options["answer_metrics"] = answer_metrics
     quantization = get_quantization_config(model_arguments)
     if not is_classification:
         args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}

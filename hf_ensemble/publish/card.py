@@ -117,6 +117,17 @@ class EnsembleCardData:
             rows.append(ResultRow("**mean**", "", mean_scores(ensemble), mean))
         return rows
 
+    @staticmethod
+    def figure(scores: TaskScores | None, name: str) -> str:
+        """A metric of the generated answers as the tables show it."""
+        return "-" if scores is None or name not in scores.metrics else f"{scores.metrics[name]:.3f}"
+
+    @property
+    def answer_metrics(self) -> list[str]:
+        """Metrics of the generated answers that any task has."""
+        scores = self.systems.get("ensemble", {}).values()
+        return list(dict.fromkeys(name for score in scores for name in score.metrics))
+
     def card_data(self) -> ModelCardData:
         """The card's metadata block."""
         base = self.ensemble.base_model.name_or_path
@@ -134,10 +145,11 @@ class EnsembleCardData:
                     dataset_type=task,
                     dataset_name=task,
                     dataset_split=self.shown_split,
-                    metric_type="accuracy",
-                    metric_value=round(score.accuracy, 4),
+                    metric_type=name,
+                    metric_value=round(value, 4),
                 )
                 for task, score in self.systems["ensemble"].items()
+                for name, value in {"accuracy": score.accuracy, **score.metrics}.items()
             ]
         return data
 

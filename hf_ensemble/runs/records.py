@@ -162,6 +162,7 @@ class ScoredRun(Record):
     """
 
     format = "hf_ensemble.scored_run"
+    format_version = 2
 
     subset: list[str]
     seed: int
@@ -229,12 +230,17 @@ class EnsembleWeights(Record):
         losses (`dict[str, dict[str, float]]`, *optional*):
             Where weights were fitted: validation loss of each task with the `fitted` weights, with equal ones
             (`uniform`) and with the best single adapter (`one_hot`), on the rows that they were fitted to.
+        answered (`dict[str, dict[str, float]]`, *optional*):
+            Where weights were chosen by generated answers: the metric of each task with each of the weights it was
+            chosen from (`fitted`, `own_group`, `one_hot`, `uniform`).
     """
 
     format = "hf_ensemble.ensemble_weights"
+    format_version = 2
 
     weights: dict[str, dict[str, float]]
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    answered: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -248,6 +254,7 @@ class Evaluation(Record):
     """
 
     format = "hf_ensemble.evaluation"
+    format_version = 2
 
     scores: dict[str, dict[str, dict[str, TaskScores]]] = field(default_factory=dict)
 

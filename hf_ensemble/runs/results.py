@@ -27,6 +27,7 @@ class Results(Record):
         scores (`dict[str, dict[str, TaskScores]]`): by system and task, the base model among the systems.
         mean_accuracy (`dict[str, float]`): mean over tasks, by system.
         mean_loss (`dict[str, float]`): mean over tasks, by system.
+        mean_metrics (`dict[str, dict[str, float]]`): the same of each metric of the generated answers.
         configuration (`dict`): see [`RunRecord`].
         versions (`dict[str, str]`): see [`RunRecord`].
         stage_seconds (`dict[str, float]`): wall time of each stage; null where it was interrupted.
@@ -37,11 +38,13 @@ class Results(Record):
     """
 
     format = "hf_ensemble.results"
+    format_version = 2
 
     split: str
     scores: dict[str, dict[str, TaskScores]]
     mean_accuracy: dict[str, float]
     mean_loss: dict[str, float]
+    mean_metrics: dict[str, dict[str, float]]
     configuration: dict[str, Any]
     versions: dict[str, str]
     stage_seconds: dict[str, float | None]
@@ -59,6 +62,7 @@ class Results(Record):
             scores=scores,
             mean_accuracy={system: mean.accuracy for system, mean in means.items()},
             mean_loss={system: mean.loss for system, mean in means.items()},
+            mean_metrics={system: mean.metrics for system, mean in means.items()},
             configuration=record.configuration,
             versions=record.versions,
             stage_seconds={name: stage.seconds for name, stage in record.stages.items()},

@@ -14,6 +14,7 @@ from .selection import Selection
 from .selector import DataSelector
 from .settings import GROUPING_METHODS, SELECTION_METHODS, GroupingSettings, SelectionSettings
 from .subsets import calibration_subsets, mixed_subsets, random_subsets
+from .verified_search import Verify, verified_selection
 
 __all__ = [
     "GROUPING_METHODS",
@@ -27,6 +28,7 @@ __all__ = [
     "Selection",
     "SelectionProblem",
     "SelectionSettings",
+    "Verify",
     "affinity_matrix",
     "backward_selection",
     "calibration_subsets",
@@ -46,4 +48,5 @@ __all__ = [
     "select_tasks",
     "semidefinite_partition",
     "spectral_partition",
+    "verified_selection",
 ]

@@ -19,6 +19,7 @@ from .searches import (
     random_ensemble_selection,
 )
 from .selection import Selection
+from .verified_search import Verify, verified_selection
 
 
 def mixture_selection(problem: SelectionProblem, caps: float = 1.0) -> Selection:
@@ -73,19 +74,25 @@ _SEARCHES: dict[str, Callable[..., Selection]] = {
 }
 
 
-def select_tasks(problem: SelectionProblem, similarity: np.ndarray | None = None, **options: Any) -> Selection:
+def select_tasks(
+    problem: SelectionProblem, similarity: np.ndarray | None = None, verify: Verify | None = None, **options: Any
+) -> Selection:
     """Run the problem's selection method and report the baselines' predicted losses with the result.
 
     Args:
         problem (`SelectionProblem`): the problem; its settings name the method.
         similarity (`np.ndarray` of shape `(T, T)`, *optional*): [`mean_cosines`] of the gradients, for the baseline.
+        verify (`Callable`, *optional*): for the metric `"answers"`, see [`verified_selection`].
         options: further arguments of the method.
 
     Raises:
-        `ConfigurationError`: for `"gradient_similarity"` without similarities, and options that the method lacks.
+        `ConfigurationError`: for `"gradient_similarity"` without similarities, options that the method lacks, and
+            `"answers"` without `verify`.
     """
     method = problem.settings.selection_method
-    if method in _SEARCHES:
+    if problem.settings.selection_metric == "answers":
+        selection = verified_selection(problem, verify, **options)
+    elif method in _SEARCHES:
         check_options(_SEARCHES[method], options, f"method={method!r}")
         selection = _SEARCHES[method](problem, **options)
     else:

@@ -117,7 +117,7 @@ class SelectionProblem:
         return {
             "include": self._include,
             "exclude": self._exclude,
-            "metric": self.settings.selection_metric,
+            **self.settings.metric_arguments(),
             **self.settings.budgets(),
         }
 
@@ -145,7 +145,7 @@ class SelectionProblem:
         masks = np.repeat(np.asarray(mask, dtype=bool)[None], len(tasks), axis=0)
         masks[np.arange(len(tasks)), tasks] ^= True
         is_fast = len(tasks) <= 2 * _NUM_PREDICTED or masks.sum() <= _SLOW
-        if is_fast or not mask.any() or self.settings.selection_metric != "loss":
+        if is_fast or not mask.any() or self.settings.selection_metric == "accuracy":
             return self.score(masks)
         prediction = self.estimator.predict_toggled(mask, tasks, self._needed(len(tasks)), optimum)
         value = self._values(prediction)
@@ -167,7 +167,7 @@ class SelectionProblem:
         return np.repeat((mixture_weights(self.targets, self.names) > 0)[None], count, axis=0)
 
     def _values(self, prediction: Prediction) -> np.ndarray:
-        measure = prediction.loss if self.settings.selection_metric == "loss" else 1.0 - prediction.accuracy
+        measure = 1.0 - prediction.accuracy if self.settings.selection_metric == "accuracy" else prediction.loss
         return self._sum(measure)
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
@@ -183,7 +183,8 @@ class SelectionProblem:
         """
         coefficients = scored.prediction.coefficients
         goal = mixture_weights(self.targets, self.names)
-        spread = self.estimator.score_spread(coefficients, coefficients[best], goal, self.settings.selection_metric)
+        predicted = "accuracy" if self.settings.selection_metric == "accuracy" else "loss"
+        spread = self.estimator.score_spread(coefficients, coefficients[best], goal, predicted)
         close = scored.value - scored.value[best] <= _CLOSE * spread
         close[best] = False
         return close

@@ -23,7 +23,8 @@ class Selection(Choice):
         path (`list[dict]`):
             Steps of the search: the task `added` or `removed`, the `predicted_loss` of the targets, the `interval` that
             contains the true loss with probability `level` (both `None` without an observed run) and `close_calls`, the
-            alternatives that the validation rows cannot distinguish from this one.
+            alternatives that the validation rows cannot distinguish from this one. Where generated answers decide, also
+            the metric `answered` with the predicted parameters, and `verified`, that of every candidate verified.
         summary (`str`): one sentence.
         settings (`dict`): everything needed to repeat this selection from the same features.
         weights (`dict[str, float]`, *optional*):

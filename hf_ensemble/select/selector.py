@@ -27,6 +27,7 @@ from .mixture import Mixture, optimize_mixture
 from .problem import SelectionProblem, Targets
 from .selection import Selection
 from .settings import GroupingSettings, SelectionSettings
+from .verified_search import Verify
 
 AnyChoice = TypeVar("AnyChoice", bound=Choice)
 
@@ -136,6 +137,9 @@ class DataSelector:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         metric: str = "loss",
+        verified_candidates: int = 3,
+        max_verified: int | None = None,
+        verify: Verify | None = None,
         **options: Any,
     ) -> Selection:
         """Select tasks to train on for the best predicted score on the targets.
@@ -154,15 +158,21 @@ class DataSelector:
             include (`Sequence[str]`, *optional*):
                 Required tasks. Defaults to the targets, and to none when all tasks are targets.
             exclude (`Sequence[str]`, *optional*): tasks that must not be selected.
-            metric (`str`, *optional*, defaults to `"loss"`): predicted metric to optimize, `"loss"` or `"accuracy"`.
+            metric (`str`, *optional*, defaults to `"loss"`):
+                Metric to optimize: predicted `"loss"` or `"accuracy"`, or `"answers"`, which `verify` measures.
+            verified_candidates, max_verified, verify:
+                With `metric="answers"`, see [`verified_selection`]: candidates of each step and in all that are
+                verified, and the function that does it. [`SelectionSFTTrainer`] passes one that generates answers.
             options: further arguments of [`random_ensemble_selection`] or [`mixture_selection`].
 
         Raises:
             `ConfigurationError`: for unknown names, budgets that cannot be met, and what a method does not support.
         """
-        settings = SelectionSettings(method, max_auxiliary, max_examples, max_tokens, metric)
+        settings = SelectionSettings(
+            method, max_auxiliary, max_examples, max_tokens, metric, verified_candidates, max_verified
+        )
         problem = SelectionProblem(self.estimator, target, settings, include, exclude)
-        return select_tasks(problem, self.similarity, **options)
+        return select_tasks(problem, self.similarity, verify, **options)
 
     def left_out(self, selection: Selection) -> dict[str, dict[str, str]]:
         """Training rows of the clusters that a selection leaves out: a reason by example id, by task.

@@ -17,7 +17,7 @@ SELECTION_METHODS = (
     "random",
     "gradient_similarity",
 )
-SELECTION_METRICS = ("loss", "accuracy")
+SELECTION_METRICS = ("loss", "accuracy", "answers")
 GROUPING_METHODS = ("direct", "spectral", "semidefinite", "coclustering")
 
 
@@ -47,7 +47,21 @@ class SelectionSettings(Settings):
     )
     selection_metric: str = field(
         default="loss",
-        metadata={"help": "Predicted metric of the target to optimize: 'loss' or 'accuracy'."},
+        metadata={
+            "help": "Metric of the target to optimize: the predicted 'loss' or 'accuracy', or 'answers', the metric of "
+            "answers that are generated with the predicted parameters of the best candidates in the model."
+        },
+    )
+    verified_candidates: int = field(
+        default=3,
+        metadata={"help": "With selection_metric='answers': candidates of each step whose answers are generated."},
+    )
+    max_verified: int | None = field(
+        default=None,
+        metadata={
+            "help": "With selection_metric='answers': maximum number of candidates in all whose answers are generated. "
+            "No limit by default."
+        },
     )
 
     def __post_init__(self):
@@ -55,6 +69,13 @@ class SelectionSettings(Settings):
         check_one_of("selection_metric", self.selection_metric, SELECTION_METRICS)
         for name in ("max_auxiliary", "max_examples", "max_tokens"):
             check_at_least(name, getattr(self, name), 0, optional=True)
+        check_at_least("verified_candidates", self.verified_candidates, 1)
+        check_at_least("max_verified", self.max_verified, 1, optional=True)
+        if self.selection_metric == "answers" and self.selection_method != "forward":
+            raise ConfigurationError(
+                f"selection_metric='answers' verifies the steps of forward selection; found selection_method="
+                f"{self.selection_method!r}. Set selection_method='forward', or another metric."
+            )
         super().__post_init__()
 
     def budgets(self) -> dict[str, int]:
@@ -64,7 +85,14 @@ class SelectionSettings(Settings):
 
     def select_arguments(self) -> dict[str, Any]:
         """Keyword arguments for [`DataSelector.select`]."""
-        return {"method": self.selection_method, "metric": self.selection_metric, **self.budgets()}
+        return {"method": self.selection_method, **self.metric_arguments(), **self.budgets()}
+
+    def metric_arguments(self) -> dict[str, Any]:
+        """The metric, and how candidates are verified where it is one of generated answers."""
+        if self.selection_metric != "answers":
+            return {"metric": self.selection_metric}
+        verified = {"verified_candidates": self.verified_candidates, "max_verified": self.max_verified}
+        return {"metric": self.selection_metric, **verified}
 
     def check_tasks(self, num_tasks: int) -> None:
         """Raise `ConfigurationError` for limits above the number of tasks."""

@@ -15,7 +15,7 @@ from ..select import GroupingSettings, SelectionSettings
 
 logger = get_logger(__name__)
 
-WEIGHTINGS = ("fitted", "own_group")
+WEIGHTINGS = ("fitted", "own_group", "answers")
 # LoRA needs about ten times the learning rate of full fine-tuning.
 ADAPTER_LEARNING_RATE = 2e-4
 
@@ -114,7 +114,8 @@ class EnsembleArguments(GroupingSettings, RunArguments):
         default="fitted",
         metadata={
             "help": "'fitted' gives each task the weights with the least validation loss, 'own_group' only the adapter "
-            "of its own group."
+            "of its own group, 'answers' whichever of these, equal weights and the best single adapter has the best "
+            "metric of generated answers."
         },
     )
 

@@ -32,12 +32,26 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not self.trains_directly:
+            self._check_choice_by_answers()
             check_base_model(self.model)
             check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks)))})
 
     def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
         super()._check_arguments(tasks, args, given)
         args.check_tasks(len(tasks))
+
+    def _check_choice_by_answers(self) -> None:
+        if self.args.ensemble_weights == "answers" and not self.answer_metrics:
+            raise ConfigurationError(
+                "ensemble_weights='answers' chooses weights by generated answers, and there are no answer_metrics. "
+                "Pass answer_metrics=AnswerMetric(...), or set ensemble_weights='fitted'."
+            )
+
+    def _run_choices(self) -> dict[str, Any]:
+        choices = super()._run_choices()
+        if self.args.ensemble_weights == "answers":
+            choices["answer_metrics"] = {task: metric.identity() for task, metric in self.answer_metrics.items()}
+        return choices
 
     def _make_flow(self, context: FlowContext) -> EnsembleFlow:
         return EnsembleFlow(context)

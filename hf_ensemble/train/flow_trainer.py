@@ -11,11 +11,12 @@ from transformers.trainer_utils import TrainOutput
 
 from .._processes import is_main_process
 from ..errors import ConfigurationError
-from ..evaluate import Evaluator, TaskScores
+from ..evaluate import AnswerEvaluator, AnswerMetric, AnswerMetrics, Evaluator, TaskScores, metrics_by_task
 from ..logging import get_logger
 from ..runs import RunDirectory, TasksRecord
 from ..select import DataSelector
 from ..store import GradientStore
+from ..tasks import RowFormat
 from .configuration import choices_of, configuration_of
 from .flows.capturing import captured_gradients
 from .flows.context import FlowContext
@@ -31,12 +32,35 @@ Flow = TypeVar("Flow", EnsembleFlow, SelectionFlow)
 class FlowTrainerMixin(Generic[Flow]):
     """A trainer over several tasks whose [`train`] runs the stages of a flow.
 
+    Args:
+        answer_metrics (`AnswerMetric` or `dict[str, AnswerMetric]`, *optional*):
+            How generated answers are scored, of all tasks or by task; evaluations report it beside loss and accuracy.
+
     Attributes:
         flow (`EnsembleFlow` or `SelectionFlow`, *optional*): the stages; there from [`open_run`] on.
+        answer_metrics (`dict[str, AnswerMetric]`): by task.
     """
 
     flow: Flow | None = None
     _is_working: bool = False
+
+    def __init__(self, *args: Any, answer_metrics: AnswerMetrics = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.trains_directly:
+            if answer_metrics is not None:
+                raise ConfigurationError(
+                    "answer_metrics is for runs over several datasets with an adapter, and this trainer trains one "
+                    "model as its parent does. Leave it out, and pass compute_metrics."
+                )
+            return
+        self.answer_metrics: dict[str, AnswerMetric] = metrics_by_task(answer_metrics, self.tasks)
+        if self.answer_metrics:
+            if self.tasks.row_format is RowFormat.CLASSIFICATION:
+                raise ConfigurationError(
+                    f"answer_metrics is about generated answers, and {type(self).__name__} was given text with labels: "
+                    "a classifier's answers are its labels, which accuracy scores. Leave it out."
+                )
+            self._answer_evaluator().check(self.eval_dataset)
 
     def _make_flow(self, context: FlowContext) -> Flow:
         raise NotImplementedError
@@ -101,6 +125,17 @@ class FlowTrainerMixin(Generic[Flow]):
                 self._is_working = False
                 self.flow.finish()
 
+    def _answer_evaluator(self) -> AnswerEvaluator:
+        return AnswerEvaluator(
+            self.model,
+            self.processing_class,
+            self.row_collator,
+            self.answer_metrics,
+            self.args.per_device_eval_batch_size,
+            self.accelerator.mixed_precision,
+            bool(self.args.disable_tqdm),
+        )
+
     def _context(self, run: RunDirectory) -> FlowContext:
         precision = self.accelerator.mixed_precision
         return FlowContext(
@@ -125,6 +160,7 @@ class FlowTrainerMixin(Generic[Flow]):
                 precision,
                 bool(self.args.disable_tqdm),
             ),
+            answers=self._answer_evaluator(),
             make_trainer=self.adapter_trainer,
             log_history=self.state.log_history,
         )
@@ -210,7 +246,8 @@ class FlowTrainerMixin(Generic[Flow]):
 
         Returns:
             `dict[str, float]`: `PREFIX_TASK_loss` and `PREFIX_TASK_accuracy` (share of rows whose whole answer is
-            right), and `PREFIX_mean_...` over the tasks.
+            right), the metrics of generated answers where there are `answer_metrics` (`PREFIX_TASK_exact_match`), and
+            `PREFIX_mean_...` over the tasks.
 
         Raises:
             `TaskError`: for unknown tasks, and for a task whose every answer is cut off.

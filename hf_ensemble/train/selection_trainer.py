@@ -33,6 +33,8 @@ class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
     def __init__(self, *args: Any, target: str | None = None, **kwargs: Any):
         self.target = target
         super().__init__(*args, **kwargs)
+        if not self.trains_directly and self.args.selection_metric == "answers":
+            self._check_choice_by_answers(target)
 
     def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
         super()._check_arguments(tasks, args, given)
@@ -40,11 +42,26 @@ class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
             raise ConfigurationError(f"Unknown target {self.target!r}; the tasks are {list(tasks)}.")
         args.check_tasks(len(tasks))
 
+    def _check_choice_by_answers(self, target: str) -> None:
+        if target not in self.answer_metrics:
+            raise ConfigurationError(
+                f"selection_metric='answers' chooses by the target's answers, and answer_metrics has no entry for "
+                f"{target!r}. Pass answer_metrics=AnswerMetric(...)."
+            )
+        if self.args.projection_dim is not None:
+            raise ConfigurationError(
+                "selection_metric='answers' puts predicted parameters into the model, which only exact gradients give; "
+                f"found projection_dim={self.args.projection_dim}. Set projection_dim=None, or another metric."
+            )
+
     def _make_flow(self, context: FlowContext) -> SelectionFlow:
         return SelectionFlow(context, self.target)
 
     def _run_choices(self) -> dict[str, Any]:
-        return {**super()._run_choices(), "target": self.target}
+        choices = {**super()._run_choices(), "target": self.target}
+        if self.args.selection_metric == "answers":
+            choices["answer_metric"] = self.answer_metrics[self.target].identity()
+        return choices
 
     @property
     def selection(self) -> Selection | None:

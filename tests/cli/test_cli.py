@@ -42,6 +42,7 @@ def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
     data = write_tasks(tmp_path / "data", toy.sft_tasks())
     config = {"bf16": False, "gradient_checkpointing": False, "num_groups": 3, "affinity_subsets": 10}
     config["lora_target_modules"] = ["q_proj", "v_proj"]
+    config["answer_metrics"] = {"sums": {"extract": "last_number", "metrics": "exact_match", "max_new_tokens": 3}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     arguments = {"data": data, "model_name_or_path": base_folder, "output_dir": tmp_path / "out", "num_groups": 2}
     assert main(["run", "--config", str(tmp_path / "run.yaml"), *flags(**arguments, fidelity_subsets=2)]) == 0
@@ -50,10 +51,13 @@ def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
     assert set(results["scores"]) == {"base", "ensemble", "baseline"}
     assert set(results["scores"]["base"]) == {"sums", "diffs", "more_sums"}
     assert results["mean_loss"]["ensemble"] > 0
+    assert set(results["mean_metrics"]["base"]) == {"exact_match"}
+    assert {task for task, own in results["scores"]["ensemble"].items() if own["metrics"]} == {"sums"}
     assert results["fidelity"]["mean_relative_error"] >= 0
     PeftEnsembleModel.from_pretrained(tmp_path / "out" / "ensemble")
     printed = " ".join(capsys.readouterr().out.split())
     assert "Accuracy on test rows" in printed and "Prediction against truth" in printed
+    assert "exact_match of generated answers on test rows" in printed
     assert str(tmp_path / "out" / "ensemble" / "README.md") in printed
 
 

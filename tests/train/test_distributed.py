@@ -56,6 +56,7 @@ def report(name, trainer):
         json.dump({"metrics": metrics, "chosen": chosen, "weights": ensemble.weights if ensemble else {}}, file)
 
 sft = {"train_dataset": prompts, "peft_config": toy.lora(), "model": base}
+sft["answer_metrics"] = {"a": {"extract": "last_number", "max_new_tokens": 3}}
 trainer = EnsembleSFTTrainer(args=sft_config(f"{folder}/sft", num_groups=2, **changes), **sft)
 if fails == "yes":
     from hf_ensemble.models.answer_scorer import AnswerScorer
@@ -136,6 +137,7 @@ def test_every_rank_makes_the_same_choices_and_they_are_those_of_one_process(tra
         own, (one,) = together[name], alone[name]
         assert all(report == own[0] for report in own[1:]), name
         assert set(own[0]["metrics"]) == set(one["metrics"])
+        assert ("eval_a_exact_match" in one["metrics"]) == name.endswith("sft")
         # Larger batches over all processes, fewer steps: the losses are near, not equal.
         losses = [key for key in one["metrics"] if key.endswith("loss")]
         found, expected = ([report["metrics"][key] for key in losses] for report in (own[0], one))

@@ -6,8 +6,8 @@ from trl import ModelConfig
 
 from ...runs import Results
 from ...train import EnsembleSFTConfig, collect_results, measure_fidelity
-from ..arguments import FlowArguments, parse, print_help, with_config
-from ..tables import console, fidelity_table, grouping_table, path_table, results_table, selection_table
+from ..arguments import FlowArguments, answer_metrics, parse, print_help, with_config
+from ..tables import console, fidelity_table, grouping_table, path_table, results_tables, selection_table
 from ..trainers import Trainers, build_trainer, load_tasks
 
 
@@ -21,7 +21,8 @@ def main(argv: Sequence[str]) -> Results:
     print_help([FlowArguments, ModelConfig, EnsembleSFTConfig], argv, "run")
     (arguments, model_arguments), remaining = parse([FlowArguments, ModelConfig], with_config(argv), True)
     tasks = load_tasks(arguments, model_arguments, "run")
-    trainer = build_trainer(arguments, model_arguments, tasks, remaining, arguments.target)
+    metrics = answer_metrics(arguments.answer_metrics)
+    trainer = build_trainer(arguments, model_arguments, tasks, remaining, arguments.target, metrics)
     trainer.train()
     fidelity = None
     if arguments.fidelity_subsets:
@@ -41,7 +42,8 @@ def print_report(trainer: Trainers, results: Results) -> None:
     else:
         out.print(path_table(trainer.selection))
         out.print(selection_table(trainer.selection))
-    out.print(results_table(results))
+    for table in results_tables(results):
+        out.print(table)
     if results.fidelity is not None:
         out.print(fidelity_table(results.fidelity))
     saved = run.ensemble if results.selection is None else run.adapter

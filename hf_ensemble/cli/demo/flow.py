@@ -15,7 +15,7 @@ from ...select import Selection
 from ...tasks import TaskSet
 from ...train import EnsembleSFTConfig, EnsembleSFTTrainer, collect_results, measure_fidelity
 from ..arguments import DemoArguments, parse
-from ..tables import console, fidelity_table, grouping_table, results_table, selection_table
+from ..tables import console, fidelity_table, grouping_table, results_tables, selection_table
 from .tiny_model import build_tokenizer, train_base_model
 from .world import CORRUPTED, FAMILIES, TARGET, World, build_world
 
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> DemoResults:
     outcome.save(summary)
     out.print(selection_table(selection, expected=_what_it_is()))
     out.print(grouping_table(trainer.grouping, trainer.ensemble))
-    out.print(results_table(results))
+    for table in results_tables(results):
+        out.print(table)
     out.print(fidelity_table(report))
     ensemble = trainer.run_directory.ensemble
     paths = f"Ensemble: {ensemble}\nModel card: {ensemble / 'README.md'}\nResults: {summary}"

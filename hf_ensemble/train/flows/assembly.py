@@ -8,10 +8,12 @@ from ..._processes import is_main_process, run_on_all, run_on_main, split_betwee
 from ...ensemble import EnsembleMember, PeftEnsembleModel
 from ...ensemble.saving.files import load_adapter
 from ...ensemble.weighting.fitting import WeightFit, fit_ensemble
+from ...ensemble.weighting.sampling import spread_sample
 from ...runs import EnsembleWeights
 from ...select import Grouping
 from ..inputs.used_models import mark_as_of_a_run
 from .context import FlowContext
+from .evaluation import ensemble_generate
 
 BASELINE = "baseline"
 # Validation rows per task that the weights are fitted to: enough for a few weights, small in memory.
@@ -75,7 +77,7 @@ class EnsembleAssembly:
     def _weights(self, members: list[EnsembleMember], shared: EnsembleMember) -> EnsembleWeights:
         """Weight of each adapter by task; every process gets the same."""
         args = self.context.args
-        if args.ensemble_weights != "fitted" or len(members) < 2:
+        if args.ensemble_weights == "own_group" or len(members) < 2:
             return EnsembleWeights({task: {self.grouping.group_of(task): 1.0} for task in self.context.tasks})
         candidates = [*members, shared] if args.train_baseline else members
         self._load(candidates)
@@ -88,7 +90,35 @@ class EnsembleAssembly:
             fit = next(fit for fit in fits if task in fit.tasks)
             weights[task] = fit.weights_of(fit.tasks[task])
             losses[task] = {key: value for key, value in fit.report()[task].items() if key != "gap"}
-        return EnsembleWeights(weights, losses)
+        answered = {}
+        if args.ensemble_weights == "answers":
+            for task in self.context.answers.metrics:
+                fit = next(fit for fit in fits if task in fit.tasks)
+                weights[task], answered[task] = self._by_answers(ensemble, task, fit)
+        return EnsembleWeights(weights, losses, answered)
+
+    def _by_answers(
+        self, ensemble: PeftEnsembleModel, task: str, fit: WeightFit
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The weights with the best first metric of the task's generated answers, and the metric of each candidate.
+
+        Of equal ones the first is taken: the fitted weights, then those of the own group.
+        """
+        single = fit.adapter_names[int(fit.tasks[task].one_hot_losses.argmin())]
+        candidates = {
+            "fitted": fit.weights_of(fit.tasks[task]),
+            "own_group": {self.grouping.group_of(task): 1.0},
+            "one_hot": {single: 1.0},
+            "uniform": dict.fromkeys(fit.adapter_names, 1.0 / len(fit.adapter_names)),
+        }
+        rows = self.context.eval_tables[task]
+        table = {task: rows.select(spread_sample(len(rows), min(_WEIGHT_ROWS, len(rows)), self.context.args.seed))}
+        found = {}
+        for name, weights in candidates.items():
+            ensemble.weights = {task: weights}
+            figures = self.context.answers.score_tasks(ensemble_generate(ensemble), table, f"Weights {name} of {task}")
+            found[name] = next(iter(figures[task].values()))
+        return candidates[max(found, key=found.get)], found
 
     def _fits(self, ensemble: PeftEnsembleModel, tasks: list[str]) -> list[WeightFit]:
         args = self.context.args

@@ -63,7 +63,8 @@ class Calibration:
         if known is not None:
             return known
         start = time.perf_counter()
-        scores = self.evaluation.score_adapter(folder, self.context.eval_tables, description)
+        # Estimates are calibrated by losses: answers that nobody reads are not generated.
+        scores = self.evaluation.score_adapter(folder, self.context.eval_tables, description, generates=False)
         seconds = round(trained.seconds + time.perf_counter() - start, 3)
         scored = ScoredRun(subset, trained.seed, scores, seconds, trained.distance, trained.theta0)
         run.write_scored_run(scored)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from ...evaluate import Evaluator
+from ...evaluate import AnswerEvaluator, Evaluator
 from ...models.answer_scorer import AnswerScorer
 from ...runs import RunDirectory
 from ...tasks import LabelSpace, TaskCollator, TaskSet
@@ -53,6 +53,7 @@ class FlowContext:
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
         mixed_precision (`str`): precision of the training: `"no"`, `"bf16"` or `"fp16"`.
         evaluator (`Evaluator`): scores rows.
+        answers (`AnswerEvaluator`): generates answers, of the tasks that have a metric for them.
         make_trainer (`AdapterTrainerFactory`): makes a trainer for the adapter.
         log_history (`list[dict]`): the outer trainer's log, which those of all trainings go into.
     """
@@ -72,6 +73,7 @@ class FlowContext:
     label_space: LabelSpace | None
     mixed_precision: str
     evaluator: Evaluator
+    answers: AnswerEvaluator
     make_trainer: AdapterTrainerFactory
     log_history: list[dict[str, float]]
 

@@ -1,16 +1,18 @@
 """Scores of the base model, of single adapters and of ensembles."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from ..._compat import preserve_active_adapter
 from ...ensemble import PeftEnsembleModel
 from ...ensemble.saving.files import load_adapter
-from ...evaluate import TaskScores, mean_scores
+from ...evaluate import Generate, TaskScores, mean_scores
 from ...runs import Evaluation
 from ..inputs.used_models import mark_as_of_a_run
 from .context import FlowContext
@@ -20,7 +22,7 @@ SCORED_ADAPTER = "scored_adapter"
 
 
 class SystemEvaluation:
-    """Scores systems on token tables by task, with the run's evaluator.
+    """Scores systems on token tables by task: their loss and accuracy, and the metrics of the answers they generate.
 
     Args:
         context (`FlowContext`): what the run works on.
@@ -32,16 +34,23 @@ class SystemEvaluation:
     def score_base(self, tables: Mapping[str, Dataset]) -> dict[str, TaskScores]:
         """Scores of the base model alone."""
         with self.context.model.disable_adapter():
-            return self.context.evaluator.score_tasks(self.context.answer_scorer(), tables, "Evaluating base model")
+            return self.score_current(tables, "Evaluating base model")
 
     def score_current(self, tables: Mapping[str, Dataset], description: str) -> dict[str, TaskScores]:
         """Scores of the adapter that is active now."""
+        scores = self.teacher_forced(tables, description)
+        return self._with_answers(scores, self.generate, tables, description)
+
+    def teacher_forced(self, tables: Mapping[str, Dataset], description: str) -> dict[str, TaskScores]:
+        """Loss and accuracy of the adapter that is active now, without generating answers."""
         return self.context.evaluator.score_tasks(self.context.answer_scorer(), tables, description)
 
-    def score_adapter(self, folder: Path, tables: Mapping[str, Dataset], description: str) -> dict[str, TaskScores]:
-        """Scores of a saved adapter."""
+    def score_adapter(
+        self, folder: Path, tables: Mapping[str, Dataset], description: str, generates: bool = True
+    ) -> dict[str, TaskScores]:
+        """Scores of a saved adapter; without the metrics of its answers unless it `generates` them."""
         with self._loaded(folder):
-            return self.score_current(tables, description)
+            return (self.score_current if generates else self.teacher_forced)(tables, description)
 
     def score_ensemble(self, ensemble: PeftEnsembleModel, tables: Mapping[str, Dataset]) -> dict[str, TaskScores]:
         """Scores of an ensemble, each row under its task's weights."""
@@ -49,7 +58,26 @@ class SystemEvaluation:
         def scorer(inputs, labels, tasks):
             return ensemble.score(labels=labels, task=tasks, **inputs)
 
-        return self.context.evaluator.score_tasks(scorer, tables, "Evaluating ensemble")
+        scores = self.context.evaluator.score_tasks(scorer, tables, "Evaluating ensemble")
+        return self._with_answers(scores, ensemble_generate(ensemble), tables, "Evaluating ensemble")
+
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tasks: Sequence[str], settings: GenerationConfig
+    ) -> torch.Tensor:
+        """Prompts continued by the adapter that is active now."""
+        return self.context.model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=settings
+        )
+
+    def _with_answers(
+        self,
+        scores: Mapping[str, TaskScores],
+        generate: Generate,
+        tables: Mapping[str, Dataset],
+        description: str,
+    ) -> dict[str, TaskScores]:
+        metrics = self.context.answers.score_tasks(generate, tables, f"{description}, answers")
+        return {task: replace(own, metrics=metrics.get(task, {})) for task, own in scores.items()}
 
     def keep(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Add the scores of each system to the run's record, beside those of other prefixes."""
@@ -73,6 +101,15 @@ class SystemEvaluation:
                 model.delete_adapter(SCORED_ADAPTER)
 
 
+def ensemble_generate(ensemble: PeftEnsembleModel) -> Generate:
+    """Prompts continued by an ensemble, each under its task's weights."""
+
+    def generate(input_ids, attention_mask, tasks, settings):
+        return ensemble.generate(input_ids, tasks, attention_mask=attention_mask, generation_config=settings)
+
+    return generate
+
+
 def flat_metrics(scores: Mapping[str, Mapping[str, TaskScores]], prefix: str, main_system: str) -> dict[str, float]:
     """Scores by system and task as one dict of metrics; those of the main system carry no further name."""
     metrics: dict[str, float] = {}
@@ -81,4 +118,5 @@ def flat_metrics(scores: Mapping[str, Mapping[str, TaskScores]], prefix: str, ma
         for task, own in [*by_task.items(), ("mean", mean_scores(by_task))]:
             metrics[f"{start}_{task}_loss"] = own.loss
             metrics[f"{start}_{task}_accuracy"] = own.accuracy
+            metrics |= {f"{start}_{task}_{name}": value for name, value in own.metrics.items()}
     return metrics

@@ -1,15 +1,19 @@
 """The stages of a selection run: optional meta-initialization, gradients, selection, one final fine-tuning."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
+import numpy as np
 from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
-from ...estimate import ObservedRun
+from ...capture import applied_update
+from ...estimate import ObservedRun, SubsetEstimator
 from ...evaluate import TaskScores
 from ...runs import run_selector
 from ...select import Selection
+from ...store import GradientStore
 from .adapter_training import AdapterTraining
 from .calibration import Calibration
 from .capturing import captured_gradients
@@ -76,17 +80,35 @@ class SelectionFlow:
             observed = self.calibration.observed_runs(self.num_calibration_runs())
             if not todo:
                 return run_on_main(lambda: run.read(Selection))
-            # One process predicts and chooses, the others take its choice.
-            selection = run_on_main(lambda: self._chosen(observed))
+            if self.context.args.selection_metric == "answers":
+                # Every process makes the same search: they share the rows that are answered.
+                selection = self._chosen(observed, self.answered)
+                selection = run_on_main(lambda: selection)
+            else:
+                # One process predicts and chooses, the others take its choice.
+                selection = run_on_main(lambda: self._chosen(observed))
+            run.write(selection)
             wait_for_everyone()
         return selection
 
-    def _chosen(self, observed: list[ObservedRun]) -> Selection:
+    def _chosen(
+        self, observed: list[ObservedRun], answered: Callable[[SubsetEstimator, np.ndarray], float] | None = None
+    ) -> Selection:
         args, run = self.context.args, self.context.run
         selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
-        selection = selector.select(self.target, **args.select_arguments())
-        run.write(selection)
-        return selection
+        verify = None if answered is None else partial(answered, selector.estimator)
+        return selector.select(self.target, verify=verify, **args.select_arguments())
+
+    def answered(self, estimator: SubsetEstimator, coefficients: np.ndarray) -> float:
+        """The first metric of the target's generated answers with predicted parameters in the model."""
+        context = self.context
+        store = GradientStore(context.run.gradients)
+        table = {self.target: context.eval_tables[self.target]}
+        update = run_on_main(lambda: estimator.parameters_at(coefficients))
+        self.training.reset()
+        with context.model_state.restored(), applied_update(context.model, store, update):
+            figures = context.answers.score_tasks(self.evaluation.generate, table, "Verifying a candidate")
+        return next(iter(figures[self.target].values()))
 
     def scores(self, tables: Mapping[str, Dataset]) -> dict[str, dict[str, TaskScores]]:
         """Scores of the final adapter, by task."""
@@ -98,8 +120,10 @@ class SelectionFlow:
         scores = self.scores(tables)
         self.report(prefix, scores)
         metrics = flat_metrics(scores, prefix, MAIN_SYSTEM)
-        if self.target in scores[MAIN_SYSTEM]:
-            metrics |= {f"{prefix}_{name}": metrics[f"{prefix}_{self.target}_{name}"] for name in ("loss", "accuracy")}
+        own = scores[MAIN_SYSTEM].get(self.target)
+        if own is not None:
+            names = ("loss", "accuracy", *own.metrics)
+            metrics |= {f"{prefix}_{name}": metrics[f"{prefix}_{self.target}_{name}"] for name in names}
         return metrics
 
     def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:

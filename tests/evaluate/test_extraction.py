@@ -1,0 +1,62 @@
+"""The final answer of texts as models write them."""
+
+import pytest
+
+from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.evaluate.extraction import EXTRACTORS, extractor
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "answer"),
+    [
+        ("number_after_hashes", "48 / 2 = 24.\n#### 72", "72"),
+        ("number_after_hashes", "#### $1,234.50 in all", "1234.5"),
+        ("number_after_hashes", "####-7", "-7"),
+        ("number_after_hashes", "#### 1\n#### 2", "1"),
+        ("number_after_hashes", "The answer is 72.", None),
+        ("the_answer_is", "3 + 4 = 7. The answer is 7.", "7"),
+        ("the_answer_is", "the answer is 3.50. And so on", "3.5"),
+        ("the_answer_is", "The final answer is: **Paris**\nNext question", "Paris"),
+        ("the_answer_is", "So the answer is f a c", "f a c"),
+        ("the_answer_is", "The answer is 1,000 apples.", "1,000 apples"),
+        ("the_answer_is", "an answer is 7", None),
+        ("choice", "The answer is (B).", "B"),
+        ("choice", "Rain is (A) wet. Answer: C", "C"),
+        ("choice", "(D) because", "D"),
+        ("choice", "B. The second one", "B"),
+        ("choice", "E", "E"),
+        ("choice", "A train leaves the station", None),
+        ("choice", "The answer is Berlin", None),
+        ("yes_no", "No, although one could say yes.", "no"),
+        ("yes_no", "No bird is blue, so the answer is yes.", "yes"),
+        ("yes_no", "It is blue. Yes", "yes"),
+        ("yes_no", "nobody knows, yesterday or today", None),
+        ("last_number", "2 + 2 = 4, plus 1 makes 5.", "5"),
+        ("last_number", "from 10 to -.5", "-0.5"),
+        ("last_number", "none", None),
+        ("whole_text", "  a b \n", "a b"),
+        (r"<(\w+)>", "x <b> <c>", "b"),
+        (r"(?:#(\d))|x", "x", None),
+    ],
+)
+def test_final_answers(name, text, answer):
+    assert extractor(name)(text) == answer
+
+
+def test_every_ready_made_extractor_is_tried_above_and_functions_are_taken_as_they_are():
+    assert set(EXTRACTORS) == {"number_after_hashes", "the_answer_is", "choice", "yes_no", "last_number", "whole_text"}
+    assert extractor(len) is len
+
+
+@pytest.mark.parametrize(
+    ("extract", "message"),
+    [
+        ("last_nmber", "one of .*'last_number'.*found 'last_nmber' with 0 groups"),
+        (r"(a)(b)", "with 2 groups"),
+        ("(", r"a regular expression with one group, or a function; found '\('"),
+        (3, "found a int"),
+    ],
+)
+def test_other_extractions_are_refused(extract, message):
+    with pytest.raises(ConfigurationError, match=message):
+        extractor(extract)
