@@ -1,13 +1,13 @@
 """Choices made from predictions: tasks for a target, sampling weights, groups of tasks, training rows."""
 
-from .affinity import affinity_matrix, predicted_affinity
 from .baselines import mean_cosines
 from .choice import Choice
 from .examples import ExampleScores, score_examples
-from .grouping import Grouping, group_tasks, partition_loss
+from .groups.affinity import affinity_matrix, predicted_affinity
+from .groups.grouping import Grouping, group_tasks, partition_loss
+from .groups.partition import coclustering, semidefinite_partition, spectral_partition
 from .methods import mixture_selection, select_tasks
 from .mixture import Mixture, optimize_mixture
-from .partition import coclustering, semidefinite_partition, spectral_partition
 from .problem import SelectionProblem
 from .searches import backward_selection, exhaustive_selection, forward_selection, random_ensemble_selection
 from .selection import Selection

@@ -9,7 +9,6 @@ import numpy as np
 from .._settings import check_options
 from ..estimate import ObservedRun, SubsetEstimator
 from ..store import GradientStore
-from .affinity import predicted_affinity
 from .baselines import mean_cosines
 from .choice import Choice
 from .clusters import (
@@ -21,7 +20,8 @@ from .clusters import (
     values_by_task,
 )
 from .examples import ExampleScores, score_examples
-from .grouping import Grouping, group_tasks
+from .groups.affinity import predicted_affinity
+from .groups.grouping import Grouping, group_tasks
 from .methods import select_tasks
 from .mixture import Mixture, optimize_mixture
 from .problem import SelectionProblem, Targets

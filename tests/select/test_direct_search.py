@@ -8,9 +8,9 @@ import pytest
 from helpers.feature_tables import world
 from hf_ensemble.estimate import SubsetEstimator
 from hf_ensemble.select import DataSelector, partition_loss
-from hf_ensemble.select.direct_search import improve_partition, merge_path
-from hf_ensemble.select.group_losses import GroupLosses
-from hf_ensemble.select.partition import canonical
+from hf_ensemble.select.groups.direct_search import improve_partition, merge_path
+from hf_ensemble.select.groups.group_losses import GroupLosses
+from hf_ensemble.select.groups.partition import canonical
 
 
 def pairwise(seed, size=7):

@@ -6,8 +6,8 @@ import pytest
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.select import DataSelector, coclustering, partition_loss
-from hf_ensemble.select.direct_search import add_helpers
-from hf_ensemble.select.group_losses import GroupLosses, group_masks
+from hf_ensemble.select.groups.direct_search import add_helpers
+from hf_ensemble.select.groups.group_losses import GroupLosses, group_masks
 from hf_ensemble.store import FeatureTable
 
 METHODS = ("direct", "spectral", "semidefinite", "coclustering")
@@ -154,7 +154,7 @@ def test_groups_stand_beside_their_baselines():
 )
 def test_of_many_numbers_of_groups_some_are_tried(method, tried, monkeypatch):
     monkeypatch.setattr(
-        "hf_ensemble.select.grouping._MAX_COUNTS", {"spectral": 4, "coclustering": 4, "semidefinite": 2}
+        "hf_ensemble.select.groups.grouping._MAX_COUNTS", {"spectral": 4, "coclustering": 4, "semidefinite": 2}
     )
     grouping = DataSelector(planted()).group(None, method, max_groups=9)
     assert len(grouping.predicted_loss) == tried

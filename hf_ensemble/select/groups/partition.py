@@ -5,7 +5,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from sklearn.cluster import SpectralClustering, SpectralCoclustering
 
-from ..errors import EstimationError
+from ...errors import EstimationError
 
 
 def spectral_partition(affinity: np.ndarray, num_groups: int, seed: int = 0) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from .._settings import check_at_least
-from ..estimate import SubsetEstimator
-from .subsets import random_subsets
+from ..._settings import check_at_least
+from ...estimate import SubsetEstimator
+from ..subsets import random_subsets
 
 
 def affinity_matrix(subsets: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..estimate import SubsetEstimator
+from ...estimate import SubsetEstimator
 
 # Number of (group, task) pairs to predict from which on a search estimates first.
 _SLOW = 5_000

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .._settings import check_at_least
-from ..estimate import SubsetEstimator
+from ..._settings import check_at_least
+from ...estimate import SubsetEstimator
+from ..choice import Choice, with_provenance
+from ..settings import GroupingSettings
 from .affinity import predicted_affinity
-from .choice import Choice, with_provenance
 from .direct_search import add_helpers, improve_partition, merge_path
 from .group_losses import EstimatedGroups, GroupLosses, group_masks
 from .partition import coclustering, semidefinite_partition, spectral_partition
-from .settings import GroupingSettings
 
 # Number of partitions on the merge path, those with the least loss, that are improved when the number is chosen.
 _NUM_IMPROVED = 3
