@@ -235,7 +235,7 @@ def parse(
     if remaining and not remaining_allowed:
         # Without their values: a token may be among them.
         unknown = [word.split("=")[0] for word in remaining if word.startswith("--")]
-        named = " ".join(unknown) or f"{len(remaining)} words that belong to no flag"
+        named = " ".join(unknown) or "a word that belongs to no flag"
         raise ConfigurationError(f"Unknown arguments: {named}. See hf-ensemble {command} --help.")
     return parsed, remaining
 

@@ -29,11 +29,21 @@ def sigterm_as_interrupt() -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGTERM)
         raise Terminated
 
+    def ignored(raised) -> None:
+        # The signal came while Python ran a finalizer, whose exceptions it drops.
+        if isinstance(raised.exc_value, Terminated):
+            signal.signal(signal.SIGTERM, stop)
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            hook(raised)
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
 
 
 def print_last_line(text: str) -> None:

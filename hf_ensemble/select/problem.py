@@ -18,6 +18,8 @@ _SLOW = 2_000
 _NUM_PREDICTED = 8
 # Normal quantile: at 90 %, a difference within this many standard errors of zero may be due to chance.
 _CLOSE = 1.645
+# Scores of equal subsets differ by this much at most, as their optima are found in different batches.
+_ROUNDING = 1e-9
 Targets = str | Sequence[str] | Mapping[str, float] | None
 
 
@@ -185,7 +187,7 @@ class SelectionProblem:
         goal = mixture_weights(self.targets, self.names)
         predicted = "accuracy" if self.settings.selection_metric == "accuracy" else "loss"
         spread = self.estimator.score_spread(coefficients, coefficients[best], goal, predicted)
-        close = scored.value - scored.value[best] <= _CLOSE * spread
+        close = scored.value - scored.value[best] <= _CLOSE * spread + _ROUNDING
         close[best] = False
         return close
 

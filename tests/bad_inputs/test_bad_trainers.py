@@ -227,20 +227,17 @@ def test_rows_are_refused_in_the_constructor(bad, tmp_path):
 
 def test_rows_whose_answers_are_cut_off_are_counted(tmp_path, caplog):
     long = [{"prompt": "sum " * 20, "completion": "3"}]
-    given = {"train_dataset": {"a": [*PAIRS["a"], *long]}, "eval_dataset": {"a": [*PAIRS["a"], *long, *long]}}
+    given = {
+        "train_dataset": {**PAIRS, "a": [*PAIRS["a"], *long]},
+        "eval_dataset": {**PAIRS, "a": [*PAIRS["a"], *long, *long]},
+    }
     trainer = build(
         "ensemble sft", tmp_path, {"max_length": 12}, model=toy.llama(), processing_class=toy.tokenizer(), **given
     )
-    assert len(trainer.train_dataset) == len(trainer.eval_dataset["a"]) == 4
+    assert len(trainer.train_dataset) == 8 and len(trainer.eval_dataset["a"]) == 4
     said = [record.getMessage() for record in caplog.records]
-    assert any(line.startswith("1 of 5 train rows are left out: max_length") for line in said)
-    assert any(line.startswith("2 of 6 validation rows are left out: max_length") for line in said)
-
-
-def test_a_formatting_function_over_columns_of_its_own_is_refused_by_its_name(tmp_path, nothing_is_loaded):
-    rows = {"a": [{"question": "1", "answer": "2"}]}
-    with pytest.raises(HfEnsembleError, match="formatting_func"):
-        build("ensemble sft", tmp_path, train_dataset=rows, eval_dataset=rows, formatting_func=str)
+    assert any(line.startswith("1 of 9 train rows are left out: max_length") for line in said)
+    assert any(line.startswith("2 of 10 validation rows are left out: max_length") for line in said)
 
 
 @pytest.fixture(scope="module")

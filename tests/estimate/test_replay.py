@@ -151,5 +151,5 @@ def test_observed_runs_are_better_evidence():
     [([], 4), ([0.0], 4), ([-1.0, 1.0], 4), ([np.nan], 4), ([1.0], 0), ([1.0], 4, -2.0), ([1.0], 4, 2.0, -1.0)],
 )
 def test_bad_recipes_are_refused(arguments):
-    with pytest.raises(ConfigurationError, match="Expected the learning rate|Expected a"):
+    with pytest.raises(ConfigurationError, match="Expected the learning rate|has to be a"):
         TrainingRecipe(*arguments)

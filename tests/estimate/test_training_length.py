@@ -61,7 +61,8 @@ def test_plain_gradient_descent_and_no_recipe_follow_the_epoch_alone():
 
 
 def test_trainings_of_fixed_steps_do_not_follow_the_epoch():
-    every, fixed = (length(TrainingRecipe([1e-3], 4, 9.0, fixed_steps=value)).l2(5.0, MIXTURES) for value in (0, 1))
+    recipes = [TrainingRecipe([1e-3], 4, 9.0, fixed_steps=value) for value in (False, True)]
+    every, fixed = (length(recipe).l2(5.0, MIXTURES) for recipe in recipes)
     assert np.allclose(fixed / every, [rows_of_epoch(mixture) / rows_of_epoch(WEIGHTS) for mixture in MIXTURES])
     assert np.allclose(length(TrainingRecipe([1e-3], 4, fixed_steps=True)).l2(5.0, MIXTURES), 5.0 / 65)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.select import DataSelector, direct_search, group_losses, problem
+from hf_ensemble.select import DataSelector, problem
+from hf_ensemble.select.groups import direct_search, group_losses
 from hf_ensemble.store import FeatureTable
 
 

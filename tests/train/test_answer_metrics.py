@@ -189,7 +189,7 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_trained(
 
 def test_rows_that_are_answers_throughout_and_classifiers_are_refused_by_name(tmp_path, base_folder):
     row = {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}
-    tasks = {"plain": {"train": [row] * 4, "validation": [row] * 2}}
+    tasks = {**toy.sft_tasks(), "plain": {"train": [row] * 4, "validation": [row] * 2}}
     with pytest.raises(TaskError, match="Task 'plain', example .*: expected a prompt before the answer"):
         trainer_of(tmp_path / "run", base_folder, tasks=tasks, metrics="whole_text", num_groups=None)
     with pytest.raises(ConfigurationError, match="EnsembleTrainer was given text with labels"):

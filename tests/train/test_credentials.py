@@ -40,7 +40,7 @@ def test_no_argument_that_takes_text_lets_a_secret_through(config, tmp_path):
     args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     places = [own.name for own in fields(config) if "str" in str(own.type) or "dict" in str(own.type)]
     hints = {own.name: str(own.type) for own in fields(config)}
-    assert len(places) > 40
+    assert len(places) > 30
     for place in places:
         setattr(args, place, planted(place, hints[place]))
     text = str({**json_values(args.to_dict()), **choices_of(args)})

@@ -85,7 +85,8 @@ def set_padding(trainer: Trainer) -> None:
     """
     config = trainer.model.config.get_text_config()
     tokenizer = trainer.processing_class
-    if trainer.label_space is not None and config.pad_token_id is None and tokenizer is not None:
+    lacks_padding = hasattr(config, "pad_token_id") and config.pad_token_id is None
+    if trainer.label_space is not None and lacks_padding and tokenizer is not None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
