@@ -54,6 +54,11 @@ class SubsetScores:
     prediction: Prediction
     is_exact: bool = True
 
+    @property
+    def best(self) -> int:
+        """The subset with the least score; the first of those that are equal but for rounding."""
+        return int(np.argmax(self.value <= self.value.min() + _ROUNDING))
+
 
 class SelectionProblem:
     """Which tasks to train on for the best predicted score on the targets.

@@ -33,14 +33,14 @@ def forward_selection(problem: SelectionProblem) -> Selection:
         if not candidates:
             break
         scored = problem.score_toggled(chosen, candidates, optimum)
-        winner = int(np.argmin(scored.value))
+        winner = scored.best
         is_last = scored.value[winner] >= best or not any(
             problem.fits(_with(_with(chosen, candidates[winner]), i)) for i in candidates if i != candidates[winner]
         )
         if is_last and not scored.is_exact:
             # What ends the search, and the scores that it reports, are predicted and not estimated.
             scored = problem.score(np.stack([_with(chosen, i) for i in candidates]))
-            winner = int(np.argmin(scored.value))
+            winner = scored.best
         scores.update({problem.names[i]: float(value) for i, value in zip(candidates, scored.value)})
         if scored.value[winner] >= best:
             break
@@ -67,11 +67,11 @@ def backward_selection(problem: SelectionProblem) -> Selection:
         if not len(candidates) or chosen.sum() == 1:
             break
         scored = problem.score_toggled(chosen, candidates, optimum)
-        winner = int(np.argmin(scored.value))
+        winner = scored.best
         is_last = (scored.value[winner] >= best and problem.fits(chosen)) or chosen.sum() == 2
         if is_last and not scored.is_exact:
             scored = problem.score(np.stack([_without(chosen, i) for i in candidates]))
-            winner = int(np.argmin(scored.value))
+            winner = scored.best
         scores.update({problem.names[i]: float(best - value) for i, value in zip(candidates, scored.value)})
         if scored.value[winner] >= best and problem.fits(chosen):
             break
