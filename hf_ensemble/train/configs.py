@@ -85,11 +85,10 @@ class RunArguments(FeatureSettings):
         check_at_least("max_length", getattr(self, "max_length", None), 1, optional=True)
 
     def resolve_learning_rate(self, of_adapters: bool) -> None:
-        """Fill in the learning rate where none was given: that of adapters, or the parent class's default."""
-        if self.learning_rate is None:
-            parent = SFTConfig if isinstance(self, SFTConfig) else TrainingArguments
-            default = next(own.default for own in fields(parent) if own.name == "learning_rate")
-            self.learning_rate = ADAPTER_LEARNING_RATE if of_adapters else default
+        """Fill in the learning rate that was not given: that of adapters, or the parent class's default."""
+        parent = SFTConfig if isinstance(self, SFTConfig) else TrainingArguments
+        default = next(own.default for own in fields(parent) if own.name == "learning_rate")
+        self.learning_rate = ADAPTER_LEARNING_RATE if of_adapters else default
 
     def capture_config(self) -> CaptureConfig:
         """Settings of the capture pass, in the precision of the training."""

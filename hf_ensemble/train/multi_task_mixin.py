@@ -71,13 +71,19 @@ class MultiTaskMixin:
     def _undo_preparation(self) -> None:
         """Take off what a parent's constructor has put on the model already; each adapter's trainer does it again."""
 
-    def _own_args(self, args: TrainingArguments | None, model: str | nn.Module, of_adapters: bool) -> TrainingArguments:
-        """The arguments as this trainer's own class; defaults where there are none.
+    def _own_args(
+        self,
+        args: TrainingArguments | None,
+        model: str | nn.Module | None,
+        of_adapters: bool,
+        is_made_later: bool = False,
+    ) -> TrainingArguments:
+        """The arguments as this trainer's own class; defaults where there are none. The user's object stays as it is.
 
         Raises:
             `ConfigurationError`: for arguments of another kind, and for a model that is none.
         """
-        if not isinstance(model, (str, nn.Module)):
+        if not isinstance(model, (str, nn.Module)) and not (model is None and is_made_later):
             raise ConfigurationError(
                 f"Expected model to be a model, or its name or folder, found a {type(model).__name__}."
             )
@@ -89,7 +95,10 @@ class MultiTaskMixin:
             name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
             args = self.config_class(output_dir=f"{Path(name or 'model').name}-{type(self).__name__}")
         args = as_config(args, self.config_class)
-        args.resolve_learning_rate(of_adapters)
+        if args.learning_rate is None:
+            # Another trainer that takes the same object may resolve it to another one.
+            args = copy.copy(args)
+            args.resolve_learning_rate(of_adapters)
         return args
 
     def _has_adapter(self, model: Any, peft_config: PeftConfig | None) -> bool:

@@ -50,22 +50,23 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         **kwargs: Any,
     ):
         is_one = is_one_dataset(train_dataset)
+        if is_one:
+            train_dataset, eval_dataset = the_one_dataset(train_dataset, eval_dataset)
+        takes_tokens = is_one and not is_text_classification(train_dataset)
+        if model is None and model_init is not None and not (takes_tokens and peft_config is None):
+            set_seed(getattr(args, "seed", self.config_class.seed))
+            model, model_init = model_init(), None
         has_adapter = not is_one and self._has_adapter(model, peft_config)
-        if model is None and model_init is not None and not is_one:
-            model = model_init()
-        if model is not None or model_init is None:
-            args = self._own_args(args, model, of_adapters=has_adapter)
+        args = self._own_args(args, model, has_adapter, is_made_later=model_init is not None)
         given = {"args": args, "data_collator": data_collator, "callbacks": callbacks, **kwargs}
         # The adapter's first weights are random: seed before they are made.
         set_seed(args.seed)
-        if is_one:
-            train_dataset, eval_dataset = the_one_dataset(train_dataset, eval_dataset)
-            if not is_text_classification(train_dataset):
-                given |= {"processing_class": processing_class, "model_init": model_init, "optimizers": optimizers}
-                given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-                model = model if peft_config is None else get_peft_model(model, peft_config)
-                self._train_directly(None, model=model, has_tasks=False, **given)
-                return
+        if takes_tokens:
+            given |= {"processing_class": processing_class, "model_init": model_init, "optimizers": optimizers}
+            given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+            model = model if peft_config is None else get_peft_model(model, peft_config)
+            self._train_directly(None, model=model, has_tasks=False, **given)
+            return
         tasks = as_task_set({"data": train_dataset} if is_one else train_dataset, None if is_one else eval_dataset)
         if args.label_smoothing_factor > 0 and tasks.label_space is not None and not is_one:
             raise ConfigurationError("label_smoothing_factor is not defined over label sets that differ by task.")
@@ -73,7 +74,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
             checked = {"model": model, "processing_class": processing_class, "peft_config": peft_config}
             self._check_arguments(tasks, args, given | checked | {"optimizers": optimizers})
-        model, processing_class = _text_model(model, model_init, processing_class, tasks)
+        model, processing_class = _text_model(model, processing_class, tasks)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         if data_collator is None:
@@ -127,11 +128,9 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
 
 
 def _text_model(
-    model: Any, model_init: Any, processing_class: PreTrainedTokenizerBase | None, tasks: TaskSet
+    model: Any, processing_class: PreTrainedTokenizerBase | None, tasks: TaskSet
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model for the tasks' rows, loaded where a name is given, and its tokenizer."""
-    if model is None and model_init is not None:
-        model = model_init()
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(
             model if isinstance(model, str) else model.config._name_or_path

@@ -236,3 +236,32 @@ def test_what_the_parent_does_not_need(tmp_path, base_folder):
     args = TrainingArguments(str(tmp_path), **BASE)
     trainer = SelectionTrainer(toy.bert(2), args, train_dataset=tokens()["train"], processing_class=toy.tokenizer())
     assert trainer.train().global_step == 3
+
+
+def test_a_model_that_is_made_by_a_function(tmp_path):
+    """For one dataset as the parent makes it; for several, with an adapter of its own or of `peft_config`."""
+    rows, traces = tokens(), []
+    for trainer_class, config_class in ((Trainer, TrainingArguments), (EnsembleTrainer, EnsembleConfig)):
+        trainer = trainer_class(
+            args=config_class(output_dir=str(tmp_path), **BASE),
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            processing_class=toy.tokenizer(),
+            model_init=lambda: toy.bert(2),
+        )
+        traces.append(trace(trainer))
+    assert_same(*traces)
+    tasks = {name: own["train"] for name, own in toy.text_tasks().items()}
+    args = EnsembleConfig(str(tmp_path), **BASE)
+    for make, peft in ((lambda: toy.bert(4), toy.lora("SEQ_CLS")), (lambda: toy.with_lora(toy.bert(4)), None)):
+        given = {"processing_class": toy.tokenizer(), "peft_config": peft, "model_init": make}
+        assert not EnsembleTrainer(args=args, train_dataset=tasks, **given).trains_directly
+
+
+def test_arguments_of_the_user_stay_as_they_are(tmp_path, base_folder):
+    """One object serves a run over several datasets and a training over one, each with its own learning rate."""
+    args = EnsembleSFTConfig(str(tmp_path), **{name: own for name, own in SFT_BASE.items() if name != "learning_rate"})
+    several = {name: own["train"] for name, own in toy.sft_tasks().items()}
+    run = EnsembleSFTTrainer(base_folder, args, train_dataset=several, peft_config=toy.lora())
+    alone = EnsembleSFTTrainer(base_folder, args, train_dataset=ROWS["train"], peft_config=toy.lora())
+    assert (run.args.learning_rate, alone.args.learning_rate, args.learning_rate) == (2e-4, 2e-5, None)
