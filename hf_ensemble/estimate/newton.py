@@ -217,7 +217,7 @@ def _newton_direction(blocks, gradient, norm, ridge, tolerance):
     for block in blocks:
         diagonal.index_add_(0, block.mixtures, block.curvature.sum(1, keepdim=True) * block.rows.mean_square)
     terms = [(block.curvature, block.mixtures, block.rows.single) for block in blocks]
-    # Scaled to norm 1, small gradients stay in the range of float32.
-    scaled = (gradient / norm.unsqueeze(1)).float()
+    # Scaled to norm 1, small gradients stay in the range of float32; those of rows without features are zero.
+    scaled = (gradient / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(1)).float()
     direction = conjugate_gradient(terms, diagonal, ridge.float(), scaled, target.float())
     return norm.unsqueeze(1) * direction.to(norm.dtype)

@@ -8,6 +8,9 @@ from .mixtures import epoch_length
 # Share of the moves of A's entries under Adam that adds up along the relevant inputs; the rest oscillates. Measured on
 # 15 real tasks, see docs/estimation.md.
 _COHERENCE = 1 / 70
+# Squared gradients of a mixture count as at least this share of those of all tasks: Adam goes nowhere where there is
+# nothing but rounding.
+_MIN_SQUARE = 1e-12
 
 
 def batch_mean_square(mean_square: np.ndarray, squares: np.ndarray, batch_size: int) -> np.ndarray:
@@ -72,6 +75,9 @@ class TrainingLength:
         self._squares = np.bincount(task, residual**2 * squared_norms)
         self._all = sampling_weights[None]
         self._all_rows = float(epoch_length(sampling_weights, self._counts))
+        self._least_square = np.finfo(float).tiny
+        if self._batch_size is not None:
+            self._least_square = max(self._least_square, _MIN_SQUARE * float(self._batch_square(self._all)[0]))
 
     def l2(self, scale: float | np.ndarray, mixtures: np.ndarray) -> np.ndarray:
         """Penalties `(S,)` of mixtures `(S, T)` for c = `scale`, a number or one per mixture."""
@@ -101,7 +107,8 @@ class TrainingLength:
             square = batch_mean_square(mean_square, squares, self._batch_size)
             # Without noise, at identical gradients, the noise term is at its lower bound.
             noise_slope = (squares_slope - mean_slope) / self._batch_size if squares > mean_square else 0.0
-            log_slope += (mean_slope + noise_slope) / np.maximum(2 * square, np.finfo(float).tiny)
+            if square > self._least_square:
+                log_slope += (mean_slope + noise_slope) / (2 * square)
         return l2, l2 * log_slope
 
     def task_gradients(self) -> np.ndarray:
@@ -114,6 +121,11 @@ class TrainingLength:
         squares = (mixtures @ self._squares) * (mixtures @ self._counts) / totals**2
         return mixtures @ self._gradients / totals[:, None], squares
 
+    def _batch_square(self, mixtures: np.ndarray) -> np.ndarray:
+        """Q of each mixture, `(S,)`."""
+        gradients, squares = self._batch_gradients(mixtures)
+        return batch_mean_square(np.square(gradients).sum(axis=1), squares, self._batch_size)
+
     def _distance(self, mixtures: np.ndarray, heaviest: float | None = None) -> np.ndarray:
         """T of each mixture, `(S,)`, in arbitrary units; rows with weight `heaviest` are sampled once per epoch."""
         rows = mixtures @ self._counts
@@ -124,7 +136,4 @@ class TrainingLength:
             steps = steps * (1 + self._growth * steps / self._all_rows)
         if self._batch_size is None:
             return steps
-        gradients, squares = self._batch_gradients(mixtures)
-        square = batch_mean_square(np.square(gradients).sum(axis=1), squares, self._batch_size)
-        # Avoids a division by zero where no row has a gradient.
-        return steps / np.sqrt(np.maximum(square, np.finfo(float).tiny))
+        return steps / np.sqrt(np.maximum(self._batch_square(mixtures), self._least_square))

@@ -92,6 +92,16 @@ def test_run_over_classification_for_a_target(tmp_path, head):
     assert (tmp_path / "out" / "base").exists() == (head == "auto")
 
 
+def test_run_over_classification_ends_with_an_ensemble_that_loads(tmp_path):
+    base = toy.save_model(toy.bert(2).bert, tmp_path / "base")
+    data = write_tasks(tmp_path / "data", toy.text_tasks())
+    arguments = {"data": data, "model_name_or_path": base, "output_dir": tmp_path / "out", "num_groups": 2}
+    assert main(["run", *flags(**arguments, max_train_rows=8), "--lora_target_modules", "query", "value"]) == 0
+    ensemble = PeftEnsembleModel.from_pretrained(tmp_path / "out" / "ensemble")
+    assert type(ensemble.model.get_base_model()).__name__ == "LabelSimilarityForSequenceClassification"
+    assert set(ensemble.weights) == set(toy.text_tasks())
+
+
 def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path, base_folder, capsys):
     bad = ["run", *flags(data=tmp_path / "none", model_name_or_path=base_folder, output_dir=tmp_path / "o")]
     assert main(bad) == 1

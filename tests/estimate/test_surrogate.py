@@ -68,6 +68,12 @@ def test_surrogate_is_exact_for_margins_up_to_30():
     assert_exact(features, margin, task, MIXTURES, PENALTIES)
 
 
+def test_tasks_without_features_stay_at_the_start():
+    features, margin, task = rows()
+    features[task == 1] = 0.0
+    assert_exact(features, margin, task, np.array([[0, 1, 0, 0], [0, 1, 0, 1]]), np.array([1e-9, 1e-2]))
+
+
 def test_one_subset_alone():
     assert_exact(*rows(), np.array([[0, 1, 0, 1]]), np.array([1e-3]))
 

@@ -98,6 +98,17 @@ def test_a_training_without_gradients_has_a_number():
     assert np.isfinite(none.l2(1.0, np.eye(3))).all()
 
 
+def test_a_task_without_gradients_beside_others_has_a_penalty_that_can_be_solved():
+    features, margin = rows()
+    features[TASK == 1] = 0.0
+    recipe = TrainingRecipe([1e-3] * 10, 4, 9.0)
+    found = TrainingLength(features, (features**2).sum(1), margin, TASK, WEIGHTS, recipe)
+    penalty = found.l2(1.0, np.eye(3))
+    assert 1e-9 < penalty[1] < penalty[0]
+    value, slope = found.l2_with_gradient(1.0, np.array([0.0, 1.0, 0.0]))
+    assert np.isfinite(value) and np.isfinite(slope).all()
+
+
 def test_it_follows_adam_where_tasks_have_gradients_of_unequal_size():
     """Three tasks of 96 rows that pull along one direction, with gradients of 1, 0.2 and 3."""
     generator = np.random.default_rng(0)

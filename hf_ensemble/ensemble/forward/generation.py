@@ -74,7 +74,7 @@ def generate_by_outputs(
     with run:
         if encoder_decoder:
             if attention_mask is None:
-                pad = base.config.pad_token_id
+                pad = getattr(base.config, "pad_token_id", None)
                 attention_mask = torch.ones_like(input_ids) if pad is None else (input_ids != pad).long()
                 kwargs["attention_mask"] = attention_mask
             run.encode(base.get_encoder(), weights, {"input_ids": input_ids, "attention_mask": attention_mask})

@@ -59,7 +59,7 @@ def base_reference(model: PeftModel) -> BaseModelReference:
         revision=getattr(base.config, "_commit_hash", None),
         auto_class=auto_class,
         num_labels=base.config.num_labels if is_classifier else None,
-        pad_token_id=base.config.get_text_config().pad_token_id if is_classifier else None,
+        pad_token_id=getattr(base.config.get_text_config(), "pad_token_id", None) if is_classifier else None,
     )
 
 
