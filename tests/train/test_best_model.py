@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
@@ -138,12 +138,14 @@ def test_a_training_is_the_parents_on_the_same_rows(tmp_path, base_folder, chang
 KILLS = {
     "few checkpoints": ({**BEST, "save_steps": 2, "save_total_limit": 1}, 2, 7),
     "saved when best": ({**BEST, "save_strategy": "best"}, 2, 5),
-    "stopped early, killed before": (BEST, 1, 3),
+    "stopped early, killed before": (BEST, 2, 8),
     "stopped early, killed after": (BEST, 1, None),
     "evaluated after the checkpoint": (
         {
             **EVALUATED,
             "eval_strategy": "epoch",
+            # Random numbers of the steps after the evaluation.
+            "neftune_noise_alpha": 5.0,
             "save_steps": 6,
             "logging_strategy": "epoch",
             "num_train_epochs": 3,
@@ -213,7 +215,21 @@ def test_a_damaged_best_checkpoint_is_found_again(tmp_path, base_folder, monkeyp
     assert equal(found[1], whole[1]) and found[0].best_step == whole[0].best_step
 
 
-def test_early_stopping_of_one_training_does_not_stop_the_next(tmp_path, base_folder):
+def test_early_stopping_of_one_training_does_not_stop_the_next(tmp_path, base_folder, monkeypatch):
+    ignored, evaluation_loop = [], Trainer.evaluation_loop
+
+    def recorded(self, *args, ignore_keys=None, **kwargs):
+        ignored.append(ignore_keys)
+        return evaluation_loop(self, *args, ignore_keys=ignore_keys, **kwargs)
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", recorded)
+
+    class Patient(EarlyStoppingCallback):
+        trainers: list = []
+
+        def on_train_begin(self, *args, **kwargs):
+            Patient.trainers.append(self.trainer)
+
     class Ends(TrainerCallback):
         found: dict[str, int] = {}
 
@@ -224,13 +240,15 @@ def test_early_stopping_of_one_training_does_not_stop_the_next(tmp_path, base_fo
         def on_evaluate(self, *args, **kwargs):
             pytest.fail("called")
 
-    given, later = EarlyStoppingCallback(2), EarlyStoppingCallback(5)
+    given, later = Patient(2), EarlyStoppingCallback(5)
     trainer = sft_trainer(tmp_path / "run", base_folder, callbacks=[given, Removed(), Ends], num_groups=2, **BEST)
     trainer.add_callback(later)
     trainer.remove_callback(Removed)
-    # Such a callback is copied for each training, and what it knows of the run's trainer is not.
+    # The callback is copied for each training, and the trainer that it knows is not.
     given.trainer = trainer
-    output = trainer.train(ignore_keys_for_eval=["nothing"])
+    output = trainer.train(ignore_keys_for_eval=["attentions"])
+    assert len(Patient.trainers) == 3 and all(own is trainer for own in Patient.trainers)
+    assert ignored and all(keys == ["attentions"] for keys in ignored)
     run = trainer.run_directory
     records = [run.trained_adapter(name) for name in ("baseline", "group_0", "group_1")]
     for record in records:
