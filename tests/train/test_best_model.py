@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
@@ -256,6 +262,9 @@ def test_early_stopping_of_one_training_does_not_stop_the_next(tmp_path, base_fo
     assert all(record.global_step < steps for record, steps in zip(records, (18, 12, 6)))
     assert given.early_stopping_patience_counter == later.early_stopping_patience_counter == 0
     assert output.metrics["eval_mean_loss"] > 0
+    card = (run.ensemble / "README.md").read_text()
+    for record in records:
+        assert f"{record.name} is the adapter of step {record.best_step} of {record.global_step} (`eval_loss`)" in card
     # What calibrates the estimates is the adapter that is kept.
     (scored,) = run.scored_runs()
     losses = [entry for entry in trainer.state.log_history if entry.get("adapter") == "baseline"]
@@ -265,12 +274,23 @@ def test_early_stopping_of_one_training_does_not_stop_the_next(tmp_path, base_fo
     assert {task: own.loss for task, own in scored.scores.items()} == pytest.approx(expected, rel=0.3)
 
 
-def test_base_weights_stay_as_they_are(tmp_path, base_folder):
-    trainer = sft_trainer(tmp_path / "run", base_folder, **{**BEST, "num_train_epochs": 1})
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "4 bits"])
+def test_base_weights_stay_as_they_are(tmp_path, quantized):
+    base = toy.save_model(toy.llama(hidden_size=64, intermediate_size=128), tmp_path / "base")
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)} if quantized else {}
+    trainer = EnsembleSFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base, **options),
+        args=sft_config(tmp_path / "run", **{**BEST, "num_train_epochs": 1}),
+        train_dataset=toy.sft_tasks(),
+        processing_class=toy.tokenizer(),
+        peft_config=toy.lora(),
+    )
     trainer.open_run()
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.flow.training.run("one", ["sums"], tmp_path / "one")
-    assert equal(trainer.model.state_dict(), before)
+    trained = trainer.flow.training.run("one", ["sums"], tmp_path / "one")
+    assert trained.best_step is not None
+    found = trainer.model.state_dict()
+    assert equal({name: found[name] for name in before}, before)
     trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert trainable and all("lora_" in name for name in trainable)
 

@@ -85,6 +85,12 @@ def check_best_metric(
             "load_best_model_at_end=True: the validation rows choose how long each training is, which is recorded as "
             "best_step. Losses on these rows are then lower than on new ones."
         )
+        if not (args.calibration_runs or getattr(args, "train_baseline", False)):
+            logger.warning(
+                "Predictions are of trainings to their last step, since no fine-tuning calibrates them, while "
+                "load_best_model_at_end=True keeps earlier adapters. Set calibration_runs=1 for predictions of what is "
+                "kept."
+            )
 
 
 def _evaluates_otherwise(trainer_class: type[Trainer]) -> bool:
