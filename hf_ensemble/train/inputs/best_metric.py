@@ -17,6 +17,7 @@ _OF_EVERY_TRAINER = ("loss",)
 _OF_SFT = ("mean_token_accuracy", "entropy")
 # What a user's class overrides to evaluate something else.
 _EVALUATING = ("evaluate", "evaluation_loop", "prediction_loop", "log")
+_LIBRARIES = (__name__.split(".")[0], "transformers", "trl", "builtins", "typing")
 
 
 def follows_metric(args: TrainingArguments, callbacks: Iterable[Any] = ()) -> str | None:
@@ -97,9 +98,6 @@ def _evaluates_otherwise(trainer_class: type[Trainer]) -> bool:
     """Whether a class of the user's evaluates in a way of its own."""
     own = [kind for kind in trainer_class.__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES]
     return any(name in vars(kind) for kind in own for name in _EVALUATING)
-
-
-_LIBRARIES = (__name__.split(".")[0], "transformers", "trl", "builtins", "typing")
 
 
 def split_metric(name: str, task_names: Iterable[str]) -> tuple[str | None, str]:
