@@ -29,7 +29,9 @@ def follows_metric(args: TrainingArguments, callbacks: Iterable[Any] = ()) -> st
     if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
         return f"lr_scheduler_type={args.lr_scheduler_type.value!r}"
     kinds = (own if isinstance(own, type) else type(own) for own in callbacks)
-    return next((kind.__name__ for kind in kinds if issubclass(kind, EarlyStoppingCallback)), None)
+    # A subclass that begins in a way of its own may follow something else.
+    begins = EarlyStoppingCallback.on_train_begin
+    return next((kind.__name__ for kind in kinds if getattr(kind, "on_train_begin", None) is begins), None)
 
 
 def check_best_metric(
