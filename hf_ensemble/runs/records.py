@@ -109,9 +109,11 @@ class TrainedAdapter(Record):
         total_flos (`float`): floating point operations, as `Trainer` counts them.
         seconds (`float`): wall time; of the last stretch for a training that was resumed.
         files (`dict[str, str]`): checksums of the adapter's files.
+        log_history (`list[dict]`): the training's log, as `TrainerState` has it.
     """
 
     format = "hf_ensemble.trained_adapter"
+    format_version = 2
 
     name: str
     mixture: dict[str, float]
@@ -126,6 +128,7 @@ class TrainedAdapter(Record):
     total_flos: float = 0.0
     seconds: float = 0.0
     files: dict[str, str] = field(default_factory=dict)
+    log_history: list[dict[str, Any]] = field(default_factory=list)
 
     def continues(self, known: "TrainedAdapter | None") -> bool:
         """Whether what is known of a training is known of this one: of the same rows, seed and starting point."""

@@ -13,8 +13,8 @@ class ResumedTrainingMixin:
     """Keeps the sum of the losses in checkpoints, and trains no step after the last.
 
     `Trainer` begins a new sum when it resumes: its mean is over the steps since the checkpoint, and the first logged
-    loss lacks the steps between the last log and the checkpoint. From the checkpoint of a last step that `max_steps`
-    sets within an epoch it goes on to the next step. Over a single dataset a trainer stays as its parent is.
+    loss lacks the steps between the last log and the checkpoint, as do the metrics that `SFTTrainer` logs. From the
+    checkpoint of a last step that `max_steps` sets within an epoch it goes on to the next step. Over a single dataset a trainer stays as its parent is.
     """
 
     has_tasks: bool
@@ -34,6 +34,9 @@ class ResumedTrainingMixin:
                 "total": self._total_loss_scalar,
                 "since_log": since_log,
                 "last_log": self._globalstep_last_logged,
+                # Of `SFTTrainer`: metrics of the steps since the last log, and tokens so far.
+                "metrics": {name: list(values) for name, values in self._train_metrics().items()},
+                "tokens": getattr(self, "_total_train_tokens", 0),
             },
         }
 
@@ -54,6 +57,13 @@ class ResumedTrainingMixin:
         self._tr_loss = torch.tensor(loss["since_log"][self.args.process_index], device=self.args.device)
         self._total_loss_scalar = loss["total"]
         self._globalstep_last_logged = loss["last_log"]
+        for name, values in loss["metrics"].items():
+            self._train_metrics()[name].extend(values)
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = loss["tokens"]
+
+    def _train_metrics(self) -> dict[str, list[float]]:
+        return getattr(self, "_metrics", {}).get("train", {})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._is_ending and "train_loss" in logs:

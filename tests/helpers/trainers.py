@@ -22,6 +22,10 @@ SMALL = {
 ESTIMATE = {"projection_dim": 128, "num_components": 20}
 
 
+def without_speed(metrics):
+    return {key: value for key, value in metrics.items() if not key.endswith(("_runtime", "_per_second"))}
+
+
 def sft_config(folder, config_class=EnsembleSFTConfig, **changes):
     settings = {**SMALL, **ESTIMATE, "bf16": False, "gradient_checkpointing": False, "output_dir": str(folder)}
     if config_class is EnsembleSFTConfig:

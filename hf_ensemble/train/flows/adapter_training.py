@@ -25,6 +25,7 @@ from ..credentials import arguments_without_secrets
 from ..tracking import report_as_part_of_run
 from .checkpoints import SealCheckpoints, last_whole_checkpoint
 from .context import FlowContext
+from .run_log import plain_log
 
 
 class AdapterTraining:
@@ -128,8 +129,9 @@ class AdapterTraining:
                 global_step=int(result.global_step),
                 training_loss=float(result.training_loss),
                 distance=self.distance(),
-                total_flos=float(result.metrics.get("total_flos", 0.0)),
+                total_flos=float(trainer.state.total_flos),
                 seconds=round(seconds, 3),
+                log_history=plain_log(trainer.state.log_history),
             )
             if is_main_process():
                 save_adapter(self.context.model, self.context.adapter_name, folder)
@@ -139,7 +141,6 @@ class AdapterTraining:
             trained = run_on_main(lambda: run.trained_adapter(name))
         finally:
             self.reset()
-        self.context.log_history.extend({**entry, "adapter": name} for entry in trainer.state.log_history)
         return trained
 
     def _begun(self, wanted: TrainedAdapter, folder: Path) -> tuple[TrainedAdapter, str | None]:

@@ -1,0 +1,148 @@
+"""Evaluation and prediction over several datasets as one, with the means over the tasks."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers.trainer_pt_utils import nested_concat
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
+
+from ..tasks import IGNORE_INDEX
+
+# Figures of the evaluation loop itself, beside what `compute_metrics` returns.
+_OF_THE_LOOP = ("loss", "runtime", "samples_per_second", "steps_per_second")
+
+
+class TaskEvaluationMixin:
+    """Evaluates a dict of datasets as one evaluation, in the parent's evaluation loop.
+
+    The metrics of each dataset are named as the parent names them, `eval_TASK_loss`. Beside them stand the means over
+    the datasets, `eval_loss`, and all of them are one entry of the log and one `on_evaluate`, so that
+    `metric_for_best_model` may name any. [`predict`] takes a dict, too.
+    """
+
+    has_tasks: bool
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        tables = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not self.has_tasks or not isinstance(tables, Mapping):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._memory_tracker.start()
+        start = time.time()
+        # Without metrics to compute, no logits are gathered.
+        loss_only = True if self.compute_metrics is None else None
+        outputs = {}
+        for name in tables:
+            # Evaluation sets of the trainer's own are known to its dataloaders by name.
+            loader = self.get_eval_dataloader(name if eval_dataset is None else tables[name])
+            outputs[name] = self._task_output(loader, "Evaluation", name, ignore_keys, metric_key_prefix, loss_only)
+        metrics = self._metrics_of_tasks(outputs, metric_key_prefix, start)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        return metrics
+
+    def predict(
+        self,
+        test_dataset: Dataset | Mapping[str, Dataset],
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        if not self.has_tasks or not isinstance(test_dataset, Mapping):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        self._memory_tracker.start()
+        output = self.predict_tasks(test_dataset, ignore_keys, metric_key_prefix)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+        self._memory_tracker.stop_and_update_metrics(output.metrics)
+        return output
+
+    def predict_tasks(
+        self, tables: Mapping[str, Dataset], ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Predictions for the rows of each task, one task's after the other's, without an event."""
+        start = time.time()
+        outputs = {
+            name: self._task_output(
+                self.get_test_dataloader(rows), "Prediction", name, ignore_keys, metric_key_prefix, None
+            )
+            for name, rows in tables.items()
+        }
+        return PredictionOutput(
+            predictions=_joined([output.predictions for output in outputs.values()]),
+            label_ids=_joined([output.label_ids for output in outputs.values()]),
+            metrics=self._metrics_of_tasks(outputs, metric_key_prefix, start),
+        )
+
+    def computed_metrics(self, name: str) -> dict[str, Any]:
+        """What `compute_metrics` returns for an evaluation set of the trainer's own, by the names that it gives."""
+        output = self._task_output(self.get_eval_dataloader(name), "Evaluation", name, None, "eval", None)
+        found = _without_prefix(output.metrics, f"eval_{name}_")
+        return {key: value for key, value in found.items() if key not in _OF_THE_LOOP}
+
+    def _task_output(
+        self,
+        loader: Any,
+        description: str,
+        name: str,
+        ignore_keys: list[str] | None,
+        prefix: str,
+        loss_only: bool | None,
+    ) -> EvalLoopOutput:
+        """The parent's evaluation loop over one task."""
+        start = time.time()
+        output = self.evaluation_loop(
+            loader,
+            description=description,
+            prediction_loss_only=loss_only,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=f"{prefix}_{name}",
+        )
+        output.metrics.pop(f"{prefix}_{name}_model_preparation_time", None)
+        output.metrics.update(self._speed(f"{prefix}_{name}", start, [output]))
+        return output
+
+    def _metrics_of_tasks(self, outputs: Mapping[str, EvalLoopOutput], prefix: str, start: float) -> dict[str, float]:
+        by_task = {name: _without_prefix(output.metrics, f"{prefix}_{name}_") for name, output in outputs.items()}
+        metrics = {key: value for output in outputs.values() for key, value in output.metrics.items()}
+        means = {f"{prefix}_{key}": value for key, value in mean_metrics(by_task).items()}
+        return {**metrics, **means, **self._speed(prefix, start, list(outputs.values()))}
+
+    def _speed(self, prefix: str, start: float, outputs: list[EvalLoopOutput]) -> dict[str, float]:
+        batch_size = self.args.eval_batch_size * self.args.world_size
+        return speed_metrics(
+            prefix,
+            start,
+            num_samples=sum(output.num_samples for output in outputs),
+            num_steps=sum(math.ceil(output.num_samples / batch_size) for output in outputs),
+        )
+
+
+def mean_metrics(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of each number over the tasks that have it."""
+    found: dict[str, list[float]] = {}
+    for metrics in by_task.values():
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _without_prefix(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Arrays of several tasks as one, padded as the evaluation loop pads; lists of batches one after the other."""
+    if any(part is None for part in parts):
+        return None
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined + part if isinstance(joined, list) else nested_concat(joined, part, padding_index=IGNORE_INDEX)
+    return joined
