@@ -32,7 +32,7 @@ class TaskEvaluationMixin:
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         tables = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not self.has_tasks or not isinstance(tables, Mapping):
+        if not self.has_tasks or not isinstance(tables, Mapping) or not tables:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._memory_tracker.start()
         start = time.time()
@@ -43,6 +43,7 @@ class TaskEvaluationMixin:
             # Evaluation sets of the trainer's own are known to its dataloaders by name.
             loader = self.get_eval_dataloader(name if eval_dataset is None else tables[name])
             outputs[name] = self._task_output(loader, "Evaluation", name, ignore_keys, metric_key_prefix, loss_only)
+            outputs[name].metrics.update(self._further_metrics(f"{metric_key_prefix}_{name}"))
         metrics = self._metrics_of_tasks(outputs, metric_key_prefix, start)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -107,6 +108,13 @@ class TaskEvaluationMixin:
         output.metrics.pop(f"{prefix}_{name}_model_preparation_time", None)
         output.metrics.update(self._speed(f"{prefix}_{name}", start, [output]))
         return output
+
+    def _further_metrics(self, prefix: str) -> dict[str, float]:
+        """What `SFTTrainer` would add to the log of an evaluation; taken, so that the next task's are its own."""
+        own = getattr(self, "_metrics", {}).get("eval", {})
+        found = {f"{prefix}_{key}": sum(values) / len(values) for key, values in own.items() if values}
+        own.clear()
+        return found
 
     def _metrics_of_tasks(self, outputs: Mapping[str, EvalLoopOutput], prefix: str, start: float) -> dict[str, float]:
         by_task = {name: _without_prefix(output.metrics, f"{prefix}_{name}_") for name, output in outputs.items()}

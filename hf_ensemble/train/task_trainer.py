@@ -88,7 +88,8 @@ class TaskTrainer(TaskColumnsMixin, TaskEvaluationMixin, ResumedTrainingMixin, T
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = self.compute_loss_func
         # Not for longer than this call: a subclass's own loss is scaled as in a plain `Trainer`.
-        self.compute_loss_func = partial(self._loss_over_own_labels, given or _mean_cross_entropy)
+        loss_func = given or self.label_smoother or _mean_cross_entropy
+        self.compute_loss_func = partial(self._loss_over_own_labels, loss_func)
         try:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
