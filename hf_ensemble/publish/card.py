@@ -120,12 +120,12 @@ class EnsembleCardData:
 
     @staticmethod
     def figure(scores: TaskScores | None, name: str) -> str:
-        """A metric of the generated answers as the tables show it."""
+        """A metric as the tables show it."""
         return "-" if scores is None or name not in scores.metrics else f"{scores.metrics[name]:.3f}"
 
     @property
-    def answer_metrics(self) -> list[str]:
-        """Metrics of the generated answers that any task has."""
+    def metrics(self) -> list[str]:
+        """Names of the metrics that any task has beside loss and accuracy."""
         scores = self.systems.get("ensemble", {}).values()
         return list(dict.fromkeys(name for score in scores for name in score.metrics))
 

@@ -246,7 +246,8 @@ class MultiTaskMixin:
                 for callback in self.callback_handler.callbacks
                 if callback not in self._automatic_callbacks
             ],
-            **self._adapter_trainer_kwargs,
+            **self._adapter_trainer_kwargs
+            | {name: getattr(self, name) for name in ("compute_metrics", "preprocess_logits_for_metrics")},
         )
         for callback in self._automatic_callbacks:
             if callback not in self.callback_handler.callbacks:

@@ -154,10 +154,7 @@ class OutcomeMixin:
         for name in _PACKING:
             if hasattr(args, name):
                 setattr(args, name, False)
-        trainer = self.adapter_trainer(args, self.train_dataset, tables, self.tasks.sampling_weights)
-        trainer.compute_metrics = self.compute_metrics
-        trainer.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics
-        return trainer
+        return self.adapter_trainer(args, self.train_dataset, tables, self.tasks.sampling_weights)
 
     def _push_finished(self) -> None:
         """Upload what `train` has made. A failure is reported: the run is complete without it."""

@@ -50,7 +50,7 @@ def sft_trainer(folder, base, tasks=None, callbacks=None, **changes):
 
 
 def text_trainer(folder, model, tasks, trainer_class=EnsembleTrainer, config=EnsembleConfig, peft="SEQ_CLS", **changes):
-    options = {name: changes.pop(name) for name in ("target", "answer_metrics") if name in changes}
+    options = {name: changes.pop(name) for name in ("target", "answer_metrics", "compute_metrics") if name in changes}
     return trainer_class(
         model=model,
         args=config(**{**SMALL, **ESTIMATE, "output_dir": str(folder), **changes}),

@@ -30,6 +30,8 @@ def prediction_trainer(
     with ModelState(context.model).restored():
         trainer = context.make_predictor(tables)
         if ensemble is not None:
+            # By the forward of the base model.
+            trainer._set_signature_columns_if_needed()
             trainer.model = trainer.model_wrapped = _EnsembleOfBatches(ensemble, trainer)
             # Router losses are of a training.
             trainer.aux_loss_enabled = False
