@@ -164,7 +164,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             answers=self._answer_evaluator(),
             make_trainer=self.adapter_trainer,
             make_predictor=self._prediction_trainer,
-            computes_metrics=self.compute_metrics is not None,
+            computes_metrics=lambda: self.compute_metrics is not None,
         )
 
     def train(

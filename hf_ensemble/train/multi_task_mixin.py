@@ -199,7 +199,8 @@ class MultiTaskMixin:
         # This trainer never runs the model.
         self._model_state.restore()
         # The parent has set its own, which were put back.
-        self.model.add_model_tags([*getattr(self, "_tag_names", ()), _TAG])
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags([*getattr(self, "_tag_names", ()), _TAG])
         set_padding(self)
 
     @property

@@ -56,7 +56,7 @@ class FlowContext:
         answers (`AnswerEvaluator`): generates answers, of the tasks that have a metric for them.
         make_trainer (`AdapterTrainerFactory`): makes a trainer for the adapter.
         make_predictor (`Callable`): makes a trainer for the adapter whose evaluation sets are given token tables.
-        computes_metrics (`bool`): whether trainers have `compute_metrics`.
+        computes_metrics (`Callable`): whether trainers have `compute_metrics`.
     """
 
     run: RunDirectory
@@ -77,7 +77,7 @@ class FlowContext:
     answers: AnswerEvaluator
     make_trainer: AdapterTrainerFactory
     make_predictor: Callable[[Mapping[str, Dataset]], Trainer]
-    computes_metrics: bool
+    computes_metrics: Callable[[], bool]
 
     @cached_property
     def train_table(self) -> Dataset:

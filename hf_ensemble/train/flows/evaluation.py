@@ -103,7 +103,7 @@ class SystemEvaluation:
         self, tables: Mapping[str, Dataset], ensemble: PeftEnsembleModel | None
     ) -> dict[str, dict[str, float]]:
         """What the trainer's `compute_metrics` returns for each task."""
-        if not self.context.computes_metrics:
+        if not self.context.computes_metrics():
             return {}
         with prediction_trainer(self.context, tables, ensemble) as trainer:
             found = {task: trainer.computed_metrics(task) for task in tables}
