@@ -39,10 +39,8 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
         super().__init__(*args, **kwargs)
         if not self.trains_directly:
             self._check_choice_by_answers()
-            check_base_model(self.adapter_model)
-            check_adapter_names(
-                self.adapter_model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks)))}
-            )
+            check_base_model(self.model)
+            check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks)))})
 
     def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
         super()._check_arguments(tasks, args, given)

@@ -96,6 +96,11 @@ class MultiTaskMixin:
             raise ConfigurationError(
                 f"Expected model to be a model, or its name or folder, found a {type(model).__name__}."
             )
+        if isinstance(model, PeftEnsembleModel):
+            raise ConfigurationError(
+                "Expected a model without adapters or with one of yours, found a PeftEnsembleModel. Pass its "
+                "PeftModel, ensemble.model: a new run takes the adapters of an earlier one off."
+            )
         if not (args is None or isinstance(args, TrainingArguments)):
             raise ConfigurationError(
                 f"Expected args to be a {self.config_class.__name__}, found a {type(args).__name__}."

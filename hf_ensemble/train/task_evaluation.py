@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import nested_concat
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
 
@@ -24,6 +25,8 @@ class TaskEvaluationMixin:
     """
 
     has_tasks: bool
+    # Of the tasks that are being evaluated, by the prefix of their metrics.
+    _evaluated: dict[str, EvalLoopOutput] | None = None
 
     def evaluate(
         self,
@@ -31,24 +34,35 @@ class TaskEvaluationMixin:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
+        if self._evaluated is not None:
+            return self._evaluate_task(eval_dataset, ignore_keys, metric_key_prefix)
         tables = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not self.has_tasks or not isinstance(tables, Mapping) or not tables:
+        if not self.has_tasks or not isinstance(tables, dict) or not tables:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._memory_tracker.start()
-        start = time.time()
-        # Without metrics to compute, no logits are gathered.
-        loss_only = True if self.compute_metrics is None else None
-        outputs = {}
-        for name in tables:
-            # Evaluation sets of the trainer's own are known to its dataloaders by name.
-            loader = self.get_eval_dataloader(name if eval_dataset is None else tables[name])
-            outputs[name] = self._task_output(loader, "Evaluation", name, ignore_keys, metric_key_prefix, loss_only)
-            outputs[name].metrics.update(self._further_metrics(f"{metric_key_prefix}_{name}"))
-        metrics = self._metrics_of_tasks(outputs, metric_key_prefix, start)
+        start, self._evaluated = time.time(), {}
+        try:
+            # The parent prepares the rows, and calls this method for each dataset.
+            found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics = found | self._summary(self._evaluated, metric_key_prefix, start)
+        finally:
+            self._evaluated = None
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
+
+    def _evaluate_task(
+        self, eval_dataset: Dataset | str, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> dict[str, float]:
+        """One task of several, without an entry of the log and an event of its own."""
+        # Without metrics to compute, no logits are gathered.
+        loss_only = True if self.compute_metrics is None else None
+        loader = self.get_eval_dataloader(eval_dataset)
+        output = self._task_output(loader, "Evaluation", ignore_keys, metric_key_prefix, loss_only)
+        output.metrics.update(self._further_metrics(metric_key_prefix))
+        self._evaluated[metric_key_prefix] = output
+        return output.metrics
 
     def predict(
         self,
@@ -69,32 +83,25 @@ class TaskEvaluationMixin:
     ) -> PredictionOutput:
         """Predictions for the rows of each task, one task's after the other's, without an event."""
         start = time.time()
-        outputs = {
-            name: self._task_output(
-                self.get_test_dataloader(rows), "Prediction", name, ignore_keys, metric_key_prefix, None
-            )
-            for name, rows in tables.items()
-        }
+        outputs = {}
+        for name, rows in tables.items():
+            loader, prefix = self.get_test_dataloader(rows), f"{metric_key_prefix}_{name}"
+            outputs[prefix] = self._task_output(loader, "Prediction", ignore_keys, prefix, None)
+        metrics = {key: value for output in outputs.values() for key, value in output.metrics.items()}
         return PredictionOutput(
             predictions=_joined([output.predictions for output in outputs.values()]),
             label_ids=_joined([output.label_ids for output in outputs.values()]),
-            metrics=self._metrics_of_tasks(outputs, metric_key_prefix, start),
+            metrics=metrics | self._summary(outputs, metric_key_prefix, start),
         )
 
     def computed_metrics(self, name: str) -> dict[str, Any]:
         """What `compute_metrics` returns for an evaluation set of the trainer's own, by the names that it gives."""
-        output = self._task_output(self.get_eval_dataloader(name), "Evaluation", name, None, "eval", None)
-        found = _without_prefix(output.metrics, f"eval_{name}_")
+        output = self._task_output(self.get_eval_dataloader(name), "Evaluation", None, "eval", None)
+        found = _without_prefix(output.metrics, "eval_")
         return {key: value for key, value in found.items() if key not in _OF_THE_LOOP}
 
     def _task_output(
-        self,
-        loader: Any,
-        description: str,
-        name: str,
-        ignore_keys: list[str] | None,
-        prefix: str,
-        loss_only: bool | None,
+        self, loader: DataLoader, description: str, ignore_keys: list[str] | None, prefix: str, loss_only: bool | None
     ) -> EvalLoopOutput:
         """The parent's evaluation loop over one task."""
         start = time.time()
@@ -103,10 +110,10 @@ class TaskEvaluationMixin:
             description=description,
             prediction_loss_only=loss_only,
             ignore_keys=ignore_keys,
-            metric_key_prefix=f"{prefix}_{name}",
+            metric_key_prefix=prefix,
         )
-        output.metrics.pop(f"{prefix}_{name}_model_preparation_time", None)
-        output.metrics.update(self._speed(f"{prefix}_{name}", start, [output]))
+        output.metrics.pop(f"{prefix}_model_preparation_time", None)
+        output.metrics.update(self._speed(prefix, start, [output]))
         return output
 
     def _further_metrics(self, prefix: str) -> dict[str, float]:
@@ -116,11 +123,11 @@ class TaskEvaluationMixin:
         own.clear()
         return found
 
-    def _metrics_of_tasks(self, outputs: Mapping[str, EvalLoopOutput], prefix: str, start: float) -> dict[str, float]:
-        by_task = {name: _without_prefix(output.metrics, f"{prefix}_{name}_") for name, output in outputs.items()}
-        metrics = {key: value for output in outputs.values() for key, value in output.metrics.items()}
+    def _summary(self, outputs: Mapping[str, EvalLoopOutput], prefix: str, start: float) -> dict[str, float]:
+        """The means of the tasks' metrics, and the speed of the whole evaluation."""
+        by_task = {own: _without_prefix(output.metrics, f"{own}_") for own, output in outputs.items()}
         means = {f"{prefix}_{key}": value for key, value in mean_metrics(by_task).items()}
-        return {**metrics, **means, **self._speed(prefix, start, list(outputs.values()))}
+        return means | self._speed(prefix, start, list(outputs.values()))
 
     def _speed(self, prefix: str, start: float, outputs: list[EvalLoopOutput]) -> dict[str, float]:
         batch_size = self.args.eval_batch_size * self.args.world_size

@@ -17,7 +17,7 @@ from hf_ensemble import (
     SelectionTrainer,
     collect_results,
 )
-from hf_ensemble.errors import TaskError
+from hf_ensemble.errors import ConfigurationError, TaskError
 from hf_ensemble.runs import Results
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
@@ -153,6 +153,8 @@ def test_the_model_is_the_ensemble_and_knows_the_names_of_before(logged):
     assert trainer.model.get_submodule("base_model") is trainer.model.model.base_model
     with pytest.raises(AttributeError):
         trainer.model.get_parameter("nowhere.weight")
+    with pytest.raises(ConfigurationError, match=r"found a PeftEnsembleModel. Pass its PeftModel, ensemble.model"):
+        sft_trainer("nowhere", trainer.model)
     # The adapter of the user's own is the one for all tasks.
     parameters = dict(trainer.model.model.named_parameters())
     pairs = [(p, parameters[n.replace(".default.", ".baseline.")]) for n, p in parameters.items() if ".default." in n]
