@@ -39,8 +39,10 @@ def joined_log(trainings: Sequence[TrainedAdapter]) -> list[dict[str, Any]]:
 
 def follow(state: TrainerState, trainings: Sequence[TrainedAdapter]) -> None:
     """Let a state be that of all trainings; entries of its log that are from none of them stay, after the others."""
+    if not trainings:
+        return
     log = joined_log(trainings)
-    state.global_step = max((training.first_step + training.global_step for training in trainings), default=0)
+    state.global_step = max(training.first_step + training.global_step for training in trainings)
     state.max_steps = state.global_step
     state.total_flos = sum(training.total_flos for training in trainings)
     counted = {key: next((entry[key] for entry in reversed(log) if key in entry), 0) for key in _COUNTERS}
