@@ -28,14 +28,14 @@ def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
 
 
 def results_tables(results: Results) -> list[Table]:
-    """Accuracy of every system on every task, and a table for each metric of the generated answers."""
+    """Accuracy of every system on every task, and a table for each metric of answers or of `compute_metrics`."""
     metrics = dict.fromkeys(name for means in results.mean_metrics.values() for name in means)
     return [
         _results_table(results, "Accuracy", lambda scores: scores.accuracy, results.mean_accuracy),
         *(
             _results_table(
                 results,
-                f"{name} of generated answers",
+                name,
                 lambda scores, name=name: scores.metrics.get(name),
                 {system: means.get(name) for system, means in results.mean_metrics.items()},
             )

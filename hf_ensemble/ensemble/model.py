@@ -129,6 +129,24 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.get_base_model().dtype
 
+    @property
+    def model_tags(self) -> list[str] | None:
+        return getattr(self.model.get_base_model(), "model_tags", None)
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Add tags for model cards, see `PreTrainedModel.add_model_tags`; they are saved with the ensemble."""
+        self.model.get_base_model().add_model_tags(tags)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module by its name in the ensemble, or in the `PeftModel` that the ensemble was made of.
+
+        `get_parameter` and `get_buffer` take the names of both, too.
+        """
+        try:
+            return super().get_submodule(target)
+        except AttributeError:
+            return self.model.get_submodule(target)
+
     def can_generate(self) -> bool:
         """Whether the base model generates."""
         base = self.model.get_base_model()

@@ -33,7 +33,8 @@ class TaskScores:
         loss (`float`): mean over the rows of the mean token loss, in nats.
         accuracy (`float`): share of rows whose whole answer greedy decoding gives.
         num_examples (`int`): number of rows.
-        metrics (`dict[str, float]`): figures of the generated answers, see [`AnswerMetric`]; empty without any.
+        metrics (`dict[str, float]`): figures of the generated answers, see [`AnswerMetric`], and those that a trainer's
+            `compute_metrics` returns; empty without any.
     """
 
     loss: float

@@ -1,5 +1,6 @@
 """The model card of an ensemble: what was trained on what, and how well it does."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -60,15 +61,15 @@ class EnsembleCardData:
     pictures: list[str] = field(default_factory=list)
 
     @classmethod
-    def from_run(cls, run: RunDirectory) -> "EnsembleCardData":
-        """Read a run; what it does not hold yet stays empty."""
+    def from_run(cls, run: RunDirectory, folder: Path | None = None) -> "EnsembleCardData":
+        """Read a run, and an ensemble of it in another folder; what it does not hold yet stays empty."""
 
         def read(kind: type[R]) -> R | None:
             return run.read(kind) if run.has(kind) else None
 
         tasks, record = read(TasksRecord), read(RunRecord)
         configuration = {} if record is None else {"configuration": record.configuration, "choices": record.choices}
-        ensemble = SavedEnsembleConfig.load(run.ensemble)
+        ensemble = SavedEnsembleConfig.load(folder or run.ensemble)
         names = dict.fromkeys([*(member.name for member in ensemble.members), "baseline"])
         trained = {name: run.trained_adapter(name) for name in names}
         return cls(
@@ -127,12 +128,12 @@ class EnsembleCardData:
 
     @staticmethod
     def figure(scores: TaskScores | None, name: str) -> str:
-        """A metric of the generated answers as the tables show it."""
+        """A metric as the tables show it."""
         return "-" if scores is None or name not in scores.metrics else f"{scores.metrics[name]:.3f}"
 
     @property
-    def answer_metrics(self) -> list[str]:
-        """Metrics of the generated answers that any task has."""
+    def metrics(self) -> list[str]:
+        """Names of the metrics that any task has beside loss and accuracy."""
         scores = self.systems.get("ensemble", {}).values()
         return list(dict.fromkeys(name for score in scores for name in score.metrics))
 
@@ -143,7 +144,7 @@ class EnsembleCardData:
             # A local folder is no model id that the Hub could link to.
             base_model=base if base and not Path(base).is_absolute() and not Path(base).exists() else None,
             library_name="peft",
-            tags=["hf-ensemble", "ensemble", "lora"],
+            tags=list(dict.fromkeys(["hf-ensemble", "ensemble", "lora", *self.ensemble.tags])),
         )
         if "ensemble" in self.systems:
             data.model_name = "ensemble"
@@ -176,12 +177,34 @@ def _public(value: Any) -> Any:
     return public_name(value) if isinstance(value, str) else value
 
 
-def write_model_card(run: str | Path, repo_id: str | None = None) -> Path:
+def card_metadata(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a card from arguments of `create_model_card`, of `Trainer` and of trl's trainers."""
+    datasets = [name for key in ("dataset_tags", "dataset_name") for name in _listed(given.get(key))]
+    found = {key: given.get(key) for key in ("language", "license")}
+    found |= {"datasets": datasets, "tags": _listed(given.get("tags"))}
+    unused = sorted(set(given) - {"language", "license", "tags", "dataset_tags", "dataset_name"})
+    if unused:
+        logger.info("The card is made from the run; %s are not used.", unused)
+    return {key: value for key, value in found.items() if value}
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def write_model_card(
+    run: str | Path,
+    repo_id: str | None = None,
+    folder: str | Path | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
     """Render the card of a run's ensemble beside it, with its pictures in `assets`.
 
     Args:
         run (`str` or `Path`): a trainer's `output_dir`.
         repo_id (`str`, *optional*): the repository that the loading snippet names.
+        folder (`str` or `Path`, *optional*): where the ensemble lies; in the run by default.
+        metadata (`dict`, *optional*): further entries of the metadata block; `tags` are added to the card's own.
 
     Returns:
         `Path`: the card.
@@ -191,22 +214,26 @@ def write_model_card(run: str | Path, repo_id: str | None = None) -> Path:
         `RecordError`: when a record of the run is damaged.
     """
     directory = RunDirectory(run)
-    data = EnsembleCardData.from_run(directory)
+    folder = Path(folder or directory.ensemble)
+    data = EnsembleCardData.from_run(directory, folder)
     if data.grouping is not None and len(data.grouping.task_names) > 1:
-        assets = directory.ensemble / "assets"
+        assets = folder / "assets"
         try:
             drawn = draw_choice(data.grouping, assets, ("png",))
             data.pictures = [f"assets/{picture.name}" for picture in drawn]
         except Exception:  # a picture that cannot be drawn (fonts, backends) must not cost a finished training its card
             logger.warning("The pictures of the groups could not be drawn.", exc_info=True)
     template = resources.files("hf_ensemble.model_cards") / TEMPLATE
+    block = data.card_data()
+    for key, value in (metadata or {}).items():
+        setattr(block, key, list(dict.fromkeys([*block.tags, *value])) if key == "tags" else value)
     card = ModelCard.from_template(
-        data.card_data(),
+        block,
         template_str=template.read_text(encoding="utf-8"),
         data=data,
         load_from=repo_id or "path/or/user/repository",
     )
-    path = directory.ensemble / "README.md"
+    path = folder / "README.md"
     write_atomically(path, lambda file: file.write(str(card).encode()))
     return path
 

@@ -3,9 +3,12 @@
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from .._files import read_json, write_json
 from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER, SavedEnsembleConfig
@@ -23,6 +26,7 @@ def push_ensemble_to_hub(
     private: bool | None = None,
     commit_message: str | None = "Upload ensemble",
     revision: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> CommitInfo:
     """Upload a run's ensemble: plain PEFT adapters, `ensemble_config.json`, model card and pictures.
 
@@ -33,6 +37,7 @@ def push_ensemble_to_hub(
         private (`bool`, *optional*): of a new repository.
         commit_message (`str`, *optional*): of the commit.
         revision (`str`, *optional*): branch to commit to; created where it does not exist.
+        metadata (`dict`, *optional*): for the card, see [`write_model_card`].
 
     Raises:
         `EnsembleLoadError`: when the run holds no complete ensemble.
@@ -50,7 +55,7 @@ def push_ensemble_to_hub(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    card = write_model_card(run, repo_id)
+    card = write_model_card(run, repo_id, metadata=metadata)
     with tempfile.TemporaryDirectory() as work:
         _copy_public(card.parent, Path(work), config)
         return api.upload_folder(repo_id=repo_id, folder_path=work, commit_message=commit_message, revision=revision)
@@ -63,7 +68,7 @@ def _copy_public(ensemble: Path, target: Path, config: SavedEnsembleConfig) -> N
         # Not its last part either, which another machine would take for a model of its own.
         base = ""
     for path in ensemble.iterdir():
-        if path.is_file() and not path.name.startswith("."):
+        if path.is_file() and not path.name.startswith(".") and path.name != TRAINING_ARGS_NAME:
             shutil.copy(path, target / path.name)
     if (ensemble / "assets").is_dir():
         shutil.copytree(ensemble / "assets", target / "assets")

@@ -118,10 +118,16 @@ class RunDirectory:
         path = self._training_record(name)
         return TrainedAdapter.load(path, self._identity(TrainedAdapter)) if path.is_file() else None
 
+    def trainings(self) -> list[TrainedAdapter]:
+        """Every finished training of the run, in the order of their steps."""
+        return sorted((own for own in self._known_trainings() if own.status == "done"), key=lambda own: own.first_step)
+
     def num_steps(self) -> int:
         """Optimizer steps of all trainings that the run has a record of."""
-        paths = (self.path / layout.TRAINING).glob("*.json")
-        return max((known.first_step + known.global_step for known in map(TrainedAdapter.load, paths)), default=0)
+        return max((known.first_step + known.global_step for known in self._known_trainings()), default=0)
+
+    def _known_trainings(self) -> list[TrainedAdapter]:
+        return [TrainedAdapter.load(path) for path in (self.path / layout.TRAINING).glob("*.json")]
 
     def write_trained_adapter(self, trained: TrainedAdapter) -> None:
         if is_main_process():

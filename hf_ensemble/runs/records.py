@@ -115,6 +115,7 @@ class TrainedAdapter(Record):
         metric_for_best_model (`str`, *optional*): name of that metric in the training's log.
         seconds (`float`): wall time; of the last stretch for a training that was resumed.
         files (`dict[str, str]`): checksums of the adapter's files.
+        log_history (`list[dict]`): the training's log, as `TrainerState` has it.
     """
 
     format = "hf_ensemble.trained_adapter"
@@ -137,6 +138,7 @@ class TrainedAdapter(Record):
     metric_for_best_model: str | None = None
     seconds: float = 0.0
     files: dict[str, str] = field(default_factory=dict)
+    log_history: list[dict[str, Any]] = field(default_factory=list)
 
     def continues(self, known: "TrainedAdapter | None") -> bool:
         """Whether what is known of a training is known of this one: of the same rows, seed and starting point."""

@@ -27,7 +27,7 @@ class Results(Record):
         scores (`dict[str, dict[str, TaskScores]]`): by system and task, the base model among the systems.
         mean_accuracy (`dict[str, float]`): mean over tasks, by system.
         mean_loss (`dict[str, float]`): mean over tasks, by system.
-        mean_metrics (`dict[str, dict[str, float]]`): the same of each metric of the generated answers.
+        mean_metrics (`dict[str, dict[str, float]]`): the same of each further metric.
         configuration (`dict`): see [`RunRecord`].
         versions (`dict[str, str]`): see [`RunRecord`].
         stage_seconds (`dict[str, float]`): wall time of each stage; null where it was interrupted.

@@ -1,16 +1,22 @@
 """Fine-tune on many datasets: group them, train one adapter per group, serve the weighted ensemble."""
 
+import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
+from .._files import writing
 from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError
-from ..publish import push_ensemble_to_hub
+from ..publish import card_metadata, push_ensemble_to_hub, write_model_card
 from ..select import Grouping
 from ..tasks import TaskSet
 from .configs import EnsembleConfig, EnsembleSFTConfig
+from .credentials import arguments_without_secrets
 from .flow_trainer import FlowTrainerMixin
 from .flows.assembly import BASELINE
 from .flows.context import FlowContext
@@ -67,32 +73,42 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
     def _is_trained(self) -> bool:
         return self.ensemble is not None
 
-    def predict(self, *args: Any, **kwargs: Any):
-        """Not after training: the model in hand is one untrained adapter.
-
-        Raises:
-            `ConfigurationError`: after training.
-        """
-        if self.trains_directly:
-            return super().predict(*args, **kwargs)
-        if self._is_trained():
-            raise ConfigurationError("predict() knows one model. Call trainer.ensemble(**batch, task=...) instead.")
-        with self._model_state.restored():
-            return self._single_trainer().predict(*args, **kwargs)
+    def _serve(self) -> None:
+        self.model = self.model_wrapped = self.ensemble
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the ensemble; before [`train`], what the parent trainer saves."""
-        if self.trains_directly or not self._is_trained() or _internal_call:
-            super().save_model(output_dir, _internal_call)
-        elif self.is_world_process_zero():
-            self.ensemble.save_pretrained(output_dir or str(self.run_directory.ensemble))
-            if self.args.push_to_hub:
-                self.push_to_hub(commit_message="Model save")
+        """Save the ensemble with tokenizer, model card and arguments; before [`train`], what the parent trainer saves.
 
-    def _upload(self, repo_id: str, **kwargs: Any):
+        Args:
+            output_dir (`str`, *optional*): the folder; by default `ensemble` in the run's.
+        """
+        if self.trains_directly or not self._is_trained():
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.run_directory.ensemble)
+        if self.args.should_save:
+            self.ensemble.save_pretrained(folder)
+            with writing(folder):
+                self.processing_class.save_pretrained(folder)
+                torch.save(arguments_without_secrets(self.args), folder / TRAINING_ARGS_NAME)
+            write_model_card(self.run_directory.path, folder=folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the ensemble's card; takes the parent's arguments, of which `language`, `license`, `tags` and the
+        datasets go into its metadata. Before [`train`], the card that the parent trainer writes.
+        """
+        if self.trains_directly or not self._is_trained():
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            given = dict(zip(inspect.signature(super().create_model_card).parameters, args)) | kwargs
+            write_model_card(self.run_directory.path, metadata=card_metadata(given))
+
+    def _upload(self, repo_id: str, card: Mapping[str, Any], **kwargs: Any):
         if not self._is_trained():
             raise ConfigurationError("There is no ensemble yet: call train() first.")
-        return push_ensemble_to_hub(self.run_directory.path, repo_id, **kwargs)
+        return push_ensemble_to_hub(self.run_directory.path, repo_id, metadata=card_metadata(card), **kwargs)
 
 
 class EnsembleTrainer(EnsembleMixin, MultiTaskTrainer):

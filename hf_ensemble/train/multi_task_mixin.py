@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from .._compat import keep_quantized_weights_in_place
 from .._files import make_writable_folder
 from .._settings import checked_mapping
+from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..models.token_checks import check_token_rows
@@ -33,6 +34,8 @@ logger = get_logger(__name__)
 
 # Task names that would collide with names of metrics or of adapters.
 _RESERVED = ("mean", "overall")
+# For model cards, beside those of the parent.
+_TAG = "hf-ensemble"
 # Arguments of the constructors that have to be of some kind, or None.
 _KINDS: dict[str, tuple[type, ...]] = {
     "peft_config": (PeftConfig,),
@@ -61,6 +64,11 @@ class MultiTaskMixin:
     tasks: TaskSet | None = None
     _model_state: ModelState | None = None
 
+    @property
+    def adapter_model(self) -> PeftModel:
+        """The model whose adapter is trained: what holds the adapters, where [`model`] is an ensemble of them."""
+        return self.model.model if isinstance(self.model, PeftEnsembleModel) else self.model
+
     def create_accelerator_and_postprocess(self) -> None:
         # The first thing that `Trainer` does with a model: what is recorded here is the model before any trainer.
         if not self.trains_directly and self._model_state is None:
@@ -87,6 +95,11 @@ class MultiTaskMixin:
         if not isinstance(model, (str, nn.Module)) and not (model is None and is_made_later):
             raise ConfigurationError(
                 f"Expected model to be a model, or its name or folder, found a {type(model).__name__}."
+            )
+        if isinstance(model, PeftEnsembleModel):
+            raise ConfigurationError(
+                "Expected a model without adapters or with one of yours, found a PeftEnsembleModel. Pass its "
+                "PeftModel, ensemble.model: a new run takes the adapters of an earlier one off."
             )
         if not (args is None or isinstance(args, TrainingArguments)):
             raise ConfigurationError(
@@ -164,11 +177,6 @@ class MultiTaskMixin:
     ) -> None:
         if has_made_adapter:
             mark_as_of_a_run(self.model.peft_config[self.model.active_adapters[0]])
-        if self.compute_metrics is not None:
-            logger.warning(
-                "compute_metrics is used by evaluations during each training; the evaluation of the whole run reports "
-                "loss and accuracy."
-            )
         forget_secrets_of(self.processing_class)
         check_loaded(self, tasks)
         self.tasks = tasks
@@ -195,6 +203,9 @@ class MultiTaskMixin:
             check_token_rows(self.model, rows)
         # This trainer never runs the model.
         self._model_state.restore()
+        # The parent has set its own, which were put back.
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags([*getattr(self, "_tag_names", ()), _TAG])
         set_padding(self)
 
     @property
@@ -229,7 +240,7 @@ class MultiTaskMixin:
         trainer.trains_directly = True
         self.adapter_trainer_class.__init__(
             trainer,
-            model=self.model,
+            model=self.adapter_model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=dict(eval_dataset),
@@ -241,7 +252,8 @@ class MultiTaskMixin:
                 for callback in self.callback_handler.callbacks
                 if callback not in self._automatic_callbacks
             ],
-            **self._adapter_trainer_kwargs,
+            **self._adapter_trainer_kwargs
+            | {name: getattr(self, name) for name in ("compute_metrics", "preprocess_logits_for_metrics")},
         )
         for callback in self._automatic_callbacks:
             if callback not in self.callback_handler.callbacks:
@@ -289,7 +301,7 @@ class MultiTaskMixin:
         """
         tables = self._token_tables(self._identified(datasets))
         for rows in tables.values():
-            check_token_rows(self.model, rows)
+            check_token_rows(self.adapter_model, rows)
         return tables
 
     def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:

@@ -18,7 +18,8 @@ class ResumedTrainingMixin:
     """Keeps in checkpoints what `Trainer` forgets, so that a resumed training makes the same steps and logs.
 
     - The sum of the losses: `Trainer` begins a new one, so that its mean is over the steps since the checkpoint, and
-      the first logged loss lacks the steps between the last log and the checkpoint.
+      the first logged loss lacks the steps between the last log and the checkpoint. So do the metrics that
+      `SFTTrainer` logs, which also counts tokens anew.
     - The end: from the checkpoint of a step that ended the training (`max_steps`, and early stopping where states of
       callbacks are restored) it goes on to the next step.
     - The end of an epoch: what is logged and evaluated there comes after the checkpoint of the epoch's last step.
@@ -64,6 +65,8 @@ class ResumedTrainingMixin:
                 "epoch_has_ended": has_ended,
                 "grad_norm": grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm,
                 "learning_rate": learning_rate,
+                "metrics": {name: list(values) for name, values in self._train_metrics().items()},
+                "tokens": getattr(self, "_total_train_tokens", 0),
             },
         }
 
@@ -146,6 +149,14 @@ class ResumedTrainingMixin:
         self._tr_loss = torch.tensor(loss["since_log"][self.args.process_index], device=self.args.device)
         self._total_loss_scalar = loss["total"]
         self._globalstep_last_logged = loss["last_log"]
+        for name, values in loss["metrics"].items():
+            self._train_metrics()[name].extend(values)
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = loss["tokens"]
+
+    def _train_metrics(self) -> dict[str, list[float]]:
+        """Of `SFTTrainer`, since the last log."""
+        return getattr(self, "_metrics", {}).get("train", {})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._is_ending and "train_loss" in logs:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import Trainer
 from transformers.loss.loss_utils import fixed_cross_entropy
@@ -94,6 +95,13 @@ class TaskTrainer(TaskColumnsMixin, TaskEvaluationMixin, ResumedTrainingMixin, T
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             self.compute_loss_func = given
+
+    def prediction_step(self, *args: Any, **kwargs: Any):
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        # Without labels no loss has restricted them.
+        if self.label_space is not None and isinstance(logits, torch.Tensor):
+            logits = restrict_to_labels(logits, self.label_space.mask(self.batch_tasks))
+        return loss, logits, labels
 
     def _loss_over_own_labels(self, loss_func, outputs, labels, num_items_in_batch=None):
         outputs["logits"] = restrict_to_labels(outputs["logits"], self.label_space.mask(self.batch_tasks))

@@ -22,6 +22,10 @@ SMALL = {
 ESTIMATE = {"projection_dim": 128, "num_components": 20}
 
 
+def without_speed(metrics):
+    return {key: value for key, value in metrics.items() if not key.endswith(("_runtime", "_per_second"))}
+
+
 def sft_config(folder, config_class=EnsembleSFTConfig, **changes):
     settings = {**SMALL, **ESTIMATE, "bf16": False, "gradient_checkpointing": False, "output_dir": str(folder)}
     if config_class is EnsembleSFTConfig:
@@ -46,7 +50,7 @@ def sft_trainer(folder, base, tasks=None, callbacks=None, **changes):
 
 
 def text_trainer(folder, model, tasks, trainer_class=EnsembleTrainer, config=EnsembleConfig, peft="SEQ_CLS", **changes):
-    options = {name: changes.pop(name) for name in ("target", "answer_metrics") if name in changes}
+    options = {name: changes.pop(name) for name in ("target", "answer_metrics", "compute_metrics") if name in changes}
     return trainer_class(
         model=model,
         args=config(**{**SMALL, **ESTIMATE, "output_dir": str(folder), **changes}),

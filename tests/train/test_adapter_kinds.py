@@ -230,9 +230,10 @@ def test_a_resized_vocabulary_is_loaded_by_plain_peft_too(bases, tmp_path):
     adapter = tmp_path / "run" / "ensemble" / "adapters" / "group_0"
     stock = peft.PeftModel.from_pretrained(base, adapter).eval()
     ids = torch.tensor([[45, 5, 46, 7]])
-    trainer.model.set_adapter("group_0")
+    own = trainer.ensemble.model.eval()
+    own.set_adapter("group_0")
     with torch.no_grad():
-        assert torch.allclose(stock(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits, atol=1e-6)
+        assert torch.allclose(stock(input_ids=ids).logits, own(input_ids=ids).logits, atol=1e-6)
         alone = PeftEnsembleModel.from_adapters(bases["plain"], {"a": adapter})
         assert torch.allclose(stock(input_ids=ids).logits, alone(input_ids=ids).logits, atol=1e-6)
 

@@ -201,9 +201,11 @@ def test_push_to_hub_uploads_the_finished_ensemble(tmp_path, base_folder, upload
     assert output.metrics["eval_mean_loss"] > 0 and uploads.calls == []
     uploads.error = None
     sft_trainer(tmp_path / "run", base_folder, **changes).train()
-    assert uploads.calls == [(trainer.run_directory.path, "me/mine", SENT)]
+    assert uploads.calls == [(trainer.run_directory.path, "me/mine", {**SENT, "metadata": {}})]
     trainer.save_model()
-    assert uploads.calls[1][-1] == {**SENT, "commit_message": "Model save"}
+    assert uploads.calls[1][-1] == {**SENT, "metadata": {}, "commit_message": "Model save"}
+    trainer.push_to_hub(dataset_name="sums", tags="mine", model_name="unused")
+    assert uploads.calls[2][-1]["metadata"] == {"datasets": ["sums"], "tags": ["mine"]}
 
 
 def test_push_to_hub_uploads_the_adapter_of_a_selection(tmp_path, base_folder, uploads):

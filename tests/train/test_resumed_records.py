@@ -12,11 +12,14 @@ from hf_ensemble.train.task_trainer import TaskSFTTrainer, TaskTrainer
 CHANGES = {"save_strategy": "steps", "save_steps": 2, "num_groups": 2, "num_train_epochs": 2}
 # A checksum is of the timings too.
 TIMINGS = ("seconds", "prediction_seconds", "capture_seconds", "checksum")
+# Of entries of logs.
+SPEEDS = ("_runtime", "_per_second")
 
 
 def without_timings(value):
     if isinstance(value, dict):
-        return {key: without_timings(own) for key, own in value.items() if key not in TIMINGS}
+        kept = {key: own for key, own in value.items() if key not in TIMINGS and not key.endswith(SPEEDS)}
+        return {key: without_timings(own) for key, own in kept.items()}
     return [without_timings(own) for own in value] if isinstance(value, list) else value
 
 

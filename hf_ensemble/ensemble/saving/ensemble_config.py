@@ -35,6 +35,7 @@ class SavedEnsembleConfig:
         combination (`str`): see [`PeftEnsembleModel`].
         routing (`str`): see [`PeftEnsembleModel`].
         files (`dict[str, dict[str, str]]`): checksums of each adapter's files; taken anew when the ensemble is saved.
+        tags (`list[str]`): the model's tags, for the card.
     """
 
     base_model: BaseModelReference
@@ -46,6 +47,7 @@ class SavedEnsembleConfig:
     combination: str = "logits"
     routing: str = "default"
     files: dict[str, dict[str, str]] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write the configuration beside the adapters, with their checksums."""
@@ -119,6 +121,7 @@ class SavedEnsembleConfig:
                 data.get("combination", COMBINATIONS[0]),
                 data.get("routing", ROUTINGS[0]),
                 data.get("files", {}),
+                list(data.get("tags", [])),
             )
             config.check()
             check_checksum(data, str(path), REMEDY)
@@ -137,6 +140,8 @@ class SavedEnsembleConfig:
             raise EnsembleLoadError(f"{CONFIG_NAME}: expected strings in base_model, found {base}.")
         if not Path(base.name_or_path).is_absolute() and ".." in re.split(r"[/\\]", base.name_or_path):
             raise EnsembleLoadError(f"{CONFIG_NAME}: the base model {base.name_or_path!r} leads out of its folder.")
+        if not all(isinstance(tag, str) for tag in self.tags):
+            raise EnsembleLoadError(f"{CONFIG_NAME}: expected strings in tags, found {self.tags!s:.80}.")
         names = [member.name for member in self.members]
         for name in names:
             check_adapter_name(name)

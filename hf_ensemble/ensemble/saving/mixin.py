@@ -54,6 +54,7 @@ class SavingMixin:
             None if self.label_space is None else self.label_space.to_dict(),
             combination=self.combination,
             routing=self.routing,
+            tags=list(self.model_tags or []),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -130,7 +131,7 @@ class SavingMixin:
             return cls.from_adapters(base_model, name_or_path, token=token, model_kwargs=model_kwargs)
         folder = checked_path("name_or_path", name_or_path, EnsembleLoadError)
         model, config = load_ensemble(str(folder), revision, base_model, token, model_kwargs)
-        return cls(
+        ensemble = cls(
             model,
             config.members,
             config.weights,
@@ -140,6 +141,9 @@ class SavingMixin:
             config.combination,
             config.routing,
         ).eval()
+        if config.tags:
+            ensemble.add_model_tags(config.tags)
+        return ensemble
 
 
 def _named_base(folders: Mapping[str, Path], override: str | None) -> BaseModelReference:

@@ -27,6 +27,7 @@ from .checkpoints import SealCheckpoints, last_whole_checkpoint, remove_checkpoi
 from .context import FlowContext
 from .kept_adapter import kept_adapter
 from .learning import LearningCheck
+from .run_log import plain_log
 
 
 class AdapterTraining:
@@ -140,8 +141,9 @@ class AdapterTraining:
                 global_step=int(result.global_step),
                 training_loss=float(result.training_loss),
                 distance=self.distance(),
-                total_flos=float(result.metrics.get("total_flos", 0.0)),
+                total_flos=float(trainer.state.total_flos),
                 seconds=round(seconds, 3),
+                log_history=plain_log(trainer.state.log_history),
                 **kept_adapter(trainer, name),
             )
             if learning is not None:
@@ -154,7 +156,6 @@ class AdapterTraining:
             trained = run_on_main(lambda: run.trained_adapter(name))
         finally:
             self.reset()
-        self.context.log_history.extend({**entry, "adapter": name} for entry in trainer.state.log_history)
         return trained
 
     def _begun(self, wanted: TrainedAdapter, folder: Path) -> tuple[TrainedAdapter, str | None]:

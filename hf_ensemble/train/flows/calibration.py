@@ -43,7 +43,7 @@ class Calibration:
         if known is not None:
             return known
         folder = run.scored_adapter(subset, seed)
-        trained = self.training.run(f"scored-{folder.name}", subset, folder, seed)
+        trained = self.training.run(_name_of(folder), subset, folder, seed)
         scored = self.score_trained(trained, folder, description)
         if is_main_process():
             shutil.rmtree(folder)
@@ -63,8 +63,8 @@ class Calibration:
         if known is not None:
             return known
         start = time.perf_counter()
-        # Estimates are calibrated by losses: answers that nobody reads are not generated.
-        scores = self.evaluation.score_adapter(folder, self.context.eval_tables, description, generates=False)
+        # Estimates are calibrated by losses: metrics that nobody reads are not computed.
+        scores = self.evaluation.score_adapter(folder, self.context.eval_tables, description, has_metrics=False)
         seconds = round(trained.seconds + time.perf_counter() - start, 3)
         scored = ScoredRun(subset, trained.seed, scores, seconds, trained.distance, trained.theta0)
         run.write_scored_run(scored)
@@ -84,7 +84,18 @@ class Calibration:
             for number, subset in enumerate(subsets, start=1)
         ]
 
+    def training_names(self, count: int) -> list[str]:
+        """Names of the trainings that [`observed_runs`] makes, where nothing else has made them."""
+        seed = self.context.args.seed
+        subsets = calibration_subsets(self.context.tasks.names, count, seed)
+        return [_name_of(self.context.run.scored_adapter(subset, seed)) for subset in subsets]
+
     def selector(self, count: int) -> DataSelector:
         """Predictions from the run's store, calibrated by `count` fine-tunings."""
         observed = self.observed_runs(count)
         return run_selector(self.context.run, self.context.tasks.names, self.context.args.num_components, observed)
+
+
+def _name_of(folder: Path) -> str:
+    """Name of the training whose adapter goes to a folder."""
+    return f"scored-{folder.name}"

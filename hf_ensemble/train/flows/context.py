@@ -55,7 +55,8 @@ class FlowContext:
         evaluator (`Evaluator`): scores rows.
         answers (`AnswerEvaluator`): generates answers, of the tasks that have a metric for them.
         make_trainer (`AdapterTrainerFactory`): makes a trainer for the adapter.
-        log_history (`list[dict]`): the outer trainer's log, which those of all trainings go into.
+        make_predictor (`Callable`): makes a trainer for the adapter whose evaluation sets are given token tables.
+        computes_metrics (`Callable`): whether trainers have `compute_metrics`.
     """
 
     run: RunDirectory
@@ -75,7 +76,8 @@ class FlowContext:
     evaluator: Evaluator
     answers: AnswerEvaluator
     make_trainer: AdapterTrainerFactory
-    log_history: list[dict[str, float]]
+    make_predictor: Callable[[Mapping[str, Dataset]], Trainer]
+    computes_metrics: Callable[[], bool]
 
     @cached_property
     def train_table(self) -> Dataset:

@@ -1,23 +1,26 @@
 """The stages of an ensemble run: gradients, baseline, groups, one adapter per group, weights, evaluation."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from datasets import Dataset
-from transformers.trainer_utils import TrainOutput
 
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...ensemble import PeftEnsembleModel
 from ...estimate import ObservedRun
 from ...evaluate import TaskScores
 from ...publish import write_model_card
-from ...runs import Estimate, run_selector
+from ...runs import Estimate, TrainedAdapter, run_selector
 from ...select import Grouping
+from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .adapter_training import AdapterTraining
 from .assembly import BASELINE, EnsembleAssembly
 from .calibration import Calibration
 from .capturing import captured_gradients
 from .context import FlowContext
 from .evaluation import SystemEvaluation, flat_metrics
+from .predictions import prediction_trainer
 
 MAIN_SYSTEM = "ensemble"
 
@@ -42,21 +45,25 @@ class EnsembleFlow:
         self.grouping: Grouping | None = None
 
     def start(self) -> None:
-        """Trainings begin at the model's own adapter."""
+        """Trainings begin at the model's own adapter, as it was at first."""
+        self.training.reset()
 
     def finish(self) -> None:
-        """The ensemble's adapters stand beside the one that is trained."""
+        """Leave the one adapter for all tasks in the model's own, beside those of the ensemble.
 
-    def train(self) -> TrainOutput:
-        """Run every stage; steps and mean training loss over all adapters, and the metrics of the evaluation."""
+        Without a baseline it stays at its start.
+        """
+        if self.ensemble is not None and self.context.args.train_baseline:
+            self.training.load(self.context.run.baseline)
+
+    def train(self) -> dict[str, float]:
+        """Run every stage, and return the metrics of the evaluation."""
         run, args, tasks = self.context.run, self.context.args, self.context.tasks
         captured_gradients(self.context, self.training)
-        trained = []
         if args.train_baseline:
             with run.stage("baseline"):
                 baseline = self.training.run(BASELINE, tasks.names, run.baseline)
                 self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
-                trained.append(baseline)
         self.grouping = self._group()
         assembly = EnsembleAssembly(self.context, self.grouping)
         for name in self.grouping.groups:
@@ -66,13 +73,16 @@ class EnsembleFlow:
                     # One group of everything is what the baseline was trained on.
                     assembly.copy_baseline(name)
                 else:
-                    trained.append(self.training.run(name, own, run.member(name)))
+                    self.training.run(name, own, run.member(name))
         with self.context.model_state.restored():
             self.ensemble = assembly.assemble()
-        metrics = self.evaluate(self.context.eval_tables, "eval")
-        steps = sum(adapter.global_step for adapter in trained)
-        loss = sum(adapter.training_loss * adapter.global_step for adapter in trained) / max(steps, 1)
-        return TrainOutput(steps, loss, metrics)
+        return self.evaluate(self.context.eval_tables, "eval")
+
+    def trainings(self) -> list[TrainedAdapter]:
+        """The finished trainings that the ensemble rests on, in the order of their steps."""
+        groups = () if self.grouping is None else self.grouping.groups
+        names = {BASELINE, *groups, *self.calibration.training_names(self.num_calibration_runs())}
+        return [own for own in run_on_main(self.context.run.trainings) if own.name in names]
 
     def num_calibration_runs(self) -> int:
         """The one adapter for all is a run that exists anyway."""
@@ -108,9 +118,16 @@ class EnsembleFlow:
 
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
         """Score the systems and report the scores; they are returned as flat metrics."""
+        start = time.time()
         scores = self.scores(tables)
         self.report(prefix, scores)
-        return flat_metrics(scores, prefix, MAIN_SYSTEM)
+        return flat_metrics(scores, prefix, MAIN_SYSTEM) | self.evaluation.speed(prefix, start, scores)
+
+    @contextmanager
+    def predictor(self, tables: Mapping[str, Dataset]) -> Iterator[TaskTrainer | TaskSFTTrainer]:
+        """While open, a trainer that predicts with the ensemble."""
+        with self.context.model_state.restored(), prediction_trainer(self.context, tables, self.ensemble) as trainer:
+            yield trainer
 
     def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Keep the scores of each system in the run and renew the model card."""

@@ -1,28 +1,38 @@
 """Scores of the base model, of single adapters and of ensembles."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import GenerationConfig
+from transformers.trainer_utils import speed_metrics
 
 from ..._compat import preserve_active_adapter
 from ...ensemble import PeftEnsembleModel
 from ...ensemble.saving.files import load_adapter
 from ...evaluate import Generate, TaskScores, mean_scores
+from ...logging import get_logger
 from ...runs import Evaluation
 from ..inputs.used_models import mark_as_of_a_run
 from .context import FlowContext
+from .predictions import prediction_trainer
+
+logger = get_logger(__name__)
 
 # While an adapter of a folder is scored it has this name on the model.
 SCORED_ADAPTER = "scored_adapter"
 
 
 class SystemEvaluation:
-    """Scores systems on token tables by task: their loss and accuracy, and the metrics of the answers they generate.
+    """Scores systems on token tables by task: their loss and accuracy, and their metrics.
+
+    Metrics are those of the answers that a system generates, and what the trainer's `compute_metrics` returns: the
+    parent's evaluation loop hands it the predictions, in a pass of its own over the rows.
 
     Args:
         context (`FlowContext`): what the run works on.
@@ -39,18 +49,18 @@ class SystemEvaluation:
     def score_current(self, tables: Mapping[str, Dataset], description: str) -> dict[str, TaskScores]:
         """Scores of the adapter that is active now."""
         scores = self.teacher_forced(tables, description)
-        return self._with_answers(scores, self.generate, tables, description)
+        return self._with_metrics(scores, self.generate, tables, description)
 
     def teacher_forced(self, tables: Mapping[str, Dataset], description: str) -> dict[str, TaskScores]:
         """Loss and accuracy of the adapter that is active now, without generating answers."""
         return self.context.evaluator.score_tasks(self.context.answer_scorer(), tables, description)
 
     def score_adapter(
-        self, folder: Path, tables: Mapping[str, Dataset], description: str, generates: bool = True
+        self, folder: Path, tables: Mapping[str, Dataset], description: str, has_metrics: bool = True
     ) -> dict[str, TaskScores]:
-        """Scores of a saved adapter; without the metrics of its answers unless it `generates` them."""
+        """Scores of a saved adapter, with its metrics unless only loss and accuracy are asked for."""
         with self._loaded(folder):
-            return (self.score_current if generates else self.teacher_forced)(tables, description)
+            return (self.score_current if has_metrics else self.teacher_forced)(tables, description)
 
     def score_ensemble(self, ensemble: PeftEnsembleModel, tables: Mapping[str, Dataset]) -> dict[str, TaskScores]:
         """Scores of an ensemble, each row under its task's weights."""
@@ -59,7 +69,7 @@ class SystemEvaluation:
             return ensemble.score(labels=labels, task=tasks, **inputs)
 
         scores = self.context.evaluator.score_tasks(scorer, tables, "Evaluating ensemble")
-        return self._with_answers(scores, ensemble_generate(ensemble), tables, "Evaluating ensemble")
+        return self._with_metrics(scores, ensemble_generate(ensemble), tables, "Evaluating ensemble", ensemble)
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tasks: Sequence[str], settings: GenerationConfig
@@ -69,15 +79,50 @@ class SystemEvaluation:
             input_ids=input_ids, attention_mask=attention_mask, generation_config=settings
         )
 
-    def _with_answers(
+    def _with_metrics(
         self,
         scores: Mapping[str, TaskScores],
         generate: Generate,
         tables: Mapping[str, Dataset],
         description: str,
+        ensemble: PeftEnsembleModel | None = None,
     ) -> dict[str, TaskScores]:
-        metrics = self.context.answers.score_tasks(generate, tables, f"{description}, answers")
-        return {task: replace(own, metrics=metrics.get(task, {})) for task, own in scores.items()}
+        answered = self.context.answers.score_tasks(generate, tables, f"{description}, answers")
+        computed = self._computed(tables, ensemble)
+        metrics = {task: {**computed.get(task, {}), **answered.get(task, {})} for task in scores}
+        hidden = sorted({name for task in answered for name in set(answered[task]) & set(computed.get(task, {}))})
+        if hidden:
+            logger.warning_once(
+                "compute_metrics and answer_metrics both return %s: those of generated answers are reported. Rename "
+                "the others.",
+                ", ".join(hidden),
+            )
+        return {task: replace(own, metrics=metrics[task]) for task, own in scores.items()}
+
+    def _computed(
+        self, tables: Mapping[str, Dataset], ensemble: PeftEnsembleModel | None
+    ) -> dict[str, dict[str, float]]:
+        """What the trainer's `compute_metrics` returns for each task."""
+        if not self.context.computes_metrics():
+            return {}
+        with prediction_trainer(self.context, tables, ensemble) as trainer:
+            found = {task: trainer.computed_metrics(task) for task in tables}
+        odd = sorted({name for own in found.values() for name, value in own.items() if not _is_number(value)})
+        if odd:
+            logger.warning_once(
+                "compute_metrics returns %s, which are no numbers: they are not reported.", ", ".join(odd)
+            )
+        return {
+            task: {name: float(value) for name, value in own.items() if _is_number(value)}
+            for task, own in found.items()
+        }
+
+    def speed(self, prefix: str, start: float, scores: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, float]:
+        """Time since `start`, and the rows and batches that were scored in it, all systems together."""
+        counts = [own.num_examples for by_task in scores.values() for own in by_task.values()]
+        args = self.context.args
+        batch_size = args.per_device_eval_batch_size * args.world_size
+        return speed_metrics(prefix, start, sum(counts), sum(math.ceil(count / batch_size) for count in counts))
 
     def keep(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Add the scores of each system to the run's record, beside those of other prefixes."""
@@ -110,13 +155,26 @@ def ensemble_generate(ensemble: PeftEnsembleModel) -> Generate:
     return generate
 
 
-def flat_metrics(scores: Mapping[str, Mapping[str, TaskScores]], prefix: str, main_system: str) -> dict[str, float]:
-    """Scores by system and task as one dict of metrics; those of the main system carry no further name."""
+def flat_metrics(
+    scores: Mapping[str, Mapping[str, TaskScores]], prefix: str, main_system: str, target: str | None = None
+) -> dict[str, float]:
+    """Scores by system and task as one dict of metrics; those of the main system carry no further name.
+
+    Without a task's name, `PREFIX_loss`, are the target's scores, or the means over the tasks where there is no target.
+    """
     metrics: dict[str, float] = {}
     for system, by_task in scores.items():
         start = prefix if system == main_system else f"{prefix}_{system}"
         for task, own in [*by_task.items(), ("mean", mean_scores(by_task))]:
-            metrics[f"{start}_{task}_loss"] = own.loss
-            metrics[f"{start}_{task}_accuracy"] = own.accuracy
-            metrics |= {f"{start}_{task}_{name}": value for name, value in own.metrics.items()}
-    return metrics
+            metrics |= _named(f"{start}_{task}", own)
+    main = scores[main_system]
+    return metrics | _named(prefix, main[target] if target in main else mean_scores(main))
+
+
+def _named(prefix: str, scores: TaskScores) -> dict[str, float]:
+    values = {"loss": scores.loss, "accuracy": scores.accuracy, **scores.metrics}
+    return {f"{prefix}_{name}": value for name, value in values.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,24 +1,27 @@
 """The stages of a selection run: optional meta-initialization, gradients, selection, one final fine-tuning."""
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 from datasets import Dataset
-from transformers.trainer_utils import TrainOutput
 
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture import applied_update
 from ...estimate import ObservedRun, SubsetEstimator
 from ...evaluate import TaskScores
-from ...runs import run_selector
+from ...runs import TrainedAdapter, run_selector
 from ...select import Selection
 from ...store import GradientStore
+from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .adapter_training import AdapterTraining
 from .calibration import Calibration
 from .capturing import captured_gradients
 from .context import FlowContext
 from .evaluation import SystemEvaluation, flat_metrics
+from .predictions import prediction_trainer
 
 META_INITIALIZATION = "meta"
 ADAPTER = "adapter"
@@ -60,16 +63,20 @@ class SelectionFlow:
         if self.selection is not None:
             self.training.load(self.context.run.adapter)
 
-    def train(self) -> TrainOutput:
-        """Run every stage; the final adapter is left in the model."""
+    def train(self) -> dict[str, float]:
+        """Run every stage, and return the metrics of the evaluation; the final adapter is left in the model."""
         run = self.context.run
         captured_gradients(self.context, self.training)
         self.selection = self._select()
         with run.stage(ADAPTER):
-            trained = self.training.run(ADAPTER, self.selection.weights, run.adapter)
+            self.training.run(ADAPTER, self.selection.weights, run.adapter)
         self.training.load(run.adapter)
-        metrics = self.evaluate(self.context.eval_tables, "eval")
-        return TrainOutput(trained.global_step, trained.training_loss, metrics)
+        return self.evaluate(self.context.eval_tables, "eval")
+
+    def trainings(self) -> list[TrainedAdapter]:
+        """The finished trainings that the final adapter rests on, in the order of their steps."""
+        names = {META_INITIALIZATION, ADAPTER, *self.calibration.training_names(self.num_calibration_runs())}
+        return [own for own in run_on_main(self.context.run.trainings) if own.name in names]
 
     def num_calibration_runs(self) -> int:
         return self.context.args.calibration_runs
@@ -117,14 +124,17 @@ class SelectionFlow:
 
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
         """Score and report the scores; the target's are also the metrics `PREFIX_loss` and `PREFIX_accuracy`."""
+        start = time.time()
         scores = self.scores(tables)
         self.report(prefix, scores)
-        metrics = flat_metrics(scores, prefix, MAIN_SYSTEM)
-        own = scores[MAIN_SYSTEM].get(self.target)
-        if own is not None:
-            names = ("loss", "accuracy", *own.metrics)
-            metrics |= {f"{prefix}_{name}": metrics[f"{prefix}_{self.target}_{name}"] for name in names}
-        return metrics
+        metrics = flat_metrics(scores, prefix, MAIN_SYSTEM, self.target)
+        return metrics | self.evaluation.speed(prefix, start, scores)
+
+    @contextmanager
+    def predictor(self, tables: Mapping[str, Dataset]) -> Iterator[TaskTrainer | TaskSFTTrainer]:
+        """While open, a trainer that predicts with the final adapter."""
+        with self.context.model_state.restored(), prediction_trainer(self.context, tables) as trainer:
+            yield trainer
 
     def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Keep the scores in the run."""

@@ -1,0 +1,79 @@
+"""What a run's adapters and its ensemble predict, in the evaluation loop of the parent trainer."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ...ensemble import PeftEnsembleModel
+from ...tasks import IGNORE_INDEX
+from ..model_state import ModelState
+from ..task_trainer import TaskSFTTrainer, TaskTrainer
+from .context import FlowContext
+
+
+@contextmanager
+def prediction_trainer(
+    context: FlowContext, tables: Mapping[str, Dataset], ensemble: PeftEnsembleModel | None = None
+) -> Iterator[TaskTrainer | TaskSFTTrainer]:
+    """While open, a trainer of the user's own class whose evaluation sets are these tables; the model is left as it is.
+
+    Args:
+        context (`FlowContext`): what the run works on.
+        tables (`dict[str, Dataset]`): token table of each task.
+        ensemble (`PeftEnsembleModel`, *optional*): what predicts; the active adapter by default.
+    """
+    with ModelState(context.model).restored():
+        trainer = context.make_predictor(tables)
+        if ensemble is not None:
+            # By the forward of the base model.
+            trainer._set_signature_columns_if_needed()
+            trainer.model = trainer.model_wrapped = _EnsembleOfBatches(ensemble, trainer)
+            # Router losses are of a training.
+            trainer.aux_loss_enabled = False
+        try:
+            yield trainer
+        finally:
+            trainer.accelerator.free_memory()
+
+
+class _EnsembleOfBatches(nn.Module):
+    """An ensemble as a trainer calls its model: the tasks of the rows are those of the trainer's batch.
+
+    Args:
+        ensemble (`PeftEnsembleModel`): the ensemble.
+        trainer (`TaskTrainer` or `TaskSFTTrainer`): has the batch.
+    """
+
+    def __init__(self, ensemble: PeftEnsembleModel, trainer: TaskTrainer | TaskSFTTrainer):
+        super().__init__()
+        self.ensemble = ensemble
+        # Not a module of this one.
+        self._batch_tasks = lambda: trainer.batch_tasks
+
+    @property
+    def config(self):
+        return self.ensemble.config
+
+    def forward(self, fused_lm_head: bool = False, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+        """The ensemble's outputs; with `fused_lm_head`, what `SFTTrainer` expects of a model that it has patched."""
+        outputs = self.ensemble(task=self._batch_tasks() or None, **inputs)
+        return _fused(outputs.logits, inputs["labels"]) if fused_lm_head else outputs
+
+
+def _fused(logits: torch.Tensor, labels: torch.Tensor) -> FusedCausalLMOutput:
+    """Scores of each next token, from logits `(B, T, V)`; zero where it does not count."""
+    logits, labels = logits[:, :-1].float(), labels[:, 1:].to(logits.device)
+    counts = labels != IGNORE_INDEX
+    log_probs = logits.log_softmax(-1)
+    own = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return FusedCausalLMOutput(
+        log_probs=own * counts,
+        entropy=-(log_probs.exp() * log_probs).sum(-1) * counts,
+        is_top1=(logits.argmax(-1) == labels) & counts,
+        label_mask=counts,
+    )

@@ -1,0 +1,78 @@
+"""Rows that a run's trainer is asked to evaluate or to predict, by task."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from ..._settings import checked_mapping
+from ...errors import TaskError
+from ...tasks import META_COLUMNS, TASK, RowFormat, TaskSet
+from ...tasks.task import as_dataset
+
+_LABEL_COLUMNS = {RowFormat.CLASSIFICATION: "label", RowFormat.TOKENIZED: "labels"}
+# Public test sets have it in place of each label.
+_HIDDEN = -1
+
+
+def token_tables(
+    given: Any,
+    tasks: TaskSet,
+    prepare: Callable[[Mapping[str, Dataset]], dict[str, Dataset]],
+    needs_labels: bool = True,
+) -> dict[str, Dataset]:
+    """Rows as token tables with `task` and `example_id`, by task.
+
+    Args:
+        given (`dict[str, Dataset]` or `Dataset`):
+            Rows of each task; or one dataset whose column `task` tells them apart. Token tables that the trainer has
+            made are taken as they are.
+        tasks (`TaskSet`): the tasks.
+        prepare (`Callable`): from raw rows of known tasks to token tables.
+        needs_labels (`bool`, *optional*, defaults to `True`):
+            Whether rows need answers. Without, a classifier's rows may lack the label, or have -1 for each.
+
+    Raises:
+        `TaskError`: for one dataset without tasks, and for what `prepare` refuses.
+    """
+    by_task = _by_task(given, tasks)
+    ready = {name for name, rows in by_task.items() if name in tasks and _is_token_table(rows)}
+    raw = {name: rows for name, rows in by_task.items() if name not in ready}
+    unlabelled = set() if needs_labels else {name for name, rows in raw.items() if _lacks_labels(rows, tasks)}
+    raw = {name: _with_some_label(rows, name, tasks) if name in unlabelled else rows for name, rows in raw.items()}
+    made = prepare(raw) if raw or not ready else {}
+    made = {name: rows.remove_columns("labels") if name in unlabelled else rows for name, rows in made.items()}
+    return {name: made.get(name, rows) for name, rows in by_task.items()}
+
+
+def _by_task(given: Any, tasks: TaskSet) -> Mapping[str, Any]:
+    if not isinstance(given, Dataset | list):
+        return checked_mapping("eval_dataset", given, TaskError)
+    rows = as_dataset("all", given)
+    if TASK not in rows.column_names:
+        raise TaskError(
+            f"Expected a dict with the rows of each task, such as {{{tasks.names[0]!r}: rows}}, or one dataset with "
+            f"the task of each row in the column {TASK!r}; found one dataset with the columns {rows.column_names}."
+        )
+    column = rows[TASK][:]
+    return {name: rows.select([i for i, own in enumerate(column) if own == name]) for name in dict.fromkeys(column)}
+
+
+def _is_token_table(rows: Any) -> bool:
+    return isinstance(rows, Dataset) and {"input_ids", "labels", *META_COLUMNS} <= set(rows.column_names)
+
+
+def _lacks_labels(rows: Any, tasks: TaskSet) -> bool:
+    column = _LABEL_COLUMNS.get(tasks.row_format)
+    if column is None or not isinstance(rows, Dataset):
+        return False
+    return column not in rows.column_names or all(label == _HIDDEN for label in rows[column])
+
+
+def _with_some_label(rows: Dataset, name: str, tasks: TaskSet) -> Dataset:
+    """Rows with a label that nothing reads, since rows are checked and encoded with one."""
+    column = _LABEL_COLUMNS[tasks.row_format]
+    if column in rows.column_names:
+        rows = rows.remove_columns(column)
+    is_class = name not in tasks or not isinstance(tasks[name].splits["train"][0][column], list)
+    return rows.add_column(column, [0] * len(rows) if is_class else rows["input_ids"][:])

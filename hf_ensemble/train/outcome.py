@@ -1,0 +1,204 @@
+"""What a run's trainer answers once the run has made something, and as its parent does before."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
+
+from .._processes import is_main_process
+from ..errors import ConfigurationError, TaskError
+from ..evaluate import TaskScores
+from ..logging import get_logger
+from .inputs.evaluation_rows import token_tables
+
+logger = get_logger(__name__)
+
+# Arguments of `SFTConfig` that put several rows into one.
+_PACKING = ("packing", "eval_packing", "padding_free")
+
+
+class OutcomeMixin:
+    """Evaluation, predictions, card and upload of a run. Before it is trained, they are the parent's of one adapter."""
+
+    def _is_trained(self) -> bool:
+        raise NotImplementedError
+
+    def _serve(self) -> None:
+        """Make what the run has trained the trainer's model."""
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        """Log the metrics of an evaluation, and tell callbacks."""
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+
+    def evaluate(
+        self,
+        eval_dataset: Mapping[str, Dataset] | Dataset | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and accuracy of every task; before [`train`], the parent trainer's evaluation of the untrained adapter.
+
+        Args:
+            eval_dataset (`dict[str, Dataset]` or `Dataset`, *optional*):
+                Rows of each task, for example test rows; or one dataset that has the task of each row in a column
+                `task`; or a task's name, for its evaluation rows. The evaluation rows of all tasks by default.
+            ignore_keys (`list[str]`, *optional*): used before training only.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): first word of the metrics' names.
+
+        Returns:
+            `dict[str, float]`: `PREFIX_TASK_loss` and `PREFIX_TASK_accuracy` (share of rows whose whole answer is
+            right), the metrics of generated answers where there are `answer_metrics` (`PREFIX_TASK_exact_match`), and
+            those of `compute_metrics`; the same of their means over the tasks as `PREFIX_mean_...`, and as
+            `PREFIX_loss` and so on, which in a selection are the target's; and the evaluation's speed.
+
+        Raises:
+            `TaskError`: for rows without a task and unknown tasks, and for a task whose every answer is cut off.
+        """
+        if self.trains_directly:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._model_state.record()
+        if not self._is_trained():
+            eval_dataset = None if eval_dataset is None else self._tables(eval_dataset)
+            with self._model_state.restored():
+                return self._single_trainer().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._memory_tracker.start()
+        with self.working():
+            metrics = self.flow.evaluate(self._scored_tables(eval_dataset), metric_key_prefix)
+        self._report(metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        return metrics
+
+    def predict(
+        self,
+        test_dataset: Mapping[str, Dataset] | Dataset | str,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """Predictions of the ensemble, or of a selection's final adapter; before [`train`], of the untrained adapter.
+
+        Args:
+            test_dataset (`dict[str, Dataset]` or `Dataset`):
+                As for [`evaluate`]. A classifier's rows may lack the label, or have -1 for each.
+            ignore_keys (`list[str]`, *optional*): outputs of the model that are left out.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`): first word of the metrics' names.
+
+        Returns:
+            `PredictionOutput`: logits and labels of all rows, one task's after the other's and padded with -100; and
+            the parent's metrics of each task (`PREFIX_TASK_loss`, and those of `compute_metrics`) and their means.
+
+        Raises:
+            `TaskError`: for rows without a task and unknown tasks.
+        """
+        if self.trains_directly:
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        tables = self._tables(test_dataset, needs_labels=False)
+        self._model_state.record()
+        if not self._is_trained():
+            with self._model_state.restored():
+                return self._single_trainer().predict(tables, ignore_keys, metric_key_prefix)
+        self._memory_tracker.start()
+        with self.working(), self.flow.predictor(tables) as predictor:
+            output = predictor.predict_tasks(tables, ignore_keys, metric_key_prefix)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+        self._memory_tracker.stop_and_update_metrics(output.metrics)
+        return output
+
+    def scores(
+        self, eval_dataset: Mapping[str, Dataset] | Dataset | str | None = None
+    ) -> dict[str, dict[str, TaskScores]]:
+        """Scores of the base model and of every system of the run, by system and task.
+
+        Args:
+            eval_dataset (`dict[str, Dataset]` or `Dataset`, *optional*): as for [`evaluate`].
+
+        Raises:
+            `ConfigurationError`: before training.
+        """
+        if not self._is_trained():
+            raise ConfigurationError("There is nothing to score yet: call train() first.")
+        tables = self._scored_tables(eval_dataset)
+        self._model_state.record()
+        with self.flow.context.model_state.restored():
+            base = self.flow.evaluation.score_base(tables)
+        return {"base": base, **self.flow.scores(tables)}
+
+    def _scored_tables(self, eval_dataset: Mapping[str, Dataset] | Dataset | str | None) -> Mapping[str, Dataset]:
+        if eval_dataset is None:
+            return self.flow.context.eval_tables
+        return {name: self._remove_unused_columns(rows) for name, rows in self._tables(eval_dataset).items()}
+
+    def _tables(self, given: Mapping[str, Dataset] | Dataset | str, needs_labels: bool = True) -> dict[str, Dataset]:
+        if isinstance(given, str):
+            if given not in self.eval_dataset:
+                raise TaskError(f"Unknown task {given!r}; the tasks are {list(self.eval_dataset)}.")
+            given = {given: self.eval_dataset[given]}
+        return token_tables(given, self.tasks, self.prepare_rows, needs_labels)
+
+    def _single_trainer(self) -> Trainer:
+        """The parent trainer over all tasks, for what it can do before a run has made anything."""
+        args = copy.copy(self.args)
+        args.push_to_hub = False
+        return self.adapter_trainer(args, self.train_dataset, self.eval_dataset, self.tasks.sampling_weights)
+
+    def _prediction_trainer(self, tables: Mapping[str, Dataset]) -> Trainer:
+        """A trainer of this one's class with these evaluation sets, one row each: a row has one task."""
+        args = copy.copy(self.args)
+        args.push_to_hub = False
+        # One device, since threads would not share the tasks of a batch.
+        args._n_gpu = min(args.n_gpu, 1)
+        for name in _PACKING:
+            if hasattr(args, name):
+                setattr(args, name, False)
+        return self.adapter_trainer(args, self.train_dataset, tables, self.tasks.sampling_weights)
+
+    def _push_finished(self) -> None:
+        """Upload what `train` has made. A failure is reported: the run is complete without it."""
+        try:
+            self.push_to_hub()
+        except Exception as error:  # whatever the connection, the Hub or a file raises
+            logger.error(
+                "The run in %r is complete, but was not uploaded: %s: %s. Call trainer.push_to_hub(), or start the "
+                "same script again.",
+                self.args.output_dir,
+                type(error).__name__,
+                error,
+            )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ):
+        """Upload what the run has made: the ensemble with its model card, or the final adapter.
+
+        Takes the arguments of `Trainer.push_to_hub`; `hub_model_id`, `hub_token`, `hub_private_repo` and
+        `hub_revision` are read from `args`, and `kwargs` are those of [`create_model_card`]. It always waits for the
+        upload.
+
+        Raises:
+            `ConfigurationError`: before training.
+        """
+        if self.trains_directly:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        if not is_main_process():
+            return None
+        return self._upload(
+            self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
+            kwargs,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+        )
+
+    def _upload(self, repo_id: str, card: Mapping[str, Any], **kwargs: Any):
+        raise NotImplementedError
