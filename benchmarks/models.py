@@ -6,7 +6,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from .chain_of_thought.skills import tokenizer
 
 
 def randomize_lora_b(model: PeftModel) -> PeftModel:
@@ -37,3 +47,23 @@ def train_from_scratch(model: PreTrainedModel, rows: Dataset, folder: str | Path
         **options,
     )
     Trainer(model, args, train_dataset=rows, data_collator=default_data_collator).train()
+
+
+def write_tiny_llama(folder: Path) -> None:
+    """A Llama with random weights and the tokenizer of the skills, of which it takes rows."""
+    tokens = tokenizer()
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=tokens.pad_token_id,
+        bos_token_id=tokens.eos_token_id,
+        eos_token_id=tokens.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokens.save_pretrained(folder)

@@ -1,18 +1,23 @@
 """Captures gradients inside a plain trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
+from trl import SFTConfig
 
 from .._settings import check_flag, checked_path
 from ..capture import CaptureConfig, capture_gradients, encoded_splits, optimizer_preconditioner, training_recipe
 from ..errors import ConfigurationError
+from ..logging import get_logger
 from ..store import GradientStore
-from ..tasks import RowFormat, TaskSet
+from ..tasks import TaskSet
+from .host_rows import check_against_trained, sft_splits
+
+logger = get_logger(__name__)
 
 When = Literal["train_begin", "train_end", "epoch"] | int
 
@@ -26,8 +31,12 @@ class GradientCaptureCallback(TrainerCallback):
     With `when="train_begin"`, the store also records the length and learning rates of the training. They calibrate
     estimates without an observed run, which then assume a fine-tuning like this one on all of the tasks.
 
-    What is captured is what is trained on: completions, and the assistant's turn of a chat. An `SFTTrainer` that trains
-    on more than these is refused.
+    What is captured is what is trained on. For an `SFTTrainer`, rows become tokens and labels as its arguments have it:
+    completions or all tokens, every turn of the assistant or the whole chat, cut at `max_length`, and each row on its
+    own where the trainer packs them. For a plain `Trainer`, which gets tokens, completions and the assistant's last
+    turn are captured. When training begins, the labels are compared with those of the trainer's batches. A loss of the
+    trainer's own (`compute_loss_func`, label smoothing) does not change what is captured: the gradient of the answer's
+    log-odds.
 
     Args:
         tasks (`TaskSet`): tasks to capture; their rows may differ from the training rows.
@@ -39,14 +48,15 @@ class GradientCaptureCallback(TrainerCallback):
             `"train_end"` at the trained one. `"epoch"` captures after every epoch and a number after that many
             optimizer steps, each into a store of its own, `OUTPUT_DIR/epoch-1` or `OUTPUT_DIR/step-100`.
         overwrite (`bool`, *optional*, defaults to `False`): replace a store of another model, other data or settings.
+        formatting_func (`Callable`, *optional*): that of the `SFTTrainer`, where it has one.
 
     Attributes:
         store (`GradientStore`): the latest store, `None` before the first capture.
 
     Raises:
         `ConfigurationError`:
-            For arguments of another kind. In the trainer's constructor: without a tokenizer, and for a loss over other
-            tokens than the captured ones.
+            For arguments of another kind. In the trainer's constructor, without a tokenizer. When training begins, for
+            a row that is trained on with other labels than it is captured with.
         `TaskError`: in the trainer's constructor, for rows that cannot be encoded.
 
     Example:
@@ -66,6 +76,7 @@ class GradientCaptureCallback(TrainerCallback):
         config: CaptureConfig | None = None,
         when: When = "train_begin",
         overwrite: bool = False,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ):
         is_number = isinstance(when, int) and not isinstance(when, bool) and when > 0
         if when not in ("train_begin", "train_end", "epoch") and not is_number:
@@ -86,6 +97,7 @@ class GradientCaptureCallback(TrainerCallback):
         self.config = config
         self.when = when
         self.overwrite = overwrite
+        self.formatting_func = formatting_func
         self.store: GradientStore | None = None
         self._encoded: Mapping[str, Dataset] | None = None
 
@@ -93,13 +105,17 @@ class GradientCaptureCallback(TrainerCallback):
         # Whatever is wrong with the rows is said before anything is trained.
         self._encode(args, model, processing_class)
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if self.when != "train_begin":
-            return
-        if state is not None and state.global_step > 0:
-            # A resumed training starts midway; the store from its start is still valid.
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs):
+        is_resumed = state is not None and state.global_step > 0
+        if self.when == "train_begin" and is_resumed:
+            # It starts midway; the store from its start is still valid.
             self.store = GradientStore(self.output_dir)
-        else:
+            return
+        if self._encoded is None:
+            # Added to the trainer after its constructor.
+            self._encode(args, model, processing_class)
+        check_against_trained(self._encoded["train"], train_dataloader)
+        if self.when == "train_begin":
             num_steps = state.max_steps if state is not None else None
             self._capture(args, model, processing_class, self.output_dir, num_steps)
 
@@ -127,15 +143,22 @@ class GradientCaptureCallback(TrainerCallback):
             raise ConfigurationError(
                 "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
             )
-        _check_loss(self.tasks, args)
-        self._encoded = encoded_splits(model, self.tasks, processing_class, self._config(args).max_length)
+        max_length = self._config(args).max_length
+        if isinstance(args, SFTConfig):
+            self._encoded = sft_splits(self.tasks, processing_class, args, self.formatting_func, max_length)
+        else:
+            self._encoded = encoded_splits(model, self.tasks, processing_class, max_length)
+        if _has_another_loss(args):
+            logger.warning(
+                "Gradients are captured of the answers' log-odds, and the training has another loss "
+                "(label_smoothing_factor or loss_type). Predictions are of the likelihood: pass the losses of a "
+                "fine-tuning as ObservedRun to calibrate them."
+            )
 
     def _capture(self, args, model, processing_class, folder: Path, num_steps=None, optimizer=None) -> None:
-        if self._encoded is None:
-            # Added to the trainer after its constructor.
-            self._encode(args, model, processing_class)
         config = self._config(args)
-        matches_optimizer = config.preconditioner == optimizer_preconditioner(args)
+        # What the training does can be replayed on what is captured.
+        is_replayed = config.preconditioner == optimizer_preconditioner(args) and not _has_another_loss(args)
         self.store = capture_gradients(
             model,
             self.tasks,
@@ -145,30 +168,11 @@ class GradientCaptureCallback(TrainerCallback):
             encoded=self._encoded,
             overwrite=self.overwrite,
             disable_tqdm=bool(args.disable_tqdm),
-            recipe=training_recipe(args, num_steps) if num_steps and matches_optimizer else None,
+            recipe=training_recipe(args, num_steps) if num_steps and is_replayed else None,
             optimizer=optimizer,
         )
 
 
-def _check_loss(tasks: TaskSet, args: TrainingArguments) -> None:
-    """Raise `ConfigurationError` for an `SFTTrainer` whose loss is over other tokens than the captured answers."""
-    if tasks.row_format is RowFormat.PROMPT_COMPLETION and getattr(args, "completion_only_loss", None) is False:
-        raise ConfigurationError(
-            "Gradients are captured of completions, and completion_only_loss=False also trains on the prompts. Leave "
-            "completion_only_loss unset."
-        )
-    if tasks.row_format is not RowFormat.CHAT or not hasattr(args, "assistant_only_loss"):
-        return
-    if not args.assistant_only_loss:
-        raise ConfigurationError(
-            "Gradients are captured of the assistant's turn, and a chat's every token is trained on. Set "
-            "assistant_only_loss=True, or make the columns prompt and completion of the messages."
-        )
-    for name, rows in tasks.split("train").items():
-        turns = max(sum(message["role"] == "assistant" for message in chat) for chat in rows["messages"])
-        if turns > 1:
-            raise ConfigurationError(
-                f"Gradients are captured of the assistant's last turn, and all turns are trained on: expected chats "
-                f"with one turn of the assistant, found {turns} in a chat of task {name!r}. Make a row of each turn, "
-                "with the columns prompt and completion."
-            )
+def _has_another_loss(args: TrainingArguments) -> bool:
+    """Whether arguments say that the loss is not the answers' likelihood."""
+    return args.label_smoothing_factor > 0 or getattr(args, "loss_type", "nll") != "nll"

@@ -15,7 +15,7 @@ from ..models.inputs import is_encoder_decoder
 from ..models.token_checks import check_token_rows
 from ..models.wrappers import unwrapped
 from ..store import GradientStore, TrainingRecipe
-from ..tasks import RowFormat, TaskCollator, TaskSet, data_collator_for, encode, length_limit
+from ..tasks import TaskCollator, TaskSet, data_collator_for, encode, length_limit
 from .capture_pass import CapturePass
 from .config import CaptureConfig, check_single_pass
 
@@ -101,8 +101,9 @@ def capture_gradients(
     for rows in encoded.values():
         check_token_rows(model, rows)
     if data_collator is None:
-        is_classification = tasks.row_format is RowFormat.CLASSIFICATION
-        data_collator = data_collator_for(tasks.row_format, processing_class, labels_are_tokens=not is_classification)
+        data_collator = data_collator_for(
+            tasks.row_format, processing_class, labels_are_tokens=not tasks.labels_are_classes
+        )
     capture = CapturePass(unwrapped(model), tasks, configs, encoded, data_collator, optimizer)
     folders = {name: checked_path("output_dir", output_dir) / name for name in configs}
     stores = capture.run(folders, SHARD_SIZE, overwrite, disable_tqdm, recipe)

@@ -32,10 +32,16 @@ def encode(
     ends with the tokenizer's end-of-sequence token, as in trl.
 
     Raises:
-        `TaskError`: for rows without an answer token after truncation to `max_length`.
+        `TaskError`: for rows without an answer token after truncation to `max_length`, and for rows that only an
+            `SFTTrainer` makes tokens of.
     """
     if row_format is RowFormat.TOKENIZED:
         return dataset
+    if row_format is RowFormat.SFT:
+        raise TaskError(
+            "Rows of the format 'sft' become tokens in an SFTTrainer alone, and there is none. Leave row_format out, "
+            "or pass the rows with input_ids and labels."
+        )
     encoders: dict[RowFormat, Callable] = {
         RowFormat.CLASSIFICATION: lambda row: _encode_classification(row, tokenizer, label_space, max_length),
         RowFormat.PROMPT_COMPLETION: lambda row: _encode_prompt_completion(row, tokenizer, max_length),

@@ -68,7 +68,7 @@ def make_task(name: str, splits: Mapping[str, Dataset], row_format: RowFormat | 
     for split, rows in splits.items():
         if len(rows) == 0:
             raise TaskError(f"Task {name!r} is empty: split {split!r} has no rows.")
-    splits = {split: _without_format(rows) for split, rows in splits.items()}
+    splits = {split: _with_class_labels(_without_format(rows)) for split, rows in splits.items()}
     row_format = row_format or detect_format(name, splits["train"].column_names)
     for split, rows in splits.items():
         lacking = [column for column in row_format.required if column not in rows.column_names]
@@ -100,6 +100,16 @@ def _without_format(rows: Dataset) -> Dataset:
         if isinstance(feature, ClassLabel) and column in made.column_names:
             made = made.cast_column(column, feature)
     return made
+
+
+def _with_class_labels(rows: Dataset) -> Dataset:
+    """Tokens with a class in `label`, as `Trainer` also takes them, with the class in `labels`."""
+    if "input_ids" not in rows.column_names or "label" not in rows.column_names or "labels" in rows.column_names:
+        return rows
+    rows = rows.rename_column("label", "labels")
+    feature = rows.features["labels"]
+    is_integer = isinstance(feature, ClassLabel) or getattr(feature, "dtype", None) in ("bool", *_OTHER_WIDTHS)
+    return rows.cast_column("labels", Value("int64")) if is_integer else rows
 
 
 def _plain_columns(rows: Dataset) -> Dataset:

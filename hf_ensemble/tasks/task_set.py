@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, Value, concatenate_datasets
 
 from .._settings import check_at_least, check_number, checked_mapping, checked_names
 from ..errors import TaskError
@@ -74,7 +74,7 @@ class TaskSet(Mapping[str, Task]):
         validation: Mapping[str, Dataset] | None = None,
         test: Mapping[str, Dataset] | None = None,
         sampling_weights: Mapping[str, float] | None = None,
-        row_format: RowFormat | None = None,
+        row_format: RowFormat | str | None = None,
     ) -> "TaskSet":
         """Create tasks from named datasets.
 
@@ -87,7 +87,9 @@ class TaskSet(Mapping[str, Task]):
             validation (`dict[str, Dataset]`, *optional*): evaluation rows of tasks, if `train` has none.
             test (`dict[str, Dataset]`, *optional*): held-out rows, which no choice depends on.
             sampling_weights (`dict[str, float]`, *optional*): see [`TaskSet`].
-            row_format (`RowFormat`, *optional*): format of the rows; detected from their columns by default.
+            row_format (`RowFormat` or `str`, *optional*):
+                Format of the rows; detected from their columns by default. `"sft"` keeps all columns, for whatever else
+                an `SFTTrainer` makes tokens of.
 
         Raises:
             `TaskError`: for unknown columns, empty tasks, repeated names, labels outside the task's set, and evaluation
@@ -110,7 +112,7 @@ class TaskSet(Mapping[str, Task]):
         for name, source in pairs:
             splits = splits_of(name, source)
             splits.update({split: as_dataset(name, d[name]) for split, d in given.items() if name in d})
-            tasks.append(make_task(name, splits, row_format))
+            tasks.append(make_task(name, splits, None if row_format is None else RowFormat(row_format)))
         return cls(tasks, sampling_weights)
 
     def __getitem__(self, name: str) -> Task:
@@ -132,6 +134,13 @@ class TaskSet(Mapping[str, Task]):
         if self.row_format is not RowFormat.CLASSIFICATION:
             return None
         return LabelSpace.from_label_names({name: task.label_names for name, task in self._tasks.items()})
+
+    @property
+    def labels_are_classes(self) -> bool:
+        """Whether a row's answer is one class, of a text or of tokens, rather than tokens."""
+        if self.row_format is RowFormat.TOKENIZED:
+            return isinstance(next(iter(self._tasks.values())).splits["train"].features["labels"], Value)
+        return self.row_format is RowFormat.CLASSIFICATION
 
     def has_split(self, split: str) -> bool:
         return all(split in task.splits for task in self._tasks.values())

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ..models.inputs import is_encoder_decoder
-from ..tasks import META_COLUMNS, RowFormat, TaskSet, data_collator_for, encode, length_limit
+from ..tasks import META_COLUMNS, TaskSet, data_collator_for, encode, length_limit
 from ..tasks.task import make_task
 from .inputs.datasets import (
     as_task_set,
@@ -81,9 +81,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             with target_modules_named(peft_config, model):
                 model = get_peft_model(model, peft_config)
         if data_collator is None:
-            is_classification = tasks.row_format is RowFormat.CLASSIFICATION
             given["data_collator"] = data_collator_for(
-                tasks.row_format, processing_class, labels_are_tokens=not is_classification
+                tasks.row_format, processing_class, labels_are_tokens=not tasks.labels_are_classes
             )
         self._row_format, self._tokenizer, self._label_space = tasks.row_format, processing_class, tasks.label_space
         self._is_encoder_decoder = is_encoder_decoder(model)

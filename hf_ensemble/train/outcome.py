@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput
@@ -13,7 +14,7 @@ from .._processes import is_main_process
 from ..errors import ConfigurationError, TaskError
 from ..evaluate import TaskScores
 from ..logging import get_logger
-from .inputs.evaluation_rows import token_tables
+from .inputs.evaluation_rows import positions_by_task, token_tables
 
 logger = get_logger(__name__)
 
@@ -88,25 +89,27 @@ class OutcomeMixin:
             metric_key_prefix (`str`, *optional*, defaults to `"test"`): first word of the metrics' names.
 
         Returns:
-            `PredictionOutput`: logits and labels of all rows, one task's after the other's and padded with -100; and
-            the parent's metrics of each task (`PREFIX_TASK_loss`, and those of `compute_metrics`) and their means.
+            `PredictionOutput`: logits and labels of all rows, padded with -100, in the order of one dataset's rows, and
+            else one task's after the other's; and the parent's metrics of each task (`PREFIX_TASK_loss`, and those of
+            `compute_metrics`) and their means.
 
         Raises:
             `TaskError`: for rows without a task and unknown tasks.
         """
         if self.trains_directly:
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        tables = self._tables(test_dataset, needs_labels=False)
+        tables, positions = self._tables(test_dataset, needs_labels=False), positions_by_task(test_dataset)
         self._model_state.record()
         if not self._is_trained():
             with self._model_state.restored():
-                return self._single_trainer().predict(tables, ignore_keys, metric_key_prefix)
+                output = self._single_trainer().predict(tables, ignore_keys, metric_key_prefix)
+                return _in_order(output, positions)
         self._memory_tracker.start()
         with self.working(), self.flow.predictor(tables) as predictor:
             output = predictor.predict_tasks(tables, ignore_keys, metric_key_prefix)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
         self._memory_tracker.stop_and_update_metrics(output.metrics)
-        return output
+        return _in_order(output, positions)
 
     def scores(
         self, eval_dataset: Mapping[str, Dataset] | Dataset | str | None = None
@@ -202,3 +205,20 @@ class OutcomeMixin:
 
     def _upload(self, repo_id: str, card: Mapping[str, Any], **kwargs: Any):
         raise NotImplementedError
+
+
+def _in_order(output: PredictionOutput, positions: list[int] | None) -> PredictionOutput:
+    """Predictions in the order of the rows that they were asked for."""
+
+    def sort(values: Any) -> Any:
+        if isinstance(values, tuple):
+            return tuple(map(sort, values))
+        if isinstance(values, dict):
+            return {name: sort(own) for name, own in values.items()}
+        # Rows that were left out, and batches that are not joined, have no place of their own.
+        is_whole = isinstance(values, np.ndarray) and len(values) == len(positions)
+        return values[positions] if is_whole else values
+
+    if positions is None:
+        return output
+    return output._replace(predictions=sort(output.predictions), label_ids=sort(output.label_ids))

@@ -302,35 +302,27 @@ def test_calls_are_refused_before_anything_is_trained(bad, untrained, monkeypatc
         act(untrained)
 
 
-def chat(turns):
-    return {"a": [{"messages": [USER, ASSISTANT] * turns}]}
-
-
-LOSSES = {
-    "prompts are trained on": (PAIRS, {"completion_only_loss": False}, "Leave completion_only_loss unset"),
-    "users are trained on": (chat(1), {}, "Set assistant_only_loss=True"),
-    "several turns are trained on": (chat(2), {"assistant_only_loss": True}, "one turn of the assistant, found 2"),
-    "an answer is cut off": (
-        {"a": [*PAIRS["a"], {"prompt": "sum " * 20, "completion": "3"}]},
+CAPTURED = {
+    "every answer is cut off": (
+        {"a": [{"prompt": "sum " * 20, "completion": "3"}]},
         {"max_length": 12},
-        "no answer token is left in 12 tokens.*Raise max_length or drop the row",
+        "No row of the task 'a' is left after tokenization: raise max_length",
     ),
+    "texts with labels": ({"a": TEXTS["a"]}, {}, "found text and label, of which it learns the text alone"),
 }
 
 
 @pytest.mark.parametrize("when", ["train_begin", "train_end"])
-@pytest.mark.parametrize("bad", LOSSES)
-def test_a_callback_refuses_another_loss_in_the_trainers_constructor(bad, when, tmp_path):
-    rows, settings, message = LOSSES[bad]
-    tokenizer = toy.tokenizer()
-    tokenizer.chat_template = TEMPLATE
+@pytest.mark.parametrize("bad", CAPTURED)
+def test_a_callback_refuses_rows_in_the_trainers_constructor(bad, when, tmp_path):
+    rows, settings, message = CAPTURED[bad]
     callback = GradientCaptureCallback(TaskSet.from_datasets(rows, rows), tmp_path / "gradients", when=when)
     with pytest.raises(HfEnsembleError, match=message):
         SFTTrainer(
             model=toy.llama(),
             args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings),
-            train_dataset=Dataset.from_list(rows["a"]),
-            processing_class=tokenizer,
+            train_dataset=Dataset.from_list([*rows["a"], *rows["a"]]),
+            processing_class=toy.tokenizer(),
             peft_config=toy.lora(),
             callbacks=[callback],
         )

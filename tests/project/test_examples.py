@@ -32,9 +32,9 @@ def run_example(tmp_path, monkeypatch, capsys):
     """Runs a script of `examples/`; gives its output directory and what it printed."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def run(script: str, model: str, tasks: dict, *flags: str) -> tuple[Path, str]:
+    def run(script: str, model: str, tasks: dict, *flags: str, model_flag: str = "--model") -> tuple[Path, str]:
         data, out = write_folder(tmp_path / "data", tasks), tmp_path / Path(script).stem
-        arguments = ["--model", model, "--data", str(data), "--output_dir", str(out), *QUICK.split(), *flags]
+        arguments = [model_flag, model, "--data", str(data), "--output_dir", str(out), *QUICK.split(), *flags]
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
         return out, capsys.readouterr().out
@@ -50,6 +50,8 @@ def test_every_example_is_run_and_listed():
         "selection.py",
         "capture_callback.py",
         "classification.py",
+        "sft_script.py",
+        "classification_script.py",
     }
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"`{script}`" in listed for script in scripts)
@@ -122,3 +124,46 @@ def test_classification(run_example, tmp_path):
         assert any(f"{task}: {text!r} is {answer}\n" in printed for answer in answers)
     model = PeftEnsembleModel.from_pretrained(out / "ensemble")
     assert set(model.label_space.names) == set(names)
+
+
+def test_sft_script(run_example, base_folder):
+    flags = [
+        "--use_peft",
+        "--lora_r",
+        "4",
+        "--lora_target_modules",
+        "all-linear",
+        "--dtype",
+        "float32",
+        "--num_groups",
+        "2",
+    ]
+    out, _ = run_example("sft_script.py", base_folder, toy.sft_tasks(), *flags, model_flag="--model_name_or_path")
+    results = json.loads((out / "train_results.json").read_text())
+    assert {"train_loss", "train_runtime", "eval_loss", "eval_sums_loss"} <= set(results)
+    logged = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert any("train_loss" in entry for entry in logged)
+    for folder in (out, out / "ensemble"):
+        model = PeftEnsembleModel.from_pretrained(folder)
+        assert set(model.weights) == set(toy.sft_tasks())
+    assert (out / "tokenizer.json").is_file() and (out / "README.md").is_file()
+
+
+def test_classification_script(run_example, tmp_path):
+    tasks = toy.text_tasks()
+    for name, splits in tasks.items():
+        splits["test"] = toy.text_rows(5, 7, name.removesuffix("s"))
+    model = toy.save_model(toy.bert(num_labels=2), tmp_path / "bert")
+    flags = ("--do_train", "--do_eval", "--do_predict", "--learning_rate", "0.01")
+    out, _ = run_example("classification_script.py", model, tasks, *flags)
+    train, evaluated = (json.loads((out / f"{kind}_results.json").read_text()) for kind in ("train", "eval"))
+    assert {"train_loss", "train_runtime"} <= set(train) and {"eval_loss", "eval_accuracy"} <= set(evaluated)
+    served = PeftEnsembleModel.from_pretrained(out / "ensemble")
+    lines = (out / "predictions.txt").read_text().splitlines()
+    # In the order of the table: all of the first dataset, then all of the second.
+    rows = [(name, row) for name in sorted(tasks) for row in tasks[name]["test"]]
+    batch = toy.tokenizer()([row["text"] for _, row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = served(**batch, task=[name for name, _ in rows]).logits
+    assert lines == [f"{number}\t{label}" for number, label in enumerate(logits.argmax(-1).tolist())]
+    assert (out / "ensemble" / "README.md").is_file()

@@ -71,11 +71,12 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
             # PEFT writes adapters not named "default" into a folder of their name, and a card beside it.
             model.save_pretrained(work, selected_adapters=[name], save_embedding_layers=False)
             source = Path(work) if name == "default" else Path(work) / name
+            config, own = read_object(source / ADAPTER_CONFIG, f"Adapter {name!r}"), model.peft_config[name]
+            # PEFT writes sets in an order that changes from process to process, and with it the file's checksum.
+            config |= {key: sorted(value) for key, value in config.items() if isinstance(getattr(own, key, None), set)}
             if _is_tied_in_name_only(model, name):
-                config = read_object(source / ADAPTER_CONFIG, f"Adapter {name!r}")
-                write_json(target / ADAPTER_CONFIG, {**config, "ensure_weight_tying": False})
-            else:
-                shutil.copy(source / ADAPTER_CONFIG, target / ADAPTER_CONFIG)
+                config["ensure_weight_tying"] = False
+            write_json(target / ADAPTER_CONFIG, config)
             embeddings = resized_embeddings(model, name)
             if embeddings:
                 tensors = {**load_file(source / ADAPTER_WEIGHTS), **embeddings}

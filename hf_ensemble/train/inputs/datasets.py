@@ -64,12 +64,26 @@ def as_task_set(train_dataset: Any, eval_dataset: Any, row_format: RowFormat | N
             f"Expected a dict of datasets by name, found the splits {sorted(train_dataset)} of one dataset. Pass "
             'train_dataset=dataset["train"], or {"name": dataset, ...} with several datasets.'
         )
+    if is_table_of_tasks(eval_dataset):
+        eval_dataset = rows_by_task(eval_dataset)
     if eval_dataset is not None and not isinstance(eval_dataset, Mapping):
         raise TaskError(
-            f"Expected evaluation rows by name, {list(train_dataset)}, found one {type(eval_dataset).__name__}. Pass a "
-            "dict, or leave eval_dataset out to hold out some rows of each dataset."
+            f"Expected evaluation rows by name, {list(train_dataset)}, found one {type(eval_dataset).__name__} without "
+            f"a column {TASK!r}. Pass a dict, add the column, or leave eval_dataset out to hold out some rows of each "
+            "dataset."
         )
     return TaskSet.from_datasets(train_dataset, eval_dataset, row_format=row_format)
+
+
+def is_table_of_tasks(rows: Any) -> bool:
+    """Whether rows of several datasets stand in one, and say in the column `task` which they belong to."""
+    return isinstance(rows, Dataset) and TASK in rows.column_names
+
+
+def rows_by_task(rows: Dataset) -> dict[str, Dataset]:
+    """The rows of a table of several tasks by task, each in the order of the table."""
+    tasks = rows.with_format(None)[TASK][:]
+    return {name: rows.select([i for i, task in enumerate(tasks) if task == name]) for name in dict.fromkeys(tasks)}
 
 
 def with_held_out_rows(tasks: TaskSet, fraction: float, seed: int) -> TaskSet:

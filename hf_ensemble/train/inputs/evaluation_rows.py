@@ -9,6 +9,7 @@ from ..._settings import checked_mapping
 from ...errors import TaskError
 from ...tasks import META_COLUMNS, TASK, RowFormat, TaskSet
 from ...tasks.task import as_dataset
+from .datasets import is_table_of_tasks, rows_by_task
 
 _LABEL_COLUMNS = {RowFormat.CLASSIFICATION: "label", RowFormat.TOKENIZED: "labels"}
 # Public test sets have it in place of each label.
@@ -45,6 +46,16 @@ def token_tables(
     return {name: made.get(name, rows) for name, rows in by_task.items()}
 
 
+def positions_by_task(given: Any) -> list[int] | None:
+    """Where each row of a table of several tasks stands once they are taken apart; `None` for rows by task."""
+    if not is_table_of_tasks(given):
+        return None
+    tasks = given.with_format(None)[TASK][:]
+    first = {name: number for number, name in enumerate(dict.fromkeys(tasks))}
+    apart = sorted(range(len(tasks)), key=lambda row: first[tasks[row]])
+    return sorted(range(len(tasks)), key=apart.__getitem__)
+
+
 def _by_task(given: Any, tasks: TaskSet) -> Mapping[str, Any]:
     if not isinstance(given, Dataset | list):
         return checked_mapping("eval_dataset", given, TaskError)
@@ -54,8 +65,7 @@ def _by_task(given: Any, tasks: TaskSet) -> Mapping[str, Any]:
             f"Expected a dict with the rows of each task, such as {{{tasks.names[0]!r}: rows}}, or one dataset with "
             f"the task of each row in the column {TASK!r}; found one dataset with the columns {rows.column_names}."
         )
-    column = rows[TASK][:]
-    return {name: rows.select([i for i, own in enumerate(column) if own == name]) for name in dict.fromkeys(column)}
+    return rows_by_task(rows)
 
 
 def _is_token_table(rows: Any) -> bool:
@@ -63,16 +73,22 @@ def _is_token_table(rows: Any) -> bool:
 
 
 def _lacks_labels(rows: Any, tasks: TaskSet) -> bool:
-    column = _LABEL_COLUMNS.get(tasks.row_format)
-    if column is None or not isinstance(rows, Dataset):
+    if tasks.row_format not in _LABEL_COLUMNS or not isinstance(rows, Dataset):
         return False
-    return column not in rows.column_names or all(label == _HIDDEN for label in rows[column])
+    column = _label_column(rows, tasks)
+    return column is None or all(label == _HIDDEN for label in rows[column])
+
+
+def _label_column(rows: Dataset, tasks: TaskSet) -> str | None:
+    """The column that holds the answers; tokens with a class may have it in `label`."""
+    own = _LABEL_COLUMNS[tasks.row_format]
+    return next((column for column in (own, "label") if column in rows.column_names), None)
 
 
 def _with_some_label(rows: Dataset, name: str, tasks: TaskSet) -> Dataset:
     """Rows with a label that nothing reads, since rows are checked and encoded with one."""
-    column = _LABEL_COLUMNS[tasks.row_format]
-    if column in rows.column_names:
-        rows = rows.remove_columns(column)
+    hidden, column = _label_column(rows, tasks), _LABEL_COLUMNS[tasks.row_format]
+    if hidden is not None:
+        rows = rows.remove_columns(hidden)
     is_class = name not in tasks or not isinstance(tasks[name].splits["train"][0][column], list)
     return rows.add_column(column, [0] * len(rows) if is_class else rows["input_ids"][:])
