@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from trl import SFTTrainer
 
 from .._compat import keep_quantized_weights_in_place
 from .._files import make_writable_folder
@@ -22,6 +23,7 @@ from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.task import as_dataset, make_task
 from .configs import as_config
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
+from .inputs.balancing import check_loss_weighting, drawn_by
 from .inputs.datasets import check_rows_and_arguments
 from .inputs.parent_arguments import check_parent_arguments
 from .inputs.supported import check_before_loading, check_loaded, set_padding
@@ -119,6 +121,11 @@ class MultiTaskMixin:
         self.tasks, self.trains_directly = tasks, True
         self.adapter_trainer_class.__init__(self, **kwargs)
 
+    def _draw_from(self, tasks: TaskSet, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Settle the tasks and how often their rows are drawn, once the rows are tokens."""
+        self.tasks = drawn_by(tasks, self.args, counts)
+        self.sampling_weights = self.tasks.sampling_weights
+
     def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
         """Refuse what a run over several datasets cannot finish, as far as it is known before the model is loaded.
 
@@ -140,6 +147,8 @@ class MultiTaskMixin:
         check_hub_model_id(args.hub_model_id)
         check_parent_arguments(args)
         check_rows_and_arguments(tasks, args)
+        is_sft = issubclass(type(self), SFTTrainer)
+        check_loss_weighting(args, tasks, given.get("compute_loss_func"), tasks.names, is_sft)
         for name, kinds in _KINDS.items():
             value = given[name]
             if value is not None and not isinstance(value, kinds):
@@ -168,7 +177,7 @@ class MultiTaskMixin:
             )
         forget_secrets_of(self.processing_class)
         check_loaded(self, tasks)
-        self.tasks = tasks
+        self._draw_from(tasks, self.num_drawn_rows)
         self._adapter_trainer_kwargs = adapter_trainer_kwargs
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
         # Those that `Trainer` adds by itself: every adapter's trainer brings its own.
