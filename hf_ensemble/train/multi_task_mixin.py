@@ -118,6 +118,11 @@ class MultiTaskMixin:
 
     def _train_directly(self, tasks: TaskSet | None, **kwargs: Any) -> None:
         """Construct this trainer as one that trains its model itself."""
+        if tasks is None and getattr(kwargs["args"], "sample_with_replacement", False):
+            raise ConfigurationError(
+                "sample_with_replacement=True is about how several datasets are drawn from, and over one dataset this "
+                "trainer is its parent. Leave it out."
+            )
         self.tasks, self.trains_directly = tasks, True
         self.adapter_trainer_class.__init__(self, **kwargs)
 
