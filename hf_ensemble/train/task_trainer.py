@@ -70,7 +70,8 @@ class TaskColumnsMixin:
         args = self.args
         replacement = getattr(args, "sample_with_replacement", False)
         grouped = args.train_sampling_strategy == "group_by_length"
-        if not (self.has_tasks and has_length(dataset) and TASK in dataset.column_names):
+        knows_tasks = TASK in (getattr(dataset, "column_names", None) or ())
+        if not (self.has_tasks and has_length(dataset) and knows_tasks):
             return super()._get_train_sampler(train_dataset)
         weights = {task: self.sampling_weights.get(task, 1.0) for task in dataset.unique(TASK)}
         if len(set(weights.values())) <= 1 and not replacement and not grouped:

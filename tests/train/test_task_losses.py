@@ -123,7 +123,7 @@ def test_the_loss_itself_is_the_parents_to_the_last_bit(tmp_path):
 @pytest.mark.parametrize(
     ("maker", "kind", "cut"),
     [
-        ("sft", "nll", CUTS[1]),
+        ("sft", "nll", {**CUTS[1], "padding_free": True, "max_length": None}),
         ("sft", "dft", CUTS[0]),
         ("classifier", "", CUTS[0]),
         ("classifier", "", CUTS[1]),

@@ -107,6 +107,8 @@ def test_weights_are_those_of_the_arguments_or_of_the_tasks(tmp_path, base_folde
         one_model(tmp_path / "b", train=weighted, sampling_weights={"sums": 2.0})
     with pytest.raises(ConfigurationError, match=r"Unknown tasks in sampling_weights \['z'\]; the tasks are"):
         one_model(tmp_path / "b", sampling_weights={"z": 2.0})
+    with pytest.raises(ConfigurationError, match="sample_with_replacement=True is about .* several datasets"):
+        one_model(tmp_path / "b", train={"sums": Dataset.from_list(toy.sum_rows(8))}, sample_with_replacement=True)
 
 
 def test_orders_of_all_rows_do_not_go_with_drawn_ones(tmp_path):

@@ -106,7 +106,7 @@ class TaskLossMixin:
         with _outputs_of(model) as seen:
             result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         with torch.set_grad_enabled(self._balance is not None):
-            losses = self._token_losses(seen[-1], labels)
+            losses = self._token_losses(seen[-1], labels) if seen else None
         if losses is None:
             return result
         owner = self._owners(labels, tasks, row_lengths)
