@@ -1,6 +1,8 @@
 """Rows are drawn as the arguments say, and predictions are of trainings that draw them so."""
 
 from collections import Counter
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -11,6 +13,7 @@ from helpers.trainers import SMALL, sft_config, sft_trainer, split
 from hf_ensemble import EnsembleConfig, EnsembleSFTConfig, EnsembleSFTTrainer, SelectionSFTConfig, TaskSet
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.tasks import TASK
+from hf_ensemble.train.configs import BalancingArguments
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 SIZES = {"sums": (8, "sum"), "diffs": (16, "diff"), "more": (24, "sum")}
@@ -139,3 +142,8 @@ def test_weights_are_read_from_flags(config, tmp_path):
     for value, message in (("{sums", "Expected sampling_weights as JSON"), ("[1]", "as a dict by name")):
         with pytest.raises(ConfigurationError, match=message):
             config(**{**SMALL, "output_dir": str(tmp_path), "bf16": False, "sampling_weights": value})
+
+
+def test_every_argument_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    assert [own.name for own in fields(BalancingArguments) if f"`{own.name}" not in text] == []
