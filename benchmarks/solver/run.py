@@ -16,9 +16,9 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from hf_ensemble.estimate import FeatureReduction
-from hf_ensemble.estimate.mixtures import epoch_length
 from hf_ensemble.estimate.outcomes import predicted_outcomes
 from hf_ensemble.estimate.surrogate import SurrogateProblem
+from hf_ensemble.tasks.sampling import epoch_length
 
 from ..common import add_machine_flags, make_parser, peak_memory, random_subsets, write_results
 from .table import table

@@ -12,7 +12,7 @@ from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
 from .calibration import LossCalibration
 from .intervals import IntervalWidth
-from .mixtures import mixture_weights
+from .mixtures import loss_weights, mixture_weights
 from .prediction import Prediction
 from .reduction import FeatureReduction, squared_row_norms
 from .regularization import ObservedRun, Regularization, choose_regularization, losses_of
@@ -43,6 +43,8 @@ class SubsetEstimator:
             The training to predict, which determines how l2 depends on the mixture. Without observed runs it is
             replayed to fit c.
         device (`torch.device` or `str`, *optional*): device for solving surrogates. The CPU by default.
+        task_loss_weighting (`str`, *optional*, defaults to `"tokens"`):
+            What the training averages the loss of a step over, see [`loss_weights`].
 
     Raises:
         `EstimationError`: for tasks without rows, and features that are not finite.
@@ -65,6 +67,7 @@ class SubsetEstimator:
         sampling_weights: Mapping[str, float] | None = None,
         recipe: TrainingRecipe | None = None,
         device: torch.device | str | None = None,
+        task_loss_weighting: str = "tokens",
     ):
         check_at_least("num_components", num_components, 1)
         if not isinstance(observed_runs, Sequence) or not all(isinstance(run, ObservedRun) for run in observed_runs):
@@ -95,7 +98,8 @@ class SubsetEstimator:
         self.reduction = FeatureReduction.fit(train.features, num_components)
         reduced = self.reduction.apply(train.features)
         self.training_ids = tuple(zip((self.task_names[index] for index in train.task), train.example_id.tolist()))
-        self._row_weights = _row_weights(train)
+        self.task_loss_weighting = task_loss_weighting
+        self._row_weights = loss_weights(train, task_loss_weighting, self.sampling_weights)
         self._train = SurrogateProblem(reduced, train.margin, train.task, device, self._row_weights)
         self._validation = ValidationRows(validation, self.reduction.apply(validation.features))
         self.observed_runs = tuple(observed_runs)
@@ -248,6 +252,7 @@ class SubsetEstimator:
             "task_names": list(self.task_names),
             "num_components": self.reduction.components.shape[1],
             "sampling_weights": dict(zip(self.task_names, self.sampling_weights.tolist())),
+            "task_loss_weighting": self.task_loss_weighting,
             "observed_runs": [{"mixture": dict(run.mixture), "losses": dict(run.losses)} for run in self.observed_runs],
             "recipe": None if self._recipe is None else asdict(self._recipe),
             "l2_scale": self.regularization.l2_scale,
@@ -337,10 +342,3 @@ class SubsetEstimator:
     def parameters_at(self, coefficients: np.ndarray) -> np.ndarray:
         """Coefficients `(..., d)` of the captured features, as [`applied_update`] takes them."""
         return self.reduction.restore(coefficients)
-
-
-def _row_weights(train: FeatureTable) -> np.ndarray:
-    """Weight of each row's loss in a batch, with mean 1: transformers and trl average the loss over tokens."""
-    if train.num_tokens is None:
-        return np.ones(len(train))
-    return train.num_tokens / train.num_tokens.mean()

@@ -1,11 +1,13 @@
-"""Subsets and mixtures of tasks as arrays."""
+"""Subsets and mixtures of tasks as arrays, and what a row counts in them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .._settings import check_number, checked_names
+from .._settings import check_number, check_one_of, checked_names
 from ..errors import EstimationError
+from ..store import FeatureTable
+from ..tasks.sampling import LOSS_WEIGHTINGS
 
 
 def mixture_weights(tasks: Iterable[str] | Mapping[str, float], task_names: Sequence[str]) -> np.ndarray:
@@ -21,14 +23,23 @@ def mixture_weights(tasks: Iterable[str] | Mapping[str, float], task_names: Sequ
     return np.array([weights.get(name, 0.0) for name in task_names])
 
 
-def epoch_length(mixtures: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Number of rows in one epoch of each mixture: sum_k a_k n_k / max_k a_k.
+def loss_weights(train: FeatureTable, task_loss_weighting: str, sampling_weights: np.ndarray) -> np.ndarray:
+    """Weight of each training row's loss in a step, `(n,)`, with mean 1.
 
-    Each row of the task with the largest weight is sampled once on average.
+    transformers and trl average a step's loss over tokens. With any other weighting than "tokens" it is the mean of the
+    tasks' means, so that a task counts as much however many tokens it has and however often its rows are drawn. This
+    takes every task to be in every step.
 
     Args:
-        mixtures (`np.ndarray` of shape `(..., T)`): weight of a row of each task.
-        counts (`np.ndarray` of shape `(T,)`): number of rows of each task.
+        train (`FeatureTable`): the training rows.
+        task_loss_weighting (`str`): as of the trainers.
+        sampling_weights (`np.ndarray` of shape `(T,)`): weight that each task's rows are drawn by.
+
+    Raises:
+        `EstimationError`: for an unknown weighting.
     """
-    heaviest = mixtures.max(axis=-1)
-    return mixtures @ counts / np.where(heaviest > 0, heaviest, 1.0)
+    check_one_of("task_loss_weighting", task_loss_weighting, LOSS_WEIGHTINGS, EstimationError)
+    tokens = np.ones(len(train)) if train.num_tokens is None else train.num_tokens
+    if task_loss_weighting != "tokens":
+        tokens = tokens / (np.bincount(train.task, tokens, len(sampling_weights)) * sampling_weights)[train.task]
+    return tokens / tokens.mean()

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..store import TrainingRecipe
-from .mixtures import epoch_length
+from ..tasks.sampling import epoch_length
 
 # Share of the moves of A's entries under Adam that adds up along the relevant inputs; the rest oscillates. Measured on
 # 15 real tasks, see docs/estimation.md.

@@ -75,19 +75,25 @@ class TasksRecord(Record):
         row_format (`str`): what the rows hold, see [`TaskSet`].
         fingerprint (`str`): of all rows.
         tasks (`dict[str, TaskRecord]`): the tasks by name.
+        task_loss_weighting (`str`): what the trainings average the loss of a step over.
     """
 
     format = "hf_ensemble.tasks"
+    format_version = 2
 
     row_format: str
     fingerprint: str
     tasks: dict[str, TaskRecord]
+    task_loss_weighting: str = "tokens"
 
     @classmethod
-    def of(cls, tasks: TaskSet) -> "TasksRecord":
+    def of(cls, tasks: TaskSet, task_loss_weighting: str) -> "TasksRecord":
         data = tasks.to_dict()
         return cls(
-            data["row_format"], data["fingerprint"], {name: TaskRecord(**own) for name, own in data["tasks"].items()}
+            data["row_format"],
+            data["fingerprint"],
+            {name: TaskRecord(**own) for name, own in data["tasks"].items()},
+            task_loss_weighting,
         )
 
 

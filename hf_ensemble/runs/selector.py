@@ -31,7 +31,8 @@ def run_selector(
         `StoreError`: when the gradients are not captured.
         `RecordError`: for damaged records.
     """
-    known = run.read(TasksRecord).tasks
+    record = run.read(TasksRecord)
+    known = record.tasks
     names = list(known) if tasks is None else list(tasks)
     if observed_runs is None:
         theta0 = GradientStore(run.gradients).identity["model"]["theta0"]
@@ -41,4 +42,6 @@ def run_selector(
             if set(scored.subset) <= set(names) and scored.theta0 == theta0
         ]
     weights = {name: known[name].sampling_weight for name in names if name in known}
-    return DataSelector.from_store(run.gradients, tasks, num_components, observed_runs, weights, clusters)
+    return DataSelector.from_store(
+        run.gradients, tasks, num_components, observed_runs, weights, clusters, record.task_loss_weighting
+    )

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from .._settings import check_at_least, check_number, checked_names
+from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from ..estimate.mixtures import mixture_weights
 from .baselines import predicted_baselines
@@ -76,10 +77,16 @@ def optimize_mixture(
         max_iterations (`int`, *optional*, defaults to 100): maximum number of L-BFGS-B iterations.
 
     Raises:
-        `ConfigurationError`: for unknown tasks, target weights that are not positive, and caps outside [0, 1].
+        `ConfigurationError`: for unknown tasks, target weights that are not positive, caps outside [0, 1], and an
+            estimator of trainings that weigh the tasks' losses.
     """
     names, counts = estimator.task_names, estimator.counts
     check_at_least("max_iterations", max_iterations, 1)
+    if estimator.task_loss_weighting != "tokens":
+        raise ConfigurationError(
+            "A mixture weighs tasks by how often their rows are drawn, and the predicted trainings weigh them by "
+            f"task_loss_weighting={estimator.task_loss_weighting!r}. Use the default 'tokens' for mixtures."
+        )
     targets = target_weights(targets, estimator)
     upper = _upper_bounds(caps, targets, names)
     goal = mixture_weights(targets, names)

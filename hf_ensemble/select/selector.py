@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .._settings import check_options
+from ..errors import ConfigurationError
 from ..estimate import ObservedRun, SubsetEstimator
 from ..store import GradientStore
 from .baselines import mean_cosines
@@ -64,6 +65,7 @@ class DataSelector:
         observed_runs: Sequence[ObservedRun] = (),
         sampling_weights: Mapping[str, float] | None = None,
         clusters: Mapping[str, int] | None = None,
+        task_loss_weighting: str = "tokens",
     ) -> "DataSelector":
         """Create a selector from captured gradients.
 
@@ -75,10 +77,12 @@ class DataSelector:
             clusters (`dict[str, int]`, *optional*):
                 Number of clusters to split a task's training rows into. Each is a task `TASK/0`, `TASK/1`, ... that is
                 selected or left out by itself, see [`split_into_clusters`] and [`left_out`].
+            task_loss_weighting (`str`, *optional*, defaults to `"tokens"`): see [`SubsetEstimator`].
 
         Raises:
             `StoreError`: for an incomplete store.
-            `ConfigurationError`: for clusters of unknown tasks, and more clusters than rows.
+            `ConfigurationError`: for clusters of unknown tasks, more clusters than rows, and clusters beside a
+                weighting of the tasks' losses.
         """
         store = store if isinstance(store, GradientStore) else GradientStore(store)
         names = store.task_names if tasks is None else tasks
@@ -88,11 +92,24 @@ class DataSelector:
             # Fewer rows take fewer steps.
             recipe = recipe.shortened(len(train) / store.num_rows("train"))
         validation = store.table("validation", names)
+        if clusters and task_loss_weighting != "tokens":
+            raise ConfigurationError(
+                f"With task_loss_weighting={task_loss_weighting!r} a task counts as much without a part of its rows, "
+                "so that parts cannot be chosen one by one. Leave clusters out."
+            )
         if clusters:
             train, validation = split_into_clusters(train, validation, clusters)
             observed_runs = runs_by_cluster(observed_runs, train.task_names)
             sampling_weights = values_by_cluster(sampling_weights or {}, train.task_names)
-        estimator = SubsetEstimator(train, validation, num_components, observed_runs, sampling_weights, recipe)
+        estimator = SubsetEstimator(
+            train,
+            validation,
+            num_components,
+            observed_runs,
+            sampling_weights,
+            recipe,
+            task_loss_weighting=task_loss_weighting,
+        )
         return cls(estimator, mean_cosines(train, validation))
 
     @classmethod
@@ -113,6 +130,7 @@ class DataSelector:
             ],
             values_by_task(known["sampling_weights"]),
             cluster_counts(known["task_names"]),
+            known.get("task_loss_weighting", "tokens"),
         )
         choice.check_features(selector.estimator)
         return selector

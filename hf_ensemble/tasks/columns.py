@@ -11,11 +11,16 @@ from typing import Any
 TASK = "task"
 EXAMPLE_ID = "example_id"
 META_COLUMNS = (TASK, EXAMPLE_ID)
+# Tokens of each row, in batches that hold the tokens of all rows one after another.
+ROW_LENGTHS = "row_lengths"
 
 
 @dataclass
 class TaskCollator:
     """Wraps a data collator, and returns the meta columns as lists of `str` next to its output.
+
+    A collator without padding (`padding_free`) loses which tokens are whose, so that the batch also gets each row's
+    number of tokens.
 
     Args:
         collator (`Callable`): collator of all other columns.
@@ -25,14 +30,16 @@ class TaskCollator:
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
         meta = {column: [example[column] for example in examples] for column in META_COLUMNS if column in examples[0]}
+        if meta and getattr(self.collator, "padding_free", False):
+            meta[ROW_LENGTHS] = [len(example["input_ids"]) for example in examples]
         rest = [{key: value for key, value in example.items() if key not in META_COLUMNS} for example in examples]
         return {**self.collator(rest), **meta}
 
 
-def pop_meta(batch: dict[str, Any]) -> dict[str, list[str]]:
-    """Remove the meta columns from `batch`, in place.
+def pop_meta(batch: dict[str, Any]) -> dict[str, list]:
+    """Remove what [`TaskCollator`] has added to `batch`, in place.
 
     Returns:
-        `dict[str, list[str]]`: the removed columns, with one entry per row.
+        `dict[str, list]`: the removed columns, with one entry per row.
     """
-    return {column: batch.pop(column) for column in META_COLUMNS if column in batch}
+    return {column: batch.pop(column) for column in (*META_COLUMNS, ROW_LENGTHS) if column in batch}

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from trl import SFTTrainer
 
 from .._compat import keep_quantized_weights_in_place
 from .._files import make_writable_folder
@@ -23,6 +24,7 @@ from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.task import as_dataset, make_task
 from .configs import as_config
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
+from .inputs.balancing import check_loss_weighting, drawn_by
 from .inputs.best_metric import check_best_metric
 from .inputs.datasets import check_rows_and_arguments
 from .inputs.parent_arguments import check_parent_arguments
@@ -130,8 +132,18 @@ class MultiTaskMixin:
 
     def _train_directly(self, tasks: TaskSet | None, **kwargs: Any) -> None:
         """Construct this trainer as one that trains its model itself."""
+        if tasks is None and getattr(kwargs["args"], "sample_with_replacement", False):
+            raise ConfigurationError(
+                "sample_with_replacement=True is about how several datasets are drawn from, and over one dataset this "
+                "trainer is its parent. Leave it out."
+            )
         self.tasks, self.trains_directly = tasks, True
         self.adapter_trainer_class.__init__(self, **kwargs)
+
+    def _draw_from(self, tasks: TaskSet, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Settle the tasks and how often their rows are drawn, once the rows are tokens."""
+        self.tasks = drawn_by(tasks, self.args, counts)
+        self.sampling_weights = self.tasks.sampling_weights
 
     def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
         """Refuse what a run over several datasets cannot finish, as far as it is known before the model is loaded.
@@ -156,6 +168,8 @@ class MultiTaskMixin:
         callbacks = given["callbacks"] if isinstance(given["callbacks"], (list, tuple)) else ()
         check_best_metric(args, tasks.names, type(self), given.get("compute_metrics") is not None, callbacks)
         check_rows_and_arguments(tasks, args)
+        is_sft = issubclass(type(self), SFTTrainer)
+        check_loss_weighting(args, tasks, given.get("compute_loss_func"), tasks.names, is_sft)
         for name, kinds in _KINDS.items():
             value = given[name]
             if value is not None and not isinstance(value, kinds):
@@ -179,7 +193,7 @@ class MultiTaskMixin:
             mark_as_of_a_run(self.model.peft_config[self.model.active_adapters[0]])
         forget_secrets_of(self.processing_class)
         check_loaded(self, tasks)
-        self.tasks = tasks
+        self._draw_from(tasks, self.num_drawn_rows)
         self._adapter_trainer_kwargs = adapter_trainer_kwargs
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
         # Those that `Trainer` adds by itself: every adapter's trainer brings its own.

@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..errors import TaskError
 from ..logging import get_logger
 from ..tasks import META_COLUMNS, TASK, RowFormat, TaskCollator, TaskSet
+from .inputs.balancing import check_loss_weighting, with_given_weights
 from .inputs.datasets import (
     as_task_set,
     check_template,
@@ -77,7 +78,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             self._train_directly(None, model=model, optimizers=optimizers, has_tasks=False, **rows, **given)
             return
         # Without an adapter, evaluation rows are the parent's business: any names, or none.
-        tasks = as_task_set(train_dataset, None if is_direct else eval_dataset, RowFormat.SFT)
+        tasks = with_given_weights(as_task_set(train_dataset, None if is_direct else eval_dataset, RowFormat.SFT), args)
         if tasks.row_format is RowFormat.CLASSIFICATION:
             raise TaskError(
                 "Supervised fine-tuning takes prompts and completions, found text and label. Use EnsembleTrainer."
@@ -98,11 +99,14 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
                 "peft_config=LoraConfig(...) to train adapters on those that belong together.",
                 len(tasks),
             )
+            evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else ()
+            check_loss_weighting(args, tasks, kwargs.get("compute_loss_func"), evaluated, is_sft=True)
             self._train_directly(tasks, model=model, optimizers=optimizers, eval_dataset=eval_dataset, **given)
             self._shown_rows = None
             self.train_dataset = self._table(tasks, "train")
             if args.packing:
                 self.train_dataset = self._packed(self.train_dataset, args)
+            self._draw_from(tasks, lambda: Counter(self.train_dataset[TASK]))
             return
         tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
         self._check_arguments(tasks, args, given | {"model": model, "optimizers": optimizers})

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from ..models.inputs import is_encoder_decoder
 from ..tasks import META_COLUMNS, TaskSet, data_collator_for, encode, length_limit
 from ..tasks.task import make_task
+from .inputs.balancing import check_loss_weighting, with_given_weights
 from .inputs.datasets import (
     as_task_set,
     check_labels,
@@ -69,12 +70,17 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             self._train_directly(None, model=model, has_tasks=False, **given)
             return
         tasks = as_task_set({"data": train_dataset} if is_one else train_dataset, None if is_one else eval_dataset)
+        if not is_one:
+            tasks = with_given_weights(tasks, args)
         if args.label_smoothing_factor > 0 and not is_one:
             check_one_label_set(tasks)
         if has_adapter:
             tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
             checked = {"model": model, "processing_class": processing_class, "peft_config": peft_config}
             self._check_arguments(tasks, args, given | checked | {"optimizers": optimizers})
+        elif not is_one:
+            evaluated = tasks.names if tasks.has_split("validation") else ()
+            check_loss_weighting(args, tasks, kwargs.get("compute_loss_func"), evaluated, is_sft=False)
         model, processing_class = _text_model(model, processing_class, tasks)
         if peft_config is not None:
             peft_config = with_target_modules(peft_config, model)
@@ -92,6 +98,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             self._train_directly(None, has_tasks=False, optimizers=optimizers, **rows, **given)
         elif not has_adapter:
             self._train_directly(tasks, optimizers=optimizers, **self._rows_of(tasks), **given)
+            self._draw_from(tasks, self.num_drawn_rows)
         else:
             super().__init__(**self._rows_of(tasks), **given)
             own = {"data_collator": self.data_collator, **kwargs}

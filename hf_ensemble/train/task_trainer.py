@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn import functional as F
 from transformers import Trainer
 from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.trainer_utils import has_length
 from trl import SFTTrainer
 
 from .._compat import keep_quantized_weights_in_place
 from ..tasks import (
+    IGNORE_INDEX,
     META_COLUMNS,
     TASK,
     LabelSpace,
@@ -20,6 +23,8 @@ from ..tasks import (
     pop_meta,
     restrict_to_labels,
 )
+from ..tasks.columns import ROW_LENGTHS
+from .losses.task_loss_mixin import TaskLossMixin
 from .resumed_training import ResumedTrainingMixin
 from .task_evaluation import TaskEvaluationMixin
 
@@ -63,20 +68,50 @@ class TaskColumnsMixin:
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if len(set(self.sampling_weights.values())) <= 1:
+        args = self.args
+        replacement = getattr(args, "sample_with_replacement", False)
+        grouped = args.train_sampling_strategy == "group_by_length"
+        knows_tasks = TASK in (getattr(dataset, "column_names", None) or ())
+        if not (self.has_tasks and has_length(dataset) and knows_tasks):
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return TaskWeightedSampler(dataset[TASK], self.sampling_weights, seed)
+        weights = {task: self.sampling_weights.get(task, 1.0) for task in dataset.unique(TASK)}
+        if len(set(weights.values())) <= 1 and not replacement and not grouped:
+            return super()._get_train_sampler(train_dataset)
+        return TaskWeightedSampler(
+            dataset[TASK],
+            weights,
+            args.seed if args.data_seed is None else args.data_seed,
+            replacement,
+            [len(tokens) for tokens in dataset["input_ids"]] if grouped else None,
+            args.train_batch_size * args.gradient_accumulation_steps,
+        )
+
+    def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        # Dataloaders that skip what a resumed training has seen do not pass the epoch on to a sampler of several
+        # processes (accelerate 1.15).
+        sampler = _sampler_of(train_dataloader)
+        if self.has_tasks and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _prepare_inputs(self, inputs):
         # Here, and not in `compute_loss`, so that a subclass's own loss gets what its model takes.
         inputs = super()._prepare_inputs(inputs)
         if self.has_tasks:
-            self.batch_tasks = pop_meta(inputs).get(TASK, [])
+            meta = pop_meta(inputs)
+            self.batch_tasks, self.batch_row_lengths = meta.get(TASK, []), meta.get(ROW_LENGTHS)
         return inputs
 
 
-class TaskTrainer(TaskColumnsMixin, TaskEvaluationMixin, ResumedTrainingMixin, Trainer):
+def _sampler_of(dataloader: Any) -> Any:
+    """What decides on the order of the rows, within all that accelerate wraps around it."""
+    batches = getattr(dataloader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return getattr(batches, "sampler", None)
+
+
+class TaskTrainer(TaskColumnsMixin, TaskLossMixin, TaskEvaluationMixin, ResumedTrainingMixin, Trainer):
     """`transformers.Trainer` over a token table of several tasks; takes the arguments of both.
 
     A classifier's loss is the mean over the rows of an optimizer step, however they are cut into batches and processes.
@@ -107,11 +142,34 @@ class TaskTrainer(TaskColumnsMixin, TaskEvaluationMixin, ResumedTrainingMixin, T
         outputs["logits"] = restrict_to_labels(outputs["logits"], self.label_space.mask(self.batch_tasks))
         return loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
 
+    def _token_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor | None:
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if logits is None or labels.is_floating_point():
+            return None
+        if labels.dim() == 1:
+            return F.cross_entropy(logits.float(), labels, reduction="none").unsqueeze(1)
+        # Virtual tokens stand before the row's own.
+        logits = logits[:, -labels.shape[1] :]
+        if self._loss_shifts_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        mask = labels != IGNORE_INDEX
+        losses = F.cross_entropy(logits[mask].float(), labels[mask], reduction="none")
+        return losses.new_zeros(mask.shape).masked_scatter(mask, losses)
+
 
 def _mean_cross_entropy(outputs, labels, num_items_in_batch=None):
     """Mean over the step's rows; over the batch's where `Trainer` has not counted them and averages by itself."""
     return fixed_cross_entropy(outputs["logits"].float(), labels, num_items_in_batch)
 
 
-class TaskSFTTrainer(TaskColumnsMixin, TaskEvaluationMixin, ResumedTrainingMixin, SFTTrainer):
+class TaskSFTTrainer(TaskColumnsMixin, TaskLossMixin, TaskEvaluationMixin, ResumedTrainingMixin, SFTTrainer):
     """`trl.SFTTrainer` over a token table of several tasks; takes the arguments of both."""
+
+    def _token_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        log_probs = outputs.log_probs
+        return -log_probs * log_probs.exp().detach() if self.args.loss_type == "dft" else -log_probs
+
+    def _auxiliary_loss(self, outputs: Any) -> torch.Tensor | float:
+        if not self.aux_loss_enabled:
+            return 0.0
+        return self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps

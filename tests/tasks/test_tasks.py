@@ -14,7 +14,6 @@ from hf_ensemble.tasks import (
     RowFormat,
     TaskCollator,
     TaskSet,
-    TaskWeightedSampler,
     encode,
     load_task_folder,
     pop_meta,
@@ -260,17 +259,6 @@ def test_labels_outside_of_the_set_do_not_count():
     scores = score_answers(restricted, torch.tensor([2]))
     assert torch.allclose(scores.loss, torch.nn.functional.cross_entropy(logits[:, [0, 2]], torch.tensor([1])))
     assert scores.exact_match.item()
-
-
-def test_weighted_sampler_follows_weights_and_epoch():
-    sampler = TaskWeightedSampler(["a"] * 900 + ["b"] * 100, {"a": 1.0, "b": 9.0}, seed=3)
-    first = list(sampler)
-    assert first == list(sampler)
-    assert 0.4 < sum(i >= 900 for i in first) / len(first) < 0.6
-    sampler.set_epoch(1)
-    assert first != list(sampler)
-    without = TaskWeightedSampler(["a"] * 50 + ["b"] * 50, {"a": 1.0, "b": 0.0})
-    assert max(without) < 50
 
 
 def write_jsonl(path, rows):

@@ -77,6 +77,46 @@ if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
 TRAINERS = ["ensemble_sft", "selection_sft", "ensemble", "selection"]
+# One model on uneven tasks, whose losses are averaged over tasks.
+BALANCED = """
+import json, sys
+import torch
+from datasets import Dataset
+from helpers import toy
+from helpers.trainers import sft_config
+from hf_ensemble import EnsembleSFTTrainer
+
+folder, batch_size = sys.argv[1], int(sys.argv[2])
+changes = {
+    "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 2, "num_train_epochs": 2, "optim": "sgd",
+    "learning_rate": 0.1, "logging_strategy": "steps", "logging_steps": 2, "task_sampling": "uniform",
+    "task_loss_weighting": "convergence", "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+    "save_steps": 4, "coba_window": 2,
+}
+# Three steps an epoch, without a rest that several processes would fill up.
+words = {"a": (8, "sum"), "b": (20, "diff"), "c": (12, "sum")}
+rows = {name: toy.sum_rows(count, 1, word) for name, (count, word) in words.items()}
+found = []
+for resumed in (None, f"{folder}/checkpoint-4"):
+    trainer = EnsembleSFTTrainer(
+        model=toy.llama(),
+        args=sft_config(folder, **changes),
+        train_dataset=rows,
+        eval_dataset={name: Dataset.from_list(toy.sum_rows(4, 2, word)) for name, (_, word) in words.items()},
+        processing_class=toy.tokenizer(),
+    )
+    trainer.train(resume_from_checkpoint=resumed)
+    found.append([
+        {key: value for key, value in entry.items() if key.startswith("loss")} for entry in trainer.state.log_history
+        if "loss" in entry
+    ])
+if trainer.is_world_process_zero():
+    with open(f"{folder}/found.json", "w") as file:
+        json.dump(found, file)
+trainer.accelerator.end_training()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
 
 
 def launch(script: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -125,6 +165,21 @@ def test_two_processes_write_the_store_of_one(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"store{n}").glob("shard*")} for n in (1, 2))
     assert len(one) == 21 and one == two
+
+
+@pytest.mark.slow
+def test_two_processes_draw_weigh_and_log_as_one(tmp_path, monkeypatch):
+    script = tmp_path / "balanced.py"
+    script.write_text(BALANCED)
+    done = launch(script, 2, str(tmp_path / "2"), "2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", ["balanced.py", str(tmp_path / "1"), "4"])
+    exec(compile(BALANCED, "balanced.py", "exec"), {})
+    found = [json.loads((tmp_path / processes / "found.json").read_text()) for processes in ("1", "2")]
+    for whole, resumed in found:
+        assert whole == resumed and len(whole) > 2 and {"loss_a", "loss_b", "loss_c"} <= set(whole[0]) | set(whole[1])
+    for one, two in zip(found[0][0], found[1][0]):
+        assert one == pytest.approx(two, rel=1e-4)
 
 
 @pytest.mark.slow

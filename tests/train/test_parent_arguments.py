@@ -18,7 +18,6 @@ from hf_ensemble import (
     SelectionSFTConfig,
     SelectionSFTTrainer,
     SelectionTrainer,
-    TaskSet,
 )
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.runs import TrainedAdapter
@@ -128,20 +127,6 @@ def test_each_training_is_given_the_arguments_that_are_used(tmp_path, base_folde
     inner = trainer.flow.training._trainer(begun, trainer.train_dataset)
     assert {name: getattr(inner.args, name) for name in USED} == {name: getattr(trainer.args, name) for name in USED}
     assert not inner.args.push_to_hub and inner.args.output_dir.endswith("training/x")
-
-
-def test_sampling_strategies_and_weights_are_not_both_honoured(tmp_path, base_folder):
-    weighted = TaskSet.from_datasets(toy.sft_tasks(), sampling_weights={"diffs": 3.0})
-    with pytest.raises(ConfigurationError, match="expected train_sampling_strategy='random', found 'sequential'"):
-        SelectionSFTTrainer(
-            model=base_folder,
-            args=sft_config(tmp_path, SelectionSFTConfig, train_sampling_strategy="sequential"),
-            train_dataset=weighted,
-            peft_config=toy.lora(),
-            target="sums",
-        )
-    with pytest.raises(ConfigurationError, match="selection_method='mixture' draws rows .* found 'group_by_length'"):
-        sft_config(tmp_path, SelectionSFTConfig, selection_method="mixture", train_sampling_strategy="group_by_length")
 
 
 def test_dropping_the_last_batch_leaves_each_task_one(tmp_path, base_folder):

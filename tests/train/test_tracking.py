@@ -72,6 +72,7 @@ def test_a_tracker_sees_one_run_whose_steps_go_on(tmp_path, base_folder, tracker
         assert run.trained_adapter(name).first_step == start
         assert own == list(range(start + 1, start + lengths[number] + 1))
     assert any("eval/baseline/sums_loss" in logs for _, logs in tracker.logged)
+    assert any("train/baseline/loss_sums" in logs for _, logs in tracker.logged)
     # The run's own metrics come last, without a training's name.
     assert "eval/mean_loss" in tracker.logged[-2][1] and "train/train_loss" in tracker.logged[-1][1]
 

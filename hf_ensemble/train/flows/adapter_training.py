@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import set_peft_model_state_dict
@@ -17,9 +16,9 @@ from ..._files import checksums, writing
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture.identity import parameter_fingerprint
 from ...ensemble.saving.files import save_adapter
-from ...estimate.mixtures import epoch_length
 from ...runs import TrainedAdapter
 from ...tasks import TASK
+from ...tasks.sampling import rows_per_epoch
 from ..credentials import arguments_without_secrets
 from ..inputs.best_metric import metric_of_training
 from ..tracking import report_as_part_of_run
@@ -95,9 +94,7 @@ class AdapterTraining:
         args, tasks = self.context.args, self.context.tasks
         if args.max_steps > 0:
             return args.max_steps
-        counts = self.context.num_drawn_rows()
-        weights = np.array([tasks.sampling_weights[task] for task in subset])
-        rows = epoch_length(weights, np.array([counts[task] for task in subset]))
+        rows = rows_per_epoch({task: tasks.sampling_weights[task] for task in subset}, self.context.num_drawn_rows())
         whole = math.floor if args.dataloader_drop_last else math.ceil
         batches = max(whole(rows / (args.train_batch_size * args.world_size)), 1)
         return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)

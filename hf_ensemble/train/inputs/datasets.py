@@ -101,11 +101,6 @@ def with_held_out_rows(tasks: TaskSet, fraction: float, seed: int) -> TaskSet:
 
 def check_rows_and_arguments(tasks: TaskSet, args: TrainingArguments) -> None:
     """Raise `ConfigurationError` for arguments that trainings on some of the tasks could not honour."""
-    if len(set(tasks.sampling_weights.values())) > 1 and args.train_sampling_strategy != "random":
-        raise ConfigurationError(
-            "Sampling weights draw rows at random, expected train_sampling_strategy='random', found "
-            f"{args.train_sampling_strategy!r}. Leave one of them out."
-        )
     batch_size = args.train_batch_size * args.world_size
     rows = {name: len(own) for name, own in tasks.split("train").items()}
     small = [name for name, count in rows.items() if count < batch_size]
