@@ -1,5 +1,7 @@
 """Rows of several datasets: in every form that trl takes, held out, packed, and without an adapter."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,11 @@ from hf_ensemble import (
 )
 from hf_ensemble.errors import ConfigurationError
 
-TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+TEMPLATE = (
+    "{% if tools %}film {% endif %}{% if shout %}book {% endif %}"
+    "{% for m in messages %}{% if m['name'] %}{{ m['name'] }} {% endif %}{{ m['content'] + ' ' }}{% endfor %}"
+)
+TOOLS = json.dumps([{"type": "function", "function": {"name": "film"}}])
 SFT = {**SMALL, "bf16": False, "gradient_checkpointing": False}
 
 
@@ -42,6 +48,10 @@ def forms():
         "tokens": [{"input_ids": own} for own in tokens],
         "labelled_tokens": [{"input_ids": own, "labels": [-100, *own[1:]]} for own in tokens],
         "masked_tokens": [{"input_ids": own, "completion_mask": [0, 0] + [1] * (len(own) - 2)} for own in tokens],
+        "named_chats": [
+            {"messages": [user, {**assistant, "name": "good", "thinking": None}]} for user, assistant in turns
+        ],
+        "tools": [{"messages": both, "tools": TOOLS, "chat_template_kwargs": {"shout": True}} for both in turns],
     }
 
 
@@ -136,7 +146,21 @@ def test_packed_rows_are_those_of_trl(tmp_path, base_folder, strategy):
     assert trainer.num_drawn_rows() == {task: ours["task"][:].count(task) for task in trainer.tasks}
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"eval_strategy": "epoch"}])
+PACKED = {"packing": True, "max_length": 20}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"eval_strategy": "epoch"},
+        PACKED,
+        {**PACKED, "packing_strategy": "wrapped", "shuffle_dataset": True},
+        {"max_length": 8, "shuffle_dataset": True},
+    ],
+    ids=str,
+)
 def test_without_an_adapter_one_model_is_trained_on_all(tmp_path, base_folder, changes):
     """It equals trl's own training on the concatenated rows, and evaluates every dataset."""
     tasks = toy.sft_tasks()

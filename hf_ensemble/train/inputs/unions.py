@@ -1,0 +1,73 @@
+"""Rows of several datasets that one model is trained on, as its parent would take them."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from datasets import Dataset, IterableDataset
+from trl import SFTConfig
+
+from ...errors import ConfigurationError, TaskError
+from ...logging import get_logger
+from ...tasks import META_COLUMNS, TaskSet
+from ...tasks.columns import column_names
+from ...tasks.row_checks import image_columns
+
+logger = get_logger(__name__)
+
+Rows = TypeVar("Rows", Dataset, IterableDataset)
+
+
+def skips_preparation(args: SFTConfig) -> bool:
+    """Whether rows are taken as they are."""
+    return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
+
+def check_transforms(train_dataset: Any, args: SFTConfig) -> None:
+    """Raise `ConfigurationError` for datasets with a transform of their own, which trl does not prepare either."""
+    if not isinstance(train_dataset, Mapping):
+        return
+    found = [
+        name for name, rows in train_dataset.items() if isinstance(rows, Dataset) and rows.format["type"] == "custom"
+    ]
+    if found and not skips_preparation(args):
+        raise ConfigurationError(
+            f"Tasks {found}: expected rows as they are stored, found a transform of Dataset.with_transform(), which "
+            "preparing them would apply once and not in every epoch. Pass dataset_kwargs={'skip_prepare_dataset': "
+            "True} with a transform that returns trainer-ready rows of tokens, or apply it with Dataset.map()."
+        )
+    if found:
+        logger.warning("The transforms of the tasks %s are applied once, before the training.", found)
+
+
+def has_images(tasks: TaskSet) -> bool:
+    """Whether trl would read images from the rows of some task.
+
+    Raises:
+        `TaskError`: when the tasks have different columns, as their rows are put into one table then.
+    """
+    columns = {name: set(task.splits["train"].column_names) - set(META_COLUMNS) for name, task in tasks.items()}
+    if not any(image_columns(own) for own in columns.values()):
+        return False
+    (first, expected), *others = columns.items()
+    for name, own in others:
+        if own != expected:
+            raise TaskError(
+                f"Rows with images are put into one table: expected the same columns in all datasets, found "
+                f"{sorted(expected)} in {first!r} and {sorted(own)} in {name!r}. Rename or remove columns, and give "
+                "rows without images an empty list."
+            )
+    return True
+
+
+def with_labels(rows: Rows) -> Rows:
+    """Rows of tokens with labels: every token counts where they have none."""
+    columns = column_names(rows)
+    if "labels" in columns or "input_ids" not in columns:
+        return rows
+    if isinstance(rows, IterableDataset):
+        return rows.map(_labelled)
+    return rows.add_column("labels", rows["input_ids"][:])
+
+
+def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"labels": row["input_ids"]}
