@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from .._values import plain_values
 from ..errors import TaskError
 from .columns import EXAMPLE_ID, TASK, column_names
 from .row_checks import IMAGE_COLUMNS, check_row
@@ -52,6 +53,8 @@ def _identified(
     row: Mapping[str, Any], index: int, name: str, row_format: RowFormat, label_names: tuple[str, ...] | None
 ) -> dict[str, Any]:
     own = {column: row[column] for column in row_format.used(row) if column not in (TASK, EXAMPLE_ID)}
+    # What a generator yields are tuples and arrays, where a table has lists.
+    own = plain_values(own, lambda value: value)
     check_row(name, "train", index, own, row_format)
     if label_names is not None:
         own["label"] = _label(own["label"], index, name, label_names)

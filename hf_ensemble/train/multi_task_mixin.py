@@ -27,7 +27,7 @@ from .configs import as_config
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
 from .inputs.datasets import check_rows_and_arguments
 from .inputs.parent_arguments import check_parent_arguments
-from .inputs.streams import interleaved
+from .inputs.streams import as_table, interleaved
 from .inputs.supported import check_before_loading, check_loaded, set_padding
 from .inputs.used_models import mark_as_of_a_run
 from .model_state import ModelState
@@ -286,7 +286,7 @@ class MultiTaskMixin:
         tasks = {
             name: make_task(
                 name,
-                {**known[name].splits, "test": as_dataset(name, source)},
+                {**known[name].splits, "test": as_dataset(name, as_table(name, source, self.args.streaming_rows))},
                 known[name].row_format,
                 known[name].label_names,
             )

@@ -4,11 +4,22 @@ from collections import Counter
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, Value, interleave_datasets
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    interleave_datasets,
+)
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
+from helpers.sft_rows import chat_tokenizer, forms
 from helpers.trainers import ESTIMATE, SMALL, sft_config, split
 from hf_ensemble import EnsembleConfig, EnsembleSFTTrainer, EnsembleTrainer
 from hf_ensemble.errors import ConfigurationError, TaskError
@@ -120,6 +131,42 @@ def test_rows_in_different_forms_and_evaluation_streams(tmp_path, base_folder):
     assert {name: len(rows) for name, rows in trainer.eval_dataset.items()} == dict.fromkeys(train, 5)
     rows = {row["task"]: row for row in drawn(trainer, trainer.tasks.sampling_weights, 30)}
     assert rows["diffs"]["labels"][0] != -100 and rows["sums"]["labels"][0] == -100
+
+
+def generated(name):
+    yield from forms()[name]
+
+
+def test_a_stream_that_knows_no_columns_has_the_tokens_of_a_table(tmp_path, base_folder):
+    """In every form of rows; none of those that are held out is trained on, whoever reads the stream."""
+    train = {name: IterableDataset.from_generator(generated, gen_kwargs={"name": name}) for name in forms()}
+    args = sft_config(tmp_path, max_steps=2, dataloader_num_workers=2)
+    given = {"peft_config": toy.lora(), "processing_class": chat_tokenizer()}
+    ours = EnsembleSFTTrainer(base_folder, args, train_dataset=train, **given)
+    tables = {name: Dataset.from_list(rows) for name, rows in forms().items()}
+    alone = EnsembleSFTTrainer(base_folder, args, train_dataset=tables, eval_dataset=tables, **given)
+    for name, stream in ours._streams.items():
+        expected = alone.eval_dataset[name]
+        held_out = ours.eval_dataset[name]["input_ids"][:]
+        for column in ("input_ids", "labels"):
+            rows = [row[column] for row in stream]
+            wanted = [own for own, ids in zip(expected[column], expected["input_ids"]) if ids not in held_out]
+            assert rows == wanted, name
+
+
+def test_held_out_rows_stay_out_with_several_workers(tmp_path, base_folder):
+    tables = {name: Dataset.from_list(rows) for name, rows in split(TASKS, "train").items()}
+    train = {name: rows.to_iterable_dataset(num_shards=3).shuffle(seed=1) for name, rows in tables.items()}
+    trainer = run(tmp_path, base_folder, train, dataloader_num_workers=2)
+    held_out = trainer.eval_dataset["sums"]["input_ids"][:]
+    rows = DataLoader(trainer._streams["sums"], batch_size=None, num_workers=2, collate_fn=lambda row: row["input_ids"])
+    seen = list(rows)
+    assert seen and not [ids for ids in seen if ids in held_out]
+
+
+def test_evaluation_of_a_stream(tmp_path, base_folder):
+    trainer = run(tmp_path, base_folder, streams(), streaming_rows=5)
+    assert len(trainer.prepare_rows({"sums": streams()["sums"]})["sums"]) == 5
 
 
 def labelled(labels):

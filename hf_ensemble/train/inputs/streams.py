@@ -1,17 +1,19 @@
 """Streaming datasets among the tasks: a table of the first rows of each, and training rows without an end."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset, interleave_datasets
 from transformers import TrainingArguments
 
+from ..._values import without_none
 from ...errors import ConfigurationError, TaskError
 from ...logging import get_logger
 from ...tasks import TASK, TaskSet
 from ...tasks.hold_out import num_held_out
+from ...tasks.rows import content_hash
 from ...tasks.stream_rows import first_rows
 from ...tasks.task import named_splits
 from .datasets import check_not_splits
@@ -65,22 +67,23 @@ def read_streams(
             "streaming=False."
         )
     tables = {
-        name: {split: _table(name, rows, num_rows) for split, rows in own.items()} for name, own in splits.items()
+        name: {split: as_table(name, rows, num_rows) for split, rows in own.items()} for name, own in splits.items()
     }
     for name, stream in streams.items():
         if fraction is not None and "validation" not in tables[name] and name not in (evaluation or {}):
-            tables[name], streams[name] = _held_out(name, tables[name], stream, fraction)
+            tables[name], streams[name] = _held_out(name, tables[name], stream, fraction, args)
     if isinstance(evaluation, Mapping):
-        evaluation = {name: _table(name, rows, num_rows) for name, rows in evaluation.items()}
+        evaluation = {name: as_table(name, rows, num_rows) for name, rows in evaluation.items()}
     return ReadStreams(tables, evaluation, streams)
 
 
-def _table(name: str, rows: Any, num_rows: int) -> Any:
+def as_table(name: str, rows: Any, num_rows: int) -> Any:
+    """The first rows of a stream; anything else as it is."""
     return first_rows(name, rows, num_rows) if isinstance(rows, IterableDataset) else rows
 
 
 def _held_out(
-    name: str, splits: dict[str, Dataset], stream: IterableDataset, fraction: float
+    name: str, splits: dict[str, Dataset], stream: IterableDataset, fraction: float, args: TrainingArguments
 ) -> tuple[dict[str, Dataset], IterableDataset]:
     rows = splits["train"]
     count = num_held_out(len(rows), fraction)
@@ -90,7 +93,16 @@ def _held_out(
         )
     logger.warning("No evaluation rows were given: the first %d rows of the stream %s are held out.", count, name)
     own = {"train": rows.select(range(count, len(rows))), "validation": rows.select(range(count))}
-    return {**splits, **own}, stream.skip(count)
+    stream = stream.skip(count)
+    if args.dataloader_num_workers > 1:
+        # Each worker reads a part of the stream and skips a part of the rows there, which may be other ones.
+        held_out = {content_hash(without_none(row)) for row in own["validation"]}
+        stream = stream.filter(_is_not_among, fn_kwargs={"held_out": held_out})
+    return {**splits, **own}, stream
+
+
+def _is_not_among(row: Mapping[str, Any], held_out: Collection[str]) -> bool:
+    return content_hash(without_none(row)) not in held_out
 
 
 def balanced(tasks: TaskSet, streams: Mapping[str, IterableDataset]) -> TaskSet:
