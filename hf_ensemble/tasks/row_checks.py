@@ -133,7 +133,9 @@ def _fault_of_messages(messages: Any, column: str) -> str | None:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f"expected messages with a role and a content in {column!r}, found {message!r:.60}"
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+        # Calls of tools, thoughts and whatever else a template reads.
+        others = [value for key, value in message.items() if key not in ("role", "content", "name")]
+        if not isinstance(message.get("content"), str | list) and not (message.get("content") is None and any(others)):
             return f"expected a content in each message of {column!r}, found {message.get('content')!r:.60}"
     return None
 

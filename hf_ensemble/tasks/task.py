@@ -36,6 +36,8 @@ class Task:
         label_names (`tuple[str, ...]`, *optional*):
             Label names of a classification task; `None` where each row has several labels.
         fingerprints (`dict[str, str]`, *optional*): fingerprint of each split's rows and their order.
+        is_streamed (`bool`, *optional*, defaults to `False`):
+            Whether trainings go on to further training rows, of which these are the first.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Task:
     row_format: RowFormat
     label_names: tuple[str, ...] | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    is_streamed: bool = False
 
 
 def with_splits(task: Task, changed: Mapping[str, Dataset]) -> Task:
@@ -145,7 +148,8 @@ def as_dataset(name: str, source) -> Dataset:
             return Dataset.from_list(source)
         except Exception as error:  # pyarrow raises unrelated exception classes here
             raise table_error(f"Task {name!r}", error) from error
-    advice = " Load it with streaming=False." if isinstance(source, IterableDataset) else ""
+    is_stream = isinstance(source, IterableDataset)
+    advice = " Load it with streaming=False, or pass it to a trainer in a dict by name." if is_stream else ""
     raise TaskError(
         f"Task {name!r}: expected a datasets.Dataset or a list of dicts, found {type(source).__name__}.{advice}"
     )

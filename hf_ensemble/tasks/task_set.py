@@ -262,6 +262,7 @@ class TaskSet(Mapping[str, Task]):
                     "fingerprints": dict(task.fingerprints),
                     "label_names": None if task.label_names is None else list(task.label_names),
                     "sampling_weight": self.sampling_weights[name],
+                    "is_streamed": task.is_streamed,
                 }
                 for name, task in self._tasks.items()
             },

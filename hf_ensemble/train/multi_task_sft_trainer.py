@@ -1,8 +1,8 @@
 """`trl.SFTTrainer` over a dict of datasets: one table of tokens, and one adapter at its start."""
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -28,7 +28,7 @@ from .inputs.datasets import (
     with_held_out_rows,
 )
 from .inputs.streams import balanced, interleaved, read_streams
-from .inputs.unions import check_transforms, has_images, skips_preparation, with_labels
+from .inputs.unions import check_transforms, has_images, skips_preparation, uncut, with_labels
 from .inputs.used_models import without_adapters_of_earlier_runs
 from .multi_task_mixin import MultiTaskMixin
 from .task_trainer import TaskSFTTrainer
@@ -52,6 +52,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
     adapter_trainer_class = TaskSFTTrainer
     _shown_rows: Dataset | None = None
     _has_several: bool = False
+    _packs: Mapping[str, Dataset] = MappingProxyType({})
 
     def __init__(
         self,
@@ -95,8 +96,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
 
     def _init_union(self, train_dataset: Any, eval_dataset: Any, given: dict[str, Any]) -> None:
         """Train one model, as the parent would on the rows of all datasets in one table or stream."""
-        # Streams change how processes read.
-        args = given["args"] = copy.copy(given["args"])
+        args = given["args"]
         check_transforms(train_dataset, args)
         read = read_streams(train_dataset, None, args, min(args.streaming_rows, _CHECKED_ROWS))
         # Evaluation rows are the parent's business: any names, or none.
@@ -108,6 +108,9 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         )
         self.tasks, self._has_several = tasks, True
         self._streams = {name: identified_stream(tasks[name], stream) for name, stream in read.streams.items()}
+        if self._streams:
+            # They change how processes read.
+            args = given["args"] = copy.copy(args)
         if has_images(tasks):
             # trl's collator makes tokens of texts and images, batch by batch.
             shown = self._union(args, lambda name, rows: rows)
@@ -140,12 +143,16 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         given["model"] = model if isinstance(model, str) else without_adapters_of_earlier_runs(model)
         super().__init__(eval_dataset={"shown": self._shown_rows}, **given)
         self._shown_rows = None
-        self.train_dataset = joined([self._tokens(name, rows) for name, rows in tasks.split("train").items()])
+        whole = {name: self._tokens(name, rows, uncut(args)) for name, rows in tasks.split("train").items()}
+        self.train_dataset = joined([self._prepared(name, rows) for name, rows in whole.items()])
+        if args.packing:
+            self._packs = {name: self._prepared(name, rows, packing=True) for name, rows in whole.items()}
         self.eval_dataset = {name: self._tokens(name, rows) for name, rows in tasks.split("validation").items()}
         self._streams = {
-            name: self._streamed_tokens(name, identified_stream(tasks[name], stream))
+            name: self._tokens(name, identified_stream(tasks[name], stream), uncut(args))
             for name, stream in read.streams.items()
         }
+        self._streams = {name: self._prepared(name, rows, args.packing) for name, rows in self._streams.items()}
         self._finish_init(tasks, adapter_trainer_kwargs, given["callbacks"], given["peft_config"] is not None)
 
     def _undo_preparation(self) -> None:
@@ -169,9 +176,8 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         if dataset is self._shown_rows:
             if not self.trains_directly:
                 return dataset
-            self._shown_rows, whole = None, copy.copy(args)
-            whole.max_length, whole.shuffle_dataset = None, False
-            dataset = self._union(args, lambda name, rows: self._tokens(name, rows, whole, processing_class))
+            self._shown_rows = None
+            dataset = self._union(args, lambda name, rows: self._tokens(name, rows, uncut(args), processing_class))
             if packing and not self._streams and len(set(self.sampling_weights.values())) > 1:
                 # Rows are drawn by the weight of their task, which a pack of several tasks does not have.
                 return self._packed(dataset, args)
@@ -188,10 +194,8 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         streams = {name: prepare(name, stream) for name, stream in self._streams.items()}
         return interleaved(streams, tables, self.tasks.sampling_weights, args)
 
-    def _tokens(
-        self, name: str, rows: Rows, args: SFTConfig | None = None, processing_class: Any = None, packing: bool = False
-    ) -> Rows:
-        """A task's rows as tokens and labels, as trl prepares them."""
+    def _tokens(self, name: str, rows: Rows, args: SFTConfig | None = None, processing_class: Any = None) -> Rows:
+        """A task's rows as tokens and labels, as trl prepares them, but never packed."""
         args, processing_class = args or self.args, processing_class or self.processing_class
         if skips_preparation(args):
             return with_labels(rows)
@@ -203,15 +207,15 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             )
         if isinstance(rows, Dataset) and "input_ids" not in columns:
             check_template(rows, processing_class)
-        tokens = self._prepare_dataset(rows, processing_class, args, packing, self._formatting_func, name)
-        if packing or not args.remove_unused_columns:
-            return tokens
-        return tokens.select_columns([*_TOKENS, *META_COLUMNS])
+        tokens = self._prepare_dataset(rows, processing_class, args, False, self._formatting_func, name)
+        return tokens.select_columns([*_TOKENS, *META_COLUMNS]) if args.remove_unused_columns else tokens
 
-    def _streamed_tokens(self, name: str, stream: IterableDataset) -> IterableDataset:
-        """A task's training rows as tokens and labels, which are made and packed while they are read."""
-        tokens = self._tokens(name, stream, packing=self.args.packing)
-        return tokens.map(_with_task, fn_kwargs={"name": name}) if self.args.packing else tokens
+    def _prepared(self, name: str, rows: Rows, packing: bool = False) -> Rows:
+        """A task's whole rows of tokens cut, or packed, as trl does it; a packed row has a task and no example."""
+        if skips_preparation(self.args):
+            return rows
+        rows = self._prepare_dataset(rows, self.processing_class, self.args, packing, None, name)
+        return rows.map(_with_task, fn_kwargs={"name": name}) if packing else rows
 
     def _packed(self, rows: Dataset, args: SFTConfig) -> Dataset:
         """Rows packed as trl packs them, each task's on its own, so that a packed row has a task."""
@@ -237,7 +241,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
     def num_drawn_rows(self) -> Mapping[str, int]:
         if not self.args.packing:
             return super().num_drawn_rows()
-        return Counter(self._packed(self.train_dataset, self.args)[TASK])
+        return {name: len(rows) for name, rows in self._packs.items()}
 
     def adapter_trainer(
         self, args: SFTConfig, train_dataset: Dataset, eval_dataset: Mapping[str, Dataset], *weights: Any, **kwargs: Any
@@ -246,7 +250,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         args.model_init_kwargs = args.chat_template_path = None
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if args.packing:
-            train_dataset = self._packed(train_dataset, args)
+            train_dataset = joined([self._packs[name] for name in train_dataset.unique(TASK)])
         if args.packing if args.eval_packing is None else args.eval_packing:
             eval_dataset = {name: self._packed(rows, args) for name, rows in eval_dataset.items()}
         return super().adapter_trainer(args, train_dataset, eval_dataset, *weights, **kwargs)

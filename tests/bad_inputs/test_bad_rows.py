@@ -271,7 +271,9 @@ def test_odd_rows_that_are_fine_are_taken(tokenizer):
     (row,) = encode(tasks.table("train"), tokenizer, RowFormat.PROMPT_COMPLETION)
     assert [label for label in row["labels"] if label != -100] == [tokenizer.eos_token_id]
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-    TaskSet.from_datasets({"a": [{"messages": [USER, called]}]}, {"a": [{"messages": [USER, called]}]})
+    thought = {"role": "assistant", "content": None, "thinking": "a"}
+    for message in (called, thought):
+        TaskSet.from_datasets({"a": [{"messages": [USER, message]}]}, {"a": [{"messages": [USER, message]}]})
     unicode = [{"prompt": "größer 🦊 =", "completion": " 狐"}]
     TaskSet.from_datasets({"a": unicode}, {"a": unicode})
 

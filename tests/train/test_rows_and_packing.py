@@ -93,9 +93,11 @@ def test_packed_trainings_are_captured_and_scored_unpacked(tmp_path, base_folder
     assert all(0 < own.loss < 10 for own in runs[True].scores()["ensemble"].values())
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_packed_rows_are_those_of_trl(tmp_path, base_folder, strategy):
-    packed = {"packing": True, "packing_strategy": strategy, "max_length": 24, "shuffle_dataset": False}
+@pytest.mark.parametrize(
+    ("strategy", "max_length"), [("bfd", 24), ("wrapped", 24), ("bfd", 8), ("bfd_split", 8), ("wrapped", 8)]
+)
+def test_packed_rows_are_those_of_trl(tmp_path, base_folder, strategy, max_length):
+    packed = {"packing": True, "packing_strategy": strategy, "max_length": max_length, "shuffle_dataset": True}
     trainer = sft_trainer(tmp_path / "run", base_folder, **packed)
     ours = trainer.adapter_trainer(trainer.args, trainer.train_dataset, trainer.eval_dataset, {}).train_dataset
     for task, rows in split(toy.sft_tasks(), "train").items():

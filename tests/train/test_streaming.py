@@ -87,6 +87,8 @@ def test_a_run_over_streams_and_tables(tmp_path, base_folder):
     trainer.train()
     records = [trainer.run_directory.trained_adapter(name) for name in ("baseline", *trainer.grouping.groups)]
     assert {record.global_step for record in records} == {4}
+    card = (trainer.run_directory.ensemble / "README.md").read_text()
+    assert "| 8 first ones of a stream | 8 |" in card and "| 15 | 15 |" in card
     assert len(trainer.capture().table("train").margin) == 31
 
 
@@ -108,18 +110,19 @@ class Stop(TrainerCallback):
 
 
 def test_a_killed_training_goes_on_with_the_rows_that_it_would_have_had(tmp_path, base_folder):
-    settings = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 8, "num_groups": 1}
-
-    def trained(name, *callbacks):
-        trainer = run(tmp_path / name, base_folder, streams(), list(callbacks), train_baseline=False, **settings)
-        trainer.train()
-        (group,) = trainer.grouping.groups
-        return trainer.run_directory.member(group) / "adapter_model.safetensors"
+    def trained(name, callbacks=None, resume=None):
+        args = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 8}
+        outer = run(tmp_path / name, base_folder, streams(), callbacks, **args)
+        inner = outer.adapter_trainer(outer.args, outer.train_dataset, {}, outer.tasks.sampling_weights)
+        loss = inner.train(resume_from_checkpoint=resume).training_loss
+        return loss, {name: value.clone() for name, value in inner.model.named_parameters() if value.requires_grad}
 
     with pytest.raises(KeyboardInterrupt):
-        trained("killed", Stop())
-    assert list(tmp_path.glob("killed/training/*/checkpoint-2"))
-    assert trained("killed").read_bytes() == trained("whole").read_bytes()
+        trained("killed", [Stop()])
+    assert (tmp_path / "killed" / "checkpoint-2").is_dir()
+    (loss, resumed), (expected, whole) = trained("killed", resume=True), trained("whole")
+    assert loss == expected
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_rows_in_different_forms_and_evaluation_streams(tmp_path, base_folder):

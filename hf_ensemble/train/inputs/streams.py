@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset, interleave_datasets
@@ -106,11 +106,19 @@ def _is_not_among(row: Mapping[str, Any], held_out: Collection[str]) -> bool:
 
 
 def balanced(tasks: TaskSet, streams: Mapping[str, IterableDataset]) -> TaskSet:
-    """The tasks with weights by which each is drawn equally often, as nobody knows how many rows a stream has."""
+    """The tasks with weights by which each is drawn equally often, as nobody knows how many rows a stream has.
+
+    Args:
+        tasks (`TaskSet`): the tasks, made of the first rows of streams.
+        streams (`dict[str, IterableDataset]`): those that are streamed; without any the tasks stay as they are.
+    """
     if not streams:
         return tasks
     counts = {name: len(rows) for name, rows in tasks.split("train").items()}
-    return tasks.reweighted({name: min(counts.values()) / count for name, count in counts.items()})
+    return TaskSet(
+        [replace(task, is_streamed=name in streams) for name, task in tasks.items()],
+        {name: min(counts.values()) / count for name, count in counts.items()},
+    )
 
 
 def interleaved(

@@ -1,5 +1,6 @@
 """Rows of several datasets that one model is trained on, as its parent would take them."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -20,6 +21,13 @@ Rows = TypeVar("Rows", Dataset, IterableDataset)
 def skips_preparation(args: SFTConfig) -> bool:
     """Whether rows are taken as they are."""
     return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
+
+def uncut(args: SFTConfig) -> SFTConfig:
+    """The arguments with which trl makes tokens of rows, and neither cuts nor shuffles them."""
+    args = copy.copy(args)
+    args.max_length, args.shuffle_dataset = None, False
+    return args
 
 
 def check_transforms(train_dataset: Any, args: SFTConfig) -> None:
