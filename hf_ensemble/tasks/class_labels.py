@@ -134,10 +134,12 @@ def label_names_of(task: str, splits: Mapping[str, Dataset], names: Sequence[str
             )
     for split, dataset in splits.items():
         own = dataset.features["label"]
-        if isinstance(feature, ClassLabel) and isinstance(own, ClassLabel) and own.names != feature.names:
+        has_names = isinstance(own, ClassLabel) and tuple(own.names) != names
+        # Numbers without names of their own may be named by `label_text`, or not at all.
+        if has_names and (isinstance(feature, ClassLabel) or set(own.names) == set(names)):
             raise TaskError(
                 f"Task {task!r}, split {split!r}: expected the labels of the training rows in their order, "
-                f"{feature.names}, found {own.names}. Cast the column to the training rows' ClassLabel."
+                f"{list(names)}, found {own.names}. Cast the column to the training rows' ClassLabel."
             )
         allowed = [HIDDEN] if split == "test" else []
         outside = [label for label in dataset.unique("label") if not 0 <= label < len(names) and label not in allowed]

@@ -44,6 +44,9 @@ def test_evaluation_rows_have_the_labels_of_the_training_rows(tmp_path):
     given = {"train_dataset": rows, "processing_class": toy.tokenizer(), "peft_config": toy.lora("SEQ_CLS")}
     trainer = EnsembleTrainer(toy.bert(2), args, **given)
     assert trainer.prepare_rows({"a": texts("poor", "good")})["a"]["labels"][:] == [1, 0]
+    other = Dataset.from_list(texts(0, 1)).cast_column("label", ClassLabel(names=["poor", "good"]))
+    with pytest.raises(TaskError, match=r"in their order, \['good', 'poor'\], found \['poor', 'good'\]"):
+        trainer.prepare_rows({"a": other})
 
 
 def test_hidden_labels_of_test_rows_are_not_scored(tokenizer):
