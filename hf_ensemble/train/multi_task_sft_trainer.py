@@ -52,6 +52,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
     adapter_trainer_class = TaskSFTTrainer
     _shown_rows: Dataset | None = None
     _has_several: bool = False
+    _reads_masks: bool = False
     _packs: Mapping[str, Dataset] = MappingProxyType({})
 
     def __init__(
@@ -106,7 +107,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             "peft_config=LoraConfig(...) to train adapters on those that belong together.",
             len(tasks),
         )
-        self.tasks, self._has_several = tasks, True
+        self.tasks, self._has_several, self._reads_masks = tasks, True, given["data_collator"] is not None
         self._streams = {name: identified_stream(tasks[name], stream) for name, stream in read.streams.items()}
         if self._streams:
             # They change how processes read.
@@ -115,7 +116,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             # trl's collator makes tokens of texts and images, batch by batch.
             shown = self._union(args, lambda name, rows: rows)
         elif skips_preparation(args):
-            shown = self._union(args, lambda name, rows: with_labels(rows))
+            shown = self._union(args, lambda name, rows: with_labels(name, rows, self._reads_masks))
         else:
             shown = self._shown_rows = next(iter(tasks.values())).splits["train"]
         given |= {"train_dataset": shown, "eval_dataset": eval_dataset, "sampling_weights": tasks.sampling_weights}
@@ -133,7 +134,8 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         for name, task in tasks.items():
             for split, rows in task.splits.items():
                 refuse_images(name, split, rows)
-        self._has_several, self._streams = True, read.streams
+        self._has_several, self._reads_masks = True, given["data_collator"] is not None
+        self._streams = read.streams
         # The parent's constructor looks at the first row, and prepares what it is given; see _prepare_dataset.
         self._shown_rows = next(iter(tasks.values())).splits["train"]
         given |= {"train_dataset": self._shown_rows, "sampling_weights": tasks.sampling_weights}
@@ -198,7 +200,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         """A task's rows as tokens and labels, as trl prepares them, but never packed."""
         args, processing_class = args or self.args, processing_class or self.processing_class
         if skips_preparation(args):
-            return with_labels(rows)
+            return with_labels(name, rows, self._reads_masks)
         columns, first = column_names(rows), next(iter(rows))
         if args.assistant_only_loss and not (is_conversational(first) or is_conversational_from_value(first)):
             raise TaskError(

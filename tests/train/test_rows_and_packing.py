@@ -17,7 +17,7 @@ from hf_ensemble import (
     SelectionSFTConfig,
     SelectionSFTTrainer,
 )
-from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.errors import ConfigurationError, TaskError
 
 SFT = {**SMALL, "bf16": False, "gradient_checkpointing": False}
 
@@ -183,6 +183,26 @@ def test_bf16_is_off_without_an_accelerator(tmp_path):
     assert EnsembleSFTConfig(str(tmp_path), use_cpu=True).bf16 is True
     with pytest.raises(ValueError, match="bf16"):
         EnsembleSFTConfig(str(tmp_path), bf16=True)
+
+
+def test_rows_that_are_not_prepared(tmp_path, base_folder):
+    """Tokens without labels all count; a mask that nobody reads is refused."""
+    skipped = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    tables = {name: Dataset.from_list(forms()["tokens"]) for name in "ab"}
+    masked = {**tables, "b": Dataset.from_list(forms()["masked_tokens"])}
+    for peft in (toy.lora(), None):
+        trainer = EnsembleSFTTrainer(
+            base_folder, sft_config(tmp_path, **skipped), train_dataset=tables, peft_config=peft
+        )
+        assert trainer.train_dataset["labels"][:] == trainer.train_dataset["input_ids"][:]
+        with pytest.raises(TaskError, match="'b': expected labels.*leaves masks unread.*Add a 'labels' column"):
+            EnsembleSFTTrainer(base_folder, sft_config(tmp_path, **skipped), train_dataset=masked, peft_config=peft)
+
+
+def test_datasets_with_a_transform_are_refused_as_by_the_parent(tmp_path, base_folder):
+    rows = {name: Dataset.from_list(forms()["texts"]).with_transform(dict) for name in "ab"}
+    with pytest.raises(ConfigurationError, match=r"Dataset\.with_transform\(\).*skip_prepare_dataset.*trainer-ready"):
+        EnsembleSFTTrainer(base_folder, sft_config(tmp_path), train_dataset=rows)
 
 
 def test_a_selection_needs_an_adapter(tmp_path, base_folder):

@@ -67,11 +67,28 @@ def has_images(tasks: TaskSet) -> bool:
     return True
 
 
-def with_labels(rows: Rows) -> Rows:
-    """Rows of tokens with labels: every token counts where they have none."""
+def with_labels(name: str, rows: Rows, reads_masks: bool) -> Rows:
+    """Rows of tokens with labels: every token counts where they have none.
+
+    Args:
+        name (`str`): the task's name, for errors.
+        rows (`Dataset` or `IterableDataset`): rows that trl does not prepare.
+        reads_masks (`bool`): whether masks are for a collator of the user's own; trl's does not read them.
+
+    Raises:
+        `TaskError`: for rows with a mask and no labels, which would be trained on as a whole.
+    """
     columns = column_names(rows)
     if "labels" in columns or "input_ids" not in columns:
         return rows
+    masks = [column for column in ("completion_mask", "assistant_masks") if column in columns]
+    if masks and reads_masks:
+        return rows
+    if masks:
+        raise TaskError(
+            f"Task {name!r}: expected labels, as skip_prepare_dataset=True leaves masks unread, found the columns "
+            f"{columns}. Add a 'labels' column (-100 for tokens that do not count), or leave skip_prepare_dataset out."
+        )
     if isinstance(rows, IterableDataset):
         return rows.map(_labelled)
     return rows.add_column("labels", rows["input_ids"][:])
