@@ -40,6 +40,13 @@ def plain_values(value: Any, other: Callable[[Any], Any] = _refused) -> Any:
     return other(value)
 
 
+def without_none(value: Any) -> Any:
+    """Nested dicts without the keys that have no value, as tables fill in for rows that lack them."""
+    if isinstance(value, Mapping):
+        return {key: without_none(entry) for key, entry in value.items() if entry is not None}
+    return [without_none(entry) for entry in value] if isinstance(value, list) else value
+
+
 def identity_of(value: Any) -> Any:
     """What a value consists of, as JSON values that are the same in the next process.
 

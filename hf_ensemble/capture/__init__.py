@@ -5,7 +5,7 @@ from .capture import capture_gradients, encoded_splits
 from .config import CaptureConfig, FeatureSettings
 from .gradients import GradientExtractor
 from .identity import model_identity
-from .margin import MarginKind, log_odds, margins
+from .margin import MarginKind, check_single_answers, log_odds, margins
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
 from .training_arguments import optimizer_preconditioner, training_recipe
@@ -19,6 +19,7 @@ __all__ = [
     "SeededProjection",
     "applied_update",
     "capture_gradients",
+    "check_single_answers",
     "encoded_splits",
     "log_odds",
     "margins",

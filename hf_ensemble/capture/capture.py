@@ -16,8 +16,10 @@ from ..models.token_checks import check_token_rows
 from ..models.wrappers import unwrapped
 from ..store import GradientStore, TrainingRecipe
 from ..tasks import TaskCollator, TaskSet, data_collator_for, encode, length_limit
+from ..tasks.encoding import joined
 from .capture_pass import CapturePass
 from .config import CaptureConfig, check_single_pass
+from .margin import check_single_answers
 
 SHARD_SIZE = 512
 
@@ -111,7 +113,7 @@ def capture_gradients(
 
 
 def _check_arguments(model: Any, tasks: Any, config: Any, processing_class: Any) -> None:
-    """Raise `ConfigurationError` for arguments of another kind."""
+    """Raise `ConfigurationError` for arguments of another kind, and rows with several answers."""
     configs = config.values() if isinstance(config, Mapping) else [] if config is None else [config]
     for name, value, kind in (
         ("model", model, nn.Module),
@@ -121,6 +123,7 @@ def _check_arguments(model: Any, tasks: Any, config: Any, processing_class: Any)
     ):
         if not isinstance(value, kind):
             raise ConfigurationError(f"Expected {name} to be a {kind.__name__}, found {value!r:.60}.")
+    check_single_answers(tasks)
 
 
 def encoded_splits(
@@ -145,4 +148,8 @@ def encoded_splits(
         max_length,
         is_encoder_decoder(unwrapped(model)),
     )
-    return {split: encode(tasks.table(split), *arguments) for split in ("train", "validation")}
+    # Each task on its own: messages may have other keys in another task.
+    return {
+        split: joined(encode(rows, *arguments) for rows in tasks.split(split).values())
+        for split in ("train", "validation")
+    }

@@ -9,7 +9,7 @@ import torch
 
 from .._values import identity_of
 from ..errors import ConfigurationError
-from ..tasks import AnswerScores
+from ..tasks import AnswerScores, TaskSet
 
 # Maps logits `(B, T, V)` or `(B, num_labels)` and labels `(B, T)` or `(B,)` to one number per example `(B,)`.
 OutputFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -18,6 +18,15 @@ MARGIN_KINDS: tuple[str, ...] = ("geometric_mean", "mean_log_odds")
 
 # Keeps log(1 - p) and its derivative finite in float32.
 _LARGEST_LOG_PROB = -1e-6
+
+
+def check_single_answers(tasks: TaskSet) -> None:
+    """Raise `ConfigurationError` for rows with several labels: a margin is of one answer a row."""
+    if tasks.is_multi_label:
+        raise ConfigurationError(
+            f"Gradients are captured of one answer a row, and the rows of {list(tasks)} have several labels each. "
+            "Train one model on all datasets, without an adapter, or make a task of each label."
+        )
 
 
 def log_odds(log_prob: torch.Tensor) -> torch.Tensor:

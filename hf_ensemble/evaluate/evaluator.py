@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -16,7 +16,7 @@ from ..errors import TaskError
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
 from ..models.precision import autocast
 from ..models.wrappers import evaluation_mode
-from ..tasks import TASK, AnswerScores, TaskCollator, pop_meta
+from ..tasks import IGNORE_INDEX, TASK, AnswerScores, TaskCollator, pop_meta
 from .scores import RowScores, TaskScores
 
 # From a batch's inputs, its labels and the task of each row to the scores of the answers.
@@ -78,7 +78,7 @@ class Evaluator:
         name: str = "",
         bar: tqdm | None = None,
     ) -> RowScores:
-        """Score each row of a token table.
+        """Score each row of a token table; those whose class is hidden are left out.
 
         Args:
             scorer (`Callable`): from inputs, labels and tasks of a batch to [`AnswerScores`].
@@ -95,6 +95,12 @@ class Evaluator:
             raise TaskError(
                 f"No row of task {name!r} is left to evaluate: every answer was truncated. Raise max_length, or pass "
                 "rows with shorter prompts."
+            )
+        rows = _with_answers(rows)
+        if not len(rows):
+            raise TaskError(
+                f"No row of task {name!r} can be scored: expected labels, found hidden ones (-1) only. Use predict for "
+                "these rows, or evaluate rows with labels."
             )
         parts = run_on_all(lambda: self._own_scores(scorer, rows, margin, bar))
         positions = np.concatenate([part[0] for part in parts])
@@ -128,6 +134,15 @@ class Evaluator:
                 if bar is not None:
                     bar.update(len(batch) * state.num_processes)
         return tuple(np.concatenate(column) for column in zip(*found)) if found else (np.zeros(0),) * 4
+
+
+def _with_answers(rows: Dataset) -> Dataset:
+    """The rows but those whose class is hidden."""
+    if not isinstance(rows.features.get("labels"), Value):
+        return rows
+    labels = rows["labels"][:]
+    kept = [index for index, label in enumerate(labels) if label != IGNORE_INDEX]
+    return rows if len(kept) == len(labels) else rows.select(kept)
 
 
 def _without_none(row: dict[str, Any]) -> dict[str, Any]:

@@ -59,12 +59,14 @@ class TaskRecord:
         fingerprints (`dict[str, str]`): of each split's rows and their order.
         label_names (`list[str]`, *optional*): labels of a classification task.
         sampling_weight (`float`): how often training draws one of its rows, relative to the other tasks.
+        is_streamed (`bool`): whether trainings go on to further training rows, of which these are the first.
     """
 
     num_rows: dict[str, int]
     fingerprints: dict[str, str]
     label_names: list[str] | None
     sampling_weight: float
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset, IterableDataset
+
 TASK = "task"
 EXAMPLE_ID = "example_id"
 META_COLUMNS = (TASK, EXAMPLE_ID)
 # Tokens of each row, in batches that hold the tokens of all rows one after another.
 ROW_LENGTHS = "row_lengths"
+
+
+def column_names(rows: Dataset | IterableDataset) -> list[str]:
+    """Columns of a table or stream; those of the first row where a stream does not know them."""
+    return list(next(iter(rows))) if rows.column_names is None else list(rows.column_names)
 
 
 @dataclass

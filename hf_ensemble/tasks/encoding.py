@@ -2,14 +2,15 @@
 
 import copy
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, List, Value, concatenate_datasets
 
 from ..errors import TaskError
 from .answers import IGNORE_INDEX
-from .columns import EXAMPLE_ID, META_COLUMNS, TASK, TaskCollator
+from .class_labels import HIDDEN
+from .columns import EXAMPLE_ID, META_COLUMNS, TASK, TaskCollator, column_names
 from .labels import LabelSpace
 from .rows import RowFormat
 
@@ -17,19 +18,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Rows = TypeVar("Rows", Dataset, IterableDataset)
+
+
 def encode(
-    dataset: Dataset,
+    dataset: Rows,
     tokenizer: "PreTrainedTokenizerBase",
     row_format: RowFormat,
     label_space: LabelSpace | None = None,
     max_length: int | None = None,
     encoder_decoder: bool = False,
-) -> Dataset:
+) -> Rows:
     """Convert rows to `input_ids`, `attention_mask` and `labels`, and keep `task` and `example_id`.
 
-    A classification label becomes the index of its output in `label_space`. Prompts, and everything in a chat before
-    the assistant's last turn, are masked with -100; every token of a plain text is an answer. A completion or text
-    ends with the tokenizer's end-of-sequence token, as in trl.
+    A classification label becomes the index of its output in `label_space`, or -100 where it is hidden; several labels
+    of a row become a list of numbers. Prompts, and everything in a chat before the assistant's last turn, are masked
+    with -100; every token of a plain text is an answer. A completion or text ends with the tokenizer's end-of-sequence
+    token, as in trl. Rows of a stream are converted while they are read.
 
     Raises:
         `TaskError`: for rows without an answer token after truncation to `max_length`, and for rows that only an
@@ -50,8 +55,27 @@ def encode(
     }
     if encoder_decoder:
         encoders[RowFormat.PROMPT_COMPLETION] = lambda row: _encode_apart(row, tokenizer, max_length)
-    drop = [column for column in dataset.column_names if column not in META_COLUMNS]
-    return dataset.map(encoders[row_format], remove_columns=drop, desc="Tokenizing", load_from_cache_file=False)
+    drop = [column for column in column_names(dataset) if column not in META_COLUMNS]
+    options = {"desc": "Tokenizing", "load_from_cache_file": False} if isinstance(dataset, Dataset) else {}
+    return dataset.map(encoders[row_format], remove_columns=drop, **options)
+
+
+def joined(tables: Iterable[Dataset]) -> Dataset:
+    """Token tables of several tasks as one; ids that are stored in different widths are widened.
+
+    Raises:
+        `TaskError`: for columns with different types.
+    """
+    tables = list(tables)
+    for column in ("input_ids", "labels"):
+        lists = [table for table in tables if isinstance(table.features.get(column), List)]
+        if len({str(table.features[column]) for table in lists}) > 1:
+            tables = [table.cast_column(column, List(Value("int64"))) if table in lists else table for table in tables]
+    try:
+        return concatenate_datasets(tables)
+    except ValueError as error:
+        names = [name for table in tables for name in table.unique(TASK)]
+        raise TaskError(f"The rows of {names} cannot be put into one table: {error}") from error
 
 
 def length_limit(tokenizer: "PreTrainedTokenizerBase") -> int | None:
@@ -80,7 +104,11 @@ def _encode_classification(row, tokenizer, label_space, max_length):
             f"Task {row[TASK]!r}, example {row[EXAMPLE_ID]!r}: expected a text of at least one token, found "
             f"{row['text']!r:.60}. Drop the row."
         )
-    return {**encoded, "labels": label_space.output_of(row[TASK], row["label"])}
+    label = row["label"]
+    if isinstance(label, list):
+        # What a binary cross-entropy over all labels takes.
+        return {**encoded, "labels": [float(value) for value in label]}
+    return {**encoded, "labels": IGNORE_INDEX if label == HIDDEN else label_space.output_of(row[TASK], label)}
 
 
 def _encode_prompt_completion(row, tokenizer, max_length):

@@ -11,11 +11,16 @@ from .columns import EXAMPLE_ID
 _LEAST, _MOST = 20, 500
 
 
+def num_held_out(num_rows: int, fraction: float) -> int:
+    """How many of a task's rows are held out: `fraction` of them, at least 20, at most 500, never more than half."""
+    return min(max(round(fraction * num_rows), _LEAST), _MOST, num_rows // 2)
+
+
 def hold_out(task: str, rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split a task's rows into those to train on and those held out, both in their order.
 
-    Held out are `fraction` of the rows, but at least 20, at most 500 and never more than half. They are drawn by a hash
-    of seed and example id, so which ones they are does not depend on the rows' order.
+    How many are held out says [`num_held_out`]. They are drawn by a hash of seed and example id, so which ones they are
+    does not depend on the rows' order.
 
     Args:
         task (`str`): name of the task.
@@ -30,6 +35,6 @@ def hold_out(task: str, rows: Dataset, fraction: float, seed: int) -> tuple[Data
         raise TaskError(f"Task {task!r}: expected at least 2 rows to hold one out for evaluation, found {len(rows)}.")
     drawn = [hashlib.blake2b(f"{seed}\n{example}".encode(), digest_size=8).digest() for example in rows[EXAMPLE_ID]]
     ranked = sorted(range(len(rows)), key=drawn.__getitem__)
-    out = set(ranked[: min(max(round(fraction * len(rows)), _LEAST), _MOST, len(rows) // 2)])
+    out = set(ranked[: num_held_out(len(rows), fraction)])
     kept = [position for position in range(len(rows)) if position not in out]
     return rows.select(kept), rows.select(sorted(out))

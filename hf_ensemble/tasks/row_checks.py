@@ -13,34 +13,52 @@ from .answers import IGNORE_INDEX
 from .rows import RowFormat
 
 # Columns that trl reads for models of text and images.
-_IMAGE_COLUMNS = ("image", "images")
+IMAGE_COLUMNS = ("image", "images")
 
 
 def check_rows(task: str, split: str, rows: Dataset, row_format: RowFormat) -> None:
     """Check the values of one split of a task, before anything is made of them.
 
-    Labels of classification tasks are [`label_names_of`]'s.
+    Labels of classification tasks are [`label_names_of`]'s. Images are not looked at, and refused where no trainer
+    decides what to do with them.
 
     Raises:
         `TaskError`: for the first row with a missing value or one of another kind; for columns of images.
     """
-    images = [column for column in _IMAGE_COLUMNS if column in rows.column_names]
-    if images and "input_ids" not in rows.column_names:
-        raise TaskError(
-            f"Task {task!r}, split {split!r}: rows with images are not supported, found the columns {images}. Remove "
-            "them with Dataset.remove_columns to train on the text alone."
-        )
-    columns = [column for column in row_format.used(rows.column_names) if column != "label"]
+    if row_format is not RowFormat.SFT:
+        refuse_images(task, split, rows)
+    columns = [column for column in row_format.used(rows.column_names) if column not in ("label", *IMAGE_COLUMNS)]
     number = 0
     for batch in rows.with_format(None).select_columns(columns).iter(batch_size=1000):
         for values in zip(*(batch[column] for column in columns)):
-            fault = _FAULTS[row_format](dict(zip(columns, values)))
-            if fault is not None:
-                raise TaskError(
-                    f"Task {task!r}, split {split!r}, row {number} (counted from 0): {fault}. Correct the row or drop "
-                    "it."
-                )
+            check_row(task, split, number, dict(zip(columns, values)), row_format)
             number += 1
+
+
+def check_row(task: str, split: str, number: int, row: Mapping[str, Any], row_format: RowFormat) -> None:
+    """Raise `TaskError` for a row with a missing value or one of another kind."""
+    fault = _FAULTS[row_format](row)
+    if fault is not None:
+        raise TaskError(
+            f"Task {task!r}, split {split!r}, row {number} (counted from 0): {fault}. Correct the row or drop it."
+        )
+
+
+def image_columns(columns: Iterable[str]) -> list[str]:
+    """The columns of images that trl would read; none where rows are tokens already."""
+    found = set(columns)
+    return [] if "input_ids" in found else [column for column in IMAGE_COLUMNS if column in found]
+
+
+def refuse_images(task: str, split: str, rows: Dataset) -> None:
+    """Raise `TaskError` for rows with images, which neither captures nor ensembles take."""
+    images = image_columns(rows.column_names)
+    if images:
+        raise TaskError(
+            f"Task {task!r}, split {split!r}: rows with images are not supported here, found the columns {images}. "
+            "Remove them with Dataset.remove_columns to train on the text alone, or train one model on all datasets "
+            "with an SFT trainer, without an adapter."
+        )
 
 
 def _text_fault(row: Mapping[str, Any]) -> str | None:
@@ -68,7 +86,9 @@ def _token_fault(row: Mapping[str, Any]) -> str | None:
     for column in ("attention_mask", "token_type_ids", "completion_mask", "assistant_masks"):
         if row.get(column) is not None and len(row[column]) != len(ids):
             return f"expected {len(ids)} values in {column!r}, one for each token, found {len(row[column])}"
-    is_class = isinstance(labels, int | np.integer) and not isinstance(labels, bool)
+    if isinstance(labels, list) and labels and all(isinstance(label, float) and label in (0, 1) for label in labels):
+        return None  # Several labels of a classifier.
+    is_class = isinstance(labels, int | np.integer)
     if not is_class and not _are_integers(labels):
         return f"expected token ids or one class in 'labels', found {labels!r:.60}"
     own = [labels] if is_class else [label for label in labels if label != IGNORE_INDEX]
@@ -113,7 +133,9 @@ def _fault_of_messages(messages: Any, column: str) -> str | None:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f"expected messages with a role and a content in {column!r}, found {message!r:.60}"
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+        # Calls of tools, thoughts and whatever else a template reads.
+        others = [value for key, value in message.items() if key not in ("role", "content", "name")]
+        if not isinstance(message.get("content"), str | list) and not (message.get("content") is None and any(others)):
             return f"expected a content in each message of {column!r}, found {message.get('content')!r:.60}"
     return None
 

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Value
+from datasets import Dataset
+from datasets.features.features import require_decoding
 
 from .._values import plain_values
 from ..errors import TaskError
@@ -17,9 +18,6 @@ from ..logging import get_logger
 from .columns import EXAMPLE_ID, META_COLUMNS, TASK
 
 logger = get_logger(__name__)
-
-# More classes than any label set has: a larger number is a mistake, and a head is as large as its largest label.
-_MAX_LABELS = 2**16
 
 
 class RowFormat(StrEnum):
@@ -130,7 +128,7 @@ def add_identity(task: str, split: str, dataset: Dataset, row_format: RowFormat)
     if unused:
         logger.info("Task %r, split %r: columns %s are not used.", task, split, unused)
     content = dataset.select_columns(used)
-    hashes = [content_hash(row) for row in content]
+    hashes = [content_hash(row) for row in _stored_rows(content)]
     if EXAMPLE_ID in dataset.column_names:
         ids = [str(i) for i in dataset[EXAMPLE_ID]]
         repeated = [i for i, count in Counter(ids).items() if count > 1]
@@ -150,75 +148,10 @@ def add_identity(task: str, split: str, dataset: Dataset, row_format: RowFormat)
     return content.add_column(TASK, [task] * len(ids)).add_column(EXAMPLE_ID, ids), fingerprint
 
 
-def label_names_of(task: str, splits: Mapping[str, Dataset]) -> tuple[str, ...]:
-    """Names of a classification task's labels, in the order of the labels.
-
-    Names come from the `ClassLabel` feature or from `label_text`, and are `TASK:0`, `TASK:1`, ... otherwise.
-
-    Raises:
-        `TaskError`: for labels that are not integers from 0, and labels that the training split does not have.
-    """
-    for split, dataset in splits.items():
-        _check_label_type(task, split, dataset)
-    feature = splits["train"].features["label"]
-    if isinstance(feature, ClassLabel):
-        names = tuple(feature.names)
-    else:
-        found = splits["train"].unique("label")
-        if min(found) < 0 or max(found) >= _MAX_LABELS:
-            raise TaskError(
-                f"Task {task!r}: labels have to be integers from 0 to the number of classes less 1, at most "
-                f"{_MAX_LABELS - 1}, found {min(found) if min(found) < 0 else max(found)}. Drop these rows, or cast "
-                "the column to datasets.ClassLabel."
-            )
-        names = _names_from_text(task, splits["train"], 1 + max(found))
-        if len(names) > 2 * len(found):
-            logger.warning(
-                "Task %r: the largest label is %d, and only %d labels have training rows. If the others do not exist, "
-                "cast the column to datasets.ClassLabel.",
-                task,
-                max(found),
-                len(found),
-            )
-    for split, dataset in splits.items():
-        own = dataset.features["label"]
-        if isinstance(feature, ClassLabel) and isinstance(own, ClassLabel) and own.names != feature.names:
-            raise TaskError(
-                f"Task {task!r}, split {split!r}: expected the labels of the training rows in their order, "
-                f"{feature.names}, found {own.names}. Cast the column to the training rows' ClassLabel."
-            )
-        outside = [label for label in dataset.unique("label") if not 0 <= label < len(names)]
-        if outside:
-            raise TaskError(
-                f"Task {task!r}, split {split!r}: label {min(outside)} is outside the task's set of {len(names)} "
-                f"labels {list(names)!s:.200}, which the training split defines. Drop these rows."
-            )
-    return names
-
-
-def _check_label_type(task: str, split: str, dataset: Dataset) -> None:
-    feature = dataset.features["label"]
-    plain = dataset.with_format(None)
-    is_integer = isinstance(feature, Value) and (feature.dtype == "bool" or "int" in feature.dtype)
-    if not isinstance(feature, ClassLabel) and not is_integer:
-        raise TaskError(
-            f"Task {task!r}, split {split!r}: labels have to be integers from 0, one for each row, found "
-            f"{plain[0]['label']!r:.60}. Cast the column to datasets.ClassLabel."
-        )
-    labels = plain["label"][:]
-    if None in labels:
-        raise TaskError(
-            f"Task {task!r}, split {split!r}, row {labels.index(None)} (counted from 0): expected a label, found none. "
-            "Correct the row or drop it."
-        )
-
-
-def _names_from_text(task: str, train: Dataset, num_labels: int) -> tuple[str, ...]:
-    names = {label: f"{task}:{label}" for label in range(num_labels)}
-    if "label_text" in train.column_names:
-        pairs = set(zip(train["label"], train["label_text"]))
-        if len({label for label, _ in pairs}) == len(pairs) == len({text for _, text in pairs}):
-            names.update(pairs)
-        else:
-            logger.warning("Task %r: label_text is not unique for each label, so the labels are named by number.", task)
-    return tuple(names[label] for label in range(num_labels))
+def _stored_rows(dataset: Dataset) -> Iterator[Mapping[str, Any]]:
+    """A dataset's rows, with images as their encoded bytes, or else the path of their file."""
+    if not any(require_decoding(feature) for feature in dataset.features.values()):
+        yield from dataset
+        return
+    for batch in dataset.with_format("arrow").iter(batch_size=100):
+        yield from batch.to_pylist()

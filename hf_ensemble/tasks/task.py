@@ -1,15 +1,17 @@
 """One named dataset: its splits, their format and identity."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from .._values import plain_values
 from ..errors import TaskError
+from .class_labels import numbered_labels
 from .row_checks import check_rows
-from .rows import RowFormat, add_identity, detect_format, label_names_of
+from .rows import RowFormat, add_identity, detect_format
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"validation": ("validation", "eval", "dev", "valid"), "train": ("train",), "test": ("test",)}
@@ -31,8 +33,11 @@ class Task:
             Rows of the splits `"train"` and optionally `"validation"` and `"test"`, with the columns `task` and
             `example_id`.
         row_format (`RowFormat`): format of the rows.
-        label_names (`tuple[str, ...]`, *optional*): label names of a classification task.
+        label_names (`tuple[str, ...]`, *optional*):
+            Label names of a classification task; `None` where each row has several labels.
         fingerprints (`dict[str, str]`, *optional*): fingerprint of each split's rows and their order.
+        is_streamed (`bool`, *optional*, defaults to `False`):
+            Whether trainings go on to further training rows, of which these are the first.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Task:
     row_format: RowFormat
     label_names: tuple[str, ...] | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    is_streamed: bool = False
 
 
 def with_splits(task: Task, changed: Mapping[str, Dataset]) -> Task:
@@ -61,8 +67,13 @@ def check_task_name(name: str) -> None:
         )
 
 
-def make_task(name: str, splits: Mapping[str, Dataset], row_format: RowFormat | None = None) -> Task:
-    """Create a task from its splits. Raises like [`TaskSet.from_datasets`]."""
+def make_task(
+    name: str,
+    splits: Mapping[str, Dataset],
+    row_format: RowFormat | None = None,
+    label_names: Sequence[str] | None = None,
+) -> Task:
+    """Create a task from its splits, whose labels may have names already. Raises like [`TaskSet.from_datasets`]."""
     if "train" not in splits:
         raise TaskError(f"Task {name!r} has no training rows: expected a split 'train', found {sorted(splits)}.")
     for split, rows in splits.items():
@@ -79,14 +90,16 @@ def make_task(name: str, splits: Mapping[str, Dataset], row_format: RowFormat | 
             )
     for split, rows in splits.items():
         check_rows(name, split, rows, row_format)
-    label_names = label_names_of(name, splits) if row_format is RowFormat.CLASSIFICATION else None
+    names = None
+    if row_format is RowFormat.CLASSIFICATION:
+        splits, names = numbered_labels(name, splits, label_names)
     splits = {split: _plain_columns(rows) for split, rows in splits.items()}
     identified = {split: add_identity(name, split, rows, row_format) for split, rows in splits.items()}
     return Task(
         name,
         {split: rows for split, (rows, _) in identified.items()},
         row_format,
-        label_names,
+        names,
         {split: fingerprint for split, (_, fingerprint) in identified.items()},
     )
 
@@ -114,9 +127,10 @@ def _with_class_labels(rows: Dataset) -> Dataset:
 
 def _plain_columns(rows: Dataset) -> Dataset:
     """Cast labels to plain integers and texts to plain strings, so that tables can be concatenated."""
-    label = rows.features.get("label")
-    if isinstance(label, Value) and label.dtype == "bool":
-        rows = rows.cast_column("label", Value("int64"))
+    for column in ("label", "labels"):
+        label = rows.features.get(column)
+        if isinstance(label, Value) and label.dtype == "bool":
+            rows = rows.cast_column(column, Value("int64"))
     for column in ("label", "text", "label_text", "prompt", "completion"):
         feature = rows.features.get(column)
         if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype in _OTHER_WIDTHS):
@@ -144,7 +158,8 @@ def as_dataset(name: str, source) -> Dataset:
             return Dataset.from_list(source)
         except Exception as error:  # pyarrow raises unrelated exception classes here
             raise table_error(f"Task {name!r}", error) from error
-    advice = " Load it with streaming=False." if isinstance(source, IterableDataset) else ""
+    is_stream = isinstance(source, IterableDataset)
+    advice = " Load it with streaming=False, or pass it to a trainer in a dict by name." if is_stream else ""
     raise TaskError(
         f"Task {name!r}: expected a datasets.Dataset or a list of dicts, found {type(source).__name__}.{advice}"
     )
@@ -152,11 +167,12 @@ def as_dataset(name: str, source) -> Dataset:
 
 def splits_of(name: str, source) -> dict[str, Dataset]:
     """The splits of one dataset by their usual names; a dataset without splits is its training rows."""
-    if not isinstance(source, (DatasetDict, Mapping)):
-        return {"train": as_dataset(name, source)}
-    splits = {}
-    for split, aliases in _SPLIT_ALIASES.items():
-        for alias in aliases:
-            if alias in source:
-                splits.setdefault(split, as_dataset(name, source[alias]))
-    return splits
+    return {split: as_dataset(name, rows) for split, rows in named_splits(source).items()}
+
+
+def named_splits(source: Any) -> dict[str, Any]:
+    """What stands for each split in a dataset with splits, by their usual names."""
+    if not isinstance(source, Mapping):
+        return {"train": source}
+    found = {split: [alias for alias in aliases if alias in source] for split, aliases in _SPLIT_ALIASES.items()}
+    return {split: source[aliases[0]] for split, aliases in found.items() if aliases}

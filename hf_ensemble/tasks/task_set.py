@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset, Value, concatenate_datasets
 
 from .._settings import check_at_least, check_number, checked_mapping, checked_names
 from ..errors import TaskError
+from .class_labels import is_float_list
 from .columns import EXAMPLE_ID
 from .hold_out import hold_out
 from .labels import LabelSpace
@@ -52,12 +53,26 @@ class TaskSet(Mapping[str, Task]):
             found = {task.name: task.row_format.value for task in self._tasks.values()}
             raise TaskError(f"Expected tasks with the same row format, found {found}. Convert them to one format.")
         self.row_format = formats.pop()
+        if self.row_format is RowFormat.CLASSIFICATION:
+            self._check_kinds_of_labels()
         self.sampling_weights = self._check_weights(sampling_weights or {})
 
     def _check_clash(self, name: str) -> None:
         clash = next((other for other in self._tasks if other.lower() == name.lower()), None)
         if clash is not None:
             raise TaskError(f"Two tasks with the same name: {clash!r} and {name!r} (case is ignored). Rename one.")
+
+    def _check_kinds_of_labels(self) -> None:
+        """Rows with several labels have those of one label set, in all tasks."""
+        several = {name for name, task in self._tasks.items() if task.label_names is None}
+        if not several:
+            return
+        sizes = {name: len(self[name].splits["train"][0]["label"]) if name in several else 1 for name in self._tasks}
+        if len(set(sizes.values())) > 1:
+            raise TaskError(
+                "Rows with several labels are trained over one set of labels: expected lists of the same length in all "
+                f"tasks, found {sizes} labels a row. Make them lists of zeros and ones over all labels."
+            )
 
     def _check_weights(self, weights: Mapping[str, float]) -> dict[str, float]:
         checked_mapping("sampling_weights", weights, TaskError)
@@ -130,8 +145,8 @@ class TaskSet(Mapping[str, Task]):
 
     @property
     def label_space(self) -> LabelSpace | None:
-        """Labels of classification tasks; `None` for other tasks."""
-        if self.row_format is not RowFormat.CLASSIFICATION:
+        """Labels of classification tasks; `None` for other tasks, and where each row has several labels."""
+        if self.row_format is not RowFormat.CLASSIFICATION or self.is_multi_label:
             return None
         return LabelSpace.from_label_names({name: task.label_names for name, task in self._tasks.items()})
 
@@ -141,6 +156,22 @@ class TaskSet(Mapping[str, Task]):
         if self.row_format is RowFormat.TOKENIZED:
             return isinstance(next(iter(self._tasks.values())).splits["train"].features["labels"], Value)
         return self.row_format is RowFormat.CLASSIFICATION
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether each row has several labels, a list of zeros and ones (floats, for rows of tokens)."""
+        first = next(iter(self.values()))
+        if self.row_format is RowFormat.TOKENIZED:
+            return is_float_list(first.splits["train"].features["labels"])
+        return self.row_format is RowFormat.CLASSIFICATION and first.label_names is None
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of labels of classification tasks."""
+        if self.is_multi_label:
+            row = next(iter(self.values())).splits["train"][0]
+            return len(row["labels" if self.row_format is RowFormat.TOKENIZED else "label"])
+        return None if self.label_space is None else len(self.label_space)
 
     def has_split(self, split: str) -> bool:
         return all(split in task.splits for task in self._tasks.values())
@@ -240,6 +271,7 @@ class TaskSet(Mapping[str, Task]):
                     "fingerprints": dict(task.fingerprints),
                     "label_names": None if task.label_names is None else list(task.label_names),
                     "sampling_weight": self.sampling_weights[name],
+                    "is_streamed": task.is_streamed,
                 }
                 for name, task in self._tasks.items()
             },

@@ -126,6 +126,13 @@ class RunArguments(BalancingArguments, FeatureSettings):
             "20 rows, at most 500 and never more than half."
         },
     )
+    streaming_rows: int = field(
+        default=1000,
+        metadata={
+            "help": "Number of first rows of a streaming dataset that gradients are captured of, and at most evaluated "
+            "on. The share validation_fraction of them is held out where there are no evaluation rows."
+        },
+    )
     capture_batch_size: int | None = field(
         default=None,
         metadata={"help": "Examples per backward pass of the capture; per_device_eval_batch_size by default."},
@@ -149,6 +156,7 @@ class RunArguments(BalancingArguments, FeatureSettings):
         check_at_least("num_components", self.num_components, 1)
         check_at_least("calibration_runs", self.calibration_runs, 0)
         check_number("validation_fraction", self.validation_fraction, 0, 1, above=True)
+        check_at_least("streaming_rows", self.streaming_rows, 2)
         check_flag("overwrite_run", self.overwrite_run)
         if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
             # trl would refuse these arguments on a machine without an accelerator.

@@ -17,6 +17,8 @@ from .credentials import is_secret_name, without_secrets
 
 # Arguments that say where and how to report or how fast to go, not what to train.
 _UNCOMPARED = ("output_dir", "run_name", "project", "disable_tqdm", "overwrite_run", "local_rank", "report_to")
+# How many rows of streams are read: the rows themselves are compared.
+_UNCOMPARED += ("streaming_rows",)
 _UNCOMPARED += ("per_device_eval_batch_size", "capture_batch_size", "capture_batch_tokens")
 _UNCOMPARED += (
     "dataloader_num_workers",

@@ -4,9 +4,10 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
@@ -16,11 +17,13 @@ from trl import SFTTrainer
 from .._compat import keep_quantized_weights_in_place
 from .._files import make_writable_folder
 from .._settings import checked_mapping
+from ..capture import check_single_answers
 from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..models.token_checks import check_token_rows
 from ..tasks import TASK, TaskCollator, TaskSet
+from ..tasks.row_checks import refuse_images
 from ..tasks.task import as_dataset, make_task
 from .configs import as_config
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
@@ -28,6 +31,7 @@ from .inputs.balancing import check_loss_weighting, drawn_by
 from .inputs.best_metric import check_best_metric
 from .inputs.datasets import check_rows_and_arguments
 from .inputs.parent_arguments import check_parent_arguments
+from .inputs.streams import as_table, interleaved
 from .inputs.supported import check_before_loading, check_loaded, set_padding
 from .inputs.used_models import mark_as_of_a_run
 from .model_state import ModelState
@@ -64,6 +68,7 @@ class MultiTaskMixin:
     needs_adapter: ClassVar[bool] = False
     trains_directly: bool = False
     tasks: TaskSet | None = None
+    _streams: Mapping[str, IterableDataset] = MappingProxyType({})
     _model_state: ModelState | None = None
 
     @property
@@ -167,7 +172,8 @@ class MultiTaskMixin:
         check_parent_arguments(args)
         callbacks = given["callbacks"] if isinstance(given["callbacks"], (list, tuple)) else ()
         check_best_metric(args, tasks.names, type(self), given.get("compute_metrics") is not None, callbacks)
-        check_rows_and_arguments(tasks, args)
+        check_rows_and_arguments(tasks, args, self._streams)
+        check_single_answers(tasks)
         is_sft = issubclass(type(self), SFTTrainer)
         check_loss_weighting(args, tasks, given.get("compute_loss_func"), tasks.names, is_sft)
         for name, kinds in _KINDS.items():
@@ -245,10 +251,15 @@ class MultiTaskMixin:
 
         Args:
             args (`TrainingArguments`): its arguments.
-            train_dataset (`Dataset`): rows of tokens with `task` and `example_id`.
+            train_dataset (`Dataset`):
+                Rows of tokens with `task` and `example_id`; where some are streamed, those that were read say how often
+                each task is drawn, and the stream is trained on.
             eval_dataset (`dict[str, Dataset]`): rows of tokens, by task.
             sampling_weights (`dict[str, float]`): relative weight of one row of each task.
         """
+        if self._streams:
+            args = copy.copy(args)
+            train_dataset = interleaved(self._streams, train_dataset, sampling_weights, args)
         trainer = object.__new__(type(self))
         trainer.__dict__.update(self.__dict__)
         trainer.trains_directly = True
@@ -326,7 +337,14 @@ class MultiTaskMixin:
         """Check and identify raw rows as the training rows were."""
         known = self.tasks.subset(checked_mapping("eval_dataset", datasets, TaskError))
         tasks = {
-            name: make_task(name, {**known[name].splits, "test": as_dataset(name, source)}, known[name].row_format)
+            name: make_task(
+                name,
+                {**known[name].splits, "test": as_dataset(name, as_table(name, source, self.args.streaming_rows))},
+                known[name].row_format,
+                known[name].label_names,
+            )
             for name, source in datasets.items()
         }
+        for name, task in tasks.items():
+            refuse_images(name, "test", task.splits["test"])
         return {name: task.splits["test"] for name, task in tasks.items()}

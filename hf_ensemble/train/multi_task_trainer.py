@@ -1,15 +1,18 @@
 """`transformers.Trainer` over a dict of datasets: one table of tokens, and one adapter at its start."""
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ..models.inputs import is_encoder_decoder
 from ..tasks import META_COLUMNS, TaskSet, data_collator_for, encode, length_limit
+from ..tasks.encoding import joined
+from ..tasks.stream_rows import identified_stream
 from ..tasks.task import make_task
 from .inputs.balancing import check_loss_weighting, with_given_weights
 from .inputs.datasets import (
@@ -22,17 +25,20 @@ from .inputs.datasets import (
     the_one_dataset,
     with_held_out_rows,
 )
+from .inputs.streams import balanced, interleaved, read_streams
 from .inputs.target_modules import target_modules_named, with_target_modules
 from .inputs.used_models import without_adapters_of_earlier_runs
 from .multi_task_mixin import MultiTaskMixin
 from .task_trainer import TaskTrainer
 
+Rows = TypeVar("Rows", Dataset, IterableDataset)
+
 
 class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
     """`transformers.Trainer` over a dict of datasets.
 
-    Changes: `train_dataset` and `eval_dataset` are dicts of named datasets (or a `TaskSet`); rows of text are
-    tokenized; `model` may be a name; `peft_config` adds an adapter, as in trl.
+    Changes: `train_dataset` and `eval_dataset` are dicts of named datasets (or a `TaskSet`), some of which may be
+    streams; rows of text are tokenized; `model` may be a name; `peft_config` adds an adapter, as in trl.
     """
 
     adapter_trainer_class = TaskTrainer
@@ -69,13 +75,22 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             model = model if peft_config is None else get_peft_model(model, peft_config)
             self._train_directly(None, model=model, has_tasks=False, **given)
             return
-        tasks = as_task_set({"data": train_dataset} if is_one else train_dataset, None if is_one else eval_dataset)
+        read = read_streams(
+            {"data": train_dataset} if is_one else train_dataset,
+            None if is_one else eval_dataset,
+            args,
+            args.streaming_rows,
+            args.validation_fraction if has_adapter else None,
+        )
+        tasks, self._streams = as_task_set(read.train, read.evaluation), read.streams
         if not is_one:
             tasks = with_given_weights(tasks, args)
         if args.label_smoothing_factor > 0 and not is_one:
             check_one_label_set(tasks)
         if has_adapter:
             tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
+        tasks = tasks if is_one else balanced(tasks, read.streams)
+        if has_adapter:
             checked = {"model": model, "processing_class": processing_class, "peft_config": peft_config}
             self._check_arguments(tasks, args, given | checked | {"optimizers": optimizers})
         elif not is_one:
@@ -87,24 +102,30 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             with target_modules_named(peft_config, model):
                 model = get_peft_model(model, peft_config)
         if data_collator is None:
-            given["data_collator"] = data_collator_for(
-                tasks.row_format, processing_class, labels_are_tokens=not tasks.labels_are_classes
-            )
+            are_tokens = not tasks.labels_are_classes and not tasks.is_multi_label
+            given["data_collator"] = data_collator_for(tasks.row_format, processing_class, labels_are_tokens=are_tokens)
         self._row_format, self._tokenizer, self._label_space = tasks.row_format, processing_class, tasks.label_space
         self._is_encoder_decoder = is_encoder_decoder(model)
+        self._streams = {
+            name: self._encode(identified_stream(tasks[name], stream)) for name, stream in read.streams.items()
+        }
         given |= {"model": model, "processing_class": processing_class}
         if is_one:
             rows = self._rows_of_one(tasks, eval_dataset)
             self._train_directly(None, has_tasks=False, optimizers=optimizers, **rows, **given)
         elif not has_adapter:
-            self._train_directly(tasks, optimizers=optimizers, **self._rows_of(tasks), **given)
+            rows = self._rows_of(tasks)
+            if self._streams:
+                given["args"] = args = copy.copy(args)
+                rows["train_dataset"] = interleaved(self._streams, rows["train_dataset"], tasks.sampling_weights, args)
+            self._train_directly(tasks, optimizers=optimizers, **rows, **given)
             self._draw_from(tasks, self.num_drawn_rows)
         else:
             super().__init__(**self._rows_of(tasks), **given)
             own = {"data_collator": self.data_collator, **kwargs}
             self._finish_init(tasks, own, callbacks, peft_config is not None)
 
-    def _encode(self, rows: Dataset) -> Dataset:
+    def _encode(self, rows: Rows) -> Rows:
         limit, apart = length_limit(self._tokenizer), self._is_encoder_decoder
         return encode(rows, self._tokenizer, self._row_format, self._label_space, limit, apart)
 
@@ -112,7 +133,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         """The arguments of [`TaskTrainer`] that hold the tasks' rows, and how they are trained on."""
         evaluated = tasks.split("validation") if tasks.has_split("validation") else None
         return {
-            "train_dataset": self._encode(tasks.table("train")),
+            "train_dataset": joined([self._encode(rows) for rows in tasks.split("train").values()]),
             "eval_dataset": evaluated and {name: self._encode(rows) for name, rows in evaluated.items()},
             "label_space": tasks.label_space,
             "sampling_weights": tasks.sampling_weights,
@@ -127,10 +148,16 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
                 return {name: encoded(own) for name, own in rows.items()}
             if rows is None or not is_text_classification(rows):
                 return rows
-            identified = make_task(task.name, {"train": task.splits["train"], "test": rows}).splits["test"]
+            if isinstance(rows, IterableDataset):
+                identified = identified_stream(task, rows)
+            else:
+                own = {"train": task.splits["train"], "test": rows}
+                identified = make_task(task.name, own, task.row_format, task.label_names).splits["test"]
             return self._encode(identified).remove_columns(list(META_COLUMNS))
 
-        return {"train_dataset": encoded(task.splits["train"]), "eval_dataset": encoded(eval_dataset)}
+        train = self._streams.get(task.name)
+        train = encoded(task.splits["train"]) if train is None else train.remove_columns(list(META_COLUMNS))
+        return {"train_dataset": train, "eval_dataset": encoded(eval_dataset)}
 
     def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         return {name: self._encode(rows) for name, rows in datasets.items()}
@@ -145,6 +172,6 @@ def _text_model(
             model if isinstance(model, str) else model.config._name_or_path
         )
     if isinstance(model, str):
-        model = load_model(model, tasks.label_space)
-    check_labels(model, tasks.label_space)
+        model = load_model(model, tasks)
+    check_labels(model, tasks)
     return without_adapters_of_earlier_runs(model), processing_class

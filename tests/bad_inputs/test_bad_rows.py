@@ -55,8 +55,8 @@ ROWS = {
     "label is None": (texts(0, None, 1), "row 1.*expected a label, found none"),
     "label is NaN": (texts(0.0, NAN), "labels have to be integers from 0.*found 0.0"),
     "label is a float": (texts(0.0, 1.5), "labels have to be integers from 0.*ClassLabel"),
-    "label is a string": (texts("good", "bad"), "labels have to be integers from 0.*found 'good'.*ClassLabel"),
-    "label is a list": (texts([0, 1], [1]), r"one for each row, found \[0, 1\]"),
+    "labels are lists of different lengths": (texts([0, 1], [1]), r"lists of 2 zeros and ones|found \[0, 1\]"),
+    "labels are lists of numbers": (texts([0, 1], [1, 3]), r"lists of 2 zeros and ones|found \[0, 1\]"),
     "label is a dict": (texts({"a": 1}), "one for each row, found {'a': 1}"),
     "labels are of mixed types": (texts(0, "good"), "do not form one table"),
     "label is negative": (texts(0, -1), "integers from 0 .*found -1"),
@@ -271,7 +271,9 @@ def test_odd_rows_that_are_fine_are_taken(tokenizer):
     (row,) = encode(tasks.table("train"), tokenizer, RowFormat.PROMPT_COMPLETION)
     assert [label for label in row["labels"] if label != -100] == [tokenizer.eos_token_id]
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-    TaskSet.from_datasets({"a": [{"messages": [USER, called]}]}, {"a": [{"messages": [USER, called]}]})
+    thought = {"role": "assistant", "content": None, "thinking": "a"}
+    for message in (called, thought):
+        TaskSet.from_datasets({"a": [{"messages": [USER, message]}]}, {"a": [{"messages": [USER, message]}]})
     unicode = [{"prompt": "größer 🦊 =", "completion": " 狐"}]
     TaskSet.from_datasets({"a": unicode}, {"a": unicode})
 

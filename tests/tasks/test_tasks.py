@@ -163,7 +163,7 @@ def test_label_outside_of_the_set_is_named():
     with pytest.raises(TaskError, match="label -1 is outside"):
         classification(rows, rows)
     with pytest.raises(TaskError, match="integers from 0"):
-        classification([{"text": "a", "label": "good"}], [{"text": "a", "label": "good"}])
+        classification([{"text": "a", "label": 0.5}], [{"text": "a", "label": 0.5}])
 
 
 def test_tasks_of_different_label_features_make_one_table():

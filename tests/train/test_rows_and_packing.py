@@ -7,6 +7,7 @@ from datasets import Dataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
+from helpers.sft_rows import chat_tokenizer, forms
 from helpers.trainers import ESTIMATE, SMALL, sft_config, sft_trainer, split, text_trainer
 from hf_ensemble import (
     EnsembleConfig,
@@ -16,39 +17,9 @@ from hf_ensemble import (
     SelectionSFTConfig,
     SelectionSFTTrainer,
 )
-from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.errors import ConfigurationError, TaskError
 
-TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
 SFT = {**SMALL, "bf16": False, "gradient_checkpointing": False}
-
-
-def forms():
-    """The same rows in the forms that trl takes."""
-    rows = toy.sum_rows(12, 1)
-    texts = [row["prompt"] + row["completion"] for row in rows]
-    turns = [
-        ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]})
-        for row in rows
-    ]
-    tokens = [toy.tokenizer()(text)["input_ids"] for text in texts]
-    return {
-        "completions": [{**row, "source": "a"} for row in rows],
-        "texts": [{"text": text, "id": 3} for text in texts],
-        "chats": [{"messages": both} for both in turns],
-        "chat_completions": [{"prompt": [user], "completion": [assistant]} for user, assistant in turns],
-        "conversations": [
-            {"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in both]} for both in turns
-        ],
-        "tokens": [{"input_ids": own} for own in tokens],
-        "labelled_tokens": [{"input_ids": own, "labels": [-100, *own[1:]]} for own in tokens],
-        "masked_tokens": [{"input_ids": own, "completion_mask": [0, 0] + [1] * (len(own) - 2)} for own in tokens],
-    }
-
-
-def chat_tokenizer():
-    tokenizer = toy.tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def test_every_form_of_rows_in_one_run(tmp_path, base_folder):
@@ -122,9 +93,11 @@ def test_packed_trainings_are_captured_and_scored_unpacked(tmp_path, base_folder
     assert all(0 < own.loss < 10 for own in runs[True].scores()["ensemble"].values())
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_packed_rows_are_those_of_trl(tmp_path, base_folder, strategy):
-    packed = {"packing": True, "packing_strategy": strategy, "max_length": 24, "shuffle_dataset": False}
+@pytest.mark.parametrize(
+    ("strategy", "max_length"), [("bfd", 24), ("wrapped", 24), ("bfd", 8), ("bfd_split", 8), ("wrapped", 8)]
+)
+def test_packed_rows_are_those_of_trl(tmp_path, base_folder, strategy, max_length):
+    packed = {"packing": True, "packing_strategy": strategy, "max_length": max_length, "shuffle_dataset": True}
     trainer = sft_trainer(tmp_path / "run", base_folder, **packed)
     ours = trainer.adapter_trainer(trainer.args, trainer.train_dataset, trainer.eval_dataset, {}).train_dataset
     for task, rows in split(toy.sft_tasks(), "train").items():
@@ -136,7 +109,21 @@ def test_packed_rows_are_those_of_trl(tmp_path, base_folder, strategy):
     assert trainer.num_drawn_rows() == {task: ours["task"][:].count(task) for task in trainer.tasks}
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"eval_strategy": "epoch"}])
+PACKED = {"packing": True, "max_length": 20}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"eval_strategy": "epoch"},
+        PACKED,
+        {**PACKED, "packing_strategy": "wrapped", "shuffle_dataset": True},
+        {"max_length": 8, "shuffle_dataset": True},
+    ],
+    ids=str,
+)
 def test_without_an_adapter_one_model_is_trained_on_all(tmp_path, base_folder, changes):
     """It equals trl's own training on the concatenated rows, and evaluates every dataset."""
     tasks = toy.sft_tasks()
@@ -196,6 +183,26 @@ def test_bf16_is_off_without_an_accelerator(tmp_path):
     assert EnsembleSFTConfig(str(tmp_path), use_cpu=True).bf16 is True
     with pytest.raises(ValueError, match="bf16"):
         EnsembleSFTConfig(str(tmp_path), bf16=True)
+
+
+def test_rows_that_are_not_prepared(tmp_path, base_folder):
+    """Tokens without labels all count; a mask that nobody reads is refused."""
+    skipped = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    tables = {name: Dataset.from_list(forms()["tokens"]) for name in "ab"}
+    masked = {**tables, "b": Dataset.from_list(forms()["masked_tokens"])}
+    for peft in (toy.lora(), None):
+        trainer = EnsembleSFTTrainer(
+            base_folder, sft_config(tmp_path, **skipped), train_dataset=tables, peft_config=peft
+        )
+        assert trainer.train_dataset["labels"][:] == trainer.train_dataset["input_ids"][:]
+        with pytest.raises(TaskError, match="'b': expected labels.*leaves masks unread.*Add a 'labels' column"):
+            EnsembleSFTTrainer(base_folder, sft_config(tmp_path, **skipped), train_dataset=masked, peft_config=peft)
+
+
+def test_datasets_with_a_transform_are_refused_as_by_the_parent(tmp_path, base_folder):
+    rows = {name: Dataset.from_list(forms()["texts"]).with_transform(dict) for name in "ab"}
+    with pytest.raises(ConfigurationError, match=r"Dataset\.with_transform\(\).*skip_prepare_dataset.*trainer-ready"):
+        EnsembleSFTTrainer(base_folder, sft_config(tmp_path), train_dataset=rows)
 
 
 def test_a_selection_needs_an_adapter(tmp_path, base_folder):

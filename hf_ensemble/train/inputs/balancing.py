@@ -40,7 +40,8 @@ def drawn_by(tasks: TaskSet, args: RunArguments, counts: Callable[[], Mapping[st
         args (`RunArguments`): the trainer's arguments.
         counts (`Callable`): number of rows of each task that a training draws from.
     """
-    if args.task_sampling == "proportional":
+    if args.task_sampling == "proportional" or any(task.is_streamed for task in tasks.values()):
+        # Nobody knows how many rows a stream has: its weight is one of a draw already.
         return tasks
     weights = row_weights(args.task_sampling, counts(), tasks.sampling_weights, args.sampling_temperature)
     logger.info("task_sampling=%r draws a row of each task with the weight %s.", args.task_sampling, weights)

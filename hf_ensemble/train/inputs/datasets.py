@@ -1,9 +1,9 @@
 """What the trainers over several tasks are given: datasets as tasks, and classifiers for their labels."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,12 +15,14 @@ from transformers import (
 from ...errors import ConfigurationError, TaskError
 from ...logging import get_logger
 from ...tasks import TASK, LabelSpace, RowFormat, TaskSet
-from ...tasks.task import as_dataset, splits_of
+from ...tasks.columns import column_names
+from ...tasks.task import as_dataset, named_splits
 
 logger = get_logger(__name__)
 
 # What a `DatasetDict` of the splits of one dataset is keyed by.
 _SPLITS = {"train", "validation", "test", "eval", "dev", "valid"}
+_MULTI_LABEL = "multi_label_classification"
 
 
 def is_one_dataset(train_dataset: Any) -> bool:
@@ -31,22 +33,49 @@ def is_one_dataset(train_dataset: Any) -> bool:
 
 
 def the_one_dataset(train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
-    """Training and evaluation rows of a single dataset, as the parent trainer takes them."""
+    """Training and evaluation rows of a single dataset, as the parent trainer takes them.
+
+    Raises:
+        `TaskError`: for splits without training rows.
+    """
     if not isinstance(train_dataset, Mapping):
         return train_dataset, eval_dataset
     (rows,) = train_dataset.values()
-    if isinstance(rows, list):
-        rows = as_dataset(*train_dataset, rows)
-    if isinstance(rows, Mapping):
-        splits = splits_of(*train_dataset, rows)
-        return splits["train"], splits.get("validation") if eval_dataset is None else eval_dataset
-    return rows, eval_dataset
+    splits = {
+        split: as_dataset(*train_dataset, own) if isinstance(own, list) else own
+        for split, own in named_splits(rows).items()
+    }
+    if "train" not in splits:
+        raise TaskError(f"Expected a split 'train' of the dataset {list(train_dataset)}, found {sorted(rows)}.")
+    return splits["train"], splits.get("validation") if eval_dataset is None else eval_dataset
 
 
 def is_text_classification(rows: Any) -> bool:
     """Whether rows are text with a label, which `transformers.Trainer` would not take."""
-    columns = set(getattr(rows, "column_names", None) or ())
+    columns = set(column_names(rows)) if isinstance(rows, Dataset | IterableDataset) else set()
     return columns >= set(RowFormat.CLASSIFICATION.required) and "input_ids" not in columns
+
+
+def check_not_splits(train_dataset: Any) -> None:
+    """Raise `TaskError` for a `DatasetDict` of one dataset's splits, which looks like a dict of datasets by name.
+
+    A plain dict with the names of splits is warned of.
+    """
+    if not isinstance(train_dataset, Mapping) or isinstance(train_dataset, TaskSet):
+        return
+    if not (set(train_dataset) <= _SPLITS and len(train_dataset) > 1):
+        return
+    found = sorted(train_dataset)
+    if isinstance(train_dataset, DatasetDict | IterableDatasetDict):
+        raise TaskError(
+            f"Expected a dict of datasets by name, found the splits {found} of one dataset. Pass "
+            'train_dataset=dataset["train"], or {"name": dataset, ...} with several datasets.'
+        )
+    logger.warning(
+        "The datasets are named %s, like the splits of one dataset, and are taken for different datasets. For one "
+        'dataset pass train_dataset=dataset["train"].',
+        found,
+    )
 
 
 def as_task_set(train_dataset: Any, eval_dataset: Any, row_format: RowFormat | None = None) -> TaskSet:
@@ -59,11 +88,6 @@ def as_task_set(train_dataset: Any, eval_dataset: Any, row_format: RowFormat | N
         if eval_dataset is not None:
             raise TaskError("A TaskSet brings its own evaluation rows: do not pass eval_dataset beside it.")
         return train_dataset
-    if isinstance(train_dataset, DatasetDict) and set(train_dataset) <= _SPLITS:
-        raise TaskError(
-            f"Expected a dict of datasets by name, found the splits {sorted(train_dataset)} of one dataset. Pass "
-            'train_dataset=dataset["train"], or {"name": dataset, ...} with several datasets.'
-        )
     if is_table_of_tasks(eval_dataset):
         eval_dataset = rows_by_task(eval_dataset)
     if eval_dataset is not None and not isinstance(eval_dataset, Mapping):
@@ -99,8 +123,18 @@ def with_held_out_rows(tasks: TaskSet, fraction: float, seed: int) -> TaskSet:
     return tasks
 
 
-def check_rows_and_arguments(tasks: TaskSet, args: TrainingArguments) -> None:
-    """Raise `ConfigurationError` for arguments that trainings on some of the tasks could not honour."""
+def check_rows_and_arguments(tasks: TaskSet, args: TrainingArguments, streamed: Collection[str] = ()) -> None:
+    """Raise `ConfigurationError` for arguments that trainings on some of the tasks could not honour.
+
+    Args:
+        tasks (`TaskSet`): the tasks.
+        args (`TrainingArguments`): the trainer's arguments.
+        streamed (`Collection[str]`, *optional*):
+            Tasks that are streamed. Trainings of any others are streams too then, whose batches are all whole.
+    """
+    if streamed:
+        # As `Trainer`, which warns that streams are read in their own order.
+        return
     batch_size = args.train_batch_size * args.world_size
     rows = {name: len(own) for name, own in tasks.split("train").items()}
     small = [name for name, count in rows.items() if count < batch_size]
@@ -112,8 +146,17 @@ def check_rows_and_arguments(tasks: TaskSet, args: TrainingArguments) -> None:
         )
 
 
-def check_labels(model, label_space: LabelSpace | None) -> None:
-    """Raise `ConfigurationError` when a classifier's head has another number of outputs than the tasks' labels."""
+def check_labels(model, tasks: TaskSet) -> None:
+    """Raise `ConfigurationError` for a classifier whose head is not one of the tasks' labels."""
+    label_space = tasks.label_space
+    if tasks.is_multi_label:
+        found = (model.config.num_labels, model.config.problem_type)
+        if found not in ((tasks.num_labels, _MULTI_LABEL), (tasks.num_labels, None)):
+            raise ConfigurationError(
+                f"The tasks' rows have {tasks.num_labels} labels each, which need a head of as many outputs and "
+                f"problem_type={_MULTI_LABEL!r}; found {found[0]} outputs and problem_type={found[1]!r}. Load the "
+                f"model with num_labels={tasks.num_labels} and that problem_type."
+            )
     if label_space is not None and model.config.num_labels != len(label_space):
         raise ConfigurationError(
             f"The tasks have {len(label_space)} different labels, the model's head has {model.config.num_labels} "
@@ -151,10 +194,14 @@ def check_template(rows: Dataset, processing_class: Any) -> None:
         )
 
 
-def load_model(name: str, label_space: LabelSpace | None):
-    """A language model, an encoder-decoder where the name is one's, or a classifier for the label space."""
-    if label_space is not None:
-        return load_classifier(name, label_space)
+def load_model(name: str, tasks: TaskSet):
+    """A language model, an encoder-decoder where the name is one's, or a classifier for the tasks' labels."""
+    if tasks.label_space is not None:
+        return load_classifier(name, tasks.label_space)
+    if tasks.is_multi_label:
+        return AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=tasks.num_labels, problem_type=_MULTI_LABEL
+        )
     auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(name).is_encoder_decoder else AutoModelForCausalLM
     return auto.from_pretrained(name)
 
