@@ -1,5 +1,6 @@
 """`SubsetEstimator`: predicts fine-tuning outcomes from gradient features."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +13,7 @@ from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
 from .calibration import LossCalibration
 from .intervals import IntervalWidth
-from .mixtures import mixture_weights
+from .mixtures import epoch_length, mixture_weights
 from .prediction import Prediction
 from .reduction import FeatureReduction, squared_row_norms
 from .regularization import ObservedRun, Regularization, choose_regularization, losses_of
@@ -274,6 +275,37 @@ class SubsetEstimator:
             loss = self._validation.outcomes(reference, targets[None] > 0)[0][0]
             slope = np.where(targets > 0, self._calibration_slope(loss), 0.0)
         return self._validation.spread(coefficients, reference, targets * slope, metric)
+
+    def truncated(self, num_components: int) -> "SubsetEstimator":
+        """The same estimator in its first principal components alone: less exact, and faster by about their share."""
+        check_at_least("num_components", num_components, 1)
+        other = copy.copy(self)
+        other._train = self._train.truncated(num_components)
+        other._validation = self._validation.truncated(num_components)
+        other._length = self._length.truncated(num_components)
+        return other
+
+    @property
+    def has_fixed_steps(self) -> bool:
+        """Whether a training takes the same number of steps whatever it is on."""
+        return self._recipe is not None and self._recipe.fixed_steps
+
+    def training_cost(self, mixtures: np.ndarray) -> np.ndarray:
+        """Cost of training on mixtures `(S, T)`: rows drawn, in multiples of a training on all tasks, `(S,)`."""
+        if self.has_fixed_steps:
+            return np.ones(len(mixtures))
+        everything = epoch_length(self.sampling_weights, self.counts)
+        return epoch_length(mixtures * self.sampling_weights, self.counts) / everything
+
+    def losses_by_half(self, coefficients: np.ndarray, seed: int = 0) -> np.ndarray:
+        """Predicted losses on two random halves of each task's validation rows, `(2, S, T)`.
+
+        Args:
+            coefficients (`np.ndarray` of shape `(S, k)`): optima, see [`Prediction`].
+            seed (`int`, *optional*, defaults to 0): seed of the halves.
+        """
+        losses = np.stack([half.outcomes(coefficients)[0] for half in self._validation.halves(seed)])
+        return losses if self.calibration is None else self.calibration(losses)
 
     def base_loss(self) -> np.ndarray:
         """Validation loss of each task at the linearization point, `(T,)`."""

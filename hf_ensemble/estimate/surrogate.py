@@ -8,6 +8,7 @@ with row weights u. Training a language model averages the loss over a batch's t
 answer tokens.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,13 @@ class SurrogateProblem:
             )
         ]
         self._device = x.device
+
+    def truncated(self, num_components: int) -> "SurrogateProblem":
+        """The same rows in their first components alone."""
+        other = copy.copy(self)
+        other.num_components = min(num_components, self.num_components)
+        other._tasks = [rows.truncated(other.num_components) for rows in self._tasks]
+        return other
 
     def solve(
         self,

@@ -1,5 +1,7 @@
 """The surrogate's penalty, from how far a training on each mixture moves relative to training on all tasks."""
 
+import copy
+
 import numpy as np
 
 from ..store import TrainingRecipe
@@ -110,6 +112,12 @@ class TrainingLength:
             if square > self._least_square:
                 log_slope += (mean_slope + noise_slope) / (2 * square)
         return l2, l2 * log_slope
+
+    def truncated(self, num_components: int) -> "TrainingLength":
+        """The same lengths from gradients in their first components."""
+        other = copy.copy(self)
+        other._gradients = self._gradients[:, :num_components]
+        return other
 
     def task_gradients(self) -> np.ndarray:
         """Mean negative loss gradient of each task's rows, `(T, k)`, towards larger margins."""

@@ -205,7 +205,7 @@ class Estimate(Record):
     @classmethod
     def of(cls, estimator: SubsetEstimator, grouping: Grouping) -> "Estimate":
         names = list(estimator.task_names)
-        prediction = estimator.predict_subsets([grouping.trained_on(name) for name in grouping.groups])
+        prediction = estimator.predict_subsets([grouping.mixtures[name] for name in grouping.groups])
         regularization, calibration = estimator.regularization, estimator.calibration
         return cls(
             l2_scale=float(regularization.l2_scale),

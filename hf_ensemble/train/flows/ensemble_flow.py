@@ -60,10 +60,10 @@ class EnsembleFlow:
         self.grouping = self._group()
         assembly = EnsembleAssembly(self.context, self.grouping)
         for name in self.grouping.groups:
-            own = self.grouping.trained_on(name)
+            own = self.grouping.mixtures[name]
             with run.stage(f"adapter:{name}"):
-                if args.train_baseline and len(own) == len(tasks):
-                    # One group of everything is what the baseline was trained on.
+                if args.train_baseline and own == dict.fromkeys(tasks, 1.0):
+                    # What the baseline was trained on.
                     assembly.copy_baseline(name)
                 else:
                     trained.append(self.training.run(name, own, run.member(name)))
@@ -92,7 +92,7 @@ class EnsembleFlow:
     def _chosen(self, observed: list[ObservedRun]) -> Grouping:
         args, run = self.context.args, self.context.run
         selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
-        grouping = selector.group(**args.group_arguments(), seed=args.seed)
+        grouping = selector.group(**args.group_arguments(), has_baseline=args.train_baseline, seed=args.seed)
         run.write(Estimate.of(selector.estimator, grouping))
         run.write(grouping)
         return grouping
