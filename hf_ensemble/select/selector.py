@@ -213,6 +213,8 @@ class DataSelector:
         overlapping_groups: bool = False,
         affinity_subsets: int = 400,
         compute_budget: float | None = None,
+        group_initialization: str = "fresh",
+        continued_length: float = 0.5,
         **options: Any,
     ) -> Grouping:
         """Group the tasks for one adapter per group.
@@ -231,6 +233,10 @@ class DataSelector:
                 Number of random subsets that the affinity matrix is estimated from.
             compute_budget (`float`, *optional*):
                 With `"mixtures"`, maximum training cost of all adapters, in multiples of one adapter for all tasks.
+            group_initialization (`str`, *optional*, defaults to `"fresh"`):
+                Where their trainings begin: `"fresh"`, or `"baseline"`, where the adapter for all tasks has ended.
+            continued_length (`float`, *optional*, defaults to 0.5):
+                With `"baseline"`, their length in multiples of a whole training.
             options: further arguments of [`group_tasks`].
 
         Raises:
@@ -238,7 +244,15 @@ class DataSelector:
         """
         check_options(group_tasks, options, "group", ("settings",))
         settings = GroupingSettings(
-            num_groups, max_groups, method, group_cost, overlapping_groups, affinity_subsets, compute_budget
+            num_groups,
+            max_groups,
+            method,
+            group_cost,
+            overlapping_groups,
+            affinity_subsets,
+            compute_budget,
+            group_initialization,
+            continued_length,
         )
         return group_tasks(self.estimator, settings, **options)
 

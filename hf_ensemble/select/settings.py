@@ -18,6 +18,7 @@ SELECTION_METHODS = (
     "gradient_similarity",
 )
 SELECTION_METRICS = ("loss", "accuracy", "answers")
+GROUP_INITIALIZATIONS = ("fresh", "baseline")
 GROUPING_METHODS = ("mixtures", "direct", "spectral", "semidefinite", "coclustering")
 
 
@@ -134,9 +135,24 @@ class GroupingSettings(Settings):
             "that is not told apart from the best one."
         },
     )
+    group_initialization: str = field(
+        default="fresh",
+        metadata={
+            "help": "Where the training of a group's adapter begins: 'fresh' where the adapter for all tasks begins, "
+            "'baseline' where that one has ended; it then goes on for continued_length."
+        },
+    )
+    continued_length: float = field(
+        default=0.5,
+        metadata={
+            "help": "With group_initialization='baseline': length of the trainings, in multiples of a whole one."
+        },
+    )
 
     def __post_init__(self):
         check_one_of("grouping_method", self.grouping_method, GROUPING_METHODS)
+        check_one_of("group_initialization", self.group_initialization, GROUP_INITIALIZATIONS)
+        check_number("continued_length", self.continued_length, 0, above=True)
         check_number("compute_budget", self.compute_budget, 1, optional=True)
         if self.grouping_method == "mixtures" and self.overlapping_groups:
             raise ConfigurationError(
@@ -165,6 +181,8 @@ class GroupingSettings(Settings):
             "overlapping_groups": self.overlapping_groups,
             "affinity_subsets": self.affinity_subsets,
             "compute_budget": self.compute_budget,
+            "group_initialization": self.group_initialization,
+            "continued_length": self.continued_length,
         }
 
     def check_tasks(self, num_tasks: int) -> None:

@@ -156,3 +156,34 @@ def test_the_first_components_alone_predict_alike(estimator):
     few = estimator.truncated(8)
     assert few.predict(mixtures).coefficients.shape == (3, 8)
     assert np.abs(few.predict(mixtures).loss - estimator.predict(mixtures).loss).max() < 0.1
+
+
+def test_groups_may_go_on_where_the_adapter_for_all_tasks_has_ended(estimator):
+    selector = DataSelector(estimator)
+    options = {"method": "mixtures", "group_initialization": "baseline", "continued_length": 0.5}
+    grouping = selector.group(None, compute_budget=2.0, **options)
+    together = estimator.predict(np.ones((1, 6))).loss[0]
+    assert np.allclose(estimator.continued(0.5).start_loss(), together)
+    after = estimator.continued(0.5).predict_subsets(list(grouping.mixtures.values())).loss
+    losses = [
+        together[index] if grouping.group_of(task) == grouping.baseline_group else after[:, index].min()
+        for index, task in enumerate(grouping.task_names)
+    ]
+    assert np.mean(losses) == pytest.approx(grouping.cost_curve[-1]["predicted_loss"], abs=1e-6)
+    assert np.mean(losses) < together.mean() - 0.01 and grouping.cost <= 2.0
+    assert selector.repeat(grouping) == grouping
+    with pytest.raises(ConfigurationError, match="none is trained"):
+        selector.group(None, has_baseline=False, **options)
+
+
+def test_going_on_with_all_tasks_is_training_longer():
+    recipe = TrainingRecipe([1e-3] * 20, 4, 9.0)
+    shorter = circle(recipe=recipe)
+    scale = shorter.regularization.l2_scale
+    everything = np.ones((1, 6))
+    longer = shorter.predict(everything, l2_scale=scale / 1.5).loss[0]
+    on = shorter.continued(0.5)
+    assert on.training_cost(everything)[0] == 0.5
+    found = on.predict(everything, l2_scale=scale).loss[0]
+    before = shorter.predict(everything, l2_scale=scale).loss[0]
+    assert np.allclose(found, longer, atol=0.35 * np.abs(before - longer).max())

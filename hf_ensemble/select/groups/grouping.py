@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..._settings import check_at_least, check_flag
+from ...errors import ConfigurationError
 from ...estimate import SubsetEstimator
 from ..choice import Choice, with_provenance
 from ..settings import GroupingSettings
@@ -38,6 +39,7 @@ class Grouping(Choice):
         task_names (`list[str]`): order of the affinity's rows and columns.
         affinity (`list[list[float]]`): see [`predicted_affinity`].
         predicted_loss (`dict[str, float]`): mean predicted validation loss over the tasks, by number of groups.
+        baseline_group (`str`, *optional*): the group whose adapter is the one for all tasks, which is trained anyway.
         cost (`float`):
             Training cost of all adapters, in multiples of one adapter for all: rows that are drawn. It includes the
             adapter for all tasks where that is trained too.
@@ -63,6 +65,7 @@ class Grouping(Choice):
     affinity: list[list[float]]
     predicted_loss: dict[str, float]
     cost: float
+    baseline_group: str | None = None
     cost_curve: list[dict[str, float]] = field(default_factory=list)
     cross_fitted_loss: float | None = None
     baselines: dict[str, float] = field(default_factory=dict)
@@ -136,6 +139,13 @@ def group_tasks(
     settings = settings or GroupingSettings()
     names = estimator.task_names
     settings.check_tasks(len(names))
+    if settings.group_initialization == "baseline":
+        if not has_baseline:
+            raise ConfigurationError(
+                "group_initialization='baseline' begins at the adapter for all tasks, and none is trained. Set "
+                "train_baseline=True, or group_initialization='fresh'."
+            )
+        estimator = estimator.continued(settings.continued_length)
     affinity = np.zeros((1, 1))
     if len(names) > 1:
         affinity = predicted_affinity(estimator, settings.affinity_subsets, subset_size, seed)
@@ -154,6 +164,7 @@ def group_tasks(
         affinity=affinity.tolist(),
         predicted_loss=found.curve,
         cost=found.cost,
+        baseline_group=None if found.baseline is None else f"group_{found.baseline}",
         cost_curve=found.cost_curve,
         cross_fitted_loss=found.cross_fitted_loss,
         baselines=_baselines(losses, len(names), len(found.mixtures), seed),
@@ -188,10 +199,14 @@ def _partition_groups(
         with_help = group_losses.of_partition(labels, trained) / len(names)
         summary = f"{summary}; with {num_helpers} helpers it is {with_help:.4f}"
     mixtures = trained.astype(np.float64)
-    # A group of everything is the adapter for all tasks.
-    new = mixtures if not has_baseline else mixtures[~trained.all(axis=1)]
+    baseline = None
+    if has_baseline and settings.group_initialization == "fresh" and len(trained) == 1:
+        # One group of everything is the adapter for all tasks.
+        baseline, new = 0, mixtures[:0]
+    else:
+        new = mixtures
     cost = float(has_baseline) + float(estimator.training_cost(new).sum())
-    return FoundGroups(labels, mixtures, curve, cost, f"{summary}.")
+    return FoundGroups(labels, mixtures, curve, cost, f"{summary}.", baseline)
 
 
 def _summary(settings: GroupingSettings, num_groups: int, loss: float, num_partitions: int) -> str:

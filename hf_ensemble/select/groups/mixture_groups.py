@@ -31,31 +31,32 @@ def mixture_groups(
     size = len(estimator.task_names)
     goal = np.full(size, 1.0 / size)
     most = settings.num_groups or settings.max_groups or min(_MAX_MIXTURES, size)
-    pool = MixturePool(estimator, goal, has_baseline, most)
+    everything = _baseline_loss(estimator, settings)
+    pool = MixturePool(estimator, goal, everything if has_baseline else None, most)
     steps = MixtureSteps(estimator, goal, num_candidates, _MAX_ITERATIONS)
     budget = settings.compute_budget
     own = None if budget is None else budget - float(has_baseline)
     sets = search_mixtures(pool, steps, own, _starts(estimator, group_losses, most, num_candidates))
     if budget is None and settings.num_groups is None:
-        best = _cheapest_good(estimator, sets, goal, settings.group_cost, seed)
+        best = _cheapest_good(estimator, sets, goal, settings, seed)
     else:
         best = min(sets, key=lambda one: float(goal @ one.loss) + settings.group_cost * len(one))
     curve: dict[str, float] = {}
     for one in sets:
         curve[str(len(one))] = min(float(goal @ one.loss), curve.get(str(len(one)), np.inf))
-    labels, mixtures = _with_baseline(best, estimator)
+    labels, mixtures, baseline = _with_baseline(best, estimator)
     cost = best.cost + float(has_baseline)
-    everything = float(goal @ pool.baseline)
-    cross_fitted = _cross_fitted_loss(estimator, mixtures, goal, seed)
+    together = float(goal @ everything)
+    cross_fitted = _cross_fitted_loss(_optima(estimator, best, settings), estimator, goal, seed)
     if not len(best):
         summary = (
-            f"One adapter for all {size} tasks is enough, with a mean predicted loss of {everything:.4f}: no mixtures "
+            f"One adapter for all {size} tasks is enough, with a mean predicted loss of {together:.4f}: no mixtures "
             "within the budget are predicted to lower it."
         )
     else:
         summary = (
             f"{len(best)} mixture{'s' if len(best) > 1 else ''}, at {cost:.2f} times the training of one adapter for "
-            f"all, lower the mean predicted loss from {everything:.4f} to {float(goal @ best.loss):.4f} "
+            f"all, lower the mean predicted loss from {together:.4f} to {float(goal @ best.loss):.4f} "
             f"({cross_fitted:.4f} without what choosing makes of noise)."
         )
     return FoundGroups(
@@ -64,6 +65,7 @@ def mixture_groups(
         curve=curve,
         cost=cost,
         summary=summary + calibration_note(estimator),
+        baseline=baseline,
         cost_curve=[
             {
                 "cost": one.cost + float(has_baseline),
@@ -95,39 +97,63 @@ def _starts(estimator: SubsetEstimator, group_losses: GroupLosses, most: int, nu
     return starts
 
 
-def _with_baseline(found: MixtureSet, estimator: SubsetEstimator) -> tuple[np.ndarray, np.ndarray]:
-    """Labels `(T,)` and mixtures in multiples of the sampling weights; what the baseline serves is a group of all."""
+def _baseline_loss(estimator: SubsetEstimator, settings: GroupingSettings) -> np.ndarray:
+    """Predicted loss of each task with the adapter for all tasks, `(T,)`."""
+    if settings.group_initialization == "baseline":
+        return estimator.start_loss()
+    return estimator.predict(np.ones((1, len(estimator.task_names)))).loss[0]
+
+
+def _with_baseline(found: MixtureSet, estimator: SubsetEstimator) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """Labels `(T,)`, mixtures in multiples of the sampling weights, and the group that the baseline serves."""
     labels, mixtures = found.serving.copy(), found.weights / estimator.sampling_weights
-    if (labels == -1).any():
-        labels[labels == -1] = len(mixtures)
-        mixtures = np.vstack([mixtures, np.ones((1, len(labels)))])
-    return labels, mixtures
+    if not (labels == -1).any():
+        return labels, mixtures, None
+    labels[labels == -1] = len(mixtures)
+    return labels, np.vstack([mixtures, np.ones((1, len(labels)))]), len(mixtures)
+
+
+def _optima(estimator: SubsetEstimator, found: MixtureSet, settings: GroupingSettings) -> np.ndarray:
+    """Optimum of each group's training, `(G, k)`."""
+    _, mixtures, baseline = _with_baseline(found, estimator)
+    optima = estimator.predict(mixtures).coefficients
+    if baseline is not None and settings.group_initialization == "baseline":
+        optima[baseline] = 0.0
+    return optima
 
 
 def _cheapest_good(
-    estimator: SubsetEstimator, sets: list[MixtureSet], goal: np.ndarray, group_cost: float, seed: int
+    estimator: SubsetEstimator, sets: list[MixtureSet], goal: np.ndarray, settings: GroupingSettings, seed: int
 ) -> MixtureSet:
     """The cheapest set that the validation rows do not tell from the best; the sets are sorted by cost."""
-    losses = [_cross_fitted_loss(estimator, _with_baseline(one, estimator)[1], goal, seed) for one in sets]
-    best = sets[int(np.argmin([loss + group_cost * len(one) for loss, one in zip(losses, sets)]))]
-    return next(one for one in sets if one is best or not _is_worse(estimator, one, best, goal))
+    optima = [_optima(estimator, one, settings) for one in sets]
+    losses = [_cross_fitted_loss(own, estimator, goal, seed) for own in optima]
+    best = int(np.argmin([loss + settings.group_cost * len(one) for loss, one in zip(losses, sets)]))
+    for one, own in zip(sets[:best], optima):
+        spread = _spread(estimator, (one, own), (sets[best], optima[best]), goal)
+        if float(goal @ (one.loss - sets[best].loss)) <= _CLOSE * spread:
+            return one
+    return sets[best]
 
 
-def _is_worse(estimator: SubsetEstimator, one: MixtureSet, best: MixtureSet, goal: np.ndarray) -> bool:
-    """Whether the validation rows tell a set from the best one."""
-    parts = [_with_baseline(found, estimator) for found in (one, best)]
-    optima = [estimator.predict(mixtures).coefficients for _, mixtures in parts]
+def _spread(
+    estimator: SubsetEstimator,
+    one: tuple[MixtureSet, np.ndarray],
+    other: tuple[MixtureSet, np.ndarray],
+    goal: np.ndarray,
+) -> float:
+    """Standard error, over the validation rows, of the difference between the losses of two sets with their optima."""
+    serving = np.stack([found.serving % len(optima) for found, optima in (one, other)], axis=1)
     variance = 0.0
-    for pair in {tuple(pair) for pair in np.stack([parts[0][0], parts[1][0]], axis=1).tolist()}:
-        tasks = (parts[0][0] == pair[0]) & (parts[1][0] == pair[1])
-        spread = estimator.score_spread(optima[0][[pair[0]]], optima[1][pair[1]], np.where(tasks, goal, 0.0))
-        variance += float(spread[0]) ** 2
-    return float(goal @ (one.loss - best.loss)) > _CLOSE * variance**0.5
+    for pair in np.unique(serving, axis=0):
+        tasks = np.where((serving == pair).all(axis=1), goal, 0.0)
+        variance += float(estimator.score_spread(one[1][pair[:1]], other[1][pair[1]], tasks)[0]) ** 2
+    return variance**0.5
 
 
-def _cross_fitted_loss(estimator: SubsetEstimator, mixtures: np.ndarray, goal: np.ndarray, seed: int) -> float:
-    """Mean predicted loss when each task's mixture is chosen on one half of its rows and scored on the other."""
-    halves = estimator.losses_by_half(estimator.predict(mixtures).coefficients, seed)
+def _cross_fitted_loss(optima: np.ndarray, estimator: SubsetEstimator, goal: np.ndarray, seed: int) -> float:
+    """Mean predicted loss when each task's optimum is chosen on one half of its rows and scored on the other."""
+    halves = estimator.losses_by_half(optima, seed)
     tasks = np.arange(len(goal))
     scored = [goal @ other[own.argmin(axis=0), tasks] for own, other in (halves, halves[::-1])]
     return float(np.mean(scored))

@@ -60,23 +60,22 @@ class MixturePool:
     Args:
         estimator (`SubsetEstimator`): makes the predictions.
         goal (`np.ndarray` of shape `(T,)`): weight of each task's loss.
-        has_baseline (`bool`): whether a training on all tasks is at hand, which may serve tasks at no further cost.
+        baseline (`np.ndarray` of shape `(T,)`, *optional*):
+            Losses with an adapter that is trained anyway, and that may serve tasks at no further cost.
         max_mixtures (`int`): maximum number of mixtures that are trained besides.
     """
 
-    def __init__(self, estimator: SubsetEstimator, goal: np.ndarray, has_baseline: bool, max_mixtures: int):
+    def __init__(self, estimator: SubsetEstimator, goal: np.ndarray, baseline: np.ndarray | None, max_mixtures: int):
         self._estimator, self.goal, self._max_mixtures = estimator, goal, max_mixtures
         self._sampling = estimator.sampling_weights / estimator.sampling_weights.max()
         size = len(goal)
         self.weights, self.losses, self.costs = np.zeros((0, size)), np.zeros((0, size)), np.zeros(0)
         self._sets: list[list[int]] = []
-        self.baseline = self._predicted(self._sampling[None])[0]
-        self._at_hand = self.baseline if has_baseline else np.full(size, np.inf)
-        if has_baseline:
+        self._at_hand = np.full(size, np.inf) if baseline is None else baseline
+        if baseline is not None:
             self._sets.append([])
         self.add(np.eye(size))
-        if not has_baseline:
-            self.add(self._sampling[None])
+        self.add(self._sampling[None])
 
     def _predicted(self, weights: np.ndarray) -> np.ndarray:
         return self._estimator.predict(weights / self._estimator.sampling_weights).loss
@@ -209,8 +208,9 @@ def search_mixtures(
     size = len(pool.goal)
     for start in starts:
         pool.add(start)
-    span = float(pool.goal @ (pool.baseline - np.minimum(pool.losses.min(axis=0), pool.baseline)))
-    span = max(span, 0.02 * float(pool.goal @ pool.baseline))
+    together = pool.losses[size]  # The mixture after each task's own.
+    span = float(pool.goal @ (together - np.minimum(pool.losses.min(axis=0), together)))
+    span = max(span, 0.02 * float(pool.goal @ together))
     if size <= MAX_ALONE:
         alone = np.eye(size)
         pool.add(np.stack([steps.improved(own > 0, own, _PRICES[-2] * span) for own in alone]))

@@ -79,9 +79,7 @@ class EnsembleAssembly:
         args = self.context.args
         if args.ensemble_weights == "own_group" or len(members) < 2:
             return EnsembleWeights({task: {self.grouping.group_of(task): 1.0} for task in self.context.tasks})
-        everything = dict.fromkeys(self.context.tasks, 1.0)
-        # A group of everything is the baseline already.
-        stands_alone = args.train_baseline and everything not in self.grouping.mixtures.values()
+        stands_alone = args.train_baseline and self.grouping.baseline_group is None
         candidates = [*members, shared] if stands_alone else members
         self._load(candidates)
         ensemble = PeftEnsembleModel(self.context.model, candidates, label_space=self.context.label_space)

@@ -62,8 +62,7 @@ class EnsembleFlow:
         for name in self.grouping.groups:
             own = self.grouping.mixtures[name]
             with run.stage(f"adapter:{name}"):
-                if args.train_baseline and own == dict.fromkeys(tasks, 1.0):
-                    # What the baseline was trained on.
+                if name == self.grouping.baseline_group:
                     assembly.copy_baseline(name)
                 else:
                     trained.append(self.training.run(name, own, run.member(name)))
