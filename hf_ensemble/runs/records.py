@@ -107,11 +107,18 @@ class TrainedAdapter(Record):
         training_loss (`float`): mean over the steps.
         distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
         total_flos (`float`): floating point operations, as `Trainer` counts them.
+        epoch (`float`): epochs up to the adapter that was kept.
+        best_step (`int`, *optional*):
+            The step whose adapter was kept because its evaluation was the best (`load_best_model_at_end`); `None` where
+            that of the last step was kept.
+        best_metric (`float`, *optional*): of that evaluation.
+        metric_for_best_model (`str`, *optional*): name of that metric in the training's log.
         seconds (`float`): wall time; of the last stretch for a training that was resumed.
         files (`dict[str, str]`): checksums of the adapter's files.
     """
 
     format = "hf_ensemble.trained_adapter"
+    format_version = 2
 
     name: str
     mixture: dict[str, float]
@@ -124,6 +131,10 @@ class TrainedAdapter(Record):
     training_loss: float | None = None
     distance: float = 0.0
     total_flos: float = 0.0
+    epoch: float = 0.0
+    best_step: int | None = None
+    best_metric: float | None = None
+    metric_for_best_model: str | None = None
     seconds: float = 0.0
     files: dict[str, str] = field(default_factory=dict)
 

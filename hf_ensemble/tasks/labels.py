@@ -32,6 +32,11 @@ class LabelSpace:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether the tasks have one label set."""
+        return all(len(own) == len(self.names) for own in self.task_labels.values())
+
     def output_of(self, task: str, label: int) -> int:
         """Index of the output for a task's label."""
         return self.task_labels[task][label]

@@ -24,6 +24,9 @@ _UNCOMPARED += (
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
 )
+# Unless they decide which adapter of a training is kept, or when it ends.
+_OF_EVALUATIONS = ("per_device_eval_batch_size",)
+_OF_CHECKPOINTS = ("save_strategy", "save_steps")
 _UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
 # Arguments of trainers, beside `args`, that decide what is trained.
 _TRAINER_ARGUMENTS = ("data_collator", "compute_loss_func", "optimizer_cls_and_kwargs")
@@ -52,10 +55,12 @@ def configuration_of(
         trainer_class (`type`): the user's class of trainer.
         trainer_arguments (`dict`): what each training's trainer is constructed with beside.
     """
+    deciding = _OF_EVALUATIONS if args.metric_for_best_model is not None else ()
+    deciding += _OF_CHECKPOINTS if args.load_best_model_at_end else ()
     arguments = {
         key: value
         for key, value in args.to_dict().items()
-        if key not in (*_UNCOMPARED, *_CHOICES) and not key.startswith(_UNCOMPARED_PREFIXES)
+        if key in deciding or (key not in (*_UNCOMPARED, *_CHOICES) and not key.startswith(_UNCOMPARED_PREFIXES))
     }
     arguments |= {key: getattr(args, key) for key in _TEXT_TOKENS if key in arguments}
     return {

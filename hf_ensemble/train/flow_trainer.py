@@ -172,6 +172,11 @@ class FlowTrainerMixin(Generic[Flow]):
 
         A run that was killed and is started again with the same configuration goes on where it stopped.
 
+        Args:
+            resume_from_checkpoint (`bool`, *optional*): has no effect, since runs resume by themselves.
+            trial (*optional*): of a hyperparameter search, which only a single training takes.
+            ignore_keys_for_eval (`list[str]`, *optional*): outputs that evaluations during each training leave out.
+
         Returns:
             `TrainOutput`: steps and mean training loss, and the metrics of [`evaluate`].
 
@@ -182,10 +187,10 @@ class FlowTrainerMixin(Generic[Flow]):
         """
         if self.trains_directly:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        if trial is not None or ignore_keys_for_eval is not None:
+        if trial is not None:
             raise ConfigurationError(
-                f"Expected neither trial nor ignore_keys_for_eval, since {type(self).__name__}.train() runs several "
-                "trainings."
+                f"Expected no trial, since {type(self).__name__}.train() runs several trainings, none of which is the "
+                "trial of a hyperparameter search. Leave it out, and compare runs in different output_dirs."
             )
         if resume_from_checkpoint not in (None, True, False):
             raise ConfigurationError(
@@ -193,6 +198,7 @@ class FlowTrainerMixin(Generic[Flow]):
                 f"{resume_from_checkpoint!r}. Leave it out: a run that is started again resumes by itself."
             )
         with self.working(), tracked_run(self):
+            self.flow.training.ignore_keys_for_eval = ignore_keys_for_eval
             output = self.flow.train()
             # Of the whole run, so that trackers see its metrics after those of its trainings.
             self.state.global_step = self.run_directory.num_steps()

@@ -22,6 +22,7 @@ from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.task import as_dataset, make_task
 from .configs import as_config
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
+from .inputs.best_metric import check_best_metric
 from .inputs.datasets import check_rows_and_arguments
 from .inputs.parent_arguments import check_parent_arguments
 from .inputs.supported import check_before_loading, check_loaded, set_padding
@@ -139,6 +140,8 @@ class MultiTaskMixin:
             )
         check_hub_model_id(args.hub_model_id)
         check_parent_arguments(args)
+        callbacks = given["callbacks"] if isinstance(given["callbacks"], (list, tuple)) else ()
+        check_best_metric(args, tasks.names, type(self), given.get("compute_metrics") is not None, callbacks)
         check_rows_and_arguments(tasks, args)
         for name, kinds in _KINDS.items():
             value = given[name]
@@ -234,7 +237,7 @@ class MultiTaskMixin:
             label_space=self.label_space,
             sampling_weights=sampling_weights,
             callbacks=[
-                copy.deepcopy(callback) if isinstance(callback, ExportableState) else callback
+                self._own_copy(callback) if isinstance(callback, ExportableState) else callback
                 for callback in self.callback_handler.callbacks
                 if callback not in self._automatic_callbacks
             ],
@@ -244,6 +247,30 @@ class MultiTaskMixin:
             if callback not in self.callback_handler.callbacks:
                 trainer.remove_callback(type(callback))
         return trainer
+
+    def _own_copy(self, callback: TrainerCallback) -> TrainerCallback:
+        """A copy of a callback with its state, for one training; what it knows of this trainer is not copied."""
+        shared = (self, self.model, self.processing_class, self.train_dataset, self.eval_dataset, self.args)
+        return copy.deepcopy(callback, {id(value): value for value in shared})
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback to every training of the run.
+
+        Raises:
+            `ConfigurationError`: for early stopping where trainings are not evaluated.
+        """
+        if self.tasks is not None and not self.trains_directly:
+            computes_metrics = self.compute_metrics is not None
+            check_best_metric(self.args, self.tasks.names, type(self), computes_metrics, [callback])
+        super().add_callback(callback)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.trains_directly:
+            raise ConfigurationError(
+                f"{type(self).__name__} over several datasets has no hyperparameter_search: a run consists of several "
+                "trainings. Search on one dataset, or call train() with different arguments in different output_dirs."
+            )
+        return super().hyperparameter_search(*args, **kwargs)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         # The arguments are pickled beside the model.

@@ -22,6 +22,7 @@ from .inputs.datasets import (
     the_one_dataset,
     with_held_out_rows,
 )
+from .inputs.target_modules import target_modules_named, with_target_modules
 from .inputs.used_models import without_adapters_of_earlier_runs
 from .multi_task_mixin import MultiTaskMixin
 from .task_trainer import TaskSFTTrainer
@@ -105,11 +106,11 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             return
         tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
         self._check_arguments(tasks, args, given | {"model": model, "optimizers": optimizers})
-        super().__init__(
-            model=model if isinstance(model, str) else without_adapters_of_earlier_runs(model),
-            eval_dataset={"shown": self._shown_rows},
-            **given,
-        )
+        if not isinstance(model, str):
+            model = without_adapters_of_earlier_runs(model)
+        given["peft_config"] = with_target_modules(peft_config, model)
+        with target_modules_named(peft_config, model):
+            super().__init__(model=model, eval_dataset={"shown": self._shown_rows}, **given)
         self._shown_rows = None
         self.train_dataset = self._table(tasks, "train")
         self.eval_dataset = {name: self._tokens(name, rows) for name, rows in tasks.split("validation").items()}

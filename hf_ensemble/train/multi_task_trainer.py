@@ -8,19 +8,20 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from ..errors import ConfigurationError
 from ..models.inputs import is_encoder_decoder
 from ..tasks import META_COLUMNS, RowFormat, TaskSet, data_collator_for, encode, length_limit
 from ..tasks.task import make_task
 from .inputs.datasets import (
     as_task_set,
     check_labels,
+    check_one_label_set,
     is_one_dataset,
     is_text_classification,
     load_model,
     the_one_dataset,
     with_held_out_rows,
 )
+from .inputs.target_modules import target_modules_named, with_target_modules
 from .inputs.used_models import without_adapters_of_earlier_runs
 from .multi_task_mixin import MultiTaskMixin
 from .task_trainer import TaskTrainer
@@ -68,15 +69,17 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             self._train_directly(None, model=model, has_tasks=False, **given)
             return
         tasks = as_task_set({"data": train_dataset} if is_one else train_dataset, None if is_one else eval_dataset)
-        if args.label_smoothing_factor > 0 and tasks.label_space is not None and not is_one:
-            raise ConfigurationError("label_smoothing_factor is not defined over label sets that differ by task.")
+        if args.label_smoothing_factor > 0 and not is_one:
+            check_one_label_set(tasks)
         if has_adapter:
             tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
             checked = {"model": model, "processing_class": processing_class, "peft_config": peft_config}
             self._check_arguments(tasks, args, given | checked | {"optimizers": optimizers})
         model, processing_class = _text_model(model, processing_class, tasks)
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+            peft_config = with_target_modules(peft_config, model)
+            with target_modules_named(peft_config, model):
+                model = get_peft_model(model, peft_config)
         if data_collator is None:
             is_classification = tasks.row_format is RowFormat.CLASSIFICATION
             given["data_collator"] = data_collator_for(

@@ -20,6 +20,7 @@ from ..tasks import (
     restrict_to_labels,
 )
 from .resumed_training import ResumedTrainingMixin
+from .task_evaluation import TaskEvaluationMixin
 
 
 class TaskColumnsMixin:
@@ -74,7 +75,7 @@ class TaskColumnsMixin:
         return inputs
 
 
-class TaskTrainer(TaskColumnsMixin, ResumedTrainingMixin, Trainer):
+class TaskTrainer(TaskColumnsMixin, TaskEvaluationMixin, ResumedTrainingMixin, Trainer):
     """`transformers.Trainer` over a token table of several tasks; takes the arguments of both.
 
     A classifier's loss is the mean over the rows of an optimizer step, however they are cut into batches and processes.
@@ -87,7 +88,8 @@ class TaskTrainer(TaskColumnsMixin, ResumedTrainingMixin, Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = self.compute_loss_func
         # Not for longer than this call: a subclass's own loss is scaled as in a plain `Trainer`.
-        self.compute_loss_func = partial(self._loss_over_own_labels, given or _mean_cross_entropy)
+        loss_func = given or self.label_smoother or _mean_cross_entropy
+        self.compute_loss_func = partial(self._loss_over_own_labels, loss_func)
         try:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
@@ -103,5 +105,5 @@ def _mean_cross_entropy(outputs, labels, num_items_in_batch=None):
     return fixed_cross_entropy(outputs["logits"].float(), labels, num_items_in_batch)
 
 
-class TaskSFTTrainer(TaskColumnsMixin, ResumedTrainingMixin, SFTTrainer):
+class TaskSFTTrainer(TaskColumnsMixin, TaskEvaluationMixin, ResumedTrainingMixin, SFTTrainer):
     """`trl.SFTTrainer` over a token table of several tasks; takes the arguments of both."""

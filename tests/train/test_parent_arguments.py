@@ -42,8 +42,8 @@ USED = words("""
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only
     eval_on_start eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics
-    batch_eval_metrics save_strategy save_steps save_on_each_node save_total_limit
-    ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed
+    batch_eval_metrics save_strategy save_steps save_on_each_node save_total_limit load_best_model_at_end
+    greater_is_better ignore_data_skip full_determinism seed data_seed
     use_cpu accelerator_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
     dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
     dataloader_in_order remove_unused_columns label_names train_sampling_strategy ddp_find_unused_parameters
@@ -55,7 +55,7 @@ USED = words("""
 # What the run itself uses, and each training otherwise or not at all.
 USED_BY_RUN = words("""
     output_dir push_to_hub hub_model_id hub_token hub_private_repo hub_revision hub_strategy model_init_kwargs
-    chat_template_path dataset_kwargs dataset_text_field
+    chat_template_path dataset_kwargs dataset_text_field metric_for_best_model
 """)
 # Of no consequence here, for the reason given.
 IRRELEVANT = {
@@ -63,17 +63,13 @@ IRRELEVANT = {
     "do_eval": "read by scripts alone",
     "do_predict": "read by scripts alone",
     "hub_always_push": "every upload is waited for",
-    "greater_is_better": "read with metric_for_best_model alone",
+    "restore_callback_states_from_checkpoint": "a training that goes on always restores them",
     "fsdp_config": "read with fsdp alone",
     "length_column_name": "rows carry no such column: lengths are those of the tokens, as in the parents then",
 }
 # Values that are refused, and what the message says beside the name.
 REFUSED_VALUES = {
     "auto_find_batch_size": (True, "per_device_train_batch_size"),
-    "load_best_model_at_end": (True, "end of a training"),
-    "metric_for_best_model": ("eval_sums_loss", "its own tasks"),
-    "lr_scheduler_type": ("reduce_lr_on_plateau", "a schedule of steps"),
-    "save_strategy": ("best", "'steps', 'epoch' or 'no'"),
     "save_only_model": (True, "could not resume"),
     "enable_jit_checkpoint": (True, "save_steps"),
     "resume_from_checkpoint": ("out/checkpoint-5", "resumes by itself"),

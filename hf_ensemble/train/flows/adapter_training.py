@@ -1,7 +1,6 @@
 """Training one adapter after another from one starting point, each by an ordinary trainer."""
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,9 +21,12 @@ from ...estimate.mixtures import epoch_length
 from ...runs import TrainedAdapter
 from ...tasks import TASK
 from ..credentials import arguments_without_secrets
+from ..inputs.best_metric import metric_of_training
 from ..tracking import report_as_part_of_run
-from .checkpoints import SealCheckpoints, last_whole_checkpoint
+from .checkpoints import SealCheckpoints, last_whole_checkpoint, remove_checkpoints
 from .context import FlowContext
+from .kept_adapter import kept_adapter
+from .learning import LearningCheck
 
 
 class AdapterTraining:
@@ -35,10 +37,16 @@ class AdapterTraining:
 
     Args:
         context (`FlowContext`): what the run works on; the model is at theta0.
+
+    Attributes:
+        ignore_keys_for_eval (`list[str]`, *optional*): outputs that evaluations during a training leave out.
     """
 
     def __init__(self, context: FlowContext):
         self.context = context
+        self.ignore_keys_for_eval: list[str] | None = None
+        # An adapter that has learnt from all tasks may have little left to learn.
+        self._is_trained_already = False
         self.theta0 = {
             name: parameter.detach().clone().cpu()
             for name, parameter in context.model.named_parameters()
@@ -74,6 +82,7 @@ class AdapterTraining:
     def start_from(self, folder: Path) -> None:
         """Make a saved adapter the starting point in place of theta0."""
         self.load(folder)
+        self._is_trained_already = True
         self.theta0 = {
             name: parameter.detach().clone().cpu()
             for name, parameter in self.context.model.named_parameters()
@@ -115,10 +124,13 @@ class AdapterTraining:
         rows = rows_of(self.context.train_rows, weights)
         try:
             with self.context.model_state.restored():
+                learning = None if self._is_trained_already else LearningCheck(self.context, rows)
                 trainer = self._trainer(begun, rows)
                 start = time.perf_counter()
                 with writing(run.training(name)):
-                    result = trainer.train(resume_from_checkpoint=checkpoint)
+                    result = trainer.train(
+                        resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self.ignore_keys_for_eval
+                    )
                 seconds = time.perf_counter() - start
                 trainer.accelerator.free_memory()
             trained = replace(
@@ -130,11 +142,14 @@ class AdapterTraining:
                 distance=self.distance(),
                 total_flos=float(result.metrics.get("total_flos", 0.0)),
                 seconds=round(seconds, 3),
+                **kept_adapter(trainer, name),
             )
+            if learning is not None:
+                learning.report(trained)
             if is_main_process():
                 save_adapter(self.context.model, self.context.adapter_name, folder)
                 run.write_trained_adapter(replace(trained, files=checksums(folder)))
-                _remove_checkpoints(run.training(name))
+                remove_checkpoints(run.training(name))
             wait_for_everyone()
             trained = run_on_main(lambda: run.trained_adapter(name))
         finally:
@@ -152,7 +167,7 @@ class AdapterTraining:
             return known, None
         if not same:
             # Those of another mixture or starting point.
-            _remove_checkpoints(work)
+            remove_checkpoints(work)
         begun = replace(wanted, first_step=known.first_step if same else run.num_steps())
         run.write_trained_adapter(begun)
         return begun, last_whole_checkpoint(work)
@@ -164,24 +179,20 @@ class AdapterTraining:
             args.seed = args.data_seed = begun.seed
         args.output_dir = str(self.context.run.training(begun.name))
         args.push_to_hub = False
+        # A training that goes on is the same training, early stopping included.
+        args.restore_callback_states_from_checkpoint = True
+        own = [task for task, weight in begun.mixture.items() if weight > 0]
+        args.metric_for_best_model = metric_of_training(args.metric_for_best_model, self.context.tasks, own)
         sampling = self.context.tasks.sampling_weights
         trainer = self.context.make_trainer(
             args,
             rows,
-            {task: self.context.eval_rows[task] for task, weight in begun.mixture.items() if weight > 0},
+            {task: self.context.eval_rows[task] for task in own},
             {task: weight * sampling[task] for task, weight in begun.mixture.items()},
         )
         report_as_part_of_run(trainer.callback_handler, begun.name, begun.first_step)
         trainer.add_callback(SealCheckpoints)
         return trainer
-
-
-def _remove_checkpoints(work: Path) -> None:
-    """Delete the checkpoints of a finished training; logs of trackers stay."""
-    for checkpoint in work.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    if work.is_dir() and not any(work.iterdir()):
-        work.rmdir()
 
 
 def rows_of(table: Dataset, weights: Mapping[str, float]) -> Dataset:

@@ -11,6 +11,7 @@ from ..._processes import is_main_process, wait_for_everyone
 from ..._records import check_checksum, with_checksum
 from ...errors import RecordError
 from ...logging import get_logger
+from ..resumed_training import best_checkpoint_of
 
 logger = get_logger(__name__)
 
@@ -34,17 +35,40 @@ def seal_checkpoint(checkpoint: Path) -> None:
 
 
 def last_whole_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint whose files are as they were written; others are deleted."""
-    steps = {int(path.name.split("-")[-1]): path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
-    whole = []
-    for step, path in steps.items():
-        fault = _fault(path)
-        if fault is None:
-            whole.append(step)
-        else:
+    """The newest checkpoint that a training goes on from to the end it would have had; those that do not are deleted.
+
+    Its files are as they were written, and so are those of the best checkpoint until then.
+    """
+    faults = {path: _fault(path) for path in checkpoints_in(work)}
+    whole = {path for path, fault in faults.items() if fault is None}
+    for path in whole:
+        best = best_checkpoint_of(path)
+        if best is not None and best not in whole:
+            faults[path] = f"the best checkpoint until then, {best.name}, is damaged or gone"
+    usable = [path for path, fault in faults.items() if fault is None]
+    for path, fault in faults.items():
+        if fault is not None:
             logger.warning("The checkpoint %s is deleted, because %s.", path, fault)
             shutil.rmtree(path)
-    return str(steps[max(whole)]) if whole else None
+    return str(max(usable, key=checkpoint_step)) if usable else None
+
+
+def checkpoints_in(work: Path) -> list[Path]:
+    """The checkpoints in a training's folder."""
+    return [path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+
+
+def checkpoint_step(checkpoint: str | Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(Path(checkpoint).name.split("-")[-1])
+
+
+def remove_checkpoints(work: Path) -> None:
+    """Delete the checkpoints of a finished training; logs of trackers stay."""
+    for checkpoint in checkpoints_in(work):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
 
 
 def _fault(checkpoint: Path) -> str | None:

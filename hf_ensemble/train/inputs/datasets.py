@@ -112,6 +112,17 @@ def check_labels(model, label_space: LabelSpace | None) -> None:
         )
 
 
+def check_one_label_set(tasks: TaskSet) -> None:
+    """Raise `ConfigurationError` for classification tasks whose labels differ, which no loss can be smoothed over."""
+    if tasks.label_space is not None and not tasks.label_space.is_shared:
+        found = {name: list(task.label_names) for name, task in tasks.items()}
+        raise ConfigurationError(
+            "label_smoothing_factor is for tasks of one label set, since it spreads each label over all of them; found "
+            f"{found!s:.200}. Leave it out, or name the labels alike where they mean the same (integers without names "
+            "are never the same labels)."
+        )
+
+
 def check_template(rows: Dataset, processing_class: Any) -> None:
     """Raise `TaskError` for what trl cannot make chats into tokens with.
 

@@ -33,20 +33,6 @@ REFUSED: dict[str, Refusal] = {
         "each training would find a batch size of its own, and predictions are of one batch size",
         "set per_device_train_batch_size and gradient_accumulation_steps",
     ),
-    "load_best_model_at_end": Refusal(
-        "predictions are of the end of a training, whose adapter is kept", "leave it out, or train for fewer epochs"
-    ),
-    "metric_for_best_model": Refusal(
-        "each training is evaluated on its own tasks, so that no metric is one of all trainings", "leave it out"
-    ),
-    "lr_scheduler_type": Refusal(
-        "each training is evaluated on its own tasks, so that no metric is one of all trainings",
-        "use a schedule of steps, such as 'linear' or 'cosine'",
-        ("reduce_lr_on_plateau", "greedy"),
-    ),
-    "save_strategy": Refusal(
-        "checkpoints are kept to resume from alone", "set it to 'steps', 'epoch' or 'no'", ("best",)
-    ),
     "save_only_model": Refusal("a training that was killed could not resume", "set save_total_limit to save space"),
     "enable_jit_checkpoint": Refusal(
         "a training that it stops would count as finished", "set save_strategy='steps' and save_steps"
