@@ -114,6 +114,7 @@ class TrainedAdapter(Record):
         best_metric (`float`, *optional*): of that evaluation.
         metric_for_best_model (`str`, *optional*): name of that metric in the training's log.
         seconds (`float`): wall time; of the last stretch for a training that was resumed.
+        length (`float`): its epochs or steps, in multiples of those of the arguments.
         files (`dict[str, str]`): checksums of the adapter's files.
     """
 
@@ -136,12 +137,13 @@ class TrainedAdapter(Record):
     best_metric: float | None = None
     metric_for_best_model: str | None = None
     seconds: float = 0.0
+    length: float = 1.0
     files: dict[str, str] = field(default_factory=dict)
 
     def continues(self, known: "TrainedAdapter | None") -> bool:
-        """Whether what is known of a training is known of this one: of the same rows, seed and starting point."""
+        """Whether what is known of a training is of this one: of the same rows, seed, starting point and length."""
         return known is not None and all(
-            getattr(known, name) == getattr(self, name) for name in ("name", "mixture", "seed", "theta0")
+            getattr(known, name) == getattr(self, name) for name in ("name", "mixture", "seed", "theta0", "length")
         )
 
     def check_files(self, folder: Path) -> None:

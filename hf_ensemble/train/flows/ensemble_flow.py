@@ -1,6 +1,7 @@
 """The stages of an ensemble run: gradients, baseline, groups, one adapter per group, weights, evaluation."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
@@ -65,13 +66,19 @@ class EnsembleFlow:
                 if name == self.grouping.baseline_group:
                     assembly.copy_baseline(name)
                 else:
-                    trained.append(self.training.run(name, own, run.member(name)))
+                    trained.append(self.training.run(name, own, run.member(name), **self._beginning()))
         with self.context.model_state.restored():
             self.ensemble = assembly.assemble()
         metrics = self.evaluate(self.context.eval_tables, "eval")
         steps = sum(adapter.global_step for adapter in trained)
         loss = sum(adapter.training_loss * adapter.global_step for adapter in trained) / max(steps, 1)
         return TrainOutput(steps, loss, metrics)
+
+    def _beginning(self) -> dict[str, Any]:
+        """Where the groups' trainings begin, and how long they are."""
+        if self.context.args.group_initialization == "fresh":
+            return {}
+        return {"start": self.context.run.baseline, "length": self.context.args.continued_length}
 
     def num_calibration_runs(self) -> int:
         """The one adapter for all is a run that exists anyway."""
