@@ -15,6 +15,7 @@ from ..common import make_parser, write_results
 from ..trainers import TrainedMixtures, trainer_from_flags
 from .table import table
 
+PARTITION_METHODS = [method for method in GROUPING_METHODS if method != "mixtures"]
 Groups = list[tuple[list[str], list[str]]]
 
 
@@ -22,7 +23,7 @@ def groupings(selector: DataSelector, num_groups: int | str, seeds: list[int]) -
     """Groups by method and seed: the tasks that each scores, and those it is trained on."""
     names = list(selector.estimator.task_names)
     found = {}
-    for method in GROUPING_METHODS:
+    for method in PARTITION_METHODS:
         grouping = selector.group(num_groups, method)
         groups = [(tasks, grouping.trained_on(name)) for name, tasks in grouping.groups.items()]
         found[method] = [groups] * len(seeds)

@@ -120,7 +120,7 @@ def group_curve_table(grouping: Grouping) -> Table:
     table.add_column("tasks")
     table.add_column("helpers")
     for name, tasks in grouping.groups.items():
-        table.add_row(name, ", ".join(tasks), ", ".join(grouping.helpers.get(name, [])))
+        table.add_row(name, ", ".join(tasks), ", ".join(grouping.helpers(name)))
     table.add_section()
     for count, loss in grouping.predicted_loss.items():
         table.add_row(f"{count} groups", f"predicted loss {loss:.4f}", "")

@@ -1,5 +1,6 @@
 """`SubsetEstimator`: predicts fine-tuning outcomes from gradient features."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from .._settings import check_at_least, check_number, checked_mapping
 from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
+from ..tasks.sampling import epoch_length
 from .calibration import LossCalibration
 from .intervals import IntervalWidth
 from .mixtures import loss_weights, mixture_weights
@@ -106,15 +108,11 @@ class SubsetEstimator:
         self.interval = IntervalWidth()
         self.calibration: LossCalibration | None = None
         squared_norms = squared_row_norms(train.features) if recipe is not None else np.zeros(len(train))
-        self._length = TrainingLength(
-            reduced,
-            squared_norms / self.reduction.scale**2,
-            train.margin,
-            train.task,
-            self.sampling_weights,
-            recipe,
-            self._row_weights,
-        )
+        # In the order of the surrogate's rows.
+        self._order = np.argsort(train.task, kind="stable")
+        self._squared_norms = (squared_norms / self.reduction.scale**2)[self._order]
+        self._share = 1.0
+        self._length = self._training_length()
         replayed = []
         if recipe is not None and not observed_runs:
             replayed = [self._replayed_run(train, reduced, squared_norms, recipe)]
@@ -279,6 +277,72 @@ class SubsetEstimator:
             loss = self._validation.outcomes(reference, targets[None] > 0)[0][0]
             slope = np.where(targets > 0, self._calibration_slope(loss), 0.0)
         return self._validation.spread(coefficients, reference, targets * slope, metric)
+
+    def truncated(self, num_components: int) -> "SubsetEstimator":
+        """The same estimator in its first principal components alone: less exact, and faster by about their share."""
+        check_at_least("num_components", num_components, 1)
+        other = copy.copy(self)
+        other._train = self._train.truncated(num_components)
+        other._validation = self._validation.truncated(num_components)
+        other._length = self._length.truncated(num_components)
+        return other
+
+    def _training_length(self) -> TrainingLength:
+        features, margin, task = self._train.rows()
+        return TrainingLength(
+            features=features,
+            margin=margin,
+            task=task,
+            squared_norms=self._squared_norms,
+            sampling_weights=self.sampling_weights,
+            recipe=self._recipe,
+            row_weights=None if self._row_weights is None else self._row_weights[self._order],
+        )
+
+    def continued(self, share: float) -> "SubsetEstimator":
+        """Predicts trainings that go on from an adapter that was trained on all tasks.
+
+        The surrogate's rows get their margins at the optimum of all tasks, and its penalty holds to this optimum: the
+        coefficients of its predictions are moves from there. A training on all tasks that goes on with all of them is
+        one of a larger length. Losses are calibrated as before.
+
+        Args:
+            share (`float`): length of the trainings, in multiples of the recipe's.
+        """
+        check_number("share", share, 0, above=True, error=EstimationError)
+        start = self.predict(np.ones((1, len(self.task_names)))).coefficients[0]
+        other = copy.copy(self)
+        other._train, other._validation = self._train.shifted(start), self._validation.shifted(start)
+        other._length = other._training_length().continued(self._length, share)
+        other._share = share
+        return other
+
+    @property
+    def has_fixed_steps(self) -> bool:
+        """Whether a training takes the same number of steps whatever it is on."""
+        return self._recipe is not None and self._recipe.fixed_steps
+
+    def training_cost(self, mixtures: np.ndarray) -> np.ndarray:
+        """Cost of training on mixtures `(S, T)`: rows drawn, in multiples of a training on all tasks, `(S,)`."""
+        if self.has_fixed_steps:
+            return np.full(len(mixtures), self._share)
+        everything = epoch_length(self.sampling_weights, self.counts)
+        return self._share * epoch_length(mixtures * self.sampling_weights, self.counts) / everything
+
+    def losses_by_half(self, coefficients: np.ndarray, seed: int = 0) -> np.ndarray:
+        """Predicted losses on two random halves of each task's validation rows, `(2, S, T)`.
+
+        Args:
+            coefficients (`np.ndarray` of shape `(S, k)`): optima, see [`Prediction`].
+            seed (`int`, *optional*, defaults to 0): seed of the halves.
+        """
+        losses = np.stack([half.outcomes(coefficients)[0] for half in self._validation.halves(seed)])
+        return losses if self.calibration is None else self.calibration(losses)
+
+    def start_loss(self) -> np.ndarray:
+        """Predicted loss of each task where trainings begin, `(T,)`: calibrated, unlike [`base_loss`]."""
+        loss = self.base_loss()
+        return loss if self.calibration is None else self.calibration(loss)
 
     def base_loss(self) -> np.ndarray:
         """Validation loss of each task at the linearization point, `(T,)`."""

@@ -5,7 +5,7 @@ task. The first steps are in float32. Near the optimum, objective, gradient and 
 the linear systems stay in float32, because the next gradient corrects their rounding (iterative refinement).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +41,15 @@ class TaskRows:
     def features(self) -> torch.Tensor:
         """Features in float64. Those in float32 are converted as they are used: a copy would triple the memory."""
         return self.given.double()
+
+    def truncated(self, num_components: int) -> "TaskRows":
+        """The same rows in their first components."""
+        given = self.given[:, :num_components].contiguous()
+        return replace(self, given=given, single=given.float(), mean_square=self.mean_square[:num_components])
+
+    def shifted(self, w: torch.Tensor) -> "TaskRows":
+        """The same rows with their margins at w `(k,)`, float64."""
+        return replace(self, margin=self.margin + self.features @ w)
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
         """Multiply values `(..., n)` by the row weights."""

@@ -44,7 +44,8 @@ class LossSensitivity:
         targets: np.ndarray,
     ):
         self._problem, self._length, self._l2_scale = problem, length, l2_scale
-        self._row_weights, self._validation = row_weights, validation
+        # Rows of other tasks have no part in the loss.
+        self._row_weights, self._validation = row_weights, validation.of_tasks(targets != 0)
         self._calibration, self._targets = calibration, targets
         self._last: np.ndarray | None = None
 
@@ -76,8 +77,9 @@ class LossSensitivity:
         w = self._problem.solve(weights[None], np.array([l2]), _TIGHT, initial=self._last).coefficients[0]
         self._last = w[None]
         task, z = self._validation.task, self._validation.margins(w)
-        counts = np.bincount(task)
-        loss = np.bincount(task, np.logaddexp(0.0, -z)) / counts
+        size = len(self._targets)
+        counts = np.maximum(np.bincount(task, minlength=size), 1)
+        loss = np.bincount(task, np.logaddexp(0.0, -z), size) / counts
         calibrated, slope = loss, np.ones_like(loss)
         if self._calibration is not None:
             calibrated, slope = self._calibration(loss), self._calibration.slope(loss)

@@ -8,6 +8,7 @@ with row weights u. Training a language model averages the loss over a batch's t
 answer tokens.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,25 @@ class SurrogateProblem:
             )
         ]
         self._device = x.device
+
+    def truncated(self, num_components: int) -> "SurrogateProblem":
+        """The same rows in their first components alone."""
+        other = copy.copy(self)
+        other.num_components = min(num_components, self.num_components)
+        other._tasks = [rows.truncated(other.num_components) for rows in self._tasks]
+        return other
+
+    def shifted(self, w: np.ndarray) -> "SurrogateProblem":
+        """The problem of moving on from w `(k,)`."""
+        other, point = copy.copy(self), torch.from_numpy(w.copy()).to(self._device)
+        other._tasks = [rows.shifted(point) for rows in self._tasks]
+        return other
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Features `(n, k)`, margins and task of every row `(n,)`, sorted by task."""
+        features = torch.cat([rows.given for rows in self._tasks]).cpu().numpy()
+        margin = torch.cat([rows.margin for rows in self._tasks]).cpu().numpy()
+        return features, margin, np.repeat(np.arange(len(self.counts)), self.counts)
 
     def solve(
         self,

@@ -1,5 +1,7 @@
 """The surrogate's penalty, from how far a training on each mixture moves relative to training on all tasks."""
 
+import copy
+
 import numpy as np
 
 from ..store import TrainingRecipe
@@ -75,15 +77,29 @@ class TrainingLength:
         self._squares = np.bincount(task, residual**2 * squared_norms)
         self._all = sampling_weights[None]
         self._all_rows = float(epoch_length(sampling_weights, self._counts))
+        # Length of a training in multiples of the recipe's, and lengths of trainings on all tasks before it.
+        self._share, self._past = 1.0, 0.0
         self._least_square = np.finfo(float).tiny
         if self._batch_size is not None:
             self._least_square = max(self._least_square, _MIN_SQUARE * float(self._batch_square(self._all)[0]))
+        self._reference = float(self._distance(self._all)[0]) / self._all_rows
+
+    def continued(self, before: "TrainingLength", share: float) -> "TrainingLength":
+        """Lengths of trainings that go on where one on all tasks has ended.
+
+        Args:
+            before (`TrainingLength`): lengths of the trainings from the start, to whose scale penalties are.
+            share (`float`): length of what follows, in multiples of the recipe's.
+        """
+        other = copy.copy(self)
+        other._share, other._past, other._reference = share, before._past + before._share, before._reference
+        return other
 
     def l2(self, scale: float | np.ndarray, mixtures: np.ndarray) -> np.ndarray:
         """Penalties `(S,)` of mixtures `(S, T)` for c = `scale`, a number or one per mixture."""
         # The solver refuses mixtures without rows; their penalty only has to be finite.
         mixtures = np.where((mixtures @ self._counts > 0)[:, None], mixtures, self._all)
-        return scale / self._all_rows * self._distance(self._all) / self._distance(mixtures)
+        return scale * self._reference / self._distance(mixtures)
 
     def l2_with_gradient(self, scale: float, mixture: np.ndarray) -> tuple[float, np.ndarray]:
         """Penalty of a mixture `(T,)` of weights up to one, and its gradient `(T,)`.
@@ -93,23 +109,34 @@ class TrainingLength:
         """
         counts = self._counts
         rows = mixture @ counts
-        l2 = scale / self._all_rows * self._distance(self._all)[0] / self._distance(mixture[None], 1.0)[0]
+        l2 = scale * self._reference / self._distance(mixture[None], 1.0)[0]
         log_slope = np.zeros(len(counts))
         if not self._fixed_steps:
-            growth = self._growth / self._all_rows
-            log_slope -= counts / rows + growth * counts / (1 + growth * rows)
+            growth = self._growth * self._share / self._all_rows
+            past = 1 + 2 * self._growth * self._past
+            log_slope -= counts / rows + growth * counts / (past + growth * rows)
         if self._batch_size is not None:
-            gradient, squares = (values[0] for values in self._batch_gradients(mixture[None]))
-            mean_square, total = gradient @ gradient, mixture @ self._totals
-            mean_slope = 2 * (self._gradients @ gradient - mean_square * self._totals) / total
-            squares_slope = squares * (self._squares / (mixture @ self._squares) + counts / rows)
-            squares_slope -= 2 * squares * self._totals / total
-            square = batch_mean_square(mean_square, squares, self._batch_size)
-            # Without noise, at identical gradients, the noise term is at its lower bound.
-            noise_slope = (squares_slope - mean_slope) / self._batch_size if squares > mean_square else 0.0
-            if square > self._least_square:
-                log_slope += (mean_slope + noise_slope) / (2 * square)
+            log_slope += self._batch_slope(mixture)
         return l2, l2 * log_slope
+
+    def _batch_slope(self, mixture: np.ndarray) -> np.ndarray:
+        """Derivative of log sqrt(Q) at a mixture `(T,)`."""
+        if self._batch_square(mixture[None])[0] <= self._least_square:
+            return np.zeros(len(mixture))
+        gradient, squares = (values[0] for values in self._batch_gradients(mixture[None]))
+        mean_square, total = gradient @ gradient, mixture @ self._totals
+        mean_slope = 2 * (self._gradients @ gradient - mean_square * self._totals) / total
+        squares_slope = squares * (self._squares / (mixture @ self._squares) + self._counts / (mixture @ self._counts))
+        squares_slope -= 2 * squares * self._totals / total
+        # Without noise, at identical gradients, the noise term is at its lower bound.
+        noise_slope = (squares_slope - mean_slope) / self._batch_size if squares > mean_square else 0.0
+        return (mean_slope + noise_slope) / (2 * batch_mean_square(mean_square, squares, self._batch_size))
+
+    def truncated(self, num_components: int) -> "TrainingLength":
+        """The same lengths from gradients in their first components."""
+        other = copy.copy(self)
+        other._gradients = self._gradients[:, :num_components]
+        return other
 
     def task_gradients(self) -> np.ndarray:
         """Mean negative loss gradient of each task's rows, `(T, k)`, towards larger margins."""
@@ -130,10 +157,10 @@ class TrainingLength:
         """T of each mixture, `(S,)`, in arbitrary units; rows with weight `heaviest` are sampled once per epoch."""
         rows = mixtures @ self._counts
         if self._fixed_steps:
-            steps = np.ones(len(mixtures))
+            steps = np.full(len(mixtures), self._share)
         else:
-            steps = rows / (mixtures.max(axis=1) if heaviest is None else heaviest)
-            steps = steps * (1 + self._growth * steps / self._all_rows)
+            steps = self._share * rows / (mixtures.max(axis=1) if heaviest is None else heaviest)
+            steps = steps * (1 + self._growth * (2 * self._past + steps / self._all_rows))
         if self._batch_size is None:
             return steps
         return steps / np.sqrt(np.maximum(self._batch_square(mixtures), self._least_square))

@@ -1,5 +1,7 @@
 """The rows whose losses are predicted."""
 
+import copy
+
 import numpy as np
 
 from ..errors import EstimationError
@@ -27,6 +29,38 @@ class ValidationRows:
         self.task = table.task[order]
         self._ids = table.example_id[order].tolist()
         self._names = table.task_names
+
+    def truncated(self, num_components: int) -> "ValidationRows":
+        """The same rows in their first components."""
+        other = copy.copy(self)
+        other.features = np.ascontiguousarray(self.features[:, :num_components])
+        return other
+
+    def shifted(self, w: np.ndarray) -> "ValidationRows":
+        """The same rows with their margins at w `(k,)`."""
+        other = copy.copy(self)
+        other.margin = self.margins(w)
+        return other
+
+    def of_tasks(self, tasks: np.ndarray) -> "ValidationRows":
+        """The rows of the tasks in a mask `(T,)`."""
+        return self._of_rows(tasks[self.task])
+
+    def halves(self, seed: int = 0) -> tuple["ValidationRows", "ValidationRows"]:
+        """Two random halves of each task's rows; a task's only row is in both."""
+        generator = np.random.default_rng(seed)
+        first, second = np.zeros(len(self.task), dtype=bool), np.zeros(len(self.task), dtype=bool)
+        for task in np.unique(self.task):
+            rows = generator.permutation(np.flatnonzero(self.task == task))
+            middle = (len(rows) + 1) // 2
+            first[rows[:middle]], second[rows[middle:] if len(rows) > 1 else rows] = True, True
+        return self._of_rows(first), self._of_rows(second)
+
+    def _of_rows(self, kept: np.ndarray) -> "ValidationRows":
+        other = copy.copy(self)
+        other.features, other.margin, other.task = self.features[kept], self.margin[kept], self.task[kept]
+        other._ids = [example for example, own in zip(self._ids, kept) if own]
+        return other
 
     def outcomes(
         self, coefficients: np.ndarray, needed: np.ndarray | None = None

@@ -122,6 +122,7 @@ class TrainedAdapter(Record):
         best_metric (`float`, *optional*): of that evaluation.
         metric_for_best_model (`str`, *optional*): name of that metric in the training's log.
         seconds (`float`): wall time; of the last stretch for a training that was resumed.
+        length (`float`): its epochs or steps, in multiples of those of the arguments.
         files (`dict[str, str]`): checksums of the adapter's files.
         log_history (`list[dict]`): the training's log, as `TrainerState` has it.
     """
@@ -145,13 +146,14 @@ class TrainedAdapter(Record):
     best_metric: float | None = None
     metric_for_best_model: str | None = None
     seconds: float = 0.0
+    length: float = 1.0
     files: dict[str, str] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
     def continues(self, known: "TrainedAdapter | None") -> bool:
-        """Whether what is known of a training is known of this one: of the same rows, seed and starting point."""
+        """Whether what is known of a training is of this one: of the same rows, seed, starting point and length."""
         return known is not None and all(
-            getattr(known, name) == getattr(self, name) for name in ("name", "mixture", "seed", "theta0")
+            getattr(known, name) == getattr(self, name) for name in ("name", "mixture", "seed", "theta0", "length")
         )
 
     def check_files(self, folder: Path) -> None:
@@ -226,7 +228,7 @@ class Estimate(Record):
     @classmethod
     def of(cls, estimator: SubsetEstimator, grouping: Grouping) -> "Estimate":
         names = list(estimator.task_names)
-        prediction = estimator.predict_subsets([grouping.trained_on(name) for name in grouping.groups])
+        prediction = estimator.predict_subsets([grouping.mixtures[name] for name in grouping.groups])
         regularization, calibration = estimator.regularization, estimator.calibration
         return cls(
             l2_scale=float(regularization.l2_scale),

@@ -230,6 +230,9 @@ class DataSelector:
         group_cost: float = 0.0,
         overlapping_groups: bool = False,
         affinity_subsets: int = 400,
+        compute_budget: float | None = None,
+        group_initialization: str = "fresh",
+        continued_length: float = 0.5,
         **options: Any,
     ) -> Grouping:
         """Group the tasks for one adapter per group.
@@ -237,7 +240,7 @@ class DataSelector:
         Args:
             num_groups (`int`, *optional*): number of groups. Chosen by predicted loss by default.
             method (`str`, *optional*, defaults to `"direct"`):
-                `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`, see [`group_tasks`].
+                `"mixtures"`, `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`, see [`group_tasks`].
             max_groups (`int`, *optional*):
                 Maximum number of groups when the number is chosen. The number of tasks by default.
             group_cost (`float`, *optional*, defaults to 0.0):
@@ -246,13 +249,29 @@ class DataSelector:
                 Also train a group on tasks of other groups that help its own tasks.
             affinity_subsets (`int`, *optional*, defaults to 400):
                 Number of random subsets that the affinity matrix is estimated from.
+            compute_budget (`float`, *optional*):
+                With `"mixtures"`, maximum training cost of all adapters, in multiples of one adapter for all tasks.
+            group_initialization (`str`, *optional*, defaults to `"fresh"`):
+                Where their trainings begin: `"fresh"`, or `"baseline"`, where the adapter for all tasks has ended.
+            continued_length (`float`, *optional*, defaults to 0.5):
+                With `"baseline"`, their length in multiples of a whole training.
             options: further arguments of [`group_tasks`].
 
         Raises:
             `ConfigurationError`: for an unknown method, and more groups than tasks.
         """
         check_options(group_tasks, options, "group", ("settings",))
-        settings = GroupingSettings(num_groups, max_groups, method, group_cost, overlapping_groups, affinity_subsets)
+        settings = GroupingSettings(
+            num_groups,
+            max_groups,
+            method,
+            group_cost,
+            overlapping_groups,
+            affinity_subsets,
+            compute_budget,
+            group_initialization,
+            continued_length,
+        )
         return group_tasks(self.estimator, settings, **options)
 
     def affinity(self, **options: Any) -> np.ndarray:

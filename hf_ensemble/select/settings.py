@@ -18,7 +18,8 @@ SELECTION_METHODS = (
     "gradient_similarity",
 )
 SELECTION_METRICS = ("loss", "accuracy", "answers")
-GROUPING_METHODS = ("direct", "spectral", "semidefinite", "coclustering")
+GROUP_INITIALIZATIONS = ("fresh", "baseline")
+GROUPING_METHODS = ("mixtures", "direct", "spectral", "semidefinite", "coclustering")
 
 
 @dataclass
@@ -126,9 +127,43 @@ class GroupingSettings(Settings):
     affinity_subsets: int = field(
         default=400, metadata={"help": "Number of random subsets that the affinity matrix is estimated from."}
     )
+    compute_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "With grouping_method='mixtures': maximum training cost of all adapters, in multiples of one "
+            "adapter for all tasks, which is included where it is trained. By default the cheapest set of mixtures "
+            "that is not told apart from the best one."
+        },
+    )
+    group_initialization: str = field(
+        default="fresh",
+        metadata={
+            "help": "Where the training of a group's adapter begins: 'fresh' where the adapter for all tasks begins, "
+            "'baseline' where that one has ended; it then goes on for continued_length."
+        },
+    )
+    continued_length: float = field(
+        default=0.5,
+        metadata={
+            "help": "With group_initialization='baseline': length of the trainings, in multiples of a whole one."
+        },
+    )
 
     def __post_init__(self):
         check_one_of("grouping_method", self.grouping_method, GROUPING_METHODS)
+        check_one_of("group_initialization", self.group_initialization, GROUP_INITIALIZATIONS)
+        check_number("continued_length", self.continued_length, 0, above=True)
+        check_number("compute_budget", self.compute_budget, 1, optional=True)
+        if self.grouping_method == "mixtures" and self.overlapping_groups:
+            raise ConfigurationError(
+                "overlapping_groups=True adds helpers to a partition; mixtures overlap by themselves. Leave it out, or "
+                "set grouping_method='direct'."
+            )
+        if self.grouping_method != "mixtures" and self.compute_budget is not None:
+            raise ConfigurationError(
+                f"compute_budget={self.compute_budget} limits mixtures; the groups of grouping_method="
+                f"{self.grouping_method!r} cost as much as their rows. Set grouping_method='mixtures', or leave it out."
+            )
         for name in ("num_groups", "max_groups"):
             check_at_least(name, getattr(self, name), 1, optional=True)
         check_at_least("affinity_subsets", self.affinity_subsets, 1)
@@ -145,6 +180,9 @@ class GroupingSettings(Settings):
             "group_cost": self.group_cost,
             "overlapping_groups": self.overlapping_groups,
             "affinity_subsets": self.affinity_subsets,
+            "compute_budget": self.compute_budget,
+            "group_initialization": self.group_initialization,
+            "continued_length": self.continued_length,
         }
 
     def check_tasks(self, num_tasks: int) -> None:

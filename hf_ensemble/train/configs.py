@@ -216,6 +216,11 @@ class EnsembleArguments(GroupingSettings, RunArguments):
     def __post_init__(self):
         check_one_of("ensemble_weights", self.ensemble_weights, WEIGHTINGS)
         check_flag("train_baseline", self.train_baseline)
+        if self.group_initialization == "baseline" and not self.train_baseline:
+            raise ConfigurationError(
+                "group_initialization='baseline' begins at the adapter for all tasks, which train_baseline=False does "
+                "not train. Leave one of them out."
+            )
         super().__post_init__()
 
 

@@ -107,10 +107,10 @@ def test_a_grouping_tells_its_helpers(options):
     assert sorted(task for tasks in grouping.groups.values() for task in tasks) == sorted(names)
     for group, tasks in grouping.groups.items():
         trained = grouping.trained_on(group)
-        assert set(trained) == {*tasks, *grouping.helpers.get(group, ())}
+        assert set(trained) == {*tasks, *grouping.helpers(group)}
         assert trained == sorted(trained, key=names.index)
-        assert not set(tasks) & set(grouping.helpers.get(group, ()))
-    if grouping.helpers:
+        assert not set(tasks) & set(grouping.helpers(group))
+    if any(map(grouping.helpers, grouping.groups)):
         loss = np.mean(
             [
                 estimator.predict_subsets([grouping.trained_on(group)]).loss[0, names.index(task)]
@@ -124,7 +124,7 @@ def test_a_grouping_tells_its_helpers(options):
 def test_overlap_never_raises_the_predicted_loss():
     estimator = planted(1)
     plain, shared = (DataSelector(estimator).group(4, overlapping_groups=overlap) for overlap in (False, True))
-    assert plain.groups == shared.groups and not plain.helpers
+    assert plain.groups == shared.groups and not any(map(plain.helpers, plain.groups))
 
     def loss(grouping):
         found = estimator.predict_subsets([grouping.trained_on(group) for group in grouping.groups]).loss

@@ -6,13 +6,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..._settings import check_at_least
+from ..._settings import check_at_least, check_flag
+from ...errors import ConfigurationError
 from ...estimate import SubsetEstimator
 from ..choice import Choice, with_provenance
 from ..settings import GroupingSettings
 from .affinity import predicted_affinity
 from .direct_search import add_helpers, improve_partition, merge_path
-from .group_losses import EstimatedGroups, GroupLosses, group_masks
+from .group_losses import EstimatedGroups, FoundGroups, GroupLosses, group_masks
+from .mixture_groups import mixture_groups
 from .partition import coclustering, semidefinite_partition, spectral_partition
 
 # Number of partitions on the merge path, those with the least loss, that are improved when the number is chosen.
@@ -26,15 +28,27 @@ _NUM_RANDOM = 10
 
 @dataclass(frozen=True)
 class Grouping(Choice):
-    """A partition of the tasks.
+    """Which tasks each adapter serves, and what it is trained on.
 
     Args:
-        groups (`dict[str, list[str]]`): tasks of each group, by group name.
-        method (`str`): `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`.
+        groups (`dict[str, list[str]]`): tasks that each group's adapter serves, by group name; each task is in one.
+        mixtures (`dict[str, dict[str, float]]`):
+            What each group's adapter is trained on: weight of a row of each task, in multiples of the task's sampling
+            weight. The largest is 1; tasks that are left out are absent.
+        method (`str`): `"mixtures"`, `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`.
         task_names (`list[str]`): order of the affinity's rows and columns.
         affinity (`list[list[float]]`): see [`predicted_affinity`].
         predicted_loss (`dict[str, float]`): mean predicted validation loss over the tasks, by number of groups.
-        helpers (`dict[str, list[str]]`, *optional*): tasks of other groups that a group is also trained on.
+        baseline_group (`str`, *optional*): the group whose adapter is the one for all tasks, which is trained anyway.
+        cost (`float`):
+            Training cost of all adapters, in multiples of one adapter for all: rows that are drawn. It includes the
+            adapter for all tasks where that is trained too.
+        cost_curve (`list[dict[str, float]]`, *optional*):
+            With `"mixtures"`: `cost`, `num_groups` and `predicted_loss` of the sets within the budget that no other one
+            betters in both cost and loss.
+        cross_fitted_loss (`float`, *optional*):
+            With `"mixtures"`: mean predicted loss when each task's mixture is chosen on one half of the validation
+            rows and scored on the other. Its distance from the predicted loss is what choosing has made of noise.
         baselines (`dict[str, float]`, *optional*):
             Mean predicted loss with one group, with one group per task, and with the same number of random groups.
         summary (`str`): one sentence.
@@ -45,11 +59,15 @@ class Grouping(Choice):
     made_by: ClassVar[str] = "group"
 
     groups: dict[str, list[str]]
+    mixtures: dict[str, dict[str, float]]
     method: str
     task_names: list[str]
     affinity: list[list[float]]
     predicted_loss: dict[str, float]
-    helpers: dict[str, list[str]] = field(default_factory=dict)
+    cost: float
+    baseline_group: str | None = None
+    cost_curve: list[dict[str, float]] = field(default_factory=list)
+    cross_fitted_loss: float | None = None
     baselines: dict[str, float] = field(default_factory=dict)
 
     def group_of(self, task: str) -> str:
@@ -57,9 +75,12 @@ class Grouping(Choice):
         return next(name for name, tasks in self.groups.items() if task in tasks)
 
     def trained_on(self, group: str) -> list[str]:
-        """Tasks and helpers of a group, in the order of all tasks."""
-        held = {*self.groups[group], *self.helpers.get(group, ())}
-        return [task for task in self.task_names if task in held]
+        """Tasks that a group's adapter is trained on, in the order of all tasks."""
+        return [task for task in self.task_names if self.mixtures[group].get(task, 0.0) > 0]
+
+    def helpers(self, group: str) -> list[str]:
+        """Tasks that a group's adapter is trained on and that other groups serve."""
+        return [task for task in self.trained_on(group) if task not in self.groups[group]]
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`DataSelector.group`] that repeat the grouping."""
@@ -78,13 +99,18 @@ def group_tasks(
     settings: GroupingSettings | None = None,
     num_candidates: int = 10,
     subset_size: int | None = None,
+    has_baseline: bool = True,
     seed: int = 0,
 ) -> Grouping:
-    """Partition the tasks so that tasks that help each other train together.
+    """Choose what each of several adapters is trained on, and which of them serves each task.
 
-    `"direct"` minimizes the predicted loss of the partition itself: it merges the groups whose merge costs least, then
-    moves and swaps tasks, from the merged partition and from the spectral clusters. The other methods partition the
-    affinity matrix; `"coclustering"` also assigns [`Grouping.helpers`].
+    `"mixtures"` searches for weighted mixtures of all tasks: each task is served by the one that is best for it, and a
+    task may be trained on by many. It keeps within `compute_budget`; without one, it takes the cheapest set that cannot
+    be told from the best, by the validation rows.
+
+    The other methods partition the tasks. `"direct"` minimizes the predicted loss of the partition itself: it merges
+    the groups whose merge costs least, then moves and swaps tasks, from the merged partition and from the spectral
+    clusters. The others partition the affinity matrix; `"coclustering"` also trains groups on tasks of others.
 
     Without a number of groups, partitions into 1, 2, ... up to `max_groups` groups are tried and the one with the least
     predicted loss and group cost is kept; the semidefinite program also proposes a number of its own through its trace
@@ -93,11 +119,14 @@ def group_tasks(
 
     Args:
         estimator (`SubsetEstimator`): makes the predictions.
-        settings (`GroupingSettings`, *optional*): method, number of groups, overlap.
+        settings (`GroupingSettings`, *optional*): method, number of groups, budget, overlap.
         num_candidates (`int`, *optional*, defaults to 10):
             Number of groups, or of tasks in other groups, that `"direct"` tries each group or task with. It is
-            exhaustive from the number of tasks on.
+            exhaustive from the number of tasks on. With `"mixtures"`, number of tasks that a step adds at most.
         subset_size (`int`, *optional*): see [`predicted_affinity`].
+        has_baseline (`bool`, *optional*, defaults to `True`):
+            Whether an adapter for all tasks is trained anyway. Its cost counts, and with `"mixtures"` it serves the
+            tasks that do best with it.
         seed (`int`, *optional*, defaults to 0): seed of the affinity's subsets and of the clustering.
 
     Raises:
@@ -106,14 +135,54 @@ def group_tasks(
     check_at_least("num_candidates", num_candidates, 1)
     check_at_least("subset_size", subset_size, 1, optional=True)
     check_at_least("seed", seed, 0)
+    check_flag("has_baseline", has_baseline)
     settings = settings or GroupingSettings()
     names = estimator.task_names
     settings.check_tasks(len(names))
+    if settings.group_initialization == "baseline":
+        if not has_baseline:
+            raise ConfigurationError(
+                "group_initialization='baseline' begins at the adapter for all tasks, and none is trained. Set "
+                "train_baseline=True, or group_initialization='fresh'."
+            )
+        estimator = estimator.continued(settings.continued_length)
     affinity = np.zeros((1, 1))
     if len(names) > 1:
         affinity = predicted_affinity(estimator, settings.affinity_subsets, subset_size, seed)
-    group_losses = GroupLosses(EstimatedGroups(estimator))
-    directions = estimator.task_gradients()
+    losses = GroupLosses(EstimatedGroups(estimator))
+    find = mixture_groups if settings.grouping_method == "mixtures" else _partition_groups
+    found = find(estimator, losses, affinity, settings, num_candidates, has_baseline, seed)
+    options = {"num_candidates": num_candidates, "subset_size": subset_size, "has_baseline": has_baseline, "seed": seed}
+    return Grouping(
+        groups=_by_name(names, group_masks(found.labels)),
+        mixtures={
+            f"group_{row}": {name: float(weight) for name, weight in zip(names, weights) if weight}
+            for row, weights in enumerate(found.mixtures)
+        },
+        method=settings.grouping_method,
+        task_names=list(names),
+        affinity=affinity.tolist(),
+        predicted_loss=found.curve,
+        cost=found.cost,
+        baseline_group=None if found.baseline is None else f"group_{found.baseline}",
+        cost_curve=found.cost_curve,
+        cross_fitted_loss=found.cross_fitted_loss,
+        baselines=_baselines(losses, len(names), len(found.mixtures), seed),
+        summary=found.summary,
+        settings=with_provenance({**settings.group_arguments(), **options}, estimator),
+    )
+
+
+def _partition_groups(
+    estimator: SubsetEstimator,
+    group_losses: GroupLosses,
+    affinity: np.ndarray,
+    settings: GroupingSettings,
+    num_candidates: int,
+    has_baseline: bool,
+    seed: int,
+) -> FoundGroups:
+    names, directions = estimator.task_names, estimator.task_gradients()
     partitions = _partitions(group_losses, affinity, directions, settings, num_candidates, seed)
     losses = [group_losses.of_partition(labels, trained) / len(names) for labels, trained in partitions]
     sizes = [len(trained) for _, trained in partitions]
@@ -124,23 +193,20 @@ def group_tasks(
     labels, trained = partitions[best]
     if settings.overlapping_groups:
         trained = add_helpers(group_losses, labels, trained, directions, num_candidates)
-    helpers = trained & ~group_masks(labels)
+    num_helpers = int((trained & ~group_masks(labels)).sum())
     summary = _summary(settings, sizes[best], losses[best], len(losses))
-    if helpers.any():
+    if num_helpers:
         with_help = group_losses.of_partition(labels, trained) / len(names)
-        summary = f"{summary}; with {helpers.sum()} helpers it is {with_help:.4f}"
-    options = {"num_candidates": num_candidates, "subset_size": subset_size, "seed": seed}
-    return Grouping(
-        groups=_by_name(names, group_masks(labels)),
-        method=settings.grouping_method,
-        task_names=list(names),
-        affinity=affinity.tolist(),
-        predicted_loss=curve,
-        helpers={name: tasks for name, tasks in _by_name(names, helpers).items() if tasks},
-        baselines=_baselines(group_losses, len(names), sizes[best], seed),
-        summary=f"{summary}.",
-        settings=with_provenance({**settings.group_arguments(), **options}, estimator),
-    )
+        summary = f"{summary}; with {num_helpers} helpers it is {with_help:.4f}"
+    mixtures = trained.astype(np.float64)
+    baseline = None
+    if has_baseline and settings.group_initialization == "fresh" and len(trained) == 1:
+        # One group of everything is the adapter for all tasks.
+        baseline, new = 0, mixtures[:0]
+    else:
+        new = mixtures
+    cost = float(has_baseline) + float(estimator.training_cost(new).sum())
+    return FoundGroups(labels, mixtures, curve, cost, f"{summary}.", baseline)
 
 
 def _summary(settings: GroupingSettings, num_groups: int, loss: float, num_partitions: int) -> str:

@@ -100,7 +100,13 @@ class AdapterTraining:
         return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
     def run(
-        self, name: str, mixture: Mapping[str, float] | Sequence[str], folder: Path, seed: int | None = None
+        self,
+        name: str,
+        mixture: Mapping[str, float] | Sequence[str],
+        folder: Path,
+        seed: int | None = None,
+        start: Path | None = None,
+        length: float = 1.0,
     ) -> TrainedAdapter:
         """Train on a subset or mixture of the tasks and save the adapter; a finished training is read instead.
 
@@ -111,18 +117,24 @@ class AdapterTraining:
             mixture (`dict[str, float]` or `Sequence[str]`): weight of each task's rows, or the tasks.
             folder (`Path`): where the adapter goes.
             seed (`int`, *optional*): of the order of the rows and of dropout; that of the arguments by default.
+            start (`Path`, *optional*): a saved adapter to begin at; theta0 by default.
+            length (`float`, *optional*, defaults to 1.0): epochs or steps, in multiples of those of the arguments.
         """
         run, args = self.context.run, self.context.args
         weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
-        wanted = TrainedAdapter(name, weights, args.seed if seed is None else seed, self.theta0_fingerprint())
+        origin = self._fingerprint_of(start)
+        wanted = TrainedAdapter(name, weights, args.seed if seed is None else seed, origin, length=length)
         begun, checkpoint = run_on_main(lambda: self._begun(wanted, folder))
         if begun.status == "done":
             return begun
         self.reset()
+        if start is not None:
+            self.load(start)
         rows = rows_of(self.context.train_rows, weights)
         try:
             with self.context.model_state.restored():
-                learning = None if self._is_trained_already else LearningCheck(self.context, rows)
+                is_new = start is None and not self._is_trained_already
+                learning = LearningCheck(self.context, rows) if is_new else None
                 trainer = self._trainer(begun, rows)
                 start = time.perf_counter()
                 with writing(run.training(name)):
@@ -155,6 +167,16 @@ class AdapterTraining:
             self.reset()
         return trained
 
+    def _fingerprint_of(self, start: Path | None) -> str:
+        """Fingerprint of a saved adapter's parameters, or of theta0."""
+        if start is None:
+            return self.theta0_fingerprint()
+        self.load(start)
+        parameters = {name: own for name, own in self.context.model.named_parameters() if name in self.theta0}
+        fingerprint = parameter_fingerprint({name: own.detach().cpu() for name, own in parameters.items()})
+        self.reset()
+        return fingerprint
+
     def _begun(self, wanted: TrainedAdapter, folder: Path) -> tuple[TrainedAdapter, str | None]:
         """The training, finished or begun, and the checkpoint that it goes on from; decided by the main process."""
         run = self.context.run
@@ -177,6 +199,9 @@ class AdapterTraining:
             args.seed = args.data_seed = begun.seed
         args.output_dir = str(self.context.run.training(begun.name))
         args.push_to_hub = False
+        args.num_train_epochs *= begun.length
+        if args.max_steps > 0:
+            args.max_steps = math.ceil(args.max_steps * begun.length)
         # A training that goes on is the same training, early stopping included.
         args.restore_callback_states_from_checkpoint = True
         own = [task for task, weight in begun.mixture.items() if weight > 0]

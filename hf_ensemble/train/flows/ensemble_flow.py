@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from datasets import Dataset
 
@@ -67,13 +68,12 @@ class EnsembleFlow:
         self.grouping = self._group()
         assembly = EnsembleAssembly(self.context, self.grouping)
         for name in self.grouping.groups:
-            own = self.grouping.trained_on(name)
+            own = self.grouping.mixtures[name]
             with run.stage(f"adapter:{name}"):
-                if args.train_baseline and len(own) == len(tasks):
-                    # One group of everything is what the baseline was trained on.
+                if name == self.grouping.baseline_group:
                     assembly.copy_baseline(name)
                 else:
-                    self.training.run(name, own, run.member(name))
+                    self.training.run(name, own, run.member(name), **self._beginning())
         with self.context.model_state.restored():
             self.ensemble = assembly.assemble()
         return self.evaluate(self.context.eval_tables, "eval")
@@ -83,6 +83,12 @@ class EnsembleFlow:
         groups = () if self.grouping is None else self.grouping.groups
         names = {BASELINE, *groups, *self.calibration.training_names(self.num_calibration_runs())}
         return [own for own in run_on_main(self.context.run.trainings) if own.name in names]
+
+    def _beginning(self) -> dict[str, Any]:
+        """Where the groups' trainings begin, and how long they are."""
+        if self.context.args.group_initialization == "fresh":
+            return {}
+        return {"start": self.context.run.baseline, "length": self.context.args.continued_length}
 
     def num_calibration_runs(self) -> int:
         """The one adapter for all is a run that exists anyway."""
@@ -102,7 +108,7 @@ class EnsembleFlow:
     def _chosen(self, observed: list[ObservedRun]) -> Grouping:
         args, run = self.context.args, self.context.run
         selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
-        grouping = selector.group(**args.group_arguments(), seed=args.seed)
+        grouping = selector.group(**args.group_arguments(), has_baseline=args.train_baseline, seed=args.seed)
         run.write(Estimate.of(selector.estimator, grouping))
         run.write(grouping)
         return grouping

@@ -1,0 +1,189 @@
+"""Groups that are weighted mixtures of all tasks, within a budget."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from hf_ensemble import TrainingRecipe
+from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.estimate import ObservedRun, SubsetEstimator
+from hf_ensemble.select import DataSelector, Grouping
+from hf_ensemble.store import FeatureTable
+
+
+def circle(size=6, rows=12, dim=40, seed=0, turn=1.0, **options):
+    """Tasks around a circle: each helps its neighbours and contradicts those opposite, so that there are no blocks."""
+    rng = np.random.default_rng(seed)
+    first, second = np.linalg.qr(rng.normal(size=(dim, 2)))[0].T
+    angles = turn * 2 * np.pi * np.arange(size) / size
+    wishes = np.cos(angles)[:, None] * first + np.sin(angles)[:, None] * second
+    names = tuple(f"task_{index}" for index in range(size))
+
+    def table(count):
+        task = np.repeat(np.arange(size), count)
+        features = rng.normal(size=(len(task), dim)) / np.sqrt(dim) + wishes[task]
+        ids = np.array([str(index) for index in range(len(task))])
+        return FeatureTable(features.astype(np.float32), np.zeros(len(task), np.float32), task, names, ids)
+
+    run = ObservedRun({"task_0": 1.0, "task_1": 1.0}, {"task_0": 0.45})
+    return SubsetEstimator(table(rows), table(60), observed_runs=[run], **options)
+
+
+@pytest.fixture(scope="module")
+def estimator():
+    return circle()
+
+
+def mean_loss(estimator, grouping):
+    losses = estimator.predict_subsets(list(grouping.mixtures.values())).loss
+    return float(np.mean([losses[:, estimator.task_names.index(task)].min() for task in grouping.task_names]))
+
+
+def partitions(items):
+    if not items:
+        yield []
+        return
+    for smaller in partitions(items[1:]):
+        for index, group in enumerate(smaller):
+            yield [*smaller[:index], [items[0], *group], *smaller[index + 1 :]]
+        yield [[items[0]], *smaller]
+
+
+def test_where_tasks_conflict_in_no_blocks_mixtures_beat_every_partition(estimator):
+    everything = [tuple(sorted(group)) for group in itertools.chain(*partitions(list(estimator.task_names)))]
+    subsets = sorted(set(everything))
+    losses = estimator.predict_subsets(subsets).loss
+    own = {
+        subset: sum(losses[row, estimator.task_names.index(task)] for task in subset)
+        for row, subset in enumerate(subsets)
+    }
+    best = min(
+        sum(own[tuple(sorted(group))] for group in groups) for groups in partitions(list(estimator.task_names))
+    ) / len(estimator.task_names)
+    grouping = DataSelector(estimator).group(6, "mixtures", has_baseline=False)
+    assert mean_loss(estimator, grouping) < best - 0.005
+    # Each task trains with its neighbours: more rows are drawn than there are.
+    assert all(len(grouping.trained_on(group)) > 1 for group in grouping.groups)
+    assert grouping.cost > 1.5
+
+
+@pytest.mark.parametrize("has_baseline", [True, False])
+def test_a_larger_budget_costs_more_and_loses_less(estimator, has_baseline):
+    selector = DataSelector(estimator)
+    losses = []
+    for budget in (1.0, 2.0, 4.0):
+        grouping = selector.group(None, "mixtures", compute_budget=budget, has_baseline=has_baseline)
+        rows = [
+            sum(weight * 12 for weight in mixture.values())
+            for mixture in grouping.mixtures.values()
+            if not (has_baseline and mixture == dict.fromkeys(estimator.task_names, 1.0))
+        ]
+        assert grouping.cost == pytest.approx(sum(rows) / 72 + has_baseline) and grouping.cost <= budget + 1e-9
+        assert mean_loss(estimator, grouping) == pytest.approx(grouping.cost_curve[-1]["predicted_loss"], abs=1e-6)
+        losses.append(mean_loss(estimator, grouping))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.02
+    costs = [point["cost"] for point in grouping.cost_curve]
+    assert costs == sorted(costs)
+
+
+def test_it_is_never_worse_than_the_partitions_with_helpers_that_it_starts_from(estimator):
+    selector = DataSelector(estimator)
+    for count in (2, 3):
+        start = selector.group(count, overlapping_groups=True)
+        found = selector.group(count, "mixtures", has_baseline=False)
+        assert len(found.groups) <= count
+        assert mean_loss(estimator, found) <= mean_loss(estimator, start) + 1e-9
+
+
+def test_what_choosing_makes_of_noise_is_taken_off(estimator):
+    grouping = DataSelector(estimator).group(6, "mixtures")
+    assert grouping.cross_fitted_loss >= mean_loss(estimator, grouping) - 1e-9
+    assert f"{grouping.cross_fitted_loss:.4f}" in grouping.summary
+
+
+def test_tasks_that_agree_need_one_adapter():
+    estimator = circle(turn=0.0)
+    grouping = DataSelector(estimator).group(None, "mixtures")
+    assert grouping.groups == {"group_0": list(estimator.task_names)} and grouping.cost == 1.0
+    assert grouping.mixtures == {"group_0": dict.fromkeys(estimator.task_names, 1.0)}
+    assert "is enough" in grouping.summary
+
+
+def test_sampling_weights_are_what_mixtures_are_multiples_of():
+    weights = {f"task_{index}": 1.0 + index for index in range(6)}
+    estimator = circle(sampling_weights=weights)
+    grouping = DataSelector(estimator).group(None, "mixtures", compute_budget=2.5)
+    for mixture in grouping.mixtures.values():
+        assert max(mixture.values()) == pytest.approx(1.0)
+    assert grouping.cost <= 2.5 + 1e-9
+    assert mean_loss(estimator, grouping) == pytest.approx(grouping.cost_curve[-1]["predicted_loss"], abs=1e-6)
+
+
+def test_with_a_fixed_number_of_steps_every_mixture_costs_a_training():
+    recipe = TrainingRecipe([1e-3] * 20, 4, 9.0, fixed_steps=True)
+    grouping = DataSelector(circle(recipe=recipe)).group(None, "mixtures", compute_budget=3.0)
+    trained = [own for own in grouping.mixtures.values() if own != dict.fromkeys(grouping.task_names, 1.0)]
+    assert grouping.cost == 1.0 + len(trained) <= 3.0
+
+
+def test_it_is_kept_and_made_again(estimator, tmp_path):
+    selector = DataSelector(estimator)
+    grouping = selector.group(None, "mixtures", compute_budget=2.0, num_candidates=4)
+    grouping.save(tmp_path / "groups.json")
+    assert Grouping.load(tmp_path / "groups.json") == grouping == selector.repeat(grouping)
+
+
+def test_settings_that_contradict_are_refused(estimator):
+    selector = DataSelector(estimator)
+    with pytest.raises(ConfigurationError, match="compute_budget=2.0 limits mixtures"):
+        selector.group(2, compute_budget=2.0)
+    with pytest.raises(ConfigurationError, match="mixtures overlap by themselves"):
+        selector.group(2, "mixtures", overlapping_groups=True)
+    with pytest.raises(ConfigurationError, match="compute_budget"):
+        selector.group(2, "mixtures", compute_budget=0.5)
+
+
+def test_the_first_components_alone_predict_alike(estimator):
+    same = estimator.truncated(10_000)
+    mixtures = np.random.default_rng(0).uniform(size=(3, 6))
+    assert np.allclose(same.predict(mixtures).loss, estimator.predict(mixtures).loss, atol=1e-7)
+    goal = np.array([0.0, 1.0, 0.0, 2.0, 0.0, 0.0])
+    for own, other in zip(
+        same.sensitivity(goal).to_weights(mixtures[0]), estimator.sensitivity(goal).to_weights(mixtures[0])
+    ):
+        assert np.allclose(own, other, atol=1e-7)
+    few = estimator.truncated(8)
+    assert few.predict(mixtures).coefficients.shape == (3, 8)
+    assert np.abs(few.predict(mixtures).loss - estimator.predict(mixtures).loss).max() < 0.1
+
+
+def test_groups_may_go_on_where_the_adapter_for_all_tasks_has_ended(estimator):
+    selector = DataSelector(estimator)
+    options = {"method": "mixtures", "group_initialization": "baseline", "continued_length": 0.5}
+    grouping = selector.group(None, compute_budget=2.0, **options)
+    together = estimator.predict(np.ones((1, 6))).loss[0]
+    assert np.allclose(estimator.continued(0.5).start_loss(), together)
+    after = estimator.continued(0.5).predict_subsets(list(grouping.mixtures.values())).loss
+    losses = [
+        together[index] if grouping.group_of(task) == grouping.baseline_group else after[:, index].min()
+        for index, task in enumerate(grouping.task_names)
+    ]
+    assert np.mean(losses) == pytest.approx(grouping.cost_curve[-1]["predicted_loss"], abs=1e-6)
+    assert np.mean(losses) < together.mean() - 0.01 and grouping.cost <= 2.0
+    assert selector.repeat(grouping) == grouping
+    with pytest.raises(ConfigurationError, match="none is trained"):
+        selector.group(None, has_baseline=False, **options)
+
+
+def test_going_on_with_all_tasks_is_training_longer():
+    recipe = TrainingRecipe([1e-3] * 20, 4, 9.0)
+    shorter = circle(recipe=recipe)
+    scale = shorter.regularization.l2_scale
+    everything = np.ones((1, 6))
+    longer = shorter.predict(everything, l2_scale=scale / 1.5).loss[0]
+    on = shorter.continued(0.5)
+    assert on.training_cost(everything)[0] == 0.5
+    found = on.predict(everything, l2_scale=scale).loss[0]
+    before = shorter.predict(everything, l2_scale=scale).loss[0]
+    assert np.allclose(found, longer, atol=0.35 * np.abs(before - longer).max())
