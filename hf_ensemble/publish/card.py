@@ -13,7 +13,7 @@ from .._records import Record
 from ..ensemble.saving.ensemble_config import SavedEnsembleConfig
 from ..evaluate import TaskScores, mean_scores
 from ..logging import get_logger
-from ..runs import Estimate, Evaluation, RunDirectory, RunRecord, TaskRecord, TasksRecord
+from ..runs import Estimate, Evaluation, RunDirectory, RunRecord, TaskRecord, TasksRecord, TrainedAdapter
 from ..select import Grouping
 from .choice_pictures import draw_choice
 
@@ -47,6 +47,7 @@ class EnsembleCardData:
         evaluation (`Evaluation`): scores by split, system (`"ensemble"`, `"baseline"`) and task.
         configuration (`dict`): configuration and choices of the run, without paths of this machine.
         estimate (`Estimate`, *optional*): what the groups rest on.
+        chosen_lengths (`dict[str, TrainedAdapter]`): trainings whose length validation chose.
         pictures (`list[str]`, *optional*): paths of the grouping's pictures beside the card.
     """
 
@@ -56,6 +57,7 @@ class EnsembleCardData:
     evaluation: Evaluation = field(default_factory=Evaluation)
     configuration: dict[str, Any] = field(default_factory=dict)
     estimate: Estimate | None = None
+    chosen_lengths: dict[str, TrainedAdapter] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
 
     @classmethod
@@ -67,13 +69,19 @@ class EnsembleCardData:
 
         tasks, record = read(TasksRecord), read(RunRecord)
         configuration = {} if record is None else {"configuration": record.configuration, "choices": record.choices}
+        ensemble = SavedEnsembleConfig.load(folder or run.ensemble)
+        names = dict.fromkeys([*(member.name for member in ensemble.members), "baseline"])
+        trained = {name: run.trained_adapter(name) for name in names}
         return cls(
-            ensemble=SavedEnsembleConfig.load(folder or run.ensemble),
+            ensemble=ensemble,
             tasks={} if tasks is None else tasks.tasks,
             grouping=read(Grouping),
             evaluation=read(Evaluation) or Evaluation(),
             configuration=_public(configuration),
             estimate=read(Estimate),
+            chosen_lengths={
+                name: own for name, own in trained.items() if own is not None and own.best_step is not None
+            },
         )
 
     @property

@@ -38,7 +38,7 @@ class ResumedTrainingMixin:
     _last_step: tuple[int, bool, Any, float | None] = (0, False, None, None)
 
     def _inner_training_loop(self, *args: Any, ignore_keys_for_eval: list[str] | None = None, **kwargs: Any):
-        self._ignore_keys = ignore_keys_for_eval
+        self._ignore_keys, self._last_step = ignore_keys_for_eval, (0, False, None, None)
         return super()._inner_training_loop(*args, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args: Any, **kwargs: Any) -> None:

@@ -112,7 +112,23 @@ BEFORE_LOADING = {
     ),
     "collator is no function": (ANY, {}, {"data_collator": 3}, "Expected data_collator to be a Callable, found 3"),
     "an optimizer": (ANY, {}, {"optimizers": (object(), None)}, "Pass optimizer_cls_and_kwargs instead"),
-    "best checkpoint of a metric": (ANY, {"metric_for_best_model": "eval_a_loss"}, {}, "Please leave it out"),
+    "best checkpoint by an unknown metric": (
+        ANY,
+        {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_a_bleu",
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+        },
+        {},
+        "'eval_a_bleu' cannot be honoured .* no evaluation gives this metric",
+    ),
+    "early stopping without evaluations": (
+        ANY,
+        {},
+        {"callbacks": [transformers.EarlyStoppingCallback()]},
+        "EarlyStoppingCallback cannot be honoured .* eval_strategy='no'",
+    ),
     "more groups than tasks": (ENSEMBLES, {"num_groups": 3}, {}, "num_groups=3 is more than the 2 tasks. Lower it"),
     "more auxiliary tasks than tasks": (
         SELECTIONS,
@@ -247,8 +263,9 @@ def untrained(tmp_path_factory):
 
 
 CALLS = {
+    "search": (lambda t: t.hyperparameter_search(), "has no hyperparameter_search"),
     "checkpoint": (lambda t: t.train(resume_from_checkpoint="checkpoint-3"), "no checkpoint in resume_from_checkpoint"),
-    "option of training": (lambda t: t.train(trial=1), "Expected neither trial nor ignore_keys_for_eval"),
+    "option of training": (lambda t: t.train(trial=1), "Expected no trial, since"),
     "upload": (lambda t: t.push_to_hub(), "There is no ensemble yet: call train"),
     "scores": (lambda t: t.scores(), "nothing to score yet: call train"),
     "results": (collect_results, "nothing to score yet: call train"),

@@ -13,9 +13,8 @@ from transformers import (
 
 from helpers import toy
 from helpers.trainers import text_trainer
-from hf_ensemble import (
-    PeftEnsembleModel,
-)
+from hf_ensemble import PeftEnsembleModel
+from hf_ensemble.errors import ConfigurationError
 
 
 def test_classification_from_an_encoder_gets_a_head_that_reloads(tmp_path):
@@ -119,3 +118,45 @@ def test_gradients_are_the_plain_trainers_where_it_averages(tmp_path, monkeypatc
         own, own_loss = step(tmp_path / f"own{size}", "bert", size)
         plain, plain_loss = step(tmp_path / f"plain{size}", "bert", size, plain=True)
         assert own_loss == plain_loss and all(torch.equal(own[name], plain[name]) for name in plain)
+
+
+def same_labels():
+    """Two tasks of one label set."""
+    return {
+        name: {"train": toy.text_rows(count, 1, name), "validation": toy.text_rows(4, 2, name)}
+        for name, count in (("film", 6), ("book", 5))
+    }
+
+
+def test_smoothed_labels_are_a_plain_trainers(tmp_path):
+    changes = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2, "eval_strategy": "epoch"}
+    model = get_peft_model(toy.bert(2), toy.lora("SEQ_CLS"))
+    outer = text_trainer(tmp_path / "run", model, same_labels(), peft=None, **changes)
+    start = {name: own.detach().clone() for name, own in model.named_parameters() if own.requires_grad}
+
+    def trained(trainer):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in start:
+                    parameter.copy_(start[name])
+        loss = trainer.train().training_loss
+        evaluated = [entry["eval_film_loss"] for entry in trainer.state.log_history if "eval_film_loss" in entry]
+        return loss, evaluated, {name: own.detach().clone() for name, own in model.named_parameters() if name in start}
+
+    found = trained(outer.adapter_trainer(outer.args, outer.train_dataset, outer.eval_dataset, {}))
+    columns = ["task", "example_id"]
+    rows = outer.train_dataset.remove_columns(columns)
+    tables = {task: own.remove_columns(columns) for task, own in outer.eval_dataset.items()}
+    expected = trained(Trainer(model, outer.args, DataCollatorWithPadding(outer.processing_class), rows, tables))
+    assert found[:2] == expected[:2] and len(found[1]) == 2
+    assert all(torch.equal(found[2][name], own) for name, own in expected[2].items())
+    unsmoothed = text_trainer(
+        tmp_path / "plain", model, same_labels(), peft=None, **{**changes, "label_smoothing_factor": 0.0}
+    )
+    assert trained(unsmoothed.adapter_trainer(unsmoothed.args, outer.train_dataset, {}, {}))[0] != expected[0]
+
+
+def test_label_smoothing_is_refused_where_label_sets_differ(tmp_path):
+    text_trainer(tmp_path / "run", toy.bert(2), same_labels(), label_smoothing_factor=0.1)
+    with pytest.raises(ConfigurationError, match="label_smoothing_factor is for tasks of one label set.*'songs'"):
+        text_trainer(tmp_path / "other", toy.bert(4), toy.text_tasks(), label_smoothing_factor=0.1)

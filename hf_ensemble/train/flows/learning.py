@@ -15,7 +15,7 @@ _NUM_ROWS = 32
 # A training that works lowers the loss of its own rows by far more. Of smaller losses little is left to learn.
 _LEAST_MOVE = 0.005
 _LEAST_LOSS = 0.1
-# Below the range that LoRA usually takes.
+# What LoRA usually takes.
 _USUAL_RATES = (1e-4, 1e-3)
 
 
@@ -56,12 +56,11 @@ class LearningCheck:
             logger.warning("%s", self._message(trained, moved, after))
 
     def _message(self, trained: TrainedAdapter, moved: float, after: float) -> str:
-        rate, low = self.context.args.learning_rate, _USUAL_RATES[0]
-        remedy = (
-            f"Raise learning_rate, found {rate:g}: adapters usually take {low:g} to {_USUAL_RATES[1]:g}."
-            if rate < low
-            else f"Train for more steps, or raise learning_rate, found {rate:g}."
-        )
+        rate, (low, high) = self.context.args.learning_rate, _USUAL_RATES
+        if rate < low:
+            remedy = f"Raise learning_rate, found {rate:g}: adapters usually take {low:g} to {high:g}."
+        else:
+            remedy = "Train for more steps" + (f", or raise learning_rate, found {rate:g}." if rate < high else ".")
         return (
             f"{trained.name}: the loss of its own training rows moved by {moved:.1%} in {trained.global_step} steps, "
             f"from {self._before:.4f} to {after:.4f}. {remedy}"

@@ -17,6 +17,7 @@ _OF_EVERY_TRAINER = ("loss",)
 _OF_SFT = ("mean_token_accuracy", "entropy")
 # What a user's class overrides to evaluate something else.
 _EVALUATING = ("evaluate", "evaluation_loop", "prediction_loop", "log")
+_LIBRARIES = (__name__.split(".")[0], "transformers", "trl", "builtins", "typing")
 
 
 def follows_metric(args: TrainingArguments, callbacks: Iterable[Any] = ()) -> str | None:
@@ -28,7 +29,9 @@ def follows_metric(args: TrainingArguments, callbacks: Iterable[Any] = ()) -> st
     if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
         return f"lr_scheduler_type={args.lr_scheduler_type.value!r}"
     kinds = (own if isinstance(own, type) else type(own) for own in callbacks)
-    return next((kind.__name__ for kind in kinds if issubclass(kind, EarlyStoppingCallback)), None)
+    # A subclass that begins in a way of its own may follow something else.
+    begins = EarlyStoppingCallback.on_train_begin
+    return next((kind.__name__ for kind in kinds if getattr(kind, "on_train_begin", None) is begins), None)
 
 
 def check_best_metric(
@@ -85,15 +88,18 @@ def check_best_metric(
             "load_best_model_at_end=True: the validation rows choose how long each training is, which is recorded as "
             "best_step. Losses on these rows are then lower than on new ones."
         )
+        if not (args.calibration_runs or getattr(args, "train_baseline", False)):
+            logger.warning(
+                "Predictions are of trainings to their last step, since no fine-tuning calibrates them, while "
+                "load_best_model_at_end=True keeps earlier adapters. Set calibration_runs=1 for predictions of what is "
+                "kept."
+            )
 
 
 def _evaluates_otherwise(trainer_class: type[Trainer]) -> bool:
     """Whether a class of the user's evaluates in a way of its own."""
     own = [kind for kind in trainer_class.__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES]
     return any(name in vars(kind) for kind in own for name in _EVALUATING)
-
-
-_LIBRARIES = (__name__.split(".")[0], "transformers", "trl", "builtins", "typing")
 
 
 def split_metric(name: str, task_names: Iterable[str]) -> tuple[str | None, str]:

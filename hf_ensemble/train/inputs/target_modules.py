@@ -17,7 +17,7 @@ from ...logging import get_logger
 
 logger = get_logger(__name__)
 
-# Names of classifiers' heads, which are trained whole beside the adapter.
+# How names of classifiers' heads end, which PEFT trains whole beside the adapter.
 _HEADS = ("classifier", "score", "qa_outputs")
 # How PEFT begins the errors that are about the names of layers.
 _PEFT_ERRORS = ("Please specify `target_modules`", "Target modules", "No modules were targeted")
@@ -41,7 +41,8 @@ def with_target_modules(peft_config: PeftConfig | None, model: nn.Module | str) 
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type)
     if kind is None or kind in (getattr(tuner, "target_module_mapping", None) or {}):
         return peft_config
-    names = linear_layers(model)
+    whole = tuple(getattr(peft_config, "modules_to_save", None) or ())
+    names = [name for name in linear_layers(model) if not name.endswith(whole)]
     if type(peft_config) is not LoraConfig or not names:
         raise ConfigurationError(
             f"PEFT has no default target_modules for models of type {kind!r}. {_advice(peft_config, names)}"
@@ -85,7 +86,7 @@ def linear_layers(model: nn.Module | str) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not embeddings
     }
-    return sorted(found - set(_HEADS))
+    return sorted(name for name in found if not name.endswith(_HEADS))
 
 
 def _model_type(model: nn.Module | str) -> str | None:
