@@ -31,7 +31,7 @@ TRAIN = """
 import json, sys
 import torch
 from helpers import toy
-from helpers.trainers import sft_config, split, text_trainer
+from helpers.trainers import sft_config, split, text_trainer, without_speed
 from hf_ensemble import *
 from hf_ensemble.runs import RunDirectory
 
@@ -49,7 +49,8 @@ texts = rows(lambda name, count, seed: toy.text_rows(count, seed, "book" if name
 changes = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
 
 def report(name, trainer):
-    metrics = trainer.train().metrics
+    # Times are each process's own.
+    metrics = without_speed(trainer.train().metrics)
     ensemble = getattr(trainer, "ensemble", None)
     chosen = trainer.grouping.groups if ensemble else trainer.selection.tasks
     with open(f"{folder}/{name}-{trainer.args.process_index}.json", "w") as file:
