@@ -270,7 +270,7 @@ CALLS = {
     "scores": (lambda t: t.scores(), "nothing to score yet: call train"),
     "results": (collect_results, "nothing to score yet: call train"),
     "rows of an unknown task": (lambda t: t.evaluate({"z": PAIRS["a"]}), r"Unknown tasks \['z'\]"),
-    "rows without tasks": (lambda t: t.evaluate(PAIRS["a"]), "Expected eval_dataset as a dict by name"),
+    "rows without tasks": (lambda t: t.evaluate(PAIRS["a"]), "Expected a dict with the rows of each task"),
     "rows with a missing text": (lambda t: t.evaluate({"a": [{"text": None}]}), "in 'text', found None"),
     "rows with a missing answer": (
         lambda t: t.evaluate({"a": [{"prompt": "1", "completion": None}]}),

@@ -36,8 +36,8 @@ def trainer_with(folder, base, tasks=None, **settings):
 def test_learning_rates_are_those_of_the_training(tmp_path, base_folder, settings):
     trainer = trainer_with(tmp_path / "run", base_folder, **settings)
     trainer.open_run()
-    trainer.flow.training.run("all", trainer.tasks.names, tmp_path / "all")
-    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    trained = trainer.flow.training.run("all", trainer.tasks.names, tmp_path / "all")
+    logged = [entry["learning_rate"] for entry in trained.log_history if "learning_rate" in entry]
     num_steps = trainer.flow.training.num_steps(trainer.tasks.names)
     assert learning_rates(trainer.args, num_steps) == pytest.approx(logged)
     recipe = trainer.capture().recipe

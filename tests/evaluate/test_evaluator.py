@@ -133,7 +133,7 @@ def test_mixed_precision_of_the_training_is_that_of_every_pass(tmp_path, base_fo
     trainer.evaluate()
     assert set(seen) == {torch.bfloat16}
     seen.clear()
-    trainer.model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    trainer.adapter_model(input_ids=torch.ones(1, 3, dtype=torch.long))
     assert seen == [torch.float32]
     handle.remove()
 

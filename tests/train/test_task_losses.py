@@ -82,7 +82,8 @@ def losses_by_row(trainer, model, kind="nll"):
     [
         ("sft", {"gradient_accumulation_steps": 3, "loss_type": "dft"}),
         ("sft", {"padding_free": True, "max_length": None, "pad_to_multiple_of": 8}),
-        ("sft", {"packing": True, "max_length": 24}),
+        # Packs of a task each: one of several tasks has no loss of a task.
+        ("sft", {"packing": True, "max_length": 24, "task_loss_weighting": "tasks"}),
         ("classifier", {"gradient_accumulation_steps": 3}),
         ("language_model", {}),
     ],

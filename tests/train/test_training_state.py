@@ -17,7 +17,8 @@ from hf_ensemble.train.model_state import ModelState
 from hf_ensemble.train.task_trainer import TaskTrainer
 
 TRAININGS = ["baseline", "group_0", "group_1"]
-_STRUCTURE = ("_parameters", "_buffers", "_modules")
+# Tags are those of the card, as in trl.
+_STRUCTURE = ("_parameters", "_buffers", "_modules", "model_tags")
 
 
 def preparation(model):
@@ -236,25 +237,23 @@ def test_callbacks_with_state_of_their_own_begin_anew(tmp_path, base_folder):
     sft_trainer(
         tmp_path / "run", base_folder, num_groups=2, num_train_epochs=2, eval_strategy="epoch", callbacks=[callback]
     ).train()
-    assert Patience.starts == [0, 0, 0] and callback.seen == 0
+    # It has seen the evaluation of the whole run, and none of a training.
+    assert Patience.starts == [0, 0, 0] and callback.seen == 1
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["base model", "PeftModel"])
-def test_a_second_run_on_a_used_model_equals_one_on_a_fresh_model(tmp_path, base_folder, wrapped):
+def test_a_second_run_on_a_used_model_equals_one_on_a_fresh_model(tmp_path, base_folder):
     def run(model, folder, learning_rate):
         trainer = EnsembleSFTTrainer(
             model=model,
             args=sft_config(tmp_path / folder, num_groups=2, learning_rate=learning_rate),
             train_dataset=toy.sft_tasks(),
             processing_class=toy.tokenizer(),
-            peft_config=None if wrapped else toy.lora(),
+            peft_config=toy.lora(),
         )
         return trainer, trainer.train().metrics
 
     def fresh():
-        torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_pretrained(base_folder)
-        return get_peft_model(base, toy.lora()) if wrapped else base
+        return AutoModelForCausalLM.from_pretrained(base_folder)
 
     _, expected = run(fresh(), "alone", 3e-3)
     used = fresh()
@@ -264,6 +263,24 @@ def test_a_second_run_on_a_used_model_equals_one_on_a_fresh_model(tmp_path, base
     assert {key: found[key] for key in compared} == {key: expected[key] for key in compared}
     with pytest.raises(EnsembleError, match="group_0|baseline|group_1"):
         first.ensemble(input_ids=torch.ones(3, 4, dtype=torch.long), task=list(first.tasks))
+
+
+def test_a_second_run_goes_on_with_the_users_adapter_as_the_parent_does(tmp_path, base_folder):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), toy.lora())
+    runs = []
+    for folder in ("first", "second"):
+        trainer = EnsembleSFTTrainer(
+            model=model,
+            args=sft_config(tmp_path / folder, num_groups=1, num_train_epochs=1),
+            train_dataset=toy.sft_tasks(),
+            processing_class=toy.tokenizer(),
+        )
+        trainer.train()
+        runs.append(trainer)
+    begun = runs[1].flow.training.theta0
+    saved = load_file(tmp_path / "first" / "baseline" / "adapter_model.safetensors")
+    assert len(begun) == len(saved)
+    assert all(torch.equal(own, saved[name.replace(".default", "")]) for name, own in begun.items())
 
 
 @pytest.mark.parametrize("name", ["baseline", "group_0"])
