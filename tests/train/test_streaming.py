@@ -237,3 +237,15 @@ def test_datasets_with_the_names_of_splits_are_warned_of(tmp_path, base_folder, 
     assert "named ['train', 'validation'], like the splits of one dataset" in caplog.text
     with pytest.raises(TaskError, match="of one dataset"):
         run(tmp_path, base_folder, DatasetDict(sums))
+
+
+def test_given_weights_multiply_the_equal_shares_of_streams(tmp_path, base_folder):
+    equal = run(tmp_path / "equal", base_folder, streams())
+    weighted = run(tmp_path / "weighted", base_folder, streams(), sampling_weights={"sums": 3.0})
+    expected = {
+        task: weight * (3.0 if task == "sums" else 1.0) for task, weight in equal.tasks.sampling_weights.items()
+    }
+    assert weighted.tasks.sampling_weights == pytest.approx(expected)
+    for changes in ({"task_sampling": "temperature"}, {"sample_with_replacement": True}):
+        with pytest.raises(ConfigurationError, match="sizes of streams are unknown"):
+            run(tmp_path / "refused", base_folder, streams(), **changes)
