@@ -28,7 +28,7 @@ capture_gradients(
 """
 # Four trainers over uneven tasks, one of fewer rows than there are processes.
 TRAIN = """
-import json, sys
+import json, os, sys
 import torch
 from helpers import toy
 from helpers.trainers import sft_config, split, text_trainer, without_speed
@@ -76,11 +76,14 @@ report("selection", text("textsel", SelectionTrainer, SelectionConfig, target="a
 trainer.accelerator.end_training()
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
+    # An interpreter that shuts down while threads of libraries still run may abort.
+    sys.stdout.flush()
+    os._exit(0)
 """
 TRAINERS = ["ensemble_sft", "selection_sft", "ensemble", "selection"]
 # One model on uneven tasks, whose losses are averaged over tasks.
 BALANCED = """
-import json, sys
+import json, os, sys
 import torch
 from datasets import Dataset
 from helpers import toy
@@ -117,6 +120,9 @@ if trainer.is_world_process_zero():
 trainer.accelerator.end_training()
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
+    # An interpreter that shuts down while threads of libraries still run may abort.
+    sys.stdout.flush()
+    os._exit(0)
 """
 
 
