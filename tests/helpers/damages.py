@@ -16,15 +16,27 @@ def _halved(path):
 
 
 def _flipped(path):
-    """One bit, in the middle of a binary file; of a JSON file in a digit, so that it stays JSON."""
+    """One bit, in the middle of a binary file; of a JSON file in a digit, so that it stays JSON and says another."""
     data = bytearray(path.read_bytes())
-    position = len(data) // 2
+    positions = [len(data) // 2]
     if path.suffix == ".json":
         digits = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
-        # The first one is the format's version.
-        position = digits[1 + len(digits) // 2]
-    data[position] ^= 1
-    path.write_bytes(bytes(data))
+        # The first one is the format's version. The last one of a number may make no difference.
+        positions = digits[1 + len(digits) // 2 :]
+    for position in positions:
+        damaged = data.copy()
+        damaged[position] ^= 1
+        if path.suffix != ".json" or _parsed(damaged) not in (None, json.loads(data)):
+            path.write_bytes(bytes(damaged))
+            return
+    raise ValueError(f"No digit of {path} makes a difference.")
+
+
+def _parsed(data):
+    try:
+        return json.loads(data)
+    except ValueError:  # such as a zero before another digit
+        return None
 
 
 def _as_list(path):
