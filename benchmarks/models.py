@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from .chain_of_thought.skills import tokenizer
+from .skills import tokenizer
 
 
 def randomize_lora_b(model: PeftModel) -> PeftModel:

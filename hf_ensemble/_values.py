@@ -40,6 +40,11 @@ def plain_values(value: Any, other: Callable[[Any], Any] = _refused) -> Any:
     return other(value)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a plain number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def without_none(value: Any) -> Any:
     """Nested dicts without the keys that have no value, as tables fill in for rows that lack them."""
     if isinstance(value, Mapping):

@@ -32,7 +32,7 @@ from hf_ensemble.tasks import EXAMPLE_ID, TASK, pop_meta
 
 from ..common import make_parser, shape_of, write_results
 from ..models import train_from_scratch
-from .skills import ARITHMETIC, CORRUPTED, SKILLS, TARGET, rows, tokenizer, unreliable
+from ..skills import ARITHMETIC, CORRUPTED, SKILLS, TARGET, rows, tokenizer, unreliable
 from .table import table
 
 TEST_ROWS = 150

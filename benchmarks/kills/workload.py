@@ -20,7 +20,7 @@ from peft import LoraConfig
 from hf_ensemble import EnsembleSFTConfig, EnsembleSFTTrainer, SelectionSFTConfig, SelectionSFTTrainer
 from hf_ensemble.train import collect_results
 
-from ..chain_of_thought.skills import rows
+from ..skills import rows
 
 FLOWS = ("ensemble", "selection")
 TASKS = ("two_step_addition", "one_step_addition", "wrong_rationales", "reversal")

@@ -22,7 +22,7 @@ from hf_ensemble.ensemble.weighting.fitting import fit_ensemble
 from hf_ensemble.select import DataSelector, Grouping
 from hf_ensemble.train.flows.assembly import BASELINE
 
-from ..common import make_parser, write_results
+from ..common import make_parser, read_results, write_results
 from ..trainers import trainer_from_flags
 from .table import table
 
@@ -52,12 +52,8 @@ class Part:
     def name(self) -> str:
         """Of the training in the run; equal trainings have one name."""
         weights = "_".join(f"{task}-{weight:.4f}" for task, weight in sorted(self.mixture.items()))
-        return f"mix-{abs(hash_of(weights)):x}-{self.length:g}{'-on' if self.goes_on else ''}"
-
-
-def hash_of(text: str) -> int:
-    """A number that is the same in every process."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest(), "big")
+        digest = blake2b(weights.encode(), digest_size=6).hexdigest()
+        return f"mix-{digest}-{self.length:g}{'-on' if self.goes_on else ''}"
 
 
 def systems(
@@ -233,7 +229,11 @@ def main() -> None:
             }
         )
         print(label, round(cost, 2), np.mean([one["accuracy"] for one in scores["assigned"].values()]), flush=True)
-    write_results(own.output, {"systems": results}, table)
+    # Other systems may have been scored by another process.
+    kept = read_results(own.output)
+    by_label = {one["system"]: one for one in [*kept.get("systems", []), *results]}
+    in_order = [by_label[label] for label in found if label in by_label]
+    write_results(own.output, {**kept, "systems": in_order}, table)
 
 
 if __name__ == "__main__":

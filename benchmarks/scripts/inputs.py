@@ -6,9 +6,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
 
-from ..chain_of_thought.skills import rows
 from ..common import write_rows
 from ..models import write_tiny_llama
+from ..skills import rows
 
 SKILLS = ("two_step_addition", "reversal", "sorting")
 SFT_SPLITS = {"train": 16, "test": 8}

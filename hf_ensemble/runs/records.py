@@ -9,7 +9,7 @@ from .._records import Record, digest_of
 from ..errors import RecordError
 from ..estimate import ObservedRun, SubsetEstimator
 from ..evaluate import TaskScores
-from ..select import Grouping
+from ..select import Grouping, predicted_losses
 from ..tasks import TaskSet
 
 
@@ -228,7 +228,7 @@ class Estimate(Record):
     @classmethod
     def of(cls, estimator: SubsetEstimator, grouping: Grouping) -> "Estimate":
         names = list(estimator.task_names)
-        prediction = estimator.predict_subsets([grouping.mixtures[name] for name in grouping.groups])
+        losses = predicted_losses(estimator, grouping)
         regularization, calibration = estimator.regularization, estimator.calibration
         return cls(
             l2_scale=float(regularization.l2_scale),
@@ -238,9 +238,7 @@ class Estimate(Record):
             calibration=None if calibration is None else calibration.by_task(estimator.task_names),
             num_components=int(estimator.reduction.components.shape[1]),
             base_loss=dict(zip(names, estimator.base_loss().tolist())),
-            predicted_loss={
-                group: dict(zip(names, row)) for group, row in zip(grouping.groups, prediction.loss.tolist())
-            },
+            predicted_loss={group: dict(zip(names, row)) for group, row in zip(grouping.groups, losses.tolist())},
         )
 
 

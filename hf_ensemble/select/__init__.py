@@ -4,7 +4,7 @@ from .baselines import mean_cosines
 from .choice import Choice
 from .examples import ExampleScores, score_examples
 from .groups.affinity import affinity_matrix, predicted_affinity
-from .groups.grouping import Grouping, group_tasks, partition_loss
+from .groups.grouping import Grouping, group_tasks, partition_loss, predicted_losses
 from .groups.partition import coclustering, semidefinite_partition, spectral_partition
 from .methods import mixture_selection, select_tasks
 from .mixture import Mixture, optimize_mixture
@@ -41,6 +41,7 @@ __all__ = [
     "mixture_selection",
     "optimize_mixture",
     "partition_loss",
+    "predicted_losses",
     "predicted_affinity",
     "random_ensemble_selection",
     "random_subsets",

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import nested_concat
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
 
+from .._values import is_number
 from ..tasks import IGNORE_INDEX
 
 # Figures of the evaluation loop itself, beside what `compute_metrics` returns.
@@ -144,7 +145,7 @@ def mean_metrics(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for metrics in by_task.values():
         for name, value in metrics.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if is_number(value):
                 found.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}
 

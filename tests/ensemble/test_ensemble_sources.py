@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from helpers import toy
@@ -14,6 +14,7 @@ from helpers.hub_server import local_hub, run_against_hub
 from helpers.member_kinds import KINDS, NAMES, llama, make
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.ensemble import AdapterSource
+from hf_ensemble.ensemble.saving.files import save_adapter
 from hf_ensemble.errors import EnsembleLoadError
 
 ADAPTER = "adapter_config.json"
@@ -121,3 +122,19 @@ def test_adapters_of_different_repositories(origin, tmp_path):
                 raise AssertionError("the newest revision is damaged")
         """
         run_against_hub(textwrap.dedent(code), endpoint, tmp_path / "client")
+
+
+def test_sets_of_an_adapters_configuration_are_written_in_one_order(tmp_path):
+    """In whichever order a process has them, so that checksums of the file agree."""
+    model = get_peft_model(toy.llama(), toy.lora())
+
+    class Backwards(set):
+        def __iter__(self):
+            return iter(sorted(super().__iter__(), reverse=True))
+
+    files = []
+    for number, kind in enumerate((set, Backwards)):
+        model.peft_config["default"].target_modules = kind(["q_proj", "v_proj"])
+        save_adapter(model, "default", tmp_path / str(number))
+        files.append((tmp_path / str(number) / ADAPTER).read_bytes())
+    assert files[0] == files[1] and json.loads(files[0])["target_modules"] == ["q_proj", "v_proj"]

@@ -1,6 +1,7 @@
 """Runs that are opened, resumed, changed, or damaged."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,9 @@ def test_records_of_single_trainings_are_kept_by_name(tmp_path):
     scored = ScoredRun(["b", "a"], 3, {"a": TaskScores(0.5, 1.0, 4)}, 1.5, 0.25, "f00")
     run.write_scored_run(scored)
     assert run.trained_adapter("x") == trained
+    others = {"name": "y", "mixture": {"a": 1.0}, "seed": 4, "theta0": "f01", "length": 0.5}
+    assert trained.continues(run.trained_adapter("x"))
+    assert not any(replace(trained, **{name: value}).continues(trained) for name, value in others.items())
     # By the set of tasks, and by the seed.
     assert run.scored_run(["a", "b"], 3) == scored and run.scored_run(["a", "b"], 4) is None
     assert run.scored_runs() == [scored] and scored.as_observed().losses == {"a": 0.5}

@@ -8,7 +8,8 @@ import pytest
 from hf_ensemble import TrainingRecipe
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.select import DataSelector, Grouping
+from hf_ensemble.select import DataSelector, Grouping, predicted_losses
+from hf_ensemble.select.groups import mixture_groups, mixture_search
 from hf_ensemble.store import FeatureTable
 
 
@@ -96,6 +97,18 @@ def test_it_is_never_worse_than_the_partitions_with_helpers_that_it_starts_from(
         assert mean_loss(estimator, found) <= mean_loss(estimator, start) + 1e-9
 
 
+@pytest.mark.parametrize("count", [3, 6])
+def test_of_many_tasks_the_mixtures_are_found_without_one_for_each_task(estimator, monkeypatch, count):
+    selector = DataSelector(estimator)
+    expected = mean_loss(estimator, selector.group(count, "mixtures", has_baseline=False))
+    for module in (mixture_groups, mixture_search):
+        monkeypatch.setattr(module, "MAX_ALONE", 0)
+    found = mean_loss(estimator, selector.group(count, "mixtures", has_baseline=False))
+    assert found == pytest.approx(expected, abs=1e-3)
+    partition = min(selector.group(count, has_baseline=False).predicted_loss.values())
+    assert found < partition - 0.003
+
+
 def test_what_choosing_makes_of_noise_is_taken_off(estimator):
     grouping = DataSelector(estimator).group(6, "mixtures")
     assert grouping.cross_fitted_loss >= mean_loss(estimator, grouping) - 1e-9
@@ -170,6 +183,9 @@ def test_groups_may_go_on_where_the_adapter_for_all_tasks_has_ended(estimator):
         for index, task in enumerate(grouping.task_names)
     ]
     assert np.mean(losses) == pytest.approx(grouping.cost_curve[-1]["predicted_loss"], abs=1e-6)
+    every = predicted_losses(estimator, grouping)
+    own = [every[list(grouping.groups).index(grouping.group_of(task)), i] for i, task in enumerate(grouping.task_names)]
+    assert np.allclose(own, losses, atol=1e-6)
     assert np.mean(losses) < together.mean() - 0.01 and grouping.cost <= 2.0
     assert selector.repeat(grouping) == grouping
     with pytest.raises(ConfigurationError, match="none is trained"):

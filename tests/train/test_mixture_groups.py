@@ -13,6 +13,8 @@ from helpers import toy
 from helpers.trainers import SMALL, sft_config, sft_trainer
 from hf_ensemble import PeftEnsembleModel, TaskSet
 from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.runs import EnsembleWeights, Estimate
+from hf_ensemble.select import predicted_losses
 
 
 def test_adapters_are_trained_on_their_mixtures_within_the_budget(tmp_path, base_folder):
@@ -45,6 +47,11 @@ def test_a_group_that_goes_on_is_a_plain_training_from_the_baselines_adapter(tmp
     )
     trainer.train()
     run, tasks = trainer.run_directory, TaskSet.from_datasets(toy.sft_tasks())
+    recorded = run.read(Estimate).predicted_loss
+    predicted = predicted_losses(trainer.selector().estimator, trainer.grouping)
+    assert {name: list(own.values()) for name, own in recorded.items()} == {
+        name: pytest.approx(own) for name, own in zip(trainer.grouping.groups, predicted.tolist())
+    }
     for name, members in trainer.grouping.groups.items():
         trained = run.trained_adapter(name)
         assert trained.length == 0.5 and trained.theta0 != run.trained_adapter("baseline").theta0
@@ -62,6 +69,16 @@ def test_a_group_that_goes_on_is_a_plain_training_from_the_baselines_adapter(tmp
         ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), str(run.member(name)))
         found = dict(ours.named_parameters())
         assert all(torch.allclose(found[n], p, atol=1e-6) for n, p in expected.items())
+
+
+def test_one_group_that_goes_on_is_weighed_against_the_baseline(tmp_path, base_folder):
+    options = {"num_groups": 1, "group_initialization": "baseline", "num_train_epochs": 1}
+    trainer = sft_trainer(tmp_path / "run", base_folder, **options)
+    metrics = trainer.train().metrics
+    weights = trainer.run_directory.read(EnsembleWeights)
+    assert set(weights.losses) == set(trainer.tasks)
+    for task in trainer.tasks:
+        assert metrics[f"eval_{task}_loss"] <= metrics[f"eval_baseline_{task}_loss"] + 1e-3
 
 
 def test_there_has_to_be_an_adapter_to_go_on_from(tmp_path):

@@ -1,7 +1,6 @@
 """Predicted losses of groups of tasks."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -10,31 +9,6 @@ from ...estimate import SubsetEstimator
 
 # Number of (group, task) pairs to predict from which on a search estimates first.
 _SLOW = 5_000
-
-
-@dataclass(frozen=True)
-class FoundGroups:
-    """Groups as a method finds them; see [`Grouping`].
-
-    Args:
-        labels (`np.ndarray` of shape `(T,)`): the group that serves each task.
-        mixtures (`np.ndarray` of shape `(G, T)`): weights that each group's adapter is trained with.
-        curve (`dict[str, float]`): mean predicted loss by number of groups.
-        cost (`float`): training cost of all adapters.
-        summary (`str`): one sentence.
-        baseline (`int`, *optional*): the group whose adapter is the one for all tasks.
-        cost_curve (`list[dict[str, float]]`, *optional*): cost, number of groups and predicted loss.
-        cross_fitted_loss (`float`, *optional*): without the optimism of choosing.
-    """
-
-    labels: np.ndarray
-    mixtures: np.ndarray
-    curve: dict[str, float]
-    cost: float
-    summary: str
-    baseline: int | None = None
-    cost_curve: list[dict[str, float]] = field(default_factory=list)
-    cross_fitted_loss: float | None = None
 
 
 class GroupPredictor(Protocol):

@@ -13,7 +13,8 @@ from ..choice import Choice, with_provenance
 from ..settings import GroupingSettings
 from .affinity import predicted_affinity
 from .direct_search import add_helpers, improve_partition, merge_path
-from .group_losses import EstimatedGroups, FoundGroups, GroupLosses, group_masks
+from .found_groups import FoundGroups
+from .group_losses import EstimatedGroups, GroupLosses, group_masks
 from .mixture_groups import mixture_groups
 from .partition import coclustering, semidefinite_partition, spectral_partition
 
@@ -56,6 +57,7 @@ class Grouping(Choice):
     """
 
     format: ClassVar[str] = "hf_ensemble.grouping"
+    format_version: ClassVar[int] = 2
     made_by: ClassVar[str] = "group"
 
     groups: dict[str, list[str]]
@@ -85,6 +87,23 @@ class Grouping(Choice):
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`DataSelector.group`] that repeat the grouping."""
         return {"method": self.method, **super().arguments()}
+
+
+def predicted_losses(estimator: SubsetEstimator, grouping: Grouping) -> np.ndarray:
+    """Predicted loss of every task under each group's adapter, `(G, T)`, wherever the groups' trainings begin.
+
+    Args:
+        estimator (`SubsetEstimator`): predicts trainings from the start.
+        grouping (`Grouping`): a grouping of its tasks.
+    """
+    mixtures = list(grouping.mixtures.values())
+    if grouping.settings["group_initialization"] == "fresh":
+        return estimator.predict_subsets(mixtures).loss
+    continued = estimator.continued(grouping.settings["continued_length"])
+    losses = continued.predict_subsets(mixtures).loss
+    if grouping.baseline_group is not None:
+        losses[list(grouping.groups).index(grouping.baseline_group)] = continued.start_loss()
+    return losses
 
 
 def partition_loss(estimator: SubsetEstimator, groups: Sequence[Sequence[str]]) -> float:

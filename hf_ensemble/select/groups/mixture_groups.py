@@ -6,7 +6,8 @@ from ...estimate import SubsetEstimator
 from ..choice import calibration_note
 from ..settings import GroupingSettings
 from .direct_search import add_helpers, merge_path
-from .group_losses import FoundGroups, GroupLosses, group_masks
+from .found_groups import FoundGroups
+from .group_losses import GroupLosses, group_masks
 from .mixture_search import MAX_ALONE, MixturePool, MixtureSet, MixtureSteps, search_mixtures
 
 # Numbers of groups of the partitions that the search starts from.

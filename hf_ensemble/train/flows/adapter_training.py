@@ -136,12 +136,12 @@ class AdapterTraining:
                 is_new = start is None and not self._is_trained_already
                 learning = LearningCheck(self.context, rows) if is_new else None
                 trainer = self._trainer(begun, rows)
-                start = time.perf_counter()
+                began = time.perf_counter()
                 with writing(run.training(name)):
                     result = trainer.train(
                         resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self.ignore_keys_for_eval
                     )
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - began
                 trainer.accelerator.free_memory()
             trained = replace(
                 begun,

@@ -77,10 +77,10 @@ class EnsembleAssembly:
     def _weights(self, members: list[EnsembleMember], shared: EnsembleMember) -> EnsembleWeights:
         """Weight of each adapter by task; every process gets the same."""
         args = self.context.args
-        if args.ensemble_weights == "own_group" or len(members) < 2:
-            return EnsembleWeights({task: {self.grouping.group_of(task): 1.0} for task in self.context.tasks})
         stands_alone = args.train_baseline and self.grouping.baseline_group is None
         candidates = [*members, shared] if stands_alone else members
+        if args.ensemble_weights == "own_group" or len(candidates) < 2:
+            return EnsembleWeights({task: {self.grouping.group_of(task): 1.0} for task in self.context.tasks})
         self._load(candidates)
         ensemble = PeftEnsembleModel(self.context.model, candidates, label_space=self.context.label_space)
         # Each task is one process's: its weights are then those that a single process would find.

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -13,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.trainer_utils import speed_metrics
 
 from ..._compat import preserve_active_adapter
+from ..._values import is_number
 from ...ensemble import PeftEnsembleModel
 from ...ensemble.saving.files import load_adapter
 from ...evaluate import Generate, TaskScores, mean_scores
@@ -107,14 +107,13 @@ class SystemEvaluation:
             return {}
         with prediction_trainer(self.context, tables, ensemble) as trainer:
             found = {task: trainer.computed_metrics(task) for task in tables}
-        odd = sorted({name for own in found.values() for name, value in own.items() if not _is_number(value)})
+        odd = sorted({name for own in found.values() for name, value in own.items() if not is_number(value)})
         if odd:
             logger.warning_once(
                 "compute_metrics returns %s, which are no numbers: they are not reported.", ", ".join(odd)
             )
         return {
-            task: {name: float(value) for name, value in own.items() if _is_number(value)}
-            for task, own in found.items()
+            task: {name: float(value) for name, value in own.items() if is_number(value)} for task, own in found.items()
         }
 
     def speed(self, prefix: str, start: float, scores: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, float]:
@@ -174,7 +173,3 @@ def flat_metrics(
 def _named(prefix: str, scores: TaskScores) -> dict[str, float]:
     values = {"loss": scores.loss, "accuracy": scores.accuracy, **scores.metrics}
     return {f"{prefix}_{name}": value for name, value in values.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

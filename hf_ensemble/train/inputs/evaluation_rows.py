@@ -8,12 +8,11 @@ from datasets import Dataset
 from ..._settings import checked_mapping
 from ...errors import TaskError
 from ...tasks import META_COLUMNS, TASK, RowFormat, TaskSet
+from ...tasks.class_labels import HIDDEN
 from ...tasks.task import as_dataset
 from .datasets import is_table_of_tasks, rows_by_task
 
 _LABEL_COLUMNS = {RowFormat.CLASSIFICATION: "label", RowFormat.TOKENIZED: "labels"}
-# Public test sets have it in place of each label.
-_HIDDEN = -1
 
 
 def token_tables(
@@ -76,7 +75,7 @@ def _lacks_labels(rows: Any, tasks: TaskSet) -> bool:
     if tasks.row_format not in _LABEL_COLUMNS or not isinstance(rows, Dataset):
         return False
     column = _label_column(rows, tasks)
-    return column is None or all(label == _HIDDEN for label in rows[column])
+    return column is None or all(label == HIDDEN for label in rows[column])
 
 
 def _label_column(rows: Dataset, tasks: TaskSet) -> str | None:
