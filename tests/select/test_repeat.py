@@ -63,11 +63,12 @@ def test_choices_are_versioned_records(stores, tmp_path, kind):
     choice = choose(DataSelector.from_store(stores[0], None, 20))
     choice.save(tmp_path / "choice.json")
     data = json.loads((tmp_path / "choice.json").read_text())
-    assert data["format"] == choice_class.format and data["format_version"] == 1
+    assert data["format"] == choice_class.format and data["format_version"] == choice_class.format_version
     assert choice.summary and choice.provenance["num_components"] == 20
     for other in {own for own, _ in CHOICES.values()} - {choice_class}:
         with pytest.raises(RecordError, match=f"has format '{choice_class.format}'; expected '{other.format}'"):
             other.load(tmp_path / "choice.json")
-    (tmp_path / "choice.json").write_text(json.dumps({**data, "format_version": 2}))
-    with pytest.raises(RecordError, match="has format version 2, this release reads up to 1"):
+    newer = choice_class.format_version + 1
+    (tmp_path / "choice.json").write_text(json.dumps({**data, "format_version": newer}))
+    with pytest.raises(RecordError, match=f"has format version {newer}, this release reads up to {newer - 1}"):
         choice_class.load(tmp_path / "choice.json")
