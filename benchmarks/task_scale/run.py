@@ -2,6 +2,7 @@
 
     python -m benchmarks.task_scale.run OUTPUT
     python -m benchmarks.task_scale.run OUTPUT --tasks 1000 --choices group    # adds to the OUTPUT that is there
+    python -m benchmarks.task_scale.run OUTPUT --tasks 100 --choices mixtures --rows 200
 
 Tasks of 20 training and 20 validation rows each are generated: a tenth as many topics as tasks, and a mean of its own
 for every task. A fine-tuning on all of them is taken to lower every loss by a fifth. Each choice is made in a process
@@ -19,7 +20,7 @@ from hf_ensemble import DataSelector, FeatureTable, ObservedRun, SubsetEstimator
 from ..common import add_machine_flags, make_parser, peak_memory, read_results, write_results
 from .table import table
 
-CHOICES = ("select", "mixture", "group")
+CHOICES = ("select", "mixture", "group", "mixtures")
 
 
 def world(tasks: int, rows: int, dim: int) -> tuple[FeatureTable, FeatureTable, ObservedRun]:
@@ -40,7 +41,7 @@ def world(tasks: int, rows: int, dim: int) -> tuple[FeatureTable, FeatureTable, 
     return train, validation, ObservedRun(dict.fromkeys(names, 1.0), dict(zip(names, (0.8 * losses).tolist())))
 
 
-def measure(tasks: int, choice: str, rows: int, dim: int, threads: int) -> dict:
+def measure(tasks: int, choice: str, rows: int, dim: int, threads: int, budget: float) -> dict:
     """Seconds and peak memory of one choice in this process."""
     torch.set_num_threads(threads)
     train, validation, run = world(tasks, rows, dim)
@@ -54,12 +55,16 @@ def measure(tasks: int, choice: str, rows: int, dim: int, threads: int) -> dict:
     elif choice == "mixture":
         found = selector.mixture("task_0")
         size, loss = len(found.weights), found.predicted_loss
+    elif choice == "mixtures":
+        found = selector.group(None, "mixtures", compute_budget=budget)
+        size, loss = len(found.groups), found.expected_loss
     else:
         found = selector.group()
         size, loss = len(found.groups), min(found.predicted_loss.values())
     return {
         "tasks": tasks,
         "choice": choice,
+        "rows": rows,
         "seconds_to_reduce_and_calibrate": round(made, 1),
         "seconds": round(time.perf_counter() - start, 1),
         "peak_resident_bytes": peak_memory(),
@@ -73,19 +78,20 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[100, 300, 1000])
     parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--rows", type=int, default=20, help="training rows of a task, and validation rows")
+    parser.add_argument("--budget", type=float, default=2.0, help="of mixtures, in multiples of one adapter for all")
     parser.add_argument("--dim", type=int, default=400, help="captured dimensions")
     add_machine_flags(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = read_results(arguments.output)
-    known = {(line["tasks"], line["choice"]): line for line in results.get("choices", [])}
+    known = {(line["tasks"], line["choice"], line["rows"]): line for line in results.get("choices", [])}
     for tasks in arguments.tasks:
         for choice in arguments.choices:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                settings = (tasks, choice, arguments.rows, arguments.dim, arguments.threads)
-                known[tasks, choice] = pool.apply(measure, settings)
-            lines = [known[key] for key in sorted(known, key=lambda key: (CHOICES.index(key[1]), key[0]))]
-            results = {**results, "rows": arguments.rows, "dim": arguments.dim, "choices": lines}
+                settings = (tasks, choice, arguments.rows, arguments.dim, arguments.threads, arguments.budget)
+                known[tasks, choice, arguments.rows] = pool.apply(measure, settings)
+            lines = [known[key] for key in sorted(known, key=lambda key: (CHOICES.index(key[1]), key[0], key[2]))]
+            results = {**results, "budget": arguments.budget, "dim": arguments.dim, "choices": lines}
             write_results(arguments.output, results, table)
 
 

@@ -2,16 +2,22 @@
 
 from ..common import markdown_table
 
-_CHOSEN = {"select": "tasks", "mixture": "tasks with a weight", "group": "groups"}
-_NAMES = {"select": "selection without a limit", "mixture": "mixture", "group": "direct grouping"}
+_CHOSEN = {"select": "tasks", "mixture": "tasks with a weight", "group": "groups", "mixtures": "adapters"}
+_NAMES = {
+    "select": "selection without a limit",
+    "mixture": "mixture",
+    "group": "direct grouping",
+    "mixtures": "mixtures",
+}
 
 
 def table(results: dict) -> str:
-    header = ("choice", "tasks", "seconds", "peak memory", "chosen", "predicted loss")
+    header = ("choice", "tasks", "rows a task", "seconds", "peak memory", "chosen", "predicted loss")
     rows = [
         (
             _NAMES[line["choice"]],
             f"{line['tasks']:,}",
+            line["rows"],
             f"{line['seconds']:.1f}",
             f"{line['peak_resident_bytes'] / 1e9:.2f} GB",
             f"{line['chosen']} {_CHOSEN[line['choice']]}",
@@ -19,12 +25,16 @@ def table(results: dict) -> str:
         )
         for line in results["choices"]
     ]
-    made = {line["tasks"]: line["seconds_to_reduce_and_calibrate"] for line in results["choices"]}
+    made = {
+        (line["tasks"], line["rows"]): line["seconds_to_reduce_and_calibrate"]
+        for line in sorted(results["choices"], key=lambda line: line["seconds_to_reduce_and_calibrate"])
+    }
     lines = [
-        f"{results['rows']} training and {results['rows']} validation rows a task, {results['dim']} dimensions, "
-        f"{results['machine']['threads']} thread(s). The memory is that of the whole process. Before each choice, the "
-        "features are reduced and the predictions calibrated: "
-        + ", ".join(f"{seconds:.1f} s for {tasks:,} tasks" for tasks, seconds in sorted(made.items()))
+        f"As many validation as training rows a task, {results['dim']} dimensions, {results['machine']['threads']} "
+        f"thread(s). Mixtures have a budget of {results['budget']:g} trainings of one adapter for all, and their loss "
+        "is the expected one. The memory is that of the whole process. Before each choice, the features are reduced "
+        "and the predictions calibrated: "
+        + ", ".join(f"{made[key]:.1f} s for {key[0]:,} tasks of {key[1]} rows" for key in sorted(made))
         + ".",
         "",
     ]

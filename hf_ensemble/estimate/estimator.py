@@ -329,15 +329,22 @@ class SubsetEstimator:
         everything = epoch_length(self.sampling_weights, self.counts)
         return self._share * epoch_length(mixtures * self.sampling_weights, self.counts) / everything
 
-    def losses_by_half(self, coefficients: np.ndarray, seed: int = 0) -> np.ndarray:
-        """Predicted losses on two random halves of each task's validation rows, `(2, S, T)`.
+    def halves(self, seed: int = 0) -> tuple["SubsetEstimator", "SubsetEstimator"]:
+        """Two estimators with the same optima, each of the losses on a random half of every task's validation rows.
+
+        Calibration and penalty are those of all rows.
 
         Args:
-            coefficients (`np.ndarray` of shape `(S, k)`): optima, see [`Prediction`].
             seed (`int`, *optional*, defaults to 0): seed of the halves.
         """
-        losses = np.stack([half.outcomes(coefficients)[0] for half in self._validation.halves(seed)])
-        return losses if self.calibration is None else self.calibration(losses)
+        first, second = copy.copy(self), copy.copy(self)
+        first._validation, second._validation = self._validation.halves(seed)
+        return first, second
+
+    def loss_at(self, coefficients: np.ndarray) -> np.ndarray:
+        """Predicted losses `(S, T)` at optima `(S, k)`, see [`Prediction`]."""
+        loss = self._validation.outcomes(coefficients)[0]
+        return loss if self.calibration is None else self.calibration(loss)
 
     def start_loss(self) -> np.ndarray:
         """Predicted loss of each task where trainings begin, `(T,)`: calibrated, unlike [`base_loss`]."""
@@ -391,6 +398,22 @@ class SubsetEstimator:
             self.calibration,
             targets,
         )
+
+    def single_task_slopes(self, targets: np.ndarray) -> np.ndarray:
+        """How each task's loss after a training on itself changes with the weights of all tasks, `(T, T)`.
+
+        Row t is what [`weighted_loss`] gives for the weights and the target of task t alone, up to float32 precision.
+
+        Args:
+            targets (`np.ndarray` of shape `(T,)`): weight of each task's loss.
+        """
+        alone, totals, scale = np.eye(len(self.task_names)), self._train.totals, self.regularization.l2_scale
+        pairs = [self.sensitivity(row * targets).direction(row) for row in alone]
+        optima, directions = (np.stack(arrays) for arrays in zip(*pairs))
+        penalties, changes = zip(*(self._length.l2_with_gradient(scale, row) for row in alone))
+        product = 2 * (optima * directions).sum(axis=1, keepdims=True)
+        of_rows = self._train.task_slopes(optima, directions) + np.outer(penalties, totals) * product
+        return -of_rows / totals[:, None] - np.stack(changes) * product
 
     def _calibration_slope(self, loss: np.ndarray) -> np.ndarray:
         return np.ones_like(loss) if self.calibration is None else self.calibration.slope(loss)

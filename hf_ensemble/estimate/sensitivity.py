@@ -49,11 +49,15 @@ class LossSensitivity:
         self._calibration, self._targets = calibration, targets
         self._last: np.ndarray | None = None
 
-    def to_weights(self, weights: np.ndarray) -> tuple[float, np.ndarray]:
-        """Loss at weights `(T,)`, and its derivatives `(T,)`; see [`SubsetEstimator.weighted_loss`]."""
+    def to_weights(self, weights: np.ndarray, tasks: np.ndarray | None = None) -> tuple[float, np.ndarray]:
+        """Loss at weights `(T,)`, and its derivatives `(T,)`; see [`SubsetEstimator.weighted_loss`].
+
+        With a mask `tasks` `(T,)`, which holds all tasks with a weight, the derivatives of the others are meaningless.
+        This saves most of the time where few tasks have a weight.
+        """
         weights = self._checked(weights)
         l2, l2_slope = self._length.l2_with_gradient(self._l2_scale, weights)
-        w, value, direction, gradients = self._at_optimum(weights, l2)
+        w, value, direction, gradients = self._at_optimum(weights, l2, tasks)
         totals = self._problem.totals
         mixed = (gradients + 2 * l2 * np.outer(totals, w)) / (weights @ totals) + 2 * np.outer(l2_slope, w)
         return value, -mixed @ direction
@@ -72,8 +76,17 @@ class LossSensitivity:
             raise EstimationError(f"Expected {size} weights from 0 to 1, not all zero, found {weights}.")
         return weights
 
-    def _at_optimum(self, weights: np.ndarray, l2: float) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
-        """The optimum w, the targets' loss there, H^-1 times its gradient, and each task's summed gradient."""
+    def direction(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The optimum w `(k,)` of a training on weights `(T,)`, and H^-1 times the loss gradient there `(k,)`."""
+        weights = self._checked(weights)
+        l2, _ = self._length.l2_with_gradient(self._l2_scale, weights)
+        w, _, direction, _ = self._at_optimum(weights, l2, weights > 0)
+        return w, direction
+
+    def _at_optimum(
+        self, weights: np.ndarray, l2: float, tasks: np.ndarray | None = None
+    ) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+        """The optimum w, the loss there, H^-1 times its gradient, and the summed gradient of each of `tasks`."""
         w = self._problem.solve(weights[None], np.array([l2]), _TIGHT, initial=self._last).coefficients[0]
         self._last = w[None]
         task, z = self._validation.task, self._validation.margins(w)
@@ -85,5 +98,5 @@ class LossSensitivity:
             calibrated, slope = self._calibration(loss), self._calibration.slope(loss)
         of_row = (self._targets * slope / counts)[task]
         gradient = -(of_row * np.exp(-np.logaddexp(0.0, z))) @ self._validation.features
-        hessian, gradients = self._problem.derivatives(weights, w, l2)
+        hessian, gradients = self._problem.derivatives(weights, w, l2, tasks)
         return w, float(self._targets @ calibrated), cho_solve(cho_factor(hessian), gradient), gradients

@@ -195,19 +195,37 @@ class SurrogateProblem:
         )
         return found.cpu().numpy()
 
-    def derivatives(self, mixture: np.ndarray, w: np.ndarray, l2: float) -> tuple[np.ndarray, np.ndarray]:
-        """Hessian `(k, k)` of a mixture's objective at w `(k,)`, and each task's summed loss gradient `(T, k)`."""
+    def derivatives(
+        self, mixture: np.ndarray, w: np.ndarray, l2: float, tasks: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Hessian `(k, k)` of a mixture's objective at w `(k,)`, and each task's summed loss gradient `(T, k)`.
+
+        With a mask `tasks` `(T,)`, which holds all tasks of the mixture, the gradients of the others are zero.
+        """
         point = torch.from_numpy(np.ascontiguousarray(w, dtype=np.float64)).to(self._device)
         hessian = 2 * l2 * torch.eye(len(w), dtype=torch.float64, device=self._device)
         gradients = torch.zeros(len(mixture), len(w), dtype=torch.float64, device=self._device)
         total = float(mixture[: len(self.counts)] @ self.totals)
         for task, rows in enumerate(self._tasks):
-            wrong = torch.sigmoid(-(rows.margin + rows.features @ point))
-            gradients[task] = -(rows.weighted(wrong) @ rows.features)
+            if tasks is not None and not tasks[task]:
+                continue
+            features = rows.features
+            wrong = torch.sigmoid(-(rows.margin + features @ point))
+            gradients[task] = -(rows.weighted(wrong) @ features)
             if mixture[task]:
                 curvature = (rows.weighted(wrong * (1 - wrong)) * float(mixture[task]) / total).unsqueeze(1)
-                hessian += rows.features.T @ (curvature * rows.features)
+                hessian += features.T @ (curvature * features)
         return hessian.cpu().numpy(), gradients.cpu().numpy()
+
+    def task_slopes(self, w: np.ndarray, directions: np.ndarray) -> np.ndarray:
+        """Slope of each task's summed loss at points w `(S, k)` along directions `(S, k)`, `(S, T)`, in float32."""
+        points, along = (torch.from_numpy(array.astype(np.float32)).to(self._device) for array in (w, directions))
+        slopes = torch.zeros(len(w), len(self._tasks), dtype=torch.float64, device=self._device)
+        for task, rows in enumerate(self._tasks):
+            if len(rows.margin):
+                wrong = torch.sigmoid(-(rows.margin.float() + points @ rows.single.T))
+                slopes[:, task] = -(rows.weighted(wrong) * (along @ rows.single.T)).sum(1)
+        return slopes.cpu().numpy()
 
     def row_slopes(self, w: np.ndarray, direction: np.ndarray) -> np.ndarray:
         """Slope of every row's weighted loss at w `(k,)` along a direction `(k,)`, in the original row order."""

@@ -27,7 +27,7 @@ class ValidationRows:
         self.features = features[order]
         self.margin = table.margin[order].astype(np.float64)
         self.task = table.task[order]
-        self._ids = table.example_id[order].tolist()
+        self._ids = table.example_id[order]
         self._names = table.task_names
 
     def truncated(self, num_components: int) -> "ValidationRows":
@@ -59,7 +59,7 @@ class ValidationRows:
     def _of_rows(self, kept: np.ndarray) -> "ValidationRows":
         other = copy.copy(self)
         other.features, other.margin, other.task = self.features[kept], self.margin[kept], self.task[kept]
-        other._ids = [example for example, own in zip(self._ids, kept) if own]
+        other._ids = self._ids[kept]
         return other
 
     def outcomes(
@@ -77,7 +77,7 @@ class ValidationRows:
     def by_example(self, w: np.ndarray) -> dict[tuple[str, str], float]:
         """Margin of every row by (task, example id)."""
         names = (self._names[index] for index in self.task)
-        return dict(zip(zip(names, self._ids), self.margins(w).tolist()))
+        return dict(zip(zip(names, self._ids.tolist()), self.margins(w).tolist()))
 
     def spread(self, coefficients: np.ndarray, reference: np.ndarray, weights: np.ndarray, metric: str) -> np.ndarray:
         """Standard error over the rows of weighted scores at optima `(S, k)` minus those at one `(k,)`, `(S,)`."""

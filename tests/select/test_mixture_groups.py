@@ -1,5 +1,6 @@
 """Groups that are weighted mixtures of all tasks, within a budget."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -9,7 +10,8 @@ from hf_ensemble import TrainingRecipe
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
-from hf_ensemble.select.groups import mixture_groups, mixture_search
+from hf_ensemble.select.groups import mixture_groups
+from hf_ensemble.select.groups.facility_location import FacilityLocation
 from hf_ensemble.store import FeatureTable
 
 
@@ -36,6 +38,17 @@ def estimator():
     return circle()
 
 
+@pytest.fixture(scope="module")
+def mixtures(estimator):
+    """Groupings of the estimator's tasks by mixtures, each made once."""
+
+    @functools.cache
+    def made(num_groups=None, **options):
+        return DataSelector(estimator).group(num_groups, "mixtures", affinity_subsets=10, **options)
+
+    return made
+
+
 def mean_loss(estimator, grouping):
     losses = estimator.predict_subsets(list(grouping.mixtures.values())).loss
     return float(np.mean([losses[:, estimator.task_names.index(task)].min() for task in grouping.task_names]))
@@ -51,7 +64,7 @@ def partitions(items):
         yield [[items[0]], *smaller]
 
 
-def test_where_tasks_conflict_in_no_blocks_mixtures_beat_every_partition(estimator):
+def test_where_tasks_conflict_in_no_blocks_mixtures_beat_every_partition(estimator, mixtures):
     everything = [tuple(sorted(group)) for group in itertools.chain(*partitions(list(estimator.task_names)))]
     subsets = sorted(set(everything))
     losses = estimator.predict_subsets(subsets).loss
@@ -62,7 +75,7 @@ def test_where_tasks_conflict_in_no_blocks_mixtures_beat_every_partition(estimat
     best = min(
         sum(own[tuple(sorted(group))] for group in groups) for groups in partitions(list(estimator.task_names))
     ) / len(estimator.task_names)
-    grouping = DataSelector(estimator).group(6, "mixtures", has_baseline=False)
+    grouping = mixtures(6, has_baseline=False)
     assert mean_loss(estimator, grouping) < best - 0.005
     # Each task trains with its neighbours: more rows are drawn than there are.
     assert all(len(grouping.trained_on(group)) > 1 for group in grouping.groups)
@@ -70,11 +83,10 @@ def test_where_tasks_conflict_in_no_blocks_mixtures_beat_every_partition(estimat
 
 
 @pytest.mark.parametrize("has_baseline", [True, False])
-def test_a_larger_budget_costs_more_and_loses_less(estimator, has_baseline):
-    selector = DataSelector(estimator)
+def test_a_larger_budget_costs_more_and_loses_less(estimator, mixtures, has_baseline):
     losses = []
     for budget in (1.0, 2.0, 4.0):
-        grouping = selector.group(None, "mixtures", compute_budget=budget, has_baseline=has_baseline)
+        grouping = mixtures(compute_budget=budget, has_baseline=has_baseline)
         rows = [
             sum(weight * 12 for weight in mixture.values())
             for mixture in grouping.mixtures.values()
@@ -88,31 +100,62 @@ def test_a_larger_budget_costs_more_and_loses_less(estimator, has_baseline):
     assert costs == sorted(costs)
 
 
-def test_it_is_never_worse_than_the_partitions_with_helpers_that_it_starts_from(estimator):
+def test_it_is_never_worse_than_the_partitions_with_helpers_that_it_starts_from(estimator, mixtures):
     selector = DataSelector(estimator)
     for count in (2, 3):
-        start = selector.group(count, overlapping_groups=True)
-        found = selector.group(count, "mixtures", has_baseline=False)
+        start = selector.group(count, overlapping_groups=True, affinity_subsets=10)
+        found = mixtures(count, has_baseline=False)
         assert len(found.groups) <= count
         assert mean_loss(estimator, found) <= mean_loss(estimator, start) + 1e-9
 
 
 @pytest.mark.parametrize("count", [3, 6])
-def test_of_many_tasks_the_mixtures_are_found_without_one_for_each_task(estimator, monkeypatch, count):
+def test_of_many_tasks_the_mixtures_are_found_without_merges(estimator, mixtures, monkeypatch, count):
     selector = DataSelector(estimator)
-    expected = mean_loss(estimator, selector.group(count, "mixtures", has_baseline=False))
-    for module in (mixture_groups, mixture_search):
-        monkeypatch.setattr(module, "MAX_ALONE", 0)
-    found = mean_loss(estimator, selector.group(count, "mixtures", has_baseline=False))
+    expected = mean_loss(estimator, mixtures(count, has_baseline=False))
+    monkeypatch.setattr(mixture_groups, "_MAX_MERGED", 0)
+    options = {"has_baseline": False, "affinity_subsets": 10}
+    found = mean_loss(estimator, selector.group(count, "mixtures", **options))
     assert found == pytest.approx(expected, abs=1e-3)
-    partition = min(selector.group(count, has_baseline=False).predicted_loss.values())
+    partition = min(selector.group(count, **options).predicted_loss.values())
     assert found < partition - 0.003
 
 
-def test_what_choosing_makes_of_noise_is_taken_off(estimator):
-    grouping = DataSelector(estimator).group(6, "mixtures")
-    assert grouping.cross_fitted_loss >= mean_loss(estimator, grouping) - 1e-9
-    assert f"{grouping.cross_fitted_loss:.4f}" in grouping.summary
+@pytest.mark.parametrize("price", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("max_open", [2, 4])
+def test_facilities_are_those_of_all_sets(price, max_open):
+    rng = np.random.default_rng(max_open)
+    losses, costs, goal = rng.uniform(size=(10, 7)), rng.uniform(0.2, 1.0, 10), rng.uniform(0.5, 1.0, 7)
+    for at_hand in (np.full(7, np.inf), np.full(7, 0.6)):
+        problem = FacilityLocation(losses, costs, goal, at_hand, max_open)
+        sets = [list(own) for size in range(max_open + 1) for own in itertools.combinations(range(10), size)]
+        for max_cost in (np.inf, 1.0):
+            allowed = [own for own in sets if costs[own].sum() <= max_cost]
+            best = min(problem.value(own, price) for own in allowed)
+            starts = [[], *([index] for index in range(10) if costs[index] <= max_cost)]
+            found = [problem.search(start, price, max_cost) for start in starts]
+            assert all(len(own) <= max_open and costs[own].sum() <= max_cost for own in found)
+            assert min(problem.value(own, price) for own in found) == pytest.approx(best)
+
+
+def test_the_steepest_descent_from_each_task_alone_is_that_of_its_loss(estimator):
+    goal = np.linspace(0.5, 1.0, 6)
+    slopes = estimator.single_task_slopes(goal)
+    for index, own in enumerate(np.eye(6)):
+        expected = estimator.weighted_loss(own, own * goal)[1]
+        assert np.allclose(slopes[index], expected, atol=1e-5)
+        few = estimator.sensitivity(own * goal).to_weights(own, np.arange(6) == index)[1]
+        assert few[index] == pytest.approx(expected[index])
+
+
+def test_what_searching_makes_of_noise_is_taken_off(estimator, mixtures):
+    grouping = mixtures(compute_budget=4.0, has_baseline=True)
+    assert f"{grouping.expected_loss:.4f}" in grouping.summary
+    for point in grouping.cost_curve:
+        assert point["optimism"] >= 0 and point["difference_low"] <= point["difference"] <= point["difference_high"]
+        together = point["predicted_loss"] + point["optimism"] - point["difference"]
+        assert together == pytest.approx(estimator.predict(np.ones((1, 6))).loss.mean())
+        assert point["expected_loss"] >= point["predicted_loss"] - 1e-9
 
 
 def test_tasks_that_agree_need_one_adapter():
@@ -140,9 +183,9 @@ def test_with_a_fixed_number_of_steps_every_mixture_costs_a_training():
     assert grouping.cost == 1.0 + len(trained) <= 3.0
 
 
-def test_it_is_kept_and_made_again(estimator, tmp_path):
+def test_it_is_kept_and_made_again(estimator, mixtures, tmp_path):
     selector = DataSelector(estimator)
-    grouping = selector.group(None, "mixtures", compute_budget=2.0, num_candidates=4)
+    grouping = mixtures(compute_budget=2.0, has_baseline=True)
     grouping.save(tmp_path / "groups.json")
     assert Grouping.load(tmp_path / "groups.json") == grouping == selector.repeat(grouping)
 
@@ -203,3 +246,24 @@ def test_going_on_with_all_tasks_is_training_longer():
     found = on.predict(everything, l2_scale=scale).loss[0]
     before = shorter.predict(everything, l2_scale=scale).loss[0]
     assert np.allclose(found, longer, atol=0.35 * np.abs(before - longer).max())
+
+
+def trained(estimator, mixture, loss):
+    """An adapter that turned out to lose this on every task."""
+    return ObservedRun(mixture, dict.fromkeys(estimator.task_names, loss))
+
+
+def test_groups_that_are_trained_stay_and_serve_by_their_measured_losses(estimator):
+    selector = DataSelector(estimator)
+    half = dict.fromkeys(estimator.task_names[:3], 1.0)
+    good, bad = trained(estimator, half, 0.1), trained(estimator, {"task_5": 1.0}, 3.0)
+    found = selector.group(None, "mixtures", compute_budget=2.0, trained={"group_0": good, "group_1": bad})
+    assert found.groups["group_0"] == list(estimator.task_names) and found.groups["group_1"] == []
+    assert found.mixtures["group_0"] == half and found.cost == pytest.approx(1 + 3 / 6 + 1 / 6)
+    assert found.baseline_group is None and list(found.groups) == ["group_0", "group_1"]
+    again = selector.group(None, "mixtures", compute_budget=4.0, trained={"group_0": bad})
+    assert list(again.groups)[:2] == ["group_0", "group_1"] and again.groups["group_0"] == []
+    assert again.groups["group_1"] and again.mixtures["group_0"] == {"task_5": 1.0}
+    assert again.cost <= 4.0 and selector.repeat(again) == again
+    with pytest.raises(ConfigurationError, match="partitions the tasks anew"):
+        selector.group(2, trained={"group_0": good})

@@ -15,9 +15,10 @@ class FoundGroups:
         curve (`dict[str, float]`): mean predicted loss by number of groups.
         cost (`float`): training cost of all adapters.
         summary (`str`): one sentence.
+        names (`list[str]`): name of each group.
         baseline (`int`, *optional*): the group whose adapter is the one for all tasks.
-        cost_curve (`list[dict[str, float]]`, *optional*): cost, number of groups and predicted loss.
-        cross_fitted_loss (`float`, *optional*): without the optimism of choosing.
+        cost_curve (`list[dict[str, float]]`, *optional*): see [`Grouping`].
+        expected_loss (`float`, *optional*): see [`Grouping`].
     """
 
     labels: np.ndarray
@@ -25,6 +26,7 @@ class FoundGroups:
     curve: dict[str, float]
     cost: float
     summary: str
+    names: list[str]
     baseline: int | None = None
     cost_curve: list[dict[str, float]] = field(default_factory=list)
-    cross_fitted_loss: float | None = None
+    expected_loss: float | None = None

@@ -1,14 +1,14 @@
 """Groups of tasks that train together, one adapter each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..._settings import check_at_least, check_flag
+from ..._settings import check_at_least, check_flag, checked_mapping
 from ...errors import ConfigurationError
-from ...estimate import SubsetEstimator
+from ...estimate import ObservedRun, SubsetEstimator
 from ..choice import Choice, with_provenance
 from ..settings import GroupingSettings
 from .affinity import predicted_affinity
@@ -25,6 +25,8 @@ _NUM_IMPROVED = 3
 _MAX_COUNTS = {"spectral": 30, "coclustering": 30, "semidefinite": 8}
 # Number of random partitions in the baseline.
 _NUM_RANDOM = 10
+# Above this number of tasks, the affinity beside mixtures is predicted in few components.
+_MANY, _FEW_COMPONENTS = 100, 50
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,12 @@ class Grouping(Choice):
             Training cost of all adapters, in multiples of one adapter for all: rows that are drawn. It includes the
             adapter for all tasks where that is trained too.
         cost_curve (`list[dict[str, float]]`, *optional*):
-            With `"mixtures"`: `cost`, `num_groups` and `predicted_loss` of the sets within the budget that no other one
-            betters in both cost and loss.
-        cross_fitted_loss (`float`, *optional*):
-            With `"mixtures"`: mean predicted loss when each task's mixture is chosen on one half of the validation
-            rows and scored on the other. Its distance from the predicted loss is what choosing has made of noise.
+            With `"mixtures"`: the sets within the budget that no other one betters in both cost and loss. `cost`,
+            `num_groups` (mixtures that are trained), `predicted_loss`, `optimism` (what searching has made of noise),
+            `difference` from one adapter for all (predicted loss plus optimism, minus that adapter's; lower is better)
+            with the ends of its 90 % interval over the validation rows, `difference_low` and `difference_high`, and
+            `expected_loss`, where the difference is shrunk by its error.
+        expected_loss (`float`, *optional*): with `"mixtures"`: of the set that was taken.
         baselines (`dict[str, float]`, *optional*):
             Mean predicted loss with one group, with one group per task, and with the same number of random groups.
         summary (`str`): one sentence.
@@ -57,7 +60,7 @@ class Grouping(Choice):
     """
 
     format: ClassVar[str] = "hf_ensemble.grouping"
-    format_version: ClassVar[int] = 2
+    format_version: ClassVar[int] = 3
     made_by: ClassVar[str] = "group"
 
     groups: dict[str, list[str]]
@@ -69,7 +72,7 @@ class Grouping(Choice):
     cost: float
     baseline_group: str | None = None
     cost_curve: list[dict[str, float]] = field(default_factory=list)
-    cross_fitted_loss: float | None = None
+    expected_loss: float | None = None
     baselines: dict[str, float] = field(default_factory=dict)
 
     def group_of(self, task: str) -> str:
@@ -119,13 +122,14 @@ def group_tasks(
     num_candidates: int = 10,
     subset_size: int | None = None,
     has_baseline: bool = True,
+    trained: Mapping[str, ObservedRun | Mapping[str, Any]] | None = None,
     seed: int = 0,
 ) -> Grouping:
     """Choose what each of several adapters is trained on, and which of them serves each task.
 
     `"mixtures"` searches for weighted mixtures of all tasks: each task is served by the one that is best for it, and a
-    task may be trained on by many. It keeps within `compute_budget`; without one, it takes the cheapest set that cannot
-    be told from the best, by the validation rows.
+    task may be trained on by many. It keeps within `compute_budget` and takes the set with the least expected loss, or
+    without a budget the cheapest set that cannot be told from it, by the validation rows.
 
     The other methods partition the tasks. `"direct"` minimizes the predicted loss of the partition itself: it merges
     the groups whose merge costs least, then moves and swaps tasks, from the merged partition and from the spectral
@@ -146,6 +150,9 @@ def group_tasks(
         has_baseline (`bool`, *optional*, defaults to `True`):
             Whether an adapter for all tasks is trained anyway. Its cost counts, and with `"mixtures"` it serves the
             tasks that do best with it.
+        trained (`dict[str, ObservedRun]`, *optional*):
+            With `"mixtures"`: adapters of groups that are trained already, by the group's name, with their measured
+            losses. They cost what they have cost and serve the tasks that do best with them.
         seed (`int`, *optional*, defaults to 0): seed of the affinity's subsets and of the clustering.
 
     Raises:
@@ -158,6 +165,7 @@ def group_tasks(
     settings = settings or GroupingSettings()
     names = estimator.task_names
     settings.check_tasks(len(names))
+    runs = _as_runs(trained or {}, settings)
     if settings.group_initialization == "baseline":
         if not has_baseline:
             raise ConfigurationError(
@@ -165,27 +173,33 @@ def group_tasks(
                 "train_baseline=True, or group_initialization='fresh'."
             )
         estimator = estimator.continued(settings.continued_length)
-    affinity = np.zeros((1, 1))
-    if len(names) > 1:
-        affinity = predicted_affinity(estimator, settings.affinity_subsets, subset_size, seed)
     losses = GroupLosses(EstimatedGroups(estimator))
-    find = mixture_groups if settings.grouping_method == "mixtures" else _partition_groups
-    found = find(estimator, losses, affinity, settings, num_candidates, has_baseline, seed)
-    options = {"num_candidates": num_candidates, "subset_size": subset_size, "has_baseline": has_baseline, "seed": seed}
+    affinity = _affinity(estimator, settings, subset_size, seed)
+    if settings.grouping_method == "mixtures":
+        found = mixture_groups(estimator, losses, settings, num_candidates, has_baseline, runs, seed)
+    else:
+        found = _partition_groups(estimator, losses, affinity, settings, num_candidates, has_baseline, seed)
+    options = {
+        "num_candidates": num_candidates,
+        "subset_size": subset_size,
+        "has_baseline": has_baseline,
+        "trained": {name: {"mixture": dict(run.mixture), "losses": dict(run.losses)} for name, run in runs.items()},
+        "seed": seed,
+    }
     return Grouping(
-        groups=_by_name(names, group_masks(found.labels)),
+        groups=_by_name(found.names, names, found.labels),
         mixtures={
-            f"group_{row}": {name: float(weight) for name, weight in zip(names, weights) if weight}
-            for row, weights in enumerate(found.mixtures)
+            group: {name: float(weight) for name, weight in zip(names, weights) if weight}
+            for group, weights in zip(found.names, found.mixtures)
         },
         method=settings.grouping_method,
         task_names=list(names),
         affinity=affinity.tolist(),
         predicted_loss=found.curve,
         cost=found.cost,
-        baseline_group=None if found.baseline is None else f"group_{found.baseline}",
+        baseline_group=None if found.baseline is None else found.names[found.baseline],
         cost_curve=found.cost_curve,
-        cross_fitted_loss=found.cross_fitted_loss,
+        expected_loss=found.expected_loss,
         baselines=_baselines(losses, len(names), len(found.mixtures), seed),
         summary=found.summary,
         settings=with_provenance({**settings.group_arguments(), **options}, estimator),
@@ -225,7 +239,8 @@ def _partition_groups(
     else:
         new = mixtures
     cost = float(has_baseline) + float(estimator.training_cost(new).sum())
-    return FoundGroups(labels, mixtures, curve, cost, f"{summary}.", baseline)
+    group_names = [f"group_{row}" for row in range(len(mixtures))]
+    return FoundGroups(labels, mixtures, curve, cost, f"{summary}.", group_names, baseline)
 
 
 def _summary(settings: GroupingSettings, num_groups: int, loss: float, num_partitions: int) -> str:
@@ -309,5 +324,26 @@ def _baselines(losses: GroupLosses, num_tasks: int, num_groups: int, seed: int) 
     }
 
 
-def _by_name(names: Sequence[str], masks: np.ndarray) -> dict[str, list[str]]:
-    return {f"group_{row}": [name for name, held in zip(names, mask) if held] for row, mask in enumerate(masks)}
+def _by_name(groups: Sequence[str], names: Sequence[str], labels: np.ndarray) -> dict[str, list[str]]:
+    return {group: [name for name, own in zip(names, labels) if own == row] for row, group in enumerate(groups)}
+
+
+def _as_runs(
+    trained: Mapping[str, ObservedRun | Mapping[str, Any]], settings: GroupingSettings
+) -> dict[str, ObservedRun]:
+    if trained and settings.grouping_method != "mixtures":
+        raise ConfigurationError(
+            f"trained={list(trained)} are mixtures that exist already; grouping_method={settings.grouping_method!r} "
+            "partitions the tasks anew. Set grouping_method='mixtures', or leave it out."
+        )
+    known = checked_mapping("trained", trained)
+    return {name: run if isinstance(run, ObservedRun) else ObservedRun(**run) for name, run in known.items()}
+
+
+def _affinity(estimator: SubsetEstimator, settings: GroupingSettings, subset_size: int | None, seed: int) -> np.ndarray:
+    """See [`predicted_affinity`]; mixtures are not searched for by it, so that few components do."""
+    if len(estimator.task_names) == 1:
+        return np.zeros((1, 1))
+    if settings.grouping_method == "mixtures" and len(estimator.task_names) > _MANY:
+        estimator = estimator.truncated(_FEW_COMPONENTS)
+    return predicted_affinity(estimator, settings.affinity_subsets, subset_size, seed)

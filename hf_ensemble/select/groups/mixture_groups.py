@@ -1,160 +1,198 @@
 """Groups of tasks that are served by the same mixture."""
 
-import numpy as np
+from collections.abc import Mapping, Sequence
 
-from ...estimate import SubsetEstimator
+import numpy as np
+from sklearn.cluster import KMeans
+
+from ...estimate import ObservedRun, SubsetEstimator
 from ..choice import calibration_note
 from ..settings import GroupingSettings
+from .adapters_at_hand import AdaptersAtHand
 from .direct_search import add_helpers, merge_path
 from .found_groups import FoundGroups
 from .group_losses import GroupLosses, group_masks
-from .mixture_search import MAX_ALONE, MixturePool, MixtureSet, MixtureSteps, search_mixtures
+from .mixture_search import MixturePool, MixtureSet, search_mixtures
+from .mixture_steps import MixtureSteps
+from .optimism import CLOSE, CostPoint, SetComparison, cost_points
 
 # Numbers of groups of the partitions that the search starts from.
 _START_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Up to this number of tasks, these partitions are those of merges, and up to the other one they get helpers.
+_MAX_MERGED, _MAX_HELPED = 150, 40
 # Maximum number of mixtures where it is not given: more adapters than this are rarely worth a forward each.
 _MAX_MIXTURES = 8
 _MAX_ITERATIONS = 8
-# Normal quantile: at 90 %, a difference within this many standard errors of zero may be due to chance.
-_CLOSE = 1.645
 
 
 def mixture_groups(
     estimator: SubsetEstimator,
     group_losses: GroupLosses,
-    affinity: np.ndarray,
     settings: GroupingSettings,
     num_candidates: int,
     has_baseline: bool,
+    trained: Mapping[str, ObservedRun],
     seed: int,
 ) -> FoundGroups:
     """Search for mixtures; the arguments are those of [`group_tasks`]."""
     size = len(estimator.task_names)
     goal = np.full(size, 1.0 / size)
     most = settings.num_groups or settings.max_groups or min(_MAX_MIXTURES, size)
-    everything = _baseline_loss(estimator, settings)
-    pool = MixturePool(estimator, goal, everything if has_baseline else None, most)
-    steps = MixtureSteps(estimator, goal, num_candidates, _MAX_ITERATIONS)
-    budget = settings.compute_budget
-    own = None if budget is None else budget - float(has_baseline)
-    sets = search_mixtures(pool, steps, own, _starts(estimator, group_losses, most, num_candidates))
-    if budget is None and settings.num_groups is None:
-        best = _cheapest_good(estimator, sets, goal, settings, seed)
-    else:
-        best = min(sets, key=lambda one: float(goal @ one.loss) + settings.group_cost * len(one))
+    at_hand = AdaptersAtHand.of(estimator, trained, has_baseline, settings.group_initialization == "baseline")
+    budget = None if settings.compute_budget is None else settings.compute_budget - at_hand.cost
+    counts = [count for count in _START_COUNTS if count <= min(most, size)]
+
+    def search(estimator: SubsetEstimator, at_hand: AdaptersAtHand, starts: Sequence[np.ndarray]) -> list[MixtureSet]:
+        pool = MixturePool(estimator, goal, at_hand.losses, max(most - len(trained), 0))
+        return search_mixtures(pool, MixtureSteps(estimator, goal, num_candidates, _MAX_ITERATIONS), budget, starts)
+
+    clusters = _cluster_starts(estimator, counts, seed)
+    starts = clusters
+    if size <= _MAX_MERGED:
+        starts = _merge_starts(estimator, group_losses, counts, num_candidates)
+    sets = search(estimator, at_hand, starts)
+    points = cost_points(estimator, at_hand, sets, goal, lambda own, hand: search(own, hand, clusters))
+    place = _chosen(estimator, at_hand, sets, points, goal, settings)
+    return _found(estimator, at_hand, sets[place], points, points[place], goal)
+
+
+def _found(
+    estimator: SubsetEstimator,
+    at_hand: AdaptersAtHand,
+    best: MixtureSet,
+    points: Sequence[CostPoint],
+    point: CostPoint,
+    goal: np.ndarray,
+) -> FoundGroups:
     curve: dict[str, float] = {}
-    for one in sets:
-        curve[str(len(one))] = min(float(goal @ one.loss), curve.get(str(len(one)), np.inf))
-    labels, mixtures, baseline = _with_baseline(best, estimator)
-    cost = best.cost + float(has_baseline)
-    together = float(goal @ everything)
-    cross_fitted = _cross_fitted_loss(_optima(estimator, best, settings), estimator, goal, seed)
-    if not len(best):
-        summary = (
-            f"One adapter for all {size} tasks is enough, with a mean predicted loss of {together:.4f}: no mixtures "
-            "within the budget are predicted to lower it."
-        )
-    else:
-        summary = (
-            f"{len(best)} mixture{'s' if len(best) > 1 else ''}, at {cost:.2f} times the training of one adapter for "
-            f"all, lower the mean predicted loss from {together:.4f} to {float(goal @ best.loss):.4f} "
-            f"({cross_fitted:.4f} without what choosing makes of noise)."
-        )
+    for one in points:
+        curve[str(one.num_groups)] = min(one.predicted_loss, curve.get(str(one.num_groups), np.inf))
+    names, labels, mixtures, baseline = _named(estimator, at_hand, best, goal)
     return FoundGroups(
         labels=labels,
         mixtures=mixtures / mixtures.max(axis=1, keepdims=True),
         curve=curve,
-        cost=cost,
-        summary=summary + calibration_note(estimator),
+        cost=best.cost + at_hand.cost,
+        summary=_summary(names, point, at_hand.cost) + calibration_note(estimator),
+        names=names,
         baseline=baseline,
-        cost_curve=[
-            {
-                "cost": one.cost + float(has_baseline),
-                "num_groups": float(len(one)),
-                "predicted_loss": float(goal @ one.loss),
-            }
-            for one in sets
-        ],
-        cross_fitted_loss=cross_fitted,
+        cost_curve=[_as_values(one, at_hand.cost) for one in points],
+        expected_loss=point.expected_loss,
     )
 
 
-def _starts(estimator: SubsetEstimator, group_losses: GroupLosses, most: int, num_candidates: int) -> list[np.ndarray]:
-    """Partitions with helpers, as row weights; of many tasks without helpers, which the search adds by itself."""
-    size, directions = len(estimator.task_names), estimator.task_gradients()
-    sampling = estimator.sampling_weights / estimator.sampling_weights.max()
-    counts = [count for count in _START_COUNTS if count <= min(most, size)]
+def _as_values(point: CostPoint, cost: float) -> dict[str, float]:
+    return {
+        "cost": point.cost + cost,
+        "num_groups": float(point.num_groups),
+        "predicted_loss": point.predicted_loss,
+        "optimism": point.optimism,
+        "expected_loss": point.expected_loss,
+        "difference": point.difference,
+        "difference_low": point.difference - CLOSE * point.error,
+        "difference_high": point.difference + CLOSE * point.error,
+    }
+
+
+def _summary(names: Sequence[str], point: CostPoint, cost: float) -> str:
+    together = point.predicted_loss + point.optimism - point.difference
+    if point.difference == 0 and len(names) == 1:
+        return (
+            f"One adapter for all tasks is enough, with a mean predicted loss of {together:.4f}: no mixtures within "
+            "the budget are expected to lower it by more than chance."
+        )
+    return (
+        f"{len(names)} adapter{'s' if len(names) > 1 else ''}, at {point.cost + cost:.2f} times the training of one "
+        f"adapter for all, are expected to lower the mean loss from {together:.4f} to {point.expected_loss:.4f} "
+        f"(predicted {point.predicted_loss:.4f}, less what searching makes of noise)."
+    )
+
+
+def _cluster_starts(estimator: SubsetEstimator, counts: Sequence[int], seed: int) -> list[np.ndarray]:
+    """Clusters of the tasks' gradient directions, as row weights."""
+    directions = estimator.task_gradients()
+    directions = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-12)
+    found = []
+    for count in counts:
+        labels = KMeans(count, n_init=4, random_state=seed).fit_predict(directions)
+        masks = np.stack([labels == label for label in np.unique(labels)])
+        found.append(_as_row_weights(estimator, masks))
+    return found
+
+
+def _merge_starts(
+    estimator: SubsetEstimator, group_losses: GroupLosses, counts: Sequence[int], num_candidates: int
+) -> list[np.ndarray]:
+    """Partitions of cheapest merges, of few tasks with helpers, as row weights; the search adds helpers by itself."""
     if not counts:
         return []
-    starts = []
-    for labels, _ in merge_path(group_losses, directions, num_candidates, min_groups=counts[0]):
+    starts, directions = [], estimator.task_gradients()
+    for labels, _ in merge_path(group_losses, directions, num_candidates, min_groups=min(counts)):
         if labels.max() + 1 not in counts:
             continue
         trained = group_masks(labels)
-        if size <= MAX_ALONE:
+        if len(labels) <= _MAX_HELPED:
             trained = add_helpers(group_losses, labels, trained, directions, num_candidates)
-        weights = trained * sampling
-        starts.append(weights / weights.max(axis=1, keepdims=True))
+        starts.append(_as_row_weights(estimator, trained))
     return starts
 
 
-def _baseline_loss(estimator: SubsetEstimator, settings: GroupingSettings) -> np.ndarray:
-    """Predicted loss of each task with the adapter for all tasks, `(T,)`."""
-    if settings.group_initialization == "baseline":
-        return estimator.start_loss()
-    return estimator.predict(np.ones((1, len(estimator.task_names)))).loss[0]
+def _as_row_weights(estimator: SubsetEstimator, masks: np.ndarray) -> np.ndarray:
+    weights = masks * estimator.sampling_weights
+    return weights / weights.max(axis=1, keepdims=True)
 
 
-def _with_baseline(found: MixtureSet, estimator: SubsetEstimator) -> tuple[np.ndarray, np.ndarray, int | None]:
-    """Labels `(T,)`, mixtures in multiples of the sampling weights, and the group that the baseline serves."""
-    labels, mixtures = found.serving.copy(), found.weights / estimator.sampling_weights
-    if not (labels == -1).any():
-        return labels, mixtures, None
-    labels[labels == -1] = len(mixtures)
-    return labels, np.vstack([mixtures, np.ones((1, len(labels)))]), len(mixtures)
+def _named(
+    estimator: SubsetEstimator, at_hand: AdaptersAtHand, found: MixtureSet, goal: np.ndarray
+) -> tuple[list[str], np.ndarray, np.ndarray, int | None]:
+    """Names, labels `(T,)`, mixtures in multiples of the sampling weights, and the group that the baseline serves.
+
+    Groups that were trained come first and keep their names, whether or not they serve a task: other tasks may give
+    them a weight. New ones follow, the one with the largest gain first, then the one for all tasks if it serves a task.
+    """
+    together = found.loss if not len(at_hand) else at_hand.losses.min(axis=0)
+    gains = [float(goal @ np.where(found.serving == row, together - found.loss, 0.0)) for row in range(len(found))]
+    order = np.argsort(-np.array(gains), kind="stable")
+    number = len(at_hand.names)
+    sources = [-1 - row for row in range(number)] + order.tolist()
+    named = [*at_hand.names, *(f"group_{number + row}" for row in range(len(order)))]
+    if at_hand.has_baseline:
+        sources.append(-1 - number)
+        named.append(f"group_{number + len(order)}")
+    used = [
+        (name, source)
+        for row, (name, source) in enumerate(zip(named, sources))
+        if row < number or (found.serving == source).any()
+    ]
+    labels = np.zeros(len(goal), dtype=int)
+    mixtures = np.zeros((len(used), len(goal)))
+    baseline = None
+    for row, (_, source) in enumerate(used):
+        labels[found.serving == source] = row
+        if source >= 0:
+            mixtures[row] = found.weights[source] / estimator.sampling_weights
+        else:
+            mixtures[row] = at_hand.mixtures[-1 - source]
+            if at_hand.has_baseline and -1 - source == number:
+                baseline = row
+    return [name for name, _ in used], labels, mixtures, baseline
 
 
-def _optima(estimator: SubsetEstimator, found: MixtureSet, settings: GroupingSettings) -> np.ndarray:
-    """Optimum of each group's training, `(G, k)`."""
-    _, mixtures, baseline = _with_baseline(found, estimator)
-    optima = estimator.predict(mixtures).coefficients
-    if baseline is not None and settings.group_initialization == "baseline":
-        optima[baseline] = 0.0
-    return optima
-
-
-def _cheapest_good(
-    estimator: SubsetEstimator, sets: list[MixtureSet], goal: np.ndarray, settings: GroupingSettings, seed: int
-) -> MixtureSet:
-    """The cheapest set that the validation rows do not tell from the best; the sets are sorted by cost."""
-    optima = [_optima(estimator, one, settings) for one in sets]
-    losses = [_cross_fitted_loss(own, estimator, goal, seed) for own in optima]
-    best = int(np.argmin([loss + settings.group_cost * len(one) for loss, one in zip(losses, sets)]))
-    for one, own in zip(sets[:best], optima):
-        spread = _spread(estimator, (one, own), (sets[best], optima[best]), goal)
-        if float(goal @ (one.loss - sets[best].loss)) <= _CLOSE * spread:
-            return one
-    return sets[best]
-
-
-def _spread(
+def _chosen(
     estimator: SubsetEstimator,
-    one: tuple[MixtureSet, np.ndarray],
-    other: tuple[MixtureSet, np.ndarray],
+    at_hand: AdaptersAtHand,
+    sets: Sequence[MixtureSet],
+    points: Sequence[CostPoint],
     goal: np.ndarray,
-) -> float:
-    """Standard error, over the validation rows, of the difference between the losses of two sets with their optima."""
-    serving = np.stack([found.serving % len(optima) for found, optima in (one, other)], axis=1)
-    variance = 0.0
-    for pair in np.unique(serving, axis=0):
-        tasks = np.where((serving == pair).all(axis=1), goal, 0.0)
-        variance += float(estimator.score_spread(one[1][pair[:1]], other[1][pair[1]], tasks)[0]) ** 2
-    return variance**0.5
-
-
-def _cross_fitted_loss(optima: np.ndarray, estimator: SubsetEstimator, goal: np.ndarray, seed: int) -> float:
-    """Mean predicted loss when each task's optimum is chosen on one half of its rows and scored on the other."""
-    halves = estimator.losses_by_half(optima, seed)
-    tasks = np.arange(len(goal))
-    scored = [goal @ other[own.argmin(axis=0), tasks] for own, other in (halves, halves[::-1])]
-    return float(np.mean(scored))
+    settings: GroupingSettings,
+) -> int:
+    """The set with the least expected loss; without a budget or number, the cheapest that is not told from it."""
+    losses = np.array([point.expected_loss + settings.group_cost * point.num_groups for point in points])
+    best = int(np.argmin(losses))
+    if settings.compute_budget is not None or settings.num_groups is not None:
+        return best
+    comparison = SetComparison(estimator, at_hand, goal)
+    for index in range(best):
+        if losses[index] - losses[best] <= CLOSE * comparison.between(sets[index], sets[best]):
+            return index
+    return best

@@ -13,25 +13,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 
 from ...estimate import SubsetEstimator
+from .facility_location import FacilityLocation
+from .mixture_steps import MixtureSteps
 
-# Principal components that mixtures are improved in; whatever is chosen is predicted in all of them.
-_NUM_COMPONENTS = 150
-# Tasks with a smaller weight are dropped.
-_MIN_WEIGHT = 1e-2
-# Up to this number of tasks, each also gets a mixture of its own to choose from.
-MAX_ALONE = 40
 # Prices at which mixtures are generated, in shares of what a mixture for each task gains in all.
 _PRICES = (0.5, 0.15, 0.05, 0.015)
 _NUM_ROUNDS = 2
+# Rounds of improvement at the budget, which end where one gains less than this share of the loss.
+_MAX_FINAL_ROUNDS, _LEAST_GAIN = 4, 1e-3
 # Prices at which the final sets are chosen from the pool.
-_NUM_PRICES = 30
+_NUM_PRICES = 24
 # Sets that the local search for a set starts from.
-_NUM_STARTS = 3
-# Stands for the loss of a task that no mixture serves.
-_NO_LOSS = 1e3
+_NUM_STARTS = 2
+# Up to this number of tasks, each also gets a mixture of its own: of more, few would be chosen.
+_MAX_ALONE = 150
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class MixtureSet:
     Args:
         weights (`np.ndarray` of shape `(m, T)`): weight of a row of each task; the largest of each mixture is 1.
         loss (`np.ndarray` of shape `(T,)`): predicted loss of each task under the mixture that serves it.
-        serving (`np.ndarray` of shape `(T,)`): this mixture's index; -1 stands for the baseline.
+        serving (`np.ndarray` of shape `(T,)`): this mixture's index; -1 - i stands for the i-th adapter at hand.
         cost (`float`): cost of training the mixtures, in multiples of a training on all tasks.
     """
 
@@ -60,134 +57,82 @@ class MixturePool:
     Args:
         estimator (`SubsetEstimator`): makes the predictions.
         goal (`np.ndarray` of shape `(T,)`): weight of each task's loss.
-        baseline (`np.ndarray` of shape `(T,)`, *optional*):
-            Losses with an adapter that is trained anyway, and that may serve tasks at no further cost.
+        at_hand (`np.ndarray` of shape `(f, T)`):
+            Loss of each task with adapters that are trained anyway, or already, and that may serve tasks at no further
+            cost.
         max_mixtures (`int`): maximum number of mixtures that are trained besides.
     """
 
-    def __init__(self, estimator: SubsetEstimator, goal: np.ndarray, baseline: np.ndarray | None, max_mixtures: int):
+    def __init__(self, estimator: SubsetEstimator, goal: np.ndarray, at_hand: np.ndarray, max_mixtures: int):
         self._estimator, self.goal, self._max_mixtures = estimator, goal, max_mixtures
         self._sampling = estimator.sampling_weights / estimator.sampling_weights.max()
         size = len(goal)
         self.weights, self.losses, self.costs = np.zeros((0, size)), np.zeros((0, size)), np.zeros(0)
         self._sets: list[list[int]] = []
-        self._at_hand = np.full(size, np.inf) if baseline is None else baseline
-        if baseline is not None:
+        self._at_hand = at_hand
+        if len(at_hand):
             self._sets.append([])
         self.add(np.eye(size))
         self.add(self._sampling[None])
 
-    def _predicted(self, weights: np.ndarray) -> np.ndarray:
-        return self._estimator.predict(weights / self._estimator.sampling_weights).loss
+    @property
+    def together(self) -> np.ndarray:
+        """Losses of the training on all tasks, `(T,)`: the mixture after each task's own."""
+        return self.losses[len(self.goal)]
 
     def add(self, weights: np.ndarray) -> None:
         """Add mixtures of row weights `(m, T)`, and the set of all of them where there are not too many."""
+        mixtures = weights / self._estimator.sampling_weights
         self.weights = np.vstack([self.weights, weights])
-        self.losses = np.vstack([self.losses, self._predicted(weights)])
-        costs = self._estimator.training_cost(weights / self._estimator.sampling_weights)
-        self.costs = np.concatenate([self.costs, costs])
+        self.losses = np.vstack([self.losses, self._estimator.predict(mixtures).loss])
+        self.costs = np.concatenate([self.costs, self._estimator.training_cost(mixtures)])
         if len(weights) <= self._max_mixtures:
             self._sets.append(list(range(len(self.costs) - len(weights), len(self.costs))))
 
-    def chosen(self, price: float) -> MixtureSet:
+    def _problem(self) -> FacilityLocation:
+        at_hand = np.vstack([self._at_hand, np.full(len(self.goal), np.inf)]).min(axis=0)
+        return FacilityLocation(self.losses, self.costs, self.goal, at_hand, self._max_mixtures)
+
+    def chosen(self, price: float, max_cost: float = np.inf) -> MixtureSet:
         """The mixtures with the least weighted loss plus price times cost that a local search finds.
 
         It adds, drops and exchanges single mixtures, from none and from the best sets that are known.
         """
-        starts = sorted(self._sets, key=lambda own: self._value(own, price))[:_NUM_STARTS]
-        found = [self._searched(start, price) for start in [[], *starts]]
-        taken = min(found, key=lambda own: self._value(own, price))
+        problem = self._problem()
+        known = [own for own in self._sets if self.costs[own].sum() <= max_cost]
+        starts = sorted(known, key=lambda own: problem.value(own, price))[:_NUM_STARTS]
+        found = [problem.search(start, price, max_cost) for start in [[], *starts]]
+        taken = min(found, key=lambda own: problem.value(own, price))
         if taken not in self._sets:
             self._sets.append(taken)
         return self._serving(np.array(taken, dtype=int))
-
-    def _value(self, taken: Sequence[int], price: float) -> float:
-        loss = np.vstack([self.losses[list(taken)], self._at_hand]).min(axis=0)
-        return float(self.goal @ np.minimum(loss, _NO_LOSS)) + price * float(self.costs[list(taken)].sum())
-
-    def _searched(self, taken: Sequence[int], price: float) -> list[int]:
-        """A local optimum from some mixtures."""
-        taken, value = list(taken), self._value(taken, price)
-        while True:
-            options = [(value, taken)]
-            # An exchange, or an addition.
-            places: list[int | None] = [*range(len(taken))]
-            places += [None] if len(taken) < self._max_mixtures else []
-            for place in places:
-                rest = [own for index, own in enumerate(taken) if index != place]
-                options.append((self._value(rest, price), rest))
-                left = np.vstack([self.losses[rest], self._at_hand]).min(axis=0)
-                after = np.minimum(np.minimum(left, self.losses), _NO_LOSS) @ self.goal
-                after += price * (self.costs + self.costs[rest].sum())
-                best = int(np.argmin(after))
-                options.append((float(after[best]), sorted([*rest, best])))
-            found, changed = min(options, key=lambda option: option[0])
-            if found >= value - 1e-9:
-                return taken
-            value, taken = found, changed
 
     def within(self, budget: float | None) -> list[MixtureSet]:
         """Sets of a cost of at most the budget, at many prices, that no other one betters in both cost and loss."""
         span = float(self.goal @ (self.losses.max(axis=0) - self.losses.min(axis=0)))
         for price in [0.0, *np.geomspace(1e-4, 1.0, _NUM_PRICES) * span]:
             self.chosen(price)
+        if budget is not None:
+            self.chosen(0.0, budget + 1e-9)
         sets = [self._serving(np.array(taken, dtype=int)) for taken in self._sets]
         sets = [one for one in sets if np.isfinite(one.loss).all()]
         return pareto([one for one in sets if budget is None or one.cost <= budget + 1e-9], self.goal)
 
     def _serving(self, taken: np.ndarray) -> MixtureSet:
-        rows = np.vstack([self.losses[taken], self._at_hand])
-        best = rows.argmin(axis=0)
-        used = np.unique(best[best < len(taken)])
-        position = np.full(len(taken) + 1, -1)
+        # An adapter at hand is taken where it is as good as a new one.
+        rows = np.vstack([self._at_hand, self.losses[taken]])
+        if not len(rows):
+            nothing = np.full(len(self.goal), np.inf)
+            return MixtureSet(self.weights[taken], nothing, np.full(len(self.goal), -1), 0.0)
+        best = rows.argmin(axis=0) - len(self._at_hand)
+        used = np.unique(best[best >= 0])
+        position = np.zeros(len(taken), dtype=int)
         position[used] = np.arange(len(used))
         kept = taken[used]
-        return MixtureSet(self.weights[kept], rows.min(axis=0), position[best], float(self.costs[kept].sum()))
-
-
-class MixtureSteps:
-    """Improves mixtures for the tasks that they serve.
-
-    Args:
-        estimator (`SubsetEstimator`): makes the predictions.
-        goal (`np.ndarray` of shape `(T,)`): weight of each task's loss.
-        num_candidates (`int`): number of tasks, those with the steepest descent, whose weight a step may raise from 0.
-        max_iterations (`int`): maximum number of L-BFGS-B iterations of a step.
-    """
-
-    def __init__(self, estimator: SubsetEstimator, goal: np.ndarray, num_candidates: int, max_iterations: int):
-        self._estimator = estimator.truncated(_NUM_COMPONENTS)
-        self._goal, self._num_candidates, self._max_iterations = goal, num_candidates, max_iterations
-        self._row_cost = np.zeros(len(goal))
-        if not estimator.has_fixed_steps:
-            self._row_cost = estimator.training_cost(np.eye(len(goal)))
-
-    def improved(self, served: np.ndarray, start: np.ndarray, price: float) -> np.ndarray:
-        """A mixture `(T,)` with less weighted loss of the tasks in the mask `served` `(T,)` plus price times cost."""
-        sensitivity = self._estimator.sensitivity(np.where(served, self._goal, 0.0))
-        row_cost = price * self._row_cost
-
-        def value(weights: np.ndarray) -> tuple[float, np.ndarray]:
-            loss, gradient = sensitivity.to_weights(weights)
-            return loss + row_cost @ weights, gradient + row_cost
-
-        _, slope = value(start)
-        outside = np.flatnonzero((start == 0) & (slope < 0))
-        upper = (start > 0).astype(float)
-        upper[outside[np.argsort(slope[outside], kind="stable")[: self._num_candidates]]] = 1.0
-        lower = np.zeros(len(start))
-        # Only ratios of weights matter: one is fixed, the largest among the tasks that are served.
-        fixed = int(np.argmax(np.where(served, start, -1.0)))
-        lower[fixed] = upper[fixed] = 1.0
-        found = minimize(
-            value,
-            np.clip(start, lower, upper),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=list(zip(lower, upper)),
-            options={"maxiter": self._max_iterations, "ftol": 1e-6},
+        serving = np.where(
+            best >= 0, position[np.maximum(best, 0)] if len(taken) else 0, -1 - (best + len(self._at_hand))
         )
-        return np.where(found.x < _MIN_WEIGHT, 0.0, found.x)
+        return MixtureSet(self.weights[kept], rows.min(axis=0), serving, float(self.costs[kept].sum()))
 
 
 def search_mixtures(
@@ -205,34 +150,44 @@ def search_mixtures(
             Maximum cost of the mixtures, in multiples of a training on all tasks. No limit by default.
         starts (`Sequence[np.ndarray]`, *optional*): mixtures `(m, T)` to choose from besides.
     """
-    size = len(pool.goal)
     for start in starts:
         pool.add(start)
-    together = pool.losses[size]  # The mixture after each task's own.
-    span = float(pool.goal @ (together - np.minimum(pool.losses.min(axis=0), together)))
-    span = max(span, 0.02 * float(pool.goal @ together))
-    if size <= MAX_ALONE:
-        alone = np.eye(size)
-        pool.add(np.stack([steps.improved(own > 0, own, _PRICES[-2] * span) for own in alone]))
+    span = float(pool.goal @ (pool.together - np.minimum(pool.losses.min(axis=0), pool.together)))
+    span = max(span, 0.02 * float(pool.goal @ pool.together))
+    if len(pool.goal) <= _MAX_ALONE:
+        pool.add(steps.alone(_PRICES[-2] * span))
     for price in _PRICES:
-        _generate(pool, steps, price * span)
+        # At lower prices, still more is chosen than the budget pays for.
+        if _generate(pool, steps, price * span) > (np.inf if budget is None else budget):
+            break
     sets = pool.within(budget)
-    if budget is not None and len(sets) > 1:
+    if budget is None:
+        return sets
+    for _ in range(_MAX_FINAL_ROUNDS):
+        if len(sets) < 2:
+            break
+        last = float(pool.goal @ sets[-1].loss)
         # The price at which the last set was worth its cost.
-        paid = float(pool.goal @ (sets[-2].loss - sets[-1].loss)) / max(sets[-1].cost - sets[-2].cost, 1e-9)
-        _generate(pool, steps, paid)
+        paid = (float(pool.goal @ sets[-2].loss) - last) / max(sets[-1].cost - sets[-2].cost, 1e-9)
+        _generate(pool, steps, paid, budget + 1e-9)
         sets = pool.within(budget)
+        if last - float(pool.goal @ sets[-1].loss) < _LEAST_GAIN * last:
+            break
     return sets
 
 
-def _generate(pool: MixturePool, steps: MixtureSteps, price: float) -> None:
+def _generate(pool: MixturePool, steps: MixtureSteps, price: float, max_cost: float = np.inf) -> float:
+    """Improve what is chosen at a price, several times; returns what it cost at last."""
+    cost = 0.0
     for _ in range(_NUM_ROUNDS):
-        chosen = pool.chosen(price)
+        chosen = pool.chosen(price, max_cost)
+        cost = chosen.cost
         if not len(chosen):
-            return
+            break
         pool.add(
             np.stack([steps.improved(chosen.serving == index, own, price) for index, own in enumerate(chosen.weights)])
         )
+    return cost
 
 
 def pareto(sets: Iterable[MixtureSet], goal: np.ndarray) -> list[MixtureSet]:
