@@ -4,9 +4,15 @@ Everything here is imported on first use, so that `import hf_ensemble` costs not
 """
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
+
+# What bitsandbytes says on a CPU to everyone who imports peft: that it does without a kernel that nobody asked for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit")
+)
 
 _EXPORTS = {
     "tasks": ["LabelSpace", "TaskSet", "load_task_folder"],

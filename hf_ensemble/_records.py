@@ -15,6 +15,8 @@ from .errors import RecordError
 _REMEDY = "Delete it and run the step that writes it again."
 # Beside the fields, a file holds the checksum of its content and, where it belongs to one, the run's identity.
 _CHECKSUM, _RUN = "checksum", "run"
+# Metadata of a dataclass field that is not written to files; it needs a default.
+NOT_KEPT = {"kept": False}
 _PLAIN = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
 
 
@@ -23,7 +25,8 @@ class Record:
 
     A subclass states its `format` and raises `format_version` whenever its fields change. Fields may be strings,
     numbers, lists, tuples, dicts, other dataclasses, and unions of these: [`Record.load`] rebuilds them from the type
-    hints. Numbers that are not finite become null where the field allows `None`.
+    hints. Numbers that are not finite become null where the field allows `None`. Fields with [`NOT_KEPT`] as metadata
+    are left out.
 
     Example:
 
@@ -173,8 +176,12 @@ def _fields_to_json(record: Any, name: str) -> dict[str, Any]:
     hints = get_type_hints(type(record))
     return {
         field.name: _to_json(getattr(record, field.name), hints[field.name], f"{name}{field.name}")
-        for field in dataclasses.fields(record)
+        for field in _kept_fields(type(record))
     }
+
+
+def _kept_fields(cls: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(cls) if field.metadata.get("kept", True)]
 
 
 def _to_json(value: Any, hint: Any, name: str) -> Any:
@@ -273,7 +280,7 @@ def _key_from_json(key: str, hint: Any, name: str) -> Any:
 
 
 def _dataclass_from_json(data: Mapping[str, Any], cls: type, name: str) -> Any:
-    fields = [field.name for field in dataclasses.fields(cls)]
+    fields = [field.name for field in _kept_fields(cls)]
     missing = [field for field in fields if field not in data]
     unknown = [key for key in data if key not in fields]
     if missing or unknown:

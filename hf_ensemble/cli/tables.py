@@ -1,6 +1,6 @@
 """Tables of the terminal."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..ensemble import PeftEnsembleModel
-from ..evaluate import TaskScores
 from ..runs import FidelityReport, Results
 from ..select import ExampleScores, Grouping, Selection
 
@@ -28,43 +27,18 @@ def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
 
 
 def results_tables(results: Results) -> list[Table]:
-    """Accuracy of every system on every task, and a table for each metric of answers or of `compute_metrics`."""
-    metrics = dict.fromkeys(name for means in results.mean_metrics.values() for name in means)
-    return [
-        _results_table(results, "Accuracy", lambda scores: scores.accuracy, results.mean_accuracy),
-        *(
-            _results_table(
-                results,
-                name,
-                lambda scores, name=name: scores.metrics.get(name),
-                {system: means.get(name) for system, means in results.mean_metrics.items()},
-            )
-            for name in metrics
-        ),
-    ]
-
-
-def _results_table(
-    results: Results,
-    title: str,
-    measure: Callable[[TaskScores], float | None],
-    means: Mapping[str, float | None],
-) -> Table:
-    names = {"base": "base model", "baseline": "one adapter for all", "ensemble": "ensemble", "selection": "selection"}
-    systems = [system for system in names if system in results.scores]
-    table = Table(title=f"{title} on {results.split} rows")
-    table.add_column("task")
-    for system in systems:
-        table.add_column(names[system], justify="right")
-    for task in results.scores[systems[-1]]:
-        table.add_row(task, *(_figure(measure(results.scores[system][task])) for system in systems))
-    table.add_section()
-    table.add_row("mean", *(_figure(means[system]) for system in systems), style="bold")
-    return table
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    """The loss of every system on every task, and a table for each further figure."""
+    found = []
+    for own in results.tables():
+        table = Table(title=own.title)
+        for column in own.columns:
+            table.add_column(column, justify="left" if column == "task" else "right")
+        for row in own.rows:
+            table.add_row(*row)
+        table.add_section()
+        table.add_row(*own.mean, style="bold")
+        found.append(table)
+    return found
 
 
 def selection_table(selection: Selection, expected: Mapping[str, str] | None = None) -> Table:

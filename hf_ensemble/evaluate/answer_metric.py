@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from .._settings import check_at_least
 from ..errors import ConfigurationError, TaskError
 from .extraction import Extractor, extractor
-from .metrics import Metric, figures_of, load_metric, metric_name
+from .metrics import MEANS_OVER_ROWS, Metric, figures_of, load_metric, metric_name
 
 # Reference answers that a metric is tried on before anything is trained.
 _TRIED = 8
@@ -84,6 +86,13 @@ class AnswerMetric:
                 )
             figures |= own
         return figures
+
+    def score_rows(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+        """Values of the single rows, of the figures that are means over rows; arguments as for [`score`]."""
+        pairs = [(self._extract(text) or "", self._extract(own) or "") for text, own in zip(texts, references)]
+        means = [metric for _, metric in self._metrics if metric in MEANS_OVER_ROWS]
+        rows = [[metric([found], [expected]) for found, expected in pairs] for metric in means]
+        return {name: np.array([row[name] for row in own]) for own in rows for name in own[0]}
 
     def check(self, task: str, references: Mapping[str, str]) -> None:
         """Make sure that a task's right answers can be scored.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -46,6 +47,19 @@ class Question:
     task: str
     prompt: list[int]
     reference: str
+
+
+@dataclass(frozen=True)
+class AnswerFigures:
+    """How well a task was answered.
+
+    Args:
+        figures (`dict[str, float]`): by name.
+        rows (`dict[str, np.ndarray]`): value of each row, of the figures that are means over rows.
+    """
+
+    figures: dict[str, float]
+    rows: dict[str, np.ndarray]
 
 
 class AnswerEvaluator:
@@ -99,7 +113,7 @@ class AnswerEvaluator:
 
     def score_tasks(
         self, generate: Generate, tables: Mapping[str, Dataset], description: str = "Answering"
-    ) -> dict[str, dict[str, float]]:
+    ) -> dict[str, AnswerFigures]:
         """Figures of the generated answers, by task; tasks without a metric are left out.
 
         Args:
@@ -121,7 +135,9 @@ class AnswerEvaluator:
                 references = [question.reference for question in questions]
                 # Packages of metrics keep files of their own, which processes must not share.
                 found[task] = run_on_main(
-                    lambda task=task, texts=texts, references=references: self.metrics[task].score(texts, references)
+                    lambda metric=self.metrics[task], texts=texts, references=references: AnswerFigures(
+                        metric.score(texts, references), metric.score_rows(texts, references)
+                    )
                 )
         return found
 

@@ -38,6 +38,8 @@ def f1(predictions: list[str], references: list[str]) -> dict[str, float]:
 
 
 METRICS: dict[str, Metric] = {"exact_match": exact_match, "f1": f1}
+# Those whose figure is the mean of what they give for each row alone.
+MEANS_OVER_ROWS: tuple[Metric, ...] = (exact_match, f1)
 
 
 def load_metric(metric: str | Metric) -> Metric:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .._records import NOT_KEPT
+
 
 @dataclass(frozen=True)
 class RowScores:
@@ -13,16 +15,23 @@ class RowScores:
     Args:
         loss (`np.ndarray` of shape `(n,)`): mean token loss of each answer, in nats.
         correct (`np.ndarray` of shape `(n,)`): 1.0 where greedy decoding gives the whole answer, else 0.0.
-        margin (`np.ndarray` of shape `(n,)`): log-odds of each answer.
+        margin (`np.ndarray` of shape `(n,)`, *optional*): log-odds of each answer.
+        metrics (`dict[str, np.ndarray]`, *optional*):
+            Values of the rows, each of shape `(n,)`, of metrics that are means over rows.
     """
 
     loss: np.ndarray
     correct: np.ndarray
-    margin: np.ndarray
+    margin: np.ndarray | None = None
+    metrics: dict[str, np.ndarray] = field(default_factory=dict)
 
     def summary(self) -> "TaskScores":
         """Means over the rows, each row counting alike."""
-        return TaskScores(float(self.loss.mean()), float(self.correct.mean()), len(self.loss))
+        return TaskScores(float(self.loss.mean()), float(self.correct.mean()), len(self.loss), rows=self)
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """Every figure of the rows by name; a metric called accuracy stands in place of [`correct`]."""
+        return {"loss": self.loss, "accuracy": self.correct, **self.metrics}
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,18 @@ class TaskScores:
         num_examples (`int`): number of rows.
         metrics (`dict[str, float]`): figures of the generated answers, see [`AnswerMetric`], and those that a trainer's
             `compute_metrics` returns; empty without any.
+        rows (`RowScores`, *optional*): scores of the single rows, where they are at hand; not kept with the rest.
     """
 
     loss: float
     accuracy: float
     num_examples: int
     metrics: dict[str, float] = field(default_factory=dict)
+    rows: RowScores | None = field(default=None, compare=False, repr=False, metadata=NOT_KEPT)
+
+    def figures(self) -> dict[str, float]:
+        """Every figure by name, loss and accuracy first; a metric called accuracy stands in place of the latter."""
+        return {"loss": self.loss, "accuracy": self.accuracy, **self.metrics}
 
 
 def mean_scores(scores: Mapping[str, TaskScores]) -> TaskScores:

@@ -1,11 +1,12 @@
 """A run's directory: the one owner of its file names and of what they hold."""
 
 from .directory import RunDirectory
+from .evaluation import EvaluatedRows, Evaluation, RowFigures
 from .fidelity_report import FidelityReport, FirstOrderError, NoiseCeiling
+from .left_out import LeftOut
 from .records import (
     EnsembleWeights,
     Estimate,
-    Evaluation,
     RunRecord,
     ScoredRun,
     StageRecord,
@@ -14,16 +15,20 @@ from .records import (
     TrainedAdapter,
 )
 from .results import Results, SelectionResult
+from .run_results import run_results
 from .selector import run_selector
 
 __all__ = [
     "EnsembleWeights",
     "Estimate",
+    "EvaluatedRows",
     "Evaluation",
     "FidelityReport",
     "FirstOrderError",
+    "LeftOut",
     "NoiseCeiling",
     "Results",
+    "RowFigures",
     "RunDirectory",
     "RunRecord",
     "ScoredRun",
@@ -32,5 +37,6 @@ __all__ = [
     "TaskRecord",
     "TasksRecord",
     "TrainedAdapter",
+    "run_results",
     "run_selector",
 ]

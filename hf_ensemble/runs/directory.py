@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .._compat import package_versions
 from .._files import named_differences, remove_leftovers
@@ -26,6 +26,16 @@ logger = get_logger(__name__)
 R = TypeVar("R", bound=Record)
 
 
+class StageListener(Protocol):
+    """Is told of the stages of a run, parts of a stage by `NAME:PART`."""
+
+    def begin(self, name: str) -> float: ...
+
+    def end(self, name: str, begun: float) -> None: ...
+
+    def passed(self, name: str) -> None: ...
+
+
 class RunDirectory:
     """Paths, records and stages of a run.
 
@@ -36,11 +46,13 @@ class RunDirectory:
 
     Attributes:
         record (`RunRecord`): configuration and stages; a run has to be opened first.
+        listener (`StageListener`, *optional*): is told when stages begin and end.
     """
 
     def __init__(self, path: str | Path):
         self.path = checked_path("the folder of the run", path)
         self._record: RunRecord | None = None
+        self.listener: StageListener | None = None
 
     # Folders
 
@@ -265,13 +277,18 @@ class RunDirectory:
         """
         if self.is_done(name) and run_on_main(lambda: all(self.has(kind) for kind in kinds)):
             logger.info("Stage %r is done already.", name)
+            if self.listener is not None:
+                self.listener.passed(name)
             yield False
             return
         interrupted = name in self.record.stages
         self._record_stage(name, StageRecord("begun"))
+        begun = None if self.listener is None else self.listener.begin(name)
         start = time.perf_counter()
         yield True
         seconds = None if interrupted else round(time.perf_counter() - start, 3)
+        if begun is not None and not interrupted:
+            self.listener.end(name, begun)
         self._record_stage(name, StageRecord("done", seconds))
 
     def _record_stage(self, name: str, stage: StageRecord) -> None:

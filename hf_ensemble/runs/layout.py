@@ -2,8 +2,9 @@
 
 from .._records import Record
 from ..select import ExampleScores, Grouping, Mixture, Selection
+from .evaluation import EvaluatedRows, Evaluation
 from .fidelity_report import FidelityReport
-from .records import EnsembleWeights, Estimate, Evaluation, RunRecord, TasksRecord
+from .records import EnsembleWeights, Estimate, RunRecord, TasksRecord
 from .results import Results
 
 GRADIENTS = "gradients"
@@ -26,14 +27,27 @@ RECORDS: dict[type[Record], str] = {
     EnsembleWeights: "estimate/weights.json",
     FidelityReport: "estimate/fidelity.json",
     Evaluation: "evaluation.json",
+    EvaluatedRows: "evaluated_rows.json",
     Results: "results.json",
 }
 # Folders that a run writes files and folders into.
 WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE, f"{ENSEMBLE}/adapters", f"{ENSEMBLE}/assets")
 # What depends on the choice of groups or auxiliary tasks, and what the choice depends on.
-CHOICE_ARTEFACTS = (RECORDS[Grouping], RECORDS[Selection], RECORDS[Evaluation], RECORDS[Results], ENSEMBLE, ADAPTER)
+CHOICE_ARTEFACTS = (
+    *(RECORDS[kind] for kind in (Grouping, Selection, Evaluation, EvaluatedRows, Results)),
+    ENSEMBLE,
+    ADAPTER,
+)
 # Records that a run of another choice does not share.
-CHOICE_RECORDS: tuple[type[Record], ...] = (Grouping, Selection, Estimate, EnsembleWeights, Evaluation, Results)
+CHOICE_RECORDS: tuple[type[Record], ...] = (
+    Grouping,
+    Selection,
+    Estimate,
+    EnsembleWeights,
+    Evaluation,
+    EvaluatedRows,
+    Results,
+)
 CHOICE_STAGES = ("group", "select", "weights", "adapter")
 BASIC_ARTEFACTS = (
     GRADIENTS,

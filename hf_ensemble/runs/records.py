@@ -11,6 +11,7 @@ from ..estimate import ObservedRun, SubsetEstimator
 from ..evaluate import TaskScores
 from ..select import Grouping, predicted_losses
 from ..tasks import TaskSet
+from .left_out import LeftOut, left_out
 
 
 @dataclass(frozen=True)
@@ -212,9 +213,11 @@ class Estimate(Record):
         num_components (`int`): principal components that the surrogate is solved in.
         base_loss (`dict[str, float]`): validation loss of each task at theta0.
         predicted_loss (`dict[str, dict[str, float]]`): of each task under each group.
+        left_out (`dict[str, LeftOut]`): by the task that is left out; empty for one task and for more than 200.
     """
 
     format = "hf_ensemble.estimate"
+    format_version = 2
 
     l2_scale: float
     l2_evidence: str
@@ -224,6 +227,7 @@ class Estimate(Record):
     num_components: int
     base_loss: dict[str, float]
     predicted_loss: dict[str, dict[str, float]]
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
 
     @classmethod
     def of(cls, estimator: SubsetEstimator, grouping: Grouping) -> "Estimate":
@@ -239,6 +243,7 @@ class Estimate(Record):
             num_components=int(estimator.reduction.components.shape[1]),
             base_loss=dict(zip(names, estimator.base_loss().tolist())),
             predicted_loss={group: dict(zip(names, row)) for group, row in zip(grouping.groups, losses.tolist())},
+            left_out=left_out(estimator),
         )
 
 
@@ -262,24 +267,3 @@ class EnsembleWeights(Record):
     weights: dict[str, dict[str, float]]
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     answered: dict[str, dict[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evaluation(Record):
-    """Scores of every system that was evaluated.
-
-    Args:
-        scores (`dict[str, dict[str, dict[str, TaskScores]]]`):
-            By the prefix given to `evaluate` (`"eval"` by default), by system (`"ensemble"`, `"baseline"`,
-            `"selection"`) and by task.
-    """
-
-    format = "hf_ensemble.evaluation"
-    format_version = 2
-
-    scores: dict[str, dict[str, dict[str, TaskScores]]] = field(default_factory=dict)
-
-    @property
-    def reported_split(self) -> str | None:
-        """Held-out test rows where there are any, then evaluation rows, then whatever was scored first."""
-        return next((split for split in ("test", "eval", *self.scores) if split in self.scores), None)

@@ -19,6 +19,7 @@ from .flows.context import FlowContext
 from .flows.ensemble_flow import EnsembleFlow
 from .flows.run_log import follow, training_metrics
 from .flows.selection_flow import SelectionFlow
+from .flows.stages import announce, announced
 from .outcome import OutcomeMixin
 from .tracking import tracked_run
 
@@ -105,8 +106,11 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
         return self.flow.context.run
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self, is_announced: bool = False) -> Iterator[None]:
         """While open, the run is open, trainings begin where gradients are captured, and no other process works in it.
+
+        Args:
+            is_announced (`bool`, *optional*, defaults to `False`): tell of each stage as it begins.
 
         Raises:
             `RunMismatchError`: when `output_dir` holds a run of another configuration.
@@ -118,9 +122,11 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 yield
                 return
             self._is_working = True
+            stages = self.flow.stages() if is_announced else None
             try:
-                self.flow.start()
-                yield
+                with announced(self.run_directory, stages, with_bars=not self.args.disable_tqdm):
+                    self.flow.start()
+                    yield
                 follow(self.state, self.flow.trainings())
             finally:
                 self._is_working = False
@@ -201,7 +207,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 f"{resume_from_checkpoint!r}. Leave it out: a run that is started again resumes by itself."
             )
         self._memory_tracker.start()
-        with self.working(), tracked_run(self):
+        with self.working(is_announced=True), tracked_run(self):
             self.flow.training.ignore_keys_for_eval = ignore_keys_for_eval
             evaluated = self.flow.train()
             trainings = self.flow.trainings()
@@ -215,6 +221,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             logged = dict(metrics)
             self.log(logged)
         self._serve()
+        announce(self.report().verdict, with_bars=not self.args.disable_tqdm)
         if self.args.push_to_hub:
             self._push_finished()
         return TrainOutput(self.state.global_step, metrics["train_loss"], {**evaluated, **logged, **metrics})

@@ -30,6 +30,7 @@ from .inputs.datasets import (
     with_held_out_rows,
 )
 from .inputs.streams import balanced, interleaved, read_streams
+from .inputs.supported import check_quantization
 from .inputs.target_modules import target_modules_named, with_target_modules
 from .inputs.unions import check_transforms, has_images, skips_preparation, uncut, with_labels
 from .inputs.used_models import without_adapters_of_earlier_runs
@@ -77,6 +78,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         is_direct = is_one or not self._has_adapter(model, peft_config)
         if args is not None or not is_one:
             args = self._own_args(args, model, of_adapters=not is_direct)
+        check_quantization(quantization_config, args)
         given = {
             "model": model,
             "args": args,

@@ -10,10 +10,11 @@ from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput
 
-from .._processes import is_main_process
+from .._processes import is_main_process, run_on_main
 from ..errors import ConfigurationError, TaskError
 from ..evaluate import TaskScores
 from ..logging import get_logger
+from ..runs import Results
 from .inputs.evaluation_rows import positions_by_task, token_tables
 
 logger = get_logger(__name__)
@@ -126,9 +127,19 @@ class OutcomeMixin:
             raise ConfigurationError("There is nothing to score yet: call train() first.")
         tables = self._scored_tables(eval_dataset)
         self._model_state.record()
-        with self.flow.context.model_state.restored():
-            base = self.flow.evaluation.score_base(tables)
-        return {"base": base, **self.flow.scores(tables)}
+        return self.flow.scores(tables)
+
+    def report(self) -> Results:
+        """What the run came to by its last evaluation: a verdict, and the scores of every system with their intervals.
+
+        It is also in `results.json`. Printed, it is the verdict and tables.
+
+        Raises:
+            `ConfigurationError`: before training.
+        """
+        if self.trains_directly or not self._is_trained():
+            raise ConfigurationError("There is nothing to report yet: call train() first.")
+        return run_on_main(lambda: self.run_directory.read(Results))
 
     def _scored_tables(self, eval_dataset: Mapping[str, Dataset] | Dataset | str | None) -> Mapping[str, Dataset]:
         if eval_dataset is None:

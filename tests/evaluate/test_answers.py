@@ -87,7 +87,11 @@ def test_nothing_after_the_end_counts():
         return torch.cat([input_ids, torch.tensor([[7, 2, 9, 9]])], dim=1)
 
     assert own.questions("t", rows)[0].reference == toy.VOCABULARY[7]
-    assert own.score_tasks(generate, {"t": rows, "u": rows}) == {"t": {"exact_match": 1.0, "f1": 1.0}}
+    (found,) = own.score_tasks(generate, {"t": rows, "u": rows}).items()
+    assert found[0] == "t" and found[1].figures == {"exact_match": 1.0, "f1": 1.0}
+    assert {name: values.tolist() for name, values in found[1].rows.items()} == {
+        name: [1.0] * len(rows) for name in ("exact_match", "f1")
+    }
 
 
 def test_the_prompt_of_a_chat_is_everything_before_its_last_answer():

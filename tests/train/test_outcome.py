@@ -18,7 +18,7 @@ from hf_ensemble import (
     collect_results,
 )
 from hf_ensemble.errors import ConfigurationError, TaskError
-from hf_ensemble.runs import Results
+from hf_ensemble.runs import Estimate, EvaluatedRows, Results
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 FIGURES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss"}
@@ -103,7 +103,11 @@ def test_a_run_that_was_finished_before_reports_the_same(logged, monkeypatch, tm
     monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
     base = trainer.ensemble.base_model_reference.name_or_path
     again = sft_trainer(trainer.args.output_dir, base, **LOGS)
+    said = []
+    for module in ("flow_trainer", "flows.stages"):
+        monkeypatch.setattr(f"hf_ensemble.train.{module}.announce", lambda text, with_bars: said.append(text))
     metrics = again.train().metrics
+    assert said == ["Stage 6 of 6: evaluation", again.report().verdict]
     assert {key: metrics[key] for key in FIGURES} == {key: output.metrics[key] for key in FIGURES}
     kept = [[entry for entry in own.state.log_history if "adapter" in entry] for own in (trainer, again)]
     assert kept[0] == kept[1] and again.state.epoch == trainer.state.epoch
@@ -136,13 +140,34 @@ def test_metrics_are_computed_of_every_system_and_task(logged):
             right += int((found == labels).sum())
             total += int((labels != -100).sum())
         assert metrics[f"eval_{task}_tokens"] == pytest.approx(right / total)
+    trainer.evaluate()
     results = collect_results(trainer)
+    assert results == trainer.report()
     assert results.scores["base"]["sums"].metrics["tokens"] < results.scores["ensemble"]["sums"].metrics["tokens"]
     assert (
         trainer.run_directory.read(Results).mean_metrics["baseline"]["tokens"] == metrics["eval_baseline_mean_tokens"]
     )
     card = (trainer.run_directory.ensemble / "README.md").read_text()
     assert "| task | tokens | baseline tokens |" in card and "type: tokens" in card
+
+
+def test_a_run_ends_with_its_verdict_and_intervals(logged):
+    trainer, output, _, _ = logged
+    results, run = trainer.report(), trainer.run_directory
+    assert results.verdict and str(results).startswith(results.verdict) and results.reference == "baseline"
+    rows = run.read(EvaluatedRows).rows["eval"]
+    for system, by_task in results.scores.items():
+        prefix = "eval" if system == "ensemble" else f"eval_{system}"
+        for task, own in by_task.items():
+            assert np.mean(rows[system][task].loss) == pytest.approx(own.loss, rel=1e-5)
+            assert output.metrics[f"{prefix}_{task}_loss"] == own.loss
+            low, high = results.intervals[system].tasks[task]["loss"]
+            assert low <= own.loss <= high
+    gained = results.mean_loss["ensemble"] - results.mean_loss["baseline"]
+    assert results.intervals["ensemble"].mean_difference["loss"].value == pytest.approx(gained, abs=1e-4)
+    predicted = run.read(Estimate).predicted_loss
+    assert results.predicted_loss == {task: predicted[trainer.grouping.group_of(task)][task] for task in trainer.tasks}
+    assert set(run.read(Estimate).left_out) == set(trainer.tasks)
 
 
 def test_the_model_is_the_ensemble_and_knows_the_names_of_before(logged):

@@ -99,6 +99,11 @@ class AdapterTraining:
         batches = max(whole(rows / (args.train_batch_size * args.world_size)), 1)
         return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
+    def num_rows(self, subset: Sequence[str]) -> float:
+        """Rows that a training on these tasks draws, about: its steps are as full as they can be."""
+        args = self.context.args
+        return self.num_steps(subset) * args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+
     def run(
         self,
         name: str,

@@ -118,7 +118,7 @@ class EnsembleAssembly:
         for name, weights in candidates.items():
             ensemble.weights = {task: weights}
             figures = self.context.answers.score_tasks(ensemble_generate(ensemble), table, f"Weights {name} of {task}")
-            found[name] = next(iter(figures[task].values()))
+            found[name] = next(iter(figures[task].figures.values()))
         return candidates[max(found, key=found.get)], found
 
     def _fits(self, ensemble: PeftEnsembleModel, tasks: list[str]) -> list[WeightFit]:

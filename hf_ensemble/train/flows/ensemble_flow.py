@@ -22,6 +22,7 @@ from .capturing import captured_gradients
 from .context import FlowContext
 from .evaluation import SystemEvaluation, flat_metrics
 from .predictions import prediction_trainer
+from .stages import EVALUATION, FORWARD, TRAINING, Stage, begin_evaluation
 
 MAIN_SYSTEM = "ensemble"
 
@@ -44,6 +45,26 @@ class EnsembleFlow:
         self.calibration = Calibration(context, self.training, self.evaluation)
         self.ensemble: PeftEnsembleModel | None = None
         self.grouping: Grouping | None = None
+        self._adapters = Stage("adapter", "adapter")
+
+    def stages(self) -> list[Stage]:
+        """What [`train`] runs, to be announced."""
+        args, training = self.context.args, self.training
+        rows = sum(map(len, self.context.eval_tables.values()))
+        one = training.num_rows(self.context.tasks.names) * TRAINING
+        runs = self.num_calibration_runs() - int(args.train_baseline)
+        # What groups cost is known once they are chosen: a partition trains on every row once.
+        groups = 1.0 if args.compute_budget is None else args.compute_budget - float(args.train_baseline)
+        self._adapters = Stage("adapter", "adapter", one * max(groups, 0.0))
+        found = [
+            Stage("gradients", "gradients", (len(self.context.train_rows) + rows) * TRAINING),
+            Stage("baseline", "one adapter for all", one + rows * FORWARD),
+            Stage("group", "groups", runs * (one / 2 + rows * FORWARD)),
+            self._adapters,
+            Stage("weights", "weights", 3 * rows * FORWARD),
+            Stage(EVALUATION, "evaluation", 4 * rows * FORWARD),
+        ]
+        return [own for own in found if own.name != "baseline" or args.train_baseline]
 
     def start(self) -> None:
         """Trainings begin at the model's own adapter, as it was at first."""
@@ -66,6 +87,9 @@ class EnsembleFlow:
                 baseline = self.training.run(BASELINE, tasks.names, run.baseline)
                 self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
         self.grouping = self._group()
+        self._adapters.parts = {
+            name: 0.0 if name == self.grouping.baseline_group else self._work(name) for name in self.grouping.groups
+        }
         assembly = EnsembleAssembly(self.context, self.grouping)
         for name in self.grouping.groups:
             own = self.grouping.mixtures[name]
@@ -76,6 +100,7 @@ class EnsembleFlow:
                     self.training.run(name, own, run.member(name), **self._beginning())
         with self.context.model_state.restored():
             self.ensemble = assembly.assemble()
+        begin_evaluation(run)
         return self.evaluate(self.context.eval_tables, "eval")
 
     def trainings(self) -> list[TrainedAdapter]:
@@ -89,6 +114,10 @@ class EnsembleFlow:
         if self.context.args.group_initialization == "fresh":
             return {}
         return {"start": self.context.run.baseline, "length": self.context.args.continued_length}
+
+    def _work(self, group: str) -> float:
+        length = self._beginning().get("length", 1.0)
+        return self.training.num_rows(self.grouping.trained_on(group)) * length * TRAINING
 
     def num_calibration_runs(self) -> int:
         """The one adapter for all is a run that exists anyway."""
@@ -114,9 +143,10 @@ class EnsembleFlow:
         return grouping
 
     def scores(self, tables: Mapping[str, Dataset]) -> dict[str, dict[str, TaskScores]]:
-        """Scores of the ensemble, and of the baseline where it was trained, by task."""
+        """Scores of the base model, the ensemble, and the baseline where it was trained, by task."""
         with self.context.model_state.restored():
-            scores = {MAIN_SYSTEM: self.evaluation.score_ensemble(self.ensemble, tables)}
+            scores = {"base": self.evaluation.score_base(tables)}
+            scores[MAIN_SYSTEM] = self.evaluation.score_ensemble(self.ensemble, tables)
             if self.context.args.train_baseline:
                 folder = self.context.run.baseline
                 scores[BASELINE] = self.evaluation.score_adapter(folder, tables, "Evaluating baseline")
@@ -136,7 +166,7 @@ class EnsembleFlow:
             yield trainer
 
     def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
-        """Keep the scores of each system in the run and renew the model card."""
+        """Keep the scores of each system in the run, with what they come to, and renew the model card."""
         if is_main_process():
             self.evaluation.keep(prefix, scores)
             write_model_card(self.context.run.path)

@@ -15,9 +15,9 @@ from ..._compat import preserve_active_adapter
 from ..._values import is_number
 from ...ensemble import PeftEnsembleModel
 from ...ensemble.saving.files import load_adapter
-from ...evaluate import Generate, TaskScores, mean_scores
+from ...evaluate import AnswerFigures, Generate, TaskScores, mean_scores
 from ...logging import get_logger
-from ...runs import Evaluation
+from ...runs import EvaluatedRows, Evaluation, RowFigures, run_results
 from ..inputs.used_models import mark_as_of_a_run
 from .context import FlowContext
 from .predictions import prediction_trainer
@@ -89,15 +89,25 @@ class SystemEvaluation:
     ) -> dict[str, TaskScores]:
         answered = self.context.answers.score_tasks(generate, tables, f"{description}, answers")
         computed = self._computed(tables, ensemble)
-        metrics = {task: {**computed.get(task, {}), **answered.get(task, {})} for task in scores}
-        hidden = sorted({name for task in answered for name in set(answered[task]) & set(computed.get(task, {}))})
+        nothing = AnswerFigures({}, {})
+        figures = {task: answered.get(task, nothing) for task in scores}
+        hidden = sorted(
+            {name for task, own in figures.items() for name in set(own.figures) & set(computed.get(task, {}))}
+        )
         if hidden:
             logger.warning_once(
                 "compute_metrics and answer_metrics both return %s: those of generated answers are reported. Rename "
                 "the others.",
                 ", ".join(hidden),
             )
-        return {task: replace(own, metrics=metrics[task]) for task, own in scores.items()}
+        return {
+            task: replace(
+                own,
+                metrics={**computed.get(task, {}), **figures[task].figures},
+                rows=None if own.rows is None else replace(own.rows, metrics=figures[task].rows),
+            )
+            for task, own in scores.items()
+        }
 
     def _computed(
         self, tables: Mapping[str, Dataset], ensemble: PeftEnsembleModel | None
@@ -124,11 +134,18 @@ class SystemEvaluation:
         return speed_metrics(prefix, start, sum(counts), sum(math.ceil(count / batch_size) for count in counts))
 
     def keep(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
-        """Add the scores of each system to the run's record, beside those of other prefixes."""
+        """Add the scores of each system to the run's records, beside those of other prefixes, and renew its results."""
         run = self.context.run
         kept = run.read(Evaluation) if run.has(Evaluation) else Evaluation()
         own = {system: dict(by_task) for system, by_task in scores.items()}
         run.write(replace(kept, scores={**kept.scores, prefix: own}))
+        rows = run.read(EvaluatedRows) if run.has(EvaluatedRows) else EvaluatedRows()
+        known = {
+            system: {task: RowFigures.of(one.rows) for task, one in by_task.items() if one.rows is not None}
+            for system, by_task in scores.items()
+        }
+        run.write(EvaluatedRows({**rows.rows, prefix: known}))
+        run.write(run_results(run))
 
     @contextmanager
     def _loaded(self, folder: Path) -> Iterator[None]:

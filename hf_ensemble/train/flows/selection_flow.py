@@ -22,6 +22,7 @@ from .capturing import captured_gradients
 from .context import FlowContext
 from .evaluation import SystemEvaluation, flat_metrics
 from .predictions import prediction_trainer
+from .stages import EVALUATION, FORWARD, TRAINING, Stage, begin_evaluation
 
 META_INITIALIZATION = "meta"
 ADAPTER = "adapter"
@@ -48,6 +49,20 @@ class SelectionFlow:
         self.selection: Selection | None = None
         self._is_started = False
 
+    def stages(self) -> list[Stage]:
+        """What [`train`] runs, to be announced."""
+        rows = sum(map(len, self.context.eval_tables.values()))
+        one = self.training.num_rows(self.context.tasks.names) * TRAINING
+        found = [
+            Stage(META_INITIALIZATION, "initialization", one),
+            Stage("gradients", "gradients", (len(self.context.train_rows) + rows) * TRAINING),
+            Stage("select", "selection", self.num_calibration_runs() * (one + rows * FORWARD)),
+            # About half of the rows are kept.
+            Stage(ADAPTER, "the final adapter", one / 2),
+            Stage(EVALUATION, "evaluation", 2 * rows * FORWARD),
+        ]
+        return [own for own in found if own.name != META_INITIALIZATION or self.context.args.meta_initialization]
+
     def start(self) -> None:
         """Settle theta0 before anything is captured or trained, by `meta_initialization` where it is asked for."""
         if self._is_started or not self.context.args.meta_initialization:
@@ -71,6 +86,7 @@ class SelectionFlow:
         with run.stage(ADAPTER):
             self.training.run(ADAPTER, self.selection.weights, run.adapter)
         self.training.load(run.adapter)
+        begin_evaluation(run)
         return self.evaluate(self.context.eval_tables, "eval")
 
     def trainings(self) -> list[TrainedAdapter]:
@@ -115,12 +131,14 @@ class SelectionFlow:
         self.training.reset()
         with context.model_state.restored(), applied_update(context.model, store, update):
             figures = context.answers.score_tasks(self.evaluation.generate, table, "Verifying a candidate")
-        return next(iter(figures[self.target].values()))
+        return next(iter(figures[self.target].figures.values()))
 
     def scores(self, tables: Mapping[str, Dataset]) -> dict[str, dict[str, TaskScores]]:
-        """Scores of the final adapter, by task."""
+        """Scores of the base model and of the final adapter, by task."""
         with self.context.model_state.restored():
-            return {MAIN_SYSTEM: self.evaluation.score_current(tables, "Evaluating the final adapter")}
+            scores = {"base": self.evaluation.score_base(tables)}
+            scores[MAIN_SYSTEM] = self.evaluation.score_current(tables, "Evaluating the final adapter")
+        return scores
 
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
         """Score and report the scores; the target's are also the metrics `PREFIX_loss` and `PREFIX_accuracy`."""

@@ -1,5 +1,6 @@
 """What a run of several trainings cannot finish, found before anything is trained."""
 
+import importlib.util
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -37,6 +38,21 @@ def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_cla
         raise ConfigurationError(
             "Expected a model of decoder layers alone, as SFTTrainer trains; found an encoder-decoder. Use "
             f"{trainer_class.__name__.replace('SFT', '')}, which takes the same prompts and completions."
+        )
+
+
+def check_quantization(quantization_config: Any, args: Any) -> None:
+    """Raise `ConfigurationError` where a base is to be quantized by bitsandbytes, and that is not installed."""
+    kwargs = getattr(args, "model_init_kwargs", None)
+    kwargs = kwargs if isinstance(kwargs, dict) else {}
+    asked = quantization_config or kwargs.get("quantization_config")
+    given = asked if isinstance(asked, dict) else getattr(asked, "__dict__", {})
+    method = given.get("quant_method")
+    bits = given.get("load_in_4bit") or given.get("load_in_8bit") or getattr(method, "value", method) == "bitsandbytes"
+    if bits and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigurationError(
+            "A base model is to be quantized by bitsandbytes, which is not installed. Run "
+            "pip install 'hf-ensemble[quantization]', or leave the quantization out."
         )
 
 

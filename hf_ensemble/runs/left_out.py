@@ -1,0 +1,50 @@
+"""What a run would be without one of its tasks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..estimate import SubsetEstimator
+
+# Normal quantile: of two means with this many standard errors between them, chance explains one in twenty.
+_CLEAR = 1.645
+# Above it, a prediction for every task left out takes as long as the grouping.
+_MOST_LEFT_OUT = 200
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What leaving one task out of the training on all is predicted to do to the others.
+
+    Args:
+        mean_change (`float`): of the others' mean loss, in nats; negative where they do better without it.
+        standard_error (`float`): of the mean change, over the validation rows.
+        num_better (`int`): number of the others whose loss falls.
+    """
+
+    mean_change: float
+    standard_error: float
+    num_better: int
+
+    @property
+    def is_harmful(self) -> bool:
+        """Whether the others clearly do better without the task."""
+        return self.mean_change < -_CLEAR * self.standard_error
+
+
+def left_out(estimator: SubsetEstimator) -> dict[str, LeftOut]:
+    """Predicted effect of leaving out each task, compared with the training on all; empty for too few and too many."""
+    names = list(estimator.task_names)
+    size = len(names)
+    if not 1 < size <= _MOST_LEFT_OUT:
+        return {}
+    found = {}
+    # The first row is the training on all.
+    prediction = estimator.predict(np.vstack([np.ones(size), 1.0 - np.eye(size)]))
+    for index, name in enumerate(names):
+        others = np.arange(size) != index
+        change = (prediction.loss[1 + index] - prediction.loss[0])[others]
+        optimum, all_optimum = prediction.coefficients[1 + index], prediction.coefficients[0]
+        spread = estimator.score_spread(optimum[None], all_optimum, others / others.sum())
+        found[name] = LeftOut(float(change.mean()), float(spread[0]), int((change < 0).sum()))
+    return found

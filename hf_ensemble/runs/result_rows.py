@@ -1,0 +1,114 @@
+"""Figures of every system as tables of text."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..evaluate import SystemIntervals, TaskScores, mean_scores
+
+# What systems are called where people read, in the order of the columns.
+SYSTEM_NAMES = {
+    "base": "base model",
+    "baseline": "one adapter for all",
+    "ensemble": "ensemble",
+    "selection": "selection",
+}
+# Figures of which less is better.
+LOWER_IS_BETTER = ("loss",)
+
+
+def system_name(system: str) -> str:
+    """What a system is called where people read."""
+    return SYSTEM_NAMES.get(system, system.replace("_", " "))
+
+
+def ordered_systems(scores: Mapping[str, object]) -> list[str]:
+    """The systems that were scored: those of every run first."""
+    return [*(own for own in SYSTEM_NAMES if own in scores), *(own for own in scores if own not in SYSTEM_NAMES)]
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """One figure of every task and system.
+
+    Args:
+        title (`str`): what it shows.
+        columns (`list[str]`): the first is that of the tasks.
+        rows (`list[list[str]]`): one per task.
+        mean (`list[str]`): the last row.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    mean: list[str]
+
+
+def result_tables(
+    scores: Mapping[str, Mapping[str, TaskScores]], intervals: Mapping[str, SystemIntervals], split: str
+) -> list[ResultTable]:
+    """The loss, the accuracy, and every further metric.
+
+    A figure that is 0 for every system and task gets no table: the accuracy of texts that no model reproduces word by
+    word.
+
+    Args:
+        scores (`dict[str, dict[str, TaskScores]]`): by system and task.
+        intervals (`dict[str, SystemIntervals]`): of the systems that have some.
+        split (`str`): which rows were scored.
+    """
+    systems = ordered_systems(scores)
+    means = {system: mean_scores(scores[system]).figures() for system in systems}
+    names = dict.fromkeys(name for own in means.values() for name in own)
+    tasks = dict.fromkeys(task for system in systems for task in scores[system])
+    rows = "evaluation" if split == "eval" else split
+    found = []
+    for name in names:
+        figures = {
+            system: {task: own.figures().get(name) for task, own in scores[system].items()} for system in systems
+        }
+        if name not in LOWER_IS_BETTER and not any(value for own in figures.values() for value in own.values()):
+            continue
+        unit = " (nats per token, lower is better)" if name == "loss" else ""
+        known = {system: own for system, own in intervals.items() if name in own.mean}
+        found.append(
+            ResultTable(
+                title=f"{name.replace('_', ' ').capitalize()}{unit} on {rows} rows",
+                columns=["task", *map(system_name, systems)],
+                rows=[
+                    [
+                        task,
+                        *(
+                            _cell(figures[system].get(task), known[system].tasks.get(task, {}).get(name))
+                            if system in known
+                            else _cell(figures[system].get(task))
+                            for system in systems
+                        ),
+                    ]
+                    for task in tasks
+                ],
+                mean=[
+                    "mean",
+                    *(
+                        _cell(means[system].get(name), known[system].mean[name] if system in known else None)
+                        for system in systems
+                    ),
+                ],
+            )
+        )
+    return found
+
+
+def as_text(table: ResultTable) -> str:
+    """A table in plain text."""
+    lines = [table.columns, *table.rows, table.mean]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.columns))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join([table.title, *text])
+
+
+def _cell(value: float | None, interval: tuple[float, float] | None = None) -> str:
+    if value is None:
+        return "-"
+    if interval is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({interval[0]:.3f}–{interval[1]:.3f})"

@@ -1,0 +1,62 @@
+"""What a run has come to by now, from its records."""
+
+from typing import Any
+
+from ..select import Grouping, Selection
+from .directory import RunDirectory
+from .evaluation import EvaluatedRows, Evaluation
+from .fidelity_report import FidelityReport
+from .records import EnsembleWeights, Estimate, RunRecord
+from .results import Results, SelectionResult
+
+
+def run_results(run: RunDirectory) -> Results:
+    """What the records of a run say by now.
+
+    Raises:
+        `RecordError`: for a run that was not evaluated yet, and for damaged records.
+    """
+    evaluation = run.read(Evaluation)
+    split = evaluation.reported_split or "eval"
+    scores = evaluation.scores.get(split, {})
+    rows = run.read(EvaluatedRows).rows.get(split, {}) if run.has(EvaluatedRows) else {}
+    outcome = _selection_outcome(run) if "selection" in scores else _ensemble_outcome(run)
+    if run.has(FidelityReport):
+        outcome["fidelity"] = run.read(FidelityReport)
+    by_system = {name: {task: own.as_scores() for task, own in tasks.items()} for name, tasks in rows.items()}
+    return Results.of(run.read(RunRecord), split, scores, by_system, **outcome)
+
+
+def _ensemble_outcome(run: RunDirectory) -> dict[str, Any]:
+    outcome: dict[str, Any] = {}
+    if run.has(Estimate):
+        estimate = run.read(Estimate)
+        outcome["harmful"] = {task: own.num_better for task, own in estimate.left_out.items() if own.is_harmful}
+    if not run.has(Grouping):
+        return outcome
+    grouping = run.read(Grouping)
+    outcome["groups"] = grouping.groups
+    if run.has(Estimate):
+        outcome["predicted_loss"] = {
+            task: estimate.predicted_loss[group][task]
+            for group, tasks in grouping.groups.items()
+            for task in tasks
+            if group in estimate.predicted_loss
+        }
+    if run.has(EnsembleWeights):
+        outcome["weights"] = run.read(EnsembleWeights).weights
+        used = {name for row in outcome["weights"].values() for name, weight in row.items() if weight}
+        outcome["equals_baseline"] = used <= {"baseline", grouping.baseline_group}
+    return outcome
+
+
+def _selection_outcome(run: RunDirectory) -> dict[str, Any]:
+    if not run.has(Selection):
+        return {}
+    found = run.read(Selection)
+    predicted = found.path[-1]["predicted_loss"] if found.path else None
+    result = SelectionResult(list(found.targets), found.tasks, found.summary, predicted, found.baselines)
+    outcome: dict[str, Any] = {"selection": result}
+    if predicted is not None and len(found.targets) == 1:
+        outcome["predicted_loss"] = {result.targets[0]: predicted}
+    return outcome

@@ -1,0 +1,192 @@
+"""What a run showed, in one sentence or two."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from ..evaluate import Difference, SystemIntervals, TaskScores
+
+# Names that a sentence lists before it counts.
+_MOST_NAMES = 4
+
+
+class SelectedTasks(Protocol):
+    """What the verdict reads of a selection."""
+
+    targets: list[str]
+    auxiliary: list[str]
+    predicted_loss: float | None
+    baselines: dict[str, float]
+
+
+def verdict(
+    scores: Mapping[str, Mapping[str, TaskScores]],
+    mean_loss: Mapping[str, float],
+    intervals: Mapping[str, SystemIntervals],
+    reference: str | None = None,
+    weights: Mapping[str, Mapping[str, float]] | None = None,
+    equals_baseline: bool = False,
+    harmful: Mapping[str, int] | None = None,
+    selection: SelectedTasks | None = None,
+) -> str:
+    """What to make of a run: the fields of [`Results`] in words.
+
+    It goes by losses. A difference is clear where its 95 % interval over the rows lies on one side of zero; without
+    scores of single rows every one is.
+    """
+    if "selection" in scores and selection is not None:
+        said = _of_selection(scores["selection"], scores.get("base", {}), selection)
+    elif "ensemble" in scores:
+        said = _of_ensemble(scores, mean_loss, intervals, reference, weights or {}, equals_baseline)
+    else:
+        said = "Nothing was trained that could be judged."
+    hint = _harmful(harmful or {}, len(next(iter(scores.values()), {})))
+    return f"{said} {hint}" if hint else said
+
+
+def _of_ensemble(
+    scores: Mapping[str, Mapping[str, TaskScores]],
+    mean_loss: Mapping[str, float],
+    intervals: Mapping[str, SystemIntervals],
+    reference: str | None,
+    weights: Mapping[str, Mapping[str, float]],
+    equals_baseline: bool,
+) -> str:
+    tasks = list(scores["ensemble"])
+    own = mean_loss["ensemble"]
+    base = _mean_difference("ensemble", "base", scores, mean_loss, intervals, reference)
+    if base is not None and base.value > 0 and base.is_clear:
+        return (
+            f"Fine-tuning did not help: the base model's mean loss is {number(mean_loss['base'])}, that of the "
+            f"ensemble {number(own)}. Lower the learning rate, or train for fewer steps."
+        )
+    if equals_baseline:
+        return (
+            f"One adapter is enough for these {len(tasks)} datasets: every one of them is served best by the adapter "
+            "that was trained on all, so the ensemble is that adapter."
+        )
+    if reference is None or reference == "ensemble":
+        return f"The ensemble's mean loss is {number(own)}; nothing else was scored to compare it with."
+    other = mean_loss[reference]
+    gain = _mean_difference("ensemble", reference, scores, mean_loss, intervals, reference)
+    count = len({name for row in weights.values() for name, weight in row.items() if weight}) or 1
+    adapters = f"{_spelled(count)} adapter{'s' if count != 1 else ''}"
+    lower = "lowers" if count == 1 else "lower"
+    differences = _task_losses(scores, "ensemble", reference, intervals)
+    better = [task for task, one in differences.items() if one.value < 0]
+    clearly_worse = [task for task, one in differences.items() if one.value > 0 and one.is_clear]
+    clearly_better = [task for task, one in differences.items() if one.value < 0 and one.is_clear]
+    worse = f"; {_listed(clearly_worse)} {'do' if len(clearly_worse) > 1 else 'does'} worse" if clearly_worse else ""
+    means = f"from {number(other)} to {number(own)} nats on average"
+    if reference != "baseline":
+        return (
+            f"{adapters} {lower} the base model's loss on {len(better)} of {len(tasks)} tasks, {means}{worse}. Whether "
+            "one adapter for all would do as well was not tried: set train_baseline=True."
+        )
+    if gain.is_clear and gain.value < 0:
+        return f"{adapters} {lower} the loss on {len(better)} of {len(tasks)} tasks, {means}{worse}."
+    if gain.is_clear:
+        return (
+            f"Use the one adapter for all: the ensemble raises the loss {means}, and on {len(tasks) - len(better)} of "
+            f"{len(tasks)} tasks."
+        )
+    low, high = gain.interval
+    gains = "gains" if len(clearly_better) == 1 else "gain"
+    though = f" {_listed(clearly_better)} clearly {gains}." if clearly_better else ""
+    return (
+        f"One adapter is enough for these {len(tasks)} datasets: {adapters[0].lower()}{adapters[1:]} move"
+        f"{'s' if count == 1 else ''} the loss {means}, which other rows might undo (95 % interval of the difference "
+        f"{number(low)} to {number(high)}).{though}"
+    )
+
+
+def _of_selection(
+    scores: Mapping[str, TaskScores],
+    base: Mapping[str, TaskScores],
+    selection: SelectedTasks,
+) -> str:
+    targets = [task for task in selection.targets if task in scores]
+    measured = sum(scores[task].loss for task in targets) / max(len(targets), 1)
+    of_base = sum(base[task].loss for task in targets) / len(targets) if targets and set(targets) <= set(base) else None
+    goal = _listed(list(selection.targets))
+    if of_base is not None and measured > of_base:
+        return (
+            f"Fine-tuning did not help {goal}: its loss is {number(measured)}, that of the base model "
+            f"{number(of_base)}. Lower the learning rate, or train for fewer steps."
+        )
+    before = f", from the base model's {number(of_base)}" if of_base is not None else ""
+    result = f"The loss of {goal} is {number(measured)}{before}"
+    alone, predicted = selection.baselines.get("alone"), selection.predicted_loss
+    if not selection.auxiliary:
+        return f"No other dataset is predicted to help {goal}, which was fine-tuned alone. {result}."
+    helped = ""
+    if alone is not None and predicted is not None:
+        helped = f": predicted {number(predicted)} with {_them(selection.auxiliary)}, {number(alone)} alone"
+    verb = "help" if len(selection.auxiliary) > 1 else "helps"
+    return f"{_listed(selection.auxiliary)} {verb} {goal}{helped}. {result}."
+
+
+def _harmful(harmful: Mapping[str, int], num_tasks: int) -> str:
+    others = num_tasks - 1
+    if not harmful or others < 1:
+        return ""
+    names = list(harmful)
+    if len(names) == 1:
+        hurt = "all others" if harmful[names[0]] >= others else f"{harmful[names[0]]} of {others} others"
+        return f"{names[0]} is predicted to hurt {hurt}: leave it out."
+    return f"{_listed(names)} are predicted to hurt the others: leave them out."
+
+
+def _mean_difference(
+    system: str,
+    other: str,
+    scores: Mapping[str, Mapping[str, TaskScores]],
+    mean_loss: Mapping[str, float],
+    intervals: Mapping[str, SystemIntervals],
+    reference: str | None,
+) -> Difference | None:
+    """Of the mean losses of two systems; by their own intervals where these were not compared row by row."""
+    if other not in scores or system not in scores:
+        return None
+    paired = intervals[system].mean_difference.get("loss") if system in intervals else None
+    if other == reference and paired is not None:
+        return paired
+    value = mean_loss[system] - mean_loss[other]
+    if system in intervals and other in intervals:
+        one, two = intervals[system].mean["loss"], intervals[other].mean["loss"]
+        return Difference(value, (one[0] - two[1], one[1] - two[0]))
+    return Difference(value, (value, value))
+
+
+def _task_losses(
+    scores: Mapping[str, Mapping[str, TaskScores]],
+    system: str,
+    other: str,
+    intervals: Mapping[str, SystemIntervals],
+) -> dict[str, Difference]:
+    known = intervals[system].differences if system in intervals else {}
+    found = {}
+    for task, own in scores[system].items():
+        if task in scores[other]:
+            value = own.loss - scores[other][task].loss
+            found[task] = known.get(task, {}).get("loss") or Difference(value, (value, value))
+    return found
+
+
+def number(value: float) -> str:
+    """Three decimals, and more for what would vanish."""
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+
+
+def _spelled(count: int) -> str:
+    words = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
+    return words[count - 1] if 1 <= count <= len(words) else str(count)
+
+
+def _them(names: Sequence[str]) -> str:
+    return "them" if len(names) > 1 else "it"
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > _MOST_NAMES:
+        return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
