@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..ensemble import PeftEnsembleModel
@@ -34,9 +35,9 @@ def results_tables(results: Results) -> list[Table]:
         for column in own.columns:
             table.add_column(column, justify="left" if column == "task" else "right")
         for row in own.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         table.add_section()
-        table.add_row(*own.mean, style="bold")
+        table.add_row(*map(escape, own.mean), style="bold")
         found.append(table)
     return found
 

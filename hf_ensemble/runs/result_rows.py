@@ -14,6 +14,7 @@ SYSTEM_NAMES = {
 }
 # Figures of which less is better.
 LOWER_IS_BETTER = ("loss",)
+_TITLES = {"loss": "Loss", "accuracy": "Accuracy"}
 
 
 def system_name(system: str) -> str:
@@ -72,7 +73,7 @@ def result_tables(
         known = {system: own for system, own in intervals.items() if name in own.mean}
         found.append(
             ResultTable(
-                title=f"{name.replace('_', ' ').capitalize()}{unit} on {rows} rows",
+                title=f"{_TITLES.get(name, name)}{unit} on {rows} rows",
                 columns=["task", *map(system_name, systems)],
                 rows=[
                     [

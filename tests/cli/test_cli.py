@@ -56,8 +56,11 @@ def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
     assert results["fidelity"]["mean_relative_error"] >= 0
     PeftEnsembleModel.from_pretrained(tmp_path / "out" / "ensemble")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Accuracy on test rows" in printed and "Prediction against truth" in printed
-    assert "exact_match on test rows" in printed
+    assert "Loss (nats per token, lower is better) on test rows" in printed and "Prediction against truth" in printed
+    # No table of zeros.
+    matched = any(means["exact_match"] for means in results["mean_metrics"].values())
+    assert ("exact_match on test rows" in printed) == matched
+    assert " ".join(results["verdict"].split()) in printed
     assert str(tmp_path / "out" / "ensemble" / "README.md") in printed
 
 

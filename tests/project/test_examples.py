@@ -77,7 +77,7 @@ def test_sft_before_and_after(run_example, base_folder):
     out, printed = run_example("sft_after.py", base_folder, toy.sft_tasks(), "--learning_rate", "0.01")
     for name in toy.sft_tasks():
         assert f"{name}: loss " in printed
-    assert set(json.loads((out / "evaluation.json").read_text())["scores"]["eval"]) == {"ensemble", "baseline"}
+    assert set(json.loads((out / "evaluation.json").read_text())["scores"]["eval"]) == {"base", "ensemble", "baseline"}
     config = json.loads((out / "ensemble" / "ensemble_config.json").read_text())
     assert set(config["weights"]) == set(toy.sft_tasks())
     model = PeftEnsembleModel.from_pretrained(out / "ensemble")

@@ -44,6 +44,7 @@ def print_report(trainer: Trainers, results: Results) -> None:
         out.print(selection_table(trainer.selection))
     for table in results_tables(results):
         out.print(table)
+    out.print(results.verdict, style="bold", markup=False)
     if results.fidelity is not None:
         out.print(fidelity_table(results.fidelity))
     saved = run.ensemble if results.selection is None else run.adapter

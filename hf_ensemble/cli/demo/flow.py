@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> DemoResults:
     out.print(grouping_table(trainer.grouping, trainer.ensemble))
     for table in results_tables(results):
         out.print(table)
+    out.print(results.verdict, style="bold", markup=False)
     out.print(fidelity_table(report))
     ensemble = trainer.run_directory.ensemble
     paths = f"Ensemble: {ensemble}\nModel card: {ensemble / 'README.md'}\nResults: {summary}"
