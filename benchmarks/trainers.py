@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from trl import ModelConfig
-
 from hf_ensemble._files import write_json
-from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
+from hf_ensemble.cli.arguments import FidelityArguments, with_config
 from hf_ensemble.cli.main import main as hf_ensemble
-from hf_ensemble.cli.trainers import build_trainer, load_tasks
+from hf_ensemble.cli.trainers import started
 from hf_ensemble.runs import RunDirectory
 from hf_ensemble.tasks import TaskSet
 
@@ -23,9 +21,8 @@ Mixture = Mapping[str, float]
 
 def trainer_from_flags(flags: Sequence[str]):
     """Build the trainer that `hf-ensemble fidelity` would build from these flags; returns it with its tasks."""
-    (arguments, model_arguments), rest = parse([FidelityArguments, ModelConfig], with_config(flags), True)
-    tasks = load_tasks(arguments, model_arguments, "fidelity")
-    return build_trainer(arguments, model_arguments, tasks, rest), tasks
+    trainer = started(FidelityArguments, flags, "fidelity").trainer
+    return trainer, trainer.tasks
 
 
 def flag_value(flags: Sequence[str], name: str) -> str:

@@ -15,7 +15,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 _EXPORTS = {
-    "tasks": ["LabelSpace", "TaskSet", "load_task_folder"],
+    "tasks": ["DatasetSource", "LabelSpace", "TaskSet", "load_task_folder", "load_tasks"],
     "models": ["LabelSimilarityForSequenceClassification"],
     "store": ["FeatureTable", "GradientStore", "TrainingRecipe"],
     "capture": ["CaptureConfig", "applied_update", "capture_gradients"],

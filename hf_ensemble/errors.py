@@ -6,7 +6,20 @@ expected, what was found, and what to do.
 
 
 class HfEnsembleError(Exception):
-    """Base of all errors raised by hf_ensemble."""
+    """Base of all errors raised by hf_ensemble.
+
+    Args:
+        message (`str`): what was expected and what was found.
+        python (`str`, *optional*): what to do, where that is one thing in Python and another in a terminal.
+        terminal (`str`, *optional*): the same in the words of the command line.
+
+    Attributes:
+        in_terminal (`str`): the whole message as the command line says it.
+    """
+
+    def __init__(self, message: str = "", *args: object, python: str | None = None, terminal: str | None = None):
+        super().__init__(message if python is None else f"{message} {python}", *args)
+        self.in_terminal = str(message) if terminal is None else f"{message} {terminal}"
 
 
 class TaskError(HfEnsembleError, ValueError):

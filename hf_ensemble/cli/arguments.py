@@ -1,5 +1,6 @@
 """Flags and YAML of the commands."""
 
+import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,35 +10,45 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from .._settings import check_at_least, check_one_of
+from .._settings import check_at_least, check_number, check_one_of
 from ..errors import ConfigurationError
-from ..select import GroupingSettings, SelectionSettings
+from ..tasks.task import SPLITS
 
 _SIZES_HELP = "Numbers of tasks of the subsets, in turn; from one task to all by default."
 
 
 @dataclass
 class DataArguments:
-    """Which tasks a command works on, and how a text classifier is made of the model."""
+    """Which tasks a command works on."""
 
-    data: str | None = field(
-        default=None, metadata={"help": "Folder of tasks: NAME/{train,validation,test}.jsonl, or NAME.jsonl."}
+    data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A folder with NAME/{train,validation,test}.jsonl or NAME.jsonl for each dataset; or files, "
+            "folders and ids of datasets on the Hub, each as PATH or NAME=PATH. JSON, JSONL, CSV, TSV and Parquet."
+        },
     )
-    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the folder to use; all by default."})
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The datasets by name, in a --config file: {NAME: {path, name, revision, split, validation, test, "
+            "columns, template, weight, max_rows}}; or a list of them, as in trl's mixtures. JSON on the command line."
+        },
+    )
+    dataset_mixture: str | None = field(
+        default=None, metadata={"help": "trl's mixture, in a --config file: {datasets: [...], test_split_size: ...}."}
+    )
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share of each dataset without evaluation rows to hold out, as in trl."}
+    )
+    tasks: list[str] | None = field(default=None, metadata={"help": "Names of the datasets to use; all by default."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Maximum number of training rows per task."})
     max_validation_rows: int | None = field(
         default=None, metadata={"help": "Maximum number of validation rows per task."}
     )
-    head: str = field(
-        default="auto",
-        metadata={
-            "help": "Head of a text classifier: 'label_similarity' (similarity to the labels' texts), 'linear' (the "
-            "checkpoint's own head, or a new one), or 'auto' (linear if the checkpoint has a trained head)."
-        },
-    )
 
     def __post_init__(self):
-        check_one_of("head", self.head, ("auto", "linear", "label_similarity"))
+        check_number("test_split_size", self.test_split_size, 0, 1, above=True, optional=True)
         for name in ("max_train_rows", "max_validation_rows"):
             check_at_least(name, getattr(self, name), 1, optional=True)
 
@@ -98,48 +109,40 @@ def _check_sizes(sizes: list[int] | None) -> None:
 
 
 @dataclass
-class ChoiceArguments:
-    """Where the gradients are that a choice is made from, and where it goes."""
+class TrainArguments(FlowArguments):
+    """What `hf-ensemble train` takes beside a trainer's own arguments and trl's model arguments."""
 
-    store: str | None = field(
+    group: str | None = field(
         default=None,
+        metadata={"help": "Train this group alone; its groups have to be there: --until groups makes them."},
+    )
+    until: str = field(
+        default="adapters",
         metadata={
-            "help": "Folder of captured gradients, or the output_dir of a run, whose fine-tunings then calibrate the "
-            "predictions."
+            "help": "Last stage: 'groups' (gradients, one adapter for all, groups), or 'adapters'. `hf-ensemble run` "
+            "goes on from either to weights and evaluation."
         },
     )
-    output_dir: str = field(default="choice", metadata={"help": "Where the choice and its pictures go."})
-    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the store to use; all by default."})
-    num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
-
-    def __post_init__(self):
-        check_at_least("num_components", self.num_components, 1)
-
-
-@dataclass
-class SelectArguments(SelectionSettings, ChoiceArguments):
-    """What `hf-ensemble select` takes."""
-
-    target: list[str] | None = field(default=None, metadata={"help": "Tasks to do well on; all by default."})
-    include: list[str] | None = field(
-        default=None, metadata={"help": "Tasks that are always trained on; the targets by default."}
-    )
-    exclude: list[str] | None = field(default=None, metadata={"help": "Tasks that are never trained on."})
-    clusters: dict[str, int] | str | None = field(
-        default=None, metadata={"help": "Split tasks into clusters to choose among, as JSON: '{\"mr\": 5}'."}
-    )
-    score_examples: bool = field(default=False, metadata={"help": "Also score every training row."})
-
-
-@dataclass
-class GroupArguments(GroupingSettings, ChoiceArguments):
-    """What `hf-ensemble group` takes."""
-
-    seed: int = field(default=0, metadata={"help": "Seed of random subsets and clustering."})
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least("seed", self.seed, 0)
+        check_one_of("until", self.until, ("groups", "adapters"))
+        if self.target is not None:
+            raise ConfigurationError(
+                f"train is for the groups of an ensemble, and a selection trains once: found --target {self.target}. "
+                "Use hf-ensemble run."
+            )
+
+
+@dataclass
+class EvalArguments(FlowArguments):
+    """What `hf-ensemble eval` takes beside a trainer's own arguments and trl's model arguments."""
+
+    split: str = field(default="test", metadata={"help": "Rows to score: 'test', 'validation' or 'train'."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_one_of("split", self.split, SPLITS)
 
 
 @dataclass
@@ -155,6 +158,13 @@ class DemoArguments:
     def __post_init__(self):
         check_at_least("seed", self.seed, 0)
         check_at_least("fidelity_subsets", self.fidelity_subsets, 1)
+
+
+def needed(command: str, **given: Any) -> None:
+    """Raise `ConfigurationError` for flags that a command does not work without."""
+    lacking = [f"--{name}" for name, value in given.items() if value is None]
+    if lacking:
+        raise ConfigurationError(f"Expected {' and '.join(lacking)}; see hf-ensemble {command} --help.")
 
 
 def answer_metrics(text: str | None) -> str | dict[str, Any] | None:
@@ -213,10 +223,9 @@ def _flag_text(value: Any) -> str:
     return json.dumps(value, default=str) if is_json else str(value)
 
 
-def print_help(classes: Sequence[type], argv: Sequence[str], command: str) -> None:
-    """Print the help of a command and exit, where it is asked for."""
-    if {"-h", "--help"} & set(argv):
-        parse(classes, ["--help"], command=command)
+def print_all_help(classes: Sequence[type], command: str) -> None:
+    """Print every argument of a command, those of the parents' trainers included."""
+    parse(classes, ["--help"], command=command)
 
 
 def parse(
@@ -236,7 +245,10 @@ def parse(
         # Without their values: a token may be among them.
         unknown = [word.split("=")[0] for word in remaining if word.startswith("--")]
         named = " ".join(unknown) or "a word that belongs to no flag"
-        raise ConfigurationError(f"Unknown arguments: {named}. See hf-ensemble {command} --help.")
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        near = [close for word in unknown for close in difflib.get_close_matches(word, known, n=1, cutoff=0.8)]
+        meant = f" Did you mean {', '.join(near)}?" if near else ""
+        raise ConfigurationError(f"Unknown arguments: {named}.{meant} See hf-ensemble {command} --help.")
     return parsed, remaining
 
 

@@ -10,7 +10,7 @@ from ..errors import ConfigurationError
 from ..publish import draw_choice
 from ..runs import RunDirectory, run_selector
 from ..select import Choice, DataSelector
-from .arguments import ChoiceArguments
+from .choice_arguments import ChoiceArguments
 
 
 def selector_of(arguments: ChoiceArguments, clusters: Mapping[str, int] | None = None) -> DataSelector:

@@ -1,20 +1,39 @@
 """The `hf-ensemble` command."""
 
-import argparse
+import difflib
+import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 
 from .. import __version__
 from ..errors import HfEnsembleError
-from .command import COMMANDS
+from .command import COMMANDS, Command
+from .help import MOST_USED, command_help, groups_of, main_help
 from .stopping import Terminated, print_last_line, sigterm_as_interrupt
+from .wording import in_terminal
 
-_DESCRIPTION = (
-    "Fine-tune a language model on many datasets at once: group them, train an adapter per group, ship the ensemble."
-)
+# Flags of the trainers that errors are about.
+_PARENTS = {
+    "max_steps",
+    "eval_strategy",
+    "seed",
+    "bf16",
+    "per_device_eval_batch_size",
+    "dataloader_drop_last",
+    "packing",
+}
+_PARENTS |= {
+    "load_in_8bit",
+    "dtype",
+    "push_to_hub",
+    "hub_model_id",
+    "label_smoothing_factor",
+    "train_sampling_strategy",
+}
+_PARENTS |= {option.name for option in MOST_USED}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,25 +44,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 when interrupted, 143 when terminated. Without a known command it exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [flag for flag in argv if flag != "--debug"]
-    parser = _Parser(prog="hf-ensemble", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"hf-ensemble {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    for command in COMMANDS:
-        subparsers.add_parser(command.name, help=command.help, add_help=False)
-    known, rest = parser.parse_known_args(argv)
+    given = set(argv)
+    argv = [word for word in argv if word not in ("--debug", "--json")]
+    if argv[:1] in (["--help"], ["-h"]):
+        raise SystemExit(print(main_help(), end=""))
+    if argv[:1] == ["--version"]:
+        raise SystemExit(print(f"hf-ensemble {__version__}"))
+    command = _command(argv)
+    rest = argv[1:]
+    if {"-h", "--help"} & set(rest):
+        raise SystemExit(print(command_help(command), end=""))
     try:
         with sigterm_as_interrupt():
+            if "--help-all" in rest:
+                _print_all_help(command)
             _quiet()
-            next(command for command in COMMANDS if command.name == known.command).load()(rest)
+            # Trainers print their logs on stdout, which is the script's that reads JSON.
+            with redirect_stdout(sys.stderr) if "--json" in given else nullcontext():
+                result = command.load()(rest)
+            if "--json" in given and result is not None:
+                _print_json(result)
     except (HfEnsembleError, OSError, ValueError) as error:
         # The libraries below raise ValueError for bad arguments.
-        if debug:
+        if "--debug" in given:
             raise
-        # Some of their messages take several lines.
-        print_last_line(f"hf-ensemble: {' '.join(str(error).split())}")
+        print_last_line(f"hf-ensemble: {in_terminal(error, _flags(command))}")
         return 1
     except KeyboardInterrupt as stop:
         print_last_line("hf-ensemble: stopped. Run the same command again to continue.")
@@ -51,11 +76,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line."""
+def _command(argv: Sequence[str]) -> Command:
+    """The command that is called; exits with 2 where there is none."""
+    found = next((command for command in COMMANDS if argv and command.name == argv[0]), None)
+    if found is None:
+        names = [command.name for command in COMMANDS]
+        near = difflib.get_close_matches(argv[0], names, n=1) if argv else []
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        said = repr(argv[0]) if argv else "none"
+        message = f"hf-ensemble: expected a command, one of {', '.join(names)}; found {said}.{meant}"
+        message += " See hf-ensemble --help."
+        print(message, file=sys.stderr)
+        raise SystemExit(2)
+    return found
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. See hf-ensemble --help.\n")
+
+def _flags(command: Command) -> Collection[str]:
+    """The names of a command's own flags, and of those of the trainers that errors are about."""
+    return {option.name for own in groups_of(command).values() for option in own} | _PARENTS
+
+
+def _print_all_help(command: Command) -> None:
+    """Every argument, from the classes themselves, and exit."""
+    if not command.has_parents:
+        raise SystemExit(print(command_help(command), end=""))
+    from trl import ModelConfig
+
+    from ..train import EnsembleSFTConfig
+    from .arguments import FlowArguments, print_all_help
+
+    # The trainer's arguments are known once the data are; those of the ensemble trainers are the fullest.
+    print_all_help([FlowArguments, ModelConfig, EnsembleSFTConfig], command.name)
+
+
+def _print_json(result: object) -> None:
+    """What a command has made as one JSON object on stdout."""
+    data = dict(result) if isinstance(result, Mapping) else result.to_dict()
+    print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
 
 
 def _quiet() -> None:

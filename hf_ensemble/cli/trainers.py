@@ -1,20 +1,16 @@
-"""From flags to a trainer over a folder of tasks."""
+"""From flags to a trainer."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
-from .._files import checksums, read_json, write_folder_atomically, write_json
-from ..errors import ConfigurationError, RecordError
+from ..errors import ConfigurationError
 from ..evaluate import AnswerMetrics
-from ..models import LabelSimilarityForSequenceClassification
-from ..runs import RunDirectory
-from ..tasks import RowFormat, TaskSet, load_task_folder
+from ..tasks import RowFormat, TaskSet
 from ..train import (
     EnsembleConfig,
     EnsembleSFTConfig,
@@ -25,41 +21,53 @@ from ..train import (
     SelectionSFTTrainer,
     SelectionTrainer,
 )
-from ..train.inputs.datasets import load_classifier
-from .arguments import DataArguments, parse
-
-# What a model with the labels as its head was made of, beside its files.
-_MADE_OF = "made_of.json"
+from .arguments import DataArguments, answer_metrics, needed, parse, with_config
+from .data import tasks_of
 
 Trainers = EnsembleTrainer | EnsembleSFTTrainer | SelectionTrainer | SelectionSFTTrainer
 
 
-def load_tasks(arguments: DataArguments, model_arguments: ModelConfig, command: str) -> TaskSet:
-    """The tasks that the flags name.
+@dataclass
+class Started:
+    """What a command over a model and data has made of its flags.
+
+    Args:
+        arguments (`FlowArguments`): the command's own.
+        trainer (`Trainers`): the trainer.
+    """
+
+    arguments: Any
+    trainer: Trainers
+
+
+def started(kind: type[DataArguments], argv: Sequence[str], command: str) -> Started:
+    """The trainer that the flags of a command ask for.
 
     Raises:
-        `ConfigurationError`: when the folder of tasks or the model is not given.
-        `TaskError`: for a folder without tasks.
+        `ConfigurationError`: when data, model or output folder is not given.
+        `TaskError`: for data that cannot be found or read.
     """
-    if arguments.data is None or model_arguments.model_name_or_path is None:
+    (arguments, model_arguments), remaining = parse([kind, ModelConfig], with_config(argv), True, command)
+    if all(getattr(arguments, name) is None for name in ("data", "datasets", "dataset_mixture")):
+        needed(command, data=None, model_name_or_path=model_arguments.model_name_or_path)
+    needed(command, model_name_or_path=model_arguments.model_name_or_path)
+    tasks = tasks_of(arguments)
+    if len(tasks) < 2:
         raise ConfigurationError(
-            f"Expected --data FOLDER and --model_name_or_path MODEL; see hf-ensemble {command} --help."
+            f"Expected at least two datasets, found {list(tasks)}. Name more in --data; trl sft fine-tunes on one."
         )
-    limits = {"train": arguments.max_train_rows, "validation": arguments.max_validation_rows}
-    return load_task_folder(
-        arguments.data,
-        max_rows={split: limit for split, limit in limits.items() if limit is not None},
-        names=arguments.tasks,
-    )
+    target = getattr(arguments, "target", None)
+    metrics = answer_metrics(getattr(arguments, "answer_metrics", None))
+    return Started(arguments, build_trainer(model_arguments, tasks, remaining, target, metrics, command))
 
 
 def build_trainer(
-    arguments: DataArguments,
     model_arguments: ModelConfig,
     tasks: TaskSet,
     flags: Sequence[str],
     target: str | None = None,
     answer_metrics: AnswerMetrics = None,
+    command: str = "run",
 ) -> Trainers:
     """The trainer for these tasks: over text classification or supervised fine-tuning, ensemble or selection."""
     is_classification = tasks.row_format is RowFormat.CLASSIFICATION
@@ -70,34 +78,22 @@ def build_trainer(
         (False, True): (SelectionSFTTrainer, SelectionSFTConfig),
     }
     trainer_class, config_class = classes[is_classification, target is not None]
-    (args,), _ = parse([config_class], flags)
-    if args.output_dir is None:
-        raise ConfigurationError("Expected --output_dir FOLDER.")
+    (args,), _ = parse([config_class], flags, command=command)
+    if not any(word.split("=")[0] == "--output_dir" for word in flags):
+        # The parents have a default, which another run may have taken.
+        needed(command, output_dir=None)
     name = model_arguments.model_name_or_path
-    loading = _loading_arguments(model_arguments)
-    remote = {key: loading[key] for key in ("revision", "trust_remote_code")}
-    tokenizer = AutoTokenizer.from_pretrained(name, **remote)
-    model: Any = name
-    task_type: str | None = "CAUSAL_LM"
-    options: dict[str, Any] = {} if target is None else {"target": target}
-    options["answer_metrics"] = answer_metrics
+    args.model_init_kwargs = {**_loading_arguments(model_arguments), **(args.model_init_kwargs or {})}
+    options: dict[str, Any] = {"answer_metrics": answer_metrics} | ({} if target is None else {"target": target})
     quantization = get_quantization_config(model_arguments)
     if not is_classification:
-        args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
         options["quantization_config"] = quantization
     elif quantization is not None:
         raise ConfigurationError(
             "Text classification over a quantized base is not supported: do not set load_in_4bit or load_in_8bit."
         )
-    elif _wants_label_similarity(arguments.head, name, remote):
-        # Nothing of this model but its buffers is its own, so no head has to be saved with the adapters.
-        task_type = None
-        model = label_similarity_model(name, tokenizer, tasks, RunDirectory(args.output_dir).base_model, **loading)
-    else:
-        task_type = "SEQ_CLS"
-        model = load_classifier(name, tasks.label_space, **loading)
     peft_config = LoraConfig(
-        task_type=task_type,
+        task_type=None if is_classification else "CAUSAL_LM",
         r=model_arguments.lora_r,
         lora_alpha=model_arguments.lora_alpha,
         lora_dropout=model_arguments.lora_dropout,
@@ -107,10 +103,9 @@ def build_trainer(
         modules_to_save=model_arguments.lora_modules_to_save,
     )
     return trainer_class(
-        model=model,
+        model=name,
         args=args,
         train_dataset=tasks,
-        processing_class=tokenizer,
         peft_config=peft_config,
         **options,
     )
@@ -127,36 +122,3 @@ def _loading_arguments(model_arguments: ModelConfig) -> dict[str, Any]:
         "attn_implementation": model_arguments.attn_implementation,
         "dtype": dtype if dtype in ("auto", None) else getattr(torch, dtype),
     }
-
-
-def _wants_label_similarity(head: str, name: str, remote: dict[str, Any]) -> bool:
-    if head != "auto":
-        return head == "label_similarity"
-    architectures = AutoConfig.from_pretrained(name, **remote).architectures or []
-    has_head = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
-    return not has_head
-
-
-def label_similarity_model(name: str, tokenizer, tasks: TaskSet, folder: Path, **model_kwargs: Any):
-    """The encoder with the tasks' labels as its head, saved as a base model of its own that the ensemble can name."""
-    names = tasks.label_space.names
-    if not _is_label_similarity_of(folder, name, names):
-        model = LabelSimilarityForSequenceClassification.from_encoder(name, tokenizer, names, **model_kwargs)
-
-        def write(target: Path) -> None:
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
-            write_json(target / _MADE_OF, {"encoder": name, "labels": list(names), "files": checksums(target)})
-
-        write_folder_atomically(folder, write)
-    return LabelSimilarityForSequenceClassification.from_pretrained(folder)
-
-
-def _is_label_similarity_of(folder: Path, encoder: str, labels: Sequence[str]) -> bool:
-    """Whether the model was made of these, and its files are as they were written."""
-    try:
-        made_of = read_json(folder / _MADE_OF)
-    except (OSError, RecordError):
-        return False
-    files = {name: checksum for name, checksum in checksums(folder).items() if name != _MADE_OF}
-    return made_of == {"encoder": encoder, "labels": list(labels), "files": files}

@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from .._settings import checked_mapping
 from ..errors import EnsembleError, EnsembleLoadError
+from ..models import LabelHead
 from .adapter_kinds import adapter_obstacle
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -25,6 +26,7 @@ class BaseModelReference:
         auto_class (`str`): the transformers auto class that loads it.
         num_labels (`int`, *optional*): number of outputs of a classification head that the checkpoint lacks.
         pad_token_id (`int`, *optional*): padding token of a classifier, which its checkpoint may lack.
+        label_head (`LabelHead`, *optional*): the labels' texts, where they are the head of an encoder without one.
     """
 
     name_or_path: str
@@ -32,6 +34,7 @@ class BaseModelReference:
     auto_class: str
     num_labels: int | None = None
     pad_token_id: int | None = None
+    label_head: LabelHead | None = None
 
 
 @dataclass(frozen=True)

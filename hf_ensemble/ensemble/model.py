@@ -24,7 +24,8 @@ from .forward.routing import check_routing
 from .forward.rows import batch_size_of
 from .forward.scoring import MemberTokens, answer_loss
 from .forward.summed import summed_weights
-from .forward.task_weights import Tasks, label_mask, tasks_of_rows, warn_of_unknown, weight_rows
+from .forward.task_model import TaskModel
+from .forward.task_weights import Tasks, check_known, label_mask, tasks_of_rows, weight_rows
 from .members import BaseModelReference, EnsembleMember, check_members, check_weights
 from .merging.merge import MergedAdapter, merge_adapters
 from .saving.files import base_reference
@@ -51,9 +52,9 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
             What is summed: `logits`, `log_probs` (the same distribution, normalised), `probs` (a mixture of the
             adapters' distributions) or `weights` (one forward with the base's weights plus the weighted sum of the
             adapters' deltas).
-        routing (`str`, *optional*, defaults to `"default"`):
+        routing (`str`, *optional*):
             Weights for rows of no known task: `default` uses `default_weights`, `prompt` weighs each adapter by how
-            well it predicts the prompt.
+            well it predicts the prompt. Without it such rows are refused.
 
     Attributes:
         fused (`bool`): whether to run all adapters of a batch at once. Set to `False` to run one after the other, which
@@ -83,7 +84,7 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         label_space: LabelSpace | None = None,
         base_model: BaseModelReference | None = None,
         combination: str = "logits",
-        routing: str = "default",
+        routing: str | None = None,
     ):
         super().__init__()
         if isinstance(members, str) or not isinstance(members, Sequence):
@@ -152,6 +153,23 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         base = self.model.get_base_model()
         return bool(hasattr(base, "can_generate") and base.can_generate())
 
+    def for_task(self, task: str) -> TaskModel:
+        """The ensemble for the rows of one task: what a pipeline takes.
+
+        ```python
+        >>> news = model.for_task("ag_news")  # doctest: +SKIP
+        >>> pipeline("text-classification", model=news, tokenizer=tokenizer)("Oil prices rose.")  # doctest: +SKIP
+        ```
+
+        Returns:
+            [`TaskModel`]: takes the base model's inputs, and answers with the task's own labels.
+
+        Raises:
+            `EnsembleError`: for an unknown task.
+        """
+        check_known([task], self.weights)
+        return TaskModel(self, task)
+
     @property
     def num_outputs(self) -> int:
         """Number of logits at a position: the vocabulary of a language model, or the labels of a classifier."""
@@ -166,26 +184,28 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         """Weight of each adapter for each row, `(batch_size, members)`.
 
         Args:
-            task (`str` or `Sequence[str]`, *optional*): one task for all rows, or one per row; `None` and a task
-                without weights take the default weights.
+            task (`str` or `Sequence[str]`, *optional*): one task for all rows, or one per row. Rows of no known task
+                take the default weights.
             batch_size (`int`): number of rows.
 
         Raises:
             `EnsembleError`: for a list of another length than the batch.
         """
         tasks = tasks_of_rows(task, batch_size)
-        warn_of_unknown(tasks, self.weights, self.routing)
         return weight_rows(tasks, self.weights, self.default_weights, self.adapter_names, self.device)
 
     def _routed_weights(self, task, routing: str | None, inputs: Mapping[str, Any], labels=None) -> torch.Tensor:
-        """[`row_weights`], with rows of no known task weighed by their prompts under prompt routing."""
+        """[`row_weights`], with rows of no known task as the routing has it."""
         self.check_adapters()
         batch_size = batch_size_of(inputs)
         weights = self.row_weights(task, batch_size)
         routing = routing or self.routing
         check_routing(routing)
-        rows = [row for row, name in enumerate(tasks_of_rows(task, batch_size)) if name not in self.weights]
-        if routing == "default" or not rows:
+        tasks = tasks_of_rows(task, batch_size)
+        if routing is None:
+            check_known(tasks, self.weights)
+        rows = [row for row, name in enumerate(tasks) if name not in self.weights]
+        if routing != "prompt" or not rows:
             return weights
         run = self._combined_forward()
         weights[rows] = run.prompt_weights(rows, inputs, labels, self.routing_temperature)

@@ -1,6 +1,7 @@
 """A classifier without a trained head: similarities between a text and the labels' texts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,6 +14,29 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+@dataclass(frozen=True)
+class LabelHead:
+    """What makes a [`LabelSimilarityForSequenceClassification`] of an encoder.
+
+    Args:
+        texts (`list[str]`): text of each label.
+        token_ids (`list[list[int]]`): the tokens of each text, as the encoder takes them.
+        logit_scale (`float`): scale of the cosine similarities.
+        dtype (`str`, *optional*): the type that the encoder was loaded in; its checkpoint's own by default.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    logit_scale: float = 20.0
+    dtype: str | None = None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], logit_scale: float = 20.0) -> "LabelHead":
+        """The head for these labels; "_" reads as a space."""
+        texts = [text.replace("_", " ") for text in labels]
+        return cls(list(labels), [list(tokenizer(text)["input_ids"]) for text in texts], logit_scale)
 
 
 class LabelSimilarityConfig(PreTrainedConfig):
@@ -30,6 +54,19 @@ class LabelSimilarityConfig(PreTrainedConfig):
         self.logit_scale = logit_scale
         super().__init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """The configuration in a folder or repository; that of an encoder alone is one without labels."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") != cls.model_type:
+            config = {"model_type": cls.model_type, "encoder": config}
+        return config, kwargs
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The encoder's, which PEFT compares with the checkpoint's."""
+        return (self.encoder or {}).get("vocab_size")
+
     @property
     def encoder_config(self) -> PreTrainedConfig:
         return AutoConfig.for_model(**self.encoder)
@@ -39,6 +76,9 @@ class LabelSimilarityForSequenceClassification(PreTrainedModel):
     """Logits are scaled cosine similarities of the mean-pooled text to each label's text, embedded by the same encoder.
 
     It classifies before any training, unlike a new random head, so that the model can be linearised there.
+
+    Attributes:
+        made_of (`LabelHead`, *optional*): the head, where the encoder is as its checkpoint has it.
 
     Example:
 
@@ -51,6 +91,7 @@ class LabelSimilarityForSequenceClassification(PreTrainedModel):
 
     config_class = LabelSimilarityConfig
     base_model_prefix = "encoder"
+    made_of: LabelHead | None = None
 
     def __init__(self, config: LabelSimilarityConfig):
         super().__init__(config)
@@ -80,19 +121,28 @@ class LabelSimilarityForSequenceClassification(PreTrainedModel):
             logit_scale (`float`, *optional*, defaults to 20): scale of the similarities.
             encoder_kwargs: passed to `AutoModel.from_pretrained`.
         """
+        return cls.from_head(encoder, LabelHead.of(tokenizer, label_texts, logit_scale), **encoder_kwargs)
+
+    @classmethod
+    def from_head(cls, encoder: str, head: LabelHead, **encoder_kwargs) -> "LabelSimilarityForSequenceClassification":
+        """The same model again, of an encoder and the head that [`made_of`] holds."""
+        if head.dtype is not None:
+            encoder_kwargs.setdefault("dtype", getattr(torch, head.dtype))
         pretrained = AutoModel.from_pretrained(encoder, **encoder_kwargs)
         config = LabelSimilarityConfig(
-            encoder=pretrained.config.to_dict(), logit_scale=logit_scale, id2label=dict(enumerate(label_texts))
+            encoder=pretrained.config.to_dict(), logit_scale=head.logit_scale, id2label=dict(enumerate(head.texts))
         )
         model = cls(config).to(pretrained.dtype)
         own = model.encoder.state_dict()
         model.encoder.load_state_dict({key: value for key, value in pretrained.state_dict().items() if key in own})
-        texts = [text.replace("_", " ") for text in label_texts]
+        model.to(pretrained.device).eval()
         with torch.no_grad():
-            batch = tokenizer(texts, padding=True, return_tensors="pt")
-            model.eval()
-            model.label_embeddings.copy_(model.embed(**batch))
+            # One by one: padding would change the last digits.
+            rows = [torch.tensor([ids], device=pretrained.device) for ids in head.token_ids]
+            model.label_embeddings.copy_(torch.cat([model.embed(row) for row in rows]))
         model.config._name_or_path = str(encoder)
+        model.config._commit_hash = getattr(pretrained.config, "_commit_hash", None)
+        model.made_of = replace(head, dtype=str(pretrained.dtype).removeprefix("torch."))
         return model
 
     def embed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:

@@ -82,11 +82,6 @@ class RunDirectory:
         return self.path / layout.ENSEMBLE
 
     @property
-    def base_model(self) -> Path:
-        """A base model that was made for the run: an encoder with the labels' embeddings."""
-        return self.path / layout.BASE_MODEL
-
-    @property
     def fidelity_picture(self) -> Path:
         """Predicted against true losses."""
         return self.path / layout.FIDELITY_PICTURE
@@ -242,6 +237,18 @@ class RunDirectory:
         """
         with ExitStack() as stack:
             run_on_main(lambda: self._lock(stack))
+            yield
+
+    @contextmanager
+    def training_locked(self, name: str) -> Iterator[None]:
+        """While open, no other process can train this adapter alone; others can be trained beside it.
+
+        Raises:
+            `RunLockedError`: when another process trains it.
+        """
+        with ExitStack() as stack:
+            folder = self.path / layout.TRAINING / f".{name}"
+            run_on_main(lambda: stack.enter_context(exclusive_run(folder)) and None)
             yield
 
     def _lock(self, stack: ExitStack) -> None:

@@ -26,9 +26,9 @@ MANIFEST = "manifest.json"
 # What a manifest holds in any state of its store.
 _KEYS = ("status", "num_rows", "dim", "dtype", "shard_size", "num_shards", "identity")
 PRECONDITIONER = "preconditioner.safetensors"
-# Stored data types by name. NumPy has no bfloat16: its bits are stored as integers.
-_STORED = {"float16": np.dtype("float16"), "bfloat16": np.dtype("int16"), "float32": np.dtype("float32")}
-FEATURE_DTYPES = tuple(_STORED)
+FEATURE_DTYPES = ("float16", "bfloat16", "float32")
+# As they are stored. NumPy has no bfloat16: its bits are stored as integers.
+_STORED = dict(zip(FEATURE_DTYPES, map(np.dtype, ("float16", "int16", "float32"))))
 
 
 def stored_dtype(name: str) -> np.dtype:

@@ -7,6 +7,8 @@ from .folder import load_task_folder
 from .labels import LabelSpace
 from .rows import RowFormat
 from .sampler import TaskWeightedSampler
+from .sources.loading import load_tasks
+from .sources.source import DatasetSource
 from .task import Task
 from .task_set import TaskSet
 
@@ -16,6 +18,7 @@ __all__ = [
     "META_COLUMNS",
     "TASK",
     "AnswerScores",
+    "DatasetSource",
     "LabelSpace",
     "RowFormat",
     "Task",
@@ -26,6 +29,7 @@ __all__ = [
     "encode",
     "length_limit",
     "load_task_folder",
+    "load_tasks",
     "pop_meta",
     "restrict_to_labels",
     "score_answers",

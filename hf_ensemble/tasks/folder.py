@@ -1,14 +1,16 @@
-"""Loads tasks from a folder of JSONL files."""
+"""Loads tasks from a folder of files."""
 
-import json
 from pathlib import Path
 
 from datasets import Dataset
 
 from .._settings import check_at_least, checked_mapping, checked_path
 from ..errors import TaskError
-from .task import SPLITS, table_error
+from .sources.reading import FILES, files_by_split, read_file
 from .task_set import TaskSet
+
+_EXPECTED = "NAME/train.jsonl and NAME/validation.jsonl, or NAME.jsonl (.json, .csv, .tsv and .parquet, too)"
+_ADVICE = "Rename the files, or name each with load_tasks."
 
 
 def load_task_folder(
@@ -17,7 +19,7 @@ def load_task_folder(
     sampling_weights: dict[str, float] | None = None,
     names: list[str] | None = None,
 ) -> TaskSet:
-    """Load tasks from `NAME/{train,validation,test}.jsonl` or `NAME.jsonl`.
+    """Load tasks from `NAME/{train,validation,test}.jsonl` or `NAME.jsonl`, or the same as JSON, CSV, TSV or Parquet.
 
     Validation rows may be lacking: [`TaskSet.with_validation`] holds some out.
 
@@ -35,47 +37,31 @@ def load_task_folder(
         check_at_least(f"The maximum number of {split} rows", limit, 1)
     folder = checked_path("the folder of tasks", folder)
     if not folder.is_dir():
-        raise TaskError(f"Expected a folder of JSONL tasks at {str(folder)!r}, found none.")
-    sources: list[tuple[str, dict[str, Dataset]]] = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and any((path / f"{split}.jsonl").is_file() for split in SPLITS):
-            if names is None or path.name in names:
-                files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
-                sources.append((path.name, {split: _read_jsonl(file, path.name) for split, file in files.items()}))
-        elif path.suffix == ".jsonl" and (names is None or path.stem in names):
-            sources.append((path.stem, {"train": _read_jsonl(path, path.stem)}))
-    missing = sorted(set(names or ()) - {name for name, _ in sources})
-    if missing or not sources:
+        raise TaskError(f"Expected a folder of tasks at {str(folder)!r}, found none. Check the path.")
+    own = files_by_split(folder)
+    if "train" in own:
         raise TaskError(
-            f"No task{f' named {missing}' if missing else ''} in {str(folder)!r}: expected NAME/train.jsonl and "
-            "NAME/validation.jsonl, or NAME.jsonl."
+            f"{str(folder)!r} holds the splits of one dataset, {sorted(file.name for file in own.values())}, and a "
+            "folder or file for each dataset was expected.",
+            python="Pass the folder above, or load_tasks({NAME: folder, ...}).",
+            terminal="Name the folder above, or several datasets: --data NAME=FOLDER NAME=FILE.",
         )
+    sources: list[tuple[str, dict[str, Dataset]]] = []
+    there: list[str] = []
+    for path in sorted(folder.iterdir()):
+        files = files_by_split(path) if path.is_dir() else {"train": path} if path.suffix in FILES else {}
+        if not files:
+            continue
+        name = path.name if path.is_dir() else path.stem
+        there.append(name)
+        if names is None or name in names:
+            sources.append((name, {split: read_file(name, file) for split, file in files.items()}))
+    missing = sorted(set(names or ()) - set(there))
+    if missing or not sources:
+        found = f"the tasks there are {there}" if there else f"expected {_EXPECTED}"
+        raise TaskError(f"No task{f' named {missing}' if missing else ''} in {str(folder)!r}: {found}. {_ADVICE}")
     for _, splits in sources:
         for split, limit in (max_rows or {}).items():
             if split in splits:
                 splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
     return TaskSet.from_datasets(sources, sampling_weights=sampling_weights)
-
-
-def _read_jsonl(path: Path, name: str) -> Dataset:
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"Task {name!r}: line {number} of {str(path)!r}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise TaskError(
-                    f"{where} is not JSON in UTF-8 ({error}). Expected one object on each line: correct or delete it."
-                ) from error
-            if not isinstance(row, dict):
-                raise TaskError(f"{where}: expected an object, found {line[:40]!r}. Correct or delete the line.")
-            rows.append(row)
-    if not rows:
-        raise TaskError(f"Task {name!r} is empty: {str(path)!r} has no rows. Add rows, or delete the file.")
-    try:
-        return Dataset.from_list(rows)
-    except Exception as error:  # pyarrow raises unrelated exception classes here
-        raise table_error(f"Task {name!r}, {path.name}", error) from error

@@ -33,8 +33,13 @@ def hold_out(task: str, rows: Dataset, fraction: float, seed: int) -> tuple[Data
     """
     if len(rows) < 2:
         raise TaskError(f"Task {task!r}: expected at least 2 rows to hold one out for evaluation, found {len(rows)}.")
+    return draw_out(rows, num_held_out(len(rows), fraction), seed)
+
+
+def draw_out(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """The other rows and `count` of them, see [`hold_out`]."""
     drawn = [hashlib.blake2b(f"{seed}\n{example}".encode(), digest_size=8).digest() for example in rows[EXAMPLE_ID]]
     ranked = sorted(range(len(rows)), key=drawn.__getitem__)
-    out = set(ranked[: num_held_out(len(rows), fraction)])
+    out = set(ranked[:count])
     kept = [position for position in range(len(rows)) if position not in out]
     return rows.select(kept), rows.select(sorted(out))

@@ -59,6 +59,15 @@ _OPTIONAL = {
 }
 
 
+# What datasets often call these columns.
+_NEAR = {
+    **dict.fromkeys(("question", "instruction", "input", "query", "problem"), "prompt"),
+    **dict.fromkeys(("answer", "output", "response", "solution", "target"), "completion"),
+    **dict.fromkeys(("sentence", "content", "review", "tweet"), "text"),
+    **dict.fromkeys(("category", "class", "sentiment"), "label"),
+}
+
+
 def detect_format(task: str, columns: Iterable[str]) -> RowFormat:
     """Detect the format of a task from its columns.
 
@@ -70,10 +79,19 @@ def detect_format(task: str, columns: Iterable[str]) -> RowFormat:
     for row_format in formats:
         if columns.issuperset(row_format.required):
             return row_format
-    known = " or ".join(" + ".join(row_format.required) for row_format in formats)
+    raise unknown_columns(task, columns, [row_format.required for row_format in formats])
+
+
+def unknown_columns(task: str, columns: Iterable[str], known: Iterable[Iterable[str]]) -> TaskError:
+    """The error for a task whose columns are none of those known; it says what to rename where that can be guessed."""
+    columns = set(columns)
+    expected = " or ".join(" + ".join(own) for own in known)
+    near = {old: new for old, new in _NEAR.items() if old in columns and new not in columns}
+    mapping = ", ".join(f"{old}: {new}" for old, new in near.items()) or "THEIRS: prompt, THEIRS: completion"
     raise TaskError(
-        f"Task {task!r}: expected the columns {known}; found {sorted(columns)}. Rename the columns with "
-        "Dataset.rename_columns."
+        f"Task {task!r}: expected the columns {expected}; found {sorted(columns)}.",
+        python=f"Rename them: Dataset.rename_columns({near or {'THEIRS': 'prompt'}}).",
+        terminal=f"Rename them in a --config file: datasets: {{{task}: {{path: ..., columns: {{{mapping}}}}}}}.",
     )
 
 

@@ -14,7 +14,7 @@ from .row_checks import check_rows
 from .rows import RowFormat, add_identity, detect_format
 
 SPLITS = ("train", "validation", "test")
-_SPLIT_ALIASES = {"validation": ("validation", "eval", "dev", "valid"), "train": ("train",), "test": ("test",)}
+SPLIT_ALIASES = {"validation": ("validation", "eval", "dev", "valid"), "train": ("train",), "test": ("test",)}
 # Other widths of a type, which cannot be concatenated.
 _OTHER_WIDTHS = ("large_string", "string_view", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 # Task names become folder names of adapters, parts of metric names and repository paths.
@@ -174,5 +174,5 @@ def named_splits(source: Any) -> dict[str, Any]:
     """What stands for each split in a dataset with splits, by their usual names."""
     if not isinstance(source, Mapping):
         return {"train": source}
-    found = {split: [alias for alias in aliases if alias in source] for split, aliases in _SPLIT_ALIASES.items()}
+    found = {split: [alias for alias in aliases if alias in source] for split, aliases in SPLIT_ALIASES.items()}
     return {split: source[aliases[0]] for split, aliases in found.items() if aliases}

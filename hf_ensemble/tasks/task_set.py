@@ -11,7 +11,7 @@ from .._settings import check_at_least, check_number, checked_mapping, checked_n
 from ..errors import TaskError
 from .class_labels import is_float_list
 from .columns import EXAMPLE_ID
-from .hold_out import hold_out
+from .hold_out import draw_out, hold_out
 from .labels import LabelSpace
 from .rows import RowFormat
 from .task import Task, as_dataset, check_task_name, make_task, splits_of, with_splits
@@ -223,6 +223,12 @@ class TaskSet(Mapping[str, Task]):
                 task = with_splits(task, dict(zip(("train", "validation"), parts)))
             tasks.append(task)
         return TaskSet(tasks, self.sampling_weights)
+
+    def holding_out(self, name: str, count: int, seed: int = 0) -> "TaskSet":
+        """The same tasks, with some training rows of one as its validation rows; drawn as in [`with_validation`]."""
+        parts = draw_out(self[name].splits["train"], count, seed)
+        changed = with_splits(self[name], dict(zip(("train", "validation"), parts)))
+        return TaskSet([changed if own == name else task for own, task in self.items()], self.sampling_weights)
 
     def without(self, examples: Mapping[str, Iterable[str]]) -> "TaskSet":
         """The same tasks without some training rows.

@@ -14,9 +14,11 @@ from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
 from ..tasks.sampling import LOSS_WEIGHTINGS, TASK_SAMPLINGS
+from .inputs.trackers import check_trackers
 
 logger = get_logger(__name__)
 
+HEADS = ("auto", "label_similarity", "linear")
 WEIGHTINGS = ("fitted", "own_group", "answers")
 # Orders of the rows that drawing them by weight leaves open.
 _ORDERS_OF_DRAWN_ROWS = ("random", "group_by_length")
@@ -167,6 +169,7 @@ class RunArguments(BalancingArguments, FeatureSettings):
         super().__post_init__()
         self.check_order(len(set((self.sampling_weights or {}).values()) - {1.0}) > 0)
         self._check_training()
+        check_trackers(self.report_to)
         self.capture_config()
 
     def _check_training(self) -> None:
@@ -247,7 +250,33 @@ class SelectionArguments(SelectionSettings, RunArguments):
 
 
 @dataclass
-class EnsembleConfig(EnsembleArguments, TrainingArguments):
+class ClassifierArguments(Settings):
+    """How a model for rows of text is loaded by name, and what classifies them."""
+
+    # Parsed from JSON, as `TrainingArguments` does with its own.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    head: str = field(
+        default="auto",
+        metadata={
+            "help": "Head of a text classifier that is given by name: 'label_similarity' (similarity of a text to the "
+            "labels' texts, which needs no training to begin with), 'linear' (the checkpoint's own head, or a new and "
+            "random one), or 'auto' (linear if the checkpoint has a trained head for as many labels, else "
+            "label_similarity)."
+        },
+    )
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of from_pretrained, as JSON, where the model is given by name."},
+    )
+
+    def __post_init__(self):
+        check_one_of("head", self.head, HEADS)
+        super().__post_init__()
+
+
+@dataclass
+class EnsembleConfig(ClassifierArguments, EnsembleArguments, TrainingArguments):
     """`TrainingArguments` of [`EnsembleTrainer`]."""
 
 
@@ -257,7 +286,7 @@ class EnsembleSFTConfig(EnsembleArguments, SFTConfig):
 
 
 @dataclass
-class SelectionConfig(SelectionArguments, TrainingArguments):
+class SelectionConfig(ClassifierArguments, SelectionArguments, TrainingArguments):
     """`TrainingArguments` of [`SelectionTrainer`]."""
 
 

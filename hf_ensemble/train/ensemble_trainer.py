@@ -70,6 +70,37 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
     def grouping(self) -> Grouping | None:
         return None if self.flow is None else self.flow.grouping
 
+    def group_tasks(self) -> Grouping:
+        """Run the stages up to the groups, for trainings of single groups; [`train`] goes on from there."""
+        with self.working():
+            self.flow.group()
+        return self.grouping
+
+    def train_groups(self) -> None:
+        """Run the stages up to the adapters of all groups; [`train`] goes on from there."""
+        with self.working():
+            self.flow.group()
+            self.flow.train_groups()
+
+    def train_group(self, name: str) -> None:
+        """Train the adapter of one group, while other processes may train others.
+
+        The groups have to be made ([`group_tasks`]); [`train`] goes on once all processes have ended.
+
+        Args:
+            name (`str`): the group, such as `"group_0"`.
+
+        Raises:
+            `ConfigurationError`: for a run without groups, and an unknown one.
+            `RunLockedError`: when another process trains it.
+        """
+        self.open_run()
+        self.flow.start()
+        try:
+            self.flow.train_group(name)
+        finally:
+            self.flow.finish()
+
     def _is_trained(self) -> bool:
         return self.ensemble is not None
 

@@ -23,6 +23,7 @@ from ..tasks.stream_rows import identified_stream
 from .inputs.balancing import check_loss_weighting, with_given_weights
 from .inputs.datasets import (
     as_task_set,
+    check_sft_columns,
     check_template,
     is_one_dataset,
     is_text_classification,
@@ -139,6 +140,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         read = read_streams(train_dataset, eval_dataset, args, args.streaming_rows, args.validation_fraction)
         tasks = with_held_out_rows(_sft_tasks(read.train, read.evaluation), args.validation_fraction, args.seed)
         tasks = balanced(with_given_weights(tasks, args), read.streams)
+        check_sft_columns(tasks, args, given["formatting_func"])
         for name, task in tasks.items():
             for split, rows in task.splits.items():
                 refuse_images(name, split, rows)

@@ -14,14 +14,14 @@ from ..tasks import META_COLUMNS, TaskSet, data_collator_for, encode, length_lim
 from ..tasks.encoding import joined
 from ..tasks.stream_rows import identified_stream
 from ..tasks.task import make_task
+from .configs import ClassifierArguments
 from .inputs.balancing import check_loss_weighting, with_given_weights
+from .inputs.classifiers import adapter_for_head, check_labels, load_model, tokenizer_kwargs, warn_of_random_head
 from .inputs.datasets import (
     as_task_set,
-    check_labels,
     check_one_label_set,
     is_one_dataset,
     is_text_classification,
-    load_model,
     the_one_dataset,
     with_held_out_rows,
 )
@@ -96,8 +96,10 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         elif not is_one:
             evaluated = tasks.names if tasks.has_split("validation") else ()
             check_loss_weighting(args, tasks, kwargs.get("compute_loss_func"), evaluated, is_sft=False)
-        model, processing_class = _text_model(model, processing_class, tasks)
+        is_name = isinstance(model, str)
+        model, processing_class = _text_model(model, processing_class, tasks, args)
         if peft_config is not None:
+            peft_config = adapter_for_head(peft_config, model) if is_name else peft_config
             peft_config = with_target_modules(peft_config, model)
             with target_modules_named(peft_config, model):
                 model = get_peft_model(model, peft_config)
@@ -164,14 +166,16 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
 
 
 def _text_model(
-    model: Any, processing_class: PreTrainedTokenizerBase | None, tasks: TaskSet
+    model: Any, processing_class: PreTrainedTokenizerBase | None, tasks: TaskSet, args: ClassifierArguments
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model for the tasks' rows, loaded where a name is given, and its tokenizer."""
+    loading = dict(args.model_init_kwargs or {})
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(
-            model if isinstance(model, str) else model.config._name_or_path
-        )
+        name = model if isinstance(model, str) else model.config._name_or_path
+        processing_class = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs(loading))
     if isinstance(model, str):
-        model = load_model(model, tasks)
+        model = load_model(model, tasks, processing_class, args.head, loading)
+    elif tasks.label_space is not None:
+        warn_of_random_head(model)
     check_labels(model, tasks)
     return without_adapters_of_earlier_runs(model), processing_class

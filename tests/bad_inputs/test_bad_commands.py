@@ -61,15 +61,15 @@ RUN = [
 ]
 STORE = ["--store", "{w}/store", "--output_dir", "{o}"]
 COMMANDS = {
-    "no command": ([], "arguments are required: command"),
-    "unknown command": (["train"], "invalid choice: 'train'"),
+    "no command": ([], "expected a command, one of run, capture"),
+    "unknown command": (["trian"], "found 'trian'. Did you mean 'train'?"),
     "unknown flag before the command": (["--speed", "1"], "hf-ensemble: "),
 }
 FLAGS = {
     "run": {
-        "nothing": ([], None, "Expected --data FOLDER and --model_name_or_path MODEL; see hf-ensemble run --help"),
-        "no data": (["--data", "{w}/none"], RUN, "Expected a folder of JSONL tasks at .*none', found none"),
-        "data is a file": (["--data", "{w}/list.yaml"], RUN, "Expected a folder of JSONL tasks"),
+        "nothing": ([], None, "Expected --data and --model_name_or_path; see hf-ensemble run --help"),
+        "no data": (["--data", "{w}/none"], RUN, "there is no file or folder .*none'"),
+        "data is another file": (["--data", "{w}/list.yaml"], RUN, "expected a file that ends in .jsonl"),
         "data without tasks": (["--data", "{w}/empty"], RUN, "No task in .*expected NAME/train.jsonl"),
         "broken line": (["--data", "{w}/broken"], RUN, "line 2 of .*broken/a/train.jsonl' is not JSON"),
         "line is a list": (["--data", "{w}/list"], RUN, "line 1 of .*expected an object"),
@@ -84,7 +84,7 @@ FLAGS = {
         "fraction is nan": (["--validation_fraction", "nan"], RUN, "validation_fraction has to be .* found nan"),
         "no rows": (["--max_train_rows", "0"], RUN, "max_train_rows has to be a positive integer"),
         "negative rows": (["--max_validation_rows", "-1"], RUN, "max_validation_rows has to be a positive integer"),
-        "head is unknown": (["--head", "big"], RUN, "head has to be one of"),
+        "head of a language model": (["--head", "linear"], RUN, "Unknown arguments: --head"),
         "subsets are negative": (
             ["--fidelity_subsets", "-1"],
             RUN,
@@ -98,7 +98,7 @@ FLAGS = {
             RUN,
             r"argument --lora_r\S*: invalid int value: 'big'. See hf-ensemble run",
         ),
-        "unknown flag": (["--speed", "1"], RUN, "Unknown arguments: --speed. See hf-ensemble run --help"),
+        "unknown flag": (["--speed", "1"], RUN, "Unknown arguments: --speed. .*See hf-ensemble run --help"),
         "dimension is text": (
             ["--projection_dim", "abc"],
             RUN,
@@ -180,7 +180,7 @@ FLAGS = {
     },
     "group": {
         "no store": ([], None, "Expected --store FOLDER"),
-        "more groups than tasks": (["--num_groups", "9"], STORE, "num_groups=9 is more than the 3 tasks"),
+        "more groups than tasks": (["--num_groups", "9"], STORE, "--num_groups 9 is more than the 3 tasks"),
         "groups are text": (["--max_groups", "two"], STORE, r"argument --max_groups\S*: invalid int value: 'two'"),
         "cost is nan": (
             ["--group_cost", "nan"],

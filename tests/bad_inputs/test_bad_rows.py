@@ -226,7 +226,7 @@ def write(folder, files):
 
 LINE = json.dumps(PAIR) + "\n"
 FOLDERS = {
-    "no folder": (None, {}, "Expected a folder of JSONL tasks at .*found none"),
+    "no folder": (None, {}, "Expected a folder of tasks at .*found none"),
     "no task": ({"notes.txt": "x"}, {}, "No task in .*expected NAME/train.jsonl"),
     "no train": ({"a/validation.jsonl": LINE}, {}, "has no training rows"),
     "empty file": ({"a/train.jsonl": "", "a/validation.jsonl": LINE}, {}, "is empty: .*train.jsonl' has no rows"),

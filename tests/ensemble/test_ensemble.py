@@ -95,7 +95,7 @@ def test_logits_are_the_weighted_sum(ensemble, members, batch):
         assert torch.allclose(one, reference_logits(members, batch, ["y"] * 4), atol=1e-5)
         default = {None: dict.fromkeys("abc", 1 / 3)}
         uniform = reference_logits(members, batch, [None] * 4, default)
-        assert torch.allclose(ensemble(**batch).logits, uniform, atol=1e-5)
+        assert torch.allclose(ensemble(**batch, routing="default").logits, uniform, atol=1e-5)
 
 
 def test_rows_run_only_the_adapters_that_they_weigh(ensemble, members, batch):
@@ -209,7 +209,7 @@ def test_saving_over_an_ensemble_replaces_it(ensemble, members, batch, tmp_path)
     ensemble.save_pretrained(tmp_path)
     loaded = PeftEnsembleModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.allclose(loaded(**batch).logits, ensemble(**batch).logits, atol=1e-5)
+        assert torch.allclose(loaded(**batch, task="x").logits, ensemble(**batch, task="x").logits, atol=1e-5)
 
 
 def test_adapters_of_another_base_are_refused(ensemble, tmp_path):
@@ -226,8 +226,14 @@ def test_bad_arguments_are_named(ensemble, members, batch):
         (lambda: PeftEnsembleModel(members, ["a"], {"x": {"b": 1.0}}), "unknown adapters"),
         (lambda: PeftEnsembleModel(members, ["a"], {"x": {"a": 0.0}}), "not all zero"),
         (lambda: PeftEnsembleModel(members, ["a"], {"x": {"a": float("nan")}}), "finite"),
+        (lambda: ensemble(**batch), r"the task of each row, one of \['x', 'y', 'z'\]; found none. Pass task=..., or"),
+        (lambda: ensemble(**batch, task=["x", "y", "w", None]), r"found \['w'\]"),
+        (lambda: ensemble.generate(**batch), "found none. Pass task=..., or routing='default'"),
         (lambda: ensemble(**batch, task=["x"]), "one task for each of 4 rows, found 1"),
-        (lambda: ensemble.generate(**batch, cache_implementation="quantized"), "'dynamic' or 'static', found 'quant"),
+        (
+            lambda: ensemble.generate(**batch, task="x", cache_implementation="quantized"),
+            "'dynamic' or 'static', found 'quan",
+        ),
         (lambda: ensemble.generate(**batch, past_key_values=DynamicCache()), "past_key_values cannot be set"),
         (lambda: ensemble.generate(**batch, output_attentions=True), "output_attentions cannot be set"),
         (
@@ -263,7 +269,7 @@ def test_classifier_with_saved_heads(tmp_path):
     allowed = space.mask(["x", "y"])
     assert torch.allclose(output.logits[allowed], expected[allowed], atol=1e-6)
     assert output.logits[~allowed].isneginf().all()
-    every = ensemble(**inputs).logits
+    every = ensemble(**inputs, routing="default").logits
     assert torch.allclose(every, (logits["a"] + logits["b"]) / 2, atol=1e-6)
     own = [torch.log_softmax(expected[0, :2], -1)[1], torch.log_softmax(expected[1, 1:], -1)[1]]
     assert torch.allclose(output.loss, -sum(own) / 2, atol=1e-6)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -16,7 +15,7 @@ from transformers import (
 )
 
 from helpers import ensembles, toy
-from helpers.member_kinds import KINDS, NAMES, TASKS, WEIGHTS, llama, make, rows_of
+from helpers.member_kinds import KINDS, NAMES, TASKS, WEIGHTS, llama, make
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.errors import EnsembleError
 
@@ -303,24 +302,15 @@ def test_encoder_decoder(t5, batch, combination, fused):
 @torch.no_grad()
 def test_text_generation_pipeline(ensemble):
     tokenizer = toy.tokenizer("left")
-    pipe = pipeline("text-generation", model=ensemble, tokenizer=tokenizer)
+    pipe = pipeline("text-generation", model=ensemble.for_task("z"), tokenizer=tokenizer)
     prompts = ["the film was", "sum : 1 + 2 ="]
     options = {"max_new_tokens": 4, "do_sample": False}
-    answers = pipe(prompts, task="z", return_full_text=False, batch_size=2, **options)
+    answers = pipe(prompts, return_full_text=False, batch_size=2, **options)
     batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
     generated = ensemble.generate(**batch, task="z", **options)[:, batch["input_ids"].shape[1] :]
     expected = tokenizer.batch_decode(generated, skip_special_tokens=True)
     assert [answer[0]["generated_text"].strip() for answer in answers] == [text.strip() for text in expected]
-
-
-@torch.no_grad()
-def test_text_classification_pipeline():
-    model = make(toy.bert(3), [{"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}] * 3)
-    ensemble = PeftEnsembleModel(model, NAMES, {"x": {"first": 1.0}}, {"first": 0.5, "third": 0.5})
-    tokenizer = toy.tokenizer()
-    pipe = pipeline("text-classification", model=ensemble, tokenizer=tokenizer, top_k=None)
-    scores = {row["label"]: row["score"] for row in pipe("the film was good")[0]}
-    batch = tokenizer("the film was good", return_tensors="pt")
-    expected = torch.softmax(ensemble(**batch).logits[0], -1)
-    assert [scores[f"LABEL_{i}"] for i in range(3)] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert not ensemble.can_generate() and isinstance(model, PeftModel) and rows_of(["x"])
+    pipe = pipeline("text-generation", model=ensemble, tokenizer=tokenizer)
+    assert pipe(prompts, task="z", return_full_text=False, batch_size=2, **options) == answers
+    with pytest.raises(EnsembleError, match="found none.*pass model=ensemble.for_task"):
+        pipe(prompts, **options)

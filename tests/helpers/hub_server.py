@@ -1,8 +1,8 @@
 """A Hugging Face Hub on the loopback interface, small enough to read, for tests that push and pull for real.
 
-It answers the requests that `huggingface_hub` makes to create a model repository, upload to it (regular files and
-LFS files) and download from it. Anything else gets a 501 that names the request, so that a test never passes on an
-answer nobody wrote.
+It answers the requests that `huggingface_hub` and `datasets` make to create a repository of a model or a dataset, to
+upload to it (regular files and LFS files) and to download from it. Anything else gets a 501 that names the request, so
+that a test never passes on an answer nobody wrote.
 """
 
 import base64
@@ -32,19 +32,21 @@ GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 NAME = r"[\w-][\w.-]*"
 REPO = rf"(?P<repo>(?:{NAME}/)?{NAME})"
+KIND = "(?:models|datasets)"  # one store holds both, so no two may have the same id
 REVISION = r"(?P<revision>[^/]+)"  # the client quotes the slashes of a revision
 ROUTES: list[tuple[str, str, str]] = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create_repo"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
-    ("POST", rf"/api/models/{REPO}/preupload/{REVISION}", "preupload"),
-    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
+    ("POST", rf"/api/{KIND}/{REPO}/preupload/{REVISION}", "preupload"),
+    ("POST", rf"/(?:datasets/)?{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})", "lfs_upload"),
     ("POST", r"/lfs/(?P<sha256>[0-9a-f]{64})/verify", "lfs_verify"),
-    ("POST", rf"/api/models/{REPO}/commit/{REVISION}", "commit"),
-    ("GET", rf"/api/models/{REPO}(?:/revision/{REVISION})?", "model_info"),
-    ("GET", rf"/api/models/{REPO}/tree/{REVISION}(?:/(?P<path>.+))?", "tree"),
-    ("GET", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)", "resolve"),
+    ("POST", rf"/api/{KIND}/{REPO}/commit/{REVISION}", "commit"),
+    ("GET", rf"/api/{KIND}/{REPO}(?:/revision/{REVISION})?", "model_info"),
+    ("POST", rf"/api/{KIND}/{REPO}/paths-info/{REVISION}", "paths_info"),
+    ("GET", rf"/api/{KIND}/{REPO}/tree/{REVISION}(?:/(?P<path>.+))?", "tree"),
+    ("GET", rf"/(?:datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)", "resolve"),
 ]
 
 
@@ -109,8 +111,8 @@ class HubHandler(BaseHTTPRequestHandler):
         self.require_token()
         request = self.json_body()
         repo = f"{request.get('organization') or HUB_USER}/{request['name']}"
-        if request.get("type") not in (None, "model") or not re.fullmatch(f"{NAME}/{NAME}", repo):
-            raise HubError(501, f"The local Hub cannot create {request.get('type')} {repo}: it only holds models")
+        if request.get("type") not in (None, "model", "dataset") or not re.fullmatch(f"{NAME}/{NAME}", repo):
+            raise HubError(501, f"The local Hub cannot create {request.get('type')} {repo}: it holds none")
         answer = {"url": f"{self.endpoint}/{repo}", "name": repo, "id": repo}
         with self.store.lock:
             if (self.store.repos / repo).exists():
@@ -210,6 +212,12 @@ class HubHandler(BaseHTTPRequestHandler):
             raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound", commit)
         recursive = self.query.get("recursive", [""])[0].lower() == "true"
         return [entry for name, entry in entries.items() if recursive or "/" not in name.removeprefix(prefix)]
+
+    def paths_info(self, repo: str, revision: str) -> list[dict[str, Any]]:
+        """The entries of the paths that are asked for, and that there are."""
+        wanted = self.json_body()["paths"] if self.body[:1] == b"{" else parse_qs(self.body.decode())["paths"]
+        self.query = {"recursive": ["true"]}
+        return [entry for entry in self.tree(repo, revision) if entry["path"] in wanted]
 
     def resolve(self, repo: str, revision: str, path: str) -> bytes:
         """Return the bytes of a file; LFS files come from here too, as the client refuses a redirect to this host."""

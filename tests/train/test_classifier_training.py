@@ -20,7 +20,7 @@ from hf_ensemble.errors import ConfigurationError
 def test_classification_from_an_encoder_gets_a_head_that_reloads(tmp_path):
     """The checkpoint has no head: each adapter brings its own."""
     base = toy.save_model(toy.bert(2).bert, tmp_path / "base")
-    trainer = text_trainer(tmp_path / "run", base, toy.text_tasks(), num_groups=2, affinity_subsets=10)
+    trainer = text_trainer(tmp_path / "run", base, toy.text_tasks(), num_groups=2, affinity_subsets=10, head="linear")
     metrics = trainer.train().metrics
     assert trainer.label_space.names == ("negative", "positive", "no", "yes")
     assert trainer.model.config.id2label[3] == "yes"

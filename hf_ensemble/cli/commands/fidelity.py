@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 
-from trl import ModelConfig
-
 from ...publish import fidelity_picture
 from ...runs import FidelityReport
-from ...train import EnsembleSFTConfig, measure_fidelity
-from ..arguments import FidelityArguments, parse, print_help, with_config
+from ...train import measure_fidelity
+from ..arguments import FidelityArguments
 from ..tables import console, fidelity_summary, fidelity_table
-from ..trainers import build_trainer, load_tasks
+from ..trainers import started
 
 
 def main(argv: Sequence[str]) -> FidelityReport:
@@ -18,10 +16,8 @@ def main(argv: Sequence[str]) -> FidelityReport:
     Raises:
         `HfEnsembleError`: for bad arguments, tasks or models.
     """
-    print_help([FidelityArguments, ModelConfig, EnsembleSFTConfig], argv, "fidelity")
-    (arguments, model_arguments), flags = parse([FidelityArguments, ModelConfig], with_config(argv), True)
-    tasks = load_tasks(arguments, model_arguments, "fidelity")
-    trainer = build_trainer(arguments, model_arguments, tasks, flags)
+    begun = started(FidelityArguments, argv, "fidelity")
+    arguments, trainer = begun.arguments, begun.trainer
     report = measure_fidelity(
         trainer,
         arguments.fidelity_subsets,

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from ...select import Grouping
-from ..arguments import GroupArguments, parse, with_config
+from ..arguments import parse, with_config
+from ..choice_arguments import GroupArguments
 from ..choices import save_choice, selector_of
 from ..tables import console, group_curve_table
 

@@ -1,14 +1,12 @@
-"""`hf-ensemble run`: a folder of tasks and a model, to a saved and documented ensemble or selection."""
+"""`hf-ensemble run`: datasets and a model, to a saved and documented ensemble or selection."""
 
 from collections.abc import Sequence
 
-from trl import ModelConfig
-
 from ...runs import Results
-from ...train import EnsembleSFTConfig, collect_results, measure_fidelity
-from ..arguments import FlowArguments, answer_metrics, parse, print_help, with_config
+from ...train import collect_results, measure_fidelity
+from ..arguments import FlowArguments
 from ..tables import console, fidelity_table, grouping_table, path_table, results_tables, selection_table
-from ..trainers import Trainers, build_trainer, load_tasks
+from ..trainers import Trainers, started
 
 
 def main(argv: Sequence[str]) -> Results:
@@ -17,12 +15,8 @@ def main(argv: Sequence[str]) -> Results:
     Raises:
         `HfEnsembleError`: for bad arguments, tasks or models.
     """
-    # The trainer's arguments are known once the data are; those of the ensemble trainers are the fullest.
-    print_help([FlowArguments, ModelConfig, EnsembleSFTConfig], argv, "run")
-    (arguments, model_arguments), remaining = parse([FlowArguments, ModelConfig], with_config(argv), True)
-    tasks = load_tasks(arguments, model_arguments, "run")
-    metrics = answer_metrics(arguments.answer_metrics)
-    trainer = build_trainer(arguments, model_arguments, tasks, remaining, arguments.target, metrics)
+    begun = started(FlowArguments, argv, "run")
+    arguments, trainer = begun.arguments, begun.trainer
     trainer.train()
     fidelity = None
     if arguments.fidelity_subsets:

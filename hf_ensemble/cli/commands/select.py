@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from ...errors import ConfigurationError
 from ...select import Selection
-from ..arguments import SelectArguments, parse, with_config
+from ..arguments import parse, with_config
+from ..choice_arguments import SelectArguments
 from ..choices import save_choice, selector_of
 from ..tables import console, example_table, path_table, selection_table
 

@@ -11,8 +11,10 @@ from .scoring import member_tokens
 ROUTINGS = ("default", "prompt")
 
 
-def check_routing(routing: str) -> None:
-    """Raise [`EnsembleError`] for an unknown routing."""
+def check_routing(routing: str | None) -> None:
+    """Raise [`EnsembleError`] for an unknown routing; `None` asks for none."""
+    if routing is None:
+        return
     check_one_of("routing", routing, ROUTINGS, EnsembleError)
 
 

@@ -5,10 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ...errors import EnsembleError
-from ...logging import get_logger
 from ...tasks import LabelSpace
-
-logger = get_logger(__name__)
 
 Tasks = str | Sequence[str | None] | None
 
@@ -39,14 +36,17 @@ def weight_rows(
     return torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows], device=device)
 
 
-def warn_of_unknown(tasks: Sequence[str | None], known: Mapping[str, object], routing: str) -> None:
-    """Warn once about tasks without weights."""
-    unknown = sorted({str(task) for task in tasks if task is not None and task not in known})
-    if unknown:
-        logger.warning_once(
-            f"No weights for the tasks {unknown}; their rows are weighed as rows of no task (routing={routing!r}). "
-            f"Known: {sorted(known)}."
-        )
+def check_known(tasks: Sequence[str | None], known: Mapping[str, object]) -> None:
+    """Raise [`EnsembleError`] for rows of no known task, for which no routing was asked."""
+    unknown = sorted({name for name in tasks if name is not None and name not in known})
+    if not unknown and (None not in tasks or not known):
+        return
+    found = f"found {unknown}" if unknown else "found none"
+    raise EnsembleError(
+        f"Expected the task of each row, one of {sorted(known)}; {found}. Pass task=..., or routing='default' for the "
+        "default weights, or routing='prompt' for weights by how well each adapter predicts the prompt. For a pipeline "
+        "pass model=ensemble.for_task(...)."
+    )
 
 
 def label_mask(

@@ -1,13 +1,18 @@
 """`ensemble_config.json`: the parts of a saved ensemble."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..._compat import package_versions
 from ..._files import sha256_of, write_json
 from ..._records import check_checksum, with_checksum
 from ...errors import EnsembleError, EnsembleLoadError, RecordError
+from ...models import LabelHead
 from ..forward.combination import COMBINATIONS
 from ..forward.routing import ROUTINGS
 from ..members import BaseModelReference, EnsembleMember, check_adapter_name, check_weights
@@ -18,7 +23,7 @@ ADAPTERS_FOLDER = "adapters"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FORMAT = "hf_ensemble.ensemble"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class SavedEnsembleConfig:
         label_space (`dict`, *optional*): label sets of classification tasks.
         versions (`dict[str, str]`): versions of the packages that wrote it.
         combination (`str`): see [`PeftEnsembleModel`].
-        routing (`str`): see [`PeftEnsembleModel`].
+        routing (`str`, *optional*): see [`PeftEnsembleModel`].
         files (`dict[str, dict[str, str]]`): checksums of each adapter's files; taken anew when the ensemble is saved.
         tags (`list[str]`): the model's tags, for the card.
     """
@@ -45,7 +50,7 @@ class SavedEnsembleConfig:
     label_space: dict | None = None
     versions: dict[str, str] = field(default_factory=package_versions)
     combination: str = "logits"
-    routing: str = "default"
+    routing: str | None = None
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
 
@@ -91,9 +96,9 @@ class SavedEnsembleConfig:
         """
         path = folder / CONFIG_NAME
         if not path.is_file():
-            raise EnsembleLoadError(
-                f"{str(folder)!r} holds no {CONFIG_NAME}: it is not a saved ensemble. Check the path."
-            )
+            inside = folder / "ensemble"
+            meant = f"Did you mean {str(inside)!r}?" if (inside / CONFIG_NAME).is_file() else "Check the path."
+            raise EnsembleLoadError(f"{str(folder)!r} holds no {CONFIG_NAME}: it is not a saved ensemble. {meant}")
         where = f"The ensemble in {str(folder)!r}"
         data = read_object(checked_file(path, folder, where), where)
         version = data.get("format_version")
@@ -107,19 +112,19 @@ class SavedEnsembleConfig:
                 f"{CONFIG_NAME} has format version {version}, this release reads {FORMAT_VERSION}. Install a newer "
                 "hf_ensemble."
             )
-        for key, known in (("combination", COMBINATIONS), ("routing", ROUTINGS)):
-            if data.get(key, known[0]) not in known:
-                raise EnsembleLoadError(f"{CONFIG_NAME}: unknown {key} {data[key]!r}, known: {', '.join(known)}.")
+        for key, known in (("combination", COMBINATIONS), ("routing", (*ROUTINGS, None))):
+            if data.get(key, known[-1]) not in known:
+                raise EnsembleLoadError(f"{CONFIG_NAME}: unknown {key} {data[key]!r}, known: {known}.")
         try:
             config = cls(
-                BaseModelReference(**data["base_model"]),
+                _base_model(data["base_model"]),
                 [EnsembleMember(**member) for member in data["members"]],
                 {task: dict(row) for task, row in data["weights"].items()},
                 dict(data["default_weights"]),
                 data.get("label_space"),
                 data.get("versions", {}),
                 data.get("combination", COMBINATIONS[0]),
-                data.get("routing", ROUTINGS[0]),
+                data.get("routing"),
                 data.get("files", {}),
                 list(data.get("tags", [])),
             )
@@ -158,3 +163,22 @@ class SavedEnsembleConfig:
                     raise EnsembleLoadError(
                         f"{CONFIG_NAME}: the labels of {task!r} are {labels!r}, expected numbers below {outputs}."
                     )
+
+
+def _base_model(data: Mapping[str, Any]) -> BaseModelReference:
+    """The reference with its head, whose values are checked: they come from a file."""
+    head = data.get("label_head")
+    if head is None:
+        return BaseModelReference(**data)
+    head = LabelHead(**head)
+    ids = [own for tokens in head.token_ids for own in tokens]
+    if len(head.texts) != len(head.token_ids) or not all(head.token_ids) or not all(isinstance(i, int) for i in ids):
+        raise EnsembleLoadError(
+            f"{CONFIG_NAME}: expected the tokens of each of {len(head.texts)} label texts, found "
+            f"{head.token_ids!s:.80}. {REMEDY}"
+        )
+    if head.dtype is not None and not isinstance(getattr(torch, str(head.dtype), None), torch.dtype):
+        raise EnsembleLoadError(
+            f"{CONFIG_NAME}: expected a type of torch in label_head, found {head.dtype!r}. {REMEDY}"
+        )
+    return BaseModelReference(**{**data, "label_head": head})

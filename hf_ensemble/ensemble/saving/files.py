@@ -18,6 +18,7 @@ from torch import nn
 from ..._compat import tied_modules_under_adapters
 from ..._files import remove_leftovers, write_folder_atomically, write_json
 from ...errors import EnsembleLoadError
+from ...models import LabelSimilarityForSequenceClassification
 from ...models.inputs import is_encoder_decoder
 from ..members import BaseModelReference
 from .adapter_check import check_adapter
@@ -60,6 +61,7 @@ def base_reference(model: PeftModel) -> BaseModelReference:
         auto_class=auto_class,
         num_labels=base.config.num_labels if is_classifier else None,
         pad_token_id=getattr(base.config.get_text_config(), "pad_token_id", None) if is_classifier else None,
+        label_head=getattr(base, "made_of", None),
     )
 
 
@@ -238,14 +240,15 @@ def load_base(
     kwargs = {"trust_remote_code": False, **model_kwargs}
     if override is None and reference.revision is not None:
         kwargs.setdefault("revision", reference.revision)
-    if reference.num_labels is not None:
+    if reference.label_head is None and reference.num_labels is not None:
         kwargs.setdefault("num_labels", reference.num_labels)
-    if reference.pad_token_id is not None:
+    if reference.label_head is None and reference.pad_token_id is not None:
         kwargs.setdefault("pad_token_id", reference.pad_token_id)
+    kwargs |= {"token": token, "use_safetensors": True}
     try:
-        return getattr(transformers, reference.auto_class).from_pretrained(
-            name, token=token, use_safetensors=True, **kwargs
-        )
+        if reference.label_head is not None:
+            return LabelSimilarityForSequenceClassification.from_head(name, reference.label_head, **kwargs)
+        return getattr(transformers, reference.auto_class).from_pretrained(name, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise EnsembleLoadError(
             f"The base model {name!r} cannot be loaded: {error} Pass base_model= if it is somewhere else."

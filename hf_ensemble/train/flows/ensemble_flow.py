@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...ensemble import PeftEnsembleModel
+from ...errors import ConfigurationError
 from ...estimate import ObservedRun
 from ...evaluate import TaskScores
 from ...publish import write_model_card
@@ -80,6 +81,15 @@ class EnsembleFlow:
 
     def train(self) -> dict[str, float]:
         """Run every stage, and return the metrics of the evaluation."""
+        self.group()
+        self.train_groups()
+        with self.context.model_state.restored():
+            self.ensemble = EnsembleAssembly(self.context, self.grouping).assemble()
+        begin_evaluation(self.context.run)
+        return self.evaluate(self.context.eval_tables, "eval")
+
+    def group(self) -> None:
+        """Run the stages up to the groups: gradients, the one adapter for all, groups."""
         run, args, tasks = self.context.run, self.context.args, self.context.tasks
         captured_gradients(self.context, self.training)
         if args.train_baseline:
@@ -90,18 +100,39 @@ class EnsembleFlow:
         self._adapters.parts = {
             name: 0.0 if name == self.grouping.baseline_group else self._work(name) for name in self.grouping.groups
         }
-        assembly = EnsembleAssembly(self.context, self.grouping)
+
+    def train_groups(self) -> None:
+        """Train the adapters of all groups."""
         for name in self.grouping.groups:
-            own = self.grouping.mixtures[name]
-            with run.stage(f"adapter:{name}"):
-                if name == self.grouping.baseline_group:
-                    assembly.copy_baseline(name)
-                else:
-                    self.training.run(name, own, run.member(name), **self._beginning())
-        with self.context.model_state.restored():
-            self.ensemble = assembly.assemble()
-        begin_evaluation(run)
-        return self.evaluate(self.context.eval_tables, "eval")
+            with self.context.run.stage(f"adapter:{name}"):
+                self._train_group(name)
+
+    def train_group(self, name: str) -> None:
+        """Train the adapter of one group of a run whose groups are made; the run's record of stages is not touched.
+
+        Raises:
+            `ConfigurationError`: for a run without groups, and an unknown one.
+            `RunLockedError`: when another process trains it.
+        """
+        run = self.context.run
+        if not run_on_main(lambda: run.has(Grouping)):
+            raise ConfigurationError(
+                f"The run in {str(run.path)!r} has no groups yet.",
+                python="Call group_tasks() first.",
+                terminal="Make them first: hf-ensemble train --until groups, with the same arguments.",
+            )
+        self.grouping = run_on_main(lambda: run.read(Grouping))
+        if name not in self.grouping.groups:
+            raise ConfigurationError(f"Unknown group {name!r}; the groups are {list(self.grouping.groups)}. Name one.")
+        with run.training_locked(name):
+            self._train_group(name)
+
+    def _train_group(self, name: str) -> None:
+        run = self.context.run
+        if name == self.grouping.baseline_group:
+            EnsembleAssembly(self.context, self.grouping).copy_baseline(name)
+        else:
+            self.training.run(name, self.grouping.mixtures[name], run.member(name), **self._beginning())
 
     def trainings(self) -> list[TrainedAdapter]:
         """The finished trainings that the ensemble rests on, in the order of their steps."""

@@ -1,28 +1,23 @@
-"""What the trainers over several tasks are given: datasets as tasks, and classifiers for their labels."""
+"""What the trainers over several tasks are given: datasets as tasks."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    TrainingArguments,
-)
+from transformers import TrainingArguments
+from trl import SFTConfig
 
 from ...errors import ConfigurationError, TaskError
 from ...logging import get_logger
-from ...tasks import TASK, LabelSpace, RowFormat, TaskSet
+from ...tasks import META_COLUMNS, TASK, RowFormat, TaskSet
 from ...tasks.columns import column_names
+from ...tasks.rows import unknown_columns
 from ...tasks.task import as_dataset, named_splits
 
 logger = get_logger(__name__)
 
 # What a `DatasetDict` of the splits of one dataset is keyed by.
 _SPLITS = {"train", "validation", "test", "eval", "dev", "valid"}
-_MULTI_LABEL = "multi_label_classification"
 
 
 def is_one_dataset(train_dataset: Any) -> bool:
@@ -38,6 +33,11 @@ def the_one_dataset(train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     Raises:
         `TaskError`: for splits without training rows.
     """
+    if isinstance(train_dataset, (list, tuple)) and train_dataset and not isinstance(train_dataset[0], Mapping):
+        raise TaskError(
+            f"Expected a dict of datasets by name, found a {type(train_dataset).__name__} of {len(train_dataset)} "
+            f"{type(train_dataset[0]).__name__}s. Pass {{'NAME': dataset, ...}}."
+        )
     if not isinstance(train_dataset, Mapping):
         return train_dataset, eval_dataset
     (rows,) = train_dataset.values()
@@ -54,6 +54,17 @@ def is_text_classification(rows: Any) -> bool:
     """Whether rows are text with a label, which `transformers.Trainer` would not take."""
     columns = set(column_names(rows)) if isinstance(rows, Dataset | IterableDataset) else set()
     return columns >= set(RowFormat.CLASSIFICATION.required) and "input_ids" not in columns
+
+
+def check_sft_columns(tasks: TaskSet, args: SFTConfig, formatting_func: Any) -> None:
+    """Raise `TaskError` for rows that `SFTTrainer` could make no tokens of."""
+    if formatting_func is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    known = [("prompt", "completion"), ("messages",), ("conversations",), (args.dataset_text_field,), ("input_ids",)]
+    for name, task in tasks.items():
+        columns = set(task.splits["train"].column_names) - set(META_COLUMNS)
+        if not any(columns.issuperset(own) for own in known):
+            raise unknown_columns(name, columns, known)
 
 
 def check_not_splits(train_dataset: Any) -> None:
@@ -146,24 +157,6 @@ def check_rows_and_arguments(tasks: TaskSet, args: TrainingArguments, streamed: 
         )
 
 
-def check_labels(model, tasks: TaskSet) -> None:
-    """Raise `ConfigurationError` for a classifier whose head is not one of the tasks' labels."""
-    label_space = tasks.label_space
-    if tasks.is_multi_label:
-        found = (model.config.num_labels, model.config.problem_type)
-        if found not in ((tasks.num_labels, _MULTI_LABEL), (tasks.num_labels, None)):
-            raise ConfigurationError(
-                f"The tasks' rows have {tasks.num_labels} labels each, which need a head of as many outputs and "
-                f"problem_type={_MULTI_LABEL!r}; found {found[0]} outputs and problem_type={found[1]!r}. Load the "
-                f"model with num_labels={tasks.num_labels} and that problem_type."
-            )
-    if label_space is not None and model.config.num_labels != len(label_space):
-        raise ConfigurationError(
-            f"The tasks have {len(label_space)} different labels, the model's head has {model.config.num_labels} "
-            f"outputs. Load the model with num_labels={len(label_space)}, in the order of TaskSet.label_space.names."
-        )
-
-
 def check_one_label_set(tasks: TaskSet) -> None:
     """Raise `ConfigurationError` for classification tasks whose labels differ, which no loss can be smoothed over."""
     if tasks.label_space is not None and not tasks.label_space.is_shared:
@@ -192,26 +185,3 @@ def check_template(rows: Dataset, processing_class: Any) -> None:
             f"Task {rows[given.index(None)][TASK]!r}: expected chat_template_kwargs in all rows of all tasks or in "
             "none, found rows with and without. Add them to every row."
         )
-
-
-def load_model(name: str, tasks: TaskSet):
-    """A language model, an encoder-decoder where the name is one's, or a classifier for the tasks' labels."""
-    if tasks.label_space is not None:
-        return load_classifier(name, tasks.label_space)
-    if tasks.is_multi_label:
-        return AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=tasks.num_labels, problem_type=_MULTI_LABEL
-        )
-    auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(name).is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(name)
-
-
-def load_classifier(name: str, label_space: LabelSpace, **kwargs: Any):
-    """A sequence classifier whose outputs are the label space's; `kwargs` go to `from_pretrained`."""
-    return AutoModelForSequenceClassification.from_pretrained(
-        name,
-        num_labels=len(label_space),
-        id2label=dict(enumerate(label_space.names)),
-        label2id={label: i for i, label in enumerate(label_space.names)},
-        **kwargs,
-    )

@@ -1,6 +1,8 @@
 """What a run of several trainings cannot finish, found before anything is trained."""
 
+import difflib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -28,6 +30,8 @@ def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_cla
         `ConfigurationError`: for adapters that cannot be saved and loaded beside others, and for models that the
             trainer cannot train.
     """
+    if isinstance(model, str):
+        check_model_folder(model)
     if peft_config is None and isinstance(model, PeftModel):
         name = model.active_adapter
         peft_config = model.peft_config[name if isinstance(name, str) else name[0]]
@@ -54,6 +58,24 @@ def check_quantization(quantization_config: Any, args: Any) -> None:
             "A base model is to be quantized by bitsandbytes, which is not installed. Run "
             "pip install 'hf-ensemble[quantization]', or leave the quantization out."
         )
+
+
+def check_model_folder(name: str) -> None:
+    """Raise `ConfigurationError` for a name that is meant as a folder, and is none with a model."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if path.is_dir() and not (path / "config.json").is_file():
+        there = sorted(own.name for own in path.iterdir())
+        raise ConfigurationError(
+            f"Expected a model in {name!r}, found no config.json among {there!s:.200}. Name the folder that "
+            "save_pretrained wrote, or a Hub id."
+        )
+    if path.exists() or not looks_local:
+        return
+    there = [str(own) for own in path.parent.iterdir() if own.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), there, n=1, cutoff=0.5)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigurationError(f"There is no folder {name!r} with a model.{meant} Correct the path, or name a Hub id.")
 
 
 def check_loaded(trainer: Trainer, tasks: TaskSet) -> None:

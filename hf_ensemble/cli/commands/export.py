@@ -1,0 +1,32 @@
+"""`hf-ensemble export`: one adapter for each task, for a server."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...ensemble.saving.vllm import export_for_vllm
+from ..arguments import needed, parse, with_config
+from ..saved import loaded_ensemble
+from ..saved_arguments import ExportArguments
+from ..tables import console
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Write the adapters and the line that serves them.
+
+    Returns:
+        `dict`: folder of each task's adapter, the largest rank and the command.
+
+    Raises:
+        `HfEnsembleError`: for bad arguments and ensembles, and for adapters that vLLM does not serve.
+    """
+    (arguments,), _ = parse([ExportArguments], with_config(argv), command="export")
+    needed("export", ensemble=arguments.ensemble)
+    ensemble = loaded_ensemble(arguments, "export")
+    export = export_for_vllm(ensemble, arguments.output_dir, arguments.tasks, arguments.rank)
+    console().print(f"{export.command}\nThe same: sh {export.script}", soft_wrap=True, highlight=False)
+    return {
+        "adapters": export.adapters,
+        "max_lora_rank": export.max_lora_rank,
+        "command": export.command,
+        "script": export.script,
+    }

@@ -1,0 +1,90 @@
+"""Flags of the commands that work on what a run has saved."""
+
+from dataclasses import dataclass, field
+
+from .._settings import check_at_least, check_one_of
+
+
+@dataclass
+class SavedArguments:
+    """Which saved ensemble a command works on."""
+
+    ensemble: str | None = field(default=None, metadata={"help": "Folder or Hub id of the ensemble."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the base model, where it is not where the ensemble says."}
+    )
+
+
+@dataclass
+class GenerateArguments(SavedArguments):
+    """What `hf-ensemble generate` takes."""
+
+    task: str | None = field(default=None, metadata={"help": "The task of the prompts."})
+    prompts: list[str] | None = field(
+        default=None, metadata={"help": "The prompts, or texts to classify; lines of stdin by default."}
+    )
+    file: str | None = field(
+        default=None,
+        metadata={"help": "File of rows (JSON, JSONL, CSV, TSV, Parquet) with a column prompt or text, or also task."},
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer; the ensemble's own by default."})
+    chat: bool = field(default=False, metadata={"help": "Put each prompt into the tokenizer's chat template."})
+    routing: str | None = field(
+        default=None, metadata={"help": "Weights for prompts without a task: 'default' or 'prompt'."}
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Maximum number of new tokens."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts at a time."})
+
+    def __post_init__(self):
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_at_least("batch_size", self.batch_size, 1)
+
+
+@dataclass
+class MergeArguments(SavedArguments):
+    """What `hf-ensemble merge` takes."""
+
+    task: str | None = field(default=None, metadata={"help": "Task whose weights to use."})
+    output_dir: str = field(default="merged", metadata={"help": "Where the adapter goes."})
+    rank: int | None = field(default=None, metadata={"help": "Largest rank; exact by default."})
+    method: str = field(
+        default="sum",
+        metadata={"help": "sum, lines, ties, dare_linear, dare_ties, breadcrumbs or pcb; see docs/ensemble.md."},
+    )
+
+    def __post_init__(self):
+        check_at_least("rank", self.rank, 1, optional=True)
+
+
+@dataclass
+class ExportArguments(SavedArguments):
+    """What `hf-ensemble export` takes."""
+
+    output_dir: str = field(default="served", metadata={"help": "Where the adapters go, a folder for each task."})
+    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks to serve; all by default."})
+    rank: int | None = field(default=None, metadata={"help": "Largest rank of an adapter; exact by default."})
+
+    def __post_init__(self):
+        check_at_least("rank", self.rank, 1, optional=True)
+
+
+@dataclass
+class PushArguments:
+    """What `hf-ensemble push` takes."""
+
+    run: str | None = field(default=None, metadata={"help": "The output_dir of the run."})
+    repo_id: str | None = field(default=None, metadata={"help": "Repository on the Hub, such as user/my-ensemble."})
+    private: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to."})
+    commit_message: str = field(default="Upload ensemble", metadata={"help": "Message of the commit."})
+
+
+@dataclass
+class CompletionArguments:
+    """What `hf-ensemble completion` takes."""
+
+    shell: str = field(default="bash", metadata={"help": "The shell: bash, zsh or tcsh."})
+
+    def __post_init__(self):
+        check_one_of("shell", self.shell, ("bash", "zsh", "tcsh"))

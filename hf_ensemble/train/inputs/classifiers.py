@@ -1,0 +1,154 @@
+"""Models for rows of text: the head of a classifier, and the adapter that goes with it."""
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+
+from ...errors import ConfigurationError
+from ...logging import get_logger
+from ...models import LabelSimilarityForSequenceClassification
+from ...tasks import TaskSet
+
+logger = get_logger(__name__)
+
+_MULTI_LABEL = "multi_label_classification"
+_CLASSIFIER = "ForSequenceClassification"
+# What `from_pretrained` of a tokenizer takes of the model's.
+_OF_TOKENIZERS = ("revision", "trust_remote_code")
+
+
+def tokenizer_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a model's `from_pretrained` that its tokenizer takes as well."""
+    return {key: model_kwargs[key] for key in _OF_TOKENIZERS if model_kwargs.get(key) is not None}
+
+
+def load_model(
+    name: str, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase, head: str, model_kwargs: dict[str, Any]
+) -> nn.Module:
+    """A language model, an encoder-decoder where the name is one's, or a classifier for the tasks' labels.
+
+    Args:
+        name (`str`): Hub id or folder.
+        tasks (`TaskSet`): the tasks.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        head (`str`): what classifies, see [`ClassifierArguments`].
+        model_kwargs (`dict`): passed to `from_pretrained`.
+    """
+    if tasks.label_space is not None:
+        return _load_classifier(name, tasks, tokenizer, head, model_kwargs)
+    if tasks.is_multi_label:
+        return AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=tasks.num_labels, problem_type=_MULTI_LABEL, **model_kwargs
+        )
+    config = AutoConfig.from_pretrained(name, **tokenizer_kwargs(model_kwargs))
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(name, **model_kwargs)
+
+
+def _load_classifier(
+    name: str, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase, head: str, model_kwargs: dict[str, Any]
+) -> nn.Module:
+    labels = tasks.label_space.names
+    # As trl loads language models.
+    model_kwargs = {"dtype": torch.float32, **model_kwargs}
+    if head == "auto":
+        head = _best_head(name, tasks, model_kwargs)
+    if head == "label_similarity":
+        return LabelSimilarityForSequenceClassification.from_encoder(name, tokenizer, labels, **model_kwargs)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        **model_kwargs,
+    )
+    warn_of_random_head(model)
+    return model
+
+
+def _best_head(name: str, tasks: TaskSet, model_kwargs: dict[str, Any]) -> str:
+    """The checkpoint's own head where it was trained for as many labels, else the labels' texts where they have any."""
+    labels = tasks.label_space.names
+    config = AutoConfig.from_pretrained(name, **tokenizer_kwargs(model_kwargs))
+    if _has_head(config) and config.num_labels == len(labels):
+        return "linear"
+    unnamed = [task for task, own in tasks.items() if f"{task}:0" in own.label_names]
+    if unnamed:
+        logger.warning(
+            "The labels of %s are numbers without names, so texts cannot be compared with them. Name them for "
+            "head='label_similarity': labels as text, a column 'label_text', or datasets.ClassLabel.",
+            unnamed,
+        )
+        return "linear"
+    return "label_similarity"
+
+
+def _has_head(config: Any) -> bool:
+    return any(name.endswith(_CLASSIFIER) for name in getattr(config, "architectures", None) or ())
+
+
+def warn_of_random_head(model: nn.Module) -> None:
+    """Warn of a classifier whose checkpoint had no head, so that its head is a new one at random."""
+    config = getattr(model, "config", None)
+    is_from_checkpoint = bool(getattr(config, "architectures", None))
+    if type(model).__name__.endswith(_CLASSIFIER) and is_from_checkpoint and not _has_head(config):
+        logger.warning(
+            "The head of this %s is new and random: gradients at its start say little of which datasets help, and it "
+            "needs long training. Pass the model by name with head='label_similarity', which compares texts with the "
+            "labels' texts.",
+            type(model).__name__,
+        )
+
+
+def adapter_for_head(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """The adapter's configuration with the task type that the model's head needs.
+
+    A linear head is trained beside the adapter (`SEQ_CLS`); the labels' texts are no parameters, so nothing is.
+
+    Args:
+        peft_config (`PeftConfig`): as the user has given it, which is not changed.
+        model (`nn.Module`): the base model.
+
+    Raises:
+        `ConfigurationError`: for a task type other than that of classifiers.
+    """
+    is_similarity = isinstance(model, LabelSimilarityForSequenceClassification)
+    if not (is_similarity or type(model).__name__.endswith(_CLASSIFIER)):
+        return peft_config
+    if peft_config.task_type not in (None, "SEQ_CLS"):
+        raise ConfigurationError(
+            f"Expected {type(peft_config).__name__}(task_type='SEQ_CLS') for text with labels, found "
+            f"{str(getattr(peft_config.task_type, 'value', peft_config.task_type))!r}. Leave task_type out."
+        )
+    peft_config = copy.copy(peft_config)
+    peft_config.task_type = None if is_similarity else "SEQ_CLS"
+    return peft_config
+
+
+def check_labels(model: Any, tasks: TaskSet) -> None:
+    """Raise `ConfigurationError` for a classifier whose head is not one of the tasks' labels."""
+    label_space = tasks.label_space
+    if tasks.is_multi_label:
+        found = (model.config.num_labels, model.config.problem_type)
+        if found not in ((tasks.num_labels, _MULTI_LABEL), (tasks.num_labels, None)):
+            raise ConfigurationError(
+                f"The tasks' rows have {tasks.num_labels} labels each, which need a head of as many outputs and "
+                f"problem_type={_MULTI_LABEL!r}; found {found[0]} outputs and problem_type={found[1]!r}. Load the "
+                f"model with num_labels={tasks.num_labels} and that problem_type."
+            )
+    if label_space is not None and model.config.num_labels != len(label_space):
+        raise ConfigurationError(
+            f"The tasks have {len(label_space)} different labels, the model's head has {model.config.num_labels} "
+            f"outputs. Load the model with num_labels={len(label_space)}, in the order of TaskSet.label_space.names, "
+            "or pass it by name."
+        )

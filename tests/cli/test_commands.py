@@ -1,0 +1,246 @@
+"""Every command at toy size, one after the other on one run; and what they say of themselves."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from filelock import FileLock
+from peft import AutoPeftModelForCausalLM
+from trl import ModelConfig
+
+from helpers import toy
+from helpers.task_files import flags, write_rows, write_tasks
+from hf_ensemble.capture.config import FeatureSettings
+from hf_ensemble.cli import arguments, choice_arguments, saved_arguments
+from hf_ensemble.cli.command import COMMANDS
+from hf_ensemble.cli.commands import push
+from hf_ensemble.cli.help import MOST_USED
+from hf_ensemble.cli.main import main
+from hf_ensemble.cli.options import options_of
+from hf_ensemble.cli.wording import in_terminal
+from hf_ensemble.errors import ConfigurationError, TaskError
+from hf_ensemble.runs import RunDirectory, TrainedAdapter
+from hf_ensemble.select import settings
+from hf_ensemble.train import configs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, data, and a run whose stages were made one command at a time."""
+    folder = tmp_path_factory.mktemp("world")
+    base = toy.save_model(toy.llama(), folder / "base")
+    data = write_tasks(folder / "data", toy.sft_tasks())
+    given = {"data": data, "model_name_or_path": base, "output_dir": folder / "run", "bf16": "false"}
+    given |= {"num_groups": 2, "affinity_subsets": 10, "gradient_checkpointing": "false"}
+    line = [*flags(**given), "--lora_target_modules", "all-linear"]
+    made = {}
+    for name, words in {
+        "capture": ["capture", *line],
+        "groups": ["train", *line, "--until", "groups"],
+        "one": ["train", *line, "--group", "group_1"],
+    }.items():
+        made[name] = as_json([*words])
+    trained = sorted(own.name for own in RunDirectory(folder / "run").trainings())
+    made["run"] = as_json(["run", *line])
+    return folder, line, made, trained
+
+
+def as_json(words, status=0):
+    out, sys.stdout = sys.stdout, io.StringIO()
+    try:
+        assert main([*words, "--json"]) == status
+        printed = sys.stdout.getvalue()
+    finally:
+        sys.stdout = out
+    # One line for scripts, and nothing else.
+    assert printed.count("\n") == 1
+    return json.loads(printed)
+
+
+def test_stages_are_made_one_by_one(world):
+    folder, _, made, trained = world
+    rows = sum(len(split) for splits in toy.sft_tasks().values() for split in splits.values())
+    assert made["capture"]["rows"] == rows and made["capture"]["features"] == 64
+    assert sorted(made["capture"]["tasks"]) == sorted(toy.sft_tasks())
+    assert len(made["groups"]["groups"]) == 2 and made["groups"]["adapters"] == {}
+    assert list(made["one"]["adapters"]) == ["group_1"]
+    assert trained == ["baseline", "group_1"]
+    results = made["run"]
+    assert results["groups"] == made["groups"]["groups"] and set(results["scores"]) >= {"base", "baseline", "ensemble"}
+    alone = RunDirectory(folder / "run").trained_adapter("group_1")
+    assert isinstance(alone, TrainedAdapter) and alone.status == "done"
+
+
+def test_a_group_is_trained_by_one_process_alone(world, capsys):
+    folder, line, _, _ = world
+    # As another process holds it.
+    with FileLock(folder / "run" / "training" / ".group_1" / ".run.lock"):
+        assert main(["train", *line, "--group", "group_1"]) == 1
+        assert "Another process works in the run in" in capsys.readouterr().err
+        assert main(["train", *line, "--group", "group_0"]) == 0
+    assert main(["train", *line, "--group", "group_1"]) == 0
+
+
+def test_groups_alone_need_groups(world, tmp_path, capsys):
+    _, line, _, _ = world
+    other = [str(tmp_path / "new") if word.endswith("/run") else word for word in line]
+    assert main(["train", *other, "--group", "group_0"]) == 1
+    assert "has no groups yet. Make them first: hf-ensemble train --until groups" in capsys.readouterr().err
+    assert main(["train", *line, "--group", "group_9"]) == 1
+    assert "Unknown group 'group_9'; the groups are ['group_0', 'group_1']" in capsys.readouterr().err
+    assert main(["train", *line, "--target", "sums"]) == 1
+    assert "a selection trains once" in capsys.readouterr().err
+    assert main(["eval", *other]) == 1
+    assert "Expected a finished run in" in capsys.readouterr().err
+
+
+def test_choices_from_a_run(world, tmp_path):
+    folder = world[0]
+    store = ["--store", str(folder / "run"), "--num_components", "10", "--output_dir", str(tmp_path / "choice")]
+    selected = as_json(["select", *store, "--target", "sums"])
+    assert "sums" in selected["targets"] and (tmp_path / "choice" / "selection.json").is_file()
+    mixture = as_json(["mixture", *store, "--target", "sums", "--caps", '{"diffs": 0.25}'])
+    assert mixture["weights"]["sums"] == 1.0 and mixture["weights"].get("diffs", 0) <= 0.25
+    assert (tmp_path / "choice" / "mixture.json").is_file()
+    grouped = as_json(["group", *store, "--num_groups", "2"])
+    assert len(grouped["groups"]) == 2
+
+
+def test_caps_are_checked(world, capsys):
+    store = ["--store", str(world[0] / "run"), "--num_components", "10"]
+    for caps in ("half", "[1]"):
+        assert main(["mixture", *store, "--caps", caps]) == 1
+        assert "caps has to be a number from 0 to 1, or JSON" in capsys.readouterr().err
+
+
+def test_eval_scores_a_split(world, capsys):
+    folder, line, made, _ = world
+    scored = as_json(["eval", *line, "--split", "test"])
+    expected = made["run"]["scores"]["ensemble"]["sums"]
+    assert scored["scores"]["ensemble"]["sums"]["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert "Loss (accuracy) on test rows" in capsys.readouterr().err
+
+
+def test_generate_answers_prompts_files_and_lines(world, tmp_path, monkeypatch, capsys):
+    ensemble = ["--ensemble", str(world[0] / "run" / "ensemble"), "--max_new_tokens", "3"]
+    prompts = [row["prompt"] for row in toy.sum_rows(3, 9)]
+    answers = as_json(["generate", *ensemble, "--task", "sums", "--prompts", *prompts])["answers"]
+    assert [answer["prompt"] for answer in answers] == prompts and {own["task"] for own in answers} == {"sums"}
+    rows = [{"prompt": prompt, "task": "sums"} for prompt in prompts]
+    file = write_rows(tmp_path / "prompts.jsonl", rows)
+    assert as_json(["generate", *ensemble, "--file", file])["answers"] == answers
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(prompts)))
+    assert as_json(["generate", *ensemble, "--task", "sums", "--batch_size", "1"])["answers"] == answers
+    capsys.readouterr()
+    assert main(["generate", *ensemble, "--task", "summs", "--prompts", "1"]) == 1
+    assert "found ['summs']. Pass --task" in capsys.readouterr().err
+    assert main(["generate", *ensemble, "--prompts", "1", "--file", file]) == 1
+    assert "found both" in capsys.readouterr().err
+    assert main(["generate", "--prompts", "1"]) == 1
+    assert "Expected --ensemble; see hf-ensemble generate --help" in capsys.readouterr().err
+
+
+def test_merge_and_export_write_plain_adapters(world, tmp_path, capsys):
+    ensemble = ["--ensemble", str(world[0] / "run" / "ensemble")]
+    merged = as_json(["merge", *ensemble, "--task", "sums", "--output_dir", str(tmp_path / "merged"), "--rank", "1"])
+    assert merged["rank"] == 1 and 0 <= merged["relative_error"] < 1
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "merged").peft_config["default"].r == 1
+    served = as_json(["export", *ensemble, "--output_dir", str(tmp_path / "served"), "--tasks", "sums", "diffs"])
+    assert set(served["adapters"]) == {"sums", "diffs"}
+    for folder in served["adapters"].values():
+        AutoPeftModelForCausalLM.from_pretrained(folder)
+    line = served["command"].split()
+    assert line[:3] == ["vllm", "serve", str(world[0] / "base")] and "--enable-lora" in line
+    assert line[line.index("--max-lora-rank") + 1] == str(served["max_lora_rank"])
+    assert line[line.index("--lora-modules") + 1 :] == [f"{task}={path}" for task, path in served["adapters"].items()]
+    assert (tmp_path / "served" / "serve.sh").read_text() == served["command"] + "\n"
+    capsys.readouterr()
+    assert main(["merge", *ensemble]) == 1
+    assert "Expected --task" in capsys.readouterr().err
+
+
+def test_push_uploads_the_ensemble_of_a_run(world, monkeypatch):
+    seen = {}
+
+    class Commit:
+        repo_url, commit_url = "https://hub/user/x", "https://hub/user/x/commit/1"
+
+    def upload(run, repo_id, **options):
+        seen.update(run=run, repo_id=repo_id, **options)
+        return Commit()
+
+    monkeypatch.setattr(push, "push_ensemble_to_hub", upload)
+    done = as_json(["push", "--run", str(world[0] / "run"), "--repo_id", "user/x", "--private", "true"])
+    assert done == {"repository": Commit.repo_url, "commit": Commit.commit_url}
+    assert seen["repo_id"] == "user/x" and seen["private"] is True and seen["revision"] is None
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_options(shell, capsys):
+    assert main(["completion", "--shell", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command.name in script for command in COMMANDS)
+    assert "--num_groups" in script and "--max_new_tokens" in script
+
+
+def test_help_says_what_the_classes_say():
+    """Help is read from the source; these are the classes themselves."""
+    for module, place in {
+        arguments: "cli.arguments",
+        choice_arguments: "cli.choice_arguments",
+        saved_arguments: "cli.saved_arguments",
+        configs: "train.configs",
+        settings: "select.settings",
+    }.items():
+        for name, kind in vars(module).items():
+            if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__:
+                own = [field for field in dataclasses.fields(kind) if field.name in kind.__annotations__]
+                own = [field for field in own if field.name in kind.__dict__.get("__annotations__", {})]
+                found = {option.name: option for option in options_of(f"{place}:{name}")}
+                assert list(found) == [field.name for field in own], name
+                for field in own:
+                    assert found[field.name].help == field.metadata["help"], field.name
+                    assert found[field.name].default == field.default, field.name
+    taken = {field.name for kind in (ModelConfig, configs.EnsembleSFTConfig) for field in dataclasses.fields(kind)}
+    assert {option.name for option in MOST_USED} <= taken
+    found = {option.name: option.help for option in options_of("capture.config:FeatureSettings")}
+    assert found == {field.name: field.metadata["help"] for field in dataclasses.fields(FeatureSettings)}
+
+
+def test_help_imports_nothing_that_takes_long():
+    code = (
+        "import sys; from hf_ensemble.cli.main import main\n"
+        "for words in (['--help'], ['run', '--help'], ['generate', '--help']):\n"
+        "    try: main(words)\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'numpy', 'pandas'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--num_groups" in done.stdout and "Exit codes:" in done.stdout and "--help-all" in done.stdout
+
+
+def test_help_all_has_the_arguments_of_the_parents(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help-all"])
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--num_groups", "--gradient_accumulation_steps", "--lora_r", "--packing"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConfigurationError("Set num_groups=2, or leave it."), "Set --num_groups 2, or leave it."),
+        (ConfigurationError("Pass target_modules=['a', 'b']."), "Pass target_modules=['a', 'b']."),
+        (ConfigurationError("Set lora_target_modules=['a', 'b']."), "Set --lora_target_modules a b."),
+        (ConfigurationError("Pass peft_config=LoraConfig(r=2)."), "Pass --lora_r, --lora_target_modules, ...."),
+        (TaskError("Found none.", python="Pass x.", terminal="Add --x."), "Found none. Add --x."),
+        (ValueError("two\nlines"), "two lines"),
+    ],
+)
+def test_errors_are_in_the_words_of_the_command_line(error, said):
+    assert in_terminal(error, {"num_groups", "lora_target_modules"}) == said

@@ -1,0 +1,95 @@
+"""A newcomer's first hour: README.md from top to bottom, word by word, on one's own three files."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import datasets
+import pytest
+
+from helpers import toy
+from helpers.task_files import write_rows
+from hf_ensemble import PeftEnsembleModel
+from hf_ensemble.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Tiny models in folders stand for those of the Hub.
+MODEL, ENCODER = "Qwen/Qwen3-0.6B", "sentence-transformers/all-MiniLM-L6-v2"
+# Set-up, which is done; the demo and the tests are tested elsewhere; uploads are tested against a local Hub.
+NOT_HERE = ("pip ", "make ", "hf-ensemble push", "git ")
+QUICK = ["--use_cpu", "--num_train_epochs", "1", "--disable_tqdm", "True"]
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A working directory with one's own files."""
+    for name, rows in zip(("gsm8k", "boolq", "sciq"), toy.sft_tasks(18).values()):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", rows["train"])
+    for seed, name in enumerate(("reviews", "tweets", "news")):
+        labels = ("no", "yes") if name == "news" else ("negative", "positive")
+        rows = [{"text": row["text"], "label": row["label_text"]} for row in toy.text_rows(16, seed, "film", labels)]
+        write_rows(tmp_path / "texts" / f"{name}.jsonl", rows)
+    (tmp_path / "texts" / "news.jsonl").unlink()
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "texts" / "news.csv")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    folders = {MODEL: toy.llama(), ENCODER: toy.bert().bert}
+    return {name: toy.save_model(model, tmp_path / "hub" / name) for name, model in folders.items()}
+
+
+def steps(text):
+    """Language and content of every block of commands or Python, in their order."""
+    return re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def run(language, block, namespace, name):
+    if language == "python":
+        # trl trains in bfloat16 on a GPU unless it is told to stay on the CPU.
+        block = block.replace("Config(output_dir=", "Config(use_cpu=True, num_train_epochs=1, output_dir=")
+        exec(compile(block, name, "exec"), namespace)
+        return
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        if words and not line.startswith(NOT_HERE):
+            assert main([*words[1:], *(QUICK if words[1] == "run" else [])]) == 0, line
+
+
+def test_readme_word_by_word(own_folder, capsys):
+    namespace: dict = {}
+    found = steps(README)
+    assert len(found) >= 10
+    for number, (language, block) in enumerate(found):
+        for model, folder in own_folder.items():
+            block = block.replace(model, folder)
+        run(language, block, namespace, f"README.md, block {number}")
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err and "Error" not in printed.err
+    for saved in (
+        *("run/results.json", "run/ensemble/ensemble_config.json", "run/ensemble/README.md", "choice/selection.json"),
+        *("out/ensemble/README.md", "for-gsm8k/adapter/adapter_model.safetensors", "plain/gradients"),
+        *("classifier/ensemble/ensemble_config.json", "out/merged-gsm8k/adapter_model.safetensors"),
+    ):
+        assert Path(saved).exists(), saved
+    assert len(namespace["generated"]) == len(namespace["prompts"])
+    assert namespace["classify"]("the film was good")[0]["label"] in ("no", "yes")
+    names = {"gsm8k", "boolq", "sciq"}
+    assert {task for tasks in namespace["selector"].group(num_groups=2).groups.values() for task in tasks} == names
+    card = Path("run/ensemble/README.md").read_text(encoding="utf-8")
+    (language, snippet), *_ = steps(card)
+    batch = toy.tokenizer("left")(["sum : 1 + 2 ="], return_tensors="pt", return_token_type_ids=False)
+    loaded = {"inputs": batch}
+    # Until it is uploaded, the card does not know where.
+    run(language, snippet.replace("path/or/user/repository", "run/ensemble"), loaded, "the card's snippet")
+    assert set(loaded["model"].weights) == names
+    # Both saved ensembles of classifiers are the same one.
+    both = (Path(name) / "ensemble" for name in ("classifier", "classifier-run"))
+    ours, theirs = (PeftEnsembleModel.from_pretrained(folder).base_model_reference for folder in both)
+    assert ours == theirs and ours.name_or_path == own_folder[ENCODER]
+    # Python and the command line score the same, to the last digit.
+    ours, theirs = (
+        json.loads(Path(name, "evaluation.json").read_text())["scores"]["eval"]
+        for name in ("classifier", "classifier-run")
+    )
+    assert all(ours[system] == theirs[system] for system in ("baseline", "ensemble"))

@@ -1,0 +1,219 @@
+"""Datasets as people have them, as tasks."""
+
+import json
+
+import datasets
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
+
+from helpers.hub_server import local_hub, run_against_hub
+from hf_ensemble import DatasetSource, load_task_folder, load_tasks
+from hf_ensemble.errors import TaskError
+
+ROWS = [{"question": f"{n} + 1 =", "answer": str(n + 1), "hint": n} for n in range(20)]
+COLUMNS = {"question": "prompt", "answer": "completion"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One dataset in every kind of file, and as a folder of splits."""
+    path = tmp_path / "data"
+    path.mkdir()
+    rows = Dataset.from_list(ROWS)
+    (path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (path / "a.json").write_text(json.dumps(ROWS))
+    rows.to_csv(path / "a.csv")
+    (path / "a.tsv").write_text("question\tanswer\n" + "".join(f"{row['question']}\t{row['answer']}\n" for row in ROWS))
+    rows.to_parquet(path / "a.parquet")
+    (path / "splits").mkdir()
+    for split, count in {"train": 12, "dev": 5, "test": 3}.items():
+        rows.select(range(count)).to_csv(path / "splits" / f"{split}.csv")
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(folder, ending):
+    tasks = load_tasks({"sums": {"path": str(folder / f"a.{ending}"), "columns": COLUMNS}})
+    rows = tasks["sums"].splits["train"]
+    # Answers stay texts in a CSV file, though they look like numbers.
+    assert rows["prompt"][:] == [row["question"] for row in ROWS]
+    assert rows["completion"][:] == [row["answer"] for row in ROWS]
+
+
+def test_splits_of_a_folder_and_parts_of_them(folder):
+    source = {"path": str(folder / "splits"), "columns": COLUMNS}
+    tasks = load_tasks({"sums": source, "few": {**source, "split": "train[25%:50%]", "validation": "test"}})
+    assert {split: len(rows) for split, rows in tasks["sums"].splits.items()} == {
+        "train": 12,
+        "validation": 5,
+        "test": 3,
+    }
+    assert tasks["few"].splits["train"]["completion"][:] == ["4", "5", "6"]
+    assert len(tasks["few"].splits["validation"]) == 3
+
+
+def test_rows_are_cut_weighed_and_held_out(folder):
+    source = {"path": str(folder / "a.jsonl"), "columns": COLUMNS}
+    tasks = load_tasks(
+        {
+            "a": {**source, "max_rows": 10, "validation": 4, "weight": 2.5},
+            "b": {**source, "validation": 0.25},
+            "c": {**source, "validation": str(folder / "splits" / "dev.csv")},
+            "d": DatasetSource(str(folder / "a.csv"), columns=COLUMNS),
+        },
+        max_rows={"validation": 3},
+    )
+    assert {name: len(task.splits["train"]) for name, task in tasks.items()} == {"a": 6, "b": 15, "c": 20, "d": 20}
+    assert {name: len(task.splits.get("validation", ())) for name, task in tasks.items()} == {
+        "a": 4,
+        "b": 5,
+        "c": 3,
+        "d": 0,
+    }
+    assert tasks.sampling_weights == {"a": 2.5, "b": 1.0, "c": 1.0, "d": 1.0}
+
+
+def test_templates_name_labels_and_keep_ids(tmp_path):
+    rows = Dataset.from_dict({"q": ["is it?", "is it {not}?"], "label": [1, 0], "example_id": ["x", "y"]})
+    rows = rows.cast_column("label", ClassLabel(names=["no", "yes"]))
+    rows.to_parquet(tmp_path / "q.parquet")
+    source = {"path": str(tmp_path / "q.parquet"), "template": {"prompt": "{q} {{a}}", "completion": " {label}"}}
+    made = load_tasks({"q": source})["q"].splits["train"]
+    assert made["prompt"][:] == ["is it? {a}", "is it {not}? {a}"] and made["completion"][:] == [" yes", " no"]
+    assert made["example_id"][:] == ["x", "y"]
+    text = load_tasks({"q": {**source, "template": "{q}: {label}"}})["q"].splits["train"]
+    assert text["text"][:] == ["is it?: yes", "is it {not}?: no"]
+
+
+def test_a_mixture_of_trl_is_read(folder):
+    mixture = [
+        {"path": str(folder / "a.jsonl"), "columns": list(COLUMNS), "fraction": 0.5},
+        {"path": str(folder / "splits"), "split": "train", "columns": list(COLUMNS), "fraction": 1.0},
+    ]
+    with pytest.raises(TaskError, match="Task 'a': expected the columns"):
+        load_tasks(mixture)
+    tasks = load_tasks([{**own, "columns": COLUMNS} for own in mixture])
+    assert {name: len(task.splits["train"]) for name, task in tasks.items()} == {"a": 6, "splits": 12}
+
+
+def test_folders_of_tasks_hold_any_kind_of_file(folder):
+    for name in ("a.jsonl", "a.json", "a.parquet", "a.tsv"):
+        (folder / name).unlink()
+    for path in (folder / "a.csv", *(folder / "splits").iterdir()):
+        path.write_text(path.read_text().replace("question,answer", "prompt,completion"))
+    tasks = load_task_folder(folder)
+    assert {name: set(task.splits) for name, task in tasks.items()} == {
+        "a": {"train"},
+        "splits": {"train", "validation", "test"},
+    }
+    with pytest.raises(TaskError, match="holds the splits of one dataset"):
+        load_task_folder(folder / "splits")
+
+
+BAD = {
+    "typo": ({"path": "{f}/aa.jsonl"}, "no file or folder .*Did you mean .*a.jsonl'"),
+    "typo in a folder": ({"path": "{f}/split/train.csv"}, "no file or folder .*Did you mean .*splits'"),
+    "kind of file": ({"path": "{f}/notes.txt"}, "expected a file that ends in .jsonl, .json, .csv"),
+    "no path": ({"split": "train"}, "expected a path, or a mapping with one"),
+    "unknown key": ({"path": "{f}/a.jsonl", "colums": {}}, r"unknown keys \['colums'\]; known are path, name"),
+    "split": (
+        {"path": "{f}/splits", "split": "training"},
+        "one of the splits .* in split, found 'training'",
+    ),
+    "validation": ({"path": "{f}/splits", "validation": "val"}, "in validation, found 'val'. Set validation to one of"),
+    "part": ({"path": "{f}/splits", "split": "train[5]"}, r"a part of a split like 'train\[:1000\]'"),
+    "share": ({"path": "{f}/a.jsonl", "validation": 1.5}, "a share of its rows, has to be a finite number"),
+    "all held out": (
+        {"path": "{f}/a.jsonl", "columns": COLUMNS, "validation": 20},
+        "fewer validation rows than the 20",
+    ),
+    "columns": (
+        {"path": "{f}/a.jsonl"},
+        r"found \['answer', 'hint', 'question'\]. Rename them: .*'question': 'prompt'",
+    ),
+    "columns that are not there": (
+        {"path": "{f}/a.jsonl", "columns": {"q": "prompt"}},
+        r"columns names \['q'\], found \['question', 'answer', 'hint'\]",
+    ),
+    "columns turned": (
+        {"path": "{f}/a.jsonl", "columns": {"prompt": "question"}},
+        "Names of the dataset stand first, new ones second",
+    ),
+    "template": ({"path": "{f}/a.jsonl", "template": {"prompt": "{q}"}}, r"the template of 'prompt' names the columns"),
+    "braces": ({"path": "{f}/a.jsonl", "template": {"prompt": "{question"}}, "cannot be read .*Write braces that are"),
+    "weight": ({"path": "{f}/a.jsonl", "weight": 0}, "weight of dataset 'sums' has to be a finite number above 0"),
+    "rows": ({"path": "{f}/a.jsonl", "max_rows": "many"}, "max_rows of dataset 'sums' has to be a positive integer"),
+    "name is a number": ({"path": "{f}/a.jsonl", "name": 3}, "name of dataset 'sums' has to be a text, found 3"),
+    "broken CSV": ({"path": "{f}/broken.csv"}, "broken.csv' cannot be read"),
+    "empty": ({"path": "{f}/empty.csv"}, "empty.csv' has no rows"),
+    "not on the Hub": (
+        {"path": "nobody/nothing"},
+        "'nobody/nothing' cannot be loaded: .*Check path, name and revision",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_sources_are_named(folder, bad):
+    given, message = BAD[bad]
+    (folder / "notes.txt").write_text("a")
+    (folder / "empty.csv").write_text("")
+    (folder / "broken.csv").write_bytes(b'a,b\n"1,2\n\xff\xfe\n')
+    given = {key: value.replace("{f}", str(folder)) if key == "path" else value for key, value in given.items()}
+    with pytest.raises(TaskError, match=message) as raised:
+        load_tasks({"sums": given})
+    assert "sums" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_remedies_are_in_the_words_of_the_surface(folder):
+    with pytest.raises(TaskError) as raised:
+        load_tasks({"sums": str(folder / "a.jsonl")})
+    assert "Dataset.rename_columns" in str(raised.value)
+    assert "columns: {question: prompt, answer: completion}" in raised.value.in_terminal
+    assert "rename_columns" not in raised.value.in_terminal
+
+
+def test_datasets_come_from_the_hub(tmp_path):
+    parts = {"train": ROWS[:12], "validation": ROWS[12:16], "test": ROWS[16:]}
+    DatasetDict({split: Dataset.from_list(rows) for split, rows in parts.items()})
+    for split, rows in parts.items():
+        (tmp_path / "repo" / "main").mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(tmp_path / "repo" / "main" / f"{split}-00000-of-00001.parquet")
+    configs = "configs:\n- config_name: main\n  data_files:\n" + "".join(
+        f"  - split: {split}\n    path: main/{split}-*\n" for split in parts
+    )
+    (tmp_path / "repo" / "README.md").write_text(f"---\n{configs}- config_name: other\n  data_files: none-*\n---\n")
+    with local_hub(tmp_path / "hub") as endpoint:
+        done = run_against_hub(
+            f"""
+            from huggingface_hub import HfApi
+            from hf_ensemble import load_tasks
+            from hf_ensemble.errors import TaskError
+            api = HfApi()
+            repo = {{"repo_id": "hub-user/sums", "repo_type": "dataset"}}
+            api.create_repo(**repo)
+            commit = api.upload_folder(folder_path={str(tmp_path / "repo")!r}, **repo)
+            source = {{"path": "hub-user/sums", "name": "main", "revision": commit.oid, "columns": {COLUMNS!r}}}
+            task = load_tasks({{"sums": source | {{"test": "test", "split": "train[:50%]"}}}})["sums"]
+            counts = {{split: len(task.splits[split]) for split in ("train", "validation", "test")}}
+            print(counts, task.splits["train"]["prompt"][0])
+            for wrong in ({{"name": "mian"}}, {{"name": None}}, {{"split": "training"}}, {{"path": "hub-user/sms"}}):
+                try:
+                    load_tasks({{"sums": source | wrong}})
+                except TaskError as error:
+                    print(error)
+            """,
+            endpoint,
+            tmp_path / "home",
+        )
+    found, config, none, split, path = done.stdout.strip().splitlines()
+    assert found == "{'train': 6, 'validation': 4, 'test': 4} 0 + 1 ="
+    assert "'mian' not found. Available: ['main', 'other']" in config
+    assert "Config name is missing" in none and "'main'" in none
+    assert "expected one of the splits [" in split and "in split, found 'training'" in split
+    assert "'hub-user/sms' cannot be loaded" in path
