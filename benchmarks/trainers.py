@@ -42,7 +42,7 @@ def run_command(command: str, flags: Sequence[str]) -> Path:
 
 
 def scored_runs(output_dir: Path) -> list[dict]:
-    """Fine-tuning runs of a finished `hf-ensemble fidelity`, each with subset, seed, scores and seconds."""
+    """Fine-tuning runs of a finished `hf-ensemble fidelity`, each with mixture, seed, scores and seconds."""
     return [run.to_dict() for run in RunDirectory(output_dir).scored_runs()]
 
 

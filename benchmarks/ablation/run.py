@@ -73,7 +73,8 @@ class Truth:
     def of(cls, runs: list[dict], names: list[str], seed: int) -> "Truth":
         """Sort the runs of an `hf-ensemble fidelity` with two calibration runs."""
         losses = {
-            (tuple(sorted(run["subset"])), run["seed"]): [run["scores"][name]["loss"] for name in names] for run in runs
+            (tuple(sorted(run["mixture"])), run["seed"]): [run["scores"][name]["loss"] for name in names]
+            for run in runs
         }
         calibrating = [tuple(sorted(subset)) for subset in calibration_subsets(names, 2, seed)]
         observed = [

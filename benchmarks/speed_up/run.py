@@ -19,7 +19,7 @@ def main() -> None:
     folder = run_command("fidelity", flags)
     report = json.loads((folder / "estimate" / "fidelity.json").read_text())
     calibrating = [sorted(subset) for subset in report["calibration_subsets"]]
-    seconds = [run["seconds"] for run in scored_runs(folder) if sorted(run["subset"]) in calibrating]
+    seconds = [run["seconds"] for run in scored_runs(folder) if sorted(run["mixture"]) in calibrating]
     write_results(own.output, {**{key: report[key] for key in KEPT}, "calibration_seconds": sum(seconds)}, table)
 
 

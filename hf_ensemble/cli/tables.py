@@ -12,6 +12,9 @@ from ..ensemble import PeftEnsembleModel
 from ..runs import FidelityReport, Results
 from ..select import ExampleScores, Grouping, Selection
 
+# About how many points of a curve a table shows.
+_MAX_POINTS = 10
+
 
 def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
     """Every adapter with its tasks, and the other tasks that give it a weight."""
@@ -23,7 +26,7 @@ def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
         users = [task for task, row in ensemble.weights.items() if row.get(member.name, 0) > 0]
         trained_on = ", ".join(member.tasks) if member.name in grouping.groups else "all tasks"
         own = grouping.groups.get(member.name)
-        table.add_row(member.name, trained_on, "its tasks" if users == own else ", ".join(users) or "none")
+        table.add_row(member.name, trained_on, "its tasks" if users and users == own else ", ".join(users) or "none")
     return table
 
 
@@ -93,16 +96,30 @@ def group_curve_table(grouping: Grouping) -> Table:
     table = Table(title="Groups", caption=grouping.summary)
     table.add_column("group")
     table.add_column("tasks")
-    table.add_column("helpers")
+    table.add_column("trained on")
     for name, tasks in grouping.groups.items():
-        table.add_row(name, ", ".join(tasks), ", ".join(grouping.helpers(name)))
+        table.add_row(name, ", ".join(tasks), _mixture(grouping, name))
     table.add_section()
-    for count, loss in grouping.predicted_loss.items():
-        table.add_row(f"{count} groups", f"predicted loss {loss:.4f}", "")
+    # A few of the points, the last one among them: a picture has all.
+    for point in grouping.cost_curve[:: -max(1, len(grouping.cost_curve) // _MAX_POINTS)][::-1]:
+        values = f"predicted loss {point['predicted_loss']:.4f}, expected {point['expected_loss']:.4f}"
+        table.add_row(f"cost {point['cost']:.2f}", values, f"{point['num_groups']:.0f} mixtures")
+    if not grouping.cost_curve:
+        for count, loss in grouping.predicted_loss.items():
+            table.add_row(f"{count} groups", f"predicted loss {loss:.4f}", "")
     table.add_section()
     for name, loss in grouping.baselines.items():
         table.add_row(f"baseline: {name}", f"predicted loss {loss:.4f}", "")
     return table
+
+
+def _mixture(grouping: Grouping, name: str) -> str:
+    """What a group's adapter is trained on, with the weights of a row where they are not 1."""
+    own = grouping.mixtures[name]
+    if set(own) == set(grouping.task_names) and set(own.values()) == {1.0}:
+        return "all tasks"
+    heaviest = sorted(grouping.trained_on(name), key=lambda task: -own[task])
+    return _listed([task if own[task] == 1 else f"{own[task]:.2f} {task}" for task in heaviest], most=8)
 
 
 def example_table(scores: ExampleScores) -> Table:

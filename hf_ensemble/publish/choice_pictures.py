@@ -9,6 +9,7 @@ from .._settings import check_one_of
 from ..errors import ConfigurationError
 from ..select import ExampleScores, Grouping, Mixture, Selection
 from .drawing import BLUE, GREY, ORANGE, drawing
+from .mixture_pictures import cost_curve, mixture_weights
 from .pictures import affinity_heat_map
 
 SUFFIXES = ("png", "svg", "pdf", "jpg", "webp")
@@ -51,7 +52,10 @@ def draw_choice(
         pictures["weights"] = lambda path: weight_bars(choice.weights, path, list(choice.targets))
     elif isinstance(choice, Grouping):
         pictures["affinity"] = lambda path: affinity_heat_map(choice, path)
-        if len(choice.predicted_loss) > 1:
+        if choice.method == "mixtures":
+            pictures["cost_curve"] = lambda path: cost_curve(choice, path)
+            pictures["mixtures"] = lambda path: mixture_weights(choice, path)
+        elif len(choice.predicted_loss) > 1:
             pictures["groups"] = lambda path: group_curve(choice, path)
     else:
         pictures["example_scores"] = lambda path: example_scores(choice, path)

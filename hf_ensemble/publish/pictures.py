@@ -32,7 +32,7 @@ def affinity_heat_map(grouping: Grouping, path: Path) -> None:
         axes.set_xticks(range(len(ordered)), ordered, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(ordered)), ordered)
         start = 0
-        for tasks in grouping.groups.values():
+        for tasks in filter(None, grouping.groups.values()):
             size = len(tasks)
             corner = (start - 0.5, start - 0.5)
             axes.add_patch(Rectangle(corner, size, size, fill=False, edgecolor="black", linewidth=1.6))

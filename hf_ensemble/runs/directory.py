@@ -94,9 +94,9 @@ class RunDirectory:
         """Checkpoints and logs of one training."""
         return self.path / layout.TRAINING / name
 
-    def scored_adapter(self, subset: Sequence[str], seed: int) -> Path:
-        """An adapter that is trained for its scores alone."""
-        return self._scored_run(subset, seed).with_suffix("")
+    def scored_adapter(self, mixture: Mapping[str, float] | Sequence[str], seed: int) -> Path:
+        """An adapter that is trained for its scores."""
+        return self._scored_run(mixture, seed).with_suffix("")
 
     # Records
 
@@ -145,9 +145,9 @@ class RunDirectory:
         if is_main_process():
             self._training_record(name).unlink(missing_ok=True)
 
-    def scored_run(self, subset: Sequence[str], seed: int) -> ScoredRun | None:
-        """A subset's true fine-tuning; `None` where it was not made."""
-        path = self._scored_run(subset, seed)
+    def scored_run(self, mixture: Mapping[str, float] | Sequence[str], seed: int) -> ScoredRun | None:
+        """The scores of a fine-tuning on a mixture or a subset; `None` where it was not made."""
+        path = self._scored_run(mixture, seed)
         return ScoredRun.load(path, self._identity(ScoredRun)) if path.is_file() else None
 
     def scored_runs(self) -> list[ScoredRun]:
@@ -157,7 +157,7 @@ class RunDirectory:
 
     def write_scored_run(self, scored: ScoredRun) -> None:
         if is_main_process():
-            scored.save(self._scored_run(scored.subset, scored.seed), self._identity(ScoredRun))
+            scored.save(self._scored_run(scored.mixture, scored.seed), self._identity(ScoredRun))
 
     def _identity(self, kind: type[Record]) -> str | None:
         """What the run's own records of a kind carry; `None` for the run's record itself and where there is none."""
@@ -168,8 +168,10 @@ class RunDirectory:
     def _training_record(self, name: str) -> Path:
         return self.path / layout.TRAINING / f"{name}.json"
 
-    def _scored_run(self, subset: Sequence[str], seed: int) -> Path:
-        digest = hashlib.blake2b("|".join(sorted(subset)).encode(), digest_size=8).hexdigest()
+    def _scored_run(self, mixture: Mapping[str, float] | Sequence[str], seed: int) -> Path:
+        weights = mixture if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
+        names = [name if weight == 1 else f"{name}*{weight!r}" for name, weight in weights.items() if weight]
+        digest = hashlib.blake2b("|".join(sorted(names)).encode(), digest_size=8).hexdigest()
         return self.path / layout.SCORED_RUNS / f"{digest}-seed{seed}.json"
 
     # Stages

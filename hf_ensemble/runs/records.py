@@ -174,30 +174,37 @@ class TrainedAdapter(Record):
 
 @dataclass(frozen=True)
 class ScoredRun(Record):
-    """A subset of the tasks, fine-tuned for real from theta0: evidence for the estimates, or their test.
+    """A fine-tuning of the run with its scores: evidence for the estimates, or their test.
 
     Args:
-        subset (`list[str]`): the tasks.
+        mixture (`dict[str, float]`): weight of each task's rows; tasks left out were not trained on.
         seed (`int`): seed of the training.
         scores (`dict[str, TaskScores]`): validation scores of every task.
         seconds (`float`): wall time of the training and its scoring.
         distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
         theta0 (`str`): fingerprint of the parameters that the training began at.
+        length (`float`): its epochs or steps, in multiples of those of the arguments.
     """
 
     format = "hf_ensemble.scored_run"
-    format_version = 2
+    format_version = 3
 
-    subset: list[str]
+    mixture: dict[str, float]
     seed: int
     scores: dict[str, TaskScores]
     seconds: float
     distance: float
     theta0: str
+    length: float = 1.0
+
+    @property
+    def subset(self) -> list[str]:
+        """The tasks that it was trained on."""
+        return [task for task, weight in self.mixture.items() if weight > 0]
 
     def as_observed(self) -> ObservedRun:
         """The evidence that an estimate takes."""
-        return ObservedRun(dict.fromkeys(self.subset, 1.0), {task: own.loss for task, own in self.scores.items()})
+        return ObservedRun(self.mixture, {task: own.loss for task, own in self.scores.items()})
 
 
 @dataclass(frozen=True)

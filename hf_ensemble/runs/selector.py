@@ -39,7 +39,7 @@ def run_selector(
         observed_runs = [
             scored.as_observed()
             for scored in run.scored_runs()
-            if set(scored.subset) <= set(names) and scored.theta0 == theta0
+            if set(scored.subset) <= set(names) and scored.theta0 == theta0 and scored.length == 1
         ]
     weights = {name: known[name].sampling_weight for name in names if name in known}
     return DataSelector.from_store(

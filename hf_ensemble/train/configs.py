@@ -207,6 +207,13 @@ class EnsembleArguments(GroupingSettings, RunArguments):
             "estimates."
         },
     )
+    sequential_groups: bool = field(
+        default=True,
+        metadata={
+            "help": "With grouping_method='mixtures': score each group's adapter on the evaluation rows when it is "
+            "trained, and choose anew which mixtures are left to train, calibrated by it."
+        },
+    )
     ensemble_weights: str = field(
         default="fitted",
         metadata={
@@ -219,6 +226,7 @@ class EnsembleArguments(GroupingSettings, RunArguments):
     def __post_init__(self):
         check_one_of("ensemble_weights", self.ensemble_weights, WEIGHTINGS)
         check_flag("train_baseline", self.train_baseline)
+        check_flag("sequential_groups", self.sequential_groups)
         if self.group_initialization == "baseline" and not self.train_baseline:
             raise ConfigurationError(
                 "group_initialization='baseline' begins at the adapter for all tasks, which train_baseline=False does "

@@ -34,7 +34,7 @@ _UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "ddp
 _TRAINER_ARGUMENTS = ("data_collator", "compute_loss_func", "optimizer_cls_and_kwargs")
 # Arguments that only the choice of groups or auxiliary tasks depends on.
 _CHOICES = {own.name for settings in (GroupingSettings, SelectionSettings) for own in fields(settings)}
-_CHOICES |= {"num_components", "ensemble_weights", "calibration_runs"}
+_CHOICES |= {"num_components", "ensemble_weights", "calibration_runs", "sequential_groups"}
 # `TrainingArguments.to_dict` hides every value with such a name; these are tokens of the vocabulary.
 _TEXT_TOKENS = ("eos_token", "pad_token")
 

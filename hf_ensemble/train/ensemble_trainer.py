@@ -40,7 +40,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
         if not self.trains_directly:
             self._check_choice_by_answers()
             check_base_model(self.model)
-            check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks)))})
+            check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks) + 1))})
 
     def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
         super()._check_arguments(tasks, args, given)

@@ -69,7 +69,7 @@ RUN = {
     "gradient_accumulation_steps": [0, "2"],
     "seed": [-1, "0", None],
 }
-ENSEMBLE = {"train_baseline": ["no", 0, None], "ensemble_weights": ["x", None]}
+ENSEMBLE = {"train_baseline": ["no", 0, None], "sequential_groups": ["no", 0, None], "ensemble_weights": ["x", None]}
 CONFIGS = {
     CaptureConfig: CAPTURE,
     SelectionSettings: SELECTION,

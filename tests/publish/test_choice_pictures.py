@@ -20,6 +20,10 @@ CHOICES = {
     "mixture": (lambda selector: selector.mixture(["sums", "diffs"]), ["weights"]),
     "groups": (lambda selector: selector.group(affinity_subsets=20), ["affinity", "groups"]),
     "one number": (lambda selector: selector.group(2, affinity_subsets=20), ["affinity"]),
+    "mixtures": (
+        lambda selector: selector.group(2, "mixtures", affinity_subsets=20, has_baseline=False),
+        ["affinity", "cost_curve", "mixtures"],
+    ),
     "rows": (lambda selector: selector.score_examples("sums"), ["example_scores"]),
 }
 

@@ -62,15 +62,19 @@ def test_records_of_single_trainings_are_kept_by_name(tmp_path):
     assert run.trained_adapter("x") is None and run.scored_run(["a"], 0) is None and run.scored_runs() == []
     trained = TrainedAdapter("x", {"a": 1.0, "b": 0.5}, 3, "f00", 4, "done", training_loss=0.5, global_step=7)
     run.write_trained_adapter(trained)
-    scored = ScoredRun(["b", "a"], 3, {"a": TaskScores(0.5, 1.0, 4)}, 1.5, 0.25, "f00")
+    scored = ScoredRun({"b": 1.0, "a": 1.0}, 3, {"a": TaskScores(0.5, 1.0, 4)}, 1.5, 0.25, "f00")
+    weighted = replace(scored, mixture={"a": 1.0, "b": 0.25})
     run.write_scored_run(scored)
+    run.write_scored_run(weighted)
     assert run.trained_adapter("x") == trained
     others = {"name": "y", "mixture": {"a": 1.0}, "seed": 4, "theta0": "f01", "length": 0.5}
     assert trained.continues(run.trained_adapter("x"))
     assert not any(replace(trained, **{name: value}).continues(trained) for name, value in others.items())
-    # By the set of tasks, and by the seed.
+    # By the weights of the tasks, and by the seed.
     assert run.scored_run(["a", "b"], 3) == scored and run.scored_run(["a", "b"], 4) is None
-    assert run.scored_runs() == [scored] and scored.as_observed().losses == {"a": 0.5}
+    assert run.scored_run({"b": 0.25, "a": 1.0, "c": 0.0}, 3) == weighted and run.scored_run({"b": 0.5}, 3) is None
+    assert len(run.scored_runs()) == 2 and scored.as_observed().losses == {"a": 0.5}
+    assert weighted.as_observed().mixture == {"a": 1.0, "b": 0.25} and weighted.subset == ["a", "b"]
 
 
 def test_every_record_of_a_finished_run_reads_back(finished):

@@ -265,5 +265,7 @@ def test_groups_that_are_trained_stay_and_serve_by_their_measured_losses(estimat
     assert list(again.groups)[:2] == ["group_0", "group_1"] and again.groups["group_0"] == []
     assert again.groups["group_1"] and again.mixtures["group_0"] == {"task_5": 1.0}
     assert again.cost <= 4.0 and selector.repeat(again) == again
+    # No more adapters than were asked for.
+    assert list(selector.group(1, "mixtures", has_baseline=False, trained={"group_0": bad}).groups) == ["group_0"]
     with pytest.raises(ConfigurationError, match="partitions the tasks anew"):
         selector.group(2, trained={"group_0": good})

@@ -1,6 +1,7 @@
 """Runs whose groups are mixtures, or go on from the adapter for all tasks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,29 +11,134 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
-from helpers.trainers import SMALL, sft_config, sft_trainer
-from hf_ensemble import PeftEnsembleModel, TaskSet
+from helpers.trainers import SMALL, sft_config, sft_trainer, split
+from hf_ensemble import PeftEnsembleModel, SelectionSFTConfig, SelectionSFTTrainer, TaskSet
+from hf_ensemble._files import checksums
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.runs import EnsembleWeights, Estimate
-from hf_ensemble.select import predicted_losses
+from hf_ensemble.select import DataSelector, Grouping, predicted_losses
+from hf_ensemble.train.flows.calibration import Calibration
+from hf_ensemble.train.flows.group_trainings import GroupTrainings
+from hf_ensemble.train.task_trainer import TaskSFTTrainer
+
+MIXTURES = {
+    "grouping_method": "mixtures",
+    "compute_budget": 2.0,
+    "num_groups": 3,
+    "train_baseline": False,
+    "calibration_runs": 0,
+    "num_train_epochs": 1,
+}
 
 
-def test_adapters_are_trained_on_their_mixtures_within_the_budget(tmp_path, base_folder):
-    options = {"grouping_method": "mixtures", "compute_budget": 2.0, "train_baseline": False}
-    trainer = sft_trainer(tmp_path / "run", base_folder, **options)
-    trainer.train()
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory):
+    """A run of mixtures, the choices that it made one after the other, and its base model."""
+    folder = tmp_path_factory.mktemp("sequential")
+    base = toy.save_model(toy.llama(), folder / "base")
+    choices, choose = [], GroupTrainings._choice
+
+    def recorded(self, observed, trained):
+        choices.append((list(observed), choose(self, observed, trained)))
+        return choices[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GroupTrainings, "_choice", recorded)
+        trainer = sft_trainer(folder / "run", base, **MIXTURES)
+        trainer.train()
+    return trainer, choices, base
+
+
+def test_each_adapter_that_is_trained_calibrates_the_choice_of_the_next(sequential):
+    trainer, choices, _ = sequential
+    grouping, run = trainer.grouping, trainer.run_directory
+    assert len(choices) == 1 + len(grouping.groups) >= 3
+    for number, (observed, choice) in enumerate(choices):
+        trained = [f"group_{row}" for row in range(number)]
+        assert list(choice.settings["trained"]) == trained and len(observed) == number
+        for name in trained:
+            # What was trained stays.
+            assert choice.mixtures[name] == run.trained_adapter(name).mixture == grouping.mixtures[name]
+            assert run.scored_run(choice.mixtures[name], 42).as_observed() in observed
+    with pytest.raises(ConfigurationError, match="group_9 is chosen anew when group_0 is trained"):
+        first = choices[0][1]
+        trainer.flow.groups.check_alone(replace(first, groups={**first.groups, "group_9": []}), "group_9")
+    # Tasks are assigned by what was measured.
+    losses = {name: run.scored_run(grouping.mixtures[name], 42).as_observed().losses for name in grouping.groups}
+    for task in trainer.tasks:
+        assert grouping.group_of(task) == min(losses, key=lambda name: losses[name][task])
+    assert Grouping.load(run.where(Grouping)) == grouping
+    assert DataSelector.for_choice(run.gradients, grouping).repeat(grouping) == grouping
+
+
+def test_adapters_are_trained_on_their_mixtures_within_the_budget(sequential):
+    trainer, _, _ = sequential
     grouping, run = trainer.grouping, trainer.run_directory
     assert grouping.cost <= 2.0 and grouping.method == "mixtures" and grouping.baseline_group is None
-    for name in grouping.groups:
-        assert run.trained_adapter(name).mixture == grouping.mixtures[name]
     drawn = sum(run.trained_adapter(name).global_step for name in grouping.groups)
-    whole = 2 * -(-sum(len(task.splits["train"]) for task in trainer.tasks.values()) // 4)
+    whole = -(-sum(len(task.splits["train"]) for task in trainer.tasks.values()) // 4)
     # Steps are rounded up once an epoch.
-    assert drawn <= grouping.cost * whole + 2 * len(grouping.groups)
+    assert drawn <= grouping.cost * whole + len(grouping.groups)
     estimate = json.loads((run.path / "estimate" / "estimate.json").read_text())
     assert set(estimate["predicted_loss"]) == set(grouping.groups)
     loaded = PeftEnsembleModel.from_pretrained(run.ensemble)
     assert set(loaded.weights) == set(trainer.tasks)
+
+
+def test_a_run_that_is_killed_between_choices_ends_alike(sequential, tmp_path, monkeypatch):
+    whole, _, base = sequential
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    # After the first training, after its scores, and in the second training.
+    moments = [(Calibration, "score_trained"), (GroupTrainings, "_chosen_again"), (TaskSFTTrainer, "train")]
+    for owner, name in moments:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                sft_trainer(tmp_path / "run", base, **MIXTURES).train()
+    again = sft_trainer(tmp_path / "run", base, **MIXTURES)
+    again.train()
+    assert again.grouping == whole.grouping
+    for name in again.grouping.groups:
+        files = [one.run_directory.member(name) / "adapter_model.safetensors" for one in (whole, again)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_was_deleted_is_made_again_without_training(sequential, monkeypatch):
+    whole, _, base = sequential
+    whole.run_directory.where(Grouping).unlink()
+    monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
+    again = sft_trainer(whole.run_directory.path, base, **MIXTURES)
+    again.train()
+    assert again.grouping == whole.grouping
+
+
+def test_a_calibrating_training_that_is_chosen_is_not_made_again(tmp_path, base_folder, monkeypatch):
+    options = {"num_groups": 1, "train_baseline": False, "calibration_runs": 1, "num_train_epochs": 1}
+    trainer = sft_trainer(tmp_path / "run", base_folder, **options)
+    trainer.train()
+    run = trainer.run_directory
+    assert [own.name for own in run.trainings()] == [own.name for own in trainer.flow.trainings()]
+    assert len(run.trainings()) == 1 and run.trainings()[0].files
+    assert checksums(run.member("group_0")) == run.trainings()[0].files and trainer.grouping.cost == 1.0
+    assert not [path for path in (run.path / "scored_runs").iterdir() if path.is_dir()]
+    monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
+    sft_trainer(run.path, base_folder, **options).train()
+    options = {"selection_method": "all", "num_train_epochs": 1}
+    monkeypatch.undo()
+    selection = SelectionSFTTrainer(
+        model=base_folder,
+        args=sft_config(tmp_path / "selection", SelectionSFTConfig, **options),
+        train_dataset=split(toy.sft_tasks(), "train"),
+        eval_dataset=split(toy.sft_tasks(), "validation"),
+        peft_config=toy.lora(),
+        target="sums",
+    )
+    selection.train()
+    (only,) = selection.run_directory.trainings()
+    assert checksums(selection.run_directory.adapter) == only.files
 
 
 @pytest.mark.parametrize("max_steps", [-1, 6])

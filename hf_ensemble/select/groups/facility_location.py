@@ -61,7 +61,7 @@ class FacilityLocation:
         with_new = np.minimum(first, self.losses)
         added = with_new @ self.goal + price * (self.costs + spent)
         added[self.costs + spent > max_cost] = np.inf
-        options: list[tuple[float, list[int]]] = []
+        options = [(np.inf, opened)]
         if len(opened) < self.max_open:
             best = int(np.argmin(added))
             options.append((float(added[best]), [*opened, best]))

@@ -39,7 +39,7 @@ def mixture_groups(
     goal = np.full(size, 1.0 / size)
     most = settings.num_groups or settings.max_groups or min(_MAX_MIXTURES, size)
     at_hand = AdaptersAtHand.of(estimator, trained, has_baseline, settings.group_initialization == "baseline")
-    budget = None if settings.compute_budget is None else settings.compute_budget - at_hand.cost
+    budget = None if settings.compute_budget is None else max(settings.compute_budget - at_hand.cost, 0.0)
     counts = [count for count in _START_COUNTS if count <= min(most, size)]
 
     def search(estimator: SubsetEstimator, at_hand: AdaptersAtHand, starts: Sequence[np.ndarray]) -> list[MixtureSet]:

@@ -37,14 +37,12 @@ class EnsembleAssembly:
         self.grouping = grouping
         self._loaded: dict[str, object] = {}
 
-    def copy_baseline(self, name: str) -> None:
-        """Make the one adapter for all tasks a member of this name."""
+    def _copy_baseline(self) -> None:
+        """Make the one adapter for all tasks a member."""
         run = self.context.run
-        if name != BASELINE:
-            run.forget_training(name)
         if is_main_process():
             write_folder_atomically(
-                run.member(name), lambda new: shutil.copytree(run.baseline, new, dirs_exist_ok=True)
+                run.member(BASELINE), lambda new: shutil.copytree(run.baseline, new, dirs_exist_ok=True)
             )
         wait_for_everyone()
 
@@ -63,7 +61,7 @@ class EnsembleAssembly:
                 wait_for_everyone()
         weights = run_on_main(lambda: run.read(EnsembleWeights)).weights
         if any(BASELINE in row for row in weights.values()):
-            self.copy_baseline(BASELINE)
+            self._copy_baseline()
             members.append(shared)
         self._load(members)
         ensemble = PeftEnsembleModel(self.context.model, members, weights, label_space=self.context.label_space)

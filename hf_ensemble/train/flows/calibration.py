@@ -2,14 +2,16 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..._files import checksums, write_folder_atomically
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...estimate import ObservedRun
 from ...runs import ScoredRun, TrainedAdapter, run_selector
 from ...select import DataSelector, calibration_subsets
 from .adapter_training import AdapterTraining
+from .assembly import BASELINE
 from .context import FlowContext
 from .evaluation import SystemEvaluation
 
@@ -28,8 +30,10 @@ class Calibration:
         self.training = training
         self.evaluation = evaluation
 
-    def scored_run(self, subset: Sequence[str], seed: int | None = None, description: str = "Run") -> ScoredRun:
-        """Fine-tune a subset and score it on every task's validation rows; the adapter is thrown away.
+    def scored_run(
+        self, subset: Sequence[str], seed: int | None = None, description: str = "Run", keep_adapter: bool = False
+    ) -> ScoredRun:
+        """Fine-tune a subset and score it on every task's validation rows.
 
         What was made before is read from the run.
 
@@ -37,50 +41,108 @@ class Calibration:
             subset (`Sequence[str]`): names of tasks.
             seed (`int`, *optional*): of the training; that of the arguments by default.
             description (`str`, *optional*, defaults to `"Run"`): label of the progress bar.
+            keep_adapter (`bool`, *optional*, defaults to `False`): whether the adapter stays until [`discard`].
         """
         run, seed = self.context.run, self.context.args.seed if seed is None else seed
-        known = self._known(subset, seed, self.training.theta0_fingerprint())
+        known = self._known(dict.fromkeys(subset, 1.0), seed, self.training.theta0_fingerprint())
         if known is not None:
             return known
         folder = run.scored_adapter(subset, seed)
         trained = self.training.run(_name_of(folder), subset, folder, seed)
         scored = self.score_trained(trained, folder, description)
-        if is_main_process():
-            shutil.rmtree(folder)
-        wait_for_everyone()
+        if not keep_adapter:
+            self._remove(folder)
         return scored
 
     def score_trained(self, trained: TrainedAdapter, folder: Path, description: str) -> ScoredRun:
-        """Keep the scores of an adapter that was trained on a subset of the tasks.
+        """Keep the scores of an adapter of the run.
 
         Args:
             trained (`TrainedAdapter`): its training.
             folder (`Path`): where the adapter lies.
             description (`str`): label of the progress bar.
         """
-        run, subset = self.context.run, list(trained.mixture)
-        known = self._known(subset, trained.seed, trained.theta0)
+        known = self._known(trained.mixture, trained.seed, trained.theta0, trained.length)
         if known is not None:
             return known
         start = time.perf_counter()
         # Estimates are calibrated by losses: metrics that nobody reads are not computed.
         scores = self.evaluation.score_adapter(folder, self.context.eval_tables, description, has_metrics=False)
-        seconds = round(trained.seconds + time.perf_counter() - start, 3)
-        scored = ScoredRun(subset, trained.seed, scores, seconds, trained.distance, trained.theta0)
-        run.write_scored_run(scored)
+        scored = ScoredRun(
+            trained.mixture,
+            trained.seed,
+            scores,
+            round(trained.seconds + time.perf_counter() - start, 3),
+            trained.distance,
+            trained.theta0,
+            trained.length,
+        )
+        self.context.run.write_scored_run(scored)
         wait_for_everyone()
         return scored
 
-    def _known(self, subset: Sequence[str], seed: int, theta0: str) -> ScoredRun | None:
-        """What the run holds of a fine-tuning that began at theta0."""
-        known = run_on_main(lambda: self.context.run.scored_run(subset, seed))
-        return known if known is not None and known.theta0 == theta0 else None
+    def _known(self, mixture: Mapping[str, float], seed: int, theta0: str, length: float = 1.0) -> ScoredRun | None:
+        """What the run holds of a fine-tuning of a length that began at theta0."""
+        known = run_on_main(lambda: self.context.run.scored_run(mixture, seed))
+        return known if known is not None and (known.theta0, known.length) == (theta0, length) else None
+
+    def reuse(self, mixture: Mapping[str, float], name: str, folder: Path) -> TrainedAdapter | None:
+        """Copy the adapter of a training from theta0 on this mixture to a folder, where the run has made one.
+
+        The one adapter for all tasks may be it, or a calibrating fine-tuning. The copy has no record of its own.
+
+        Args:
+            mixture (`dict[str, float]`): weight of each task's rows.
+            name (`str`): name of the training in whose place the copy is.
+            folder (`Path`): where it goes.
+        """
+        found = run_on_main(lambda: self._same_training(mixture, folder))
+        if found is None:
+            return None
+        known, source = found
+        if source != folder:
+            self.context.run.forget_training(name)
+            if is_main_process():
+                write_folder_atomically(folder, lambda new: shutil.copytree(source, new, dirs_exist_ok=True))
+            wait_for_everyone()
+        return known
+
+    def _same_training(self, mixture: Mapping[str, float], copy: Path) -> tuple[TrainedAdapter, Path] | None:
+        """The record of the same training, and where its adapter lies: in its own place or in that of a copy."""
+        run, seed = self.context.run, self.context.args.seed
+        own = run.scored_adapter(mixture, seed)
+        for name, place in ((BASELINE, run.baseline), (_name_of(own), own)):
+            wanted = TrainedAdapter(name, dict(mixture), seed, self.training.theta0_fingerprint())
+            known = run.trained_adapter(name)
+            if known is None or known.status != "done" or not wanted.continues(known):
+                continue
+            if place.is_dir():
+                known.check_files(place)
+                return known, place
+            if copy.is_dir() and checksums(copy) == known.files:
+                return known, copy
+        return None
+
+    def discard(self, count: int) -> None:
+        """Delete the adapters of calibrating fine-tunings: what they are needed for is copied."""
+        for subset in calibration_subsets(self.context.tasks.names, count, self.context.args.seed):
+            self._remove(self.context.run.scored_adapter(subset, self.context.args.seed))
+
+    def _remove(self, folder: Path) -> None:
+        if is_main_process():
+            shutil.rmtree(folder, ignore_errors=True)
+        wait_for_everyone()
 
     def observed_runs(self, count: int) -> list[ObservedRun]:
-        """The fine-tunings that calibrate the estimates; those that the run does not hold yet are made."""
+        """The fine-tunings that calibrate the estimates; those that the run does not hold yet are made.
+
+        Their adapters stay until [`discard`].
+        """
         subsets = calibration_subsets(self.context.tasks.names, count, self.context.args.seed)
         return [
-            self.scored_run(subset, description=f"Calibration run {number}/{len(subsets)}").as_observed()
+            self.scored_run(
+                subset, description=f"Calibration run {number}/{len(subsets)}", keep_adapter=True
+            ).as_observed()
             for number, subset in enumerate(subsets, start=1)
         ]
 

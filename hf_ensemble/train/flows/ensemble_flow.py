@@ -3,17 +3,15 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from datasets import Dataset
 
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...ensemble import PeftEnsembleModel
 from ...errors import ConfigurationError
-from ...estimate import ObservedRun
 from ...evaluate import TaskScores
 from ...publish import write_model_card
-from ...runs import Estimate, TrainedAdapter, run_selector
+from ...runs import TrainedAdapter
 from ...select import Grouping
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .adapter_training import AdapterTraining
@@ -22,6 +20,7 @@ from .calibration import Calibration
 from .capturing import captured_gradients
 from .context import FlowContext
 from .evaluation import SystemEvaluation, flat_metrics
+from .group_trainings import GroupTrainings
 from .predictions import prediction_trainer
 from .stages import EVALUATION, FORWARD, TRAINING, Stage, begin_evaluation
 
@@ -44,6 +43,7 @@ class EnsembleFlow:
         self.training = AdapterTraining(context)
         self.evaluation = SystemEvaluation(context)
         self.calibration = Calibration(context, self.training, self.evaluation)
+        self.groups = GroupTrainings(context, self.training, self.calibration, self.num_calibration_runs())
         self.ensemble: PeftEnsembleModel | None = None
         self.grouping: Grouping | None = None
         self._adapters = Stage("adapter", "adapter")
@@ -96,22 +96,20 @@ class EnsembleFlow:
             with run.stage("baseline"):
                 baseline = self.training.run(BASELINE, tasks.names, run.baseline)
                 self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
-        self.grouping = self._group()
-        self._adapters.parts = {
-            name: 0.0 if name == self.grouping.baseline_group else self._work(name) for name in self.grouping.groups
-        }
+        self.grouping = self.groups.chosen()
+        self._know_groups(self.grouping)
 
     def train_groups(self) -> None:
         """Train the adapters of all groups."""
-        for name in self.grouping.groups:
-            with self.context.run.stage(f"adapter:{name}"):
-                self._train_group(name)
+        self.grouping = self.groups.train(self.grouping, self._know_groups)
+        self.calibration.discard(self.num_calibration_runs())
 
     def train_group(self, name: str) -> None:
         """Train the adapter of one group of a run whose groups are made; the run's record of stages is not touched.
 
         Raises:
-            `ConfigurationError`: for a run without groups, and an unknown one.
+            `ConfigurationError`:
+                For a run without groups, an unknown one, and one that is to be chosen anew before it is trained.
             `RunLockedError`: when another process trains it.
         """
         run = self.context.run
@@ -124,15 +122,9 @@ class EnsembleFlow:
         self.grouping = run_on_main(lambda: run.read(Grouping))
         if name not in self.grouping.groups:
             raise ConfigurationError(f"Unknown group {name!r}; the groups are {list(self.grouping.groups)}. Name one.")
+        self.groups.check_alone(self.grouping, name)
         with run.training_locked(name):
-            self._train_group(name)
-
-    def _train_group(self, name: str) -> None:
-        run = self.context.run
-        if name == self.grouping.baseline_group:
-            EnsembleAssembly(self.context, self.grouping).copy_baseline(name)
-        else:
-            self.training.run(name, self.grouping.mixtures[name], run.member(name), **self._beginning())
+            self.groups.train_group(self.grouping, name)
 
     def trainings(self) -> list[TrainedAdapter]:
         """The finished trainings that the ensemble rests on, in the order of their steps."""
@@ -140,38 +132,20 @@ class EnsembleFlow:
         names = {BASELINE, *groups, *self.calibration.training_names(self.num_calibration_runs())}
         return [own for own in run_on_main(self.context.run.trainings) if own.name in names]
 
-    def _beginning(self) -> dict[str, Any]:
-        """Where the groups' trainings begin, and how long they are."""
-        if self.context.args.group_initialization == "fresh":
-            return {}
-        return {"start": self.context.run.baseline, "length": self.context.args.continued_length}
-
-    def _work(self, group: str) -> float:
-        length = self._beginning().get("length", 1.0)
-        return self.training.num_rows(self.grouping.trained_on(group)) * length * TRAINING
+    def _know_groups(self, grouping: Grouping) -> None:
+        """Groups were chosen: their trainings can be announced."""
+        args = self.context.args
+        length = args.continued_length if args.group_initialization == "baseline" else 1.0
+        self._adapters.parts = {
+            name: 0.0
+            if name == grouping.baseline_group
+            else self.training.num_rows(grouping.trained_on(name)) * length * TRAINING
+            for name in grouping.groups
+        }
 
     def num_calibration_runs(self) -> int:
         """The one adapter for all is a run that exists anyway."""
         return max(self.context.args.calibration_runs, int(self.context.args.train_baseline))
-
-    def _group(self) -> Grouping:
-        run = self.context.run
-        with run.stage("group", Grouping, Estimate) as todo:
-            observed = self.calibration.observed_runs(self.num_calibration_runs())
-            if not todo:
-                return run_on_main(lambda: run.read(Grouping))
-            # One process predicts and chooses, the others take its choice.
-            grouping = run_on_main(lambda: self._chosen(observed))
-            wait_for_everyone()
-        return grouping
-
-    def _chosen(self, observed: list[ObservedRun]) -> Grouping:
-        args, run = self.context.args, self.context.run
-        selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
-        grouping = selector.group(**args.group_arguments(), has_baseline=args.train_baseline, seed=args.seed)
-        run.write(Estimate.of(selector.estimator, grouping))
-        run.write(grouping)
-        return grouping
 
     def scores(self, tables: Mapping[str, Dataset]) -> dict[str, dict[str, TaskScores]]:
         """Scores of the base model, the ensemble, and the baseline where it was trained, by task."""

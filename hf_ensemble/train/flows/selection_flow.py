@@ -84,7 +84,9 @@ class SelectionFlow:
         captured_gradients(self.context, self.training)
         self.selection = self._select()
         with run.stage(ADAPTER):
-            self.training.run(ADAPTER, self.selection.weights, run.adapter)
+            if self.calibration.reuse(self.selection.weights, ADAPTER, run.adapter) is None:
+                self.training.run(ADAPTER, self.selection.weights, run.adapter)
+        self.calibration.discard(self.num_calibration_runs())
         self.training.load(run.adapter)
         begin_evaluation(run)
         return self.evaluate(self.context.eval_tables, "eval")

@@ -1,0 +1,116 @@
+"""The choice of groups, and the training of their adapters, one after the other."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..._processes import run_on_main, wait_for_everyone
+from ...errors import ConfigurationError
+from ...estimate import ObservedRun
+from ...runs import Estimate, ScoredRun, TrainedAdapter, run_selector
+from ...select import Grouping
+from .adapter_training import AdapterTraining
+from .calibration import Calibration
+from .context import FlowContext
+
+
+class GroupTrainings:
+    """Chooses groups and trains their adapters; with mixtures, those that are left are chosen anew after each training.
+
+    Each adapter that was trained is evidence: its measured losses calibrate the predictions of those that are not, and
+    decide which tasks it serves. A choice is written before anything is trained by it and says what was trained until
+    then, so that a run that was killed goes on from its last one.
+
+    Args:
+        context (`FlowContext`): what the run works on.
+        training (`AdapterTraining`): trains.
+        calibration (`Calibration`): scores, and has the fine-tunings that calibrate.
+        num_calibration_runs (`int`): number of these.
+    """
+
+    def __init__(
+        self, context: FlowContext, training: AdapterTraining, calibration: Calibration, num_calibration_runs: int
+    ):
+        self.context = context
+        self.training = training
+        self.calibration = calibration
+        self.num_calibration_runs = num_calibration_runs
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether groups are chosen anew after each training."""
+        return self.context.args.grouping_method == "mixtures" and self.context.args.sequential_groups
+
+    def train(self, grouping: Grouping, on_choice: Callable[[Grouping], None]) -> Grouping:
+        """Every adapter is a member of the run's ensemble afterwards; returns the last choice.
+
+        Args:
+            grouping (`Grouping`): the choice so far.
+            on_choice (`Callable`): is called with each later choice before anything is trained by it.
+        """
+        run, done = self.context.run, set()
+        while name := next((own for own in grouping.groups if own not in done), None):
+            with run.stage(f"adapter:{name}"):
+                trained = self.train_group(grouping, name)
+            done.add(name)
+            is_new = name != grouping.baseline_group and name not in grouping.settings["trained"]
+            if is_new and self.is_sequential:
+                scored = self.calibration.score_trained(trained, run.member(name), f"Evaluating {name}")
+                grouping = self._chosen_again(grouping, name, scored)
+                on_choice(grouping)
+        return grouping
+
+    def check_alone(self, grouping: Grouping, name: str) -> None:
+        """Raise `ConfigurationError` where other groups have to be trained before this one."""
+        trained = grouping.settings["trained"] if self.is_sequential else {}
+        left = [own for own in grouping.groups if own not in trained and own != grouping.baseline_group]
+        if self.is_sequential and name in left[1:]:
+            raise ConfigurationError(
+                f"{name} is chosen anew when {left[0]} is trained, and cannot be trained before it. Train {left[0]}, "
+                "or set sequential_groups=False for groups that are trained beside each other."
+            )
+
+    def train_group(self, grouping: Grouping, name: str) -> TrainedAdapter:
+        """Train the adapter of a group, or copy one that was trained alike."""
+        run, args, mixture = self.context.run, self.context.args, grouping.mixtures[name]
+        if args.group_initialization == "baseline" and name != grouping.baseline_group:
+            start = {"start": run.baseline, "length": args.continued_length}
+            return self.training.run(name, mixture, run.member(name), **start)
+        known = self.calibration.reuse(mixture, name, run.member(name))
+        return self.training.run(name, mixture, run.member(name)) if known is None else known
+
+    def chosen(self) -> Grouping:
+        """The run's last choice; the first one is made by the fine-tunings that calibrate."""
+        run = self.context.run
+        with run.stage("group", Grouping, Estimate) as todo:
+            observed = self.calibration.observed_runs(self.num_calibration_runs)
+            if not todo:
+                return run_on_main(lambda: run.read(Grouping))
+            return self._choose(observed, {})
+
+    def _chosen_again(self, grouping: Grouping, name: str, scored: ScoredRun) -> Grouping:
+        """The choice that follows when a group's adapter was trained."""
+        before = {own: ObservedRun(**run) for own, run in grouping.settings["trained"].items()}
+        trained = {**before, name: scored.as_observed()}
+        observed = self.calibration.observed_runs(self.num_calibration_runs)
+        if self.context.args.group_initialization == "fresh":
+            known = [run.mixture for run in observed]
+            observed = [*observed, *(run for run in trained.values() if run.mixture not in known)]
+        with self.context.run.stage(f"group:{name}"):
+            return self._choose(observed, trained)
+
+    def _choose(self, observed: Sequence[ObservedRun], trained: Mapping[str, ObservedRun]) -> Grouping:
+        """One process predicts and chooses, the others take its choice."""
+        grouping = run_on_main(lambda: self._choice(observed, trained))
+        wait_for_everyone()
+        return grouping
+
+    def _choice(self, observed: Sequence[ObservedRun], trained: Mapping[str, ObservedRun]) -> Grouping:
+        args, run = self.context.args, self.context.run
+        selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
+        options: dict[str, Any] = {"trained": trained} if args.grouping_method == "mixtures" else {}
+        # The adapter for all tasks is the first fine-tuning that calibrates.
+        has_baseline = self.num_calibration_runs > 0
+        grouping = selector.group(**args.group_arguments(), has_baseline=has_baseline, seed=args.seed, **options)
+        run.write(Estimate.of(selector.estimator, grouping))
+        run.write(grouping)
+        return grouping
