@@ -84,3 +84,11 @@ def check_weights(weights: Mapping[str, Mapping[str, float]], members: list[str]
             raise EnsembleError(
                 f"{prefix} weights of {task!r} must be finite numbers and not all zero, found {dict(row)}."
             )
+
+
+def check_scales(scales: Mapping[str, float], where: str = "") -> None:
+    """Raise [`EnsembleError`] for a task's scale that is not a finite number above 0."""
+    prefix = f"{where}: expected" if where else "Expected"
+    for task, scale in checked_mapping("the scales by task", scales, EnsembleError).items():
+        if not isinstance(scale, Real) or isinstance(scale, bool) or not isfinite(scale) or scale <= 0:
+            raise EnsembleError(f"{prefix} the scale of {task!r} to be a finite number above 0, found {scale!r}.")

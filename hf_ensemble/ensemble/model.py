@@ -16,7 +16,7 @@ from ..models.answer_scorer import check_answers
 from ..models.inputs import is_encoder_decoder, prepare_inputs
 from ..tasks import AnswerScores, LabelSpace
 from .adapter_identity import AdapterIdentity
-from .forward.combination import check_combination
+from .forward.combination import SCALED_COMBINATIONS, check_combination
 from .forward.combined_forward import CombinedForward
 from .forward.generation import check_generation, generate_by_outputs
 from .forward.inference import MemberForward
@@ -26,7 +26,7 @@ from .forward.scoring import MemberTokens, answer_loss
 from .forward.summed import summed_weights
 from .forward.task_model import TaskModel
 from .forward.task_weights import Tasks, check_known, label_mask, tasks_of_rows, weight_rows
-from .members import BaseModelReference, EnsembleMember, check_members, check_weights
+from .members import BaseModelReference, EnsembleMember, check_members, check_scales, check_weights
 from .merging.merge import MergedAdapter, merge_adapters
 from .saving.files import base_reference
 from .saving.mixin import SavingMixin
@@ -55,6 +55,9 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         routing (`str`, *optional*):
             Weights for rows of no known task: `default` uses `default_weights`, `prompt` weighs each adapter by how
             well it predicts the prompt. Without it such rows are refused.
+        scales (`dict[str, float]`, *optional*):
+            By task, what its combined logits are multiplied by (the inverse of a temperature), 1 for tasks left out.
+            For the combinations `logits` and `log_probs`; others, and merged adapters, are as they are without.
 
     Attributes:
         fused (`bool`): whether to run all adapters of a batch at once. Set to `False` to run one after the other, which
@@ -85,6 +88,7 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         base_model: BaseModelReference | None = None,
         combination: str = "logits",
         routing: str | None = None,
+        scales: Mapping[str, float] | None = None,
     ):
         super().__init__()
         if isinstance(members, str) or not isinstance(members, Sequence):
@@ -101,6 +105,8 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         self.model = model
         self.weights = {task: dict(row) for task, row in (weights or {}).items()}
         self.default_weights = dict(default_weights)
+        check_scales(scales or {})
+        self.scales = dict(scales or {})
         self.label_space = label_space
         self.base_model_reference = base_model or base_reference(model)
         self.combination = combination
@@ -181,7 +187,7 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         self._adapters.check(self.model)
 
     def row_weights(self, task: Tasks, batch_size: int) -> torch.Tensor:
-        """Weight of each adapter for each row, `(batch_size, members)`.
+        """Weight of each adapter for each row, `(batch_size, members)`, times the scale of the row's task.
 
         Args:
             task (`str` or `Sequence[str]`, *optional*): one task for all rows, or one per row. Rows of no known task
@@ -192,7 +198,10 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
             `EnsembleError`: for a list of another length than the batch.
         """
         tasks = tasks_of_rows(task, batch_size)
-        return weight_rows(tasks, self.weights, self.default_weights, self.adapter_names, self.device)
+        weights = weight_rows(tasks, self.weights, self.default_weights, self.adapter_names, self.device)
+        if self.combination not in SCALED_COMBINATIONS or not self.scales:
+            return weights
+        return weights * weights.new_tensor([[self.scales.get(task, 1.0)] for task in tasks])
 
     def _routed_weights(self, task, routing: str | None, inputs: Mapping[str, Any], labels=None) -> torch.Tensor:
         """[`row_weights`], with rows of no known task as the routing has it."""
@@ -389,8 +398,8 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
             dataset (`dict[str, Dataset]` or rows with a column `task`):
                 Rows of token ids and labels, by task. Use rows that the adapters were not trained on.
             constraint (`str`, *optional*, defaults to `"simplex"`): `simplex`, `nonnegative` or `unconstrained`.
-            options: `data_collator`, `batch_size`, `min_weight`, `max_values`, `max_rows`, `seed` and
-                `mixed_precision`.
+            options: `data_collator`, `batch_size`, `min_weight`, `max_values`, `max_rows`, `seed`, `mixed_precision`,
+                `cross_validate` and `own_adapters`.
 
         Returns:
             [`WeightFit`]: the weights, with the losses of equal weights and of single adapters.
@@ -401,6 +410,7 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         default = fit.weights_of(fit.overall)
         check_weights({**weights, "default": default}, self.adapter_names)
         self.weights, self.default_weights = weights, default
+        self.scales = {task: scale for task, scale in self.scales.items() if task not in fit.tasks} | fit.scales
         return fit
 
     def vllm_obstacles(self) -> dict[str, list[str]]:

@@ -263,14 +263,22 @@ class EnsembleWeights(Record):
         losses (`dict[str, dict[str, float]]`, *optional*):
             Where weights were fitted: validation loss of each task with the `fitted` weights, with equal ones
             (`uniform`) and with the best single adapter (`one_hot`), on the rows that they were fitted to.
+        scales (`dict[str, float]`, *optional*): what a task's combined logits are multiplied by, where it is not 1.
+        cross_validated (`dict[str, dict[str, float]]`, *optional*):
+            Where weights were cross-validated: loss of each task on the rows that weights were not fitted to, with
+            each candidate and with the `chosen` weights, see [`CrossValidation`].
+        shares (`dict[str, dict[str, float]]`, *optional*): share of each candidate in a task's weights.
         answered (`dict[str, dict[str, float]]`, *optional*):
             Where weights were chosen by generated answers: the metric of each task with each of the weights it was
             chosen from (`fitted`, `own_group`, `one_hot`, `uniform`).
     """
 
     format = "hf_ensemble.ensemble_weights"
-    format_version = 2
+    format_version = 3
 
     weights: dict[str, dict[str, float]]
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    cross_validated: dict[str, dict[str, float]] = field(default_factory=dict)
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
     answered: dict[str, dict[str, float]] = field(default_factory=dict)

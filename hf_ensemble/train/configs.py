@@ -19,7 +19,7 @@ from .inputs.trackers import check_trackers
 logger = get_logger(__name__)
 
 HEADS = ("auto", "label_similarity", "linear")
-WEIGHTINGS = ("fitted", "own_group", "answers")
+WEIGHTINGS = ("cross_validated", "fitted", "own_group", "answers")
 # Orders of the rows that drawing them by weight leaves open.
 _ORDERS_OF_DRAWN_ROWS = ("random", "group_by_length")
 # LoRA needs about ten times the learning rate of full fine-tuning.
@@ -215,11 +215,13 @@ class EnsembleArguments(GroupingSettings, RunArguments):
         },
     )
     ensemble_weights: str = field(
-        default="fitted",
+        default="cross_validated",
         metadata={
-            "help": "'fitted' gives each task the weights with the least validation loss, 'own_group' only the adapter "
-            "of its own group, 'answers' whichever of these, equal weights and the best single adapter has the best "
-            "metric of generated answers."
+            "help": "'cross_validated' fits each task's weights to its validation rows and shrinks them as far as "
+            "lowers the loss of rows that they were not fitted to. 'fitted' takes the weights with the least "
+            "validation loss, 'own_group' only the adapter of the task's own group, 'answers' whichever of the "
+            "cross-validated ones, the own group, equal weights and the best single adapter has the best metric of "
+            "generated answers."
         },
     )
 

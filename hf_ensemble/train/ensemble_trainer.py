@@ -50,7 +50,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
         if self.args.ensemble_weights == "answers" and not self.answer_metrics:
             raise ConfigurationError(
                 "ensemble_weights='answers' chooses weights by generated answers, and there are no answer_metrics. "
-                "Pass answer_metrics=AnswerMetric(...), or set ensemble_weights='fitted'."
+                "Pass answer_metrics=AnswerMetric(...), or leave ensemble_weights out."
             )
 
     def _run_choices(self) -> dict[str, Any]:

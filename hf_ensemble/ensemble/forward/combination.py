@@ -6,6 +6,8 @@ from ..._settings import check_one_of
 from ...errors import EnsembleError
 
 COMBINATIONS = ("logits", "log_probs", "probs", "weights")
+# Those whose weights may have any sum: it scales the logits.
+SCALED_COMBINATIONS = ("logits", "log_probs")
 
 
 class CombinedOutputs:

@@ -15,7 +15,7 @@ from ...errors import EnsembleError, EnsembleLoadError, RecordError
 from ...models import LabelHead
 from ..forward.combination import COMBINATIONS
 from ..forward.routing import ROUTINGS
-from ..members import BaseModelReference, EnsembleMember, check_adapter_name, check_weights
+from ..members import BaseModelReference, EnsembleMember, check_adapter_name, check_scales, check_weights
 from .untrusted import REMEDY, checked_file, read_object
 
 CONFIG_NAME = "ensemble_config.json"
@@ -41,6 +41,7 @@ class SavedEnsembleConfig:
         routing (`str`, *optional*): see [`PeftEnsembleModel`].
         files (`dict[str, dict[str, str]]`): checksums of each adapter's files; taken anew when the ensemble is saved.
         tags (`list[str]`): the model's tags, for the card.
+        scales (`dict[str, float]`): see [`PeftEnsembleModel`].
     """
 
     base_model: BaseModelReference
@@ -53,6 +54,7 @@ class SavedEnsembleConfig:
     routing: str | None = None
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
+    scales: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the configuration beside the adapters, with their checksums."""
@@ -127,6 +129,7 @@ class SavedEnsembleConfig:
                 data.get("routing"),
                 data.get("files", {}),
                 list(data.get("tags", [])),
+                dict(data.get("scales", {})),
             )
             config.check()
             check_checksum(data, str(path), REMEDY)
@@ -156,6 +159,7 @@ class SavedEnsembleConfig:
             raise EnsembleLoadError(f"{CONFIG_NAME}: two members have the same name, found {names}.")
         check_weights(self.weights, names, CONFIG_NAME)
         check_weights({"default": self.default_weights}, names, CONFIG_NAME)
+        check_scales(self.scales, CONFIG_NAME)
         if self.label_space is not None:
             outputs = len(self.label_space["names"])
             for task, labels in self.label_space["task_labels"].items():

@@ -55,6 +55,7 @@ class SavingMixin:
             combination=self.combination,
             routing=self.routing,
             tags=list(self.model_tags or []),
+            scales=self.scales,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -140,6 +141,7 @@ class SavingMixin:
             config.base_model,
             config.combination,
             config.routing,
+            config.scales,
         ).eval()
         if config.tags:
             ensemble.add_model_tags(config.tags)

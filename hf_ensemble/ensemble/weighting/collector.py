@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
@@ -15,6 +16,7 @@ from ...models.precision import autocast
 from ...tasks import IGNORE_INDEX, pop_meta, token_scores
 from ..forward.scoring import MemberTokens
 from .collation import Collator
+from .objectives import Objective, logits_losses, logits_objective, probs_losses, probs_objective
 from .sampling import evenly_spaced, spread_sample, tokens_per_row
 
 logger = get_logger(__name__)
@@ -47,11 +49,49 @@ class CollectedAnswers:
             Logits `(m, n, V)` of each adapter; or only the log-probabilities `(m, n)` of the answer tokens.
         targets (`torch.Tensor` of shape `(n,)`): the answer tokens.
         rows (`torch.Tensor` of shape `(n,)`): number of the row that each token belongs to, from 0 on.
+        tokens (`torch.Tensor` of shape `(n,)`, *optional*): these tokens' numbers where the values hold others too.
     """
 
     values: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.rows.max()) + 1
+
+    def objective(self, combination: str) -> Objective:
+        """Mean loss over the rows, with gradient and Hessian, as a function of the weights."""
+        if combination == "probs":
+            return probs_objective(self._log_probs(), self.rows)
+        return logits_objective(self.values, self.targets, self.rows, self.tokens)
+
+    def row_losses(self, weights: np.ndarray, combination: str) -> np.ndarray:
+        """Loss of each row, `(J, rows)`, under each of J sets of weights `(J, m)`."""
+        if combination == "probs":
+            return probs_losses(self._log_probs(), self.rows, weights)
+        return logits_losses(self.values, self.targets, self.rows, weights, self.tokens)
+
+    def of_rows(self, numbers: np.ndarray) -> "CollectedAnswers":
+        """The answers of some rows, numbered anew; the values are shared."""
+        renumbered = torch.full((self.num_rows,), -1)
+        renumbered[torch.from_numpy(numbers)] = torch.arange(len(numbers))
+        kept = (renumbered[self.rows] >= 0).nonzero().squeeze(1)
+        tokens = kept if self.tokens is None else self.tokens[kept]
+        return CollectedAnswers(self.values, self.targets[kept], renumbered[self.rows[kept]], tokens)
+
+    def combined(self, weights: np.ndarray) -> "CollectedAnswers":
+        """The combined logits, as those of a single adapter."""
+        values = self.values if self.tokens is None else self.values[:, self.tokens]
+        impossible = values.isneginf().any(0)
+        mixed = torch.einsum("m,mnv->nv", torch.from_numpy(weights).to(values), values.masked_fill(impossible, 0.0))
+        return CollectedAnswers(mixed.masked_fill(impossible, float("-inf"))[None], self.targets, self.rows)
+
+    def _log_probs(self) -> torch.Tensor:
+        """Log-probability of each answer token under each adapter, `(m, n)`."""
+        values = self.values if self.tokens is None else self.values[:, self.tokens]
+        return values if values.dim() == 2 else torch.stack([token_scores(own, self.targets)[0] for own in values])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def bounds_of(constraint: str) -> tuple[float, float]:
 
 
 def minimize_convex(
-    objective: Objective, start: np.ndarray, constraint: str, max_steps: int = 100
+    objective: Objective, start: np.ndarray, constraint: str, max_steps: int = 100, tolerance: float = _TOLERANCE
 ) -> tuple[np.ndarray, float, float]:
     """Newton's method with the constraint kept in every quadratic model and a line search, so no step ascends.
 
@@ -32,6 +32,7 @@ def minimize_convex(
         start (`np.ndarray` of shape `(m,)`): a feasible point.
         constraint (`str`): one of [`CONSTRAINTS`].
         max_steps (`int`): at most.
+        tolerance (`float`): gap to stop at.
 
     Returns:
         `tuple`: the point, its value, and the gap: a bound, from convexity, on how far the value is above the
@@ -43,7 +44,7 @@ def minimize_convex(
     value, gradient, hessian = objective(point)
     gap = _gap(point, gradient, low, high, on_simplex)
     for _ in range(max_steps):
-        if gap <= _TOLERANCE:
+        if gap <= tolerance:
             break
         target = _quadratic_minimum(point, gradient, hessian, low, high, on_simplex)
         if gradient @ (target - point) >= 0:

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ..._settings import check_at_least, check_number, check_one_of, checked_mapping
+from ..._settings import check_at_least, check_flag, check_number, check_one_of, checked_mapping
 from ...errors import EnsembleError
 from ...models.precision import MIXED_PRECISIONS
 from ...models.wrappers import evaluation_mode
 from ...tasks import TASK
 from .collation import Collator, default_collator
-from .collector import AnswerCollector, Members, Rows
-from .objectives import FittedWeights, Objective, check_constraint, fit_objective, logits_objective, probs_objective
+from .collector import AnswerCollector, CollectedAnswers, Members, Rows
+from .cross_validation import check_own_adapters, cross_validated_weights
+from .objectives import FittedWeights, check_constraint, fit_objective
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,18 @@ class WeightFit:
         """Weight of each adapter, without those of weight 0."""
         return {name: float(w) for name, w in zip(self.adapter_names, fitted.weights) if w}
 
+    @property
+    def scales(self) -> dict[str, float]:
+        """What each task's combined logits are multiplied by, where it is not 1."""
+        return {task: fitted.scale for task, fitted in self.tasks.items() if fitted.scale != 1.0}
+
     def report(self) -> dict[str, dict[str, float]]:
-        """Mean example loss of each task and of `overall`: `fitted`, `uniform`, `one_hot` (the best single adapter),
-        and `gap`, a bound on how far `fitted` is above the optimum."""
+        """Mean example loss, in nats, of each task and of `overall` on the rows themselves.
+
+        `fitted` is that of the weights with their scale, `uniform` of equal weights, `one_hot` of the best single
+        adapter, and `gap` bounds how far `fitted` is above the least loss of any weights. What weights are chosen by
+        are the losses of rows that they were not fitted to: `tasks[name].validation`.
+        """
         return {
             task: {
                 "fitted": fitted.loss,
@@ -59,12 +69,15 @@ def fit_ensemble(
     max_rows: int | None = None,
     seed: int = 0,
     mixed_precision: str = "no",
+    cross_validate: bool = True,
+    own_adapters: Mapping[str, Mapping[str, float]] | None = None,
 ) -> WeightFit:
     """Fit the weights of each task, and one set of weights for all tasks, on the adapters' outputs.
 
-    Every adapter runs once over the rows; the mean loss of the combined outputs is convex in the weights and is
-    minimised on the kept logits. The ensemble stays as it is. Results depend on the rows and the seed, and on the batch
-    size by rounding only.
+    Every adapter runs once over the rows; everything else is found on the kept logits, in which the mean loss of the
+    combined outputs is convex in the weights. A task's weights are chosen by cross-validation, see
+    [`cross_validated_weights`]; those for all tasks, which rest on all rows, are the optimum. The ensemble stays as it
+    is. Results depend on the rows and the seed, and on the batch size by rounding only.
 
     Args:
         ensemble ([`PeftEnsembleModel`]): the ensemble.
@@ -79,6 +92,10 @@ def fit_ensemble(
         max_rows (`int`, *optional*): most rows of a task; a seeded sample is drawn from larger ones.
         seed (`int`, *optional*, defaults to 0): seed of the samples.
         mixed_precision (`str`, *optional*, defaults to `"no"`): `"bf16"` or `"fp16"` runs the adapters under autocast.
+        cross_validate (`bool`, *optional*, defaults to `True`):
+            Set to `False` for the weights with the least loss on these rows, which overfit few of them.
+        own_adapters (`dict[str, dict[str, float]]`, *optional*):
+            By task, weights of the adapters that were trained for it: what its weights are shrunk towards.
 
     Returns:
         [`WeightFit`]: the weights, with the losses of equal weights and of single adapters.
@@ -96,6 +113,8 @@ def fit_ensemble(
     check_at_least("seed", seed, 0, error=EnsembleError)
     check_number("min_weight", min_weight, 0, 1, error=EnsembleError)
     check_one_of("mixed_precision", mixed_precision, MIXED_PRECISIONS, EnsembleError)
+    check_flag("cross_validate", cross_validate, EnsembleError)
+    own_adapters = check_own_adapters(own_adapters, ensemble.adapter_names)
     if ensemble.combination == "weights":
         raise EnsembleError(
             "With the combination 'weights' the loss is not convex in the weights: fit them with combination='logits', "
@@ -119,25 +138,43 @@ def fit_ensemble(
             f"max_values={max_values} holds no answer token of {len(ensemble.adapter_names)} adapters for each of "
             f"{len(tables)} tasks. Pass max_values={least} or more."
         )
-    objectives: dict[str, Objective] = {}
     with evaluation_mode(ensemble):
-        for task, rows in tables.items():
-            answers = collect(task, rows)
-            objectives[task] = (
-                probs_objective(answers.values, answers.rows)
-                if is_mixture
-                else logits_objective(answers.values, answers.targets, answers.rows)
-            )
+        answers = {task: collect(task, rows) for task, rows in tables.items()}
+    names, combination = ensemble.adapter_names, ensemble.combination
+    optima = {
+        task: fit_objective(own.objective(combination), len(names), constraint, combination, min_weight)
+        for task, own in answers.items()
+    }
+    overall = _overall(answers, optima, names, constraint, combination, min_weight)
+    if not cross_validate:
+        return WeightFit(names, optima, overall)
+    chosen = {
+        task: cross_validated_weights(
+            own, names, combination, optima[task], own_adapters.get(task), min_weight, seed=seed
+        )
+        for task, own in answers.items()
+    }
+    return WeightFit(names, chosen, overall)
 
-    def overall(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        parts = [objective(w) for objective in objectives.values()]
+
+def _overall(
+    answers: Mapping[str, CollectedAnswers],
+    optima: Mapping[str, FittedWeights],
+    names: list[str],
+    constraint: str,
+    combination: str,
+    min_weight: float,
+) -> FittedWeights:
+    """One set of weights for all tasks, which count equally."""
+    if len(optima) == 1:
+        return next(iter(optima.values()))
+    objectives = [own.objective(combination) for own in answers.values()]
+
+    def objective(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        parts = [own(w) for own in objectives]
         return tuple(sum(values) / len(parts) for values in zip(*parts))
 
-    def fitted(objective: Objective) -> FittedWeights:
-        return fit_objective(objective, len(ensemble.adapter_names), constraint, ensemble.combination, min_weight)
-
-    own = {task: fitted(objective) for task, objective in objectives.items()}
-    return WeightFit(ensemble.adapter_names, own, fitted(overall))
+    return fit_objective(objective, len(names), constraint, combination, min_weight)
 
 
 def _by_task(dataset: "Mapping[str, Rows] | Rows") -> dict[str, Rows]:

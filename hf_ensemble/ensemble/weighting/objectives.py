@@ -1,6 +1,6 @@
 """The weights of a task's adapters as a convex problem on their logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +28,8 @@ class FittedWeights:
         uniform_loss (`float`): loss with equal weights.
         one_hot_losses (`np.ndarray` of shape `(m,)`): loss of each adapter alone.
         constraint (`str`): `simplex`, `nonnegative` or `unconstrained`.
+        scale (`float`): what the combined logits are multiplied by; the losses of other weights are without it.
+        validation ([`CrossValidation`], *optional*): what the weights were chosen by, unless they are the optimum.
     """
 
     weights: np.ndarray
@@ -36,6 +38,24 @@ class FittedWeights:
     uniform_loss: float = float("nan")
     one_hot_losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
     constraint: str = "simplex"
+    scale: float = 1.0
+    validation: "CrossValidation | None" = None
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """Losses, in nats, of rows that the weights were not fitted to.
+
+    Args:
+        losses (`dict[str, float]`):
+            Mean loss of each candidate, of the `chosen` weights and, where these have a scale, of the same with scale 1
+            (`unscaled`). Candidates are `uniform`, each adapter alone by its name, the task's `own` adapters, `fitted`,
+            and the fitted weights shrunk towards one of the former (`fitted, 0.25 best`).
+        shares (`dict[str, float]`): share of each candidate in the chosen weights.
+    """
+
+    losses: dict[str, float]
+    shares: dict[str, float]
 
 
 def check_constraint(constraint: str, combination: str) -> None:
@@ -67,18 +87,21 @@ def _token_shares(rows: torch.Tensor) -> torch.Tensor:
     return 1.0 / (counts[rows].double() * int((counts > 0).sum()))
 
 
-def logits_objective(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> Objective:
-    """Value, gradient and Hessian of [`mixed_loss`] in the weights, in float64."""
+def logits_objective(
+    logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor | None = None
+) -> Objective:
+    """Value, gradient and Hessian of [`mixed_loss`] in the weights, in float64.
+
+    With `tokens`, `(n,)`, the targets and rows are those of some of the logits' tokens.
+    """
     shares = _token_shares(rows)
-    members, tokens, width = logits.shape
-    step = max(1, _CHUNK_VALUES // (members * width))
+    members = len(logits)
 
     def objective(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         weights = torch.tensor(w, dtype=torch.float64)
         value, gradient, hessian = 0.0, torch.zeros(members).double(), torch.zeros(members, members).double()
-        for start in range(0, tokens, step):
-            own = logits[:, start : start + step].double()
-            share, target = shares[start : start + step], targets[start : start + step]
+        for part, own in _chunks(logits, len(targets), tokens):
+            share, target = shares[part], targets[part]
             impossible = own.isneginf().any(0)
             own = own.masked_fill(impossible, 0.0)
             combined = torch.einsum("m,mnv->nv", weights, own).masked_fill(impossible, float("-inf"))
@@ -94,6 +117,45 @@ def logits_objective(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Te
         return value, gradient.numpy(), hessian.numpy()
 
     return objective
+
+
+def logits_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor,
+    weights: np.ndarray,
+    tokens: torch.Tensor | None = None,
+) -> np.ndarray:
+    """Loss of each example, `(J, examples)`, under each of J sets of weights `(J, m)`; see [`logits_objective`]."""
+    mixes = torch.tensor(weights, dtype=torch.float64)
+    losses = torch.empty(len(mixes), len(targets), dtype=torch.float64)
+    for part, own in _chunks(logits, len(targets), tokens):
+        impossible = own.isneginf().any(0)
+        own = own.masked_fill(impossible, 0.0)
+        for mix, row in zip(mixes, losses):
+            combined = torch.einsum("m,mnv->nv", mix, own).masked_fill(impossible, float("-inf"))
+            row[part] = torch.nn.functional.cross_entropy(combined, targets[part], reduction="none")
+    return _example_means(losses, rows)
+
+
+def _chunks(logits: torch.Tensor, count: int, tokens: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Consecutive tokens, and their logits in float64, a few at a time."""
+    step = max(1, _CHUNK_VALUES // (logits.shape[0] * logits.shape[2]))
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        yield part, logits[:, part if tokens is None else tokens[part]].double()
+
+
+def probs_losses(log_probs: torch.Tensor, rows: torch.Tensor, weights: np.ndarray) -> np.ndarray:
+    """The same for the mean of the adapters' distributions, from log-probabilities `(m, n)` of the answer tokens."""
+    shares = torch.tensor(weights, dtype=torch.float64)
+    return _example_means(-torch.logsumexp(shares.log().unsqueeze(-1) + log_probs.double(), 1), rows)
+
+
+def _example_means(losses: torch.Tensor, rows: torch.Tensor) -> np.ndarray:
+    """Mean over each example's tokens, `(J, examples)`, of losses `(J, n)`."""
+    counts = torch.bincount(rows)
+    return (torch.zeros(len(losses), len(counts)).double().index_add_(1, rows, losses) / counts).numpy()
 
 
 def probs_objective(log_probs: torch.Tensor, rows: torch.Tensor) -> Objective:

@@ -59,12 +59,15 @@ class EnsembleAssembly:
             if todo:
                 run.write(self._weights(members, shared))
                 wait_for_everyone()
-        weights = run_on_main(lambda: run.read(EnsembleWeights)).weights
+        chosen = run_on_main(lambda: run.read(EnsembleWeights))
+        weights = chosen.weights
         if any(BASELINE in row for row in weights.values()):
             self._copy_baseline()
             members.append(shared)
         self._load(members)
-        ensemble = PeftEnsembleModel(self.context.model, members, weights, label_space=self.context.label_space)
+        ensemble = PeftEnsembleModel(
+            self.context.model, members, weights, label_space=self.context.label_space, scales=chosen.scales
+        )
         if is_main_process():
             ensemble.ensemble_config().save(run.ensemble)
             with writing(run.ensemble):
@@ -84,17 +87,23 @@ class EnsembleAssembly:
         # Each task is one process's: its weights are then those that a single process would find.
         own = split_between_processes(list(self.context.tasks))
         fits = [fit for part in run_on_all(lambda: self._fits(ensemble, own)) for fit in part]
-        weights, losses = {}, {}
+        found = EnsembleWeights({})
         for task in self.context.tasks:
             fit = next(fit for fit in fits if task in fit.tasks)
-            weights[task] = fit.weights_of(fit.tasks[task])
-            losses[task] = {key: value for key, value in fit.report()[task].items() if key != "gap"}
-        answered = {}
+            found.weights[task] = fit.weights_of(fit.tasks[task])
+            found.losses[task] = {key: value for key, value in fit.report()[task].items() if key != "gap"}
+            found.scales.update(fit.scales)
+            validation = fit.tasks[task].validation
+            if validation is not None:
+                found.cross_validated[task], found.shares[task] = validation.losses, validation.shares
         if args.ensemble_weights == "answers":
             for task in self.context.answers.metrics:
                 fit = next(fit for fit in fits if task in fit.tasks)
-                weights[task], answered[task] = self._by_answers(ensemble, task, fit)
-        return EnsembleWeights(weights, losses, answered)
+                fitted = found.weights[task]
+                found.weights[task], found.answered[task] = self._by_answers(ensemble, task, fit)
+                if found.weights[task] != fitted:
+                    found.scales.pop(task, None)
+        return found
 
     def _by_answers(
         self, ensemble: PeftEnsembleModel, task: str, fit: WeightFit
@@ -132,6 +141,8 @@ class EnsembleAssembly:
                 max_rows=_WEIGHT_ROWS,
                 seed=args.seed,
                 mixed_precision=self.context.mixed_precision,
+                cross_validate=args.ensemble_weights != "fitted",
+                own_adapters={task: {self.grouping.group_of(task): 1.0}},
             )
             for task in tasks
         ]
