@@ -45,11 +45,12 @@ def cross_validated_weights(
 ) -> FittedWeights:
     """Weights for rows like these, rather than for these rows.
 
-    The candidates are equal weights, every adapter alone, the optimum on the rows, and this optimum shrunk towards equal
-    weights, towards the task's own adapters and towards whichever simple candidate is best. Each is found anew without
-    each fold of the rows and scored on it. The result is the mean of the candidates with shares in proportion to the likelihood of the
-    left-out answers, exp(-n loss) for n answer tokens (pseudo-BMA, [1704.02030](https://arxiv.org/abs/1704.02030)): a
-    clear winner takes all, and differences that are noise are averaged over.
+    The candidates are equal weights, every adapter alone, the optimum on the rows, and this optimum shrunk towards
+    equal weights, the task's own adapters and whichever simple candidate is best. Each is found anew without each fold
+    of the rows and scored on it. The result is the mean of the candidates with shares in proportion to the likelihood
+    of the left-out answers, exp(-n loss) for n answer tokens (pseudo-BMA,
+    [1704.02030](https://arxiv.org/abs/1704.02030)): a clear winner takes all, and differences that are noise are
+    averaged over.
 
     A scale of the combined logits is fitted last, under a prior that keeps it near 1, and used where it lowers the
     cross-validated loss by more than the standard error of the difference over the rows.
