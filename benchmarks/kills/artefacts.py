@@ -17,7 +17,8 @@ def artefacts(folder: Path) -> dict[str, Any]:
     found = {}
     for top in ("run", "saved"):
         for path in sorted((folder / top).rglob("*")):
-            if path.is_file():
+            # A page shows times.
+            if path.is_file() and path.name != "report.html":
                 found[path.relative_to(folder).as_posix()] = _content(path)
     return found
 

@@ -148,6 +148,14 @@ COMMANDS = [
         True,
     ),
     Command(
+        "report",
+        "write the page of a finished run: one HTML file",
+        ".commands.report",
+        "hf-ensemble report run",
+        (("Report", ("cli.saved_arguments:ReportArguments",)),),
+        ("run",),
+    ),
+    Command(
         "push",
         "upload the ensemble of a run to the Hub, with its card",
         ".commands.push",

@@ -70,6 +70,14 @@ class ExportArguments(SavedArguments):
 
 
 @dataclass
+class ReportArguments:
+    """What `hf-ensemble report` takes."""
+
+    run: str | None = field(default=None, metadata={"help": "output_dir of a finished run; also without --run."})
+    output: str | None = field(default=None, metadata={"help": "The file; report.html in the run by default."})
+
+
+@dataclass
 class PushArguments:
     """What `hf-ensemble push` takes."""
 

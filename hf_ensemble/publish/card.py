@@ -77,7 +77,7 @@ class EnsembleCardData:
             tasks={} if tasks is None else tasks.tasks,
             grouping=read(Grouping),
             evaluation=read(Evaluation) or Evaluation(),
-            configuration=_public(configuration),
+            configuration=public_values(configuration),
             estimate=read(Estimate),
             chosen_lengths={
                 name: own for name, own in trained.items() if own is not None and own.best_step is not None
@@ -168,12 +168,12 @@ def public_name(name: str | None) -> str | None:
     return Path(name).name if name and Path(name).is_absolute() else name
 
 
-def _public(value: Any) -> Any:
+def public_values(value: Any) -> Any:
     """A configuration with [`public_name`] applied to every string in it."""
     if isinstance(value, dict):
-        return {key: _public(entry) for key, entry in value.items()}
+        return {key: public_values(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_public(entry) for entry in value]
+        return [public_values(entry) for entry in value]
     return public_name(value) if isinstance(value, str) else value
 
 

@@ -148,7 +148,7 @@ def example_scores(scores: ExampleScores, path: Path, most: int = 30) -> None:
         axes.axvline(0, color=GREY, linewidth=0.8, zorder=0)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
         axes.set_xlabel("how much drawing a row once more lowers the predicted loss (nats)")
         axes.set_title(f"Scores of training rows for {_shortened(', '.join(scores.targets), 40)}")
 

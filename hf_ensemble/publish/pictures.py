@@ -40,7 +40,7 @@ def affinity_heat_map(grouping: Grouping, path: Path) -> None:
         axes.set_xlabel("trained beside")
         axes.set_ylabel("task")
         axes.set_title("Predicted affinity, boxes are groups")
-        axes.figure.colorbar(image, ax=axes, shrink=0.8, label="loss below usual (spreads)")
+        axes.figure.colorbar(image, ax=axes, shrink=0.8, label="loss below usual (nats)")
 
 
 def fidelity_picture(report: Any, path: Path) -> None:

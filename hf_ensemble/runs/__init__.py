@@ -2,6 +2,7 @@
 
 from .directory import RunDirectory
 from .evaluation import EvaluatedRows, Evaluation, RowFigures
+from .example_rows import ExampleRows, ShownRow, TaskRows
 from .fidelity_report import FidelityReport, FirstOrderError, NoiseCeiling
 from .left_out import LeftOut
 from .records import (
@@ -23,6 +24,7 @@ __all__ = [
     "Estimate",
     "EvaluatedRows",
     "Evaluation",
+    "ExampleRows",
     "FidelityReport",
     "FirstOrderError",
     "LeftOut",
@@ -33,8 +35,10 @@ __all__ = [
     "RunRecord",
     "ScoredRun",
     "SelectionResult",
+    "ShownRow",
     "StageRecord",
     "TaskRecord",
+    "TaskRows",
     "TasksRecord",
     "TrainedAdapter",
     "run_results",

@@ -82,6 +82,11 @@ class RunDirectory:
         return self.path / layout.ENSEMBLE
 
     @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.path / layout.REPORT
+
+    @property
     def fidelity_picture(self) -> Path:
         """Predicted against true losses."""
         return self.path / layout.FIDELITY_PICTURE

@@ -3,6 +3,7 @@
 from .._records import Record
 from ..select import ExampleScores, Grouping, Mixture, Selection
 from .evaluation import EvaluatedRows, Evaluation
+from .example_rows import ExampleRows
 from .fidelity_report import FidelityReport
 from .records import EnsembleWeights, Estimate, RunRecord, TasksRecord
 from .results import Results
@@ -14,6 +15,9 @@ ADAPTER = "adapter"
 ENSEMBLE = "ensemble"
 TRAINING = "training"
 SCORED_RUNS = "scored_runs"
+# What the names of trainings begin with whose adapters are made for their scores alone.
+SCORED_TRAINING = "scored-"
+REPORT = "report.html"
 FIDELITY_PICTURE = "estimate/fidelity.png"
 RECORDS: dict[type[Record], str] = {
     RunRecord: "run.json",
@@ -22,6 +26,7 @@ RECORDS: dict[type[Record], str] = {
     Selection: "selection.json",
     Mixture: "mixture.json",
     ExampleScores: "example_scores.json",
+    ExampleRows: "example_rows.json",
     Estimate: "estimate/estimate.json",
     EnsembleWeights: "estimate/weights.json",
     FidelityReport: "estimate/fidelity.json",
@@ -33,7 +38,8 @@ RECORDS: dict[type[Record], str] = {
 WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE, f"{ENSEMBLE}/adapters", f"{ENSEMBLE}/assets")
 # What depends on the choice of groups or auxiliary tasks, and what the choice depends on.
 CHOICE_ARTEFACTS = (
-    *(RECORDS[kind] for kind in (Grouping, Selection, Evaluation, EvaluatedRows, Results)),
+    *(RECORDS[kind] for kind in (Grouping, Selection, ExampleRows, Evaluation, EvaluatedRows, Results)),
+    REPORT,
     ENSEMBLE,
     ADAPTER,
 )
@@ -43,6 +49,7 @@ CHOICE_RECORDS: tuple[type[Record], ...] = (
     Selection,
     Estimate,
     EnsembleWeights,
+    ExampleRows,
     Evaluation,
     EvaluatedRows,
     Results,

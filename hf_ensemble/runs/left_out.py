@@ -8,6 +8,7 @@ from ..estimate import SubsetEstimator
 
 # Normal quantile: of two means with this many standard errors between them, chance explains one in twenty.
 _CLEAR = 1.645
+_MOST_OF = 0.8
 # Above it, a prediction for every task left out takes as long as the grouping.
 _MOST_LEFT_OUT = 200
 
@@ -20,16 +21,19 @@ class LeftOut:
         mean_change (`float`): of the others' mean loss, in nats; negative where they do better without it.
         standard_error (`float`): of the mean change, over the validation rows.
         num_better (`int`): number of the others whose loss falls.
+        num_others (`int`): number of the others.
     """
 
     mean_change: float
     standard_error: float
     num_better: int
+    num_others: int
 
     @property
     def is_harmful(self) -> bool:
-        """Whether the others clearly do better without the task."""
-        return self.mean_change < -_CLEAR * self.standard_error
+        """Whether the others clearly do better without the task, not some of them alone: these have groups for that."""
+        is_clear = self.mean_change < -_CLEAR * self.standard_error
+        return is_clear and self.num_better >= _MOST_OF * self.num_others
 
 
 def left_out(estimator: SubsetEstimator) -> dict[str, LeftOut]:
@@ -46,5 +50,5 @@ def left_out(estimator: SubsetEstimator) -> dict[str, LeftOut]:
         change = (prediction.loss[1 + index] - prediction.loss[0])[others]
         optimum, all_optimum = prediction.coefficients[1 + index], prediction.coefficients[0]
         spread = estimator.score_spread(optimum[None], all_optimum, others / others.sum())
-        found[name] = LeftOut(float(change.mean()), float(spread[0]), int((change < 0).sum()))
+        found[name] = LeftOut(float(change.mean()), float(spread[0]), int((change < 0).sum()), size - 1)
     return found

@@ -224,7 +224,7 @@ class Estimate(Record):
     """
 
     format = "hf_ensemble.estimate"
-    format_version = 2
+    format_version = 3
 
     l2_scale: float
     l2_evidence: str

@@ -144,6 +144,7 @@ _VERDICT_FACTS = (
     "reference",
     "weights",
     "equals_baseline",
+    "groups",
     "harmful",
     "selection",
 )

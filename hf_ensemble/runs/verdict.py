@@ -25,6 +25,7 @@ def verdict(
     reference: str | None = None,
     weights: Mapping[str, Mapping[str, float]] | None = None,
     equals_baseline: bool = False,
+    groups: Mapping[str, Sequence[str]] | None = None,
     harmful: Mapping[str, int] | None = None,
     selection: SelectedTasks | None = None,
 ) -> str:
@@ -36,7 +37,7 @@ def verdict(
     if "selection" in scores and selection is not None:
         said = _of_selection(scores["selection"], scores.get("base", {}), selection)
     elif "ensemble" in scores:
-        said = _of_ensemble(scores, mean_loss, intervals, reference, weights or {}, equals_baseline)
+        said = _of_ensemble(scores, mean_loss, intervals, reference, weights or {}, equals_baseline, len(groups or {}))
     else:
         said = "Nothing was trained that could be judged."
     hint = _harmful(harmful or {}, len(next(iter(scores.values()), {})))
@@ -50,6 +51,7 @@ def _of_ensemble(
     reference: str | None,
     weights: Mapping[str, Mapping[str, float]],
     equals_baseline: bool,
+    num_groups: int,
 ) -> str:
     tasks = list(scores["ensemble"])
     own = mean_loss["ensemble"]
@@ -58,6 +60,11 @@ def _of_ensemble(
         return (
             f"Fine-tuning did not help: the base model's mean loss is {number(mean_loss['base'])}, that of the "
             f"ensemble {number(own)}. Lower the learning rate, or train for fewer steps."
+        )
+    if equals_baseline and num_groups == 1:
+        return (
+            f"One adapter is enough for these {len(tasks)} datasets: the grouping put all of them into one group, so "
+            "the ensemble is the one adapter for all."
         )
     if equals_baseline:
         return (

@@ -135,6 +135,10 @@ class RunArguments(BalancingArguments, FeatureSettings):
             "on. The share validation_fraction of them is held out where there are no evaluation rows."
         },
     )
+    save_report: bool = field(
+        default=True,
+        metadata={"help": "Write report.html, a page that shows the run, into output_dir when the run ends."},
+    )
     capture_batch_size: int | None = field(
         default=None,
         metadata={"help": "Examples per backward pass of the capture; per_device_eval_batch_size by default."},

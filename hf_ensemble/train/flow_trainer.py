@@ -6,9 +6,11 @@ from typing import Any, Generic, TypeVar
 
 from transformers.trainer_utils import TrainOutput
 
+from .._processes import is_main_process
 from ..errors import ConfigurationError
 from ..evaluate import AnswerEvaluator, AnswerMetric, AnswerMetrics, Evaluator, metrics_by_task
 from ..logging import get_logger
+from ..publish import write_report
 from ..runs import RunDirectory, TasksRecord
 from ..select import DataSelector
 from ..store import GradientStore
@@ -221,10 +223,29 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             logged = dict(metrics)
             self.log(logged)
         self._serve()
+        self.write_page()
         announce(self.report().verdict, with_bars=not self.args.disable_tqdm)
         if self.args.push_to_hub:
             self._push_finished()
         return TrainOutput(self.state.global_step, metrics["train_loss"], {**evaluated, **logged, **metrics})
+
+    def write_page(self) -> None:
+        """Write the page of the run, unless `save_report` is off. A page that fails is reported, and stops nothing."""
+        if not self.args.save_report or not is_main_process():
+            return
+        try:
+            path = write_report(self.run_directory.path)
+        except Exception as error:  # whatever fonts, backends or records raise
+            logger.warning(
+                "The page of the run in %r could not be written: %s: %s. The run is complete without it; "
+                "hf-ensemble report %s writes it again.",
+                self.args.output_dir,
+                type(error).__name__,
+                error,
+                self.args.output_dir,
+            )
+        else:
+            announce(f"Report: {path}", with_bars=not self.args.disable_tqdm)
 
     def capture(self) -> GradientStore:
         """The run's gradient store; the gradients are captured where the run does not hold them yet."""

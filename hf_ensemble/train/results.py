@@ -32,4 +32,5 @@ def collect_results(
     if fidelity is not None:
         results = replace(results, fidelity=fidelity)
         trainer.run_directory.write(results)
+    trainer.write_page()
     return results

@@ -19,7 +19,8 @@ SMALL = {
     "save_strategy": "no",
     "logging_strategy": "no",
 }
-ESTIMATE = {"projection_dim": 128, "num_components": 20}
+# Pages take half a second each.
+ESTIMATE = {"projection_dim": 128, "num_components": 20, "save_report": False}
 
 
 def without_speed(metrics):

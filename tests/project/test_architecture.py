@@ -172,6 +172,9 @@ def test_wheel_holds_callbacks_and_templates_and_no_bare_names(wheel):
         "hf_ensemble/callbacks/gradient_capture.py",
         "hf_ensemble/model_cards/ensemble_card.md.jinja",
         "hf_ensemble/model_cards/pictures.mplstyle",
+        "hf_ensemble/model_cards/run_report.css",
+        "hf_ensemble/model_cards/run_report.html.jinja",
+        "hf_ensemble/model_cards/run_report.js",
         "hf_ensemble/cli/demo/world.py",
     } <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"hf_ensemble"}
@@ -188,6 +191,12 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
         "assert (resources.files('hf_ensemble.model_cards') / 'ensemble_card.md.jinja').read_text()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_imports_say_nothing():
+    code = "from hf_ensemble import EnsembleSFTTrainer, PeftEnsembleModel, GradientCaptureCallback"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_import_is_lazy_and_every_public_name_resolves():

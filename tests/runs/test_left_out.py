@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.runs.left_out import left_out
+from hf_ensemble.runs.left_out import LeftOut, left_out
 from hf_ensemble.store import FeatureTable
 
 
@@ -38,6 +38,11 @@ def test_the_task_that_hurts_the_others_is_told(harm, expected):
     names = list(estimator.task_names)
     everything, without = estimator.predict_subsets([names, names[:-1]]).loss
     assert found["task_4"].mean_change == pytest.approx((without - everything)[:-1].mean())
+
+
+def test_tasks_that_hurt_some_others_alone_have_groups_for_that():
+    assert LeftOut(-0.02, 0.004, 8, 9).is_harmful and not LeftOut(-0.02, 0.004, 5, 9).is_harmful
+    assert not LeftOut(-0.005, 0.004, 9, 9).is_harmful and not LeftOut(0.02, 0.004, 9, 9).is_harmful
 
 
 def test_too_few_and_too_many_tasks_are_not_asked_about(monkeypatch):

@@ -66,6 +66,12 @@ CASES = {
         "One adapter is enough for these 3 datasets: every one of them is served best by the adapter that was trained "
         "on all, so the ensemble is that adapter.",
     ),
+    "one group": (
+        {"base": BASE, "baseline": BASELINE, "ensemble": BASELINE},
+        {"weights": weights("group_0", "group_0", "group_0"), "equals_baseline": True, "groups": {"group_0": NAMES}},
+        "One adapter is enough for these 3 datasets: the grouping put all of them into one group, so the ensemble "
+        "is the one adapter for all.",
+    ),
     "worse": (
         {"base": BASE, "baseline": BASELINE, "ensemble": losses(2.5, 2.4, 1.9)},
         {"weights": weights("group_0", "group_1", "group_1")},

@@ -1,6 +1,7 @@
 """What a run over several datasets ends with: figures, state, model, predictions and metrics, as its parent's do."""
 
 import json
+from html import unescape
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hf_ensemble import (
     collect_results,
 )
 from hf_ensemble.errors import ConfigurationError, TaskError
-from hf_ensemble.runs import Estimate, EvaluatedRows, Results
+from hf_ensemble.runs import Estimate, EvaluatedRows, ExampleRows, Results
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 FIGURES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss"}
@@ -102,12 +103,14 @@ def test_a_run_that_was_finished_before_reports_the_same(logged, monkeypatch, tm
     trainer, output, _, _ = logged
     monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
     base = trainer.ensemble.base_model_reference.name_or_path
-    again = sft_trainer(trainer.args.output_dir, base, **LOGS)
+    again = sft_trainer(trainer.args.output_dir, base, **LOGS, save_report=True)
     said = []
     for module in ("flow_trainer", "flows.stages"):
         monkeypatch.setattr(f"hf_ensemble.train.{module}.announce", lambda text, with_bars: said.append(text))
     metrics = again.train().metrics
-    assert said == ["Stage 6 of 6: evaluation", again.report().verdict]
+    page = again.run_directory.report
+    assert said == ["Stage 6 of 6: evaluation", f"Report: {page}", again.report().verdict]
+    assert again.report().verdict in unescape(page.read_text())
     assert {key: metrics[key] for key in FIGURES} == {key: output.metrics[key] for key in FIGURES}
     kept = [[entry for entry in own.state.log_history if "adapter" in entry] for own in (trainer, again)]
     assert kept[0] == kept[1] and again.state.epoch == trainer.state.epoch
@@ -149,6 +152,29 @@ def test_metrics_are_computed_of_every_system_and_task(logged):
     )
     card = (trainer.run_directory.ensemble / "README.md").read_text()
     assert "| task | tokens | baseline tokens |" in card and "type: tokens" in card
+
+
+def test_a_page_that_fails_stops_nothing(logged, monkeypatch, caplog):
+    trainer, _, _, _ = logged
+    monkeypatch.setattr(trainer.args, "save_report", True)
+    monkeypatch.setattr("hf_ensemble.train.flow_trainer.write_report", lambda path: 1 / 0)
+    assert collect_results(trainer).verdict
+    assert "could not be written: ZeroDivisionError" in caplog.text and "hf-ensemble report" in caplog.text
+
+
+def test_the_rows_that_help_most_and_least_are_kept_with_their_text(logged):
+    trainer, _, _, _ = logged
+    shown = trainer.run_directory.read(ExampleRows)
+    assert set(shown.targets) == set(shown.tasks) == set(trainer.tasks)
+    texts = {
+        (row["task"], row["example_id"]): trainer.processing_class.decode(row["input_ids"], skip_special_tokens=True)
+        for row in trainer.train_dataset
+    }
+    for task, rows in shown.tasks.items():
+        assert rows.num_rows == 12 and rows.quantiles == sorted(rows.quantiles)
+        for row in (*rows.lowest, *rows.highest):
+            assert row.text == texts[task, row.example_id]
+        assert rows.lowest[0].score == rows.quantiles[0] and rows.highest[0].score == rows.quantiles[-1]
 
 
 def test_a_run_ends_with_its_verdict_and_intervals(logged):

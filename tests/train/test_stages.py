@@ -1,8 +1,11 @@
 """Stages are announced, with the time that is left."""
 
 import pytest
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from hf_ensemble.runs import RunDirectory
+from hf_ensemble.train.flows.bars import label_bars
 from hf_ensemble.train.flows.stages import Stage, StageAnnouncer, announced, duration
 
 
@@ -79,3 +82,22 @@ def test_every_stage_of_a_run_is_planned(finished):
     trained = trainer.run_directory.trained_adapter("baseline")
     steps = trained.global_step * trainer.args.train_batch_size
     assert announcer.stage("baseline").work == pytest.approx(3 * steps + sum(rows.values()))
+
+
+def test_bars_of_trainings_carry_their_names(tmp_path, capsys):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    bars = ProgressCallback()
+    handler = CallbackHandler([bars], None, None, None, None)
+    label_bars(handler, "group_0")
+    state, control = TrainerState(max_steps=3), TrainerControl()
+    handler.eval_dataloader = [1, 2]
+    handler.on_train_begin(args, state, control)
+    handler.on_prediction_step(args, state, control)
+    assert bars.training_bar.desc == "Training group_0: " and bars.prediction_bar.desc == "Evaluating group_0: "
+    handler.on_evaluate(args, state, control, {})
+    handler.on_train_end(args, state, control)
+    assert "Training group_0" in capsys.readouterr().err
+    # Without bars there is nothing to label.
+    silent = CallbackHandler([], None, None, None, None)
+    label_bars(silent, "group_0")
+    assert silent.callbacks == []

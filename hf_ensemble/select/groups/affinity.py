@@ -25,11 +25,10 @@ def affinity_matrix(subsets: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def predicted_affinity(
     estimator: SubsetEstimator, affinity_subsets: int = 400, subset_size: int | None = None, seed: int = 0
 ) -> np.ndarray:
-    """Affinity from predicted losses: entry (i, j) is how much lower than its average i's loss is beside j, `(T, T)`.
+    """Affinity from predicted losses: how much lower than its average task i's loss is beside j, in nats, `(T, T)`.
 
-    The score is the negative predicted loss. Each row is centered by the task's mean over the subsets that contain it
-    and divided by the standard deviation, so that large losses get no extra weight. Higher is better. Pairs that no
-    subset contains, and the diagonal, are 0.
+    The average is that over the subsets that contain the task. Higher is better. Pairs that no subset contains, and the
+    diagonal, are 0.
 
     Args:
         estimator (`SubsetEstimator`): makes the predictions.
@@ -40,6 +39,16 @@ def predicted_affinity(
     Raises:
         `ConfigurationError`: for values out of range.
     """
+    return affinity_and_spread(estimator, affinity_subsets, subset_size, seed)[0]
+
+
+def affinity_and_spread(
+    estimator: SubsetEstimator, affinity_subsets: int, subset_size: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The affinity, `(T, T)`, and the standard deviation of each task's loss over the subsets that contain it, `(T,)`.
+
+    Arguments as for [`predicted_affinity`]. Divided by the standard deviations, large losses get no extra weight.
+    """
     check_at_least("affinity_subsets", affinity_subsets, 1)
     check_at_least("subset_size", subset_size, 1, optional=True)
     num_tasks = len(estimator.task_names)
@@ -49,6 +58,6 @@ def predicted_affinity(
     raw = affinity_matrix(subsets, scores)
     held = np.where(subsets > 0, scores, np.nan)
     mean, spread = np.nanmean(held, axis=0), np.nanstd(held, axis=0)
-    affinity = (raw - mean[:, None]) / np.where(spread > 0, spread, 1.0)[:, None]
+    affinity = raw - mean[:, None]
     np.fill_diagonal(affinity, 0.0)
-    return np.nan_to_num(affinity)
+    return np.nan_to_num(affinity), np.where(spread > 0, spread, 1.0)

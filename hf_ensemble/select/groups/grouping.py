@@ -11,7 +11,7 @@ from ...errors import ConfigurationError
 from ...estimate import ObservedRun, SubsetEstimator
 from ..choice import Choice, with_provenance
 from ..settings import GroupingSettings
-from .affinity import predicted_affinity
+from .affinity import affinity_and_spread
 from .direct_search import add_helpers, improve_partition, merge_path
 from .found_groups import FoundGroups
 from .group_losses import EstimatedGroups, GroupLosses, group_masks
@@ -40,7 +40,7 @@ class Grouping(Choice):
             weight. The largest is 1; tasks that are left out are absent.
         method (`str`): `"mixtures"`, `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`.
         task_names (`list[str]`): order of the affinity's rows and columns.
-        affinity (`list[list[float]]`): see [`predicted_affinity`].
+        affinity (`list[list[float]]`): in nats, see [`predicted_affinity`].
         predicted_loss (`dict[str, float]`): mean predicted validation loss over the tasks, by number of groups.
         baseline_group (`str`, *optional*): the group whose adapter is the one for all tasks, which is trained anyway.
         cost (`float`):
@@ -60,7 +60,7 @@ class Grouping(Choice):
     """
 
     format: ClassVar[str] = "hf_ensemble.grouping"
-    format_version: ClassVar[int] = 3
+    format_version: ClassVar[int] = 4
     made_by: ClassVar[str] = "group"
 
     groups: dict[str, list[str]]
@@ -174,11 +174,12 @@ def group_tasks(
             )
         estimator = estimator.continued(settings.continued_length)
     losses = GroupLosses(EstimatedGroups(estimator))
-    affinity = _affinity(estimator, settings, subset_size, seed)
+    affinity, spread = _affinity(estimator, settings, subset_size, seed)
     if settings.grouping_method == "mixtures":
         found = mixture_groups(estimator, losses, settings, num_candidates, has_baseline, runs, seed)
     else:
-        found = _partition_groups(estimator, losses, affinity, settings, num_candidates, has_baseline, seed)
+        scaled = affinity / spread[:, None]
+        found = _partition_groups(estimator, losses, scaled, settings, num_candidates, has_baseline, seed)
     options = {
         "num_candidates": num_candidates,
         "subset_size": subset_size,
@@ -340,10 +341,12 @@ def _as_runs(
     return {name: run if isinstance(run, ObservedRun) else ObservedRun(**run) for name, run in known.items()}
 
 
-def _affinity(estimator: SubsetEstimator, settings: GroupingSettings, subset_size: int | None, seed: int) -> np.ndarray:
-    """See [`predicted_affinity`]; mixtures are not searched for by it, so that few components do."""
+def _affinity(
+    estimator: SubsetEstimator, settings: GroupingSettings, subset_size: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """See [`affinity_and_spread`]; mixtures are not searched for by it, so that few components do."""
     if len(estimator.task_names) == 1:
-        return np.zeros((1, 1))
+        return np.zeros((1, 1)), np.ones(1)
     if settings.grouping_method == "mixtures" and len(estimator.task_names) > _MANY:
         estimator = estimator.truncated(_FEW_COMPONENTS)
-    return predicted_affinity(estimator, settings.affinity_subsets, subset_size, seed)
+    return affinity_and_spread(estimator, settings.affinity_subsets, subset_size, seed)

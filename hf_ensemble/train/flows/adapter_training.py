@@ -22,6 +22,7 @@ from ...tasks.sampling import rows_per_epoch
 from ..credentials import arguments_without_secrets
 from ..inputs.best_metric import metric_of_training
 from ..tracking import report_as_part_of_run
+from .bars import label_bars
 from .checkpoints import SealCheckpoints, last_whole_checkpoint, remove_checkpoints
 from .context import FlowContext
 from .kept_adapter import kept_adapter
@@ -219,6 +220,7 @@ class AdapterTraining:
             {task: weight * sampling[task] for task, weight in begun.mixture.items()},
         )
         report_as_part_of_run(trainer.callback_handler, begun.name, begun.first_step)
+        label_bars(trainer.callback_handler, begun.name)
         trainer.add_callback(SealCheckpoints)
         return trainer
 

@@ -9,6 +9,7 @@ from ..._files import checksums, write_folder_atomically
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...estimate import ObservedRun
 from ...runs import ScoredRun, TrainedAdapter, run_selector
+from ...runs.layout import SCORED_TRAINING
 from ...select import DataSelector, calibration_subsets
 from .adapter_training import AdapterTraining
 from .assembly import BASELINE
@@ -160,4 +161,4 @@ class Calibration:
 
 def _name_of(folder: Path) -> str:
     """Name of the training whose adapter goes to a folder."""
-    return f"scored-{folder.name}"
+    return f"{SCORED_TRAINING}{folder.name}"

@@ -11,6 +11,7 @@ from ...select import Grouping
 from .adapter_training import AdapterTraining
 from .calibration import Calibration
 from .context import FlowContext
+from .example_rows import keep_example_rows
 
 
 class GroupTrainings:
@@ -113,4 +114,6 @@ class GroupTrainings:
         grouping = selector.group(**args.group_arguments(), has_baseline=has_baseline, seed=args.seed, **options)
         run.write(Estimate.of(selector.estimator, grouping))
         run.write(grouping)
+        if not trained:
+            keep_example_rows(self.context, selector, self.context.tasks.names)
         return grouping

@@ -21,6 +21,7 @@ from .calibration import Calibration
 from .capturing import captured_gradients
 from .context import FlowContext
 from .evaluation import SystemEvaluation, flat_metrics
+from .example_rows import keep_example_rows
 from .predictions import prediction_trainer
 from .stages import EVALUATION, FORWARD, TRAINING, Stage, begin_evaluation
 
@@ -122,7 +123,9 @@ class SelectionFlow:
         args, run = self.context.args, self.context.run
         selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
         verify = None if answered is None else partial(answered, selector.estimator)
-        return selector.select(self.target, verify=verify, **args.select_arguments())
+        selection = selector.select(self.target, verify=verify, **args.select_arguments())
+        keep_example_rows(self.context, selector, self.target, selection.weights)
+        return selection
 
     def answered(self, estimator: SubsetEstimator, coefficients: np.ndarray) -> float:
         """The first metric of the target's generated answers with predicted parameters in the model."""
