@@ -57,6 +57,9 @@ FINISHED = {
     "IA3 with a saved head": ("sft", "plain", peft.IA3Config(
         task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
     )),
+    "LoHa": ("sft", "plain", _linear(peft.LoHaConfig, r=2)),
+    "OFT": ("sft", "plain", _linear(peft.OFTConfig, r=0, oft_block_size=4)),
+    "VeRA": ("sft", "plain", _linear(peft.VeraConfig, r=4)),
     "token rows": ("sft", "plain", _lora(trainable_token_indices=[5, 6])),
     "token rows, tied": ("text", "tied", _lora(trainable_token_indices=[5, 6])),
     "saved embeddings": ("sft", "plain", _lora(modules_to_save=["embed_tokens", "lm_head"])),
@@ -78,10 +81,10 @@ FINISHED = {
 }  # fmt: skip
 # By name: trainer, base model, adapter and what the message says.
 REFUSED = {
-    "LoHa": ("sft", "plain", _linear(peft.LoHaConfig, r=2), "peft_type 'LOHA'.*Use LoraConfig or IA3Config"),
-    "LoKr": ("sft", "plain", _linear(peft.LoKrConfig, r=2), "peft_type 'LOKR'"),
-    "AdaLoRA": ("sft", "plain", _linear(peft.AdaLoraConfig, total_step=9), "peft_type 'ADALORA'"),
-    "VeRA": ("sft", "plain", _linear(peft.VeraConfig, r=4), "peft_type 'VERA'"),
+    "AdaLoRA": ("sft", "plain", _linear(peft.AdaLoraConfig, total_step=9), "peft_type 'ADALORA'.*Use LoraConfig"),
+    "VeRA without its projections": (
+        "sft", "plain", _linear(peft.VeraConfig, r=4, save_projection=False), "save_projection False",
+    ),
     "prompt tuning": (
         "sft", "plain", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "'PROMPT_TUNING'",
     ),

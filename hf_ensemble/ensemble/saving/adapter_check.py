@@ -11,13 +11,19 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...errors import EnsembleLoadError
-from ..adapter_kinds import adapter_obstacle
+from ..adapter_kinds import LAYER_TENSORS, SHARED_TENSORS, adapter_obstacle
 from .adapter_tensors import check_tensor, replaced_modules, split_key
 from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .untrusted import checked_file, read_object
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _MAX_PATTERN = 1000
+# Fields of other types than LoRA that PEFT allocates by, and what is small for any of them.
+_SIZES = ("r", "n_frequency", "oft_block_size", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor")
+_SIZES += ("block_size", "decompose_factor")
+_PLAIN_SIZE = 256
+# PEFT wraps embeddings for single tokens' rows whatever the adapter's type.
+_OF_ALL_KINDS = ("token_adapter.trainable_tokens_delta",)
 
 
 def check_adapter(folder: Path, name: str, base: nn.Module, root: Path) -> dict[str, Any]:
@@ -57,7 +63,8 @@ def check_config(config: Mapping[str, Any], what: str) -> None:
         refuse(obstacle)
     ranks = {"r": config.get("r", 8), **_pattern(config, "rank_pattern", refuse)}
     for key, rank in ranks.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        # OFT states either the number of blocks or their size, and 0 for the other.
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < (0 if _kind(config) == "OFT" else 1):
             refuse(f"has the rank {rank!r} ({key}), expected an integer above 0")
     for key, alpha in {"lora_alpha": config.get("lora_alpha", 8), **_pattern(config, "alpha_pattern", refuse)}.items():
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
@@ -84,8 +91,12 @@ def _check_weights(path: Path, config: Mapping[str, Any], base: nn.Module, what:
             dtypes = {key: file.get_slice(key).get_dtype() for key in keys}
             _check_ranks(shapes, config, path, what)
             saved = replaced_modules(config, base)
+            kind = _kind(config)
+            _check_sizes(shapes, config, path, what)
             for key in keys:
-                _check_one(file, key, shapes[key], dtypes[key], saved, base, f"{what}: {path.name}")
+                _check_part(key, kind, f"{what}: {path.name}")
+                shared = key in SHARED_TENSORS.get(kind, ())
+                _check_one(file, key, shapes[key], dtypes[key], saved, None if shared else base, f"{what}: {path.name}")
             _check_pairs(keys, f"{what}: {path.name}")
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, EnsembleLoadError):
@@ -93,10 +104,34 @@ def _check_weights(path: Path, config: Mapping[str, Any], base: nn.Module, what:
         raise EnsembleLoadError(f"{what}: {path.name} does not hold safetensors: {error}") from error
 
 
-def _check_one(file, key: str, shape: tuple, dtype: str, saved: tuple, base: nn.Module, what: str) -> None:
+def _kind(config: Mapping[str, Any]) -> str:
+    return str(getattr(config["peft_type"], "value", config["peft_type"]))
+
+
+def _check_part(key: str, kind: str, what: str) -> None:
+    part = split_key(key)[1]
+    if part and part not in LAYER_TENSORS[kind] and part not in _OF_ALL_KINDS:
+        raise EnsembleLoadError(f"{what}: tensor {key!r} does not belong in an adapter of the type {kind!r}.")
+
+
+def _check_sizes(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: Path, what: str) -> None:
+    """Check that no size that PEFT allocates by is above what the file, or the base's layers, can hold."""
+    if _kind(config) in ("LORA", "IA3"):
+        return
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for key in _SIZES:
+        value = config.get(key)
+        if isinstance(value, int) and value > max(largest, _PLAIN_SIZE):
+            raise EnsembleLoadError(
+                f"{what}: {ADAPTER_CONFIG} states {key} {value}, and no tensor of {path.name} has more than {largest} "
+                "rows or columns."
+            )
+
+
+def _check_one(file, key: str, shape: tuple, dtype: str, saved: tuple, base: nn.Module | None, what: str) -> None:
     if dtype not in _FLOATS:
         raise EnsembleLoadError(f"{what}: tensor {key!r} has the dtype {dtype}, expected one of {sorted(_FLOATS)}.")
-    own = check_tensor(base, key, shape, saved, what)
+    own = None if base is None else check_tensor(base, key, shape, saved, what)
     values = file.get_tensor(key)
     if not bool(values.isfinite().all()):
         raise EnsembleLoadError(f"{what}: tensor {key!r} has values that are not finite.")

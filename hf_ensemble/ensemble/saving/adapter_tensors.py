@@ -10,19 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import EnsembleLoadError
+from ..adapter_kinds import LAYER_TENSORS
 
 PREFIX = "base_model.model."
-_PARTS = (
-    "lora_A.weight",
-    "lora_B.weight",
-    "lora_B.bias",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "lora_magnitude_vector.weight",
-    "ia3_l",
-    "token_adapter.trainable_tokens_delta",
-)
+_PARTS = tuple(part for parts in LAYER_TENSORS.values() for part in parts)
+# Those whose shapes are known from the base alone; PEFT checks the others' when it loads them.
+_SHAPED = (*LAYER_TENSORS["LORA"], *LAYER_TENSORS["IA3"])
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -61,7 +54,8 @@ def check_tensor(
         module = plain_module(base, module_path)
         if module is None:
             raise EnsembleLoadError(f"{what}: tensor {key!r} is for a module that the base model does not have.")
-        _check_shape(module, part, key, shape, what)
+        if part in _SHAPED:
+            _check_shape(module, part, key, shape, what)
         return None
     return _other_tensor(base, module_path, key, shape, saved, what)
 
