@@ -9,7 +9,6 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput, SequenceClassifierOutput
 
 from .._compat import keep_quantized_weights_in_place
-from .._settings import check_options
 from ..errors import EnsembleError
 from ..models.answer_head import head_width
 from ..models.answer_scorer import check_answers
@@ -20,6 +19,7 @@ from .forward.combination import SCALED_COMBINATIONS, check_combination
 from .forward.combined_forward import CombinedForward
 from .forward.generation import check_generation, generate_by_outputs
 from .forward.inference import MemberForward
+from .forward.router import PROMPT_INPUTS, PromptRouter, check_router, known_router, prompt_states
 from .forward.routing import check_routing
 from .forward.rows import batch_size_of
 from .forward.scoring import MemberTokens, answer_loss
@@ -31,11 +31,10 @@ from .merging.merge import MergedAdapter, merge_adapters
 from .saving.files import base_reference
 from .saving.mixin import SavingMixin
 from .saving.vllm import vllm_obstacles
-from .weighting.collector import Rows
-from .weighting.fitting import WeightFit, fit_ensemble
+from .weighting.mixin import FittingMixin
 
 
-class PeftEnsembleModel(SavingMixin, nn.Module):
+class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
     """A weighted ensemble of adapters over one base model: logits(x) = sum_k A[task(x), k] logits_k(x).
 
     Each adapter runs on the rows that give it a weight, and on no others; all adapters of a batch run in one forward of
@@ -54,10 +53,11 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
             adapters' deltas).
         routing (`str`, *optional*):
             Weights for rows of no known task: `default` uses `default_weights`, `prompt` weighs each adapter by how
-            well it predicts the prompt. Without it such rows are refused.
+            well it predicts the prompt, `hidden_states` uses the `router`. Without it such rows are refused.
         scales (`dict[str, float]`, *optional*):
             By task, what its combined logits are multiplied by (the inverse of a temperature), 1 for tasks left out.
             For the combinations `logits` and `log_probs`; others, and merged adapters, are as they are without.
+        router ([`PromptRouter`], *optional*): weights from a prompt's hidden states, see [`fit_router`].
 
     Attributes:
         fused (`bool`): whether to run all adapters of a batch at once. Set to `False` to run one after the other, which
@@ -89,6 +89,7 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         combination: str = "logits",
         routing: str | None = None,
         scales: Mapping[str, float] | None = None,
+        router: PromptRouter | None = None,
     ):
         super().__init__()
         if isinstance(members, str) or not isinstance(members, Sequence):
@@ -107,6 +108,8 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         self.default_weights = dict(default_weights)
         check_scales(scales or {})
         self.scales = dict(scales or {})
+        check_router(router, len(self.members))
+        self.router = router
         self.label_space = label_space
         self.base_model_reference = base_model or base_reference(model)
         self.combination = combination
@@ -214,11 +217,20 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         if routing is None:
             check_known(tasks, self.weights)
         rows = [row for row, name in enumerate(tasks) if name not in self.weights]
-        if routing != "prompt" or not rows:
+        if routing in (None, "default") or not rows:
+            return weights
+        if routing == "hidden_states":
+            own = {key: inputs[key][rows] for key in PROMPT_INPUTS if inputs.get(key) is not None}
+            states = self.prompt_states(own, None if labels is None else labels[rows])
+            weights[rows] = known_router(self.router).weights(states).to(weights)
             return weights
         run = self._combined_forward()
         weights[rows] = run.prompt_weights(rows, inputs, labels, self.routing_temperature)
         return weights
+
+    def prompt_states(self, inputs: Mapping[str, Any], labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean hidden states of the base model over the prompts of a batch, `(B, H)`; see [`prompt_states`]."""
+        return prompt_states(self.model.get_base_model(), inputs, labels)
 
     @property
     def _is_encoder_decoder(self) -> bool:
@@ -388,30 +400,6 @@ class PeftEnsembleModel(SavingMixin, nn.Module):
         self.check_adapters()
         weights = self.default_weights if task is None else self.weights[task]
         return merge_adapters(self.model, weights, rank, method, **options)
-
-    def fit_weights(self, dataset: Mapping[str, Rows] | Rows, constraint: str = "simplex", **options: Any) -> WeightFit:
-        """Learn the weights of each task, and default weights for all of them, on the adapters' outputs.
-
-        [`fit_ensemble`] does the same without setting them, and describes the arguments.
-
-        Args:
-            dataset (`dict[str, Dataset]` or rows with a column `task`):
-                Rows of token ids and labels, by task. Use rows that the adapters were not trained on.
-            constraint (`str`, *optional*, defaults to `"simplex"`): `simplex`, `nonnegative` or `unconstrained`.
-            options: `data_collator`, `batch_size`, `min_weight`, `max_values`, `max_rows`, `seed`, `mixed_precision`,
-                `cross_validate` and `own_adapters`.
-
-        Returns:
-            [`WeightFit`]: the weights, with the losses of equal weights and of single adapters.
-        """
-        check_options(fit_ensemble, options, "fit_weights", ("constraint",))
-        fit = fit_ensemble(self, dataset, constraint, **options)
-        weights = {**self.weights, **{task: fit.weights_of(fitted) for task, fitted in fit.tasks.items()}}
-        default = fit.weights_of(fit.overall)
-        check_weights({**weights, "default": default}, self.adapter_names)
-        self.weights, self.default_weights = weights, default
-        self.scales = {task: scale for task, scale in self.scales.items() if task not in fit.tasks} | fit.scales
-        return fit
 
     def vllm_obstacles(self) -> dict[str, list[str]]:
         """For each adapter, why vLLM would refuse it or compute it wrongly; an empty list where it serves it."""

@@ -8,7 +8,7 @@ from ...tasks import IGNORE_INDEX, token_scores
 from .answers import MemberAnswers
 from .scoring import member_tokens
 
-ROUTINGS = ("default", "prompt")
+ROUTINGS = ("default", "prompt", "hidden_states")
 
 
 def check_routing(routing: str | None) -> None:

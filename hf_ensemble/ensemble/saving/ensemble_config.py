@@ -14,6 +14,7 @@ from ..._records import check_checksum, with_checksum
 from ...errors import EnsembleError, EnsembleLoadError, RecordError
 from ...models import LabelHead
 from ..forward.combination import COMBINATIONS
+from ..forward.router import PromptRouter
 from ..forward.routing import ROUTINGS
 from ..members import BaseModelReference, EnsembleMember, check_adapter_name, check_scales, check_weights
 from .untrusted import REMEDY, checked_file, read_object
@@ -23,7 +24,7 @@ ADAPTERS_FOLDER = "adapters"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FORMAT = "hf_ensemble.ensemble"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class SavedEnsembleConfig:
         files (`dict[str, dict[str, str]]`): checksums of each adapter's files; taken anew when the ensemble is saved.
         tags (`list[str]`): the model's tags, for the card.
         scales (`dict[str, float]`): see [`PeftEnsembleModel`].
+        router (`dict[str, str]`, *optional*): see [`PromptRouter.to_dict`].
     """
 
     base_model: BaseModelReference
@@ -55,6 +57,7 @@ class SavedEnsembleConfig:
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
     scales: dict[str, float] = field(default_factory=dict)
+    router: dict[str, str] | None = None
 
     def save(self, folder: Path) -> None:
         """Write the configuration beside the adapters, with their checksums."""
@@ -130,6 +133,7 @@ class SavedEnsembleConfig:
                 data.get("files", {}),
                 list(data.get("tags", [])),
                 dict(data.get("scales", {})),
+                data.get("router"),
             )
             config.check()
             check_checksum(data, str(path), REMEDY)
@@ -160,6 +164,8 @@ class SavedEnsembleConfig:
         check_weights(self.weights, names, CONFIG_NAME)
         check_weights({"default": self.default_weights}, names, CONFIG_NAME)
         check_scales(self.scales, CONFIG_NAME)
+        if self.router is not None:
+            PromptRouter.from_dict(self.router, len(names))
         if self.label_space is not None:
             outputs = len(self.label_space["names"])
             for task, labels in self.label_space["task_labels"].items():

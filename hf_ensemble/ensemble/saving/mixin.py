@@ -10,6 +10,7 @@ from torch import nn
 from ..._settings import checked_mapping, checked_path
 from ...errors import EnsembleError, EnsembleLoadError
 from ...tasks import LabelSpace
+from ..forward.router import PromptRouter
 from ..members import BaseModelReference, check_adapter_name
 from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
 from .files import load_adapter, load_base, load_ensemble, local_folder, save_ensemble
@@ -56,6 +57,7 @@ class SavingMixin:
             routing=self.routing,
             tags=list(self.model_tags or []),
             scales=self.scales,
+            router=None if self.router is None else self.router.to_dict(),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -142,6 +144,7 @@ class SavingMixin:
             config.combination,
             config.routing,
             config.scales,
+            None if config.router is None else PromptRouter.from_dict(config.router, len(config.members)),
         ).eval()
         if config.tags:
             ensemble.add_model_tags(config.tags)

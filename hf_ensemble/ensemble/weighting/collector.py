@@ -16,7 +16,16 @@ from ...models.precision import autocast
 from ...tasks import IGNORE_INDEX, pop_meta, token_scores
 from ..forward.scoring import MemberTokens
 from .collation import Collator
-from .objectives import Objective, logits_losses, logits_objective, probs_losses, probs_objective
+from .objectives import (
+    Objective,
+    example_means,
+    logits_losses,
+    logits_objective,
+    probs_losses,
+    probs_objective,
+    routed_losses,
+    token_shares,
+)
 from .sampling import evenly_spaced, spread_sample, tokens_per_row
 
 logger = get_logger(__name__)
@@ -38,6 +47,9 @@ class Members(Protocol):
 
     def member_answers(self, labels: torch.Tensor, task: str, **inputs: Any) -> Iterator[MemberTokens]:
         """Each adapter's logits at the answer tokens of a batch."""
+
+    def prompt_states(self, inputs: Mapping[str, Any], labels: torch.Tensor | None) -> torch.Tensor:
+        """Mean hidden states of the base model over the prompts of a batch."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +76,25 @@ class CollectedAnswers:
     def objective(self, combination: str) -> Objective:
         """Mean loss over the rows, with gradient and Hessian, as a function of the weights."""
         if combination == "probs":
-            return probs_objective(self._log_probs(), self.rows)
+            return probs_objective(self.log_probs(), self.rows)
         return logits_objective(self.values, self.targets, self.rows, self.tokens)
 
     def row_losses(self, weights: np.ndarray, combination: str) -> np.ndarray:
         """Loss of each row, `(J, rows)`, under each of J sets of weights `(J, m)`."""
         if combination == "probs":
-            return probs_losses(self._log_probs(), self.rows, weights)
+            return probs_losses(self.log_probs(), self.rows, weights)
         return logits_losses(self.values, self.targets, self.rows, weights, self.tokens)
+
+    def routed_losses(self, weights: torch.Tensor, combination: str) -> np.ndarray:
+        """Loss of each row, `(rows,)`, with weights of its own, `(rows, m)`."""
+        if combination == "probs":
+            mixed = torch.logsumexp(weights.log().double()[self.rows].T + self.log_probs().double(), 0)
+            return example_means(-mixed[None], self.rows)[0]
+        return routed_losses(self.values, self.targets, self.rows, weights, self.tokens)
+
+    def token_shares(self) -> torch.Tensor:
+        """What each token's loss counts in the mean over rows of the mean over their tokens, `(n,)`."""
+        return token_shares(self.rows)
 
     def of_rows(self, numbers: np.ndarray) -> "CollectedAnswers":
         """The answers of some rows, numbered anew; the values are shared."""
@@ -88,7 +111,7 @@ class CollectedAnswers:
         mixed = torch.einsum("m,mnv->nv", torch.from_numpy(weights).to(values), values.masked_fill(impossible, 0.0))
         return CollectedAnswers(mixed.masked_fill(impossible, float("-inf"))[None], self.targets, self.rows)
 
-    def _log_probs(self) -> torch.Tensor:
+    def log_probs(self) -> torch.Tensor:
         """Log-probability of each answer token under each adapter, `(m, n)`."""
         values = self.values if self.tokens is None else self.values[:, self.tokens]
         return values if values.dim() == 2 else torch.stack([token_scores(own, self.targets)[0] for own in values])
@@ -128,7 +151,7 @@ class AnswerCollector:
             `EnsembleError`: for rows without labels or without an answer.
         """
         budget = self.max_values // self.values_per_token
-        chosen = spread_sample(len(rows), min(budget, self.max_rows or budget), self.seed)
+        chosen = self._chosen(rows)
         own = [rows[i] for i in chosen]
         counts, lengths = self._count(task, own, chosen)
         kept = tokens_per_row(counts, budget)
@@ -142,6 +165,21 @@ class AnswerCollector:
                 len(rows),
             )
         return self._collect(task, own, kept, length_sorted_batches(lengths, self.batch_size))
+
+    @torch.no_grad()
+    def states(self, task: str, rows: Rows) -> torch.Tensor:
+        """Mean hidden states of the base model over the prompts of the same rows, `(rows, H)`."""
+        chosen, device, parts = self._chosen(rows), self.members.device, []
+        for start in range(0, len(chosen), self.batch_size):
+            inputs, labels = self._batch(task, [rows[i] for i in chosen[start : start + self.batch_size]])
+            inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+            with autocast(device, self.mixed_precision):
+                parts.append(self.members.prompt_states(inputs, labels.to(device)).cpu())
+        return torch.cat(parts)
+
+    def _chosen(self, rows: Rows) -> list[int]:
+        budget = self.max_values // self.values_per_token
+        return spread_sample(len(rows), min(budget, self.max_rows or budget), self.seed)
 
     @property
     def values_per_token(self) -> int:

@@ -15,6 +15,7 @@ from .collation import Collator, default_collator
 from .collector import AnswerCollector, CollectedAnswers, Members, Rows
 from .cross_validation import check_own_adapters, cross_validated_weights
 from .objectives import FittedWeights, check_constraint, fit_objective
+from .router_fitting import RouterFit, fit_prompt_router
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def fit_ensemble(
             "With the combination 'weights' the loss is not convex in the weights: fit them with combination='logits', "
             "and compare the losses before using them for 'weights'."
         )
-    tables = _by_task(dataset)
+    tables = rows_by_task(dataset)
     is_mixture = ensemble.combination == "probs"
     collect = AnswerCollector(
         ensemble,
@@ -132,12 +133,7 @@ def fit_ensemble(
         log_probs_only=is_mixture,
         mixed_precision=mixed_precision,
     )
-    least = len(tables) * collect.values_per_token
-    if max_values < least:
-        raise EnsembleError(
-            f"max_values={max_values} holds no answer token of {len(ensemble.adapter_names)} adapters for each of "
-            f"{len(tables)} tasks. Pass max_values={least} or more."
-        )
+    _check_room(collect, max_values, len(tables))
     with evaluation_mode(ensemble):
         answers = {task: collect(task, rows) for task, rows in tables.items()}
     names, combination = ensemble.adapter_names, ensemble.combination
@@ -155,6 +151,15 @@ def fit_ensemble(
         for task, own in answers.items()
     }
     return WeightFit(names, chosen, overall)
+
+
+def _check_room(collect: AnswerCollector, max_values: int, num_tasks: int) -> None:
+    least = num_tasks * collect.values_per_token
+    if max_values < least:
+        raise EnsembleError(
+            f"max_values={max_values} holds no answer token of {len(collect.members.adapter_names)} adapters for each "
+            f"of {num_tasks} tasks. Pass max_values={least} or more."
+        )
 
 
 def _overall(
@@ -177,7 +182,8 @@ def _overall(
     return fit_objective(objective, len(names), constraint, combination, min_weight)
 
 
-def _by_task(dataset: "Mapping[str, Rows] | Rows") -> dict[str, Rows]:
+def rows_by_task(dataset: "Mapping[str, Rows] | Rows") -> dict[str, Rows]:
+    """The rows of each task; raises `EnsembleError` for other forms and for none."""
     if isinstance(dataset, Mapping):
         tables: dict[str, Any] = dict(dataset)
     else:
@@ -195,3 +201,44 @@ def _by_task(dataset: "Mapping[str, Rows] | Rows") -> dict[str, Rows]:
     if empty or not tables:
         raise EnsembleError(f"Expected rows of at least one task, found none{f' of {empty}' if empty else ''}.")
     return tables
+
+
+def fit_router(
+    ensemble: Members,
+    dataset: "Mapping[str, Rows] | Rows",
+    data_collator: Collator | None = None,
+    batch_size: int = 8,
+    max_values: int = 2**27,
+    max_rows: int | None = 200,
+    seed: int = 0,
+    mixed_precision: str = "no",
+) -> RouterFit:
+    """Fit a router of prompts of unknown tasks, see [`fit_prompt_router`]. The ensemble stays as it is.
+
+    Every adapter runs once over the rows, and the base model once over their prompts. The arguments are those of
+    [`fit_ensemble`].
+
+    Raises:
+        `EnsembleError`: as [`fit_ensemble`], and for inputs without `input_ids`.
+    """
+    check_at_least("batch_size", batch_size, 1, error=EnsembleError)
+    check_at_least("max_values", max_values, 1, error=EnsembleError)
+    check_at_least("max_rows", max_rows, 1, optional=True, error=EnsembleError)
+    check_at_least("seed", seed, 0, error=EnsembleError)
+    check_one_of("mixed_precision", mixed_precision, MIXED_PRECISIONS, EnsembleError)
+    if ensemble.combination == "weights":
+        raise EnsembleError(
+            "A router is fitted to the loss of combined outputs: fit it with combination='logits', and compare the "
+            "losses before using it for 'weights'."
+        )
+    tables = rows_by_task(dataset)
+    is_mixture = ensemble.combination == "probs"
+    collator = data_collator or default_collator(ensemble.config)
+    collect = AnswerCollector(
+        ensemble, collator, batch_size, max_values // len(tables), max_rows, seed, is_mixture, mixed_precision
+    )
+    _check_room(collect, max_values, len(tables))
+    with evaluation_mode(ensemble):
+        answers = {task: collect(task, rows) for task, rows in tables.items()}
+        states = {task: collect.states(task, rows) for task, rows in tables.items()}
+    return fit_prompt_router(answers, states, ensemble.combination, seed)

@@ -78,10 +78,10 @@ def mixed_loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, 
     combined = torch.einsum("m,mnv->nv", weights.to(logits.dtype), logits.masked_fill(impossible, 0.0))
     combined = combined.double().masked_fill(impossible, float("-inf"))
     losses = torch.nn.functional.cross_entropy(combined, targets, reduction="none")
-    return (losses * _token_shares(rows)).sum()
+    return (losses * token_shares(rows)).sum()
 
 
-def _token_shares(rows: torch.Tensor) -> torch.Tensor:
+def token_shares(rows: torch.Tensor) -> torch.Tensor:
     """What each token's loss counts in the mean over examples of the mean over their tokens, `(n,)`."""
     counts = torch.bincount(rows)
     return 1.0 / (counts[rows].double() * int((counts > 0).sum()))
@@ -94,7 +94,7 @@ def logits_objective(
 
     With `tokens`, `(n,)`, the targets and rows are those of some of the logits' tokens.
     """
-    shares = _token_shares(rows)
+    shares = token_shares(rows)
     members = len(logits)
 
     def objective(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
@@ -135,7 +135,24 @@ def logits_losses(
         for mix, row in zip(mixes, losses):
             combined = torch.einsum("m,mnv->nv", mix, own).masked_fill(impossible, float("-inf"))
             row[part] = torch.nn.functional.cross_entropy(combined, targets[part], reduction="none")
-    return _example_means(losses, rows)
+    return example_means(losses, rows)
+
+
+def routed_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    tokens: torch.Tensor | None = None,
+) -> np.ndarray:
+    """Loss of each example, `(examples,)`, with weights of its own, `(examples, m)`; see [`logits_objective`]."""
+    losses = torch.empty(len(targets), dtype=torch.float64)
+    for part, own in _chunks(logits, len(targets), tokens):
+        impossible = own.isneginf().any(0)
+        combined = torch.einsum("nm,mnv->nv", weights[rows[part]].double(), own.masked_fill(impossible, 0.0))
+        combined = combined.masked_fill(impossible, float("-inf"))
+        losses[part] = torch.nn.functional.cross_entropy(combined, targets[part], reduction="none")
+    return example_means(losses[None], rows)[0]
 
 
 def _chunks(logits: torch.Tensor, count: int, tokens: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -149,10 +166,10 @@ def _chunks(logits: torch.Tensor, count: int, tokens: torch.Tensor | None) -> It
 def probs_losses(log_probs: torch.Tensor, rows: torch.Tensor, weights: np.ndarray) -> np.ndarray:
     """The same for the mean of the adapters' distributions, from log-probabilities `(m, n)` of the answer tokens."""
     shares = torch.tensor(weights, dtype=torch.float64)
-    return _example_means(-torch.logsumexp(shares.log().unsqueeze(-1) + log_probs.double(), 1), rows)
+    return example_means(-torch.logsumexp(shares.log().unsqueeze(-1) + log_probs.double(), 1), rows)
 
 
-def _example_means(losses: torch.Tensor, rows: torch.Tensor) -> np.ndarray:
+def example_means(losses: torch.Tensor, rows: torch.Tensor) -> np.ndarray:
     """Mean over each example's tokens, `(J, examples)`, of losses `(J, n)`."""
     counts = torch.bincount(rows)
     return (torch.zeros(len(losses), len(counts)).double().index_add_(1, rows, losses) / counts).numpy()
@@ -165,7 +182,7 @@ def probs_objective(log_probs: torch.Tensor, rows: torch.Tensor) -> Objective:
         log_probs (`torch.Tensor` of shape `(m, n)`): log-probability of each answer token under each adapter.
         rows (`torch.Tensor` of shape `(n,)`): the example each token belongs to, from 0 on.
     """
-    shares, log_probs = _token_shares(rows).numpy(), log_probs.double()
+    shares, log_probs = token_shares(rows).numpy(), log_probs.double()
     highest = log_probs.amax(0)
     # Of each token in units of the best adapter's probability, so that none underflows.
     relative, highest = (log_probs - highest).exp().numpy(), highest.numpy()

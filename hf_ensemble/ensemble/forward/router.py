@@ -1,0 +1,140 @@
+"""Weights of a row from its prompt's hidden states: multinomial regression behind the frozen base model."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...errors import EnsembleError, EnsembleLoadError
+from ...models.inputs import is_encoder_decoder
+from ...tasks import IGNORE_INDEX
+from .adapter_layers import active_adapter, adapter_layers
+
+# Inputs that tell of a row's prompt.
+PROMPT_INPUTS = ("input_ids", "attention_mask")
+# A lighter adapter changes little, and costs its forward.
+_MIN_WEIGHT = 0.05
+_TENSORS = ("mean", "matrix", "bias")
+
+
+@dataclass(frozen=True)
+class PromptRouter:
+    """softmax((x - mean) matrix + bias), with x the mean of the base model's last hidden states over the prompt.
+
+    Args:
+        mean (`torch.Tensor` of shape `(H,)`): what is subtracted from the hidden states.
+        matrix (`torch.Tensor` of shape `(H, m)`): a column for each adapter.
+        bias (`torch.Tensor` of shape `(m,)`): logarithm, up to a constant, of the weights of an average prompt.
+    """
+
+    mean: torch.Tensor
+    matrix: torch.Tensor
+    bias: torch.Tensor
+
+    def weights(self, states: torch.Tensor) -> torch.Tensor:
+        """Weights `(B, m)` from mean hidden states `(B, H)`; those below a twentieth are left out."""
+        states = states.float()
+        if states.shape[1] != len(self.mean):
+            raise EnsembleError(
+                f"Expected hidden states of size {len(self.mean)}, found {states.shape[1]}: the router was fitted on "
+                "another base model. Fit it anew with fit_router()."
+            )
+        mean, matrix, bias = (getattr(self, name).to(states.device) for name in _TENSORS)
+        shares = torch.softmax((states - mean) @ matrix + bias, 1)
+        shares = shares.masked_fill(shares < shares.amax(1, keepdim=True).clamp(max=_MIN_WEIGHT), 0.0)
+        return shares / shares.sum(1, keepdim=True)
+
+    def to_dict(self) -> dict[str, str]:
+        """Each tensor's float32 values, little endian, in base64."""
+        return {name: base64.b64encode(_bytes(getattr(self, name))).decode() for name in _TENSORS}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], num_members: int) -> "PromptRouter":
+        """What [`to_dict`] made.
+
+        Raises:
+            `EnsembleLoadError`: for tensors that are not of finite numbers, or not of this many adapters.
+        """
+        if not isinstance(data, Mapping) or set(data) != set(_TENSORS):
+            raise EnsembleLoadError(f"Expected a router of {', '.join(_TENSORS)}, found {data!r:.60}.")
+        try:
+            found = {name: _tensor(base64.b64decode(data[name], validate=True)) for name in _TENSORS}
+        except (TypeError, ValueError) as error:
+            raise EnsembleLoadError(f"The ensemble's router is damaged: {error}.") from error
+        mean, matrix, bias = (found[name] for name in _TENSORS)
+        whole = len(bias) == num_members and len(mean) > 0 and len(matrix) == len(mean) * num_members
+        if not whole or not all(bool(own.isfinite().all()) for own in found.values()):
+            raise EnsembleLoadError(
+                f"The ensemble's router is damaged: expected finite numbers for {num_members} adapters, found "
+                f"{len(mean)} means, {len(matrix)} coefficients and {len(bias)} biases."
+            )
+        return cls(mean, matrix.view(len(mean), num_members), bias)
+
+
+def check_router(router: PromptRouter | None, num_members: int) -> None:
+    """Raise `EnsembleError` for anything but a router of this many adapters, or `None`."""
+    if router is None:
+        return
+    if not isinstance(router, PromptRouter):
+        raise EnsembleError(f"Expected router to be a PromptRouter, found {router!r:.60}.")
+    if router.matrix.shape[1] != num_members:
+        raise EnsembleError(
+            f"Expected a router for {num_members} adapters, found one for {router.matrix.shape[1]}. Fit it anew with "
+            "fit_router()."
+        )
+
+
+def known_router(router: PromptRouter | None) -> PromptRouter:
+    """The router; raises `EnsembleError` where there is none."""
+    if router is None:
+        raise EnsembleError("routing='hidden_states' needs a router, and the ensemble has none. Call fit_router().")
+    return router
+
+
+@torch.no_grad()
+def prompt_states(base: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of the base model's last hidden states over each prompt's tokens, `(B, H)` in float32.
+
+    The base runs once without its adapters and without its head; of an encoder-decoder, the encoder.
+
+    Args:
+        base (`PreTrainedModel`): the base model, with or without adapters in it.
+        inputs (`dict`):
+            `input_ids` of shape `(B, T)`, prompts with their answers where there are labels, and `attention_mask`.
+        labels (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Tokens with a label other than -100 are answers, which must not decide the weights.
+
+    Raises:
+        `EnsembleError`: for inputs without `input_ids`.
+    """
+    input_ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if input_ids is None:
+        raise EnsembleError("Routing by hidden states needs prompts in input_ids, found none. Pass task=.")
+    encodes = is_encoder_decoder(base)
+    body = base.get_encoder() if encodes else base.base_model
+    present = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    own = {"input_ids": input_ids, "attention_mask": present.long()}
+    if not encodes and base.can_generate():
+        own |= {"position_ids": (present.long().cumsum(-1) - 1).clamp(min=0), "use_cache": False}
+    with active_adapter(adapter_layers(base), None):
+        states = body(**own).last_hidden_state.float()
+    prompt = present
+    if labels is not None and labels.dim() == 2 and labels.shape == input_ids.shape and not encodes:
+        prompt = present & (labels == IGNORE_INDEX)
+        # A text without a prompt is known by its first token.
+        first = present & (present.long().cumsum(1) == 1)
+        prompt = prompt | (first & ~prompt.any(1, keepdim=True))
+    shares = prompt.float() / prompt.sum(1, keepdim=True).clamp(min=1)
+    return torch.einsum("bt,bth->bh", shares, states)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().astype("<f4").tobytes()
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))

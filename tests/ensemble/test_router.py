@@ -1,0 +1,165 @@
+"""Weights of unknown tasks' rows from the hidden states of their prompts."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import toy
+from helpers.member_kinds import KINDS, NAMES, llama, make
+from hf_ensemble import PeftEnsembleModel
+from hf_ensemble.ensemble.forward.router import PromptRouter, prompt_states
+from hf_ensemble.ensemble.weighting.collector import CollectedAnswers
+from hf_ensemble.ensemble.weighting.router_fitting import fit_prompt_router
+from hf_ensemble.errors import EnsembleError, EnsembleLoadError
+from hf_ensemble.tasks import LabelSpace
+
+
+def world(seed, rows=80, kinds=3, width=12):
+    """Each kind of row is answered well by one adapter, and known by the direction of its states."""
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(0, kinds, rows)
+    targets = rng.integers(0, 4, rows)
+    logits = rng.normal(size=(kinds, rows, 4))
+    logits[kind, np.arange(rows), targets] += 3.0
+    states = 2 * np.eye(width)[kind] + 0.5 * rng.normal(size=(rows, width)) + 5
+    answers = CollectedAnswers(torch.from_numpy(logits).float(), torch.from_numpy(targets), torch.arange(rows))
+    return answers, torch.from_numpy(states).float(), kind
+
+
+@pytest.mark.parametrize("combination", ["logits", "probs"])
+def test_the_router_finds_what_decides_and_not_the_tasks_name(combination):
+    # Both tasks hold rows of every kind: a task's name says nothing.
+    made = {task: world(seed) for task, seed in (("x", 0), ("y", 1))}
+    fit = fit_prompt_router(
+        {task: own[0] for task, own in made.items()}, {task: own[1] for task, own in made.items()}, combination
+    )
+    assert fit.penalty is not None and fit.losses[str(fit.penalty)] < fit.losses["constant"] - 0.1
+    test, states, kind = world(2, rows=400)
+    weights = fit.router.weights(states)
+    assert (weights.argmax(1).numpy() == kind).mean() > 0.95
+    assert torch.allclose(weights.sum(1), torch.ones(400)) and not ((weights > 0) & (weights < 0.05)).any()
+    equal = test.row_losses(np.full((1, 3), 1 / 3), combination).mean()
+    best = test.routed_losses(torch.from_numpy(np.eye(3)[kind]), combination).mean()
+    routed = test.routed_losses(weights, combination).mean()
+    assert equal - routed > 0.8 * (equal - best)
+
+
+def test_states_that_say_nothing_give_constant_weights():
+    answers, states, _ = world(3)
+    noise = torch.from_numpy(np.random.default_rng(0).normal(size=states.shape)).float()
+    fit = fit_prompt_router({"x": answers}, {"x": noise}, "logits")
+    weights = fit.router.weights(torch.randn(50, states.shape[1]))
+    assert fit.penalty in (None, 1.0, 10.0) and float(weights.std(0).max()) < 0.1
+
+
+def test_routed_losses_are_those_of_each_rows_own_weights():
+    answers, _, _ = world(4, rows=9)
+    weights = torch.softmax(torch.randn(9, 3), 1)
+    for combination in ("logits", "probs"):
+        whole = answers.routed_losses(weights, combination)
+        by_row = [answers.row_losses(own[None].numpy(), combination)[0, row] for row, own in enumerate(weights)]
+        assert whole == pytest.approx(by_row, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def ensemble():
+    made = PeftEnsembleModel(make(llama(), KINDS["ranks and scalings"], 0.4), NAMES)
+    torch.manual_seed(0)
+    ids = torch.randint(3, 30, (24, 6)).tolist()
+    rows = [{"input_ids": own, "labels": [-100] * 3 + own[3:]} for own in ids]
+    made.fit = made.fit_router({"x": rows[:12], "y": rows[12:]}, batch_size=5)
+    # Something that depends on the prompt.
+    torch.manual_seed(1)
+    made.router = PromptRouter(made.fit.router.mean, torch.randn_like(made.fit.router.matrix), torch.zeros(3))
+    return made
+
+
+def test_states_are_of_the_bare_base_and_the_prompt_alone(ensemble):
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 4]])
+    labels = torch.tensor([[-100, -100, -100, 8, 9], [-100, -100, -100, 3, 4]])
+    base = ensemble.model.get_base_model()
+    states = prompt_states(base, {"input_ids": ids}, labels)
+    with torch.no_grad():
+        plain = llama().base_model(input_ids=ids[:1, :3]).last_hidden_state.mean(1)
+    assert torch.allclose(states[0], plain[0], atol=1e-5) and torch.allclose(states[0], states[1], atol=1e-5)
+    # Padding on either side does not matter.
+    for mask, padded in (([1, 1, 1, 0, 0], [5, 6, 7, 0, 0]), ([0, 0, 1, 1, 1], [0, 0, 5, 6, 7])):
+        found = prompt_states(base, {"input_ids": torch.tensor([padded]), "attention_mask": torch.tensor([mask])})
+        assert torch.allclose(found[0], plain[0], atol=1e-5)
+
+
+def test_forward_score_and_generate_take_the_routers_weights(ensemble):
+    torch.manual_seed(3)
+    ids = torch.randint(3, 30, (4, 6))
+    labels = ids.masked_fill(torch.arange(6) < 4, -100)
+    weights = ensemble.router.weights(ensemble.prompt_states({"input_ids": ids}, labels))
+    assert len(weights.unique(dim=0)) > 1
+    by_row = {f"row {k}": dict(zip(NAMES, own.tolist())) for k, own in enumerate(weights)}
+    known = PeftEnsembleModel(ensemble.model, NAMES, by_row)
+    expected = known.score(labels, task=list(by_row), input_ids=ids)
+    found = ensemble.score(labels, routing="hidden_states", input_ids=ids)
+    assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)
+    with torch.no_grad():
+        logits = ensemble(input_ids=ids, labels=labels, routing="hidden_states").logits
+        assert torch.allclose(logits, known(input_ids=ids, task=list(by_row)).logits, atol=1e-5)
+        # A row of a known task keeps its weights.
+        ensemble.weights = {"x": {"second": 1.0}}
+        mixed = ensemble(input_ids=ids, labels=labels, task=["x", None, None, None], routing="hidden_states").logits
+        ensemble.weights = {}
+    assert torch.allclose(mixed[1:], logits[1:], atol=1e-5) and not torch.allclose(mixed[0], logits[0], atol=1e-3)
+    prompts = ids[:, :4]
+    own = ensemble.router.weights(ensemble.prompt_states({"input_ids": prompts}))
+    known.weights = {f"row {k}": dict(zip(NAMES, row.tolist())) for k, row in enumerate(own)}
+    arguments = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(
+        ensemble.generate(prompts, routing="hidden_states", **arguments),
+        known.generate(prompts, task=list(known.weights), **arguments),
+    )
+
+
+def test_a_router_is_saved_and_checked(ensemble, tmp_path):
+    ensemble.routing = "hidden_states"
+    ensemble.save_pretrained(tmp_path)
+    ensemble.routing = None
+    loaded = PeftEnsembleModel.from_pretrained(tmp_path, base_model=llama())
+    assert loaded.routing == "hidden_states"
+    for name, own in vars(ensemble.router).items():
+        assert torch.equal(own, getattr(loaded.router, name))
+    data = ensemble.router.to_dict()
+    for bad, members in (
+        (data, 2),
+        ({**data, "bias": data["mean"]}, 3),
+        ({**data, "bias": "???"}, 3),
+        ({"mean": data["mean"]}, 3),
+        (
+            {
+                **data,
+                "mean": PromptRouter(torch.full((2,), float("nan")), torch.zeros(2, 3), torch.zeros(3)).to_dict()[
+                    "mean"
+                ],
+            },
+            3,
+        ),
+    ):
+        with pytest.raises(EnsembleLoadError, match="router"):
+            PromptRouter.from_dict(bad, members)
+    with pytest.raises(EnsembleError, match="router for 3 adapters, found one for 2"):
+        PeftEnsembleModel(ensemble.model, NAMES, router=PromptRouter(torch.zeros(4), torch.zeros(4, 2), torch.zeros(2)))
+    with pytest.raises(EnsembleError, match="needs a router.*fit_router"):
+        PeftEnsembleModel(ensemble.model, NAMES)(input_ids=torch.tensor([[5, 6]]), routing="hidden_states")
+
+
+def test_classifiers_are_routed_too():
+    model = make(toy.bert(4), [{"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}] * 3)
+    space = LabelSpace(("no", "yes", "maybe", "never"), {"x": (0, 1), "y": (1, 2, 3)})
+    ensemble = PeftEnsembleModel(model, NAMES, label_space=space)
+    torch.manual_seed(0)
+    data = {
+        task: [{"input_ids": torch.randint(3, 20, (5,)).tolist(), "labels": labels[i % 2]} for i in range(8)]
+        for task, labels in (("x", (0, 1)), ("y", (1, 3)))
+    }
+    fit = ensemble.fit_router(data)
+    assert fit.losses.keys() == {"constant", "0.001", "0.01", "0.1", "1.0", "10.0"}
+    with torch.no_grad():
+        logits = ensemble(input_ids=torch.tensor([[5, 6, 7]]), routing="hidden_states").logits
+    assert logits.shape == (1, 4) and bool(logits.isfinite().all())
