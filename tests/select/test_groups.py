@@ -154,7 +154,7 @@ def test_groups_stand_beside_their_baselines():
 )
 def test_of_many_numbers_of_groups_some_are_tried(method, tried, monkeypatch):
     monkeypatch.setattr(
-        "hf_ensemble.select.groups.grouping._MAX_COUNTS", {"spectral": 4, "coclustering": 4, "semidefinite": 2}
+        "hf_ensemble.select.groups.partition_groups._MAX_COUNTS", {"spectral": 4, "coclustering": 4, "semidefinite": 2}
     )
     grouping = DataSelector(planted()).group(None, method, max_groups=9)
     assert len(grouping.predicted_loss) == tried

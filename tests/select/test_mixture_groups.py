@@ -269,3 +269,18 @@ def test_groups_that_are_trained_stay_and_serve_by_their_measured_losses(estimat
     assert list(selector.group(1, "mixtures", has_baseline=False, trained={"group_0": bad}).groups) == ["group_0"]
     with pytest.raises(ConfigurationError, match="partitions the tasks anew"):
         selector.group(2, trained={"group_0": good})
+
+
+def test_of_targets_only_their_losses_count(estimator):
+    selector = DataSelector(estimator)
+    found = selector.group(None, "mixtures", targets={"task_0": 3.0, "task_3": 1.0}, compute_budget=3.0)
+    losses = estimator.predict_subsets(list(found.mixtures.values())).loss
+    assert (0.75 * losses[:, 0].min() + 0.25 * losses[:, 3].min()) == pytest.approx(
+        found.cost_curve[-1]["predicted_loss"], abs=1e-6
+    )
+    # As good as mixtures that were made for each of them.
+    alone = [selector.mixture(task).predicted_loss for task in ("task_0", "task_3")]
+    assert found.cost_curve[-1]["predicted_loss"] < 0.75 * alone[0] + 0.25 * alone[1] + 0.01
+    assert set(found.trained_on(found.group_of("task_0"))).isdisjoint({"task_3"})
+    with pytest.raises(ConfigurationError, match="weigh the losses of mixtures"):
+        selector.group(2, targets="task_0")

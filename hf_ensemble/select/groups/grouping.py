@@ -10,19 +10,13 @@ from ..._settings import check_at_least, check_flag, checked_mapping
 from ...errors import ConfigurationError
 from ...estimate import ObservedRun, SubsetEstimator
 from ..choice import Choice, with_provenance
+from ..problem import Targets, target_weights
 from ..settings import GroupingSettings
 from .affinity import affinity_and_spread
-from .direct_search import add_helpers, improve_partition, merge_path
-from .found_groups import FoundGroups
-from .group_losses import EstimatedGroups, GroupLosses, group_masks
+from .group_losses import EstimatedGroups, GroupLosses
 from .mixture_groups import mixture_groups
-from .partition import coclustering, semidefinite_partition, spectral_partition
+from .partition_groups import partition_groups
 
-# Number of partitions on the merge path, those with the least loss, that are improved when the number is chosen.
-_NUM_IMPROVED = 3
-# Maximum number of candidate numbers of groups for the methods that partition the affinity matrix: a semidefinite
-# program over a hundred tasks takes seconds.
-_MAX_COUNTS = {"spectral": 30, "coclustering": 30, "semidefinite": 8}
 # Number of random partitions in the baseline.
 _NUM_RANDOM = 10
 # Above this number of tasks, the affinity beside mixtures is predicted in few components.
@@ -123,6 +117,7 @@ def group_tasks(
     subset_size: int | None = None,
     has_baseline: bool = True,
     trained: Mapping[str, ObservedRun | Mapping[str, Any]] | None = None,
+    targets: Targets = None,
     seed: int = 0,
 ) -> Grouping:
     """Choose what each of several adapters is trained on, and which of them serves each task.
@@ -153,6 +148,8 @@ def group_tasks(
         trained (`dict[str, ObservedRun]`, *optional*):
             With `"mixtures"`: adapters of groups that are trained already, by the group's name, with their measured
             losses. They cost what they have cost and serve the tasks that do best with them.
+        targets (`str`, `Sequence[str]` or `dict[str, float]`, *optional*):
+            With `"mixtures"`: tasks whose loss counts, or the weight of each in the mean. All alike by default.
         seed (`int`, *optional*, defaults to 0): seed of the affinity's subsets and of the clustering.
 
     Raises:
@@ -166,6 +163,12 @@ def group_tasks(
     names = estimator.task_names
     settings.check_tasks(len(names))
     runs = _as_runs(trained or {}, settings)
+    if targets is not None and settings.grouping_method != "mixtures":
+        raise ConfigurationError(
+            f"targets={targets!r:.60} weigh the losses of mixtures; grouping_method={settings.grouping_method!r} takes "
+            "the mean over all tasks. Set grouping_method='mixtures', or leave them out."
+        )
+    weights = target_weights(targets, estimator)
     if settings.group_initialization == "baseline":
         if not has_baseline:
             raise ConfigurationError(
@@ -176,15 +179,18 @@ def group_tasks(
     losses = GroupLosses(EstimatedGroups(estimator))
     affinity, spread = _affinity(estimator, settings, subset_size, seed)
     if settings.grouping_method == "mixtures":
-        found = mixture_groups(estimator, losses, settings, num_candidates, has_baseline, runs, seed)
+        goal = np.array([weights.get(name, 0.0) for name in names])
+        goal /= goal.sum()
+        found = mixture_groups(estimator, losses, settings, goal, num_candidates, has_baseline, runs, seed)
     else:
         scaled = affinity / spread[:, None]
-        found = _partition_groups(estimator, losses, scaled, settings, num_candidates, has_baseline, seed)
+        found = partition_groups(estimator, losses, scaled, settings, num_candidates, has_baseline, seed)
     options = {
         "num_candidates": num_candidates,
         "subset_size": subset_size,
         "has_baseline": has_baseline,
         "trained": {name: {"mixture": dict(run.mixture), "losses": dict(run.losses)} for name, run in runs.items()},
+        "targets": None if targets is None else weights,
         "seed": seed,
     }
     return Grouping(
@@ -205,112 +211,6 @@ def group_tasks(
         summary=found.summary,
         settings=with_provenance({**settings.group_arguments(), **options}, estimator),
     )
-
-
-def _partition_groups(
-    estimator: SubsetEstimator,
-    group_losses: GroupLosses,
-    affinity: np.ndarray,
-    settings: GroupingSettings,
-    num_candidates: int,
-    has_baseline: bool,
-    seed: int,
-) -> FoundGroups:
-    names, directions = estimator.task_names, estimator.task_gradients()
-    partitions = _partitions(group_losses, affinity, directions, settings, num_candidates, seed)
-    losses = [group_losses.of_partition(labels, trained) / len(names) for labels, trained in partitions]
-    sizes = [len(trained) for _, trained in partitions]
-    best = int(np.argmin([loss + settings.group_cost * size for loss, size in zip(losses, sizes)]))
-    curve: dict[str, float] = {}
-    for size, loss in zip(sizes, losses):
-        curve[str(size)] = min(loss, curve.get(str(size), np.inf))
-    labels, trained = partitions[best]
-    if settings.overlapping_groups:
-        trained = add_helpers(group_losses, labels, trained, directions, num_candidates)
-    num_helpers = int((trained & ~group_masks(labels)).sum())
-    summary = _summary(settings, sizes[best], losses[best], len(losses))
-    if num_helpers:
-        with_help = group_losses.of_partition(labels, trained) / len(names)
-        summary = f"{summary}; with {num_helpers} helpers it is {with_help:.4f}"
-    mixtures = trained.astype(np.float64)
-    baseline = None
-    if has_baseline and settings.group_initialization == "fresh" and len(trained) == 1:
-        # One group of everything is the adapter for all tasks.
-        baseline, new = 0, mixtures[:0]
-    else:
-        new = mixtures
-    cost = float(has_baseline) + float(estimator.training_cost(new).sum())
-    group_names = [f"group_{row}" for row in range(len(mixtures))]
-    return FoundGroups(labels, mixtures, curve, cost, f"{summary}.", group_names, baseline)
-
-
-def _summary(settings: GroupingSettings, num_groups: int, loss: float, num_partitions: int) -> str:
-    if settings.num_groups is not None:
-        return f"{settings.num_groups} groups were requested; the predicted loss of {num_groups} is {loss:.4f}"
-    if settings.group_cost:
-        return f"{num_groups} groups have the least predicted loss plus group cost of {num_partitions} partitions"
-    return f"{num_groups} groups have the least predicted loss, {loss:.4f}, of {num_partitions} partitions"
-
-
-def _partitions(
-    losses: GroupLosses,
-    affinity: np.ndarray,
-    directions: np.ndarray,
-    settings: GroupingSettings,
-    num_candidates: int,
-    seed: int,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Candidate partitions: labels `(T,)` and what each group trains on, `(G, T)`."""
-    method = settings.grouping_method
-    max_groups = settings.max_groups or len(affinity)
-    counts = [settings.num_groups] if settings.num_groups is not None else _counts(max_groups, method)
-    if method == "direct":
-        found = _direct_partitions(losses, affinity, directions, counts, settings.group_cost, num_candidates, seed)
-    elif method == "coclustering":
-        return [coclustering(affinity, count, seed) for count in counts]
-    elif method == "spectral":
-        found = [spectral_partition(affinity, count, seed) for count in counts]
-    else:
-        found = [semidefinite_partition(affinity, count)[0] for count in counts]
-        if settings.num_groups is None:
-            proposed, _ = semidefinite_partition(affinity)
-            found += [proposed] if proposed.max() < max_groups else []
-    return [(labels, group_masks(labels)) for labels in found]
-
-
-def _counts(max_groups: int, method: str) -> list[int]:
-    """Numbers of groups to try."""
-    if method == "direct" or max_groups <= max(_MAX_COUNTS.values()):
-        return list(range(1, max_groups + 1))
-    return sorted({int(round(count)) for count in np.geomspace(1, max_groups, _MAX_COUNTS[method])})
-
-
-def _direct_partitions(
-    losses: GroupLosses,
-    affinity: np.ndarray,
-    directions: np.ndarray,
-    counts: Sequence[int],
-    group_cost: float,
-    num_candidates: int,
-    seed: int,
-) -> list[np.ndarray]:
-    """Merge partitions, one per number of groups; the best are improved, from there and from spectral clusters."""
-    path = {
-        labels.max() + 1: (labels, loss)
-        for labels, loss in merge_path(losses, directions, num_candidates, min_groups=min(counts))
-    }
-    price = group_cost * len(affinity)
-    found = []
-    for rank, count in enumerate(sorted(counts, key=lambda count: path[count][1] + price * count)):
-        labels = path[count][0]
-        if rank < _NUM_IMPROVED:
-            starts = [labels, spectral_partition(affinity, count, seed)]
-            labels = min(
-                (improve_partition(losses, start, directions, num_candidates) for start in starts),
-                key=losses.of_partition,
-            )
-        found.append(labels)
-    return sorted(found, key=max)
 
 
 def _baselines(losses: GroupLosses, num_tasks: int, num_groups: int, seed: int) -> dict[str, float]:

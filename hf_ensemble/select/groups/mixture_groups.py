@@ -29,14 +29,14 @@ def mixture_groups(
     estimator: SubsetEstimator,
     group_losses: GroupLosses,
     settings: GroupingSettings,
+    goal: np.ndarray,
     num_candidates: int,
     has_baseline: bool,
     trained: Mapping[str, ObservedRun],
     seed: int,
 ) -> FoundGroups:
-    """Search for mixtures; the arguments are those of [`group_tasks`]."""
+    """Search for mixtures; the arguments are those of [`group_tasks`], and `goal` `(T,)` weighs the tasks' losses."""
     size = len(estimator.task_names)
-    goal = np.full(size, 1.0 / size)
     most = settings.num_groups or settings.max_groups or min(_MAX_MIXTURES, size)
     at_hand = AdaptersAtHand.of(estimator, trained, has_baseline, settings.group_initialization == "baseline")
     budget = None if settings.compute_budget is None else max(settings.compute_budget - at_hand.cost, 0.0)

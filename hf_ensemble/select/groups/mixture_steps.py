@@ -39,13 +39,14 @@ class MixtureSteps:
         return self._known[key]
 
     def alone(self, price: float) -> np.ndarray:
-        """A mixture for each task, improved from the task alone, `(T, T)`."""
+        """A mixture for each task whose loss counts, improved from the task alone, at most `(T, T)`."""
         tasks = np.eye(len(self._goal))
         slopes = self._estimator.single_task_slopes(self._goal)
         return np.stack(
             [
                 self._descended(self._estimator.sensitivity(own * self._goal), own > 0, own, price, slope)
                 for own, slope in zip(tasks, slopes)
+                if own @ self._goal > 0
             ]
         )
 
