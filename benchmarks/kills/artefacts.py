@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 # A checksum is of the times too.
-_TIMES = ("checksum", "seconds", "prediction_seconds", "capture_seconds", "stage_seconds")
+_TIMES = ("checksum", "seconds", "prediction_seconds", "capture_seconds", "training_seconds")
+# Work that a killed process had done, and sums that depend on which batches were counted.
+_TIMES += ("cost", "is_resumed", "stage_costs", "flops", "training_flops", "inference_flops")
+_COSTS_OF_CARD = re.compile(r"^## Costs$.*?(?=^## )", re.MULTILINE | re.DOTALL)
 _TIME_OF_LOG = re.compile(r"_runtime$|_per_second$")
 
 
@@ -57,7 +60,7 @@ def _content(path: Path) -> Any:
         return _without_times(json.loads(path.read_text()))
     if path.name == "README.md":
         # The order of trl's tags changes from process to process.
-        return sorted(path.read_text().splitlines())
+        return sorted(_COSTS_OF_CARD.sub("", path.read_text()).splitlines())
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

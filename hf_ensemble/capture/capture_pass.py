@@ -16,6 +16,7 @@ from .._compat import package_versions
 from ..errors import CaptureError
 from ..logging import get_logger
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
+from ..models.usage import UsageCounter
 from ..store import (
     CapturedRows,
     GradientStore,
@@ -163,8 +164,14 @@ class CapturePass:
         positions = np.unique(np.linspace(0, len(table) - 1, min(MOMENT_ROWS, len(table))).round().astype(int))
         rows = [_without_none(table[int(position)]) for position in positions]
         moments: dict[str, torch.Tensor] = {}
-        add = HalvingOnFullMemory(lambda batch: self.extractor.add_second_moments(self.data_collator(batch), moments))
-        with torch.random.fork_rng():
+
+        def add_rows(batch: list[dict]) -> None:
+            inputs = self.data_collator(batch)
+            with usage.batch(inputs):
+                self.extractor.add_second_moments(inputs, moments)
+
+        add = HalvingOnFullMemory(add_rows)
+        with UsageCounter() as usage, torch.random.fork_rng():
             for batch in self._batches(rows):
                 add([rows[position] for position in batch])
         return Preconditioner.from_second_moments(moments)
@@ -179,8 +186,20 @@ class CapturePass:
 
         total = sum(len(writers.rows_of(shard)) for shard in shards)
         hidden = disable_tqdm or not self.state.is_local_main_process
-        extract = HalvingOnFullMemory(lambda batch: self.extractor(self.data_collator(batch)))
+
+        has_begun = False
+
+        def gradients(batch: list[dict]) -> BatchGradients:
+            nonlocal has_begun
+            inputs = self.data_collator(batch)
+            # With the first batch hooks are checked, which takes further passes.
+            with usage.batch(inputs, is_typical=has_begun):
+                has_begun = True
+                return self.extractor(inputs)
+
+        extract = HalvingOnFullMemory(gradients)
         with (
+            UsageCounter() as usage,
             tqdm(total=total, desc="Capturing gradients", unit="example", disable=hidden) as progress,
             torch.random.fork_rng(),
         ):

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from ..ensemble import PeftEnsembleModel
 from ..runs import FidelityReport, Results
+from ..runs.costs import figure_with_prefix
+from ..runs.result_rows import system_name
 from ..select import ExampleScores, Grouping, Selection
 
 # About how many points of a curve a table shows.
@@ -43,6 +45,29 @@ def results_tables(results: Results) -> list[Table]:
         table.add_row(*map(escape, own.mean), style="bold")
         found.append(table)
     return found
+
+
+def cost_tables(results: Results) -> list[Table]:
+    """What each system costs to train, to keep and to run, and what each stage took."""
+    systems = Table(title="What each system costs", caption="FLOPs: floating point operations")
+    systems.add_column("system")
+    for column in ("training FLOPs", "trained parameters", "stored parameters", "FLOPs per token at inference"):
+        systems.add_column(column, justify="right")
+    for system, cost in results.system_costs.items():
+        figures = (cost.training_flops, cost.trained_parameters, cost.stored_parameters, cost.inference_flops)
+        systems.add_row(escape(system_name(system)), *map(_short, figures))
+    stages = Table(title="What each stage took")
+    stages.add_column("stage")
+    for column in ("seconds", "FLOPs", "tokens", "peak memory"):
+        stages.add_column(column, justify="right")
+    for stage, cost in results.stage_costs.items():
+        memory = figure_with_prefix(cost.peak_memory, "B")
+        stages.add_row(escape(stage), f"{cost.seconds:.1f}", _short(cost.flops), _short(cost.tokens), memory)
+    return [systems, stages]
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else figure_with_prefix(value)
 
 
 def selection_table(selection: Selection, expected: Mapping[str, str] | None = None) -> Table:

@@ -19,6 +19,7 @@ from ..errors import TaskError
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
 from ..models.inputs import is_encoder_decoder
 from ..models.precision import autocast
+from ..models.usage import UsageCounter
 from ..models.virtual_tokens import num_virtual_tokens
 from ..models.wrappers import evaluation_mode
 from ..tasks import EXAMPLE_ID, IGNORE_INDEX, TaskCollator, pop_meta
@@ -202,14 +203,15 @@ class AnswerEvaluator:
             ones = [torch.ones_like(prompt) for prompt in prompts]
             mask = pad_sequence(ones, batch_first=True, padding_side=side)
             tasks = [questions[position].task for position in positions]
-            with autocast(device, self.mixed_precision):
+            with usage.generation(ids, mask) as lengths, autocast(device, self.mixed_precision):
                 output = generate(ids.to(device), mask.to(device), tasks, settings)
-            # A decoder's first token is its start token.
-            new = output[:, 1 if encoder_decoder else ids.shape[1] :]
+                # A decoder's first token is its start token.
+                new = output[:, 1 if encoder_decoder else ids.shape[1] :]
+                lengths.append(new.shape[1])
             found.update((position, self._text(tokens)) for position, tokens in zip(positions, new.tolist()))
 
         run = HalvingOnFullMemory(answer)
-        with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(self.model):
+        with UsageCounter() as usage, torch.random.fork_rng(), torch.no_grad(), evaluation_mode(self.model):
             for batch in self._batches([len(questions[position].prompt) for position in own]):
                 run([own[index] for index in batch])
                 if bar is not None:

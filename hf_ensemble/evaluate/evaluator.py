@@ -15,6 +15,7 @@ from ..capture import MarginKind, margins
 from ..errors import TaskError
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
 from ..models.precision import autocast
+from ..models.usage import FlopSamples, UsageCounter
 from ..models.wrappers import evaluation_mode
 from ..tasks import IGNORE_INDEX, TASK, AnswerScores, TaskCollator, pop_meta
 from .scores import RowScores, TaskScores
@@ -53,7 +54,11 @@ class Evaluator:
         self.disable_tqdm = disable_tqdm
 
     def score_tasks(
-        self, scorer: Scorer, tables: Mapping[str, Dataset], description: str = "Evaluating"
+        self,
+        scorer: Scorer,
+        tables: Mapping[str, Dataset],
+        description: str = "Evaluating",
+        samples: FlopSamples | None = None,
     ) -> dict[str, TaskScores]:
         """Score each task's rows.
 
@@ -61,6 +66,7 @@ class Evaluator:
             scorer (`Callable`): see [`Evaluator.score_rows`].
             tables (`dict[str, Dataset]`): token table of each task.
             description (`str`, *optional*, defaults to `"Evaluating"`): label of the progress bar.
+            samples (`FlopSamples`, *optional*): what is known of batches that this system scores, whatever their task.
 
         Raises:
             `TaskError`: for a task without rows.
@@ -68,7 +74,10 @@ class Evaluator:
         total = sum(len(rows) for rows in tables.values())
         hidden = self.disable_tqdm or not PartialState().is_local_main_process
         with tqdm(total=total, desc=description, unit="example", leave=False, disable=hidden) as bar:
-            return {name: self.score_rows(scorer, rows, name=name, bar=bar).summary() for name, rows in tables.items()}
+            return {
+                name: self.score_rows(scorer, rows, name=name, bar=bar, samples=samples).summary()
+                for name, rows in tables.items()
+            }
 
     def score_rows(
         self,
@@ -77,6 +86,7 @@ class Evaluator:
         margin: MarginKind = "geometric_mean",
         name: str = "",
         bar: tqdm | None = None,
+        samples: FlopSamples | None = None,
     ) -> RowScores:
         """Score each row of a token table; those whose class is hidden are left out.
 
@@ -86,6 +96,7 @@ class Evaluator:
             margin (`str`, *optional*, defaults to `"geometric_mean"`): see [`margins`].
             name (`str`, *optional*): the task's name, for errors.
             bar (`tqdm`, *optional*): progress bar to move.
+            samples (`FlopSamples`, *optional*): see [`Evaluator.score_tasks`].
 
         Raises:
             `TaskError`: for an empty table.
@@ -102,13 +113,13 @@ class Evaluator:
                 f"No row of task {name!r} can be scored: expected labels, found hidden ones (-1) only. Use predict for "
                 "these rows, or evaluate rows with labels."
             )
-        parts = run_on_all(lambda: self._own_scores(scorer, rows, margin, bar))
+        parts = run_on_all(lambda: self._own_scores(scorer, rows, margin, bar, samples))
         positions = np.concatenate([part[0] for part in parts])
         order = np.argsort(positions)
         return RowScores(*(np.concatenate([part[column] for part in parts])[order] for column in (1, 2, 3)))
 
     def _own_scores(
-        self, scorer: Scorer, rows: Dataset, margin: MarginKind, bar: tqdm | None
+        self, scorer: Scorer, rows: Dataset, margin: MarginKind, bar: tqdm | None, samples: FlopSamples | None
     ) -> tuple[np.ndarray, ...]:
         """Position, loss, correctness and margin of the rows that fall to this process."""
         state = PartialState()
@@ -120,14 +131,16 @@ class Evaluator:
             batch = dict(self.data_collator([row for _, row in examples]))
             tasks = pop_meta(batch).get(TASK, [])
             inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-            with autocast(device, self.mixed_precision):
-                answers = scorer(inputs, inputs.pop("labels"), tasks)
+            labels = inputs.pop("labels")
+            with usage.batch(inputs, labels), autocast(device, self.mixed_precision):
+                answers = scorer(inputs, labels, tasks)
             columns = (answers.loss, answers.exact_match, margins(answers, margin))
             positions = np.array([position for position, _ in examples])
             found.append((positions, *(column.double().cpu().numpy() for column in columns)))
 
         run = HalvingOnFullMemory(score)
-        with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(self.model):
+        usage = UsageCounter(samples)
+        with usage, torch.random.fork_rng(), torch.no_grad(), evaluation_mode(self.model):
             lengths = [len(ids) for ids in rows.select(own)["input_ids"]] if own else []
             for batch in length_sorted_batches(lengths, self.batch_size):
                 run([(own[index], _without_none(rows[own[index]])) for index in batch])

@@ -13,7 +13,18 @@ from .._records import Record
 from ..ensemble.saving.ensemble_config import SavedEnsembleConfig
 from ..evaluate import TaskScores, mean_scores
 from ..logging import get_logger
-from ..runs import Estimate, Evaluation, RunDirectory, RunRecord, TaskRecord, TasksRecord, TrainedAdapter
+from ..runs import (
+    Costs,
+    Estimate,
+    Evaluation,
+    RunDirectory,
+    RunRecord,
+    StageCost,
+    TaskRecord,
+    TasksRecord,
+    TrainedAdapter,
+)
+from ..runs.costs import figure_with_prefix
 from ..select import Grouping
 from .choice_pictures import draw_choice
 
@@ -48,6 +59,8 @@ class EnsembleCardData:
         configuration (`dict`): configuration and choices of the run, without paths of this machine.
         estimate (`Estimate`, *optional*): what the groups rest on.
         chosen_lengths (`dict[str, TrainedAdapter]`): trainings whose length validation chose.
+        costs (`Costs`): what each system costs.
+        stage_costs (`dict[str, StageCost]`): what each stage took.
         pictures (`list[str]`, *optional*): paths of the grouping's pictures beside the card.
     """
 
@@ -58,6 +71,8 @@ class EnsembleCardData:
     configuration: dict[str, Any] = field(default_factory=dict)
     estimate: Estimate | None = None
     chosen_lengths: dict[str, TrainedAdapter] = field(default_factory=dict)
+    costs: Costs = field(default_factory=Costs)
+    stage_costs: dict[str, StageCost] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
 
     @classmethod
@@ -82,6 +97,8 @@ class EnsembleCardData:
             chosen_lengths={
                 name: own for name, own in trained.items() if own is not None and own.best_step is not None
             },
+            costs=read(Costs) or Costs(),
+            stage_costs={} if record is None else record.stage_costs(),
         )
 
     @property
@@ -130,6 +147,11 @@ class EnsembleCardData:
     def figure(scores: TaskScores | None, name: str) -> str:
         """A metric as the tables show it."""
         return "-" if scores is None or name not in scores.metrics else f"{scores.metrics[name]:.3f}"
+
+    @staticmethod
+    def short(value: float | None, unit: str = "") -> str:
+        """A figure of a cost."""
+        return "-" if value is None else figure_with_prefix(value, unit)
 
     @property
     def metrics(self) -> list[str]:

@@ -1,5 +1,6 @@
 """A run's directory: the one owner of its file names and of what they hold."""
 
+from .costs import Costs, StageCost, SystemCost
 from .directory import RunDirectory
 from .evaluation import EvaluatedRows, Evaluation, RowFigures
 from .example_rows import ExampleRows, ShownRow, TaskRows
@@ -20,6 +21,7 @@ from .run_results import run_results
 from .selector import run_selector
 
 __all__ = [
+    "Costs",
     "EnsembleWeights",
     "Estimate",
     "EvaluatedRows",
@@ -36,7 +38,9 @@ __all__ = [
     "ScoredRun",
     "SelectionResult",
     "ShownRow",
+    "StageCost",
     "StageRecord",
+    "SystemCost",
     "TaskRecord",
     "TaskRows",
     "TasksRecord",

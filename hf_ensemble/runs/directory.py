@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER
 from ..errors import RunMismatchError
 from ..logging import get_logger
 from . import layout
+from .costs import measured_cost
 from .lock import exclusive_run
 from .records import RunRecord, ScoredRun, StageRecord, TrainedAdapter
 
@@ -279,7 +279,7 @@ class RunDirectory:
     def seconds(self, stage: str) -> float | None:
         """Wall time of a finished stage; `None` where it was interrupted and resumed."""
         known = self.record.stages.get(stage)
-        return None if known is None else known.seconds
+        return None if known is None or known.cost is None or known.is_resumed else known.cost.seconds
 
     @contextmanager
     def stage(self, name: str, *kinds: type[Record]) -> Iterator[bool]:
@@ -295,15 +295,21 @@ class RunDirectory:
                 self.listener.passed(name)
             yield False
             return
-        interrupted = name in self.record.stages
+        is_resumed = name in self.record.stages
         self._record_stage(name, StageRecord("begun"))
         begun = None if self.listener is None else self.listener.begin(name)
-        start = time.perf_counter()
-        yield True
-        seconds = None if interrupted else round(time.perf_counter() - start, 3)
-        if begun is not None and not interrupted:
+        with measured_cost() as meter:
+            yield True
+        if begun is not None and not is_resumed:
             self.listener.end(name, begun)
-        self._record_stage(name, StageRecord("done", seconds))
+        self._record_stage(name, StageRecord("done", meter.cost, is_resumed))
+
+    @contextmanager
+    def evaluation(self, prefix: str) -> Iterator[None]:
+        """While open, an evaluation is made, as often as it is asked for; what the last one took is recorded."""
+        with measured_cost() as meter:
+            yield
+        self._record_stage(f"{layout.EVALUATION}:{prefix}", StageRecord("done", meter.cost))
 
     def _record_stage(self, name: str, stage: StageRecord) -> None:
         self._record = replace(self.record, stages={**self.record.stages, name: stage})

@@ -2,6 +2,7 @@
 
 from .._records import Record
 from ..select import ExampleScores, Grouping, Mixture, Selection
+from .costs import Costs
 from .evaluation import EvaluatedRows, Evaluation
 from .example_rows import ExampleRows
 from .fidelity_report import FidelityReport
@@ -19,6 +20,8 @@ SCORED_RUNS = "scored_runs"
 SCORED_TRAINING = "scored-"
 REPORT = "report.html"
 FIDELITY_PICTURE = "estimate/fidelity.png"
+# Stages that are run as often as they are asked for, by what follows the colon.
+EVALUATION = "evaluation"
 RECORDS: dict[type[Record], str] = {
     RunRecord: "run.json",
     TasksRecord: "tasks.json",
@@ -32,13 +35,14 @@ RECORDS: dict[type[Record], str] = {
     FidelityReport: "estimate/fidelity.json",
     Evaluation: "evaluation.json",
     EvaluatedRows: "evaluated_rows.json",
+    Costs: "costs.json",
     Results: "results.json",
 }
 # Folders that a run writes files and folders into.
 WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE, f"{ENSEMBLE}/adapters", f"{ENSEMBLE}/assets")
 # What depends on the choice of groups or auxiliary tasks, and what the choice depends on.
 CHOICE_ARTEFACTS = (
-    *(RECORDS[kind] for kind in (Grouping, Selection, ExampleRows, Evaluation, EvaluatedRows, Results)),
+    *(RECORDS[kind] for kind in (Grouping, Selection, ExampleRows, Evaluation, EvaluatedRows, Costs, Results)),
     REPORT,
     ENSEMBLE,
     ADAPTER,
@@ -52,9 +56,10 @@ CHOICE_RECORDS: tuple[type[Record], ...] = (
     ExampleRows,
     Evaluation,
     EvaluatedRows,
+    Costs,
     Results,
 )
-CHOICE_STAGES = ("group", "select", "weights", "adapter")
+CHOICE_STAGES = ("group", "select", "weights", "adapter", EVALUATION)
 BASIC_ARTEFACTS = (
     GRADIENTS,
     "estimate",

@@ -11,6 +11,7 @@ from ..estimate import ObservedRun, SubsetEstimator
 from ..evaluate import TaskScores
 from ..select import Grouping, predicted_losses
 from ..tasks import TaskSet
+from .costs import StageCost
 from .left_out import LeftOut, left_out
 
 
@@ -20,11 +21,13 @@ class StageRecord:
 
     Args:
         status (`str`): `"begun"` or `"done"`.
-        seconds (`float`, *optional*): wall time; `None` for a stage that was interrupted and resumed, or is not done.
+        cost (`StageCost`, *optional*): what it took; `None` for one that is not done.
+        is_resumed (`bool`): whether it was interrupted; its cost is then of the work that was kept.
     """
 
     status: Literal["begun", "done"]
-    seconds: float | None = None
+    cost: StageCost | None = None
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,16 @@ class RunRecord(Record):
     """
 
     format = "hf_ensemble.run"
+    format_version = 2
 
     configuration: dict[str, Any]
     choices: dict[str, Any]
     versions: dict[str, str]
     stages: dict[str, StageRecord] = field(default_factory=dict)
+
+    def stage_costs(self) -> dict[str, StageCost]:
+        """What each finished stage took."""
+        return {name: stage.cost for name, stage in self.stages.items() if stage.cost is not None}
 
     def identity(self, with_choices: bool) -> str:
         """What tells the files of this run from those of others: a digest of the configuration, and of the choices."""
@@ -115,21 +123,25 @@ class TrainedAdapter(Record):
         global_step (`int`): optimizer steps.
         training_loss (`float`): mean over the steps.
         distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
-        total_flos (`float`): floating point operations, as `Trainer` counts them.
+        total_flos (`float`): floating point operations, as `Trainer` estimates them.
+        flops (`float`): floating point operations of its forward and backward passes, see [`FlopCounter`].
+        tokens (`int`): tokens that it was trained on, padding apart; in every epoch anew.
+        padding (`int`): tokens of padding that were computed beside them.
+        num_parameters (`int`): parameters that were trained.
         epoch (`float`): epochs up to the adapter that was kept.
         best_step (`int`, *optional*):
             The step whose adapter was kept because its evaluation was the best (`load_best_model_at_end`); `None` where
             that of the last step was kept.
         best_metric (`float`, *optional*): of that evaluation.
         metric_for_best_model (`str`, *optional*): name of that metric in the training's log.
-        seconds (`float`): wall time; of the last stretch for a training that was resumed.
+        seconds (`float`): wall time; of a training that was resumed, without what was lost since its checkpoint.
         length (`float`): its epochs or steps, in multiples of those of the arguments.
         files (`dict[str, str]`): checksums of the adapter's files.
         log_history (`list[dict]`): the training's log, as `TrainerState` has it.
     """
 
     format = "hf_ensemble.trained_adapter"
-    format_version = 2
+    format_version = 3
 
     name: str
     mixture: dict[str, float]
@@ -142,6 +154,10 @@ class TrainedAdapter(Record):
     training_loss: float | None = None
     distance: float = 0.0
     total_flos: float = 0.0
+    flops: float = 0.0
+    tokens: int = 0
+    padding: int = 0
+    num_parameters: int = 0
     epoch: float = 0.0
     best_step: int | None = None
     best_metric: float | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from .._records import Record
 from ..evaluate import RowScores, SystemIntervals, TaskScores, mean_scores, system_intervals
+from .costs import Costs, StageCost, SystemCost
 from .fidelity_report import FidelityReport
 from .records import RunRecord
 from .result_rows import ResultTable, as_text, result_tables
@@ -57,7 +58,8 @@ class Results(Record):
             Predicted validation loss of each task: under its own group's adapter, or of a selection's target.
         configuration (`dict`): see [`RunRecord`].
         versions (`dict[str, str]`): see [`RunRecord`].
-        stage_seconds (`dict[str, float]`): wall time of each stage; null where it was interrupted.
+        stage_costs (`dict[str, StageCost]`): what each stage took.
+        system_costs (`dict[str, SystemCost]`): what each system costs to train, to keep and to run.
         groups (`dict[str, list[str]]`, *optional*): ensemble: tasks of each group.
         weights (`dict[str, dict[str, float]]`, *optional*): ensemble: weight of each adapter by task.
         equals_baseline (`bool`): ensemble: whether every task is served by the one adapter for all.
@@ -68,7 +70,7 @@ class Results(Record):
     """
 
     format = "hf_ensemble.results"
-    format_version = 3
+    format_version = 4
 
     verdict: str
     split: str
@@ -78,7 +80,8 @@ class Results(Record):
     mean_metrics: dict[str, dict[str, float]]
     configuration: dict[str, Any]
     versions: dict[str, str]
-    stage_seconds: dict[str, float | None]
+    stage_costs: dict[str, StageCost]
+    system_costs: dict[str, SystemCost]
     intervals: dict[str, SystemIntervals] = field(default_factory=dict)
     reference: str | None = None
     predicted_loss: dict[str, float] = field(default_factory=dict)
@@ -96,6 +99,7 @@ class Results(Record):
         split: str,
         scores: Mapping[str, Mapping[str, TaskScores]],
         rows: Mapping[str, Mapping[str, RowScores]] | None = None,
+        costs: Costs | None = None,
         **outcome: Any,
     ) -> "Results":
         """From a run's record and what was scored.
@@ -105,6 +109,7 @@ class Results(Record):
             split (`str`): which rows were scored.
             scores (`dict[str, dict[str, TaskScores]]`): by system and task.
             rows (`dict[str, dict[str, RowScores]]`, *optional*): of single rows, by system and task.
+            costs (`Costs`, *optional*): of the systems.
             outcome: the other optional fields.
         """
         systems = {system: dict(by_task) for system, by_task in scores.items()}
@@ -124,7 +129,8 @@ class Results(Record):
             mean_metrics={system: mean.metrics for system, mean in means.items()},
             configuration=record.configuration,
             versions=record.versions,
-            stage_seconds={name: stage.seconds for name, stage in record.stages.items()},
+            stage_costs=record.stage_costs(),
+            system_costs={own: cost for own, cost in (costs or Costs()).systems.items() if own in systems},
             **facts,
         )
 

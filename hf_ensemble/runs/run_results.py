@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..select import Grouping, Selection
+from .costs import Costs
 from .directory import RunDirectory
 from .evaluation import EvaluatedRows, Evaluation
 from .fidelity_report import FidelityReport
@@ -24,7 +25,8 @@ def run_results(run: RunDirectory) -> Results:
     if run.has(FidelityReport):
         outcome["fidelity"] = run.read(FidelityReport)
     by_system = {name: {task: own.as_scores() for task, own in tasks.items()} for name, tasks in rows.items()}
-    return Results.of(run.read(RunRecord), split, scores, by_system, **outcome)
+    costs = run.read(Costs) if run.has(Costs) else None
+    return Results.of(run.read(RunRecord), split, scores, by_system, costs, **outcome)
 
 
 def _ensemble_outcome(run: RunDirectory) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ..tasks.columns import ROW_LENGTHS
 from .losses.task_loss_mixin import TaskLossMixin
 from .resumed_training import ResumedTrainingMixin
 from .task_evaluation import TaskEvaluationMixin
+from .training_usage import TrainingUsageMixin
 
 
 class TaskColumnsMixin:
@@ -111,7 +112,9 @@ def _sampler_of(dataloader: Any) -> Any:
     return getattr(batches, "sampler", None)
 
 
-class TaskTrainer(TaskColumnsMixin, TaskLossMixin, TaskEvaluationMixin, ResumedTrainingMixin, Trainer):
+class TaskTrainer(
+    TaskColumnsMixin, TaskLossMixin, TaskEvaluationMixin, TrainingUsageMixin, ResumedTrainingMixin, Trainer
+):
     """`transformers.Trainer` over a token table of several tasks; takes the arguments of both.
 
     A classifier's loss is the mean over the rows of an optimizer step, however they are cut into batches and processes.
@@ -162,7 +165,9 @@ def _mean_cross_entropy(outputs, labels, num_items_in_batch=None):
     return fixed_cross_entropy(outputs["logits"].float(), labels, num_items_in_batch)
 
 
-class TaskSFTTrainer(TaskColumnsMixin, TaskLossMixin, TaskEvaluationMixin, ResumedTrainingMixin, SFTTrainer):
+class TaskSFTTrainer(
+    TaskColumnsMixin, TaskLossMixin, TaskEvaluationMixin, TrainingUsageMixin, ResumedTrainingMixin, SFTTrainer
+):
     """`trl.SFTTrainer` over a token table of several tasks; takes the arguments of both."""
 
     def _token_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ def split(tasks, name):
     return {task: splits[name] for task, splits in tasks.items()}
 
 
-def sft_trainer(folder, base, tasks=None, callbacks=None, **changes):
+def sft_trainer(folder, base, tasks=None, callbacks=None, processing_class=None, **changes):
     tasks = tasks or toy.sft_tasks()
     return EnsembleSFTTrainer(
         model=base,
@@ -47,6 +47,7 @@ def sft_trainer(folder, base, tasks=None, callbacks=None, **changes):
         eval_dataset=split(tasks, "validation"),
         peft_config=toy.lora(),
         callbacks=callbacks,
+        processing_class=processing_class,
     )
 
 

@@ -80,8 +80,9 @@ def test_the_page_says_what_the_records_say(ensemble, page):
     assert curve[2] == ["2", "2.00", "1.600", "1.685", "-0.350 -0.400 to -0.300"]
     harm = {row[0]: row for row in found["Each task left out"]}
     assert harm["noise"][1:] == ["-0.0100 ± 0.0040", "5 of 5"]
-    stages = {row[0]: row[1] for row in found["Stages"]}
-    assert stages["gradients"] == "12.5" and stages["baseline"] == "- was interrupted" and stages["together"] == "237.5"
+    stages = {row[0]: row[1:] for row in found["Stages"]}
+    assert stages["gradients"] == ["12.5", "1.00 G", "100", "0 B"] and stages["baseline"][:2] == ["25.0", "2.00 G"]
+    assert stages["together"][0] == "262.5"
     assert "noise is predicted to hurt all others" in results.verdict
 
 

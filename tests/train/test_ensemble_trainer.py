@@ -29,6 +29,7 @@ def test_run_leaves_the_artefacts_it_promises(finished):
         "adapter:group_0",
         "adapter:group_1",
         "weights",
+        "evaluation:eval",
     }
     names = ["tasks.json", "groups.json", "evaluation.json", "baseline/adapter_model.safetensors"]
     names += [f"estimate/{name}.json" for name in ("estimate", "weights")]

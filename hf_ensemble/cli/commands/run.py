@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ...runs import Results
 from ...train import collect_results, measure_fidelity
 from ..arguments import FlowArguments
-from ..tables import console, fidelity_table, grouping_table, path_table, results_tables, selection_table
+from ..tables import console, cost_tables, fidelity_table, grouping_table, path_table, results_tables, selection_table
 from ..trainers import Trainers, started
 
 
@@ -36,7 +36,7 @@ def print_report(trainer: Trainers, results: Results) -> None:
     else:
         out.print(path_table(trainer.selection))
         out.print(selection_table(trainer.selection))
-    for table in results_tables(results):
+    for table in (*results_tables(results), *cost_tables(results)):
         out.print(table)
     out.print(results.verdict, style="bold", markup=False)
     if results.fidelity is not None:

@@ -13,6 +13,7 @@ from ...logging import get_logger
 from ...models.answer_head import answer_tokens
 from ...models.batches import HalvingOnFullMemory, length_sorted_batches
 from ...models.precision import autocast
+from ...models.usage import UsageCounter
 from ...tasks import IGNORE_INDEX, pop_meta, token_scores
 from ..forward.scoring import MemberTokens
 from .collation import Collator
@@ -243,14 +244,15 @@ class AnswerCollector:
             found = answer_tokens(labels, self._shift)[1]
             targets[numbers] = found[found != IGNORE_INDEX]
             inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
-            with autocast(device, self.mixed_precision):
+            with usage.batch(inputs, labels), autocast(device, self.mixed_precision):
                 for member, tokens, answers, logits in self.members.member_answers(labels.to(device), task, **inputs):
                     own = token_scores(logits, answers)[0] if self.log_probs_only else logits
                     values[member, numbers[tokens.cpu()]] = own.cpu()
 
         run_halving = HalvingOnFullMemory(run)
-        for batch in batches:
-            run_halving(batch)
+        with UsageCounter() as usage:
+            for batch in batches:
+                run_halving(batch)
         return CollectedAnswers(values, targets, torch.arange(len(rows)).repeat_interleave(torch.tensor(kept)))
 
     @property

@@ -1,7 +1,6 @@
 """Training one adapter after another from one starting point, each by an ordinary trainer."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,14 @@ from ..._files import checksums, writing
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture.identity import parameter_fingerprint
 from ...ensemble.saving.files import save_adapter
+from ...models.usage import FlopSamples
 from ...runs import TrainedAdapter
 from ...tasks import TASK
 from ...tasks.sampling import rows_per_epoch
 from ..credentials import arguments_without_secrets
 from ..inputs.best_metric import metric_of_training
 from ..tracking import report_as_part_of_run
+from ..training_usage import usage_fields
 from .bars import label_bars
 from .checkpoints import SealCheckpoints, last_whole_checkpoint, remove_checkpoints
 from .context import FlowContext
@@ -48,6 +49,8 @@ class AdapterTraining:
         self.ignore_keys_for_eval: list[str] | None = None
         # An adapter that has learnt from all tasks may have little left to learn.
         self._is_trained_already = False
+        # Trainings differ in their rows and their length alone.
+        self._samples = FlopSamples()
         self.theta0 = {
             name: parameter.detach().clone().cpu()
             for name, parameter in context.model.named_parameters()
@@ -57,6 +60,10 @@ class AdapterTraining:
     def theta0_fingerprint(self) -> str:
         """What records and the gradient store know theta0 by."""
         return parameter_fingerprint(self.theta0)
+
+    def num_parameters(self) -> int:
+        """Number of parameters that a training moves."""
+        return sum(parameter.numel() for parameter in self.theta0.values())
 
     def reset(self) -> None:
         """Put theta0 back into the model, trainable, and activate its adapter."""
@@ -142,12 +149,11 @@ class AdapterTraining:
                 is_new = start is None and not self._is_trained_already
                 learning = LearningCheck(self.context, rows) if is_new else None
                 trainer = self._trainer(begun, rows)
-                began = time.perf_counter()
+                trainer.usage_samples = self._samples
                 with writing(run.training(name)):
                     result = trainer.train(
                         resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self.ignore_keys_for_eval
                     )
-                seconds = time.perf_counter() - began
                 trainer.accelerator.free_memory()
             trained = replace(
                 begun,
@@ -157,7 +163,8 @@ class AdapterTraining:
                 training_loss=float(result.training_loss),
                 distance=self.distance(),
                 total_flos=float(trainer.state.total_flos),
-                seconds=round(seconds, 3),
+                **usage_fields(trainer.training_usage),
+                num_parameters=self.num_parameters(),
                 log_history=plain_log(trainer.state.log_history),
                 **kept_adapter(trainer, name),
             )

@@ -11,7 +11,7 @@ from ...ensemble import PeftEnsembleModel
 from ...errors import ConfigurationError
 from ...evaluate import TaskScores
 from ...publish import write_model_card
-from ...runs import TrainedAdapter
+from ...runs import Costs, SystemCost, TrainedAdapter
 from ...select import Grouping
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .adapter_training import AdapterTraining
@@ -23,6 +23,7 @@ from .evaluation import SystemEvaluation, flat_metrics
 from .group_trainings import GroupTrainings
 from .predictions import prediction_trainer
 from .stages import EVALUATION, FORWARD, TRAINING, Stage, begin_evaluation
+from .system_costs import system_cost
 
 MAIN_SYSTEM = "ensemble"
 
@@ -47,6 +48,7 @@ class EnsembleFlow:
         self.ensemble: PeftEnsembleModel | None = None
         self.grouping: Grouping | None = None
         self._adapters = Stage("adapter", "adapter")
+        self._costs: dict[str, SystemCost] = {}
 
     def stages(self) -> list[Stage]:
         """What [`train`] runs, to be announced."""
@@ -151,16 +153,30 @@ class EnsembleFlow:
         """Scores of the base model, the ensemble, and the baseline where it was trained, by task."""
         with self.context.model_state.restored():
             scores = {"base": self.evaluation.score_base(tables)}
+            self._costs["base"] = system_cost([], [], self.evaluation.forward)
             scores[MAIN_SYSTEM] = self.evaluation.score_ensemble(self.ensemble, tables)
+            self._costs[MAIN_SYSTEM] = self._cost()
             if self.context.args.train_baseline:
                 folder = self.context.run.baseline
                 scores[BASELINE] = self.evaluation.score_adapter(folder, tables, "Evaluating baseline")
+                trained = run_on_main(lambda: self.context.run.trained_adapter(BASELINE))
+                self._costs[BASELINE] = system_cost([trained], [folder], self.evaluation.forward)
         return scores
+
+    def _cost(self) -> SystemCost:
+        """Of the ensemble that was scored last."""
+        run, names = self.context.run, self.ensemble.adapter_names
+        trainings = {BASELINE if name == self.grouping.baseline_group else name for name in names}
+        if self.context.args.group_initialization == "baseline":
+            trainings.add(BASELINE)
+        known = [own for own in run_on_main(run.trainings) if own.name in trainings]
+        return system_cost(known, [run.member(name) for name in names], self.evaluation.forward)
 
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
         """Score the systems and report the scores; they are returned as flat metrics."""
         start = time.time()
-        scores = self.scores(tables)
+        with self.context.run.evaluation(prefix):
+            scores = self.scores(tables)
         self.report(prefix, scores)
         return flat_metrics(scores, prefix, MAIN_SYSTEM) | self.evaluation.speed(prefix, start, scores)
 
@@ -173,6 +189,7 @@ class EnsembleFlow:
     def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Keep the scores of each system in the run, with what they come to, and renew the model card."""
         if is_main_process():
+            self.context.run.write(Costs(dict(self._costs)))
             self.evaluation.keep(prefix, scores)
             write_model_card(self.context.run.path)
         wait_for_everyone()

@@ -15,8 +15,9 @@ from ..._compat import preserve_active_adapter
 from ..._values import is_number
 from ...ensemble import PeftEnsembleModel
 from ...ensemble.saving.files import load_adapter
-from ...evaluate import AnswerFigures, Generate, TaskScores, mean_scores
+from ...evaluate import AnswerFigures, Generate, Scorer, TaskScores, mean_scores
 from ...logging import get_logger
+from ...models.usage import FlopSamples, Usage, measured_usage
 from ...runs import EvaluatedRows, Evaluation, RowFigures, run_results
 from ..inputs.used_models import mark_as_of_a_run
 from .context import FlowContext
@@ -36,24 +37,40 @@ class SystemEvaluation:
 
     Args:
         context (`FlowContext`): what the run works on.
+
+    Attributes:
+        forward (`Usage`): what the forward passes took by which loss and accuracy were scored last.
     """
 
     def __init__(self, context: FlowContext):
         self.context = context
+        self.forward = Usage()
+        # Adapters of a run differ in their weights alone.
+        self._samples = {"base": FlopSamples(), "adapter": FlopSamples()}
 
     def score_base(self, tables: Mapping[str, Dataset]) -> dict[str, TaskScores]:
         """Scores of the base model alone."""
         with self.context.model.disable_adapter():
-            return self.score_current(tables, "Evaluating base model")
+            return self.score_current(tables, "Evaluating base model", "base")
 
-    def score_current(self, tables: Mapping[str, Dataset], description: str) -> dict[str, TaskScores]:
-        """Scores of the adapter that is active now."""
-        scores = self.teacher_forced(tables, description)
+    def score_current(
+        self, tables: Mapping[str, Dataset], description: str, kind: str = "adapter"
+    ) -> dict[str, TaskScores]:
+        """Scores of the adapter that is active now, or of the base model (`kind="base"`)."""
+        scores = self.teacher_forced(tables, description, kind)
         return self._with_metrics(scores, self.generate, tables, description)
 
-    def teacher_forced(self, tables: Mapping[str, Dataset], description: str) -> dict[str, TaskScores]:
-        """Loss and accuracy of the adapter that is active now, without generating answers."""
-        return self.context.evaluator.score_tasks(self.context.answer_scorer(), tables, description)
+    def teacher_forced(
+        self, tables: Mapping[str, Dataset], description: str, kind: str = "adapter"
+    ) -> dict[str, TaskScores]:
+        """Loss and accuracy of what is active now, without generating answers."""
+        return self._scored(self.context.answer_scorer(), tables, description, self._samples[kind])
+
+    def _scored(
+        self, scorer: Scorer, tables: Mapping[str, Dataset], description: str, samples: FlopSamples | None
+    ) -> dict[str, TaskScores]:
+        with measured_usage() as self.forward:
+            return self.context.evaluator.score_tasks(scorer, tables, description, samples)
 
     def score_adapter(
         self, folder: Path, tables: Mapping[str, Dataset], description: str, has_metrics: bool = True
@@ -68,7 +85,8 @@ class SystemEvaluation:
         def scorer(inputs, labels, tasks):
             return ensemble.score(labels=labels, task=tasks, **inputs)
 
-        scores = self.context.evaluator.score_tasks(scorer, tables, "Evaluating ensemble")
+        # Each task has adapters of its own.
+        scores = self._scored(scorer, tables, "Evaluating ensemble", None)
         return self._with_metrics(scores, ensemble_generate(ensemble), tables, "Evaluating ensemble", ensemble)
 
     def generate(

@@ -12,7 +12,7 @@ from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture import applied_update
 from ...estimate import ObservedRun, SubsetEstimator
 from ...evaluate import TaskScores
-from ...runs import TrainedAdapter, run_selector
+from ...runs import Costs, SystemCost, TrainedAdapter, run_selector
 from ...select import Selection
 from ...store import GradientStore
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
@@ -24,6 +24,7 @@ from .evaluation import SystemEvaluation, flat_metrics
 from .example_rows import keep_example_rows
 from .predictions import prediction_trainer
 from .stages import EVALUATION, FORWARD, TRAINING, Stage, begin_evaluation
+from .system_costs import system_cost
 
 META_INITIALIZATION = "meta"
 ADAPTER = "adapter"
@@ -48,6 +49,7 @@ class SelectionFlow:
         self.evaluation = SystemEvaluation(context)
         self.calibration = Calibration(context, self.training, self.evaluation)
         self.selection: Selection | None = None
+        self._costs: dict[str, SystemCost] = {}
         self._is_started = False
 
     def stages(self) -> list[Stage]:
@@ -142,13 +144,18 @@ class SelectionFlow:
         """Scores of the base model and of the final adapter, by task."""
         with self.context.model_state.restored():
             scores = {"base": self.evaluation.score_base(tables)}
+            self._costs["base"] = system_cost([], [], self.evaluation.forward)
             scores[MAIN_SYSTEM] = self.evaluation.score_current(tables, "Evaluating the final adapter")
+        names = (META_INITIALIZATION, ADAPTER)
+        trainings = [own for own in run_on_main(self.context.run.trainings) if own.name in names]
+        self._costs[MAIN_SYSTEM] = system_cost(trainings, [self.context.run.adapter], self.evaluation.forward)
         return scores
 
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
         """Score and report the scores; the target's are also the metrics `PREFIX_loss` and `PREFIX_accuracy`."""
         start = time.time()
-        scores = self.scores(tables)
+        with self.context.run.evaluation(prefix):
+            scores = self.scores(tables)
         self.report(prefix, scores)
         metrics = flat_metrics(scores, prefix, MAIN_SYSTEM, self.target)
         return metrics | self.evaluation.speed(prefix, start, scores)
@@ -162,5 +169,6 @@ class SelectionFlow:
     def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Keep the scores in the run."""
         if is_main_process():
+            self.context.run.write(Costs(dict(self._costs)))
             self.evaluation.keep(prefix, scores)
         wait_for_everyone()
