@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ def sft_splits(
     args: SFTConfig,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
     max_length: int | None = None,
+    splits: Sequence[str] = SPLITS,
 ) -> dict[str, Dataset]:
     """The tasks' training and validation rows as `trl.SFTTrainer` makes tokens and labels of them, but never packed.
 
@@ -40,6 +41,7 @@ def sft_splits(
         args (`SFTConfig`): the trainer's arguments.
         formatting_func (`Callable`, *optional*): the trainer's.
         max_length (`int`, *optional*): in place of that of the arguments.
+        splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): which rows.
 
     Raises:
         `TaskError`: for texts with labels, and for a task of which no row has an answer left.
@@ -55,7 +57,7 @@ def sft_splits(
         split: concatenate_datasets(
             [_sft_tokens(name, rows, processing_class, args, formatting_func) for name, rows in of_tasks.items()]
         )
-        for split, of_tasks in ((split, tasks.split(split)) for split in SPLITS)
+        for split, of_tasks in ((split, tasks.split(split)) for split in splits)
     }
 
 

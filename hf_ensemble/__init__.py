@@ -24,7 +24,7 @@ _EXPORTS = {
     "ensemble": ["PeftEnsembleModel"],
     "evaluate": ["AnswerMetric"],
     "runs": ["FidelityReport", "RunDirectory"],
-    "publish": ["draw_choice", "push_ensemble_to_hub", "write_model_card", "write_report"],
+    "publish": ["draw_choice", "push_run_to_hub", "write_model_card", "write_report"],
     "callbacks": ["GradientCaptureCallback"],
     "train": [
         "EnsembleConfig",

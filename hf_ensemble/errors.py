@@ -72,3 +72,11 @@ class EnsembleError(HfEnsembleError, ValueError):
 
 class EnsembleLoadError(EnsembleError, OSError):
     """A saved ensemble is incomplete, foreign or unsafe to read."""
+
+
+class CardError(HfEnsembleError, ValueError):
+    """A model card cannot be read or updated."""
+
+
+class PushError(HfEnsembleError, OSError):
+    """Something could not be uploaded to the Hub."""

@@ -1,6 +1,6 @@
 """`capture_gradients`: captures the gradient features of tasks into a store."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -127,9 +127,13 @@ def _check_arguments(model: Any, tasks: Any, config: Any, processing_class: Any)
 
 
 def encoded_splits(
-    model: nn.Module, tasks: TaskSet, processing_class: PreTrainedTokenizerBase | None, max_length: int | None
+    model: nn.Module,
+    tasks: TaskSet,
+    processing_class: PreTrainedTokenizerBase | None,
+    max_length: int | None,
+    splits: Sequence[str] = ("train", "validation"),
 ) -> dict[str, Dataset]:
-    """The tasks' training and validation rows as tokens, cut at `max_length` or else where the tokenizer cuts.
+    """The tasks' rows of these splits as tokens, cut at `max_length` or else where the tokenizer cuts.
 
     Raises:
         `CaptureError`: without a tokenizer.
@@ -149,7 +153,4 @@ def encoded_splits(
         is_encoder_decoder(unwrapped(model)),
     )
     # Each task on its own: messages may have other keys in another task.
-    return {
-        split: joined(encode(rows, *arguments) for rows in tasks.split(split).values())
-        for split in ("train", "validation")
-    }
+    return {split: joined(encode(rows, *arguments) for rows in tasks.split(split).values()) for split in splits}

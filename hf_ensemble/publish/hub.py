@@ -1,34 +1,37 @@
-"""Uploading an ensemble."""
+"""Uploading what a run has made."""
 
-import dataclasses
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
-from transformers.trainer import TRAINING_ARGS_NAME
+from huggingface_hub import CommitInfo
 
-from .._files import read_json, write_json
-from ..ensemble.saving.ensemble_config import ADAPTERS_FOLDER, SavedEnsembleConfig
-from ..logging import get_logger
+from .._cards import CARD
+from .._hub import Repository
+from ..ensemble.saving.card import adapter_metadata, reporting_failed_card, saved_card
+from ..ensemble.saving.pushing import CardParts, push_adapter, push_ensemble
+from ..errors import EnsembleLoadError
 from ..runs import RunDirectory
-from .card import require_ensemble, write_model_card
+from .card import card_parts, made_folder, require_ensemble
+from .card_data import SelectionCardData
 
-logger = get_logger(__name__)
 
-
-def push_ensemble_to_hub(
+def push_run_to_hub(
     run: str | Path,
     repo_id: str,
     token: str | None = None,
     private: bool | None = None,
-    commit_message: str | None = "Upload ensemble",
+    commit_message: str | None = None,
     revision: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    again: str | None = None,
 ) -> CommitInfo:
-    """Upload a run's ensemble: plain PEFT adapters, `ensemble_config.json`, model card and pictures.
+    """Upload a run's ensemble (plain PEFT adapters and `ensemble_config.json`) or its selection's adapter.
+
+    The model card and its pictures go with it. Everything is one commit, which also deletes the members that the
+    repository has and the ensemble lacks. The repository's card keeps what is not between its two marks. Connections
+    that drop and errors of the Hub are tried again; a push that was interrupted leaves the repository as it was.
 
     Args:
         run (`str` or `Path`): a trainer's `output_dir`.
@@ -38,46 +41,39 @@ def push_ensemble_to_hub(
         commit_message (`str`, *optional*): of the commit.
         revision (`str`, *optional*): branch to commit to; created where it does not exist.
         metadata (`dict`, *optional*): for the card, see [`write_model_card`].
+        folder (`str` or `Path`, *optional*):
+            What to upload; by default the run's ensemble, or its adapter where it has none.
+        again (`str`, *optional*): how messages call this upload; the call of this function by default.
 
     Raises:
-        `EnsembleLoadError`: when the run holds no complete ensemble.
+        `EnsembleLoadError`: when the run holds neither a complete ensemble nor a selection's adapter.
+        `PushError`: where the Hub refuses or cannot be reached; the message says how to go on.
     """
-    config = require_ensemble(RunDirectory(run))
-    base = config.base_model.name_or_path
-    if Path(base).is_absolute():
-        logger.warning(
-            "The base model is the local folder %r: anyone loading %r must pass base_model=. To avoid that, push the "
-            "base model to the Hub and train from there.",
-            base,
-            repo_id,
-        )
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    card = write_model_card(run, repo_id, metadata=metadata)
-    with tempfile.TemporaryDirectory() as work:
-        _copy_public(card.parent, Path(work), config)
-        return api.upload_folder(repo_id=repo_id, folder_path=work, commit_message=commit_message, revision=revision)
+    directory = RunDirectory(run)
+    again = again or f"push_run_to_hub({str(run)!r}, {repo_id!r})"
+    message = commit_message or "Upload with hf_ensemble"
+    repository = Repository(repo_id, token, private, message, revision=revision)
+    folder = made_folder(directory) if folder is None else Path(folder)
+    if folder != directory.adapter:
+        config = require_ensemble(directory)
+        parts = _parts(directory, repo_id, directory.ensemble, metadata)
+        if parts is None:
+            with reporting_failed_card(directory.ensemble):
+                parts = saved_card(directory.ensemble, config, repo_id)
+        return push_ensemble(directory.ensemble, config, repository, parts, again)
+    trained = directory.trained_adapter("adapter")
+    if trained is None:
+        raise EnsembleLoadError(f"The run in {str(directory.path)!r} has not trained its adapter yet. Train it first.")
+    trained.check_files(directory.adapter)
+    base = SelectionCardData.from_run(directory).base_model
+    parts = _parts(directory, repo_id, directory.adapter, metadata)
+    if parts is None:
+        parts = adapter_metadata(base, ["hf-ensemble"]), "# Adapter"
+    return push_adapter(directory.adapter, repository, base.name_or_path, parts, again)
 
 
-def _copy_public(ensemble: Path, target: Path, config: SavedEnsembleConfig) -> None:
-    """What an ensemble consists of and nothing beside it, without the paths of this machine."""
-    base = config.base_model.name_or_path
-    if Path(base).is_absolute():
-        # Not its last part either, which another machine would take for a model of its own.
-        base = ""
-    for path in ensemble.iterdir():
-        if path.is_file() and not path.name.startswith(".") and path.name != TRAINING_ARGS_NAME:
-            shutil.copy(path, target / path.name)
-    if (ensemble / "assets").is_dir():
-        shutil.copytree(ensemble / "assets", target / "assets")
-    for member in config.members:
-        folder = target / ADAPTERS_FOLDER / member.name
-        folder.mkdir(parents=True)
-        source = ensemble / ADAPTERS_FOLDER / member.name
-        shutil.copy(source / "adapter_model.safetensors", folder)
-        adapter = read_json(source / "adapter_config.json")
-        adapter["base_model_name_or_path"] = base or None
-        write_json(folder / "adapter_config.json", adapter)
-    dataclasses.replace(config, base_model=dataclasses.replace(config.base_model, name_or_path=base)).save(target)
+def _parts(run: RunDirectory, repo_id: str, folder: Path, metadata: Mapping[str, Any] | None) -> CardParts | None:
+    """The card's parts; `None` where they cannot be made, which is reported and stops no upload."""
+    with reporting_failed_card(folder / CARD):
+        return card_parts(run, repo_id, folder, metadata)
+    return None

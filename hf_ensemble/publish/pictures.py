@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from ..select import Grouping
 from .drawing import BLUE, ORANGE, drawing
+
+_MOST_NAMED = 20
 
 
 def affinity_heat_map(grouping: Grouping, path: Path) -> None:
@@ -65,3 +68,25 @@ def fidelity_picture(report: Any, path: Path) -> None:
         axes.set_ylabel("predicted")
         axes.set_title(f"{len(true)} subsets of {true.shape[1]} tasks: prediction against truth")
         axes.legend(title="task was", loc="upper left")
+
+
+def prediction_picture(losses: Mapping[str, tuple[float, float]], path: Path) -> None:
+    """Predicted against measured loss of each task, the tasks named where there are few.
+
+    Args:
+        losses (`dict[str, tuple[float, float]]`): predicted and measured loss, by task.
+        path (`Path`): where to write.
+    """
+    predicted, measured = np.array(list(losses.values())).T
+    with drawing(path, (5.6, 5.2)) as axes:
+        ends = [min(predicted.min(), measured.min()), max(predicted.max(), measured.max())]
+        axes.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
+        axes.scatter(measured, predicted, s=18, color=BLUE, zorder=2)
+        if len(losses) <= _MOST_NAMED:
+            for name, x, y in zip(losses, measured, predicted):
+                # No formula: a name may hold dollar signs.
+                axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7, parse_math=False)
+        axes.margins(x=0.15)
+        axes.set_xlabel("measured validation loss of the ensemble (nats per token)")
+        axes.set_ylabel("predicted for its group's adapter")
+        axes.set_title("Prediction against truth, by task")

@@ -1,5 +1,6 @@
 """The directory of a run: where everything lies, and which stages are done."""
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from .._cards import CARD
 from .._compat import package_versions
-from .._files import named_differences, remove_leftovers
+from .._files import named_differences, remove_leftovers, write_atomically
 from .._processes import is_main_process, run_on_main
 from .._records import Record
 from .._settings import checked_path
@@ -264,11 +266,18 @@ class RunDirectory:
             remove_leftovers(folder)
 
     def _delete(self, names: Iterable[str]) -> None:
-        """Delete artefacts of stages, and nothing else that lies there."""
+        """Delete artefacts of stages, and nothing else that lies there.
+
+        Model cards stay: their generated part is written again, and the rest may be someone's own.
+        """
         for name in names:
-            target = self.path / name
+            target, card = self.path / name, None
             if target.is_dir():
+                with contextlib.suppress(FileNotFoundError):
+                    card = (target / CARD).read_bytes()
                 shutil.rmtree(target)
+                if card is not None:
+                    write_atomically(target / CARD, lambda file, card=card: file.write(card))
             else:
                 target.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from ..estimate import ObservedRun, SubsetEstimator
 from ..evaluate import TaskScores
 from ..select import Grouping, predicted_losses
 from ..tasks import TaskSet
+from ..tasks.presentation import example_prompt, hub_datasets
 from .costs import StageCost
 from .left_out import LeftOut, left_out
 
@@ -69,6 +70,8 @@ class TaskRecord:
         label_names (`list[str]`, *optional*): labels of a classification task.
         sampling_weight (`float`): how often training draws one of its rows, relative to the other tasks.
         is_streamed (`bool`): whether trainings go on to further training rows, of which these are the first.
+        example (`str` or `list[dict]`, *optional*): a prompt that the model card may show.
+        hub_datasets (`list[str]`): ids of the Hub's datasets that the rows come from, where that is known.
     """
 
     num_rows: dict[str, int]
@@ -76,6 +79,8 @@ class TaskRecord:
     label_names: list[str] | None
     sampling_weight: float
     is_streamed: bool = False
+    example: str | list[dict[str, str]] | None = None
+    hub_datasets: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class TasksRecord(Record):
     """
 
     format = "hf_ensemble.tasks"
-    format_version = 2
+    format_version = 3
 
     row_format: str
     fingerprint: str
@@ -98,12 +103,20 @@ class TasksRecord(Record):
     task_loss_weighting: str = "tokens"
 
     @classmethod
-    def of(cls, tasks: TaskSet, task_loss_weighting: str) -> "TasksRecord":
+    def of(cls, tasks: TaskSet, task_loss_weighting: str, with_examples: bool = True) -> "TasksRecord":
+        """Of tasks and the average of a step's loss; with a prompt of each task unless rows are not to be shown."""
         data = tasks.to_dict()
         return cls(
             data["row_format"],
             data["fingerprint"],
-            {name: TaskRecord(**own) for name, own in data["tasks"].items()},
+            {
+                name: TaskRecord(
+                    **own,
+                    example=example_prompt(tasks[name]) if with_examples else None,
+                    hub_datasets=hub_datasets(tasks[name].splits.values()),
+                )
+                for name, own in data["tasks"].items()
+            },
             task_loss_weighting,
         )
 

@@ -154,6 +154,13 @@ class RunArguments(BalancingArguments, FeatureSettings):
             "further ones on a few tasks each. 0 replays the training on the captured gradients, which is less exact."
         },
     )
+    card_examples: bool = field(
+        default=True,
+        metadata={
+            "help": "Show one prompt of each dataset in the model card, in code that runs as it stands. Set to False "
+            "where rows are not to be seen."
+        },
+    )
     overwrite_run: bool = field(
         default=False, metadata={"help": "Start over when output_dir holds a run of another configuration."}
     )
@@ -163,6 +170,7 @@ class RunArguments(BalancingArguments, FeatureSettings):
         check_at_least("calibration_runs", self.calibration_runs, 0)
         check_number("validation_fraction", self.validation_fraction, 0, 1, above=True)
         check_at_least("streaming_rows", self.streaming_rows, 2)
+        check_flag("card_examples", self.card_examples)
         check_flag("overwrite_run", self.overwrite_run)
         if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
             # trl would refuse these arguments on a machine without an accelerator.

@@ -29,7 +29,7 @@ _UNCOMPARED += (
 # Unless they decide which adapter of a training is kept, or when it ends.
 _OF_EVALUATIONS = ("per_device_eval_batch_size",)
 _OF_CHECKPOINTS = ("save_strategy", "save_steps")
-_UNCOMPARED_PREFIXES = ("hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
+_UNCOMPARED_PREFIXES = ("card_", "hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
 # Arguments of trainers, beside `args`, that decide what is trained.
 _TRAINER_ARGUMENTS = ("data_collator", "compute_loss_func", "optimizer_cls_and_kwargs")
 # Arguments that only the choice of groups or auxiliary tasks depends on.

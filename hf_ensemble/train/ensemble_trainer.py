@@ -1,6 +1,5 @@
 """Fine-tune on many datasets: group them, train one adapter per group, serve the weighted ensemble."""
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from .._files import writing
 from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError
-from ..publish import card_metadata, push_ensemble_to_hub, write_model_card
+from ..publish import renew_model_card
 from ..select import Grouping
 from ..tasks import TaskSet
 from .configs import EnsembleConfig, EnsembleSFTConfig
@@ -104,6 +103,9 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
     def _is_trained(self) -> bool:
         return self.ensemble is not None
 
+    def _made_folder(self) -> Path:
+        return self.run_directory.ensemble
+
     def _serve(self) -> None:
         self.model = self.model_wrapped = self.ensemble
 
@@ -122,24 +124,9 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
             with writing(folder):
                 self.processing_class.save_pretrained(folder)
                 torch.save(arguments_without_secrets(self.args), folder / TRAINING_ARGS_NAME)
-            write_model_card(self.run_directory.path, folder=folder)
+            renew_model_card(self.run_directory, folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the ensemble's card; takes the parent's arguments, of which `language`, `license`, `tags` and the
-        datasets go into its metadata. Before [`train`], the card that the parent trainer writes.
-        """
-        if self.trains_directly or not self._is_trained():
-            super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
-            given = dict(zip(inspect.signature(super().create_model_card).parameters, args)) | kwargs
-            write_model_card(self.run_directory.path, metadata=card_metadata(given))
-
-    def _upload(self, repo_id: str, card: Mapping[str, Any], **kwargs: Any):
-        if not self._is_trained():
-            raise ConfigurationError("There is no ensemble yet: call train() first.")
-        return push_ensemble_to_hub(self.run_directory.path, repo_id, metadata=card_metadata(card), **kwargs)
 
 
 class EnsembleTrainer(EnsembleMixin, MultiTaskTrainer):

@@ -103,7 +103,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 self._run_choices(),
                 self.args.overwrite_run,
             )
-            run.write(TasksRecord.of(self.tasks, self.args.task_loss_weighting))
+            run.write(TasksRecord.of(self.tasks, self.args.task_loss_weighting, self.args.card_examples))
             self.flow = self._make_flow(self._context(run))
         return self.flow.context.run
 

@@ -1,6 +1,7 @@
 """What a run's trainer answers once the run has made something, and as its parent does before."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from .._processes import is_main_process, run_on_main
-from ..errors import ConfigurationError, TaskError
+from ..errors import ConfigurationError, PushError, TaskError
 from ..evaluate import TaskScores
 from ..logging import get_logger
+from ..publish import card_metadata, push_run_to_hub, write_model_card
 from ..runs import Results
 from .inputs.evaluation_rows import positions_by_task, token_tables
 
@@ -27,6 +29,10 @@ class OutcomeMixin:
     """Evaluation, predictions, card and upload of a run. Before it is trained, they are the parent's of one adapter."""
 
     def _is_trained(self) -> bool:
+        raise NotImplementedError
+
+    def _made_folder(self) -> Path:
+        """Where what the run has made lies."""
         raise NotImplementedError
 
     def _serve(self) -> None:
@@ -174,6 +180,8 @@ class OutcomeMixin:
         """Upload what `train` has made. A failure is reported: the run is complete without it."""
         try:
             self.push_to_hub()
+        except PushError as error:
+            logger.error("The run in %r is complete. %s", self.args.output_dir, error)
         except Exception as error:  # whatever the connection, the Hub or a file raises
             logger.error(
                 "The run in %r is complete, but was not uploaded: %s: %s. Call trainer.push_to_hub(), or start the "
@@ -200,22 +208,37 @@ class OutcomeMixin:
 
         Raises:
             `ConfigurationError`: before training.
+            `PushError`: where the Hub refuses or cannot be reached; the message says how to go on.
         """
         if self.trains_directly:
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         if not is_main_process():
             return None
-        return self._upload(
+        if not self._is_trained():
+            raise ConfigurationError("There is nothing to upload yet: call train() first.")
+        return push_run_to_hub(
+            self.run_directory.path,
             self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
-            kwargs,
+            metadata=card_metadata(kwargs),
+            folder=self._made_folder(),
+            again="trainer.push_to_hub()",
             commit_message=commit_message,
             token=token or self.args.hub_token,
             private=self.args.hub_private_repo if private is None else private,
             revision=revision or self.args.hub_revision,
         )
 
-    def _upload(self, repo_id: str, card: Mapping[str, Any], **kwargs: Any):
-        raise NotImplementedError
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card of the ensemble, or of the final adapter; before [`train`], what the parent trainer writes.
+
+        Takes the parent's arguments, of which `language`, `license`, `tags` and the datasets go into the card's
+        metadata. A card that is there keeps what is not between its two marks.
+        """
+        if self.trains_directly or not self._is_trained():
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            given = dict(zip(inspect.signature(super().create_model_card).parameters, args)) | kwargs
+            write_model_card(self.run_directory.path, folder=self._made_folder(), metadata=card_metadata(given))
 
 
 def _in_order(output: PredictionOutput, positions: list[int] | None) -> PredictionOutput:

@@ -1,12 +1,12 @@
 """Fine-tune for one target: choose the auxiliary datasets that help it, then train once."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from ..errors import ConfigurationError
-from ..logging import get_logger
 from ..select import Selection
 from ..tasks import TaskSet
 from .configs import SelectionConfig, SelectionSFTConfig
@@ -15,8 +15,6 @@ from .flows.context import FlowContext
 from .flows.selection_flow import SelectionFlow
 from .multi_task_sft_trainer import MultiTaskSFTTrainer
 from .multi_task_trainer import MultiTaskTrainer
-
-logger = get_logger(__name__)
 
 
 class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
@@ -73,13 +71,8 @@ class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
     def _is_trained(self) -> bool:
         return self.selection is not None
 
-    def _upload(self, repo_id: str, card: Mapping[str, Any], **kwargs: Any):
-        """The final adapter, as `PeftModel.push_to_hub` uploads it; captured gradients stay on this machine."""
-        if not self._is_trained():
-            raise ConfigurationError("There is no adapter yet: call train() first.")
-        if card:
-            logger.info("The card is PEFT's own; %s are not used.", sorted(card))
-        return self.model.push_to_hub(repo_id, **kwargs)
+    def _made_folder(self) -> Path:
+        return self.run_directory.adapter
 
 
 class SelectionTrainer(SelectionMixin, MultiTaskTrainer):

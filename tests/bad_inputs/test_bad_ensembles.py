@@ -6,7 +6,7 @@ from torch import nn
 
 from helpers import toy
 from helpers.ensembles import randomize_adapters
-from hf_ensemble import PeftEnsembleModel, push_ensemble_to_hub, write_model_card
+from hf_ensemble import PeftEnsembleModel, push_run_to_hub, write_model_card
 from hf_ensemble.ensemble.saving import files
 from hf_ensemble.errors import EnsembleError, HfEnsembleError
 
@@ -159,8 +159,8 @@ FILES = {
         "Expected adapters as a dict by name",
     ),
     "card without a run": (lambda folder: write_model_card(folder), "holds no ensemble_config.json"),
-    "upload without a run": (lambda folder: push_ensemble_to_hub(folder, "user/x"), "holds no ensemble_config.json"),
-    "upload of None": (lambda folder: push_ensemble_to_hub(None, "user/x"), "folder of the run as a path, found None"),
+    "upload without a run": (lambda folder: push_run_to_hub(folder, "user/x"), "holds no ensemble_config.json"),
+    "upload of None": (lambda folder: push_run_to_hub(None, "user/x"), "folder of the run as a path, found None"),
 }
 
 

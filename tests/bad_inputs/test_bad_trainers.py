@@ -266,7 +266,7 @@ CALLS = {
     "search": (lambda t: t.hyperparameter_search(), "has no hyperparameter_search"),
     "checkpoint": (lambda t: t.train(resume_from_checkpoint="checkpoint-3"), "no checkpoint in resume_from_checkpoint"),
     "option of training": (lambda t: t.train(trial=1), "Expected no trial, since"),
-    "upload": (lambda t: t.push_to_hub(), "There is no ensemble yet: call train"),
+    "upload": (lambda t: t.push_to_hub(), "There is nothing to upload yet: call train"),
     "scores": (lambda t: t.scores(), "nothing to score yet: call train"),
     "results": (collect_results, "nothing to report yet: call train"),
     "report": (lambda t: t.report(), "nothing to report yet: call train"),

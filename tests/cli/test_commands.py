@@ -172,7 +172,7 @@ def test_push_uploads_the_ensemble_of_a_run(world, monkeypatch):
         seen.update(run=run, repo_id=repo_id, **options)
         return Commit()
 
-    monkeypatch.setattr(push, "push_ensemble_to_hub", upload)
+    monkeypatch.setattr(push, "push_run_to_hub", upload)
     done = as_json(["push", "--run", str(world[0] / "run"), "--repo_id", "user/x", "--private", "true"])
     assert done == {"repository": Commit.repo_url, "commit": Commit.commit_url}
     assert seen["repo_id"] == "user/x" and seen["private"] is True and seen["revision"] is None

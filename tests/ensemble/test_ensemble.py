@@ -177,7 +177,7 @@ def test_saved_ensemble_gives_the_same_logits(ensemble, members, batch, base_fol
     ensemble.save_pretrained(tmp_path / "saved")
     files = sorted(str(p.relative_to(tmp_path / "saved")) for p in (tmp_path / "saved").rglob("*") if p.is_file())
     adapters = [f"adapters/{n}/adapter_{f}" for n in "abc" for f in ("config.json", "model.safetensors")]
-    assert files == sorted([*adapters, "ensemble_config.json"])
+    assert files == sorted([*adapters, "ensemble_config.json", "README.md"])
     loaded = PeftEnsembleModel.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         expected = ensemble(**batch, task=TASKS).logits

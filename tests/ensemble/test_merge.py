@@ -64,7 +64,7 @@ def test_exact_merge_equals_the_weights_and_loads_with_stock_peft(kind, batch, t
         folder.mkdir()
         (folder / "notes").touch()
         merged.save_pretrained(folder)
-        files = ["adapter_config.json", "adapter_model.safetensors", "notes"]
+        files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "notes"]
         assert sorted(path.name for path in folder.iterdir()) == files
         stock = PeftModel.from_pretrained(llama(), folder).eval()
         expected = ensemble(**batch, task="x").logits

@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -50,19 +52,56 @@ ROUTES: list[tuple[str, str, str]] = [
 ]
 
 
+@dataclass
+class Fault:
+    """What the Hub does in place of answering a request: drop the connection, answer with an error, or stall.
+
+    Args:
+        request (`str`): regular expression of method and path, such as `"POST .*/commit/"`.
+        status (`int`, *optional*): status of the answer; `None` drops the connection.
+        times (`int`): so many requests; later ones are answered.
+        is_late (`bool`): whether the request is carried out before.
+        stalled (`threading.Event`, *optional*): set when a request comes, which is then never answered.
+    """
+
+    request: str
+    status: int | None = None
+    times: int = 10**6
+    is_late: bool = False
+    stalled: threading.Event | None = None
+
+
 class HubHandler(BaseHTTPRequestHandler):
     """One method per row of `ROUTES`; each takes the groups of its pattern and returns a JSON answer or bytes."""
 
     protocol_version = "HTTP/1.1"  # the client keeps its connections open
     store: HubStore
     endpoint: str
+    faults: list[Fault]
+    requests: list[str]
 
     def handle_request(self) -> None:
         """Route a request, and answer every error with a JSON message the client puts into its exception."""
         # Always read: what is left of a body would be taken for the next request on this connection.
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.status, self.answer_headers = 200, {"Content-Type": "application/json"}
+        request = f"{self.command} {self.path}"
+        self.requests.append(request)
+        fault = next((own for own in self.faults if own.times > 0 and re.match(own.request, request)), None)
+        if fault is not None:
+            fault.times -= 1
+            if fault.is_late:
+                self.route(self.command)
+            if fault.stalled is not None:
+                fault.stalled.set()
+                threading.Event().wait(SUBPROCESS_TIMEOUT_SECONDS)
+            if fault.status is None:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
         try:
+            if fault is not None:
+                raise HubError(fault.status, f"fault {fault.status}")
             answer = self.route("GET" if self.command == "HEAD" else self.command)
         except HubError as error:
             self.status, answer = error.status, {"error": str(error)}
@@ -236,12 +275,16 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def local_hub(storage_dir: Path) -> Iterator[str]:
+def local_hub(storage_dir: Path, faults: list[Fault] | None = None, requests: list[str] | None = None) -> Iterator[str]:
     """Serve a Hub from `storage_dir` while the `with` block runs; a later server on the same folder continues it.
 
     Args:
         storage_dir (`Path`):
             Folder of the repositories and files. Made if missing.
+        faults (`list[Fault]`, *optional*):
+            What goes wrong; may change while the server runs.
+        requests (`list[str]`, *optional*):
+            Gets method and path of every request.
 
     Yields:
         `str`: the endpoint, to be set as `HF_ENDPOINT`.
@@ -252,7 +295,8 @@ def local_hub(storage_dir: Path) -> Iterator[str]:
         run_against_hub("from huggingface_hub import create_repo; create_repo('m')", endpoint, tmp_path / "home")
     ```
     """
-    handler = type("BoundHubHandler", (HubHandler,), {"store": HubStore(Path(storage_dir))})
+    own = {"store": HubStore(Path(storage_dir)), "faults": [] if faults is None else faults}
+    handler = type("BoundHubHandler", (HubHandler,), {**own, "requests": [] if requests is None else requests})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     endpoint = handler.endpoint = f"http://127.0.0.1:{server.server_port}"
     # shutdown() waits for the poll interval, whose default of half a second every test would pay.
@@ -264,6 +308,16 @@ def local_hub(storage_dir: Path) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
+    """Environment variables of a process whose Hub is `endpoint`, with the cache in `home`, which is made."""
+    home.mkdir(parents=True, exist_ok=True)
+    # Cache folders, offline switches, tokens and proxies of the caller must not leak in.
+    foreign = re.compile(r"(HF_|HUGGING_?FACE_|TRANSFORMERS_).*|.*_PROXY", re.IGNORECASE)
+    environment = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    return environment | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run_against_hub(
@@ -291,13 +345,7 @@ def run_against_hub(
         `AssertionError`: if the code fails or takes too long, with its stdout and stderr.
     """
     home = Path(home).resolve()
-    home.mkdir(parents=True, exist_ok=True)
-    # Cache folders, offline switches, tokens and proxies of the caller must not leak in.
-    foreign = re.compile(r"(HF_|HUGGING_?FACE_|TRANSFORMERS_).*|.*_PROXY", re.IGNORECASE)
-    environment = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    environment |= variables or {}
+    environment = hub_environment(endpoint, home) | (variables or {})
     options: dict[str, Any] = {"env": environment, "cwd": home, "timeout": SUBPROCESS_TIMEOUT_SECONDS}
     try:
         done = subprocess.run(

@@ -22,6 +22,8 @@ ORDER = [
     "_settings",
     "_compat",
     "_processes",
+    "_cards",
+    "_hub",
     "tasks",
     "models",
     "store",

@@ -21,7 +21,7 @@ from hf_ensemble import (
 )
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.runs import TrainedAdapter
-from hf_ensemble.train import ensemble_trainer
+from hf_ensemble.train import outcome
 from hf_ensemble.train.inputs.parent_arguments import REFUSED, check_parent_arguments
 
 
@@ -160,8 +160,7 @@ def uploads(monkeypatch):
         record.calls.append((*args, kwargs))
 
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None, private=None: None)
-    monkeypatch.setattr(ensemble_trainer, "push_ensemble_to_hub", upload)
-    monkeypatch.setattr("peft.PeftModel.push_to_hub", lambda self, *args, **kwargs: upload(*args, **kwargs))
+    monkeypatch.setattr(outcome, "push_run_to_hub", upload)
     return record
 
 
@@ -172,7 +171,13 @@ HUB = {
     "hub_token": "hf_x",
     "hub_revision": "draft",
 }
-SENT = {"commit_message": "End of training", "token": "hf_x", "private": True, "revision": "draft"}
+SENT = {
+    "commit_message": "End of training",
+    "token": "hf_x",
+    "private": True,
+    "revision": "draft",
+    "again": "trainer.push_to_hub()",
+}
 
 
 def test_push_to_hub_uploads_the_finished_ensemble(tmp_path, base_folder, uploads, caplog):
@@ -186,9 +191,16 @@ def test_push_to_hub_uploads_the_finished_ensemble(tmp_path, base_folder, upload
     assert output.metrics["eval_mean_loss"] > 0 and uploads.calls == []
     uploads.error = None
     sft_trainer(tmp_path / "run", base_folder, **changes).train()
-    assert uploads.calls == [(trainer.run_directory.path, "me/mine", {**SENT, "metadata": {}})]
+    assert uploads.calls == [
+        (trainer.run_directory.path, "me/mine", {**SENT, "metadata": {}, "folder": trainer.run_directory.ensemble})
+    ]
     trainer.save_model()
-    assert uploads.calls[1][-1] == {**SENT, "metadata": {}, "commit_message": "Model save"}
+    assert uploads.calls[1][-1] == {
+        **SENT,
+        "metadata": {},
+        "folder": trainer.run_directory.ensemble,
+        "commit_message": "Model save",
+    }
     trainer.push_to_hub(dataset_name="sums", tags="mine", model_name="unused")
     assert uploads.calls[2][-1]["metadata"] == {"datasets": ["sums"], "tags": ["mine"]}
 
@@ -204,4 +216,6 @@ def test_push_to_hub_uploads_the_adapter_of_a_selection(tmp_path, base_folder, u
         target="sums",
     )
     trainer.train()
-    assert uploads.calls == [("me/mine", SENT)]
+    assert uploads.calls == [
+        (trainer.run_directory.path, "me/mine", {**SENT, "metadata": {}, "folder": trainer.run_directory.adapter})
+    ]

@@ -1,16 +1,16 @@
-"""`hf-ensemble push`: a run's ensemble to the Hub."""
+"""`hf-ensemble push`: what a run has made to the Hub."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from ...publish import push_ensemble_to_hub
+from ...publish import push_run_to_hub
 from ..arguments import needed, parse, with_config
 from ..saved_arguments import PushArguments
 from ..tables import console
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Upload the ensemble with its card.
+    """Upload the ensemble, or the selection's adapter, with its card.
 
     Returns:
         `dict`: the repository's and the commit's address.
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     """
     (arguments,), _ = parse([PushArguments], with_config(argv), command="push")
     needed("push", run=arguments.run, repo_id=arguments.repo_id)
-    commit = push_ensemble_to_hub(
+    commit = push_run_to_hub(
         arguments.run,
         arguments.repo_id,
         private=arguments.private,

@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import save
 from torch import nn
 
+from ..._cards import CARD, render, update_card_file
 from ..._files import write_atomically
-from ..._settings import check_at_least, check_one_of
-from ...errors import EnsembleError
+from ..._hub import Repository
+from ..._settings import check_at_least, check_one_of, checked_path
+from ...errors import EnsembleError, EnsembleLoadError
 from ...logging import get_logger
+from ..members import BaseModelReference
+from ..saving.card import adapter_loading, adapter_metadata, reporting_failed_card
 from ..saving.ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..saving.files import base_reference
+from ..saving.pushing import push_adapter
 from ..saving.vllm import vllm_obstacles, vllm_rank
 from . import task_vectors
 from .deltas import AdapterDelta, adapter_delta, lora_modules, saved_modules
@@ -50,6 +57,7 @@ class MergedAdapter:
         relative_error (`float`): |merged - exact| / |exact| over all modules together, in the Frobenius norm, where
             `exact` is the method's result before it is truncated to the rank; 0.0 if nothing was truncated.
         module_errors (`dict[str, float]`): the same for each truncated module.
+        base_model (`BaseModelReference`, *optional*): the base model, for the card; `None` for one of another kind.
     """
 
     config: LoraConfig
@@ -58,6 +66,7 @@ class MergedAdapter:
     method: str
     relative_error: float
     module_errors: dict[str, float] = field(repr=False)
+    base_model: BaseModelReference | None = None
 
     @property
     def rank(self) -> int:
@@ -73,15 +82,43 @@ class MergedAdapter:
         return vllm_obstacles(self.config)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the two files of a plain PEFT adapter, for `PeftModel.from_pretrained`."""
+        """Write the two files of a plain PEFT adapter, for `PeftModel.from_pretrained`, and its model card."""
+        folder = checked_path("the folder to save into", folder, EnsembleError)
         tensors = {key: value.contiguous() for key, value in self.state_dict.items()}
         weights = save(tensors, metadata={"format": "pt"})
         with tempfile.TemporaryDirectory() as work:
             self.config.save_pretrained(work)
             text = (Path(work) / ADAPTER_CONFIG).read_bytes()
         # The configuration comes last, as it makes the folder an adapter.
-        write_atomically(Path(folder) / ADAPTER_WEIGHTS, lambda file: file.write(weights))
-        write_atomically(Path(folder) / ADAPTER_CONFIG, lambda file: file.write(text))
+        write_atomically(folder / ADAPTER_WEIGHTS, lambda file: file.write(weights))
+        write_atomically(folder / ADAPTER_CONFIG, lambda file: file.write(text))
+        with reporting_failed_card(folder):
+            update_card_file(folder / CARD, *self._card(folder))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Upload the adapter with its model card, in one commit.
+
+        Args:
+            repo_id (`str`): repository; created where it does not exist.
+            kwargs: `token`, `private`, `commit_message`, `commit_description`, `revision` and `create_pr`, as for
+                [`PeftEnsembleModel.push_to_hub`].
+
+        Raises:
+            `PushError`: where the Hub refuses or cannot be reached.
+        """
+        repository = Repository(repo_id, **{"commit_message": "Upload merged adapter", **kwargs})
+        base = self.config.base_model_name_or_path or ""
+        with tempfile.TemporaryDirectory() as work:
+            self.save_pretrained(work)
+            card = self._card(Path(work), repo_id)
+            return push_adapter(Path(work), repository, base, card, f"merged.push_to_hub({repo_id!r})")
+
+    def _card(self, folder: Path, repo_id: str | None = None) -> tuple[dict[str, Any], str]:
+        """Metadata and generated part of the card."""
+        base = self.base_model or BaseModelReference(self.config.base_model_name_or_path or "", None, "AutoModel")
+        loading = adapter_loading(folder, base, {"": "A prompt"}, repo_id)
+        tags = ["hf-ensemble", "lora", "merge"]
+        return adapter_metadata(base, tags), render("merged_card.md.jinja", merged=self, loading=loading)
 
     def add_to(self, model: nn.Module, name: str = "default") -> PeftModel:
         """Add the adapter to a base model or a `PeftModel`, frozen and active.
@@ -148,7 +185,11 @@ def merge_adapters(
         state.update({f"base_model.model.{path}.{key}": value for key, value in parameters.items()})
     warn_of_requantization(model, used)
     config = _config(model, next(iter(used)), list(wanted), sorted(saved), cap)
-    return MergedAdapter(config, state, used, method, relative_error, errors)
+    try:
+        base = base_reference(model)
+    except EnsembleLoadError:
+        base = None  # of a kind that its card cannot show code for
+    return MergedAdapter(config, state, used, method, relative_error, errors, base)
 
 
 _LINES = {"alpha": 1.0, "beta": 0.5}

@@ -1,5 +1,6 @@
 """Ensembles on disk and on the Hub: a configuration and plain PEFT adapters."""
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,14 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..._cards import CARD
 from ..._compat import tied_modules_under_adapters
-from ..._files import remove_leftovers, write_folder_atomically, write_json
+from ..._files import remove_leftovers, write_folder_atomically, write_json, writing
 from ...errors import EnsembleLoadError
 from ...models import LabelSimilarityForSequenceClassification
 from ...models.inputs import is_encoder_decoder
 from ..members import BaseModelReference
 from .adapter_check import check_adapter
 from .adapter_tensors import embedding_layers
+from .card import write_saved_card
 from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, CONFIG_NAME, SavedEnsembleConfig
 from .untrusted import read_object
 from .vocabulary import fit_vocabulary, resized_embeddings
@@ -35,6 +38,14 @@ _AUTO_CLASSES = {
 }
 
 
+def auto_class_of(base: nn.Module) -> str | None:
+    """The auto class that loads a model; `None` for one of another kind."""
+    name = type(base).__name__
+    auto_class = next((auto for suffix, auto in _AUTO_CLASSES.items() if name.endswith(suffix)), None)
+    # Vision-language models have the same suffix.
+    return None if auto_class == "AutoModelForSeq2SeqLM" and not is_encoder_decoder(base) else auto_class
+
+
 def base_reference(model: PeftModel) -> BaseModelReference:
     """Name, revision and auto class of a model's base.
 
@@ -42,10 +53,7 @@ def base_reference(model: PeftModel) -> BaseModelReference:
         `EnsembleLoadError`: for a class without an auto class.
     """
     base = model.get_base_model()
-    name = type(base).__name__
-    auto_class = next((auto for suffix, auto in _AUTO_CLASSES.items() if name.endswith(suffix)), None)
-    if auto_class == "AutoModelForSeq2SeqLM" and not is_encoder_decoder(base):
-        auto_class = None  # Vision-language models have the same suffix.
+    name, auto_class = type(base).__name__, auto_class_of(base)
     if auto_class is None:
         raise EnsembleLoadError(
             f"Expected a causal language model, an encoder-decoder or a sequence classifier, whose class ends in one "
@@ -85,6 +93,8 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
                 save_file(tensors, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             else:
                 shutil.copy(source / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
+        if (folder / CARD).is_file():
+            shutil.copy(folder / CARD, target / CARD)
 
     write_folder_atomically(folder, write)
 
@@ -102,12 +112,30 @@ def _is_tied_in_name_only(model: PeftModel, name: str) -> bool:
 
 
 def save_ensemble(folder: Path, model: PeftModel, config: SavedEnsembleConfig) -> None:
-    """Write the adapters, then the configuration that makes the folder an ensemble."""
+    """Write the adapters, then the configuration that makes the folder an ensemble.
+
+    Adapters of an ensemble that was saved there before, and that this one lacks, are deleted.
+    """
     for work in (folder, folder / ADAPTERS_FOLDER):
         remove_leftovers(work)
+    previous: list[str] = []
+    with contextlib.suppress(EnsembleLoadError):
+        previous = [member.name for member in SavedEnsembleConfig.load(folder).members]
     for member in config.members:
         save_adapter(model, member.name, folder / ADAPTERS_FOLDER / member.name)
     config.save(folder)
+    for name in set(previous) - {member.name for member in config.members}:
+        _delete_adapter(folder / ADAPTERS_FOLDER / name)
+    write_saved_card(folder, config)
+
+
+def _delete_adapter(folder: Path) -> None:
+    """Delete an adapter's files, and its folder unless something else lies there."""
+    with writing(folder):
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str, root: Path | None = None) -> PeftModel:

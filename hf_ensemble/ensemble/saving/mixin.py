@@ -1,12 +1,15 @@
 """Saving and loading: the part of [`PeftEnsembleModel`] that handles files."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from torch import nn
 
+from ..._hub import Repository
 from ..._settings import checked_mapping, checked_path
 from ...errors import EnsembleError, EnsembleLoadError
 from ...tasks import LabelSpace
@@ -14,6 +17,7 @@ from ..forward.router import PromptRouter
 from ..members import BaseModelReference, check_adapter_name
 from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
 from .files import load_adapter, load_base, load_ensemble, local_folder, save_ensemble
+from .pushing import push_ensemble
 from .untrusted import checked_file, read_object
 from .vocabulary import fit_vocabulary
 
@@ -60,11 +64,75 @@ class SavingMixin:
             router=None if self.router is None else self.router.to_dict(),
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `ensemble_config.json` and one plain PEFT adapter per member, safetensors only."""
-        folder = checked_path("the folder to save into", folder, EnsembleError)
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
+        """Write `ensemble_config.json`, one plain PEFT adapter per member, safetensors only, and a model card.
+
+        A card that is there already keeps what is not between its two marks. Adapters of an ensemble that was saved
+        there before, and that this one lacks, are deleted.
+
+        Args:
+            save_directory (`str` or `Path`): the folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload it too.
+            repo_id (`str`, *optional*): repository to upload to; called after the folder by default.
+            kwargs: further arguments of [`push_to_hub`].
+
+        Raises:
+            `EnsembleError`: for adapters that were deleted, replaced or merged.
+            `WriteError`: where the folder cannot be written.
+            `PushError`: as [`push_to_hub`]; the folder is saved then.
+        """
+        folder = checked_path("the folder to save into", save_directory, EnsembleError)
+        if not push_to_hub and (repo_id is not None or kwargs):
+            raise EnsembleError(
+                f"{sorted(['repo_id', *kwargs] if repo_id is not None else kwargs)} are for an upload. Set "
+                "push_to_hub=True, or leave them out."
+            )
         self.check_adapters()
         save_ensemble(folder, self.model, self.ensemble_config())
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.resolve().name, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: Sequence[str] | str | None = None,
+    ) -> CommitInfo:
+        """Upload the ensemble with its model card, in one commit.
+
+        Members that the repository has and this ensemble lacks are deleted in the same commit; the card keeps what is
+        not between its two marks.
+
+        Args:
+            repo_id (`str`): repository; created where it does not exist.
+            commit_message (`str`, *optional*): of the commit.
+            commit_description (`str`, *optional*): of the commit.
+            private (`bool`, *optional*): of a new repository.
+            token (`str`, *optional*): Hub token.
+            revision (`str`, *optional*): branch to commit to; created where it does not exist.
+            create_pr (`bool`, *optional*, defaults to `False`): whether to open a pull request instead.
+            tags (`list[str]`, *optional*): further tags of the card.
+
+        Raises:
+            `EnsembleError`: for adapters that were deleted, replaced or merged.
+            `PushError`: where the Hub refuses or cannot be reached.
+        """
+        self.check_adapters()
+        config = self.ensemble_config()
+        given = [tags] if isinstance(tags, str) else list(tags or ())
+        config = replace(config, tags=list(dict.fromkeys([*config.tags, *given])))
+        message = commit_message or "Upload ensemble"
+        repository = Repository(repo_id, token, private, message, commit_description, revision, create_pr)
+        with tempfile.TemporaryDirectory() as work:
+            save_ensemble(Path(work), self.model, config)
+            return push_ensemble(Path(work), config, repository, again=f"model.push_to_hub({repo_id!r})")
 
     @classmethod
     def from_adapters(

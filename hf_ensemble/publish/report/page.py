@@ -10,11 +10,12 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from ..._files import write_atomically
+from ...ensemble.saving.card import public_name
 from ...errors import ConfigurationError
 from ...runs import Evaluation, ExampleRows, Results, RunDirectory, RunRecord, run_results
 from ...runs.result_rows import ordered_systems, system_name
 from ...runs.verdict import number
-from ..card import public_name, public_values
+from ..card_data import public_values
 from .section import optional
 from .sections import sections_of
 

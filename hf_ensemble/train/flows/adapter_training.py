@@ -11,6 +11,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from ..._cards import CARD
 from ..._files import checksums, writing
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture.identity import parameter_fingerprint
@@ -172,7 +173,9 @@ class AdapterTraining:
                 learning.report(trained)
             if is_main_process():
                 save_adapter(self.context.model, self.context.adapter_name, folder)
-                run.write_trained_adapter(replace(trained, files=checksums(folder)))
+                # The card may be changed at any time.
+                files = {file: checksum for file, checksum in checksums(folder).items() if file != CARD}
+                run.write_trained_adapter(replace(trained, files=files))
                 remove_checkpoints(run.training(name))
             wait_for_everyone()
             trained = run_on_main(lambda: run.trained_adapter(name))

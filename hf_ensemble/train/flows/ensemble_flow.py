@@ -10,7 +10,7 @@ from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...ensemble import PeftEnsembleModel
 from ...errors import ConfigurationError
 from ...evaluate import TaskScores
-from ...publish import write_model_card
+from ...publish import renew_model_card
 from ...runs import Costs, SystemCost, TrainedAdapter
 from ...select import Grouping
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
@@ -191,5 +191,5 @@ class EnsembleFlow:
         if is_main_process():
             self.context.run.write(Costs(dict(self._costs)))
             self.evaluation.keep(prefix, scores)
-            write_model_card(self.context.run.path)
+            renew_model_card(self.context.run, self.context.run.ensemble)
         wait_for_everyone()

@@ -8,10 +8,12 @@ from functools import partial
 import numpy as np
 from datasets import Dataset
 
+from ..._files import writing
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture import applied_update
 from ...estimate import ObservedRun, SubsetEstimator
 from ...evaluate import TaskScores
+from ...publish import renew_model_card
 from ...runs import Costs, SystemCost, TrainedAdapter, run_selector
 from ...select import Selection
 from ...store import GradientStore
@@ -89,6 +91,11 @@ class SelectionFlow:
         with run.stage(ADAPTER):
             if self.calibration.reuse(self.selection.weights, ADAPTER, run.adapter) is None:
                 self.training.run(ADAPTER, self.selection.weights, run.adapter)
+            if is_main_process():
+                # The card's code, and whoever loads the adapter elsewhere, takes it from there.
+                with writing(run.adapter):
+                    self.context.processing_class.save_pretrained(run.adapter)
+            wait_for_everyone()
         self.calibration.discard(self.num_calibration_runs())
         self.training.load(run.adapter)
         begin_evaluation(run)
@@ -167,8 +174,9 @@ class SelectionFlow:
             yield trainer
 
     def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
-        """Keep the scores in the run."""
+        """Keep the scores in the run and renew the model card."""
         if is_main_process():
             self.context.run.write(Costs(dict(self._costs)))
             self.evaluation.keep(prefix, scores)
+            renew_model_card(self.context.run, self.context.run.adapter)
         wait_for_everyone()

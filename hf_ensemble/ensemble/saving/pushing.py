@@ -1,0 +1,131 @@
+"""Uploading saved ensembles and adapters: what they consist of and nothing beside it."""
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+
+from ..._cards import CARD, joined_cards, read_card, updated_card
+from ..._files import read_json, write_json
+from ..._hub import Repository, push_folder
+from ...errors import CardError
+from ...logging import get_logger
+from .card import is_hub_id, saved_card
+from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, SavedEnsembleConfig
+
+logger = get_logger(__name__)
+
+ASSETS = "assets"
+# Pictures of cards; others in the same folder of a repository are its owner's.
+PICTURES = tuple(
+    f"{ASSETS}/{name}.png"
+    for name in (
+        *("affinity", "groups", "cost_curve", "mixtures", "fidelity", "predictions"),
+        *("selection_path", "weights"),
+    )
+)
+# Files of a trainer that are no part of what it has made.
+_LEFT_OUT = ("training_args.bin",)
+
+CardParts = tuple[Mapping[str, Any], str]
+
+
+def push_ensemble(
+    folder: Path,
+    config: SavedEnsembleConfig,
+    repository: Repository,
+    card: CardParts | None = None,
+    again: str = "push_to_hub()",
+) -> CommitInfo:
+    """Upload a saved ensemble, see [`push_folder`].
+
+    Args:
+        folder (`Path`): the saved ensemble.
+        config (`SavedEnsembleConfig`): what lies there.
+        repository (`Repository`): where to push to.
+        card (`tuple`, *optional*): metadata and generated part of the card; those of the saved ensemble by default.
+        again (`str`): how to push again, for messages.
+    """
+    base = config.base_model.name_or_path
+    if base and not is_hub_id(base):
+        _warn_of_local_base(base, repository.repo_id)
+        # Not its last part either, which another machine would take for a model of its own.
+        base = ""
+    with tempfile.TemporaryDirectory() as work:
+        target = Path(work)
+        copy_files(folder, target)
+        for member in config.members:
+            copy_adapter(folder / ADAPTERS_FOLDER / member.name, target / ADAPTERS_FOLDER / member.name, base)
+        dataclasses.replace(config, base_model=dataclasses.replace(config.base_model, name_or_path=base)).save(target)
+        parts = saved_card(folder, config, repository.repo_id) if card is None else card
+        replaced = (f"{ADAPTERS_FOLDER}/*", *PICTURES)
+        return push_folder(repository, target, replaced, card_maker(folder / CARD, parts), again)
+
+
+def push_adapter(
+    folder: Path, repository: Repository, base: str, card: CardParts, again: str = "push_to_hub()"
+) -> CommitInfo:
+    """Upload one saved adapter with its card, see [`push_folder`].
+
+    Args:
+        folder (`Path`): the saved adapter, with whatever else is uploaded beside it.
+        repository (`Repository`): where to push to.
+        base (`str`): name of the base model.
+        card (`tuple`): metadata and generated part of the card.
+        again (`str`): how to push again, for messages.
+    """
+    if base and not is_hub_id(base):
+        _warn_of_local_base(base, repository.repo_id)
+        base = ""
+    with tempfile.TemporaryDirectory() as work:
+        target = Path(work)
+        copy_files(folder, target)
+        copy_adapter(folder, target, base)
+        return push_folder(repository, target, PICTURES, card_maker(folder / CARD, card), again)
+
+
+def card_maker(path: Path, parts: CardParts) -> Callable[[str | None], str]:
+    """Makes the Hub's card from the one that is there, the local one and a new generated part."""
+
+    def make(existing: str | None) -> str:
+        local = read_card(path)
+        try:
+            return updated_card(joined_cards(local, existing), *parts)
+        except CardError:
+            if existing is None:
+                # The local card cannot be read: the Hub gets a new one.
+                return updated_card(None, *parts)
+            raise
+
+    return make
+
+
+def _warn_of_local_base(base: str, repo_id: str) -> None:
+    logger.warning(
+        "The base model is the local folder %r: anyone loading %r must pass base_model=. To avoid that, push the base "
+        "model to the Hub and train from there.",
+        base,
+        repo_id,
+    )
+
+
+def copy_files(folder: Path, target: Path) -> None:
+    """The files at the root of a folder, and its pictures."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith(".") and path.name not in _LEFT_OUT:
+            shutil.copy(path, target / path.name)
+    if (folder / ASSETS).is_dir():
+        shutil.copytree(folder / ASSETS, target / ASSETS)
+
+
+def copy_adapter(folder: Path, target: Path, base: str) -> None:
+    """The two files of an adapter, which names another base model."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / ADAPTER_WEIGHTS, target)
+    config = read_json(folder / ADAPTER_CONFIG)
+    config["base_model_name_or_path"] = base or None
+    write_json(target / ADAPTER_CONFIG, config)

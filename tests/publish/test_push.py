@@ -1,0 +1,232 @@
+"""Pushing over real HTTP: what is uploaded, what goes, and what happens when the Hub or the connection fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+from huggingface_hub import constants
+
+from helpers import toy
+from helpers.ensembles import randomize_adapters
+from helpers.hub_server import Fault, HubStore, hub_environment, local_hub
+from hf_ensemble import PeftEnsembleModel
+from hf_ensemble._cards import CARD, own_text, split_card
+from hf_ensemble._hub import Repository, push_folder
+from hf_ensemble.errors import EnsembleError, PushError
+
+REPOSITORY = "hub-user/pushed"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return toy.save_model(toy.llama(num_hidden_layers=1), tmp_path_factory.mktemp("push") / "base")
+
+
+@pytest.fixture
+def ensemble(base):
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), toy.lora(r=2), adapter_name="a")
+    model.add_adapter("b", toy.lora(r=2))
+    randomize_adapters(model, ["a", "b"])
+    return PeftEnsembleModel(model, ["a", "b"], {"sums": {"a": 1.0}, "diffs": {"b": 1.0}})
+
+
+class Hub:
+    """A Hub that this process pushes to."""
+
+    def __init__(self, folder):
+        self.folder, self.faults, self.requests = folder, [], []
+
+    def files(self):
+        return HubStore(self.folder).files(REPOSITORY, "main")[1]
+
+    def text(self, name):
+        store = HubStore(self.folder)
+        return store.read_object(self.files()[name]["sha256"]).decode()
+
+    def num_commits(self):
+        return sum("/commit/" in request for request in self.requests)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    own = Hub(tmp_path / "hub")
+    with local_hub(own.folder, own.faults, own.requests) as endpoint:
+        own.endpoint = endpoint
+        for module in ("constants", "hf_api", "file_download", "lfs", "_commit_api"):
+            for name in ("ENDPOINT", "_HF_DEFAULT_ENDPOINT"):
+                monkeypatch.setattr(f"huggingface_hub.{module}.{name}", endpoint, raising=False)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_local")
+        # Waiting between tries is the library's; here it takes no time.
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+        yield own
+
+
+def test_a_push_replaces_what_was_pushed_before_in_one_commit(hub, ensemble, tmp_path, caplog):
+    ensemble.push_to_hub(REPOSITORY, tags="mine", commit_message="First")
+    expected = {f"adapters/{name}/{file}" for name in "ab" for file in ADAPTER_FILES}
+    assert set(hub.files()) == {".gitattributes", CARD, "ensemble_config.json", *expected}
+    assert json.loads(hub.text("ensemble_config.json"))["base_model"]["name_or_path"] == ""
+    assert "is the local folder" in caplog.text
+    card = hub.text(CARD)
+    assert f'from_pretrained("{REPOSITORY}", base_model=base_model)' in card
+    assert {"hf-ensemble", "mine"} <= set(split_card(card)[0]["tags"])
+    # Written by hand on the Hub, beside files and pictures of its owner's.
+    card = "---\nlicense: mit\n---\n\n# Mine\n\n" + split_card(card)[1]
+    (tmp_path / "own" / "assets").mkdir(parents=True)
+    for name in (CARD, "notes.txt", "assets/logo.png", "assets/affinity.png"):
+        (tmp_path / "own" / name).write_text(card if name == CARD else "own")
+    push_folder(Repository(REPOSITORY), tmp_path / "own")
+    assert {"notes.txt", "assets/affinity.png"} <= set(hub.files())
+
+    smaller = PeftEnsembleModel(ensemble.model, ["b"], {"diffs": {"b": 1.0}})
+    before = hub.num_commits()
+    smaller.save_pretrained(tmp_path / "pushed", push_to_hub=True, repo_id=REPOSITORY)
+    assert hub.num_commits() == before + 1
+    kept = {f"adapters/b/{file}" for file in ADAPTER_FILES}
+    assert set(hub.files()) == {".gitattributes", CARD, "ensemble_config.json", "notes.txt", "assets/logo.png", *kept}
+    metadata, _ = split_card(hub.text(CARD))
+    assert own_text(hub.text(CARD)) == "# Mine" and metadata["license"] == "mit"
+    assert "# Ensemble of 1 adapter\n" in hub.text(CARD) and "| b | -" in hub.text(CARD)
+    # Nothing has changed: no further commit.
+    smaller.push_to_hub(REPOSITORY)
+    assert hub.num_commits() == before + 1
+
+
+def test_a_merged_adapter_is_pushed_with_its_card(hub, ensemble):
+    ensemble.merge("sums").push_to_hub(REPOSITORY)
+    assert set(hub.files()) == {".gitattributes", CARD, *ADAPTER_FILES}
+    metadata, text = split_card(hub.text(CARD))
+    assert metadata["library_name"] == "peft" and "merge" in metadata["tags"]
+    assert f'PeftModel.from_pretrained(base, "{REPOSITORY}")' in text
+
+
+COMMIT, CREATE, LFS = "POST .*/commit/", "POST /api/repos/create", "PUT /lfs/"
+
+
+@pytest.mark.parametrize("request_", [CREATE, "GET /api/models/", "POST .*/preupload/", LFS, COMMIT])
+@pytest.mark.parametrize("status", [None, 500, 503])
+def test_what_fails_for_a_while_is_tried_again(hub, ensemble, request_, status):
+    hub.faults.append(Fault(request_, status, times=2))
+    ensemble.push_to_hub(REPOSITORY)
+    assert hub.faults[0].times == 0 and "adapters/a/adapter_config.json" in hub.files()
+
+
+@pytest.mark.parametrize("status", [None, 504])
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, ensemble, status):
+    hub.faults.append(Fault(COMMIT, status, times=1, is_late=True))
+    ensemble.push_to_hub(REPOSITORY)
+    store = HubStore(hub.folder)
+    assert len(list((store.repos / REPOSITORY).glob("*.json"))) == 3  # its state, the first commit and this one
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_commit_that_another_one_came_before_is_made_anew(hub, ensemble, status):
+    hub.faults.append(Fault(COMMIT, status, times=2))
+    ensemble.push_to_hub(REPOSITORY)
+    assert "ensemble_config.json" in hub.files()
+
+
+REFUSED = {
+    "401": (CREATE, 401, r"knows no such token \(401\)\. Log in with 'hf auth login' or pass token=, and call"),
+    "403": (COMMIT, 403, r"may not write there \(403: .*\)\. Pass a token with write access or another repo_id, and"),
+    "403 create": (CREATE, 403, r"may not write there \(403"),
+    "404": (COMMIT, 404, r"does not find it \(404: .*\)\. Check repo_id and revision, and call"),
+    "409": (COMMIT, 409, r"others were committing to it at the same time \(409: .*\)\. Call .* when they are done\."),
+    "500": (COMMIT, 500, r"the Hub answered 500 in each of 4 tries \(.*\)\. Uploaded files are kept; to go on from"),
+    "502 files": (LFS, 502, r"the Hub answered 502 in each of 4 tries"),
+    "drop": (COMMIT, None, r"the connection dropped in each of 4 tries \(.*\)\. Uploaded files are kept; to go on"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_stays_refused_is_said_in_one_line(hub, ensemble, name):
+    request, status, message = REFUSED[name]
+    hub.faults.append(Fault(request, status))
+    with pytest.raises(PushError, match=f"^'{REPOSITORY}' was not updated: .*{message}") as raised:
+        ensemble.push_to_hub(REPOSITORY)
+    assert "\n" not in str(raised.value) and f"model.push_to_hub('{REPOSITORY}')" in str(raised.value)
+    hub.faults.clear()
+    ensemble.push_to_hub(REPOSITORY)
+    assert "ensemble_config.json" in hub.files()
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b/c", "user/", "../x", "user/a b", "user/-x", "user/x.git", "http://host/x", "x" * 200]
+)
+def test_a_repository_that_the_hub_would_refuse(hub, ensemble, name):
+    with pytest.raises(PushError, match="was not updated: "):
+        ensemble.push_to_hub(name)
+    assert hub.num_commits() == 0
+
+
+def test_offline_and_arguments_without_an_upload(hub, ensemble, monkeypatch, tmp_path):
+    with pytest.raises(EnsembleError, match=r"\['private', 'repo_id'\] are for an upload. Set push_to_hub=True"):
+        ensemble.save_pretrained(tmp_path / "saved", repo_id=REPOSITORY, private=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PushError, match="HF_HUB_OFFLINE is set. Unset it, and call"):
+        ensemble.push_to_hub(REPOSITORY)
+
+
+def test_a_card_that_cannot_be_made_or_read_stops_no_push(hub, ensemble, tmp_path, caplog, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("own")
+    push_folder(Repository(REPOSITORY), tmp_path / "own")
+    store = HubStore(hub.folder)
+    files = hub.files() | {CARD: store.file_entry(store.add_object(b"\xff\xfe not text"), lfs=False)}
+    store.write_commit(REPOSITORY, False, {"parent": None, "title": "by git", "description": "", "files": files})
+    ensemble.push_to_hub(REPOSITORY)
+    assert store.read_object(hub.files()[CARD]["sha256"]) == b"\xff\xfe not text"
+    assert "was left as it is: it is not UTF-8 text" in caplog.text and "ensemble_config.json" in hub.files()
+    # The Hub refuses the metadata.
+    hub.faults.append(Fault("POST /api/validate-yaml", 400))
+    (tmp_path / "own" / CARD).write_text("---\nlicense: none\n---\n")
+    (tmp_path / "own" / "more.txt").write_text("more")
+    push_folder(Repository(REPOSITORY), tmp_path / "own")
+    assert "more.txt" in hub.files() and "the Hub refuses its metadata" in caplog.text
+
+
+KILLED = """
+from hf_ensemble import PeftEnsembleModel
+
+model = PeftEnsembleModel.from_pretrained({folder!r})
+model.push_to_hub({repository!r})
+"""
+
+
+@pytest.mark.parametrize("request_", [LFS, COMMIT])
+def test_a_push_that_was_killed_is_made_by_the_next_one(hub, ensemble, tmp_path, request_):
+    """Nothing is changed until the one commit; what was uploaded is not uploaded again."""
+    ensemble.push_to_hub(REPOSITORY)
+    first = hub.files()
+    randomize_adapters(ensemble.model, ["a", "b"], seed=5)
+    ensemble.save_pretrained(tmp_path / "saved")
+    hub.faults.append(Fault(request_, times=1, stalled=threading.Event()))
+    code = textwrap.dedent(KILLED).format(folder=str(tmp_path / "saved"), repository=REPOSITORY)
+    environment = hub_environment(hub.endpoint, tmp_path / "home")
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path)
+    try:
+        assert hub.faults[0].stalled.wait(120)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert hub.files() == first
+    hub.requests.clear()
+    ensemble.push_to_hub(REPOSITORY)
+    uploads = [request for request in hub.requests if request.startswith("PUT /lfs/")]
+    assert hub.files() != first and bool(uploads) == (request_ == LFS)
