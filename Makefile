@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test style clean
+.PHONY: demo test style docs clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-ensemble demo
@@ -16,8 +16,13 @@ style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Strict: a broken link fails. The site is in site/.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output site
 
 # torch first and pinned: an unpinned torch brings gigabytes of CUDA packages to a machine without a GPU.
 $(STAMP): pyproject.toml setup.cfg constraints.txt

@@ -25,7 +25,7 @@ _EXPORTS = {
     "evaluate": ["AnswerMetric"],
     "runs": ["FidelityReport", "RunDirectory"],
     "publish": ["draw_choice", "push_run_to_hub", "write_model_card", "write_report"],
-    "callbacks": ["GradientCaptureCallback"],
+    "callbacks": ["GradientCaptureCallback", "ModelCardCallback", "PushToHubCallback", "TaskMetricsCallback"],
     "train": [
         "EnsembleConfig",
         "EnsembleSFTConfig",

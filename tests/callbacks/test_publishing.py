@@ -1,0 +1,146 @@
+"""Per-task metrics, model card and upload of plain trainings."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from helpers import toy
+from helpers.markdown import code_blocks, tables
+from hf_ensemble import AnswerMetric, ModelCardCallback, PushToHubCallback, TaskMetricsCallback, TaskSet
+from hf_ensemble.errors import ConfigurationError, PushError, TaskError
+from hf_ensemble.tasks import RowFormat, encode
+
+SETTINGS = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 2, "save_strategy": "no"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return toy.save_model(toy.llama(num_hidden_layers=1), tmp_path_factory.mktemp("plain") / "base")
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return TaskSet.from_datasets(toy.sft_tasks(8, 4))
+
+
+def trainer(kind, base, folder, tasks, callbacks, **changes):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), toy.tokenizer()
+    if kind == "sft":
+        args = SFTConfig(output_dir=str(folder), bf16=False, **{**SETTINGS, **changes})
+        tables = {"train_dataset": tasks.table("train"), "eval_dataset": tasks.table("validation")}
+        lora = toy.lora()
+        return SFTTrainer(model, args, processing_class=tokenizer, peft_config=lora, callbacks=callbacks, **tables)
+    args = TrainingArguments(output_dir=str(folder), **{**SETTINGS, **changes})
+    rows = [
+        encode(tasks.table(split), tokenizer, RowFormat.PROMPT_COMPLETION).remove_columns(["task", "example_id"])
+        for split in ("train", "validation")
+    ]
+    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    return Trainer(model, args, collator, *rows, processing_class=tokenizer, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sft"])
+def test_every_evaluation_has_the_metrics_of_each_task(tmp_path, base, tasks, kind):
+    metrics = AnswerMetric("last_number", max_new_tokens=2)
+    own = TaskMetricsCallback(tasks, {"sums": metrics} if kind == "sft" else None)
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    host = trainer(kind, base, tmp_path, tasks, [own], **changes)
+    host.train()
+    found = host.evaluate()
+    for task in tasks:
+        assert found[f"eval_{task}_loss"] == own.scores[task].loss > 0
+        assert own.scores[task].num_examples == 4
+    assert ("eval_sums_exact_match" in found) == (kind == "sft")
+    assert found["eval_mean_loss"] == pytest.approx(sum(found[f"eval_{task}_loss"] for task in tasks) / 3)
+    logged = [entry for entry in host.state.log_history if "eval_diffs_loss" in entry]
+    assert len(logged) == 3 and logged[0]["eval_diffs_loss"] != logged[1]["eval_diffs_loss"]
+    # The host's own loss of the same tokens: tasks weigh by their tokens there.
+    assert min(found[f"eval_{task}_loss"] for task in tasks) < found["eval_loss"] + 0.2
+
+
+def test_training_is_the_same_with_and_without_them(tmp_path, base, tasks):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
+
+    def losses(callbacks):
+        host = trainer("sft", base, tmp_path / str(len(callbacks)), tasks, callbacks, **changes)
+        host.train()
+        return [entry["loss"] for entry in host.state.log_history if "loss" in entry]
+
+    assert losses([]) == losses([TaskMetricsCallback(tasks), ModelCardCallback(tasks)])
+
+
+@pytest.mark.parametrize("kind", ["plain", "sft"])
+def test_the_card_of_a_plain_training(tmp_path, base, tasks, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("out")
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# By hand\n")
+    card = ModelCardCallback(tasks, {"language": "en", "license": "bsd", "tags": ["mine"]})
+    host = trainer(kind, base, folder, tasks, [TaskMetricsCallback(tasks), card], eval_strategy="steps", eval_steps=2)
+    host.train()
+    written = ModelCard.load(folder / "README.md")
+    assert written.data.license == "mit" and written.data.language == "en" and "mine" in written.data.tags
+    assert written.data.library_name == ("peft" if kind == "sft" else "transformers")
+    assert "# By hand" in written.text and str(tmp_path) not in str(written)
+    figures = next(rows for rows in tables(written.text) if rows[0][:2] == ["dataset", "loss"])
+    expected = next(entry for entry in host.state.log_history if "eval_sums_loss" in entry)["eval_sums_loss"]
+    assert {row[0]: row[1] for row in figures[1:]}["sums"] == f"{expected:.4f}"
+    # Its code runs once the model is saved there.
+    host.model.save_pretrained(folder)
+    host.processing_class.save_pretrained(folder)
+    namespace: dict = {}
+    for block in code_blocks(written.text, "python"):
+        if "vllm" not in block:
+            exec(block.replace("=64)", "=4)"), namespace)
+    assert isinstance(namespace["model"], PeftModel) == (kind == "sft")
+    assert len(namespace["answers"]) == len(namespace["texts"]) == 2
+
+
+def test_what_fails_stops_no_training(tmp_path, base, tasks, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise PushError("'user/x' was not updated: the Hub answered 503 in each of 4 tries.")
+
+    monkeypatch.setattr("hf_ensemble.callbacks.publishing.push_adapter", refuse)
+    monkeypatch.setattr("hf_ensemble.callbacks.publishing.training_card", lambda *args, **kwargs: 1 / 0)
+    trainer("sft", base, tmp_path, tasks, [PushToHubCallback("user/x", tasks=tasks), ModelCardCallback()]).train()
+    assert "complete, but was not uploaded: 'user/x' was not updated: the Hub answered 503" in caplog.text
+    assert caplog.text.count("was not written: ZeroDivisionError") == 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "sft"])
+def test_what_is_uploaded(tmp_path, base, tasks, kind, monkeypatch):
+    uploaded = {}
+
+    def push(repository, folder, replaced, card, again):
+        uploaded["files"] = {path.name for path in folder.rglob("*") if path.is_file()}
+        uploaded["card"], uploaded["repository"] = card(None), repository
+
+    monkeypatch.setattr("hf_ensemble.callbacks.publishing.push_folder", push)
+    monkeypatch.setattr("hf_ensemble.ensemble.saving.pushing.push_folder", push)
+    trainer(kind, base, tmp_path, tasks, [PushToHubCallback("user/x", private=True)]).train()
+    files = (
+        {"adapter_config.json", "adapter_model.safetensors"} if kind == "sft" else {"config.json", "model.safetensors"}
+    )
+    assert files | {"tokenizer.json"} <= uploaded["files"] and "README.md" not in uploaded["files"]
+    assert uploaded["repository"].private and '"user/x"' in uploaded["card"]
+
+
+def test_arguments(tmp_path, base, tasks):
+    with pytest.raises(ConfigurationError, match="Expected tasks to be a TaskSet, found a dict"):
+        TaskMetricsCallback({})
+    with pytest.raises(TaskError, match="'validation' rows of every task"):
+        TaskMetricsCallback(TaskSet.from_datasets({"sums": toy.sum_rows(4)}))
+    with pytest.raises(ConfigurationError, match="answer_metrics names unknown tasks"):
+        TaskMetricsCallback(tasks, {"other": AnswerMetric()})
+    with pytest.raises(ConfigurationError, match="Expected tasks to be a TaskSet, found a list"):
+        ModelCardCallback([])
+    with pytest.raises(ConfigurationError, match="Expected repo_id as a repository's name"):
+        PushToHubCallback("https://host/x")
+    model = get_peft_model(toy.llama(num_hidden_layers=1), toy.lora())
+    args = TrainingArguments(output_dir=str(tmp_path), **SETTINGS)
+    with pytest.raises(ConfigurationError, match="Expected a trainer with a tokenizer, found none"):
+        Trainer(model, args, callbacks=[TaskMetricsCallback(tasks)])
