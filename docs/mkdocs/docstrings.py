@@ -55,11 +55,12 @@ class HuggingFaceForm(griffe.Extension):
             obj.docstring.value = _REFERENCE.sub(lambda found: self._link(found[1], obj), text)
 
     def _link(self, name: str, obj: griffe.Object) -> str:
-        first, _, member = name.partition(".")
+        first = name.partition(".")[0]
         if first in hf_ensemble.__all__:
-            return f"[`{name}`][{identifier(first)}{'.' + member if member else ''}]"
-        # A method of the same class.
+            return f"[`{name}`][{identifier(first)}{name.removeprefix(first)}]"
+        # A documented method of the same class.
         owner = obj if obj.is_class else obj.parent
-        if owner is not None and owner.is_class and name in owner.members and not name.startswith("_"):
+        member = owner.members.get(name) if owner is not None and owner.is_class else None
+        if member is not None and member.is_function and member.docstring is not None:
             return f"[`{name}`][{owner.path}.{name}]"
         return f"`{name}`"
