@@ -1,6 +1,7 @@
 """Scores of every task at each evaluation of a plain trainer."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -78,11 +79,7 @@ class TaskMetricsCallback(TrainerCallback):
             self._tables = self._encoded(args, model, processing_class)
         self.scores = self._scored(args, unwrapped(model), processing_class)
         named = {"mean": mean_scores(self.scores), **self.scores}
-        found = {
-            f"eval_{task}_{name}": value
-            for task, own in named.items()
-            for name, value in {"loss": own.loss, "accuracy": own.accuracy, **own.metrics}.items()
-        }
+        found = {f"eval_{task}_{name}": value for task, own in named.items() for name, value in own.figures().items()}
         if metrics is not None:
             metrics.update(found)
         if self.trainer is not None:
@@ -122,6 +119,6 @@ class TaskMetricsCallback(TrainerCallback):
 
         figures = answers.score_tasks(generate, self._tables, "Evaluating tasks, answers")
         return {
-            task: TaskScores(own.loss, own.accuracy, own.num_examples, figures.get(task, {}))
+            task: replace(own, metrics=figures[task].figures) if task in figures else own
             for task, own in scores.items()
         }

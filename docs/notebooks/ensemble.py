@@ -11,11 +11,11 @@ from datasets import Dataset
 
 
 def rows(opposite: bool, count: int, seed: int) -> Dataset:
-    """Sums of two digits as "small" or "large", or the other way round."""
+    """Numbers as "small" or "large", or the other way round."""
     draw, made = random.Random(seed), []
     for _ in range(count):
-        a, b = draw.randrange(8), draw.randrange(8)
-        made.append({"prompt": f"{a} + {b} is", "completion": " large" if (a + b > 7) != opposite else " small"})
+        number = draw.randrange(16)
+        made.append({"prompt": f"{number} is", "completion": " large" if (number > 7) != opposite else " small"})
     return Dataset.from_list(made)
 
 
@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-words = ["<pad>", "<unk>", "<eos>", *map(str, range(10)), "+", "is", "small", "large"]
+words = ["<pad>", "<unk>", "<eos>", *map(str, range(16)), "is", "small", "large"]
 vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
 vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 tokenizer = PreTrainedTokenizerFast(
@@ -43,6 +43,7 @@ model = LlamaForCausalLM(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
+        initializer_range=0.3,
         num_attention_heads=4,
         max_position_embeddings=32,
         pad_token_id=0,
@@ -96,7 +97,7 @@ for system, scores in results.scores.items():
 
 # %%
 ensemble = trainer.model
-batch = tokenizer(["7 + 6 is", "7 + 6 is"], return_tensors="pt", return_token_type_ids=False)
+batch = tokenizer(["13 is", "13 is"], return_tensors="pt", return_token_type_ids=False)
 answers = ensemble.generate(**batch, task=["first", "opposite"], max_new_tokens=1)
 print(tokenizer.batch_decode(answers))
 

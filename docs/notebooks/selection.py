@@ -12,17 +12,17 @@ from datasets import Dataset
 
 
 def rows(rule: str, count: int, seed: int) -> Dataset:
-    """Sums of two digits as "small" or "large", by a rule."""
+    """Numbers as "small" or "large", by a rule."""
     draw, made = random.Random(f"{rule}{seed}"), []
     for _ in range(count):
-        a, b = draw.randrange(8), draw.randrange(8)
-        is_large = {"same": a + b > 7, "opposite": a + b <= 7, "random": draw.random() < 0.5}[rule]
-        made.append({"prompt": f"{a} + {b} is", "completion": " large" if is_large else " small"})
+        number = draw.randrange(16)
+        is_large = {"same": number > 7, "opposite": number <= 7, "random": draw.random() < 0.5}[rule]
+        made.append({"prompt": f"{number} is", "completion": " large" if is_large else " small"})
     return Dataset.from_list(made)
 
 
 rules = {"target": "same", "friend": "same", "contradiction": "opposite", "noise": "random"}
-train = {name: rows(rule, 16 if name == "target" else 48, 1 + i) for i, (name, rule) in enumerate(rules.items())}
+train = {name: rows(rule, 12 if name == "target" else 48, 1 + i) for i, (name, rule) in enumerate(rules.items())}
 validation = {name: rows(rule, 32, 100 + i) for i, (name, rule) in enumerate(rules.items())}
 
 # %% [markdown]
@@ -33,7 +33,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-words = ["<pad>", "<unk>", "<eos>", *map(str, range(10)), "+", "is", "small", "large"]
+words = ["<pad>", "<unk>", "<eos>", *map(str, range(16)), "is", "small", "large"]
 vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
 vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 tokenizer = PreTrainedTokenizerFast(
@@ -46,6 +46,7 @@ model = LlamaForCausalLM(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
+        initializer_range=0.3,
         num_attention_heads=4,
         max_position_embeddings=32,
         pad_token_id=0,
