@@ -23,7 +23,8 @@ train = {"first": rows(False, 48, 1), "second": rows(False, 48, 2), "opposite": 
 validation = {"first": rows(False, 32, 4), "second": rows(False, 32, 5), "opposite": rows(True, 32, 6)}
 
 # %% [markdown]
-# A tokenizer with a token per word, and a model of two layers. Yours is `"Qwen/Qwen3-0.6B"` or the like.
+# A tokenizer with a token per word, and a model of two layers that has read such sentences with both answers: it knows
+# their form, and no rule. Yours is `"Qwen/Qwen3-0.6B"` or the like.
 
 # %%
 import torch
@@ -36,6 +37,7 @@ vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=vocabulary, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", model_max_length=32
 )
+random.seed(0)
 torch.manual_seed(0)
 model = LlamaForCausalLM(
     LlamaConfig(
@@ -43,7 +45,6 @@ model = LlamaForCausalLM(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        initializer_range=0.3,
         num_attention_heads=4,
         max_position_embeddings=32,
         pad_token_id=0,
@@ -51,6 +52,13 @@ model = LlamaForCausalLM(
         eos_token_id=2,
     )
 )
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+for _ in range(150):
+    text = [f"{random.randrange(16)} is {random.choice(('small', 'large'))} <eos>" for _ in range(64)]
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 # %% [markdown]
 # Train: gradients, one adapter for all, groups, one adapter per group, weights.

@@ -26,7 +26,8 @@ train = {name: rows(rule, 12 if name == "target" else 48, 1 + i) for i, (name, r
 validation = {name: rows(rule, 32, 100 + i) for i, (name, rule) in enumerate(rules.items())}
 
 # %% [markdown]
-# A tokenizer with a token per word, and a model of two layers. Yours is `"Qwen/Qwen3-0.6B"` or the like.
+# A tokenizer with a token per word, and a model of two layers that has read such sentences with both answers: it knows
+# their form, and no rule. Yours is `"Qwen/Qwen3-0.6B"` or the like.
 
 # %%
 import torch
@@ -39,6 +40,7 @@ vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=vocabulary, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", model_max_length=32
 )
+random.seed(0)
 torch.manual_seed(0)
 model = LlamaForCausalLM(
     LlamaConfig(
@@ -46,7 +48,6 @@ model = LlamaForCausalLM(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        initializer_range=0.3,
         num_attention_heads=4,
         max_position_embeddings=32,
         pad_token_id=0,
@@ -54,6 +55,13 @@ model = LlamaForCausalLM(
         eos_token_id=2,
     )
 )
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+for _ in range(150):
+    text = [f"{random.randrange(16)} is {random.choice(('small', 'large'))} <eos>" for _ in range(64)]
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 # %% [markdown]
 # The trainer captures gradients, trains once on everything to calibrate, chooses, and trains the final adapter.

@@ -78,11 +78,9 @@ def test_readme_word_by_word(own_folder, capsys):
     assert {task for tasks in namespace["selector"].group(num_groups=2).groups.values() for task in tasks} == names
     card = Path("run/ensemble/README.md").read_text(encoding="utf-8")
     (language, snippet), *_ = steps(card)
-    batch = toy.tokenizer("left")(["sum : 1 + 2 ="], return_tensors="pt", return_token_type_ids=False)
-    loaded = {"inputs": batch}
-    # Until it is uploaded, the card does not know where.
-    run(language, snippet.replace("path/or/user/repository", "run/ensemble"), loaded, "the card's snippet")
-    assert set(loaded["model"].weights) == names
+    loaded: dict = {}
+    run(language, snippet, loaded, "the card's snippet")
+    assert set(loaded["model"].weights) == names and len(loaded["answers"]) == 2
     # Both saved ensembles of classifiers are the same one.
     both = (Path(name) / "ensemble" for name in ("classifier", "classifier-run"))
     ours, theirs = (PeftEnsembleModel.from_pretrained(folder).base_model_reference for folder in both)
