@@ -103,6 +103,8 @@ def test_card_says_what_was_trained_on_what_and_how_well(run):
     assert configuration["choices"] == record["choices"]
     assert configuration["configuration"]["arguments"] == record["configuration"]["arguments"]
     assert configuration["configuration"]["model"]["name"] == "base" and str(run.parent) not in str(card)
+    assert {"one adapter for all", "ensemble"} <= set(table(card.text, "system"))
+    assert {"gradients", "baseline", "group"} <= set(table(card.text, "stage"))
     assert "2409.19458" in card.text and "2505.21930" in card.text and "torch 2." in card.text
     assert "(assets/affinity.png)" in card.text and "(assets/predictions.png)" in card.text
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
