@@ -27,6 +27,11 @@ def ordered_systems(scores: Mapping[str, object]) -> list[str]:
     return [*(own for own in SYSTEM_NAMES if own in scores), *(own for own in scores if own not in SYSTEM_NAMES)]
 
 
+def main_system(scores: Mapping[str, object]) -> str:
+    """The system that a run is about: the ensemble or the adapter of a selection, else the last that was scored."""
+    return next((own for own in ("ensemble", "selection") if own in scores), ordered_systems(scores)[-1])
+
+
 @dataclass(frozen=True)
 class ResultTable:
     """One figure of every task and system.

@@ -32,8 +32,8 @@ HOSTILE = [
 ROWS = 40
 
 
-def ensemble_run(folder, names=NAMES, seed=0):
-    """The records of an ensemble run with two groups over these tasks."""
+def ensemble_run(folder, names=NAMES, seed=0, further=None):
+    """The records of an ensemble run with two groups over these tasks, and with losses of further systems by name."""
     generator = np.random.default_rng(seed)
     run = RunDirectory.open(folder, {"model": {"name": "/home/me/models/tiny"}, "note": names[0]}, {"num_groups": 2})
     half = len(names) // 2
@@ -71,7 +71,7 @@ def ensemble_run(folder, names=NAMES, seed=0):
     )
     weights = {task: {name: 1.0} for name, own in groups.items() for task in own}
     run.write(EnsembleWeights({**weights, names[0]: {"group_0": 0.6, "group_1": 0.4}}))
-    _evaluated(run, {"base": 5.0, "baseline": 1.9, "ensemble": 1.6}, names, generator)
+    _evaluated(run, {"base": 5.0, "baseline": 1.9, "ensemble": 1.6, **(further or {})}, names, generator)
     _trained(run, "baseline", names, 0, generator)
     for count, (name, own) in enumerate(groups.items(), start=1):
         _trained(run, name, own, 40 * count, generator)

@@ -6,14 +6,21 @@ from pathlib import Path
 import numpy as np
 
 from ...runs import LeftOut, Results, TrainedAdapter
-from ...runs.result_rows import ordered_systems, system_name
+from ...runs.result_rows import main_system, ordered_systems, system_name
 from ..drawing import BLUE, GREY, ORANGE, drawing
 
 # Inches: legible on a phone's screen, and two beside each other on a large one.
 _WIDTH = 4.8
 # Panels of the training curves.
 _MOST_PANELS = 24
-_MARKERS = {"base": ("o", GREY), "baseline": ("s", ORANGE)}
+_MARKERS = {
+    "base": ("o", GREY),
+    "baseline": ("s", ORANGE),
+    "ensemble": ("D", BLUE),
+    "selection": ("D", BLUE),
+}
+# Of further systems, in turn.
+_OTHER_MARKERS = "^v<>PX*ph"
 
 
 def difference_chart(results: Results, system: str, path: Path) -> None:
@@ -39,11 +46,13 @@ def difference_chart(results: Results, system: str, path: Path) -> None:
 def loss_chart(results: Results, path: Path) -> None:
     """By task, the loss of every system with its interval."""
     systems = ordered_systems(results.scores)
-    tasks = list(results.scores[systems[-1]])
+    tasks = list(results.scores[main_system(results.scores)])
     offsets = np.linspace(-0.22, 0.22, len(systems)) if len(systems) > 1 else [0.0]
-    with drawing(path, (_WIDTH, 1.3 + 0.34 * len(tasks))) as axes:
+    with drawing(path, (_WIDTH, 1.3 + max(0.34, 0.1 * len(systems)) * len(tasks))) as axes:
+        further = [system for system in systems if system not in _MARKERS]
         for system, offset in zip(systems, offsets):
-            marker, color = _MARKERS.get(system, ("D", BLUE))
+            other = (_OTHER_MARKERS[further.index(system) % len(_OTHER_MARKERS)], GREY) if system in further else None
+            marker, color = _MARKERS.get(system) or other
             scores, known = results.scores[system], results.intervals.get(system)
             rows = [(row, task) for row, task in enumerate(tasks) if task in scores]
             for row, task in rows:
@@ -56,7 +65,7 @@ def loss_chart(results: Results, path: Path) -> None:
         axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
         axes.invert_yaxis()
         axes.set_xlabel("loss (nats per token, lower is better)")
-        axes.figure.legend(loc="outside upper left", ncols=len(systems), frameon=False, handletextpad=0.2)
+        axes.figure.legend(loc="outside upper left", ncols=min(len(systems), 3), frameon=False, handletextpad=0.2)
 
 
 def prediction_chart(predicted: Mapping[str, float], measured: Mapping[str, float], path: Path) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 
 from ...runs import Estimate, Results, RunDirectory, TasksRecord
 from ...runs.layout import SCORED_TRAINING
-from ...runs.result_rows import ordered_systems, system_name
+from ...runs.result_rows import main_system, system_name
 from ...runs.verdict import number
 from ...select import Grouping, Selection
 from .. import pictures
@@ -20,7 +20,7 @@ def sections_of(run: RunDirectory, results: Results) -> Iterator[Section]:
     """Every part of the page; those without pictures and tables have nothing to show."""
     estimate, grouping = optional(run, Estimate), optional(run, Grouping)
     is_selection = "selection" in results.scores
-    main = ordered_systems(results.scores)[-1]
+    main = main_system(results.scores)
     yield _results_section(results, main, grouping if not is_selection else None)
     if not is_selection and grouping is not None:
         yield groups_section(run, grouping)

@@ -17,6 +17,7 @@ _COLORS = {
     "#ffffff": "var(--paper)",
     "#999999": "var(--grey)",
     "#cccccc": "var(--rule)",
+    "#d9d9d9": "var(--rule)",
     "#b0b0b0": "var(--rule)",
 }
 _SIZE = re.compile(r"font: ?(?:[a-z0-9]+ )*?([\d.]+px)[^;\"]*")

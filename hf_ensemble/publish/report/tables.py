@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ...evaluate import Interval
 from ...runs import Results
-from ...runs.result_rows import LOWER_IS_BETTER, ordered_systems, system_name
+from ...runs.result_rows import LOWER_IS_BETTER, main_system, ordered_systems, system_name
 from ...runs.verdict import number
 
 # Columns of one number each whose heads stand upright.
@@ -56,7 +56,7 @@ class PageTable:
 def result_page_tables(results: Results, groups: dict[str, str]) -> list[PageTable]:
     """The figures of every task and system, each with its interval: loss, accuracy, further metrics."""
     systems = ordered_systems(results.scores)
-    main = systems[-1]
+    main = main_system(results.scores)
     scores = [own for system in systems for own in results.scores[system].values()]
     names = dict.fromkeys(name for own in scores for name in own.figures())
     found = []
