@@ -1,6 +1,6 @@
 """Gradient features: the projected gradient of each example's log-odds with respect to the adapter's parameters."""
 
-from .applied_update import applied_update
+from .applied_update import applied_update, parameter_update
 from .capture import capture_gradients, encoded_splits
 from .config import CaptureConfig, FeatureSettings
 from .gradients import GradientExtractor
@@ -8,6 +8,7 @@ from .identity import model_identity
 from .margin import MarginKind, check_single_answers, log_odds, margins
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
+from .row_update import row_update
 from .training_arguments import optimizer_preconditioner, training_recipe
 
 __all__ = [
@@ -25,5 +26,7 @@ __all__ = [
     "margins",
     "model_identity",
     "optimizer_preconditioner",
+    "parameter_update",
+    "row_update",
     "training_recipe",
 ]

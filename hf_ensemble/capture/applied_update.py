@@ -36,11 +36,23 @@ def applied_update(model: nn.Module, store: GradientStore, coefficients: np.ndar
         `StoreMismatchError`: when the model is not at the store's theta0.
         `CaptureError`: for coefficients of the wrong shape or not finite.
     """
-    if model_identity(model)["theta0"] != store.identity["model"]["theta0"]:
-        raise StoreMismatchError(
-            f"The model's trainable parameters differ from those that the gradients in {str(store.folder)!r} were "
-            "captured at. Load those parameters first."
-        )
+    update = parameter_update(model, store, coefficients)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    theta0 = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.add_(update[name].to(parameter.device, parameter.dtype))
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(theta0[name])
+
+
+def parameter_update(model: nn.Module, store: GradientStore, coefficients: np.ndarray) -> dict[str, torch.Tensor]:
+    """The update S P w by parameter name; arguments and errors as for [`applied_update`]."""
+    check_theta0(model, store)
     config = store.identity["config"]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: p.shape for name, p in parameters.items()}
@@ -56,13 +68,13 @@ def applied_update(model: nn.Module, store: GradientStore, coefficients: np.ndar
     if scales is not None:
         preconditioner = Preconditioner(scales)
         update = {name: preconditioner(name, change) for name, change in update.items()}
-    theta0 = {name: p.detach().clone() for name, p in parameters.items()}
-    try:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.add_(update[name].to(parameter.device, parameter.dtype))
-        yield model
-    finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(theta0[name])
+    return update
+
+
+def check_theta0(model: nn.Module, store: GradientStore) -> None:
+    """Raise `StoreMismatchError` for a model that is not where the store's gradients were captured."""
+    if model_identity(model)["theta0"] != store.identity["model"]["theta0"]:
+        raise StoreMismatchError(
+            f"The model's trainable parameters differ from those that the gradients in {str(store.folder)!r} were "
+            "captured at. Load those parameters first."
+        )

@@ -39,10 +39,18 @@ class BaseModelReference:
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """One adapter: its name, which is also its folder under `adapters/`, and the tasks it was trained on."""
+    """One adapter.
+
+    Args:
+        name (`str`): its name, which is also its folder under `adapters/`.
+        tasks (`list[str]`): the tasks it was trained on.
+        is_step (`bool`): whether its logits make sense only beside others', as those of a boosting step, or of the
+            adapter at its start, which are taken off them. Default weights and routing by prompts leave it out.
+    """
 
     name: str
     tasks: list[str] = field(default_factory=list)
+    is_step: bool = False
 
 
 def check_adapter_name(name: str) -> None:

@@ -100,7 +100,15 @@ class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
         check_routing(routing)
         if label_space is not None and not isinstance(label_space, LabelSpace):
             raise EnsembleError(f"Expected label_space to be a LabelSpace, found {label_space!r:.60}.")
-        default_weights = default_weights or dict.fromkeys(self.adapter_names, 1.0 / len(self.members))
+        alone = [member.name for member in self.members if not member.is_step]
+        if not alone:
+            raise EnsembleError(f"Expected a member that is no boosting step, found {self.adapter_names} only.")
+        if combination == "probs" and len(alone) < len(self.members):
+            raise EnsembleError(
+                "The combination 'probs' is a mean of distributions, and boosting steps are added to logits. Use "
+                "'logits', 'log_probs' or 'weights'."
+            )
+        default_weights = default_weights or dict.fromkeys(alone, 1.0 / len(alone))
         check_weights(weights or {}, self.adapter_names)
         check_weights({"default": default_weights}, self.adapter_names)
         self.model = model
@@ -225,7 +233,9 @@ class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
             weights[rows] = known_router(self.router).weights(states).to(weights)
             return weights
         run = self._combined_forward()
-        weights[rows] = run.prompt_weights(rows, inputs, labels, self.routing_temperature)
+        routed = run.prompt_weights(rows, inputs, labels, self.routing_temperature)
+        routed[:, [member.is_step for member in self.members]] = 0.0
+        weights[rows] = routed / routed.sum(1, keepdim=True)
         return weights
 
     def prompt_states(self, inputs: Mapping[str, Any], labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -242,6 +252,10 @@ class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
     def member_forward(self, combination: str | None = None) -> MemberForward:
         """Runs the adapters on a batch; to be used in a `with` statement."""
         return self._combined_forward().members(combination)
+
+    def weighted_logits(self, weights: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Logits `(B, T, V)` or `(B, num_labels)` with weights `(B, members)`, over all labels of a classifier."""
+        return self._combined_forward().logits(weights, inputs)[0]
 
     def _combined_forward(self) -> CombinedForward:
         return CombinedForward(self.model, self.adapter_names, self.combination, self.fused)

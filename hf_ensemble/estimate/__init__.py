@@ -1,5 +1,6 @@
 """Predicts the outcome of fine-tuning on any subset or mixture of tasks from gradient features."""
 
+from .boosting import LINEAR_METHODS, LinearStep, linear_step
 from .calibration import LossCalibration
 from .estimator import SubsetEstimator
 from .prediction import Prediction
@@ -8,7 +9,9 @@ from .regularization import ObservedRun, Regularization, choose_regularization
 from .surrogate import SurrogateProblem, SurrogateSolution, solve_surrogate
 
 __all__ = [
+    "LINEAR_METHODS",
     "FeatureReduction",
+    "LinearStep",
     "LossCalibration",
     "ObservedRun",
     "Prediction",
@@ -17,5 +20,6 @@ __all__ = [
     "SurrogateProblem",
     "SurrogateSolution",
     "choose_regularization",
+    "linear_step",
     "solve_surrogate",
 ]

@@ -426,6 +426,11 @@ class SubsetEstimator:
         """Margin m_i + x_i.w of every validation example by (task, example id), for one w `(k,)`."""
         return self._validation.by_example(coefficients)
 
+    def penalty(self, mixture: np.ndarray) -> float:
+        """l2 of a mixture `(T,)` for coefficients of the captured features, in place of the reduced ones."""
+        sampled = np.asarray(mixture, dtype=np.float64)[None] * self.sampling_weights
+        return float(self._length.l2(self.regularization.l2_scale, sampled)[0]) * self.reduction.scale**2
+
     def parameters_at(self, coefficients: np.ndarray) -> np.ndarray:
         """Coefficients `(..., d)` of the captured features, as [`applied_update`] takes them."""
         return self.reduction.restore(coefficients)

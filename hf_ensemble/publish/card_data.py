@@ -15,6 +15,7 @@ from ..ensemble.saving.card import has_head, public_name
 from ..ensemble.saving.ensemble_config import SavedEnsembleConfig
 from ..evaluate import TaskScores
 from ..runs import (
+    Boosting,
     EnsembleWeights,
     Estimate,
     Evaluation,
@@ -156,11 +157,13 @@ class EnsembleCardData(RunCardData):
         ensemble (`SavedEnsembleConfig`): base model, adapters, weights, versions.
         grouping ([`Grouping`], *optional*): the tasks' groups.
         weights (`EnsembleWeights`, *optional*): the weights, and what they were chosen by.
+        boosting (`Boosting`, *optional*): the boosting steps.
     """
 
     ensemble: SavedEnsembleConfig | None = None
     grouping: Grouping | None = None
     weights: EnsembleWeights | None = None
+    boosting: Boosting | None = None
 
     @classmethod
     def from_run(cls, run: RunDirectory, folder: Path | None = None) -> "EnsembleCardData":
@@ -172,6 +175,7 @@ class EnsembleCardData(RunCardData):
             ensemble=ensemble,
             grouping=read_record(run, Grouping),
             weights=read_record(run, EnsembleWeights),
+            boosting=read_record(run, Boosting),
         )
 
     def group_of(self, task: str) -> str:

@@ -1,5 +1,6 @@
 """A run's directory: the one owner of its file names and of what they hold."""
 
+from .boosting import Boosting, BoostingStep
 from .costs import Costs, StageCost, SystemCost
 from .directory import RunDirectory
 from .evaluation import EvaluatedRows, Evaluation, RowFigures
@@ -21,6 +22,8 @@ from .run_results import run_results
 from .selector import run_selector
 
 __all__ = [
+    "Boosting",
+    "BoostingStep",
     "Costs",
     "EnsembleWeights",
     "Estimate",

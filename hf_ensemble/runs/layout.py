@@ -2,6 +2,7 @@
 
 from .._records import Record
 from ..select import ExampleScores, Grouping, Mixture, Selection
+from .boosting import Boosting
 from .costs import Costs
 from .evaluation import EvaluatedRows, Evaluation
 from .example_rows import ExampleRows
@@ -32,6 +33,7 @@ RECORDS: dict[type[Record], str] = {
     ExampleRows: "example_rows.json",
     Estimate: "estimate/estimate.json",
     EnsembleWeights: "estimate/weights.json",
+    Boosting: "estimate/boosting.json",
     FidelityReport: "estimate/fidelity.json",
     Evaluation: "evaluation.json",
     EvaluatedRows: "evaluated_rows.json",
@@ -42,7 +44,10 @@ RECORDS: dict[type[Record], str] = {
 WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE, f"{ENSEMBLE}/adapters", f"{ENSEMBLE}/assets")
 # What depends on the choice of groups or auxiliary tasks, and what the choice depends on.
 CHOICE_ARTEFACTS = (
-    *(RECORDS[kind] for kind in (Grouping, Selection, ExampleRows, Evaluation, EvaluatedRows, Costs, Results)),
+    *(
+        RECORDS[kind]
+        for kind in (Grouping, Selection, Boosting, ExampleRows, Evaluation, EvaluatedRows, Costs, Results)
+    ),
     REPORT,
     ENSEMBLE,
     ADAPTER,
@@ -53,13 +58,14 @@ CHOICE_RECORDS: tuple[type[Record], ...] = (
     Selection,
     Estimate,
     EnsembleWeights,
+    Boosting,
     ExampleRows,
     Evaluation,
     EvaluatedRows,
     Costs,
     Results,
 )
-CHOICE_STAGES = ("group", "select", "weights", "adapter", EVALUATION)
+CHOICE_STAGES = ("group", "select", "weights", "boosting", "adapter", EVALUATION)
 BASIC_ARTEFACTS = (
     GRADIENTS,
     "estimate",

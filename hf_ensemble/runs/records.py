@@ -149,6 +149,7 @@ class TrainedAdapter(Record):
         metric_for_best_model (`str`, *optional*): name of that metric in the training's log.
         seconds (`float`): wall time; of a training that was resumed, without what was lost since its checkpoint.
         length (`float`): its epochs or steps, in multiples of those of the arguments.
+        loss (`str`): `"own"` for the trainer's own loss; of a boosting step, what it was trained beside, as a digest.
         files (`dict[str, str]`): checksums of the adapter's files.
         log_history (`list[dict]`): the training's log, as `TrainerState` has it.
     """
@@ -177,14 +178,14 @@ class TrainedAdapter(Record):
     metric_for_best_model: str | None = None
     seconds: float = 0.0
     length: float = 1.0
+    loss: str = "own"
     files: dict[str, str] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
     def continues(self, known: "TrainedAdapter | None") -> bool:
-        """Whether what is known of a training is of this one: of the same rows, seed, starting point and length."""
-        return known is not None and all(
-            getattr(known, name) == getattr(self, name) for name in ("name", "mixture", "seed", "theta0", "length")
-        )
+        """Whether what is known of a training is of this one: same rows, seed, starting point, length and loss."""
+        compared = ("name", "mixture", "seed", "theta0", "length", "loss")
+        return known is not None and all(getattr(known, name) == getattr(self, name) for name in compared)
 
     def check_files(self, folder: Path) -> None:
         """Make sure that an adapter's files are those that the training has written.

@@ -14,6 +14,7 @@ from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
 from ..tasks.sampling import LOSS_WEIGHTINGS, TASK_SAMPLINGS
+from .boosting.settings import BoostingSettings
 from .inputs.trackers import check_trackers
 
 logger = get_logger(__name__)
@@ -209,8 +210,8 @@ class RunArguments(BalancingArguments, FeatureSettings):
 
 
 @dataclass
-class EnsembleArguments(GroupingSettings, RunArguments):
-    """How tasks are grouped and adapters combined."""
+class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
+    """How tasks are grouped, and adapters combined and boosted."""
 
     train_baseline: bool = field(
         default=True,

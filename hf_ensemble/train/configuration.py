@@ -13,6 +13,7 @@ from ..capture import model_identity
 from ..select import GroupingSettings, SelectionSettings
 from ..tasks import TaskSet
 from ..tasks.rows import token_fingerprint
+from .boosting.settings import BoostingSettings
 from .credentials import is_secret_name, without_secrets
 
 # Arguments that say where and how to report or how fast to go, not what to train.
@@ -33,7 +34,9 @@ _UNCOMPARED_PREFIXES = ("card_", "hub_", "push_to_hub", "log_", "logging_", "sav
 # Arguments of trainers, beside `args`, that decide what is trained.
 _TRAINER_ARGUMENTS = ("data_collator", "compute_loss_func", "optimizer_cls_and_kwargs")
 # Arguments that only the choice of groups or auxiliary tasks depends on.
-_CHOICES = {own.name for settings in (GroupingSettings, SelectionSettings) for own in fields(settings)}
+_CHOICES = {
+    own.name for settings in (GroupingSettings, SelectionSettings, BoostingSettings) for own in fields(settings)
+}
 _CHOICES |= {"num_components", "ensemble_weights", "calibration_runs", "sequential_groups"}
 # `TrainingArguments.to_dict` hides every value with such a name; these are tokens of the vocabulary.
 _TEXT_TOKENS = ("eos_token", "pad_token")

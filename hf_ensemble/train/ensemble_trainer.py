@@ -14,6 +14,8 @@ from ..errors import ConfigurationError
 from ..publish import renew_model_card
 from ..select import Grouping
 from ..tasks import TaskSet
+from .boosting.checks import check_boosted_model, check_boosting_arguments
+from .boosting.stage import START, step_name
 from .configs import EnsembleConfig, EnsembleSFTConfig
 from .credentials import arguments_without_secrets
 from .flow_trainer import FlowTrainerMixin
@@ -39,11 +41,16 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
         if not self.trains_directly:
             self._check_choice_by_answers()
             check_base_model(self.model)
-            check_adapter_names(self.model, {BASELINE, *(f"group_{number}" for number in range(len(self.tasks) + 1))})
+            names = {BASELINE, *(f"group_{number}" for number in range(len(self.tasks) + 1))}
+            if self.args.boosting_steps:
+                check_boosted_model(self.model, self.args.boosting_method)
+                names |= {START, *(step_name(number) for number in range(self.args.boosting_steps))}
+            check_adapter_names(self.model, names)
 
     def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
         super()._check_arguments(tasks, args, given)
         args.check_tasks(len(tasks))
+        check_boosting_arguments(args, given.get("compute_loss_func") is not None, bool(self._streams))
 
     def _check_choice_by_answers(self) -> None:
         if self.args.ensemble_weights == "answers" and not self.answer_metrics:

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from .._compat import keep_quantized_weights_in_place
 from ..tasks import (
+    EXAMPLE_ID,
     IGNORE_INDEX,
     META_COLUMNS,
     TASK,
@@ -56,6 +57,7 @@ class TaskColumnsMixin:
         self.label_space = label_space
         self.sampling_weights = dict(sampling_weights or {})
         self.batch_tasks: list[str] = []
+        self.batch_ids: list[str] = []
         super().__init__(*args, **kwargs)
         if has_tasks:
             if not isinstance(self.data_collator, TaskCollator):
@@ -100,7 +102,8 @@ class TaskColumnsMixin:
         inputs = super()._prepare_inputs(inputs)
         if self.has_tasks:
             meta = pop_meta(inputs)
-            self.batch_tasks, self.batch_row_lengths = meta.get(TASK, []), meta.get(ROW_LENGTHS)
+            self.batch_tasks, self.batch_ids = meta.get(TASK, []), meta.get(EXAMPLE_ID, [])
+            self.batch_row_lengths = meta.get(ROW_LENGTHS)
         return inputs
 
 

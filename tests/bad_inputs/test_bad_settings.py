@@ -69,7 +69,14 @@ RUN = {
     "gradient_accumulation_steps": [0, "2"],
     "seed": [-1, "0", None],
 }
-ENSEMBLE = {"train_baseline": ["no", 0, None], "sequential_groups": ["no", 0, None], "ensemble_weights": ["x", None]}
+ENSEMBLE = {
+    "train_baseline": ["no", 0, None],
+    "sequential_groups": ["no", 0, None],
+    "ensemble_weights": ["x", None],
+    "boosting_steps": ["1", -1, None, True],
+    "boosting_method": ["lasso", None],
+    "boosting_target": ["row", None],
+}
 CONFIGS = {
     CaptureConfig: CAPTURE,
     SelectionSettings: SELECTION,

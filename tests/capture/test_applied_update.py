@@ -5,9 +5,17 @@ import pytest
 import torch
 
 from helpers import toy
-from hf_ensemble.capture import CaptureConfig, applied_update, capture_gradients, model_identity
+from hf_ensemble.capture import (
+    CaptureConfig,
+    applied_update,
+    capture_gradients,
+    encoded_splits,
+    model_identity,
+    parameter_update,
+    row_update,
+)
 from hf_ensemble.errors import CaptureError, StoreMismatchError
-from hf_ensemble.tasks import TaskSet
+from hf_ensemble.tasks import TaskSet, data_collator_for
 
 
 def captured(folder, model, dim):
@@ -51,3 +59,21 @@ def test_foreign_parameters_and_coefficients_are_refused(tmp_path):
     toy.randomize(model)
     with pytest.raises(StoreMismatchError, match="differ from those"), applied_update(model, store, np.ones(64)):
         pass
+
+
+@pytest.mark.parametrize("dim", [None, 64])
+def test_a_weighted_sum_of_the_rows_gradients_is_the_update_of_exact_features(tmp_path, dim):
+    """Also from a store of projected gradients, whose noise it does not have."""
+    model = toy.with_lora(toy.llama())
+    exact, tasks = captured(tmp_path / "exact", model, None)
+    store = exact if dim is None else captured(tmp_path / "projected", model, dim)[0]
+    table = exact.table("train")
+    a = np.random.default_rng(0).normal(size=len(table))
+    expected = parameter_update(model, exact, table.features[:].astype(np.float64).T @ a)
+    rows = encoded_splits(model, tasks, toy.tokenizer(), None)["train"]
+    assert rows["example_id"][:] == table.example_id.tolist()
+    collator = data_collator_for(tasks.row_format, toy.tokenizer(), labels_are_tokens=True)
+    found = row_update(model, store, rows, a, collator, batch_size=5)
+    assert set(found) == set(expected)
+    for name, update in expected.items():
+        assert torch.allclose(found[name], update.float(), atol=1e-4 * float(update.abs().max()))

@@ -159,6 +159,8 @@ class SavedEnsembleConfig:
             check_adapter_name(name)
         if not names:
             raise EnsembleLoadError(f"{CONFIG_NAME}: expected at least one member, found none.")
+        if not all(isinstance(member.is_step, bool) for member in self.members):
+            raise EnsembleLoadError(f"{CONFIG_NAME}: expected true or false as is_step of each member.")
         if len(set(names)) < len(names):
             raise EnsembleLoadError(f"{CONFIG_NAME}: two members have the same name, found {names}.")
         check_weights(self.weights, names, CONFIG_NAME)

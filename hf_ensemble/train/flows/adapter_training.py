@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ...tasks import TASK
 from ...tasks.sampling import rows_per_epoch
 from ..credentials import arguments_without_secrets
 from ..inputs.best_metric import metric_of_training
+from ..losses.step_loss import StepLoss
 from ..tracking import report_as_part_of_run
 from ..training_usage import usage_fields
 from .bars import label_bars
@@ -121,6 +123,7 @@ class AdapterTraining:
         seed: int | None = None,
         start: Path | None = None,
         length: float = 1.0,
+        loss: StepLoss | None = None,
     ) -> TrainedAdapter:
         """Train on a subset or mixture of the tasks and save the adapter; a finished training is read instead.
 
@@ -133,11 +136,13 @@ class AdapterTraining:
             seed (`int`, *optional*): of the order of the rows and of dropout; that of the arguments by default.
             start (`Path`, *optional*): a saved adapter to begin at; theta0 by default.
             length (`float`, *optional*, defaults to 1.0): epochs or steps, in multiples of those of the arguments.
+            loss (`StepLoss`, *optional*): what a boosting step is trained on; the trainer's own loss by default.
         """
         run, args = self.context.run, self.context.args
         weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
         origin = self._fingerprint_of(start)
-        wanted = TrainedAdapter(name, weights, args.seed if seed is None else seed, origin, length=length)
+        seed = args.seed if seed is None else seed
+        wanted = TrainedAdapter(name, weights, seed, origin, length=length, loss=loss.identity if loss else "own")
         begun, checkpoint = run_on_main(lambda: self._begun(wanted, folder))
         if begun.status == "done":
             return begun
@@ -147,11 +152,12 @@ class AdapterTraining:
         rows = rows_of(self.context.train_rows, weights)
         try:
             with self.context.model_state.restored():
-                is_new = start is None and not self._is_trained_already
+                is_new = start is None and loss is None and not self._is_trained_already
                 learning = LearningCheck(self.context, rows) if is_new else None
                 trainer = self._trainer(begun, rows)
-                trainer.usage_samples = self._samples
-                with writing(run.training(name)):
+                # What runs beside a boosting step takes operations, too.
+                trainer.usage_samples = self._samples if loss is None else FlopSamples()
+                with writing(run.training(name)), loss.attached(trainer) if loss else nullcontext():
                     result = trainer.train(
                         resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self.ignore_keys_for_eval
                     )

@@ -1,6 +1,7 @@
 """From trained adapters to the weighted ensemble."""
 
 import shutil
+from collections.abc import Mapping
 
 from ..._compat import preserve_active_adapter
 from ..._files import write_folder_atomically, writing
@@ -64,10 +65,23 @@ class EnsembleAssembly:
         if any(BASELINE in row for row in weights.values()):
             self._copy_baseline()
             members.append(shared)
+        return self.save(self.ensemble(members, weights, chosen.scales))
+
+    def ensemble(
+        self,
+        members: list[EnsembleMember],
+        weights: Mapping[str, Mapping[str, float]],
+        scales: Mapping[str, float] | None = None,
+    ) -> PeftEnsembleModel:
+        """The run's adapters as an ensemble over the run's own model."""
         self._load(members)
-        ensemble = PeftEnsembleModel(
-            self.context.model, members, weights, label_space=self.context.label_space, scales=chosen.scales
+        return PeftEnsembleModel(
+            self.context.model, members, weights, label_space=self.context.label_space, scales=scales
         )
+
+    def save(self, ensemble: PeftEnsembleModel) -> PeftEnsembleModel:
+        """Write an ensemble's configuration to the run, beside its adapters."""
+        run = self.context.run
         if is_main_process():
             ensemble.ensemble_config().save(run.ensemble)
             with writing(run.ensemble):
@@ -82,8 +96,7 @@ class EnsembleAssembly:
         candidates = [*members, shared] if stands_alone else members
         if args.ensemble_weights == "own_group" or len(candidates) < 2:
             return EnsembleWeights({task: {self.grouping.group_of(task): 1.0} for task in self.context.tasks})
-        self._load(candidates)
-        ensemble = PeftEnsembleModel(self.context.model, candidates, label_space=self.context.label_space)
+        ensemble = self.ensemble(candidates, {})
         # Each task is one process's: its weights are then those that a single process would find.
         own = split_between_processes(list(self.context.tasks))
         fits = [fit for part in run_on_all(lambda: self._fits(ensemble, own)) for fit in part]

@@ -1,8 +1,9 @@
-"""The stages of an ensemble run: gradients, baseline, groups, one adapter per group, weights, evaluation."""
+"""The stages of an ensemble run: gradients, baseline, groups, an adapter per group, weights, boosting, evaluation."""
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from datasets import Dataset
 
@@ -11,8 +12,10 @@ from ...ensemble import PeftEnsembleModel
 from ...errors import ConfigurationError
 from ...evaluate import TaskScores
 from ...publish import renew_model_card
-from ...runs import Costs, SystemCost, TrainedAdapter
+from ...runs import Boosting, Costs, SystemCost, TrainedAdapter
 from ...select import Grouping
+from ..boosting.settings import TRAINED_METHODS
+from ..boosting.stage import EnsembleBoosting, step_name
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .adapter_training import AdapterTraining
 from .assembly import BASELINE, EnsembleAssembly
@@ -59,15 +62,20 @@ class EnsembleFlow:
         # What groups cost is known once they are chosen: a partition trains on every row once.
         groups = 1.0 if args.compute_budget is None else args.compute_budget - float(args.train_baseline)
         self._adapters = Stage("adapter", "adapter", one * max(groups, 0.0))
+        # A step is for the rows of one group, which are trained on, or scored by three adapters.
+        step = one / 3 if args.boosting_method in TRAINED_METHODS else len(self.context.train_rows) / 3 * FORWARD
+        boosting = args.boosting_steps * (step + 2 * rows * FORWARD)
         found = [
             Stage("gradients", "gradients", (len(self.context.train_rows) + rows) * TRAINING),
             Stage("baseline", "one adapter for all", one + rows * FORWARD),
             Stage("group", "groups", runs * (one / 2 + rows * FORWARD)),
             self._adapters,
             Stage("weights", "weights", 3 * rows * FORWARD),
+            Stage("boosting", "boosting", boosting),
             Stage(EVALUATION, "evaluation", 4 * rows * FORWARD),
         ]
-        return [own for own in found if own.name != "baseline" or args.train_baseline]
+        runs_too = {"baseline": args.train_baseline, "boosting": args.boosting_steps > 0}
+        return [own for own in found if runs_too.get(own.name, True)]
 
     def start(self) -> None:
         """Trainings begin at the model's own adapter, as it was at first."""
@@ -86,7 +94,10 @@ class EnsembleFlow:
         self.group()
         self.train_groups()
         with self.context.model_state.restored():
-            self.ensemble = EnsembleAssembly(self.context, self.grouping).assemble()
+            assembly = EnsembleAssembly(self.context, self.grouping)
+            self.ensemble = assembly.assemble()
+            if self.context.args.boosting_steps:
+                self.ensemble = self._boosting(assembly).run(self.ensemble)
         begin_evaluation(self.context.run)
         return self.evaluate(self.context.eval_tables, "eval")
 
@@ -128,10 +139,17 @@ class EnsembleFlow:
         with run.training_locked(name):
             self.groups.train_group(self.grouping, name)
 
+    def _boosting(self, assembly: EnsembleAssembly) -> EnsembleBoosting:
+        count = self.num_calibration_runs()
+        return EnsembleBoosting(
+            self.context, self.training, assembly, self.grouping, lambda: self.calibration.selector(count).estimator
+        )
+
     def trainings(self) -> list[TrainedAdapter]:
         """The finished trainings that the ensemble rests on, in the order of their steps."""
         groups = () if self.grouping is None else self.grouping.groups
-        names = {BASELINE, *groups, *self.calibration.training_names(self.num_calibration_runs())}
+        steps = (step_name(number) for number in range(self.context.args.boosting_steps))
+        names = {BASELINE, *groups, *steps, *self.calibration.training_names(self.num_calibration_runs())}
         return [own for own in run_on_main(self.context.run.trainings) if own.name in names]
 
     def _know_groups(self, grouping: Grouping) -> None:
@@ -170,7 +188,17 @@ class EnsembleFlow:
         if self.context.args.group_initialization == "baseline":
             trainings.add(BASELINE)
         known = [own for own in run_on_main(run.trainings) if own.name in trainings]
-        return system_cost(known, [run.member(name) for name in names], self.evaluation.forward)
+        cost = system_cost(known, [run.member(name) for name in names], self.evaluation.forward)
+        return replace(cost, training_flops=cost.training_flops + self._boosting_flops(known))
+
+    def _boosting_flops(self, known: list[TrainedAdapter]) -> float:
+        """Operations of all boosting steps, kept or not, but for those of trainings that are known."""
+        run = self.context.run
+        if not self.context.args.boosting_steps:
+            return 0.0
+        steps = run_on_main(lambda: run.read(Boosting)).steps
+        own = {step.name for step in steps}
+        return sum(step.flops for step in steps) - sum(trained.flops for trained in known if trained.name in own)
 
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
         """Score the systems and report the scores; they are returned as flat metrics."""

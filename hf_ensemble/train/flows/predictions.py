@@ -4,13 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
-from trl.trainer.utils import FusedCausalLMOutput
 
 from ...ensemble import PeftEnsembleModel
-from ...tasks import IGNORE_INDEX
+from ..losses.step_loss import fused_output
 from ..model_state import ModelState
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .context import FlowContext
@@ -62,18 +60,4 @@ class _EnsembleOfBatches(nn.Module):
     def forward(self, fused_lm_head: bool = False, num_items_in_batch: Any = None, **inputs: Any) -> Any:
         """The ensemble's outputs; with `fused_lm_head`, what `SFTTrainer` expects of a model that it has patched."""
         outputs = self.ensemble(task=self._batch_tasks() or None, **inputs)
-        return _fused(outputs.logits, inputs["labels"]) if fused_lm_head else outputs
-
-
-def _fused(logits: torch.Tensor, labels: torch.Tensor) -> FusedCausalLMOutput:
-    """Scores of each next token, from logits `(B, T, V)`; zero where it does not count."""
-    logits, labels = logits[:, :-1].float(), labels[:, 1:].to(logits.device)
-    counts = labels != IGNORE_INDEX
-    log_probs = logits.log_softmax(-1)
-    own = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return FusedCausalLMOutput(
-        log_probs=own * counts,
-        entropy=-(log_probs.exp() * log_probs).sum(-1) * counts,
-        is_top1=(logits.argmax(-1) == labels) & counts,
-        label_mask=counts,
-    )
+        return fused_output(outputs.logits, inputs["labels"]) if fused_lm_head else outputs

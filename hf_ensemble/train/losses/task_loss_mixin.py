@@ -13,6 +13,7 @@ from ...tasks import TASK
 from ...tasks.columns import ROW_LENGTHS
 from .balance import TaskBalance
 from .by_task import TaskLosses, counted, owners, spread, sums_by_task
+from .step_loss import StepLoss
 
 # Among the states of callbacks in a checkpoint's `trainer_state.json`.
 _KEY = "hf_ensemble.task_losses"
@@ -29,7 +30,11 @@ class TaskLossMixin:
     has_tasks: bool
     sampling_weights: dict[str, float]
     batch_tasks: list[str]
+    batch_ids: list[str]
     batch_row_lengths: list[int] | None = None
+    # In place of the loss of each token.
+    step_loss: StepLoss | None = None
+    _num_counted: int = 0
     _task_losses: TaskLosses | None = None
     _balance: TaskBalance | None = None
     _coefficients: torch.Tensor | None = None
@@ -68,6 +73,9 @@ class TaskLossMixin:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if self._balance is not None:
             self._coefficients = self._balance.coefficients(self._counts(batches))
+        if self.step_loss is not None:
+            masks = [counted(batch["labels"], self._loss_shifts_labels) for batch in batches]
+            self._num_counted = max(sum(int(mask.sum()) for mask in masks), 1)
         return batches, num_items
 
     def _counts(self, batches: Sequence[dict[str, Any]]) -> torch.Tensor:
@@ -89,11 +97,12 @@ class TaskLossMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._is_weighted = False
         loss = super().training_step(*args, **kwargs)
-        if self._balance is not None and not self._is_weighted:
+        if (self._balance is not None or self.step_loss is not None) and not self._is_weighted:
+            name = "task_loss_weighting" if self.step_loss is None else "boosting_method"
             raise ConfigurationError(
-                f"task_loss_weighting={self.args.task_loss_weighting!r} weighs the losses of tokens, which "
+                f"{name}={getattr(self.args, name)!r} changes the losses of tokens, which "
                 f"{type(self).__name__}.compute_loss does not give. Call super().compute_loss(...) there, or leave "
-                "task_loss_weighting out."
+                f"{name} out."
             )
         return loss
 
@@ -102,10 +111,10 @@ class TaskLossMixin:
         is_known = self._task_losses is not None and self.batch_tasks and not self._has_own_loss
         if not (is_known and self.model.training and labels is not None):
             return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        tasks, row_lengths = self.batch_tasks, self.batch_row_lengths
+        tasks, ids, row_lengths = self.batch_tasks, self.batch_ids, self.batch_row_lengths
         with _outputs_of(model) as seen:
             result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        with torch.set_grad_enabled(self._balance is not None):
+        with torch.set_grad_enabled(self._balance is not None or self.step_loss is not None):
             losses = self._token_losses(seen[-1], labels) if seen else None
         if losses is None:
             return result
@@ -113,6 +122,10 @@ class TaskLossMixin:
         self._task_losses.add(
             losses, counted(labels, self._loss_shifts_labels), owner, not self.args.logging_nan_inf_filter
         )
+        if self.step_loss is not None:
+            loss = self.step_loss.of_tokens(losses, labels, tasks, ids).sum() / self._num_counted
+            self._is_weighted = True
+            return (loss, result[1]) if return_outputs else loss
         if self._balance is None:
             return result
         loss = (spread(self._coefficients, owner, losses.shape) * losses).sum()

@@ -1,0 +1,1 @@
+"""Boosting: further members, each for the tasks that the ensemble answers worst."""

@@ -1,0 +1,79 @@
+"""What cannot be boosted: refused before anything is trained."""
+
+from typing import NoReturn
+
+from peft import PeftModel
+from transformers import TrainingArguments
+
+from ...errors import ConfigurationError
+from ...estimate import LINEAR_METHODS
+from ...models.inputs import is_encoder_decoder
+
+_PACKING = ("packing", "padding_free", "use_liger_kernel")
+
+
+def check_boosting_arguments(args: TrainingArguments, has_loss_function: bool, has_streams: bool) -> None:
+    """Refuse arguments beside which boosting steps cannot be made.
+
+    Args:
+        args (`TrainingArguments`): the trainer's arguments, with those of boosting.
+        has_loss_function (`bool`): whether there is a `compute_loss_func`.
+        has_streams (`bool`): whether a dataset is streamed.
+
+    Raises:
+        `ConfigurationError`: names the argument, and what to use instead.
+    """
+    if not args.boosting_steps:
+        return
+    method = args.boosting_method
+    if args.world_size > 1:
+        _refuse("several processes", "Start the script with one process, or boosting_steps=0")
+    if method in LINEAR_METHODS:
+        if not isinstance(args.margin, str):
+            _refuse("margin as a function, which no ensemble's answers can be scored by", "Leave margin out")
+        return
+    for name in _PACKING:
+        if getattr(args, name, False):
+            _refuse(
+                f"{name}=True with boosting_method={method!r}, which needs the logits of each row",
+                f"Leave {name} out, or set boosting_method='surrogate'",
+            )
+    if method == "finetuning":
+        return
+    if has_loss_function or args.label_smoothing_factor > 0 or args.task_loss_weighting != "tokens":
+        _refuse(
+            f"compute_loss_func, label_smoothing_factor or task_loss_weighting with boosting_method={method!r}, which "
+            "has a loss of its own",
+            "Leave them out, or set boosting_method='finetuning'",
+        )
+    if method == "adaboost" and has_streams:
+        _refuse(
+            "streamed datasets with boosting_method='adaboost', whose rows are weighed before the training",
+            "Pass tables, or set boosting_method='finetuning'",
+        )
+
+
+def check_boosted_model(model: PeftModel, method: str) -> None:
+    """Refuse models whose logits cannot be added to others'.
+
+    Args:
+        model (`PeftModel`): the model with its adapter.
+        method (`str`): see `boosting_method`.
+
+    Raises:
+        `ConfigurationError`: for prompt learning, which changes the inputs, and encoder-decoders beside an ensemble.
+    """
+    config = model.peft_config[model.active_adapters[0]]
+    if config.is_prompt_learning:
+        _refuse(
+            f"a {type(config).__name__}: boosting steps are added to logits of one input", "Use LoraConfig or IA3Config"
+        )
+    if method in ("finetuning", "residuals") and is_encoder_decoder(model):
+        _refuse(
+            f"boosting_method={method!r} for an encoder-decoder, which is not run beside an ensemble in training",
+            "Set boosting_method='surrogate' or 'adaboost'",
+        )
+
+
+def _refuse(what: str, remedy: str) -> NoReturn:
+    raise ConfigurationError(f"boosting_steps does not go with {what}. {remedy}.")
