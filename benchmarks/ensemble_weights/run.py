@@ -3,9 +3,9 @@
     python -m benchmarks.ensemble_weights.run OUTPUT --num_groups N FLAGS
 
 Adapters are trained as `hf-ensemble run` trains them; then each task's test rows are scored with equal weights, with
-its own group alone, with the single adapter that is best on validation rows, with weights fitted on those rows, and,
-for causal language models, with weights by how well each adapter predicts the prompt. FLAGS are those of
-`hf-ensemble fidelity`.
+its own group alone, with the single adapter that is best on validation rows, with the weights of least loss on those
+rows, with weights cross-validated on them, as a run chooses them, without and with their scale, and, for causal
+language models, with weights by how well each adapter predicts the prompt. FLAGS are those of `hf-ensemble fidelity`.
 """
 
 import numpy as np
@@ -42,7 +42,7 @@ def compare(trainer, test: dict) -> tuple[dict, dict]:
     """Scores by weighting and task, and the report of the fit."""
     ensemble, names = trainer.ensemble.eval(), trainer.tasks.names
     adapters = ensemble.adapter_names
-    found = {}
+    found, ensemble.scales = {}, {}
 
     def score(way: str, weights: dict) -> None:
         ensemble.weights = weights
@@ -50,16 +50,26 @@ def compare(trainer, test: dict) -> tuple[dict, dict]:
 
     score("equal", {task: dict.fromkeys(adapters, 1 / len(adapters)) for task in names})
     score("own group alone", {task: {trainer.grouping.group_of(task): 1.0} for task in names})
-    fit = ensemble.fit_weights(
-        concatenate_datasets([trainer.eval_dataset[task] for task in names]), data_collator=trainer.data_collator
-    )
+    validation = concatenate_datasets([trainer.eval_dataset[task] for task in names])
+    fit = ensemble.fit_weights(validation, data_collator=trainer.data_collator, cross_validate=False)
     fitted = ensemble.weights
     best = {task: fit.adapter_names[int(np.argmin(fit.tasks[task].one_hot_losses))] for task in names}
     score("best single adapter", {task: {adapter: 1.0} for task, adapter in best.items()})
     score("fitted", fitted)
+    chosen = ensemble.fit_weights(
+        validation,
+        data_collator=trainer.data_collator,
+        min_weight=0.05,
+        own_adapters={task: {trainer.grouping.group_of(task): 1.0} for task in names},
+    )
+    weights, scales = ensemble.weights, ensemble.scales
+    ensemble.scales = {}
+    score("cross-validated", weights)
+    ensemble.scales = scales
+    score("cross-validated, scaled", weights)
     if trainer.tasks.label_space is None:
         found["by the prompt"] = {task: scores(trainer, test[task], None) for task in names}
-    return found, fit.report()
+    return found, fit.report() | {"cross_validated": chosen.report()}
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def test_members_are_weighed_saved_loaded_and_loaded_alone(method, tmp_path):
     assert torch.allclose(alone(**batch).logits, outputs["second"], atol=1e-4)
     ensemble.combination = "weights"
     assert torch.allclose(ensemble(**batch, task="y").logits, outputs["second"], atol=1e-4)
-    with pytest.raises(EnsembleError, match="cannot be merged into one LoRA adapter"):
+    with pytest.raises(EnsembleError, match=f"type {CONFIGS[method].peft_type.value}, which cannot be merged"):
         ensemble.merge("x")
     assert ensemble.vllm_obstacles()["first"] == [f"an adapter of type {CONFIGS[method].peft_type.value}"]
 

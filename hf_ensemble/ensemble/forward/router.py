@@ -1,6 +1,7 @@
 """Weights of a row from its prompt's hidden states: multinomial regression behind the frozen base model."""
 
 import base64
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,8 +119,11 @@ def prompt_states(base: nn.Module, inputs: Mapping[str, Any], labels: torch.Tens
     body = base.get_encoder() if encodes else base.base_model
     present = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     own = {"input_ids": input_ids, "attention_mask": present.long()}
+    accepted = inspect.signature(body.forward).parameters
     if not encodes and base.can_generate():
-        own |= {"position_ids": (present.long().cumsum(-1) - 1).clamp(min=0), "use_cache": False}
+        # Counted from the first token, as in `generate`.
+        positions = (present.long().cumsum(-1) - 1).clamp(min=0)
+        own |= {key: value for key, value in (("position_ids", positions), ("use_cache", False)) if key in accepted}
     with active_adapter(adapter_layers(base), None):
         states = body(**own).last_hidden_state.float()
     prompt = present

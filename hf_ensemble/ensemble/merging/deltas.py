@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,8 +48,10 @@ def lora_modules(model: PeftModel, names: Iterable[str]) -> Iterator[tuple[str, 
             continue
         path = paths[layer]
         if not (is_linear_lora(layer) or type(layer) is LoraEmbedding):
-            kind = type(layer).__name__ if isinstance(layer, BaseTunerLayer) else "trainable tokens"
-            kind = "IA3" if isinstance(layer, IA3Layer) else kind
+            held = next(name for name in names if name in layer._get_available_adapters())
+            kind = model.peft_config[held].peft_type.value
+            if kind == "LORA":
+                kind = type(layer).__name__ if isinstance(layer, BaseTunerLayer) else "trainable tokens"
             raise EnsembleError(f"{path!r} has adapters of type {kind}, which cannot be merged into one LoRA adapter.")
         yield path, layer
 

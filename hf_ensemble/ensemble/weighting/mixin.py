@@ -43,7 +43,7 @@ class FittingMixin:
         Args:
             dataset (`dict[str, Dataset]` or rows with a column `task`):
                 Rows of token ids and labels, by task. Use rows that the adapters were not trained on.
-            options: those of [`fit_router`][hf_ensemble.ensemble.fit_router], which does not set the router.
+            options: those of the function [`fit_router`], which fits without setting the router.
 
         Returns:
             [`RouterFit`]: the router, and the cross-validated losses that it was chosen by.
