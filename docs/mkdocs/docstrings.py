@@ -15,7 +15,8 @@ def identifier(name: str) -> str:
     return f"{module.removeprefix('hf_ensemble.') if 'callbacks' in module else module}.{name}"
 
 
-_REFERENCE = re.compile(r"\[`([\w.]+)`\](?!\[|\()")
+# With or without a target of its own, which need not have a page.
+_REFERENCE = re.compile(r"\[`([\w.]+)`\](?:\[[\w.]+\])?(?!\()")
 
 
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):$")
