@@ -12,7 +12,7 @@ from ..ensemble.saving.card import adapter_metadata, reporting_failed_card, save
 from ..ensemble.saving.pushing import CardParts, push_adapter, push_ensemble
 from ..errors import EnsembleLoadError
 from ..runs import RunDirectory
-from .card import card_parts, made_folder, require_ensemble
+from .card import card_parts, is_adapter, made_folder, require_ensemble
 from .card_data import SelectionCardData
 
 
@@ -61,10 +61,12 @@ def push_run_to_hub(
             with reporting_failed_card(directory.ensemble):
                 parts = saved_card(directory.ensemble, config, repo_id)
         return push_ensemble(directory.ensemble, config, repository, parts, again)
-    trained = directory.trained_adapter("adapter")
-    if trained is None:
+    if not is_adapter(folder):
         raise EnsembleLoadError(f"The run in {str(directory.path)!r} has not trained its adapter yet. Train it first.")
-    trained.check_files(directory.adapter)
+    trained = directory.trained_adapter("adapter")
+    # Without a record of its own it is the copy of another training.
+    if trained is not None:
+        trained.check_files(folder)
     base = SelectionCardData.from_run(directory).base_model
     parts = _parts(directory, repo_id, directory.adapter, metadata)
     if parts is None:
