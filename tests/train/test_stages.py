@@ -40,6 +40,7 @@ def test_the_time_left_follows_the_measured_speed():
     announcer.begin("adapter:group_0")
     announcer.passed("adapter:group_0")
     announcer.passed("adapter:group_1")
+    announcer.begin("group:group_0")
     announcer.begin("adapter:group_2")
     announcer.begin("boosting:step_1")
     assert said == [

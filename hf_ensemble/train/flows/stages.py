@@ -73,6 +73,9 @@ class StageAnnouncer:
         if own is None:
             self._say(f"Next: {name.replace(':', ' ').replace('_', ' ')}")
             return self._clock()
+        if part and own.name in self._finished and not own.parts:
+            # Groups that are chosen again between two trainings.
+            return self._clock()
         label = own.label
         if len(own.parts) > 1 and part in own.parts:
             label = f"{label} {part} ({list(own.parts).index(part) + 1} of {len(own.parts)})"
