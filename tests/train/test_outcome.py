@@ -151,7 +151,9 @@ def test_metrics_are_computed_of_every_system_and_task(logged):
         trainer.run_directory.read(Results).mean_metrics["baseline"]["tokens"] == metrics["eval_baseline_mean_tokens"]
     )
     card = (trainer.run_directory.ensemble / "README.md").read_text()
-    assert "| task | tokens | baseline tokens |" in card and "type: tokens" in card
+    assert "tokens on evaluation rows:" in card and "type: tokens" in card
+    for table in results.tables():
+        assert all(" | ".join(row[1:]) in card for row in table.rows)
 
 
 def test_a_page_that_fails_stops_nothing(logged, monkeypatch, caplog):
