@@ -76,15 +76,17 @@ class Boosted:
     Args:
         trainer (`EnsembleTrainer` or `EnsembleSFTTrainer`): trains the ensemble, unless its run is finished.
         test (`dict[str, Dataset]`): test rows of each task.
+        test_rows (`int`): number of them that are scored, at most.
     """
 
-    def __init__(self, trainer, test: Mapping[str, Dataset]):
+    def __init__(self, trainer, test: Mapping[str, Dataset], test_rows: int):
         trainer.train()
         self.trainer, self.flow = trainer, trainer.flow
         names = {own.name for own in self.flow.trainings()}
         self.training_flops = sum(own.flops for own in self.flow.context.run.trainings() if own.name in names)
         context = self.flow.context
-        self.test = {name: context.model_columns(own) for name, own in trainer.prepare_rows(test).items()}
+        some = {name: own.select(range(min(len(own), test_rows))) for name, own in trainer.prepare_rows(test).items()}
+        self.test = {name: context.model_columns(own) for name, own in some.items()}
         self.before = self.scores(trainer.ensemble)
 
     def scores(self, ensemble: PeftEnsembleModel, combination: str = "logits") -> dict[str, dict[str, float]]:
@@ -132,11 +134,11 @@ class Boosted:
         return result
 
 
-def measure(trainer, test: Mapping[str, Dataset], methods: Sequence[str], steps: int, target: str) -> dict[str, Any]:
-    boosted = Boosted(trainer, test)
+def measure(trainer, test: Mapping[str, Dataset], settings) -> dict[str, Any]:
+    boosted = Boosted(trainer, test, settings.test_rows)
     results = []
-    for method in methods:
-        results.append(boosted.boost(method, steps, target))
+    for method in settings.methods:
+        results.append(boosted.boost(method, settings.steps, settings.target))
         worst = results[-1]["steps"][0]["tasks"]
         print(method, worst, *(mean(results[-1]["after"], worst, what) for what in ("loss", "accuracy")), flush=True)
     return {
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=("classification", "skills"), required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--test_rows", type=int, default=10_000, help="test rows of each task, at most")
     parser.add_argument("--target", default="group", choices=("group", "task"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the skills")
     parser.add_argument("--skills", type=int, default=10, help="number of skills")
@@ -174,10 +177,7 @@ def main() -> None:
         skills.add_argument("--output_dir", required=True)
         settings.output_dir = skills.parse_args([settings.output, *flags]).output_dir
         worlds += [(seed, *skills_trainer(settings, seed)) for seed in settings.seeds]
-    found = [
-        {"seed": seed, **measure(trainer, test, settings.methods, settings.steps, settings.target)}
-        for seed, trainer, test in worlds
-    ]
+    found = [{"seed": seed, **measure(trainer, test, settings)} for seed, trainer, test in worlds]
     kept = read_results(settings.output)
     suites = {**kept.get("suites", {}), settings.suite: {"shape": shape_of(settings, "output_dir"), "worlds": found}}
     write_results(settings.output, {**kept, "suites": suites}, table)

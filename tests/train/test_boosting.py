@@ -106,16 +106,6 @@ def test_steps_are_ordinary_members_that_load_generate_and_stand_in_the_card(boo
         PeftEnsembleModel(loaded.model, loaded.members, combination="probs")
 
 
-def test_a_projected_store_gives_the_same_step(boosted, tmp_path, base):
-    """Its update is summed up over the rows, without the projection's noise in its length."""
-    projected = sft_trainer(tmp_path / "run", base, TASKS, boosting_steps=1, **{**SHORT, "projection_dim": 4096})
-    projected.train()
-    (other,) = projected.run_directory.read(Boosting).steps
-    own = boosted[0].run_directory.read(Boosting).steps[0]
-    assert other.target == own.target
-    assert other.validation_loss_after == pytest.approx(own.validation_loss_after, abs=0.1 * own.gain)
-
-
 def test_a_killed_run_goes_on_and_a_finished_one_makes_no_step(boosted, tmp_path, base, monkeypatch):
     whole, _ = boosted
     step, calls = stage.EnsembleBoosting._step, []
