@@ -217,7 +217,7 @@ def test_adapters_are_refused_before_the_model_is_loaded(tmp_path):
         (EnsembleSFTTrainer, sft_config(tmp_path / "run"), {}),
     ):
         with pytest.raises(ConfigurationError, match="'pissa'"):
-            trainer(model=str(tmp_path / "nowhere"), args=args, peft_config=config, **arguments, **more)
+            trainer(model="nobody/nowhere", args=args, peft_config=config, **arguments, **more)
     # The same for a model that brings its adapter.
     model = peft.get_peft_model(toy.llama(), config)
     with pytest.raises(ConfigurationError, match="'pissa'"):
