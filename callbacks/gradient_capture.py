@@ -28,8 +28,9 @@ class GradientCaptureCallback(TrainerCallback):
     The training is bitwise identical with and without the callback: parameters, their `.grad`, module modes and the
     random state are left unchanged.
 
-    With `when="train_begin"`, the store also records the length and learning rates of the training. They calibrate
-    estimates without an observed run, which then assume a fine-tuning like this one on all of the tasks.
+    With `when="train_begin"` and `"train_end"`, the store also records the length and learning rates of the training.
+    They calibrate estimates without an observed run, which then assume a fine-tuning like this one on all of the tasks,
+    from where the gradients were captured.
 
     What is captured is what is trained on. For an `SFTTrainer`, rows become tokens and labels as its arguments have it:
     completions or all tokens, every turn of the assistant or the whole chat, cut at `max_length`, and each row on its
@@ -45,8 +46,9 @@ class GradientCaptureCallback(TrainerCallback):
             Settings of the pass. `"auto"` values follow the trainer's optimizer and precision.
         when (`str` or `int`, *optional*, defaults to `"train_begin"`):
             `"train_begin"` captures at the untrained adapter, to predict the effect of adding or dropping tasks;
-            `"train_end"` at the trained one. `"epoch"` captures after every epoch and a number after that many
-            optimizer steps, each into a store of its own, `OUTPUT_DIR/epoch-1` or `OUTPUT_DIR/step-100`.
+            `"train_end"` at the trained one, to predict how trainings go on from it. `"epoch"` captures after every
+            epoch and a number after that many optimizer steps, each into a store of its own, `OUTPUT_DIR/epoch-1` or
+            `OUTPUT_DIR/step-100`.
         overwrite (`bool`, *optional*, defaults to `False`): replace a store of another model, other data or settings.
         formatting_func (`Callable`, *optional*): that of the `SFTTrainer`, where it has one.
 
@@ -116,8 +118,7 @@ class GradientCaptureCallback(TrainerCallback):
             self._encode(args, model, processing_class)
         check_against_trained(self._encoded["train"], train_dataloader)
         if self.when == "train_begin":
-            num_steps = state.max_steps if state is not None else None
-            self._capture(args, model, processing_class, self.output_dir, num_steps)
+            self._capture(args, model, processing_class, self.output_dir, state.max_steps if state else None)
 
     def on_epoch_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if self.when == "epoch":
@@ -131,7 +132,7 @@ class GradientCaptureCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if self.when == "train_end":
-            self._capture(args, model, processing_class, self.output_dir, optimizer=optimizer)
+            self._capture(args, model, processing_class, self.output_dir, state.max_steps, optimizer)
 
     def _config(self, args) -> CaptureConfig:
         config = (self.config or CaptureConfig()).resolved(args)

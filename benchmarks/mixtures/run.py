@@ -9,6 +9,7 @@ that are fitted to them. FLAGS are those of `hf-ensemble fidelity`. Trainings ar
 a process makes every second one and stops.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,8 +20,10 @@ from hf_ensemble._compat import preserve_active_adapter
 from hf_ensemble.ensemble import PeftEnsembleModel
 from hf_ensemble.ensemble.saving.files import load_adapter
 from hf_ensemble.ensemble.weighting.fitting import fit_ensemble
+from hf_ensemble.runs import run_selector
 from hf_ensemble.select import DataSelector, Grouping
 from hf_ensemble.train.flows.assembly import BASELINE
+from hf_ensemble.train.flows.capturing import gradients_at_baseline
 
 from ..common import make_parser, read_results, write_results
 from ..trainers import trainer_from_flags
@@ -57,10 +60,10 @@ class Part:
 
 
 def systems(
-    selector: DataSelector, budgets: list[float], continued: list[float]
+    selector: DataSelector, going_on: Callable[[float], DataSelector], budgets: list[float], continued: list[float]
 ) -> dict[str, tuple[list[Part], float]]:
     """The trainings of each system, and its predicted mean loss; the adapter for all tasks is the first part of those
-    that need it."""
+    that need it. `going_on` predicts trainings of a length that begin there."""
     estimator = selector.estimator
     names = list(estimator.task_names)
     everything = dict.fromkeys(names, 1.0)
@@ -99,13 +102,12 @@ def systems(
             found[f"{label}, budget {budget:g}"] = (parts, grouping.cost_curve[-1]["predicted_loss"])
     for budget in continued:
         length = min(1.0, 2 * (budget - 1.0))
-        options = {"group_initialization": "baseline", "continued_length": length}
-        grouping = selector.group(None, "mixtures", compute_budget=budget, **options)
+        options = {"compute_budget": budget, "group_initialization": "baseline"}
+        grouping = going_on(length).group(None, "mixtures", **options)
         parts = [together, *parts_of(grouping, length, True)]
         found[f"one for all, then mixtures, budget {budget:g}"] = (parts, grouping.cost_curve[-1]["predicted_loss"])
         length = budget - 1.0
-        own = estimator.continued(length)
-        loss = own.predict(np.eye(len(names))).loss.diagonal().mean()
+        loss = going_on(length).estimator.predict(np.eye(len(names))).loss.diagonal().mean()
         parts = [
             Part({name: 1.0}, length, True, length * estimator.counts[i] / estimator.counts.sum())
             for i, name in enumerate(names)
@@ -206,7 +208,15 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     trainer, tasks = trainer_from_flags(flags)
     train_baseline(trainer)
-    found = systems(trainer.selector(), own.budgets, own.continued)
+
+    def going_on(length: float) -> DataSelector:
+        flow = trainer.flow
+        with trainer.working():
+            gradients_at_baseline(flow.context, flow.training)
+        count = trainer.args.num_components
+        return run_selector(trainer.run_directory, list(trainer.tasks), count, [], continued_length=length)
+
+    found = systems(trainer.selector(), going_on, own.budgets, own.continued)
     trainings = Trainings(trainer, tasks)
     first, step = (int(number) for number in own.part.split("/"))
     every = {part.name: part for parts, _ in found.values() for part in parts}

@@ -13,8 +13,16 @@ from ..select import Choice, DataSelector
 from .choice_arguments import ChoiceArguments
 
 
-def selector_of(arguments: ChoiceArguments, clusters: Mapping[str, int] | None = None) -> DataSelector:
+def selector_of(
+    arguments: ChoiceArguments, clusters: Mapping[str, int] | None = None, continued_length: float | None = None
+) -> DataSelector:
     """From a store, or from a run's store with all that the run knows.
+
+    Args:
+        arguments (`ChoiceArguments`): the flags.
+        clusters (`dict[str, int]`, *optional*): see [`DataSelector.from_store`].
+        continued_length (`float`, *optional*):
+            For trainings of this length that go on from the adapter for all tasks: gradients are those at this adapter.
 
     Raises:
         `ConfigurationError`: without a store.
@@ -23,9 +31,12 @@ def selector_of(arguments: ChoiceArguments, clusters: Mapping[str, int] | None =
     if arguments.store is None:
         raise ConfigurationError("Expected --store FOLDER: captured gradients, or the output_dir of a run.")
     run = RunDirectory(arguments.store)
-    if run.gradients.is_dir():
-        return run_selector(run, arguments.tasks, arguments.num_components, clusters=clusters)
-    return DataSelector.from_store(arguments.store, arguments.tasks, arguments.num_components, clusters=clusters)
+    own = run.gradients if continued_length is None else run.baseline_gradients
+    options = {"tasks": arguments.tasks, "num_components": arguments.num_components, "clusters": clusters}
+    if own.is_dir():
+        return run_selector(run, continued_length=continued_length, **options)
+    length = 1.0 if continued_length is None else continued_length
+    return DataSelector.from_store(arguments.store, length=length, **options)
 
 
 def save_choice(choice: Choice, folder: str, out: Console) -> None:

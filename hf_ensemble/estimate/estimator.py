@@ -47,6 +47,8 @@ class SubsetEstimator:
         device (`torch.device` or `str`, *optional*): device for solving surrogates. The CPU by default.
         task_loss_weighting (`str`, *optional*, defaults to `"tokens"`):
             What the training averages the loss of a step over, see [`loss_weights`].
+        length (`float`, *optional*, defaults to 1.0):
+            Length of the trainings to predict, in multiples of the recipe's. Observed runs are of this length too.
 
     Raises:
         `EstimationError`: for tasks without rows, and features that are not finite.
@@ -70,6 +72,7 @@ class SubsetEstimator:
         recipe: TrainingRecipe | None = None,
         device: torch.device | str | None = None,
         task_loss_weighting: str = "tokens",
+        length: float = 1.0,
     ):
         check_at_least("num_components", num_components, 1)
         if not isinstance(observed_runs, Sequence) or not all(isinstance(run, ObservedRun) for run in observed_runs):
@@ -96,7 +99,9 @@ class SubsetEstimator:
             {**dict.fromkeys(self.task_names, 1.0), **(sampling_weights or {})}, self.task_names
         )
         self._fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
-        self._recipe = recipe
+        check_number("length", length, 0, above=True, error=EstimationError)
+        self.length = length
+        recipe = self._recipe = None if recipe is None else recipe.of_length(length)
         self.reduction = FeatureReduction.fit(train.features, num_components)
         reduced = self.reduction.apply(train.features)
         self.training_ids = tuple(zip((self.task_names[index] for index in train.task), train.example_id.tolist()))
@@ -108,11 +113,15 @@ class SubsetEstimator:
         self.interval = IntervalWidth()
         self.calibration: LossCalibration | None = None
         squared_norms = squared_row_norms(train.features) if recipe is not None else np.zeros(len(train))
-        # In the order of the surrogate's rows.
-        self._order = np.argsort(train.task, kind="stable")
-        self._squared_norms = (squared_norms / self.reduction.scale**2)[self._order]
-        self._share = 1.0
-        self._length = self._training_length()
+        self._length = TrainingLength(
+            features=reduced,
+            squared_norms=squared_norms / self.reduction.scale**2,
+            margin=train.margin,
+            task=train.task,
+            sampling_weights=self.sampling_weights,
+            recipe=recipe,
+            row_weights=self._row_weights,
+        )
         replayed = []
         if recipe is not None and not observed_runs:
             replayed = [self._replayed_run(train, reduced, squared_norms, recipe)]
@@ -253,6 +262,7 @@ class SubsetEstimator:
             "task_loss_weighting": self.task_loss_weighting,
             "observed_runs": [{"mixture": dict(run.mixture), "losses": dict(run.losses)} for run in self.observed_runs],
             "recipe": None if self._recipe is None else asdict(self._recipe),
+            "length": self.length,
             "l2_scale": self.regularization.l2_scale,
             "l2_evidence": self.regularization.evidence,
             "calibration": None if self.calibration is None else self.calibration.by_task(self.task_names),
@@ -287,47 +297,17 @@ class SubsetEstimator:
         other._length = self._length.truncated(num_components)
         return other
 
-    def _training_length(self) -> TrainingLength:
-        features, margin, task = self._train.rows()
-        return TrainingLength(
-            features=features,
-            margin=margin,
-            task=task,
-            squared_norms=self._squared_norms,
-            sampling_weights=self.sampling_weights,
-            recipe=self._recipe,
-            row_weights=None if self._row_weights is None else self._row_weights[self._order],
-        )
-
-    def continued(self, share: float) -> "SubsetEstimator":
-        """Predicts trainings that go on from an adapter that was trained on all tasks.
-
-        The surrogate's rows get their margins at the optimum of all tasks, and its penalty holds to this optimum: the
-        coefficients of its predictions are moves from there. A training on all tasks that goes on with all of them is
-        one of a larger length. Losses are calibrated as before.
-
-        Args:
-            share (`float`): length of the trainings, in multiples of the recipe's.
-        """
-        check_number("share", share, 0, above=True, error=EstimationError)
-        start = self.predict(np.ones((1, len(self.task_names)))).coefficients[0]
-        other = copy.copy(self)
-        other._train, other._validation = self._train.shifted(start), self._validation.shifted(start)
-        other._length = other._training_length().continued(self._length, share)
-        other._share = share
-        return other
-
     @property
     def has_fixed_steps(self) -> bool:
         """Whether a training takes the same number of steps whatever it is on."""
         return self._recipe is not None and self._recipe.fixed_steps
 
     def training_cost(self, mixtures: np.ndarray) -> np.ndarray:
-        """Cost of training on mixtures `(S, T)`: rows drawn, in multiples of a training on all tasks, `(S,)`."""
+        """Cost of training on mixtures `(S, T)`: rows drawn, in multiples of a whole training on all tasks, `(S,)`."""
         if self.has_fixed_steps:
-            return np.full(len(mixtures), self._share)
+            return np.full(len(mixtures), self.length)
         everything = epoch_length(self.sampling_weights, self.counts)
-        return self._share * epoch_length(mixtures * self.sampling_weights, self.counts) / everything
+        return self.length * epoch_length(mixtures * self.sampling_weights, self.counts) / everything
 
     def halves(self, seed: int = 0) -> tuple["SubsetEstimator", "SubsetEstimator"]:
         """Two estimators with the same optima, each of the losses on a random half of every task's validation rows.
@@ -344,11 +324,6 @@ class SubsetEstimator:
     def loss_at(self, coefficients: np.ndarray) -> np.ndarray:
         """Predicted losses `(S, T)` at optima `(S, k)`, see [`Prediction`]."""
         loss = self._validation.outcomes(coefficients)[0]
-        return loss if self.calibration is None else self.calibration(loss)
-
-    def start_loss(self) -> np.ndarray:
-        """Predicted loss of each task where trainings begin, `(T,)`: calibrated, unlike [`base_loss`]."""
-        loss = self.base_loss()
         return loss if self.calibration is None else self.calibration(loss)
 
     def base_loss(self) -> np.ndarray:

@@ -47,10 +47,6 @@ class TaskRows:
         given = self.given[:, :num_components].contiguous()
         return replace(self, given=given, single=given.float(), mean_square=self.mean_square[:num_components])
 
-    def shifted(self, w: torch.Tensor) -> "TaskRows":
-        """The same rows with their margins at w `(k,)`, float64."""
-        return replace(self, margin=self.margin + self.features @ w)
-
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
         """Multiply values `(..., n)` by the row weights."""
         return values if self.weight is None else values * self.weight.to(values.dtype)

@@ -101,12 +101,6 @@ class SurrogateProblem:
         other._tasks = [rows.truncated(other.num_components) for rows in self._tasks]
         return other
 
-    def shifted(self, w: np.ndarray) -> "SurrogateProblem":
-        """The problem of moving on from w `(k,)`."""
-        other, point = copy.copy(self), torch.from_numpy(w.copy()).to(self._device)
-        other._tasks = [rows.shifted(point) for rows in self._tasks]
-        return other
-
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features `(n, k)`, margins and task of every row `(n,)`, sorted by task."""
         features = torch.cat([rows.given for rows in self._tasks]).cpu().numpy()

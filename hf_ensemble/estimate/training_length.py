@@ -77,23 +77,10 @@ class TrainingLength:
         self._squares = np.bincount(task, residual**2 * squared_norms)
         self._all = sampling_weights[None]
         self._all_rows = float(epoch_length(sampling_weights, self._counts))
-        # Length of a training in multiples of the recipe's, and lengths of trainings on all tasks before it.
-        self._share, self._past = 1.0, 0.0
         self._least_square = np.finfo(float).tiny
         if self._batch_size is not None:
             self._least_square = max(self._least_square, _MIN_SQUARE * float(self._batch_square(self._all)[0]))
         self._reference = float(self._distance(self._all)[0]) / self._all_rows
-
-    def continued(self, before: "TrainingLength", share: float) -> "TrainingLength":
-        """Lengths of trainings that go on where one on all tasks has ended.
-
-        Args:
-            before (`TrainingLength`): lengths of the trainings from the start, to whose scale penalties are.
-            share (`float`): length of what follows, in multiples of the recipe's.
-        """
-        other = copy.copy(self)
-        other._share, other._past, other._reference = share, before._past + before._share, before._reference
-        return other
 
     def l2(self, scale: float | np.ndarray, mixtures: np.ndarray) -> np.ndarray:
         """Penalties `(S,)` of mixtures `(S, T)` for c = `scale`, a number or one per mixture."""
@@ -112,9 +99,8 @@ class TrainingLength:
         l2 = scale * self._reference / self._distance(mixture[None], 1.0)[0]
         log_slope = np.zeros(len(counts))
         if not self._fixed_steps:
-            growth = self._growth * self._share / self._all_rows
-            past = 1 + 2 * self._growth * self._past
-            log_slope -= counts / rows + growth * counts / (past + growth * rows)
+            growth = self._growth / self._all_rows
+            log_slope -= counts / rows + growth * counts / (1 + growth * rows)
         if self._batch_size is not None:
             log_slope += self._batch_slope(mixture)
         return l2, l2 * log_slope
@@ -157,10 +143,10 @@ class TrainingLength:
         """T of each mixture, `(S,)`, in arbitrary units; rows with weight `heaviest` are sampled once per epoch."""
         rows = mixtures @ self._counts
         if self._fixed_steps:
-            steps = np.full(len(mixtures), self._share)
+            steps = np.ones(len(mixtures))
         else:
-            steps = self._share * rows / (mixtures.max(axis=1) if heaviest is None else heaviest)
-            steps = steps * (1 + self._growth * (2 * self._past + steps / self._all_rows))
+            steps = rows / (mixtures.max(axis=1) if heaviest is None else heaviest)
+            steps = steps * (1 + self._growth * steps / self._all_rows)
         if self._batch_size is None:
             return steps
         return steps / np.sqrt(np.maximum(self._batch_square(mixtures), self._least_square))

@@ -36,12 +36,6 @@ class ValidationRows:
         other.features = np.ascontiguousarray(self.features[:, :num_components])
         return other
 
-    def shifted(self, w: np.ndarray) -> "ValidationRows":
-        """The same rows with their margins at w `(k,)`."""
-        other = copy.copy(self)
-        other.margin = self.margins(w)
-        return other
-
     def of_tasks(self, tasks: np.ndarray) -> "ValidationRows":
         """The rows of the tasks in a mask `(T,)`."""
         return self._of_rows(tasks[self.task])

@@ -60,8 +60,13 @@ class RunDirectory:
 
     @property
     def gradients(self) -> Path:
-        """The gradient store."""
+        """The gradient store, where trainings begin."""
         return self.path / layout.GRADIENTS
+
+    @property
+    def baseline_gradients(self) -> Path:
+        """The gradient store at the adapter for all tasks, where groups go on from it."""
+        return self.path / layout.BASELINE_GRADIENTS
 
     @property
     def baseline(self) -> Path:
@@ -103,7 +108,7 @@ class RunDirectory:
 
     def scored_adapter(self, mixture: Mapping[str, float] | Sequence[str], seed: int) -> Path:
         """An adapter that is trained for its scores."""
-        return self._scored_run(mixture, seed).with_suffix("")
+        return self.path / layout.SCORED_RUNS / f"{_digest(mixture)}-seed{seed}"
 
     # Records
 
@@ -152,9 +157,11 @@ class RunDirectory:
         if is_main_process():
             self._training_record(name).unlink(missing_ok=True)
 
-    def scored_run(self, mixture: Mapping[str, float] | Sequence[str], seed: int) -> ScoredRun | None:
-        """The scores of a fine-tuning on a mixture or a subset; `None` where it was not made."""
-        path = self._scored_run(mixture, seed)
+    def scored_run(
+        self, mixture: Mapping[str, float] | Sequence[str], seed: int, theta0: str, length: float = 1.0
+    ) -> ScoredRun | None:
+        """The scores of a fine-tuning on a mixture or a subset, from theta0 on; `None` where it was not made."""
+        path = self._scored_run(mixture, seed, theta0, length)
         return ScoredRun.load(path, self._identity(ScoredRun)) if path.is_file() else None
 
     def scored_runs(self) -> list[ScoredRun]:
@@ -164,7 +171,8 @@ class RunDirectory:
 
     def write_scored_run(self, scored: ScoredRun) -> None:
         if is_main_process():
-            scored.save(self._scored_run(scored.mixture, scored.seed), self._identity(ScoredRun))
+            path = self._scored_run(scored.mixture, scored.seed, scored.theta0, scored.length)
+            scored.save(path, self._identity(ScoredRun))
 
     def _identity(self, kind: type[Record]) -> str | None:
         """What the run's own records of a kind carry; `None` for the run's record itself and where there is none."""
@@ -175,11 +183,8 @@ class RunDirectory:
     def _training_record(self, name: str) -> Path:
         return self.path / layout.TRAINING / f"{name}.json"
 
-    def _scored_run(self, mixture: Mapping[str, float] | Sequence[str], seed: int) -> Path:
-        weights = mixture if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
-        names = [name if weight == 1 else f"{name}*{weight!r}" for name, weight in weights.items() if weight]
-        digest = hashlib.blake2b("|".join(sorted(names)).encode(), digest_size=8).hexdigest()
-        return self.path / layout.SCORED_RUNS / f"{digest}-seed{seed}.json"
+    def _scored_run(self, mixture: Mapping[str, float] | Sequence[str], seed: int, theta0: str, length: float) -> Path:
+        return self.path / layout.SCORED_RUNS / f"{_digest(mixture, theta0, length)}-seed{seed}.json"
 
     # Stages
 
@@ -323,3 +328,10 @@ class RunDirectory:
     def _record_stage(self, name: str, stage: StageRecord) -> None:
         self._record = replace(self.record, stages={**self.record.stages, name: stage})
         self.write(self._record)
+
+
+def _digest(mixture: Mapping[str, float] | Sequence[str], *beginning: object) -> str:
+    """What a training on a mixture is known by."""
+    weights = mixture if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
+    names = [name if weight == 1 else f"{name}*{weight!r}" for name, weight in weights.items() if weight]
+    return hashlib.blake2b("|".join([*sorted(names), *map(str, beginning)]).encode(), digest_size=8).hexdigest()

@@ -11,6 +11,7 @@ from .records import EnsembleWeights, Estimate, RunRecord, TasksRecord
 from .results import Results
 
 GRADIENTS = "gradients"
+BASELINE_GRADIENTS = "gradients_at_baseline"
 BASELINE = "baseline"
 META_INITIALIZATION = "meta"
 ADAPTER = "adapter"
@@ -68,6 +69,7 @@ CHOICE_RECORDS: tuple[type[Record], ...] = (
 CHOICE_STAGES = ("group", "select", "weights", "boosting", "adapter", EVALUATION)
 BASIC_ARTEFACTS = (
     GRADIENTS,
+    BASELINE_GRADIENTS,
     "estimate",
     BASELINE,
     META_INITIALIZATION,

@@ -15,6 +15,7 @@ def run_selector(
     num_components: int = 400,
     observed_runs: Sequence[ObservedRun] | None = None,
     clusters: Mapping[str, int] | None = None,
+    continued_length: float | None = None,
 ) -> DataSelector:
     """The selector of a run's captured gradients, sampling weights and true fine-tunings.
 
@@ -26,6 +27,9 @@ def run_selector(
             What calibrates the predictions; by default every fine-tuning of the run that was on no other tasks and
             began where the gradients were captured.
         clusters (`dict[str, int]`, *optional*): see [`DataSelector.from_store`].
+        continued_length (`float`, *optional*):
+            Choose for trainings of this length that go on from the adapter for all tasks, instead of whole ones from
+            the start.
 
     Raises:
         `StoreError`: when the gradients are not captured.
@@ -34,8 +38,9 @@ def run_selector(
     record = run.read(TasksRecord)
     known = record.tasks
     names = list(known) if tasks is None else list(tasks)
+    gradients = run.gradients if continued_length is None else run.baseline_gradients
     if observed_runs is None:
-        theta0 = GradientStore(run.gradients).identity["model"]["theta0"]
+        theta0 = GradientStore(gradients).identity["model"]["theta0"]
         observed_runs = [
             scored.as_observed()
             for scored in run.scored_runs()
@@ -43,5 +48,12 @@ def run_selector(
         ]
     weights = {name: known[name].sampling_weight for name in names if name in known}
     return DataSelector.from_store(
-        run.gradients, tasks, num_components, observed_runs, weights, clusters, record.task_loss_weighting
+        gradients,
+        tasks,
+        num_components,
+        observed_runs,
+        weights,
+        clusters,
+        record.task_loss_weighting,
+        1.0 if continued_length is None else continued_length,
     )

@@ -66,6 +66,7 @@ class DataSelector:
         sampling_weights: Mapping[str, float] | None = None,
         clusters: Mapping[str, int] | None = None,
         task_loss_weighting: str = "tokens",
+        length: float = 1.0,
     ) -> "DataSelector":
         """Create a selector from captured gradients.
 
@@ -78,6 +79,8 @@ class DataSelector:
                 Number of clusters to split a task's training rows into. Each is a task `TASK/0`, `TASK/1`, ... that is
                 selected or left out by itself, see [`split_into_clusters`] and [`left_out`].
             task_loss_weighting (`str`, *optional*, defaults to `"tokens"`): see [`SubsetEstimator`].
+            length (`float`, *optional*, defaults to 1.0):
+                Length of the trainings to choose for, in multiples of the one whose recipe is in the store.
 
         Raises:
             `StoreError`: for an incomplete store.
@@ -109,6 +112,7 @@ class DataSelector:
             sampling_weights,
             recipe,
             task_loss_weighting=task_loss_weighting,
+            length=length,
         )
         return cls(estimator, mean_cosines(train, validation))
 
@@ -131,6 +135,7 @@ class DataSelector:
             values_by_task(known["sampling_weights"]),
             cluster_counts(known["task_names"]),
             known.get("task_loss_weighting", "tokens"),
+            known.get("length", 1.0),
         )
         choice.check_features(selector.estimator)
         return selector
@@ -232,7 +237,6 @@ class DataSelector:
         affinity_subsets: int = 400,
         compute_budget: float | None = None,
         group_initialization: str = "fresh",
-        continued_length: float = 0.5,
         **options: Any,
     ) -> Grouping:
         """Group the tasks for one adapter per group.
@@ -252,9 +256,8 @@ class DataSelector:
             compute_budget (`float`, *optional*):
                 With `"mixtures"`, maximum training cost of all adapters, in multiples of one adapter for all tasks.
             group_initialization (`str`, *optional*, defaults to `"fresh"`):
-                Where their trainings begin: `"fresh"`, or `"baseline"`, where the adapter for all tasks has ended.
-            continued_length (`float`, *optional*, defaults to 0.5):
-                With `"baseline"`, their length in multiples of a whole training.
+                Where their trainings begin: `"fresh"`, or `"baseline"`, where the adapter for all tasks has ended. The
+                gradients have to be captured there, and [`from_store`]'s `length` is how long trainings go on.
             options: further arguments of [`group_tasks`].
 
         Raises:
@@ -270,7 +273,6 @@ class DataSelector:
             affinity_subsets,
             compute_budget,
             group_initialization,
-            continued_length,
         )
         return group_tasks(self.estimator, settings, **options)
 

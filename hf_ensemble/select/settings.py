@@ -182,7 +182,6 @@ class GroupingSettings(Settings):
             "affinity_subsets": self.affinity_subsets,
             "compute_budget": self.compute_budget,
             "group_initialization": self.group_initialization,
-            "continued_length": self.continued_length,
         }
 
     def check_tasks(self, num_tasks: int) -> None:

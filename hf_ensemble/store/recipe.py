@@ -58,6 +58,8 @@ class TrainingRecipe:
 
     def shortened(self, share: float) -> "TrainingRecipe":
         """The same training on a share of the rows."""
-        return (
-            self if self.fixed_steps else replace(self, learning_rates=[share * rate for rate in self.learning_rates])
-        )
+        return self if self.fixed_steps else self.of_length(share)
+
+    def of_length(self, length: float) -> "TrainingRecipe":
+        """A training of another number of epochs or steps, in multiples of this one's, with the schedule stretched."""
+        return replace(self, learning_rates=[length * rate for rate in self.learning_rates])

@@ -247,6 +247,12 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
                 "group_initialization='baseline' begins at the adapter for all tasks, which train_baseline=False does "
                 "not train. Leave one of them out."
             )
+        if self.group_initialization == "baseline" and self.calibration_runs > 1:
+            raise ConfigurationError(
+                f"calibration_runs={self.calibration_runs} fine-tunes from the start, and with "
+                "group_initialization='baseline' the groups go on from the adapter for all tasks, which is predicted "
+                "from gradients there. Leave calibration_runs out."
+            )
         super().__post_init__()
 
 

@@ -74,7 +74,8 @@ def _measured(
     num_first_order: int,
 ) -> FidelityReport:
     store = trainer.capture()
-    estimator = trainer.selector().estimator
+    calibration = trainer.flow.calibration
+    estimator = calibration.selector(trainer.flow.num_calibration_runs()).estimator
     names = list(estimator.task_names)
     seen = [sorted(observed.mixture) for observed in estimator.observed_runs]
     subsets = [list(subset) for subset in subsets if sorted(subset) not in seen]
@@ -85,7 +86,6 @@ def _measured(
     start = time.perf_counter()
     prediction = estimator.predict_subsets(subsets)
     prediction_seconds = time.perf_counter() - start
-    calibration = trainer.flow.calibration
     first = [
         calibration.scored_run(subset, description=f"Subset {number}/{len(subsets)}")
         for number, subset in enumerate(subsets, start=1)

@@ -253,10 +253,9 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             return captured_gradients(self.flow.context, self.flow.training)
 
     def selector(self) -> DataSelector:
-        """Predictions from the run's gradients, calibrated as the run's choices are.
+        """The predictions that the run's choices are made by.
 
-        Gradients are captured and calibrating fine-tunings made where the run does not hold them yet.
+        Gradients are captured and the fine-tunings that they need made where the run does not hold them yet.
         """
-        self.capture()
         with self.working():
-            return self.flow.calibration.selector(self.flow.num_calibration_runs())
+            return self.flow.selector()

@@ -135,20 +135,3 @@ def test_it_follows_adam_where_tasks_have_gradients_of_unequal_size():
     predicted = np.linalg.norm(mean, axis=1) / found.l2(1.0, mixtures)
     true = np.array([distance(subset) for subset in subsets])
     assert np.allclose(predicted / predicted[-1], true / true[-1], rtol=0.25)
-
-
-def test_a_training_that_goes_on_is_one_of_a_larger_length():
-    recipe = TrainingRecipe([1e-3] * 10, 4, 100.0, input_gain=2000.0)
-    whole = length(recipe)
-    on = whole.continued(whole, 0.5)
-    # The distance of one and a half trainings on all tasks, by differences of their penalties.
-    twice = whole.continued(whole, 1.0)
-    one, half, rest = (1 / own.l2(1.0, WEIGHTS[None])[0] for own in (whole, on, twice))
-    # Adapters get faster: the second training goes further than the first.
-    assert one < rest and half < rest < 2 * half * 1.2
-    value, slope = on.l2_with_gradient(2.0, WEIGHTS / 2)
-    assert value == pytest.approx(on.l2(2.0, WEIGHTS[None] / 2)[0])
-    for task in range(3):
-        moved = np.eye(3)[task] * 1e-6
-        ends = [on.l2_with_gradient(2.0, WEIGHTS / 2 + sign * moved)[0] for sign in (1, -1)]
-        assert slope[task] == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4)

@@ -59,21 +59,24 @@ def test_differences_are_named_and_only_what_depends_on_them_is_redone(tmp_path)
 
 def test_records_of_single_trainings_are_kept_by_name(tmp_path):
     run = RunDirectory(tmp_path)
-    assert run.trained_adapter("x") is None and run.scored_run(["a"], 0) is None and run.scored_runs() == []
+    assert run.trained_adapter("x") is None and run.scored_run(["a"], 0, "f00") is None and run.scored_runs() == []
     trained = TrainedAdapter("x", {"a": 1.0, "b": 0.5}, 3, "f00", 4, "done", training_loss=0.5, global_step=7)
     run.write_trained_adapter(trained)
     scored = ScoredRun({"b": 1.0, "a": 1.0}, 3, {"a": TaskScores(0.5, 1.0, 4)}, 1.5, 0.25, "f00")
     weighted = replace(scored, mixture={"a": 1.0, "b": 0.25})
-    run.write_scored_run(scored)
-    run.write_scored_run(weighted)
+    on = replace(scored, theta0="f02", length=0.5)
+    for own in (scored, weighted, on):
+        run.write_scored_run(own)
     assert run.trained_adapter("x") == trained
     others = {"name": "y", "mixture": {"a": 1.0}, "seed": 4, "theta0": "f01", "length": 0.5}
     assert trained.continues(run.trained_adapter("x"))
     assert not any(replace(trained, **{name: value}).continues(trained) for name, value in others.items())
-    # By the weights of the tasks, and by the seed.
-    assert run.scored_run(["a", "b"], 3) == scored and run.scored_run(["a", "b"], 4) is None
-    assert run.scored_run({"b": 0.25, "a": 1.0, "c": 0.0}, 3) == weighted and run.scored_run({"b": 0.5}, 3) is None
-    assert len(run.scored_runs()) == 2 and scored.as_observed().losses == {"a": 0.5}
+    # By the weights of the tasks, the seed, and where trainings begin and how long they are.
+    assert run.scored_run(["a", "b"], 3, "f00") == scored and run.scored_run(["a", "b"], 4, "f00") is None
+    assert run.scored_run({"b": 0.25, "a": 1.0, "c": 0.0}, 3, "f00") == weighted
+    assert run.scored_run({"b": 0.5}, 3, "f00") is None
+    assert run.scored_run(["a", "b"], 3, "f02", 0.5) == on and run.scored_run(["a", "b"], 3, "f02") is None
+    assert len(run.scored_runs()) == 3 and scored.as_observed().losses == {"a": 0.5}
     assert weighted.as_observed().mixture == {"a": 1.0, "b": 0.25} and weighted.subset == ["a", "b"]
 
 

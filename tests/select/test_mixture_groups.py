@@ -15,8 +15,11 @@ from hf_ensemble.select.groups.facility_location import FacilityLocation
 from hf_ensemble.store import FeatureTable
 
 
-def circle(size=6, rows=12, dim=40, seed=0, turn=1.0, **options):
-    """Tasks around a circle: each helps its neighbours and contradicts those opposite, so that there are no blocks."""
+def circle(size=6, rows=12, dim=40, seed=0, turn=1.0, start=None, **options):
+    """Tasks around a circle: each helps its neighbours and contradicts those opposite, so that there are no blocks.
+
+    With `start`, the features are those of a linear model at these parameters.
+    """
     rng = np.random.default_rng(seed)
     first, second = np.linalg.qr(rng.normal(size=(dim, 2)))[0].T
     angles = turn * 2 * np.pi * np.arange(size) / size
@@ -27,8 +30,11 @@ def circle(size=6, rows=12, dim=40, seed=0, turn=1.0, **options):
         task = np.repeat(np.arange(size), count)
         features = rng.normal(size=(len(task), dim)) / np.sqrt(dim) + wishes[task]
         ids = np.array([str(index) for index in range(len(task))])
-        return FeatureTable(features.astype(np.float32), np.zeros(len(task), np.float32), task, names, ids)
+        margin = np.zeros(len(task)) if start is None else features @ start
+        return FeatureTable(features.astype(np.float32), margin.astype(np.float32), task, names, ids)
 
+    if start is not None:
+        return SubsetEstimator(table(rows), table(60), **options)
     run = ObservedRun({"task_0": 1.0, "task_1": 1.0}, {"task_0": 0.45})
     return SubsetEstimator(table(rows), table(60), observed_runs=[run], **options)
 
@@ -215,37 +221,30 @@ def test_the_first_components_alone_predict_alike(estimator):
 
 
 def test_groups_may_go_on_where_the_adapter_for_all_tasks_has_ended(estimator):
-    selector = DataSelector(estimator)
-    options = {"method": "mixtures", "group_initialization": "baseline", "continued_length": 0.5}
+    """By gradients at this adapter, which serves the tasks that are not worth a training."""
+    start = estimator.parameters_at(estimator.predict(np.ones((1, 6))).coefficients[0])
+    on = circle(start=start, recipe=TrainingRecipe([0.3] * 40, 12), length=0.5)
+    selector = DataSelector(on)
+    options = {"method": "mixtures", "group_initialization": "baseline"}
     grouping = selector.group(None, compute_budget=2.0, **options)
-    together = estimator.predict(np.ones((1, 6))).loss[0]
-    assert np.allclose(estimator.continued(0.5).start_loss(), together)
-    after = estimator.continued(0.5).predict_subsets(list(grouping.mixtures.values())).loss
+    after = on.predict_subsets(list(grouping.mixtures.values())).loss
     losses = [
-        together[index] if grouping.group_of(task) == grouping.baseline_group else after[:, index].min()
+        on.base_loss()[index] if grouping.group_of(task) == grouping.baseline_group else after[:, index].min()
         for index, task in enumerate(grouping.task_names)
     ]
     assert np.mean(losses) == pytest.approx(grouping.cost_curve[-1]["predicted_loss"], abs=1e-6)
-    every = predicted_losses(estimator, grouping)
+    every = predicted_losses(on, grouping)
     own = [every[list(grouping.groups).index(grouping.group_of(task)), i] for i, task in enumerate(grouping.task_names)]
     assert np.allclose(own, losses, atol=1e-6)
-    assert np.mean(losses) < together.mean() - 0.01 and grouping.cost <= 2.0
+    assert np.mean(losses) < on.base_loss().mean() - 0.01 and grouping.cost <= 2.0
+    assert on.training_cost(np.ones((1, 6)))[0] == 0.5
     assert selector.repeat(grouping) == grouping
     with pytest.raises(ConfigurationError, match="none is trained"):
         selector.group(None, has_baseline=False, **options)
-
-
-def test_going_on_with_all_tasks_is_training_longer():
-    recipe = TrainingRecipe([1e-3] * 20, 4, 9.0)
-    shorter = circle(recipe=recipe)
-    scale = shorter.regularization.l2_scale
-    everything = np.ones((1, 6))
-    longer = shorter.predict(everything, l2_scale=scale / 1.5).loss[0]
-    on = shorter.continued(0.5)
-    assert on.training_cost(everything)[0] == 0.5
-    found = on.predict(everything, l2_scale=scale).loss[0]
-    before = shorter.predict(everything, l2_scale=scale).loss[0]
-    assert np.allclose(found, longer, atol=0.35 * np.abs(before - longer).max())
+    # Going on with all tasks is no second adapter for all: that one is where they begin.
+    trained = {"group_0": ObservedRun(dict.fromkeys(on.task_names, 1.0), dict.fromkeys(on.task_names, 5.0))}
+    kept = selector.group(None, compute_budget=1.5, trained=trained, **options)
+    assert kept.group_of("task_0") != "group_0" and kept.cost == 1.5
 
 
 def trained(estimator, mixture, loss):

@@ -62,7 +62,7 @@ def test_gradients_and_trainings_have_one_starting_point(tmp_path, base, steps, 
     run = trainer.run_directory
     assert fresh is None and len(starting_points(run)) == 1
     meta = run.trained_adapter("meta")
-    assert meta.theta0 not in starting_points(run) and trainer.flow.training.theta0_fingerprint() != meta.theta0
+    assert meta.theta0 not in starting_points(run) and trainer.flow.training.fingerprint() != meta.theta0
 
 
 def test_the_order_changes_no_result(tmp_path, base):

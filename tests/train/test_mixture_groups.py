@@ -17,6 +17,7 @@ from hf_ensemble._files import checksums
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.runs import EnsembleWeights, Estimate
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
+from hf_ensemble.store import GradientStore
 from hf_ensemble.train.flows.calibration import Calibration
 from hf_ensemble.train.flows.group_trainings import GroupTrainings
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
@@ -52,6 +53,7 @@ def sequential(tmp_path_factory):
 def test_each_adapter_that_is_trained_calibrates_the_choice_of_the_next(sequential):
     trainer, choices, _ = sequential
     grouping, run = trainer.grouping, trainer.run_directory
+    theta0 = trainer.flow.training.fingerprint()
     assert len(choices) == 1 + len(grouping.groups) >= 3
     for number, (observed, choice) in enumerate(choices):
         trained = [f"group_{row}" for row in range(number)]
@@ -59,12 +61,14 @@ def test_each_adapter_that_is_trained_calibrates_the_choice_of_the_next(sequenti
         for name in trained:
             # What was trained stays.
             assert choice.mixtures[name] == run.trained_adapter(name).mixture == grouping.mixtures[name]
-            assert run.scored_run(choice.mixtures[name], 42).as_observed() in observed
+            assert run.scored_run(choice.mixtures[name], 42, theta0).as_observed() in observed
     with pytest.raises(ConfigurationError, match="group_9 is chosen anew when group_0 is trained"):
         first = choices[0][1]
         trainer.flow.groups.check_alone(replace(first, groups={**first.groups, "group_9": []}), "group_9")
     # Tasks are assigned by what was measured.
-    losses = {name: run.scored_run(grouping.mixtures[name], 42).as_observed().losses for name in grouping.groups}
+    losses = {
+        name: run.scored_run(grouping.mixtures[name], 42, theta0).as_observed().losses for name in grouping.groups
+    }
     for task in trainer.tasks:
         assert grouping.group_of(task) == min(losses, key=lambda name: losses[name][task])
     assert Grouping.load(run.where(Grouping)) == grouping
@@ -153,6 +157,9 @@ def test_a_group_that_goes_on_is_a_plain_training_from_the_baselines_adapter(tmp
     )
     trainer.train()
     run, tasks = trainer.run_directory, TaskSet.from_datasets(toy.sft_tasks())
+    # Nothing is captured where no training begins.
+    assert not run.gradients.exists()
+    assert GradientStore(run.baseline_gradients).identity["model"]["theta0"] == run.trained_adapter("group_0").theta0
     recorded = run.read(Estimate).predicted_loss
     predicted = predicted_losses(trainer.selector().estimator, trainer.grouping)
     assert {name: list(own.values()) for name, own in recorded.items()} == {
@@ -187,6 +194,32 @@ def test_one_group_that_goes_on_is_weighed_against_the_baseline(tmp_path, base_f
         assert metrics[f"eval_{task}_loss"] <= metrics[f"eval_baseline_{task}_loss"] + 1e-3
 
 
+def test_mixtures_that_go_on_are_chosen_anew_from_what_they_came_to(tmp_path, base_folder, monkeypatch):
+    options = {"grouping_method": "mixtures", "compute_budget": 2.0, "group_initialization": "baseline"}
+    options |= {"continued_length": 1.0, "num_train_epochs": 2, "learning_rate": 0.01}
+    chosen, choose = [], GroupTrainings._choice
+
+    def recorded(self, observed, trained):
+        chosen.append(list(observed))
+        return choose(self, observed, trained)
+
+    monkeypatch.setattr(GroupTrainings, "_choice", recorded)
+    trainer = sft_trainer(tmp_path / "run", base_folder, **options)
+    trainer.train()
+    grouping, run = trainer.grouping, trainer.run_directory
+    new = [name for name in grouping.groups if name != grouping.baseline_group]
+    assert new and [len(observed) for observed in chosen] == list(range(len(new) + 1))
+    on = run.trained_adapter(new[0]).theta0
+    assert run.scored_run(grouping.mixtures[new[0]], 42, on).as_observed() == chosen[1][0]
+    # The adapter for all tasks serves by its losses where the others begin.
+    stays = run.scored_run(list(trainer.tasks), 42, trainer.flow.training.fingerprint())
+    base = run.read(Estimate).base_loss
+    assert {task: own.loss for task, own in stays.scores.items()} == {k: pytest.approx(v) for k, v in base.items()}
+    assert DataSelector.for_choice(run.baseline_gradients, grouping).repeat(grouping) == grouping
+
+
 def test_there_has_to_be_an_adapter_to_go_on_from(tmp_path):
     with pytest.raises(ConfigurationError, match="train_baseline=False does not train"):
         sft_config(tmp_path, group_initialization="baseline", train_baseline=False)
+    with pytest.raises(ConfigurationError, match="calibration_runs=2 fine-tunes from the start"):
+        sft_config(tmp_path, group_initialization="baseline", calibration_runs=2)

@@ -16,7 +16,8 @@ def main(argv: Sequence[str]) -> Grouping:
         `HfEnsembleError`: for bad arguments and stores.
     """
     (arguments,), _ = parse([GroupArguments], with_config(argv), command="group")
-    grouping = selector_of(arguments).group(**arguments.group_arguments(), seed=arguments.seed)
+    length = arguments.continued_length if arguments.group_initialization == "baseline" else None
+    grouping = selector_of(arguments, continued_length=length).group(**arguments.group_arguments(), seed=arguments.seed)
     out = console()
     out.print(group_curve_table(grouping))
     save_choice(grouping, arguments.output_dir, out)

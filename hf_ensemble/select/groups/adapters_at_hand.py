@@ -47,7 +47,8 @@ class AdaptersAtHand:
         """Adapters with the losses that were measured, or else predicted.
 
         Once groups were trained, the one for all tasks has its measured loss too, where it is among the estimator's
-        observed runs: what was measured is compared with what was measured.
+        observed runs: what was measured is compared with what was measured. Where trainings begin at it, its losses are
+        those of the captured rows.
         """
         names = list(estimator.task_names)
         size = len(names)
@@ -61,11 +62,11 @@ class AdaptersAtHand:
             prediction = estimator.predict(mixtures)
             optima, predicted = prediction.coefficients, prediction.loss
             if starts_at_baseline and has_baseline:
-                optima[-1], predicted[-1] = 0.0, estimator.start_loss()
+                optima[-1], predicted[-1] = 0.0, estimator.base_loss()
         losses = predicted.copy()
         for row, run in enumerate(trained.values()):
             losses[row] = _measured(run, names, losses[row])
-        if trained and has_baseline:
+        if trained and has_baseline and not starts_at_baseline:
             for run in estimator.observed_runs:
                 if np.array_equal(mixture_weights(run.mixture, names), np.ones(size)):
                     losses[-1] = _measured(run, names, losses[-1])

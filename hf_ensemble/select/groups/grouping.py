@@ -87,19 +87,18 @@ class Grouping(Choice):
 
 
 def predicted_losses(estimator: SubsetEstimator, grouping: Grouping) -> np.ndarray:
-    """Predicted loss of every task under each group's adapter, `(G, T)`, wherever the groups' trainings begin.
+    """Predicted loss of every task under each group's adapter, `(G, T)`.
 
     Args:
-        estimator (`SubsetEstimator`): predicts trainings from the start.
+        estimator (`SubsetEstimator`): predicts trainings from where those of the groups begin.
         grouping (`Grouping`): a grouping of its tasks.
     """
     mixtures = list(grouping.mixtures.values())
     if grouping.settings["group_initialization"] == "fresh":
         return estimator.predict_subsets(mixtures).loss
-    continued = estimator.continued(grouping.settings["continued_length"])
-    losses = continued.predict_subsets(mixtures).loss
+    losses = estimator.predict_subsets(mixtures).loss
     if grouping.baseline_group is not None:
-        losses[list(grouping.groups).index(grouping.baseline_group)] = continued.start_loss()
+        losses[list(grouping.groups).index(grouping.baseline_group)] = estimator.base_loss()
     return losses
 
 
@@ -136,7 +135,8 @@ def group_tasks(
     spaced.
 
     Args:
-        estimator (`SubsetEstimator`): makes the predictions.
+        estimator (`SubsetEstimator`):
+            Makes the predictions; with `group_initialization="baseline"`, from gradients at the adapter for all tasks.
         settings (`GroupingSettings`, *optional*): method, number of groups, budget, overlap.
         num_candidates (`int`, *optional*, defaults to 10):
             Number of groups, or of tasks in other groups, that `"direct"` tries each group or task with. It is
@@ -169,13 +169,11 @@ def group_tasks(
             "the mean over all tasks. Set grouping_method='mixtures', or leave them out."
         )
     weights = target_weights(targets, estimator)
-    if settings.group_initialization == "baseline":
-        if not has_baseline:
-            raise ConfigurationError(
-                "group_initialization='baseline' begins at the adapter for all tasks, and none is trained. Set "
-                "train_baseline=True, or group_initialization='fresh'."
-            )
-        estimator = estimator.continued(settings.continued_length)
+    if settings.group_initialization == "baseline" and not has_baseline:
+        raise ConfigurationError(
+            "group_initialization='baseline' begins at the adapter for all tasks, and none is trained. Set "
+            "train_baseline=True, or group_initialization='fresh'."
+        )
     losses = GroupLosses(EstimatedGroups(estimator))
     affinity, spread = _affinity(estimator, settings, subset_size, seed)
     if settings.grouping_method == "mixtures":

@@ -60,9 +60,15 @@ class AdapterTraining:
             if parameter.requires_grad
         }
 
-    def theta0_fingerprint(self) -> str:
-        """What records and the gradient store know theta0 by."""
-        return parameter_fingerprint(self.theta0)
+    def fingerprint(self, start: Path | None = None) -> str:
+        """What records and gradient stores know theta0 by, or the parameters of a saved adapter."""
+        if start is None:
+            return parameter_fingerprint(self.theta0)
+        self.load(start)
+        parameters = {name: own for name, own in self.context.model.named_parameters() if name in self.theta0}
+        fingerprint = parameter_fingerprint({name: own.detach().cpu() for name, own in parameters.items()})
+        self.reset()
+        return fingerprint
 
     def num_parameters(self) -> int:
         """Number of parameters that a training moves."""
@@ -140,7 +146,7 @@ class AdapterTraining:
         """
         run, args = self.context.run, self.context.args
         weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
-        origin = self._fingerprint_of(start)
+        origin = self.fingerprint(start)
         seed = args.seed if seed is None else seed
         wanted = TrainedAdapter(name, weights, seed, origin, length=length, loss=loss.identity if loss else "own")
         begun, checkpoint = run_on_main(lambda: self._begun(wanted, folder))
@@ -188,16 +194,6 @@ class AdapterTraining:
         finally:
             self.reset()
         return trained
-
-    def _fingerprint_of(self, start: Path | None) -> str:
-        """Fingerprint of a saved adapter's parameters, or of theta0."""
-        if start is None:
-            return self.theta0_fingerprint()
-        self.load(start)
-        parameters = {name: own for name, own in self.context.model.named_parameters() if name in self.theta0}
-        fingerprint = parameter_fingerprint({name: own.detach().cpu() for name, own in parameters.items()})
-        self.reset()
-        return fingerprint
 
     def _begun(self, wanted: TrainedAdapter, folder: Path) -> tuple[TrainedAdapter, str | None]:
         """The training, finished or begun, and the checkpoint that it goes on from; decided by the main process."""

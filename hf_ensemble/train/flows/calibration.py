@@ -45,7 +45,7 @@ class Calibration:
             keep_adapter (`bool`, *optional*, defaults to `False`): whether the adapter stays until [`discard`].
         """
         run, seed = self.context.run, self.context.args.seed if seed is None else seed
-        known = self._known(dict.fromkeys(subset, 1.0), seed, self.training.theta0_fingerprint())
+        known = self._known(dict.fromkeys(subset, 1.0), seed, self.training.fingerprint())
         if known is not None:
             return known
         folder = run.scored_adapter(subset, seed)
@@ -84,8 +84,7 @@ class Calibration:
 
     def _known(self, mixture: Mapping[str, float], seed: int, theta0: str, length: float = 1.0) -> ScoredRun | None:
         """What the run holds of a fine-tuning of a length that began at theta0."""
-        known = run_on_main(lambda: self.context.run.scored_run(mixture, seed))
-        return known if known is not None and (known.theta0, known.length) == (theta0, length) else None
+        return run_on_main(lambda: self.context.run.scored_run(mixture, seed, theta0, length))
 
     def reuse(self, mixture: Mapping[str, float], name: str, folder: Path) -> TrainedAdapter | None:
         """Copy the adapter of a training from theta0 on this mixture to a folder, where the run has made one.
@@ -113,7 +112,7 @@ class Calibration:
         run, seed = self.context.run, self.context.args.seed
         own = run.scored_adapter(mixture, seed)
         for name, place in ((BASELINE, run.baseline), (_name_of(own), own)):
-            wanted = TrainedAdapter(name, dict(mixture), seed, self.training.theta0_fingerprint())
+            wanted = TrainedAdapter(name, dict(mixture), seed, self.training.fingerprint())
             known = run.trained_adapter(name)
             if known is None or known.status != "done" or not wanted.continues(known):
                 continue

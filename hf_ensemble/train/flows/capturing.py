@@ -1,5 +1,7 @@
 """The gradients that a run's predictions are made from."""
 
+from pathlib import Path
+
 from datasets import concatenate_datasets
 
 from ..._processes import run_on_main
@@ -9,6 +11,9 @@ from ...store import GradientStore, TrainingRecipe, has_every_file
 from .adapter_training import AdapterTraining
 from .context import FlowContext
 
+# Stage of a run whose groups go on from the adapter for all tasks.
+AT_BASELINE = "gradients_at_baseline"
+
 
 def captured_gradients(context: FlowContext, training: AdapterTraining) -> GradientStore:
     """The run's gradient store, captured at theta0 where the run does not hold it yet.
@@ -16,34 +21,55 @@ def captured_gradients(context: FlowContext, training: AdapterTraining) -> Gradi
     Raises:
         `RunMismatchError`: when it was captured elsewhere than where trainings begin.
     """
+    return _captured(context, training, "gradients", context.run.gradients, None)
+
+
+def gradients_at_baseline(context: FlowContext, training: AdapterTraining) -> GradientStore:
+    """The same at the adapter for all tasks, where trainings go on from it.
+
+    Raises:
+        `RunMismatchError`: when it was captured at another adapter.
+    """
+    run = context.run
+    return _captured(context, training, AT_BASELINE, run.baseline_gradients, run.baseline)
+
+
+def _captured(
+    context: FlowContext, training: AdapterTraining, stage: str, folder: Path, start: Path | None
+) -> GradientStore:
     run, args = context.run, context.args
-    with run.stage("gradients") as todo:
+    with run.stage(stage) as todo:
         # What was deleted from a finished store, because it was damaged, is captured again.
-        if not todo and run_on_main(lambda: has_every_file(run.gradients)):
-            store = GradientStore(run.gradients)
-            found, expected = store.identity["model"]["theta0"], training.theta0_fingerprint()
+        if not todo and run_on_main(lambda: has_every_file(folder)):
+            store = GradientStore(folder)
+            found, expected = store.identity["model"]["theta0"], training.fingerprint(start)
             if found != expected:
                 raise RunMismatchError(
-                    f"The gradients in {str(run.gradients)!r} were captured at other parameters (theta0 {found}) than "
+                    f"The gradients in {str(folder)!r} were captured at other parameters (theta0 {found}) than "
                     f"those that trainings begin at ({expected}). Choose another output_dir, or delete the run."
                 )
             return store
         training.reset()
-        with context.model_state.restored():
-            return capture_gradients(
-                context.model,
-                context.tasks,
-                args.capture_config(),
-                run.gradients,
-                data_collator=context.data_collator,
-                encoded={
-                    "train": context.train_table,
-                    "validation": concatenate_datasets([context.eval_tables[name] for name in context.tasks]),
-                },
-                overwrite=args.overwrite_run,
-                disable_tqdm=bool(args.disable_tqdm),
-                recipe=_recipe(context, training),
-            )
+        if start is not None:
+            training.load(start)
+        try:
+            with context.model_state.restored():
+                return capture_gradients(
+                    context.model,
+                    context.tasks,
+                    args.capture_config(),
+                    folder,
+                    data_collator=context.data_collator,
+                    encoded={
+                        "train": context.train_table,
+                        "validation": concatenate_datasets([context.eval_tables[name] for name in context.tasks]),
+                    },
+                    overwrite=args.overwrite_run,
+                    disable_tqdm=bool(args.disable_tqdm),
+                    recipe=_recipe(context, training),
+                )
+        finally:
+            training.reset()
 
 
 def _recipe(context: FlowContext, training: AdapterTraining) -> TrainingRecipe | None:

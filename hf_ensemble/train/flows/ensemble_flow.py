@@ -10,17 +10,18 @@ from datasets import Dataset
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...ensemble import PeftEnsembleModel
 from ...errors import ConfigurationError
+from ...estimate import SubsetEstimator
 from ...evaluate import TaskScores
 from ...publish import renew_model_card
 from ...runs import Boosting, Costs, SystemCost, TrainedAdapter
-from ...select import Grouping
+from ...select import DataSelector, Grouping
 from ..boosting.settings import TRAINED_METHODS
 from ..boosting.stage import EnsembleBoosting, step_name
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .adapter_training import AdapterTraining
 from .assembly import BASELINE, EnsembleAssembly
 from .calibration import Calibration
-from .capturing import captured_gradients
+from .capturing import AT_BASELINE, captured_gradients, gradients_at_baseline
 from .context import FlowContext
 from .evaluation import SystemEvaluation, flat_metrics
 from .group_trainings import GroupTrainings
@@ -65,9 +66,12 @@ class EnsembleFlow:
         # A step is for the rows of one group, which are trained on, or scored by three adapters.
         step = one / 3 if args.boosting_method in TRAINED_METHODS else len(self.context.train_rows) / 3 * FORWARD
         boosting = args.boosting_steps * (step + 2 * rows * FORWARD)
+        captured = (len(self.context.train_rows) + rows) * TRAINING
+        goes_on = args.group_initialization == "baseline"
         found = [
-            Stage("gradients", "gradients", (len(self.context.train_rows) + rows) * TRAINING),
+            *([] if goes_on else [Stage("gradients", "gradients", captured)]),
             Stage("baseline", "one adapter for all", one + rows * FORWARD),
+            *([Stage(AT_BASELINE, "gradients at the adapter for all", captured)] if goes_on else []),
             Stage("group", "groups", runs * (one / 2 + rows * FORWARD)),
             self._adapters,
             Stage("weights", "weights", 3 * rows * FORWARD),
@@ -103,12 +107,7 @@ class EnsembleFlow:
 
     def group(self) -> None:
         """Run the stages up to the groups: gradients, the one adapter for all, groups."""
-        run, args, tasks = self.context.run, self.context.args, self.context.tasks
-        captured_gradients(self.context, self.training)
-        if args.train_baseline:
-            with run.stage("baseline"):
-                baseline = self.training.run(BASELINE, tasks.names, run.baseline)
-                self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
+        self._prepare()
         self.grouping = self.groups.chosen()
         self._know_groups(self.grouping)
 
@@ -140,10 +139,29 @@ class EnsembleFlow:
             self.groups.train_group(self.grouping, name)
 
     def _boosting(self, assembly: EnsembleAssembly) -> EnsembleBoosting:
-        count = self.num_calibration_runs()
-        return EnsembleBoosting(
-            self.context, self.training, assembly, self.grouping, lambda: self.calibration.selector(count).estimator
-        )
+        def estimator() -> SubsetEstimator:
+            captured_gradients(self.context, self.training)
+            return self.calibration.selector(self.num_calibration_runs()).estimator
+
+        return EnsembleBoosting(self.context, self.training, assembly, self.grouping, estimator)
+
+    def _prepare(self) -> None:
+        """Make what the choice of groups is made from: the one adapter for all, and gradients where groups begin."""
+        run, args = self.context.run, self.context.args
+        goes_on = args.group_initialization == "baseline"
+        if not goes_on:
+            captured_gradients(self.context, self.training)
+        if args.train_baseline:
+            with run.stage("baseline"):
+                baseline = self.training.run(BASELINE, self.context.tasks.names, run.baseline)
+                self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
+        if goes_on:
+            gradients_at_baseline(self.context, self.training)
+
+    def selector(self) -> DataSelector:
+        """The predictions that the first choice of groups is made by."""
+        self._prepare()
+        return self.groups.selector()
 
     def trainings(self) -> list[TrainedAdapter]:
         """The finished trainings that the ensemble rests on, in the order of their steps."""

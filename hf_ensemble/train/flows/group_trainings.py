@@ -7,7 +7,7 @@ from ..._processes import run_on_main, wait_for_everyone
 from ...errors import ConfigurationError
 from ...estimate import ObservedRun
 from ...runs import Estimate, ScoredRun, TrainedAdapter, run_selector
-from ...select import Grouping
+from ...select import DataSelector, Grouping
 from .adapter_training import AdapterTraining
 from .calibration import Calibration
 from .context import FlowContext
@@ -83,21 +83,25 @@ class GroupTrainings:
         """The run's last choice; the first one is made by the fine-tunings that calibrate."""
         run = self.context.run
         with run.stage("group", Grouping, Estimate) as todo:
-            observed = self.calibration.observed_runs(self.num_calibration_runs)
+            evidence = self._evidence({})
             if not todo:
                 return run_on_main(lambda: run.read(Grouping))
-            return self._choose(observed, {})
+            return self._choose(evidence, {})
 
     def _chosen_again(self, grouping: Grouping, name: str, scored: ScoredRun) -> Grouping:
         """The choice that follows when a group's adapter was trained."""
         before = {own: ObservedRun(**run) for own, run in grouping.settings["trained"].items()}
         trained = {**before, name: scored.as_observed()}
-        observed = self.calibration.observed_runs(self.num_calibration_runs)
-        if self.context.args.group_initialization == "fresh":
-            known = [run.mixture for run in observed]
-            observed = [*observed, *(run for run in trained.values() if run.mixture not in known)]
         with self.context.run.stage(f"group:{name}"):
-            return self._choose(observed, trained)
+            return self._choose(self._evidence(trained), trained)
+
+    def _evidence(self, trained: Mapping[str, ObservedRun]) -> list[ObservedRun]:
+        """Trainings that began where those of the groups begin."""
+        if self.context.args.group_initialization == "baseline":
+            return list(trained.values())
+        observed = self.calibration.observed_runs(self.num_calibration_runs)
+        known = [run.mixture for run in observed]
+        return [*observed, *(run for run in trained.values() if run.mixture not in known)]
 
     def _choose(self, observed: Sequence[ObservedRun], trained: Mapping[str, ObservedRun]) -> Grouping:
         """One process predicts and chooses, the others take its choice."""
@@ -107,7 +111,7 @@ class GroupTrainings:
 
     def _choice(self, observed: Sequence[ObservedRun], trained: Mapping[str, ObservedRun]) -> Grouping:
         args, run = self.context.args, self.context.run
-        selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
+        selector = self._selector(observed)
         options: dict[str, Any] = {"trained": trained} if args.grouping_method == "mixtures" else {}
         # The adapter for all tasks is the first fine-tuning that calibrates.
         has_baseline = self.num_calibration_runs > 0
@@ -117,3 +121,12 @@ class GroupTrainings:
         if not trained:
             keep_example_rows(self.context, selector, self.context.tasks.names)
         return grouping
+
+    def selector(self) -> DataSelector:
+        """The predictions that the first choice is made by."""
+        return self._selector(self._evidence({}))
+
+    def _selector(self, observed: Sequence[ObservedRun]) -> DataSelector:
+        context, args = self.context, self.context.args
+        length = args.continued_length if args.group_initialization == "baseline" else None
+        return run_selector(context.run, context.tasks.names, args.num_components, observed, continued_length=length)

@@ -15,7 +15,7 @@ from ...estimate import ObservedRun, SubsetEstimator
 from ...evaluate import TaskScores
 from ...publish import renew_model_card
 from ...runs import Costs, SystemCost, TrainedAdapter, run_selector
-from ...select import Selection
+from ...select import DataSelector, Selection
 from ...store import GradientStore
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .adapter_training import AdapterTraining
@@ -105,6 +105,11 @@ class SelectionFlow:
         """The finished trainings that the final adapter rests on, in the order of their steps."""
         names = {META_INITIALIZATION, ADAPTER, *self.calibration.training_names(self.num_calibration_runs())}
         return [own for own in run_on_main(self.context.run.trainings) if own.name in names]
+
+    def selector(self) -> DataSelector:
+        """The predictions that the selection is made by."""
+        captured_gradients(self.context, self.training)
+        return self.calibration.selector(self.num_calibration_runs())
 
     def num_calibration_runs(self) -> int:
         return self.context.args.calibration_runs
