@@ -142,7 +142,8 @@ def test_a_calibrating_training_that_is_chosen_is_not_made_again(tmp_path, base_
     )
     selection.train()
     (only,) = selection.run_directory.trainings()
-    assert checksums(selection.run_directory.adapter) == only.files
+    # The card and the tokenizer lie beside it.
+    assert only.files.items() <= checksums(selection.run_directory.adapter).items()
 
 
 @pytest.mark.parametrize("max_steps", [-1, 6])
