@@ -76,6 +76,11 @@ def test_readme_word_by_word(own_folder, capsys):
     assert namespace["classify"]("the film was good")[0]["label"] in ("no", "yes")
     names = {"gsm8k", "boolq", "sciq"}
     assert {task for tasks in namespace["selector"].group(num_groups=2).groups.values() for task in tasks} == names
+    capsys.readouterr()
+    assert (
+        main(["generate", "--ensemble", "classifier/ensemble", "--task", "news", "--prompts", "the film was good"]) == 0
+    )
+    assert capsys.readouterr().out.strip() == namespace["classify"]("the film was good")[0]["label"]
     card = Path("run/ensemble/README.md").read_text(encoding="utf-8")
     (language, snippet), *_ = steps(card)
     loaded: dict = {}
