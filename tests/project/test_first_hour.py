@@ -67,7 +67,13 @@ def test_readme_word_by_word(own_folder, capsys):
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err and "Error" not in printed.err
     for saved in (
-        *("run/results.json", "run/ensemble/ensemble_config.json", "run/ensemble/README.md", "choice/selection.json"),
+        *(
+            "run/results.json",
+            "run/report.html",
+            "run/ensemble/ensemble_config.json",
+            "run/ensemble/README.md",
+            "choice/selection.json",
+        ),
         *("out/ensemble/README.md", "for-gsm8k/adapter/adapter_model.safetensors", "plain/gradients"),
         *("classifier/ensemble/ensemble_config.json", "out/merged-gsm8k/adapter_model.safetensors"),
     ):
