@@ -21,6 +21,7 @@ from ..train import (
     SelectionSFTTrainer,
     SelectionTrainer,
 )
+from ..train.inputs.supported import names_encoder_decoder
 from .arguments import DataArguments, answer_metrics, needed, parse, with_config
 from .data import tasks_of
 
@@ -69,31 +70,36 @@ def build_trainer(
     answer_metrics: AnswerMetrics = None,
     command: str = "run",
 ) -> Trainers:
-    """The trainer for these tasks: over text classification or supervised fine-tuning, ensemble or selection."""
-    is_classification = tasks.row_format is RowFormat.CLASSIFICATION
+    """The trainer for these tasks and this model: ensemble or selection, over trl's trainer or transformers'."""
+    name = model_arguments.model_name_or_path
+    task_type = None if tasks.row_format is RowFormat.CLASSIFICATION else "CAUSAL_LM"
+    if task_type is not None and names_encoder_decoder(name):
+        task_type = "SEQ_2_SEQ_LM"
+    # trl fine-tunes models of decoder layers alone.
+    is_plain = task_type != "CAUSAL_LM"
     classes = {
         (True, False): (EnsembleTrainer, EnsembleConfig),
         (False, False): (EnsembleSFTTrainer, EnsembleSFTConfig),
         (True, True): (SelectionTrainer, SelectionConfig),
         (False, True): (SelectionSFTTrainer, SelectionSFTConfig),
     }
-    trainer_class, config_class = classes[is_classification, target is not None]
+    trainer_class, config_class = classes[is_plain, target is not None]
     (args,), _ = parse([config_class], flags, command=command)
     if not any(word.split("=")[0] == "--output_dir" for word in flags):
         # The parents have a default, which another run may have taken.
         needed(command, output_dir=None)
-    name = model_arguments.model_name_or_path
     args.model_init_kwargs = {**_loading_arguments(model_arguments), **(args.model_init_kwargs or {})}
     options: dict[str, Any] = {"answer_metrics": answer_metrics} | ({} if target is None else {"target": target})
     quantization = get_quantization_config(model_arguments)
-    if not is_classification:
+    if not is_plain:
         options["quantization_config"] = quantization
     elif quantization is not None:
         raise ConfigurationError(
-            "Text classification over a quantized base is not supported: do not set load_in_4bit or load_in_8bit."
+            "A base is quantized for models of decoder layers alone, found text with labels or an encoder-decoder. "
+            "Leave --load_in_4bit and --load_in_8bit out."
         )
     peft_config = LoraConfig(
-        task_type=None if is_classification else "CAUSAL_LM",
+        task_type=task_type,
         r=model_arguments.lora_r,
         lora_alpha=model_arguments.lora_alpha,
         lora_dropout=model_arguments.lora_dropout,

@@ -118,10 +118,12 @@ def label_names_of(task: str, splits: Mapping[str, Dataset], names: Sequence[str
     else:
         found = splits["train"].unique("label")
         if min(found) < 0 or max(found) >= _MAX_LABELS:
+            hidden = "Rows whose labels are hidden can only be test rows."
             raise TaskError(
                 f"Task {task!r}: labels have to be integers from 0 to the number of classes less 1, at most "
-                f"{_MAX_LABELS - 1}, found {min(found) if min(found) < 0 else max(found)}. Drop these rows, or cast "
-                "the column to datasets.ClassLabel. Rows whose labels are hidden can only be test rows."
+                f"{_MAX_LABELS - 1}, found {min(found) if min(found) < 0 else max(found)}.",
+                python=f"Drop these rows, or cast the column to datasets.ClassLabel. {hidden}",
+                terminal=f"Drop these rows, or write labels as texts. {hidden}",
             )
         names = _names_from_text(task, splits["train"], 1 + max(found))
         if len(names) > 2 * len(found):
@@ -160,7 +162,9 @@ def _check_label_type(task: str, split: str, dataset: Dataset) -> None:
     if not isinstance(feature, ClassLabel) and not is_integer:
         raise TaskError(
             f"Task {task!r}, split {split!r}: labels have to be integers from 0, one for each row, found "
-            f"{plain[0]['label']!r:.60}. Cast the column to datasets.ClassLabel."
+            f"{plain[0]['label']!r:.60}.",
+            python="Cast the column to datasets.ClassLabel.",
+            terminal="Write labels as texts or as integers.",
         )
     _check_present(task, split, dataset)
 

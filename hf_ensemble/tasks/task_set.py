@@ -184,8 +184,12 @@ class TaskSet(Mapping[str, Task]):
         """
         lacking = [name for name, task in self._tasks.items() if split not in task.splits]
         if lacking:
-            remedy = " Pass them, or hold some out: tasks.with_validation()." if split == "validation" else ""
-            raise TaskError(f"Expected {split!r} rows of every task, found none of {lacking}.{remedy}")
+            remedy = "Pass them, or hold some out: tasks.with_validation()." if split == "validation" else "Pass them."
+            raise TaskError(
+                f"Expected {split!r} rows of every task, found none of {lacking}.",
+                python=remedy,
+                terminal=f"Add a file NAME/{split}.jsonl, or name {split} in the --config file's datasets.",
+            )
         return {name: task.splits[split] for name, task in self._tasks.items()}
 
     def table(self, split: str) -> Dataset:

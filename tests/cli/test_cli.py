@@ -2,18 +2,21 @@ import json
 
 import pytest
 import yaml
+from transformers import T5Config, T5ForConditionalGeneration
 
 from helpers import toy
+from helpers.architectures import MODELS
 from helpers.task_files import flags, write_tasks
-from hf_ensemble.cli.arguments import FidelityArguments, parse, with_config
+from hf_ensemble.cli.arguments import FidelityArguments, FlowArguments, parse, with_config
 from hf_ensemble.cli.command import COMMANDS
 from hf_ensemble.cli.demo import flow
 from hf_ensemble.cli.demo.flow import DemoResults
 from hf_ensemble.cli.demo.world import CORRUPTED, FAMILIES, TARGET, build_world
 from hf_ensemble.cli.main import main
+from hf_ensemble.cli.trainers import started
 from hf_ensemble.ensemble import PeftEnsembleModel
 from hf_ensemble.errors import ConfigurationError, TaskError
-from hf_ensemble.train import EnsembleSFTConfig
+from hf_ensemble.train import EnsembleSFTConfig, EnsembleTrainer
 
 
 def test_run_over_prompts_and_completions(tmp_path, base_folder, capsys):
@@ -69,6 +72,17 @@ def test_run_over_classification_for_a_target(tmp_path, head):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["selection"]["tasks"][0] == "films"
     assert set(results["scores"]) == {"base", "selection"}
+
+
+def test_an_encoder_decoder_gets_the_trainer_that_takes_it(tmp_path):
+    config = {**MODELS["t5"][1].to_dict(), "vocab_size": len(toy.VOCABULARY)}
+    base = toy.save_model(T5ForConditionalGeneration(T5Config(**config)), tmp_path / "t5")
+    data = write_tasks(tmp_path / "data", toy.sft_tasks())
+    line = flags(data=data, model_name_or_path=base, output_dir=tmp_path / "out")
+    trainer = started(FlowArguments, [*line, "--lora_target_modules", "q", "v"], "run").trainer
+    assert type(trainer) is EnsembleTrainer and trainer.adapter_model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
+    with pytest.raises(ConfigurationError, match="quantized for models of decoder layers alone"):
+        started(FlowArguments, [*line, "--load_in_4bit", "true"], "run")
 
 
 def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path, base_folder, capsys):

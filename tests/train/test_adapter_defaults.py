@@ -83,7 +83,10 @@ def test_candidates_are_named(tmp_path, config):
     with pytest.raises(ConfigurationError) as caught:
         trainer(tmp_path / "run", model, config)
     message = str(caught.value)
-    assert f"{type(config).__name__}(target_modules=...)" in message and "--lora_target_modules" in message
+    assert (
+        f"{type(config).__name__}(target_modules=...)" in message
+        and "--lora_target_modules" in caught.value.in_terminal
+    )
     assert str(LINEAR) in message and "'all-linear'" in message
 
 

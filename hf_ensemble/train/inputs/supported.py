@@ -129,10 +129,13 @@ def set_padding(trainer: Trainer) -> None:
 
 
 def _is_encoder_decoder(model: Any) -> bool:
-    if not isinstance(model, str):
-        return is_encoder_decoder(model)
+    return names_encoder_decoder(model) if isinstance(model, str) else is_encoder_decoder(model)
+
+
+def names_encoder_decoder(name: str) -> bool:
+    """Whether a folder or Hub id is an encoder-decoder's; False for what cannot be read."""
     try:
-        config, _ = PreTrainedConfig.get_config_dict(model)
+        config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError):
         return False  # Loading the model says what is wrong.
     return bool(config.get("is_encoder_decoder"))

@@ -45,7 +45,7 @@ def with_target_modules(peft_config: PeftConfig | None, model: nn.Module | str) 
     names = [name for name in linear_layers(model) if not name.endswith(whole)]
     if type(peft_config) is not LoraConfig or not names:
         raise ConfigurationError(
-            f"PEFT has no default target_modules for models of type {kind!r}. {_advice(peft_config, names)}"
+            f"PEFT has no default target_modules for models of type {kind!r}.", **_advice(peft_config, names)
         )
     logger.warning(
         "PEFT has no default target_modules for models of type %r: the adapter is put on all linear layers, %s.",
@@ -69,7 +69,7 @@ def target_modules_named(peft_config: PeftConfig | None, model: nn.Module | str)
     except ValueError as error:
         if peft_config is None or not str(error).startswith(_PEFT_ERRORS):
             raise
-        raise ConfigurationError(f"{error} {_advice(peft_config, linear_layers(model))}") from error
+        raise ConfigurationError(str(error), **_advice(peft_config, linear_layers(model))) from error
 
 
 def linear_layers(model: nn.Module | str) -> list[str]:
@@ -98,10 +98,11 @@ def _model_type(model: nn.Module | str) -> str | None:
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
-def _advice(peft_config: PeftConfig, names: list[str]) -> str:
-    among = f" to some of the model's linear layers, {names}," if names else ""
+def _advice(peft_config: PeftConfig, names: list[str]) -> dict[str, str]:
+    """What to do, in Python and in a terminal."""
+    among = f" to some of the model's linear layers, {names}, or" if names else ""
     argument: Any = type(peft_config).__name__
-    return (
-        f"Set {argument}(target_modules=...), on the command line --lora_target_modules,{among}"
-        f"{' or' if names else ''} to 'all-linear'."
-    )
+    return {
+        "python": f"Set {argument}(target_modules=...){among} to 'all-linear'.",
+        "terminal": f"Set --lora_target_modules{among} to 'all-linear'.",
+    }
