@@ -15,7 +15,7 @@ from helpers.trainers import SMALL, sft_config, sft_trainer, split
 from hf_ensemble import PeftEnsembleModel, SelectionSFTConfig, SelectionSFTTrainer, TaskSet
 from hf_ensemble._files import checksums
 from hf_ensemble.errors import ConfigurationError
-from hf_ensemble.runs import EnsembleWeights, Estimate
+from hf_ensemble.runs import Costs, EnsembleWeights, Estimate
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
 from hf_ensemble.store import GradientStore
 from hf_ensemble.train.flows.calibration import Calibration
@@ -127,23 +127,31 @@ def test_a_calibrating_training_that_is_chosen_is_not_made_again(tmp_path, base_
     assert [own.name for own in run.trainings()] == [own.name for own in trainer.flow.trainings()]
     assert len(run.trainings()) == 1 and run.trainings()[0].files
     assert checksums(run.member("group_0")) == run.trainings()[0].files and trainer.grouping.cost == 1.0
+    assert run.read(Costs).systems["ensemble"].trainings == [run.trainings()[0].name]
     assert not [path for path in (run.path / "scored_runs").iterdir() if path.is_dir()]
     monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
     sft_trainer(run.path, base_folder, **options).train()
-    options = {"selection_method": "all", "num_train_epochs": 1}
-    monkeypatch.undo()
-    selection = SelectionSFTTrainer(
-        model=base_folder,
-        args=sft_config(tmp_path / "selection", SelectionSFTConfig, **options),
-        train_dataset=split(toy.sft_tasks(), "train"),
-        eval_dataset=split(toy.sft_tasks(), "validation"),
-        peft_config=toy.lora(),
-        target="sums",
-    )
+
+
+def test_a_selection_of_all_tasks_is_the_calibrating_training(tmp_path, base_folder, monkeypatch):
+    def trainer():
+        return SelectionSFTTrainer(
+            model=base_folder,
+            args=sft_config(tmp_path / "run", SelectionSFTConfig, selection_method="all", num_train_epochs=1),
+            train_dataset=split(toy.sft_tasks(), "train"),
+            eval_dataset=split(toy.sft_tasks(), "validation"),
+            peft_config=toy.lora(),
+            target="sums",
+        )
+
+    selection = trainer()
     selection.train()
-    (only,) = selection.run_directory.trainings()
-    # The card and the tokenizer lie beside it.
-    assert only.files.items() <= checksums(selection.run_directory.adapter).items()
+    run = selection.run_directory
+    (only,) = run.trainings()
+    assert only.files.items() <= checksums(run.adapter).items()
+    assert run.read(Costs).systems["selection"].trainings == [only.name]
+    monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
+    trainer().train()
 
 
 @pytest.mark.parametrize("max_steps", [-1, 6])

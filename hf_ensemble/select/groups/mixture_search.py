@@ -68,6 +68,7 @@ class MixturePool:
         self._sampling = estimator.sampling_weights / estimator.sampling_weights.max()
         size = len(goal)
         self.weights, self.losses, self.costs = np.zeros((0, size)), np.zeros((0, size)), np.zeros(0)
+        self._places: dict[bytes, int] = {}
         self._sets: list[list[int]] = []
         self._at_hand = at_hand
         if len(at_hand):
@@ -77,17 +78,22 @@ class MixturePool:
 
     @property
     def together(self) -> np.ndarray:
-        """Losses of the training on all tasks, `(T,)`: the mixture after each task's own."""
-        return self.losses[len(self.goal)]
+        """Losses of the training on all tasks, `(T,)`."""
+        return self.losses[self._places[self._sampling.tobytes()]]
 
     def add(self, weights: np.ndarray) -> None:
         """Add mixtures of row weights `(m, T)`, and the set of all of them where there are not too many."""
-        mixtures = weights / self._estimator.sampling_weights
-        self.weights = np.vstack([self.weights, weights])
-        self.losses = np.vstack([self.losses, self._estimator.predict(mixtures).loss])
-        self.costs = np.concatenate([self.costs, self._estimator.training_cost(mixtures)])
-        if len(weights) <= self._max_mixtures:
-            self._sets.append(list(range(len(self.costs) - len(weights), len(self.costs))))
+        weights = np.ascontiguousarray(weights, dtype=np.float64)
+        new = list({row.tobytes(): row for row in weights if row.tobytes() not in self._places}.values())
+        if new:
+            mixtures = np.stack(new) / self._estimator.sampling_weights
+            self._places |= {row.tobytes(): len(self.costs) + place for place, row in enumerate(new)}
+            self.weights = np.vstack([self.weights, *new])
+            self.losses = np.vstack([self.losses, self._estimator.predict(mixtures).loss])
+            self.costs = np.concatenate([self.costs, self._estimator.training_cost(mixtures)])
+        places = sorted({self._places[row.tobytes()] for row in weights})
+        if len(places) <= self._max_mixtures and places not in self._sets:
+            self._sets.append(places)
 
     def _problem(self) -> FacilityLocation:
         at_hand = np.vstack([self._at_hand, np.full(len(self.goal), np.inf)]).min(axis=0)

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..._files import checksums, write_folder_atomically
@@ -109,20 +109,30 @@ class Calibration:
 
     def _same_training(self, mixture: Mapping[str, float], copy: Path) -> tuple[TrainedAdapter, Path] | None:
         """The record of the same training, and where its adapter lies: in its own place or in that of a copy."""
+        for known, place in self._alike(mixture):
+            if place.is_dir():
+                known.check_files(place)
+                return known, place
+            # Cards and tokenizers may have been put beside a copy.
+            if copy.is_dir() and known.files.items() <= checksums(copy).items():
+                return known, copy
+        return None
+
+    def origin(self, name: str, mixture: Mapping[str, float]) -> str:
+        """Name of the training that an adapter is from: its own, or that of which it is a copy; on the main process."""
+        if self.context.run.trained_adapter(name) is not None:
+            return name
+        return next((known.name for known, _ in self._alike(mixture)), name)
+
+    def _alike(self, mixture: Mapping[str, float]) -> Iterator[tuple[TrainedAdapter, Path]]:
+        """Finished trainings from theta0 on a mixture that others may be copies of, and where their adapters were."""
         run, seed = self.context.run, self.context.args.seed
         own = run.scored_adapter(mixture, seed)
         for name, place in ((BASELINE, run.baseline), (_name_of(own), own)):
             wanted = TrainedAdapter(name, dict(mixture), seed, self.training.fingerprint())
             known = run.trained_adapter(name)
-            if known is None or known.status != "done" or not wanted.continues(known):
-                continue
-            if place.is_dir():
-                known.check_files(place)
-                return known, place
-            # Card and tokenizer may lie beside the copy.
-            if copy.is_dir() and known.files.items() <= checksums(copy).items():
-                return known, copy
-        return None
+            if known is not None and known.status == "done" and wanted.continues(known):
+                yield known, place
 
     def discard(self, count: int) -> None:
         """Delete the adapters of calibrating fine-tunings: what they are needed for is copied."""

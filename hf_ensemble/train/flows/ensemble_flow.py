@@ -202,7 +202,10 @@ class EnsembleFlow:
     def _cost(self) -> SystemCost:
         """Of the ensemble that was scored last."""
         run, names = self.context.run, self.ensemble.adapter_names
-        trainings = {BASELINE if name == self.grouping.baseline_group else name for name in names}
+        mixtures = self.grouping.mixtures
+        trainings = run_on_main(
+            lambda: {self.calibration.origin(name, mixtures[name]) if name in mixtures else name for name in names}
+        )
         if self.context.args.group_initialization == "baseline":
             trainings.add(BASELINE)
         known = [own for own in run_on_main(run.trainings) if own.name in trainings]

@@ -158,7 +158,8 @@ class SelectionFlow:
             scores = {"base": self.evaluation.score_base(tables)}
             self._costs["base"] = system_cost([], [], self.evaluation.forward)
             scores[MAIN_SYSTEM] = self.evaluation.score_current(tables, "Evaluating the final adapter")
-        names = (META_INITIALIZATION, ADAPTER)
+        own = run_on_main(lambda: self.calibration.origin(ADAPTER, self.selection.weights))
+        names = (META_INITIALIZATION, own)
         trainings = [own for own in run_on_main(self.context.run.trainings) if own.name in names]
         self._costs[MAIN_SYSTEM] = system_cost(trainings, [self.context.run.adapter], self.evaluation.forward)
         return scores
