@@ -27,6 +27,7 @@ _EXPORTS = {
     "publish": ["draw_choice", "push_run_to_hub", "write_model_card", "write_report"],
     "callbacks": ["GradientCaptureCallback", "ModelCardCallback", "PushToHubCallback", "TaskMetricsCallback"],
     "train": [
+        "BaselineComparison",
         "EnsembleConfig",
         "EnsembleSFTConfig",
         "EnsembleSFTTrainer",

@@ -81,6 +81,31 @@ class FlowArguments(DataArguments):
 
 
 @dataclass
+class CompareArguments(FlowArguments):
+    """What `hf-ensemble compare` takes beside a trainer's own arguments and trl's model arguments."""
+
+    baselines: list[str] = field(
+        default_factory=lambda: ["all"],
+        metadata={
+            "help": "What the ensemble is compared with: all, or some of longer, wider, per_task, finetuned, "
+            "random_groups, gradient_clusters, average, task_arithmetic, ties, tsv, knots, lorahub, arrow, seeds."
+        },
+    )
+    finetuned_length: float = field(
+        default=0.5,
+        metadata={"help": "finetuned: length of each task's own training, in multiples of a training."},
+    )
+    num_compared_groups: int | None = field(
+        default=None,
+        metadata={"help": "Number of random groups and of clusters; as many as the ensemble has by default."},
+    )
+    num_compared_seeds: int | None = field(
+        default=None, metadata={"help": "Number of seeds; as many as the ensemble has adapters by default."}
+    )
+    group_seed: int = field(default=0, metadata={"help": "Seed of the random groups."})
+
+
+@dataclass
 class FidelityArguments(DataArguments):
     """What `hf-ensemble fidelity` takes beside a trainer's own arguments and trl's model arguments."""
 

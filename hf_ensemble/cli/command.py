@@ -148,6 +148,15 @@ COMMANDS = [
         True,
     ),
     Command(
+        "compare",
+        "compare a run's ensemble with simpler systems of known cost",
+        ".commands.compare",
+        f"hf-ensemble compare {_LINE} --baselines longer per_task seeds",
+        (("Comparison", ("cli.arguments:CompareArguments",)), ("Run", ("cli.arguments:FlowArguments",)), *_RUN),
+        _MODEL_AND_DATA,
+        True,
+    ),
+    Command(
         "report",
         "write the page of a finished run: one HTML file",
         ".commands.report",

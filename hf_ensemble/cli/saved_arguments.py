@@ -50,7 +50,9 @@ class MergeArguments(SavedArguments):
     rank: int | None = field(default=None, metadata={"help": "Largest rank; exact by default."})
     method: str = field(
         default="sum",
-        metadata={"help": "sum, lines, ties, dare_linear, dare_ties, breadcrumbs or pcb; see docs/ensemble.md."},
+        metadata={
+            "help": "sum, lines, ties, dare_linear, dare_ties, breadcrumbs, pcb, tsv or knots; see docs/ensemble.md."
+        },
     )
 
     def __post_init__(self):

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..ensemble import PeftEnsembleModel
-from ..runs import FidelityReport, Results
+from ..runs import Comparison, FidelityReport, Results
 from ..runs.costs import figure_with_prefix
 from ..runs.result_rows import system_name
 from ..select import ExampleScores, Grouping, Selection
@@ -64,6 +64,18 @@ def cost_tables(results: Results) -> list[Table]:
         memory = figure_with_prefix(cost.peak_memory, "B")
         stages.add_row(escape(stage), f"{cost.seconds:.1f}", _short(cost.flops), _short(cost.tokens), memory)
     return [systems, stages]
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Every system of a comparison with its scores and costs."""
+    title = f"Comparison on {comparison.split} rows, mean over the tasks"
+    table = Table(title=title, caption="differences: of the loss, with 95 % intervals over rows")
+    head, *lines = comparison.rows()
+    for column in head:
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    return table
 
 
 def _short(value: float | None) -> str:

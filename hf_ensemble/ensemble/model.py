@@ -400,7 +400,8 @@ class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
             method (`str`, *optional*, defaults to `"sum"`):
                 `sum` is what the combination `weights` computes; `lines` (LiNeS) scales it by depth with `alpha` and
                 `beta`; `ties`, `dare_linear`, `dare_ties` (with `density`, and `seed` for DARE), `breadcrumbs` (with
-                `drop_smallest` and `drop_largest`) and `pcb` (PCB-Merging, with `density`) merge entry by entry.
+                `drop_smallest` and `drop_largest`) and `pcb` (PCB-Merging, with `density`) merge entry by entry;
+                `tsv` (TSV-Merge) and `knots` (KnOTS, with `density`) merge singular directions.
             options: the method's own.
 
         Returns:

@@ -1,6 +1,7 @@
 """A run's directory: the one owner of its file names and of what they hold."""
 
 from .boosting import Boosting, BoostingStep
+from .comparison import ComparedSystem, Comparison
 from .costs import Costs, StageCost, SystemCost
 from .directory import RunDirectory
 from .evaluation import EvaluatedRows, Evaluation, RowFigures
@@ -24,6 +25,8 @@ from .selector import run_selector
 __all__ = [
     "Boosting",
     "BoostingStep",
+    "ComparedSystem",
+    "Comparison",
     "Costs",
     "EnsembleWeights",
     "Estimate",

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -37,6 +37,10 @@ class StageCost:
     padding: int = 0
     peak_memory: int = 0
     memory_of: Literal["device", "process"] = "process"
+
+    def __add__(self, other: "StageCost") -> "StageCost":
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("seconds", "flops", "tokens", "padding")}
+        return replace(other, **sums, peak_memory=max(self.peak_memory, other.peak_memory))
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,10 @@ class RunDirectory:
         """What goes to the Hub."""
         return self.path / layout.ENSEMBLE
 
+    def compared(self, name: str) -> Path:
+        """An adapter that was made to compare the ensemble with."""
+        return self.path / layout.COMPARED / name
+
     @property
     def report(self) -> Path:
         """The page that shows the run."""
@@ -319,11 +323,19 @@ class RunDirectory:
         self._record_stage(name, StageRecord("done", meter.cost, is_resumed))
 
     @contextmanager
-    def evaluation(self, prefix: str) -> Iterator[None]:
-        """While open, an evaluation is made, as often as it is asked for; what the last one took is recorded."""
+    def repeated(self, name: str, adds_up: bool = False) -> Iterator[None]:
+        """While open, a stage is run that is run as often as it is asked for; its cost is recorded when it ends.
+
+        Args:
+            name (`str`): name of the stage.
+            adds_up (`bool`, *optional*, defaults to `False`):
+                Whether what was made before is kept, so that costs add up; else the last one's is kept.
+        """
         with measured_cost() as meter:
             yield
-        self._record_stage(f"{layout.EVALUATION}:{prefix}", StageRecord("done", meter.cost))
+        known = self.record.stages.get(name) if adds_up else None
+        cost = meter.cost if known is None or known.cost is None else known.cost + meter.cost
+        self._record_stage(name, StageRecord("done", cost))
 
     def _record_stage(self, name: str, stage: StageRecord) -> None:
         self._record = replace(self.record, stages={**self.record.stages, name: stage})

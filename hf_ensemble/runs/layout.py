@@ -3,6 +3,7 @@
 from .._records import Record
 from ..select import ExampleScores, Grouping, Mixture, Selection
 from .boosting import Boosting
+from .comparison import Comparison
 from .costs import Costs
 from .evaluation import EvaluatedRows, Evaluation
 from .example_rows import ExampleRows
@@ -16,14 +17,13 @@ BASELINE = "baseline"
 META_INITIALIZATION = "meta"
 ADAPTER = "adapter"
 ENSEMBLE = "ensemble"
+COMPARED = "compared"
 TRAINING = "training"
 SCORED_RUNS = "scored_runs"
 # What the names of trainings begin with whose adapters are made for their scores alone.
 SCORED_TRAINING = "scored-"
 REPORT = "report.html"
 FIDELITY_PICTURE = "estimate/fidelity.png"
-# Stages that are run as often as they are asked for, by what follows the colon.
-EVALUATION = "evaluation"
 RECORDS: dict[type[Record], str] = {
     RunRecord: "run.json",
     TasksRecord: "tasks.json",
@@ -39,16 +39,16 @@ RECORDS: dict[type[Record], str] = {
     Evaluation: "evaluation.json",
     EvaluatedRows: "evaluated_rows.json",
     Costs: "costs.json",
+    Comparison: "comparison.json",
     Results: "results.json",
 }
 # Folders that a run writes files and folders into.
-WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE, f"{ENSEMBLE}/adapters", f"{ENSEMBLE}/assets")
+WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE, f"{ENSEMBLE}/adapters", f"{ENSEMBLE}/assets", COMPARED)
 # What depends on the choice of groups or auxiliary tasks, and what the choice depends on.
 CHOICE_ARTEFACTS = (
-    *(
-        RECORDS[kind]
-        for kind in (Grouping, Selection, Boosting, ExampleRows, Evaluation, EvaluatedRows, Costs, Results)
-    ),
+    *(RECORDS[kind] for kind in (Grouping, Selection, Boosting, ExampleRows, Evaluation, EvaluatedRows)),
+    *(RECORDS[kind] for kind in (Costs, Comparison, Results)),
+    COMPARED,
     REPORT,
     ENSEMBLE,
     ADAPTER,
@@ -64,9 +64,10 @@ CHOICE_RECORDS: tuple[type[Record], ...] = (
     Evaluation,
     EvaluatedRows,
     Costs,
+    Comparison,
     Results,
 )
-CHOICE_STAGES = ("group", "select", "weights", "boosting", "adapter", EVALUATION)
+CHOICE_STAGES = ("group", "select", "weights", "boosting", "adapter", "evaluation", "comparison")
 BASIC_ARTEFACTS = (
     GRADIENTS,
     BASELINE_GRADIENTS,

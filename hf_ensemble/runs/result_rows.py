@@ -11,6 +11,20 @@ SYSTEM_NAMES = {
     "baseline": "one adapter for all",
     "ensemble": "ensemble",
     "selection": "selection",
+    "longer": "one adapter for all, as long as the ensemble",
+    "wider": "one adapter for all, of higher rank",
+    "per_task": "one adapter per task",
+    "finetuned": "one adapter for all, then each task",
+    "random_groups": "random groups",
+    "gradient_clusters": "k-means of gradients",
+    "average": "average of the tasks' adapters",
+    "task_arithmetic": "task arithmetic",
+    "ties": "TIES",
+    "tsv": "TSV-Merge",
+    "knots": "KnOTS",
+    "lorahub": "LoRAHub",
+    "arrow": "Arrow",
+    "seeds": "several seeds",
 }
 # Figures of which less is better.
 LOWER_IS_BETTER = ("loss",)

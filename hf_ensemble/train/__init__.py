@@ -1,5 +1,6 @@
 """Trainers over many datasets: an ensemble of adapters, or one adapter for a target."""
 
+from .comparison import BASELINES, BaselineComparison
 from .configs import EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
 from .ensemble_trainer import EnsembleSFTTrainer, EnsembleTrainer
 from .fidelity import measure_fidelity
@@ -7,6 +8,8 @@ from .results import collect_results
 from .selection_trainer import SelectionSFTTrainer, SelectionTrainer
 
 __all__ = [
+    "BASELINES",
+    "BaselineComparison",
     "EnsembleConfig",
     "EnsembleSFTConfig",
     "EnsembleSFTTrainer",

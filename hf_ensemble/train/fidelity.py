@@ -61,7 +61,7 @@ def measure_fidelity(
     subsets = [checked_names("tasks of a subset", subset, names) for subset in subsets]
     if not all(subsets):
         raise ConfigurationError(f"Expected at least one task in each subset, found none in one of {subsets!s:.200}.")
-    with trainer.working():
+    with trainer.working(), trainer.run_directory.repeated("fidelity", adds_up=True):
         report = _measured(trainer, subsets, num_repeated, num_first_order)
         trainer.run_directory.write(report)
     return report

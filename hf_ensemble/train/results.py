@@ -27,7 +27,7 @@ def collect_results(
     results = trainer.report()
     rows = trainer.tasks.split("test") if trainer.tasks.has_split("test") else None
     if rows is not None and not any(are_hidden(own) for own in rows.values()):
-        with trainer.run_directory.evaluation("test"):
+        with trainer.run_directory.repeated("evaluation:test"):
             scores = trainer.scores(rows)
         trainer.flow.report("test", scores)
         results = trainer.report()

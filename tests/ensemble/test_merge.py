@@ -285,6 +285,8 @@ def test_task_vector_methods_on_a_model(model, batch, tmp_path):
         ("dare_ties", {}),
         ("breadcrumbs", {"drop_smallest": 0.5}),
         ("pcb", {"density": 0.3}),
+        ("tsv", {}),
+        ("knots", {"density": 0.5}),
     ]:
         assert ensemble.merge("x", rank=32, method=method, **options).relative_error < 1e-5
         merged = ensemble.merge("x", method=method, **options)

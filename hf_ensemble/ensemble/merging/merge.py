@@ -38,6 +38,8 @@ DENSE_METHODS: dict[str, Callable[..., torch.Tensor]] = {
     "dare_ties": task_vectors.dare_ties,
     "breadcrumbs": task_vectors.breadcrumbs,
     "pcb": task_vectors.pcb,
+    "tsv": task_vectors.tsv,
+    "knots": task_vectors.knots,
 }
 METHODS = ("sum", "lines", *DENSE_METHODS)
 # Methods that draw entries at random, by the module's name.

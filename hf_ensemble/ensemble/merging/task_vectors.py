@@ -73,6 +73,43 @@ def pcb(deltas: Deltas, weights: torch.Tensor, density: float = 0.1) -> torch.Te
     return (merged / balance.sum(0).clamp(min=1e-12)).view_as(deltas[0])
 
 
+def tsv(deltas: Deltas, weights: torch.Tensor) -> torch.Tensor:
+    """TSV-Merge ([arXiv 2412.00081](https://arxiv.org/abs/2412.00081)): of each change the largest singular directions
+    are kept, as many as fit beside those of the others, made orthogonal to theirs, and added up.
+
+    With the changes' singular vectors side by side in U and V, the result is P(U) S P(V)^T, where P(M) is the
+    orthogonal factor of M. Weights multiply the singular values.
+    """
+    kept = max(1, min(deltas[0].shape) // len(deltas))
+    left, values, right = [], [], []
+    for weight, delta in zip(weights * len(deltas), deltas):
+        u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
+        size = min(kept, max(int((s > s[0] * 1e-6).sum()), 1))
+        left.append(u[:, :size])
+        values.append(weight.double() * s[:size])
+        right.append(vt[:size].T)
+    merged = _orthogonal(torch.cat(left, 1)) * torch.cat(values) @ _orthogonal(torch.cat(right, 1)).T
+    return merged.to(deltas[0].dtype)
+
+
+def knots(deltas: Deltas, weights: torch.Tensor, density: float = 0.2) -> torch.Tensor:
+    """KnOTS with TIES ([arXiv 2410.19735](https://arxiv.org/abs/2410.19735)): the changes are brought into one basis,
+    in which TIES merges them.
+
+    The basis U is that of the singular vectors of the changes side by side; each change is U (U^T D), of which TIES
+    merges the second factors.
+    """
+    values, basis = torch.linalg.eigh(sum((delta.double() @ delta.double().T) for delta in deltas))
+    basis = basis[:, values > values.max() * 1e-12].to(deltas[0].dtype)
+    return basis @ ties([basis.T @ delta for delta in deltas], weights, density)
+
+
+def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The closest matrix with orthonormal columns."""
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ vt
+
+
 def lines_factor(layer: int | None, num_layers: int, alpha: float, beta: float) -> float:
     """LiNeS ([arXiv 2410.17146](https://arxiv.org/abs/2410.17146)): alpha + beta (layer - 1) / (layers - 1), layers
     counted from 1 here and from 0 in the argument; `alpha` outside of the layers."""

@@ -41,6 +41,7 @@ class EnsembleFlow:
     Attributes:
         ensemble (`PeftEnsembleModel`): what [`EnsembleFlow.train`] ends with.
         grouping (`Grouping`): which tasks each adapter was trained on.
+        costs (`dict[str, SystemCost]`): of the systems that were scored.
     """
 
     def __init__(self, context: FlowContext):
@@ -52,7 +53,7 @@ class EnsembleFlow:
         self.ensemble: PeftEnsembleModel | None = None
         self.grouping: Grouping | None = None
         self._adapters = Stage("adapter", "adapter")
-        self._costs: dict[str, SystemCost] = {}
+        self.costs: dict[str, SystemCost] = {}
 
     def stages(self) -> list[Stage]:
         """What [`train`] runs, to be announced."""
@@ -187,16 +188,23 @@ class EnsembleFlow:
 
     def scores(self, tables: Mapping[str, Dataset]) -> dict[str, dict[str, TaskScores]]:
         """Scores of the base model, the ensemble, and the baseline where it was trained, by task."""
+        systems = ["base", MAIN_SYSTEM, *([BASELINE] if self.context.args.train_baseline else [])]
         with self.context.model_state.restored():
-            scores = {"base": self.evaluation.score_base(tables)}
-            self._costs["base"] = system_cost([], [], self.evaluation.forward)
-            scores[MAIN_SYSTEM] = self.evaluation.score_ensemble(self.ensemble, tables)
-            self._costs[MAIN_SYSTEM] = self._cost()
-            if self.context.args.train_baseline:
-                folder = self.context.run.baseline
-                scores[BASELINE] = self.evaluation.score_adapter(folder, tables, "Evaluating baseline")
-                trained = run_on_main(lambda: self.context.run.trained_adapter(BASELINE))
-                self._costs[BASELINE] = system_cost([trained], [folder], self.evaluation.forward)
+            return {system: self.score_system(system, tables) for system in systems}
+
+    def score_system(self, system: str, tables: Mapping[str, Dataset]) -> dict[str, TaskScores]:
+        """Scores of one system of the run, whose cost is then among [`costs`]."""
+        run, evaluation = self.context.run, self.evaluation
+        if system == MAIN_SYSTEM:
+            scores = evaluation.score_ensemble(self.ensemble, tables)
+            self.costs[system] = self._cost()
+        elif system == BASELINE:
+            scores = evaluation.score_adapter(run.baseline, tables, "Evaluating baseline")
+            trained = run_on_main(lambda: run.trained_adapter(BASELINE))
+            self.costs[system] = system_cost([trained], [run.baseline], evaluation.forward)
+        else:
+            scores = evaluation.score_base(tables)
+            self.costs[system] = system_cost([], [], evaluation.forward)
         return scores
 
     def _cost(self) -> SystemCost:
@@ -224,7 +232,7 @@ class EnsembleFlow:
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
         """Score the systems and report the scores; they are returned as flat metrics."""
         start = time.time()
-        with self.context.run.evaluation(prefix):
+        with self.context.run.repeated(f"evaluation:{prefix}"):
             scores = self.scores(tables)
         self.report(prefix, scores)
         return flat_metrics(scores, prefix, MAIN_SYSTEM) | self.evaluation.speed(prefix, start, scores)
@@ -238,7 +246,7 @@ class EnsembleFlow:
     def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Keep the scores of each system in the run, with what they come to, and renew the model card."""
         if is_main_process():
-            self.context.run.write(Costs(dict(self._costs)))
+            self.context.run.write(Costs(dict(self.costs)))
             self.evaluation.keep(prefix, scores)
             renew_model_card(self.context.run, self.context.run.ensemble)
         wait_for_everyone()

@@ -1,6 +1,7 @@
 """Scores of the base model, of single adapters and of ensembles."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,8 +46,8 @@ class SystemEvaluation:
     def __init__(self, context: FlowContext):
         self.context = context
         self.forward = Usage()
-        # Adapters of a run differ in their weights alone.
-        self._samples = {"base": FlopSamples(), "adapter": FlopSamples()}
+        # By kind of adapter: those of a run differ in their weights alone.
+        self._samples: dict[str, FlopSamples] = defaultdict(FlopSamples)
 
     def score_base(self, tables: Mapping[str, Dataset]) -> dict[str, TaskScores]:
         """Scores of the base model alone."""
@@ -56,7 +57,7 @@ class SystemEvaluation:
     def score_current(
         self, tables: Mapping[str, Dataset], description: str, kind: str = "adapter"
     ) -> dict[str, TaskScores]:
-        """Scores of the adapter that is active now, or of the base model (`kind="base"`)."""
+        """Scores of the adapter that is active now; adapters of one `kind` differ in their weights alone."""
         scores = self.teacher_forced(tables, description, kind)
         return self._with_metrics(scores, self.generate, tables, description)
 
@@ -73,11 +74,16 @@ class SystemEvaluation:
             return self.context.evaluator.score_tasks(scorer, tables, description, samples)
 
     def score_adapter(
-        self, folder: Path, tables: Mapping[str, Dataset], description: str, has_metrics: bool = True
+        self,
+        folder: Path,
+        tables: Mapping[str, Dataset],
+        description: str,
+        has_metrics: bool = True,
+        kind: str = "adapter",
     ) -> dict[str, TaskScores]:
         """Scores of a saved adapter, with its metrics unless only loss and accuracy are asked for."""
         with self._loaded(folder):
-            return (self.score_current if has_metrics else self.teacher_forced)(tables, description)
+            return (self.score_current if has_metrics else self.teacher_forced)(tables, description, kind)
 
     def score_ensemble(self, ensemble: PeftEnsembleModel, tables: Mapping[str, Dataset]) -> dict[str, TaskScores]:
         """Scores of an ensemble, each row under its task's weights."""

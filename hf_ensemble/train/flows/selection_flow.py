@@ -167,7 +167,7 @@ class SelectionFlow:
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
         """Score and report the scores; the target's are also the metrics `PREFIX_loss` and `PREFIX_accuracy`."""
         start = time.time()
-        with self.context.run.evaluation(prefix):
+        with self.context.run.repeated(f"evaluation:{prefix}"):
             scores = self.scores(tables)
         self.report(prefix, scores)
         metrics = flat_metrics(scores, prefix, MAIN_SYSTEM, self.target)

@@ -1,0 +1,282 @@
+"""Adapters of the systems that an ensemble is compared with: trained, or merged from trained ones."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from sklearn.cluster import KMeans
+
+from ..._compat import preserve_active_adapter
+from ..._files import write_folder_atomically
+from ..._processes import is_main_process, run_on_main, wait_for_everyone
+from ...ensemble import PeftEnsembleModel
+from ...ensemble.merging.merge import merge_adapters
+from ...ensemble.saving.files import load_adapter
+from ...ensemble.weighting.sampling import spread_sample
+from ...models.usage import measured_usage
+from ...runs import TrainedAdapter
+from ..flows.adapter_training import AdapterTraining
+from ..flows.ensemble_flow import EnsembleFlow
+from ..inputs.used_models import mark_as_of_a_run
+from ..model_state import ModelState
+
+# Scalings of the sum of the tasks' adapters that validation rows choose from.
+_SCALINGS = (0.2, 0.3, 0.5, 0.7, 1.0)
+# LoRAHub's settings: weights in this range, with this penalty on their mean absolute value, on so many rows.
+_RANGE, _PENALTY, _ROWS = 1.5, 0.05, 32
+# Evaluations of the search for each task, besides two for each adapter.
+_EVALUATIONS = 40
+
+
+@dataclass
+class MadeSystem:
+    """A system that is ready to be scored.
+
+    Args:
+        serving (`dict[str, Path]`): the adapter's folder, by task; empty where several adapters run together.
+        together (`dict[str, Path]`): adapters by name that all tasks share.
+        trainings (`list[TrainedAdapter]`): where they come from.
+        search_flops (`float`): operations of a search for weights.
+        note (`str`): what was chosen.
+    """
+
+    serving: Mapping[str, Path] = field(default_factory=dict)
+    together: Mapping[str, Path] = field(default_factory=dict)
+    trainings: Sequence[TrainedAdapter] = ()
+    search_flops: float = 0.0
+    note: str = ""
+
+    @property
+    def folders(self) -> list[Path]:
+        return list(dict.fromkeys([*self.serving.values(), *self.together.values()]))
+
+
+class SystemMaker:
+    """Makes each system's adapters within a run; what the run holds already is read.
+
+    Args:
+        flow (`EnsembleFlow`): a finished ensemble run.
+        training_ratio (`float`): training cost of its ensemble, in multiples of one adapter for all.
+        continued_length (`float`): length of a task's own training after the one for all, in multiples of a training.
+        num_groups (`int`): of random groups and clusters.
+        num_seeds (`int`): of the average over seeds.
+        seed (`int`): of random groups.
+    """
+
+    def __init__(
+        self,
+        flow: EnsembleFlow,
+        training_ratio: float,
+        continued_length: float,
+        num_groups: int,
+        num_seeds: int,
+        seed: int,
+    ):
+        self.flow = flow
+        self.run = flow.context.run
+        self.names = list(flow.context.tasks.names)
+        self.training_ratio = training_ratio
+        self.continued_length = continued_length
+        self.num_groups = num_groups
+        self.num_seeds = num_seeds
+        self.seed = seed
+
+    def make(self, name: str) -> MadeSystem:
+        """The adapters of the system of this name."""
+        return getattr(self, f"_{name}")()
+
+    # Trained
+
+    def _trained(self, name: str, mixture: Mapping[str, float] | Sequence[str], **options) -> TrainedAdapter:
+        return self.flow.training.run(f"compared-{name}", mixture, self.run.compared(name), **options)
+
+    def _longer(self) -> MadeSystem:
+        trained = self._trained("longer", self.names, length=self.training_ratio)
+        return self._for_all("longer", [trained], f"{self.training_ratio:.2f} times as long")
+
+    def _wider(self) -> MadeSystem:
+        model, name = self.flow.context.model, "compared_wider"
+        config = model.peft_config[self.flow.context.adapter_name]
+        rank = config.r * max(len(self.flow.ensemble.adapter_names), 2)
+        # Scaled by a constant, as the narrow one is.
+        wide = replace(config, r=rank, lora_alpha=config.lora_alpha * rank / config.r)
+        context = self.flow.context
+        context.model_state.restore()
+        with torch.random.fork_rng():
+            torch.manual_seed(context.args.seed)
+            model.add_adapter(name, wide)
+        mark_as_of_a_run(model.peft_config[name])
+        try:
+            model.set_adapter(name)
+            own = replace(context, adapter_name=name, model_state=ModelState(model))
+            folder = self.run.compared("wider")
+            trained = AdapterTraining(own).run("compared-wider", self.names, folder, length=self.training_ratio)
+        finally:
+            model.delete_adapter(name)
+            context.model_state.restore()
+        return self._for_all("wider", [trained], f"rank {rank}, {self.training_ratio:.2f} times as long")
+
+    def _for_all(self, name: str, trainings: list[TrainedAdapter], note: str = "") -> MadeSystem:
+        return MadeSystem(dict.fromkeys(self.names, self.run.compared(name)), trainings=trainings, note=note)
+
+    def _per_task(self) -> MadeSystem:
+        return self._groups("task", [[name] for name in self.names])
+
+    def _finetuned(self) -> MadeSystem:
+        options = {"start": self.run.baseline, "length": self.continued_length}
+        made = self._groups("finetuned", [[name] for name in self.names], **options)
+        baseline = run_on_main(lambda: self.run.trained_adapter("baseline"))
+        return replace(
+            made, trainings=[baseline, *made.trainings], note=f"{self.continued_length:g} of a training each"
+        )
+
+    def _random_groups(self) -> MadeSystem:
+        order = np.random.default_rng(self.seed).permutation(len(self.names))
+        groups = [[self.names[i] for i in sorted(order[k :: self.num_groups])] for k in range(self.num_groups)]
+        return self._groups(f"random-{self.seed}", groups, note=_listed(groups))
+
+    def _gradient_clusters(self) -> MadeSystem:
+        gradients = run_on_main(lambda: self.flow.calibration.selector(0).estimator.task_gradients())
+        gradients = gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-12)
+        labels = KMeans(self.num_groups, n_init=10, random_state=0).fit_predict(gradients)
+        groups = [[name for name, own in zip(self.names, labels) if own == label] for label in sorted(set(labels))]
+        return self._groups("clusters", groups, note=_listed(groups))
+
+    def _groups(self, name: str, groups: list[list[str]], note: str = "", **options) -> MadeSystem:
+        """One adapter per group, which serves its tasks."""
+        serving, trainings = {}, []
+        for number, group in enumerate(groups):
+            own = f"{name}-{group[0] if len(group) == 1 else number}"
+            trainings.append(self._trained(own, group, **options))
+            serving.update(dict.fromkeys(group, self.run.compared(own)))
+        return MadeSystem({task: serving[task] for task in self.names}, trainings=trainings, note=note)
+
+    def _seeds(self) -> MadeSystem:
+        first = self.flow.context.args.seed
+        baseline = run_on_main(lambda: self.run.trained_adapter("baseline"))
+        folders, trainings = {"seed_0": self.run.baseline}, [baseline]
+        for number in range(1, self.num_seeds):
+            name = f"seed-{number}"
+            trainings.append(self._trained(name, self.names, seed=first + number))
+            folders[f"seed_{number}"] = self.run.compared(name)
+        return MadeSystem(together=folders, trainings=trainings, note=f"logits of {self.num_seeds} seeds")
+
+    def _arrow(self) -> MadeSystem:
+        made = self._per_task()
+        return MadeSystem(together=self._by_member(made), trainings=made.trainings)
+
+    # Merged
+
+    def _average(self) -> MadeSystem:
+        return self._merged("average", "sum", 1.0 / len(self.names))
+
+    def _ties(self) -> MadeSystem:
+        return self._merged("ties", "ties", 1.0 / len(self.names))
+
+    def _tsv(self) -> MadeSystem:
+        return self._merged("tsv", "tsv", 1.0 / len(self.names))
+
+    def _knots(self) -> MadeSystem:
+        return self._merged("knots", "knots", 1.0 / len(self.names))
+
+    def _merged(self, name: str, method: str, weight: float) -> MadeSystem:
+        made = self._per_task()
+        with self._loaded(made) as members:
+            self._save_merged(name, dict.fromkeys(members, weight), method)
+        return self._for_all(name, list(made.trainings))
+
+    def _save_merged(self, name: str, weights: Mapping[str, float], method: str) -> Path:
+        folder = self.run.compared(name)
+        if is_main_process() and not folder.is_dir():
+            merged = merge_adapters(self.flow.context.model, weights, method=method)
+            write_folder_atomically(folder, merged.save_pretrained)
+        wait_for_everyone()
+        return folder
+
+    def _task_arithmetic(self) -> MadeSystem:
+        made = self._per_task()
+        with self._loaded(made) as members:
+            folders = {
+                scaling: self._save_merged(f"sum-{scaling:g}", dict.fromkeys(members, scaling), "sum")
+                for scaling in _SCALINGS
+            }
+        with measured_usage() as usage:
+            losses = {scaling: self._validation_loss(folder) for scaling, folder in folders.items()}
+        best = min(losses, key=losses.get)
+        return MadeSystem(
+            dict.fromkeys(self.names, folders[best]),
+            trainings=made.trainings,
+            search_flops=usage.flops,
+            note=f"scaling {best:g}, chosen on evaluation rows",
+        )
+
+    def _validation_loss(self, folder: Path) -> float:
+        tables = self.flow.context.eval_tables
+        scores = self.flow.evaluation.score_adapter(folder, tables, "Scaling", has_metrics=False, kind="sum")
+        return float(np.mean([own.loss for own in scores.values()]))
+
+    def _lorahub(self) -> MadeSystem:
+        made, context = self._per_task(), self.flow.context
+        serving = {}
+        with measured_usage() as usage, self._loaded(made) as members:
+            ensemble = PeftEnsembleModel(context.model, members, label_space=context.label_space, combination="weights")
+            for task in self.names:
+                folder = self.run.compared(f"lorahub-{task}")
+                if not run_on_main(folder.is_dir):
+                    weights = self._searched(ensemble, task)
+                    self._save_merged(folder.name, weights, "sum")
+                serving[task] = folder
+        return MadeSystem(serving, trainings=made.trainings, search_flops=usage.flops)
+
+    def _searched(self, ensemble: PeftEnsembleModel, task: str) -> dict[str, float]:
+        """Weights of the adapters with the least loss on some evaluation rows, found without gradients."""
+        context, members = self.flow.context, ensemble.adapter_names
+        rows = context.eval_tables[task]
+        rows = rows.select(spread_sample(len(rows), min(_ROWS, len(rows)), context.args.seed))
+
+        def scorer(inputs, labels, tasks):
+            return ensemble.score(labels=labels, task=tasks, **inputs)
+
+        def loss(weights: np.ndarray) -> float:
+            ensemble.weights = {task: dict(zip(members, weights.tolist()))}
+            scored = context.evaluator.score_rows(scorer, rows, name=task).summary().loss
+            return scored + _PENALTY * float(np.abs(weights).mean())
+
+        start = np.full(len(members), 1.0 / len(members))
+        options = {"maxfev": _EVALUATIONS + 2 * len(members), "initial_tr_radius": 0.5}
+        bounds = [(-_RANGE, _RANGE)] * len(members)
+        found = minimize(loss, start, method="COBYQA", bounds=bounds, options=options)
+        return dict(zip(members, found.x.tolist()))
+
+    def _by_member(self, made: MadeSystem) -> dict[str, Path]:
+        return {f"compared_{number}": folder for number, folder in enumerate(made.serving.values())}
+
+    @contextmanager
+    def _loaded(self, made: MadeSystem) -> Iterator[list[str]]:
+        """While open, the tasks' adapters are on the model; yields their names in the order of the tasks."""
+        with loaded_adapters(self.flow, self._by_member(made)) as names:
+            yield names
+
+
+@contextmanager
+def loaded_adapters(flow: EnsembleFlow, folders: Mapping[str, Path]) -> Iterator[list[str]]:
+    """While open, saved adapters are on the run's model, under these names."""
+    model = flow.context.model
+    with preserve_active_adapter(model):
+        try:
+            for name, folder in folders.items():
+                load_adapter(model, folder, name)
+                mark_as_of_a_run(model.peft_config[name])
+            yield list(folders)
+        finally:
+            for name in folders:
+                if name in model.peft_config:
+                    model.delete_adapter(name)
+
+
+def _listed(groups: Sequence[Sequence[str]]) -> str:
+    return "; ".join(", ".join(group) for group in groups)

@@ -1,0 +1,170 @@
+"""An ensemble beside the simpler systems: what each is made of, and that nothing is made twice."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import toy
+from helpers.trainers import sft_trainer, text_trainer
+from hf_ensemble import BaselineComparison
+from hf_ensemble.cli.arguments import CompareArguments
+from hf_ensemble.ensemble.merging import task_vectors
+from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.runs import Comparison
+from hf_ensemble.train.comparison import BASELINES, comparison, makers
+from hf_ensemble.train.task_trainer import TaskSFTTrainer
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison with every system at toy size."""
+    folder = tmp_path_factory.mktemp("compared")
+    base = toy.save_model(toy.llama(), folder / "base")
+    settings = {"num_groups": 2, "num_train_epochs": 1, "ensemble_weights": "own_group"}
+    trainer = sft_trainer(folder / "run", base, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(makers, "_EVALUATIONS", 3)
+        found = BaselineComparison(trainer, num_seeds=2).run()
+    return trainer, found, lambda: sft_trainer(folder / "run", base, **settings)
+
+
+def test_every_system_is_scored_and_costed(compared):
+    trainer, found, _ = compared
+    assert list(found.systems) == ["base", "baseline", "ensemble", *BASELINES] and found.left_out == {}
+    tasks = list(trainer.tasks)
+    for system, own in found.systems.items():
+        assert list(own.scores) == list(own.rows) == tasks, system
+        assert own.cost.inference_flops > 0 and (own.cost.training_flops > 0) == (system != "base")
+    costs = {name: own.cost for name, own in found.systems.items()}
+    whole = costs["baseline"].training_flops
+    assert costs["per_task"].training_flops == pytest.approx(whole, rel=0.05)
+    ratio = costs["ensemble"].training_flops / whole
+    assert costs["longer"].training_flops == pytest.approx(ratio * whole, rel=0.15)
+    assert costs["finetuned"].training_flops == pytest.approx(1.5 * whole, rel=0.25)
+    assert costs["seeds"].training_flops == pytest.approx(2 * whole, rel=0.02)
+    one = costs["baseline"].stored_parameters
+    stored = {"per_task": 3, "finetuned": 3, "seeds": 2, "wider": 2, "longer": 1, "average": 3, "random_groups": 2}
+    assert {name: costs[name].stored_parameters / one for name in stored} == stored
+    assert costs["seeds"].inference_flops > 1.5 * costs["longer"].inference_flops
+    assert found.systems["lorahub"].search_flops > 0 < found.systems["task_arithmetic"].search_flops
+
+
+def test_the_run_and_the_table_hold_the_comparison(compared):
+    trainer, found, _ = compared
+    run = trainer.run_directory
+    assert run.read(Comparison) == found
+    text = run.where(Comparison).with_suffix(".md").read_text()
+    assert text == found.to_markdown()
+    assert text.count("\n| ") == len(found.systems) + 2 and "| one adapter for all |" in text
+    intervals = found.intervals()
+    assert intervals["baseline"].mean_difference == {}
+    difference = intervals["per_task"].mean_difference["loss"]
+    expected = found.mean("per_task").loss - found.mean("baseline").loss
+    assert difference.value == pytest.approx(expected, abs=1e-5)
+    assert difference.interval[0] <= difference.value <= difference.interval[1]
+
+
+def test_a_comparison_takes_what_is_there_and_goes_on_after_a_kill(compared, monkeypatch):
+    trainer, found, again = compared
+    monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))
+    record = trainer.run_directory.where(Comparison)
+    kept = {name: found.systems[name] for name in ("base", "baseline")}
+    trainer.run_directory.write(Comparison(found.split, kept))
+    names = ["per_task", "seeds", "ties"]
+    resumed = BaselineComparison(again(), names).run()
+    assert list(resumed.systems) == ["base", "baseline", "ensemble", *sorted(names, key=BASELINES.index)]
+    for name, own in resumed.systems.items():
+        expected = found.systems[name]
+        assert own.cost.trainings == expected.cost.trainings
+        for task, scores in own.scores.items():
+            assert scores.loss == pytest.approx(expected.scores[task].loss, abs=1e-5)
+    assert json.loads(record.read_text())["split"] == "eval"
+
+
+def test_the_model_is_left_as_the_run_left_it(compared):
+    trainer, _, _ = compared
+    assert set(trainer.ensemble.model.peft_config) == {"default", *trainer.ensemble.adapter_names}
+    left = [name for name, _ in trainer.ensemble.model.named_modules() if "compared" in name or "arrow" in name]
+    assert left == []
+    trainer.evaluate()
+
+
+def test_the_average_is_the_mean_of_the_tasks_changes(compared):
+    trainer, _, _ = compared
+    folder = trainer.run_directory.compared("average")
+    merged = load_file(str(folder / "adapter_model.safetensors"))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    changes = []
+    for task in trainer.tasks:
+        own = load_file(str(trainer.run_directory.compared(f"task-{task}") / "adapter_model.safetensors"))
+        changes.append(2.0 * own[name.format("B")] @ own[name.format("A")])
+    assert torch.allclose(merged[name.format("B")] @ merged[name.format("A")], sum(changes) / 3, atol=1e-6)
+
+
+def test_a_searched_sum_is_no_worse_than_its_start(compared):
+    """On the rows that were searched on, penalty included."""
+    trainer, found, _ = compared
+    assert found.mean("lorahub").loss <= found.mean("average").loss + makers._PENALTY * makers._RANGE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"baselines": "best"}, r"Expected baselines to be 'all' or some of \['longer'.*found \['best'\]"),
+        ({"baselines": []}, "Expected baselines to be 'all'"),
+        ({"continued_length": 0}, "continued_length"),
+        ({"num_groups": 1}, "num_groups"),
+        ({"num_groups": 4}, "Expected num_groups up to 3 tasks, found 4"),
+        ({"num_seeds": 1}, "num_seeds"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_at_once(compared, arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        BaselineComparison(compared[0], **arguments)
+
+
+def test_systems_that_the_adapters_do_not_allow_are_named(tmp_path):
+    trainer = text_trainer(tmp_path / "run", toy.bert(4), toy.text_tasks(), num_groups=1)
+    with pytest.raises(ConfigurationError, match="These baselines cannot be made: ties: It needs plain LoRA"):
+        BaselineComparison(trainer, ["per_task", "ties"])
+    allowed = BaselineComparison(trainer)
+    assert set(allowed.left_out) == {"wider", "average", "task_arithmetic", "ties", "tsv", "knots", "lorahub", "arrow"}
+    assert allowed.names == ["longer", "per_task", "finetuned", "random_groups", "gradient_clusters", "seeds"]
+    without = text_trainer(tmp_path / "other", toy.bert(4), toy.text_tasks(), train_baseline=False)
+    with pytest.raises(ConfigurationError, match="train_baseline=False does not train"):
+        BaselineComparison(without)
+    with pytest.raises(ConfigurationError, match="Expected an EnsembleTrainer"):
+        BaselineComparison(toy.llama())
+
+
+def test_the_command_names_every_system():
+    assert ", ".join(BASELINES) in CompareArguments.__dataclass_fields__["baselines"].metadata["help"]
+    assert comparison._OF_THE_RUN == ("base", "baseline", "ensemble")
+
+
+def test_tsv_adds_orthogonal_directions_and_keeps_a_single_change():
+    torch.manual_seed(0)
+    first, second = torch.zeros(6, 8), torch.zeros(6, 8)
+    first[0, 0], second[1, 1] = 2.0, 3.0
+    equal = torch.tensor([0.5, 0.5])
+    assert torch.allclose(task_vectors.tsv([first, second], equal), first + second, atol=1e-6)
+    change = torch.randn(6, 2) @ torch.randn(2, 8)
+    assert torch.allclose(task_vectors.tsv([change], torch.ones(1)), change, atol=1e-5)
+    # Two changes along one direction do not add up beyond what orthogonal ones would.
+    twice = task_vectors.tsv([first, first], equal)
+    assert torch.linalg.matrix_norm(twice, 2) <= 2.0 * 2 + 1e-5
+
+
+def test_knots_is_ties_in_a_common_basis():
+    torch.manual_seed(0)
+    change = torch.randn(6, 2) @ torch.randn(2, 8)
+    equal = torch.tensor([0.5, 0.5])
+    assert torch.allclose(task_vectors.knots([change, change], equal, density=1.0), change, atol=1e-4)
+    # Whatever the basis of the outputs is.
+    rotation = torch.linalg.qr(torch.randn(6, 6))[0]
+    other = torch.randn(6, 2) @ torch.randn(2, 8)
+    merged = task_vectors.knots([change, other], equal)
+    turned = task_vectors.knots([rotation @ change, rotation @ other], equal)
+    assert torch.allclose(turned, rotation @ merged, atol=1e-4)
