@@ -13,7 +13,6 @@ from hf_ensemble.runs import Costs, RunDirectory
 from hf_ensemble.runs.costs import figure_with_prefix
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
-
 # trl's head adds up its gradient in place, for which torch's counter has no formula of its own.
 IN_PLACE = {torch.ops.aten.addmm_: lambda total, left, right, **kwargs: 2 * left[0] * left[1] * right[1]}
 
