@@ -33,18 +33,25 @@ def subsets_of(names: list[str], count: int, seed: int) -> list[list[str]]:
     return [[names[index] for index in np.flatnonzero(row)] for row in drawn] + [[name] for name in names]
 
 
-def agreement(predicted: np.ndarray, prediction: Prediction | None, start: np.ndarray, true: np.ndarray, held) -> dict:
-    """Predicted against true losses `(S, T)`; `held` says which tasks a training is on."""
-    moved, truly = np.log(predicted / start), np.log(true / start)
-    found = {
+def errors(predicted: np.ndarray, true: np.ndarray, held: np.ndarray) -> dict[str, float]:
+    """Relative errors of losses `(S, T)`; `held` says which tasks a training is on."""
+    return {
         "error": mean_relative_error(predicted, true),
         "error_inside": mean_relative_error(predicted[held], true[held]),
         "error_outside": mean_relative_error(predicted[~held], true[~held]),
+    }
+
+
+def agreement(prediction: Prediction, start: np.ndarray, true: np.ndarray, held: np.ndarray) -> dict[str, float]:
+    """The errors, and how well changes from the losses at the start `(T,)` and their order are predicted."""
+    moved, truly = np.log(prediction.loss / start), np.log(true / start)
+    found = {
+        **errors(prediction.loss, true, held),
         "correlation_of_changes": correlation(moved, truly),
         "correlation_of_changes_inside": correlation(moved[held], truly[held]),
-        "spearman": mean_or_nan(task_spearman(predicted, true)),
+        "spearman": mean_or_nan(task_spearman(prediction.loss, true)),
     }
-    if prediction is not None and np.isfinite(prediction.loss_low).all():
+    if np.isfinite(prediction.loss_low).all():
         found["coverage"] = coverage(prediction.loss_low, prediction.loss_high, true)
         found["level"] = prediction.level
     return found
@@ -72,8 +79,8 @@ def main() -> None:
     start = estimator.base_loss()
     replayed = estimator.predict_subsets(subsets)
     systems = {
-        "nothing changes": agreement(np.tile(start, (len(true), 1)), None, start, true, held),
-        "a replay": agreement(replayed.loss, replayed, start, true, held),
+        "nothing changes": errors(np.tile(start, (len(true), 1)), true, held),
+        "a replay": agreement(replayed, start, true, held),
     }
     for count in (1, 2):
         # Those of several tasks come first.
@@ -82,7 +89,7 @@ def main() -> None:
             run, names, trainer.args.num_components, observed, continued_length=own.length
         ).estimator.predict_subsets(subsets[count:])
         label = f"{count} training{'s' if count > 1 else ''} observed"
-        systems[label] = agreement(calibrated.loss, calibrated, start, true[count:], held[count:])
+        systems[label] = agreement(calibrated, start, true[count:], held[count:])
     results = {
         "length": own.length,
         "task_names": names,
