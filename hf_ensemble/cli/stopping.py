@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+# After so long, the signal is sent again.
+_SECONDS_OF_A_FINALIZER = 0.05
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
@@ -30,10 +33,12 @@ def sigterm_as_interrupt() -> Iterator[None]:
         raise Terminated
 
     def ignored(raised) -> None:
-        # The signal came while Python ran a finalizer, whose exceptions it drops.
+        # The signal came while Python ran a finalizer, whose exceptions it drops, as it does those of this hook.
         if isinstance(raised.exc_value, Terminated):
             signal.signal(signal.SIGTERM, stop)
-            signal.raise_signal(signal.SIGTERM)
+            again = threading.Timer(_SECONDS_OF_A_FINALIZER, os.kill, (own, signal.SIGTERM))
+            again.daemon = True
+            again.start()
         else:
             hook(raised)
 

@@ -110,7 +110,7 @@ class FlopSamples:
         if not self._shapes or not shape.any():
             return 0.0
         known, scale = self._scaled()
-        return float((shape / scale) @ np.linalg.lstsq(known, np.array(self._flops), rcond=None)[0])
+        return float(round((shape / scale) @ np.linalg.lstsq(known, np.array(self._flops), rcond=None)[0]))
 
     def _scaled(self) -> tuple[np.ndarray, np.ndarray]:
         known = np.stack(self._shapes)

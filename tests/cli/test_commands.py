@@ -203,7 +203,9 @@ def test_help_says_what_the_classes_say():
                 assert list(found) == [field.name for field in own], name
                 for field in own:
                     assert found[field.name].help == field.metadata["help"], field.name
-                    assert found[field.name].default == field.default, field.name
+                    made = field.default_factory
+                    default = field.default if made is dataclasses.MISSING else made()
+                    assert found[field.name].default == default, field.name
     taken = {field.name for kind in (ModelConfig, configs.EnsembleSFTConfig) for field in dataclasses.fields(kind)}
     assert {option.name for option in MOST_USED} <= taken
     found = {option.name: option.help for option in options_of("capture.config:FeatureSettings")}

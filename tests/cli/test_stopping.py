@@ -31,7 +31,12 @@ def test_a_signal_ends_a_command_with_one_line(monkeypatch, capsys, number, stat
 
     monkeypatch.setattr(Command, "load", lambda self: stopped)
     before = signal.getsignal(signal.SIGTERM)
-    assert main(["demo"]) == status and closed
+    # A shell that starts the tests in the background ignores it for them.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["demo"]) == status and closed
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert capsys.readouterr().err.splitlines() == [LINE]
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -229,7 +229,7 @@ def test_training_mode_takes_the_layers_own_forward(batch):
 def test_tasks_without_weights_take_the_default(ensemble, model, batch, caplog):
     default = dict.fromkeys(NAMES, 1 / 3)
     expected = ensembles.weighted_logits(model, NAMES, batch, [WEIGHTS["x"], default, default, WEIGHTS["y"]])
-    found = ensemble(**batch, task=["x", None, "unheard", "y"]).logits
+    found = ensemble(**batch, task=["x", None, "unheard", "y"], routing="default").logits
     assert torch.allclose(found, expected, atol=1e-5)
     assert ensemble.row_weights(["unheard"], 1).tolist() == [[pytest.approx(1 / 3)] * 3]
 

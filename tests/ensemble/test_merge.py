@@ -297,7 +297,7 @@ def test_task_vector_methods_on_a_model(model, batch, tmp_path):
             # Without a cap, the sum of the adapters' ranks.
             assert merged.rank == 14
             error = float((up @ down - wanted).norm() / wanted.norm())
-            assert error == pytest.approx(merged.module_errors[path], rel=1e-3)
+            assert error == pytest.approx(merged.module_errors[path], rel=1e-3, abs=1e-5)
         merged.save_pretrained(tmp_path / method)
         assert PeftModel.from_pretrained(llama(), tmp_path / method)(**batch).logits.isfinite().all()
     lines = ensemble.merge("x", method="lines", alpha=0.5, beta=0.5)

@@ -164,16 +164,16 @@ def test_what_was_not_recorded_is_left_out(tmp_path):
 
 
 def test_further_systems_stand_beside_the_ensemble(tmp_path):
-    run = ensemble_run(tmp_path / "run", further={"one_per_task": 1.7, "random_groups": 1.8})
+    run = ensemble_run(tmp_path / "run", further={"per_task": 1.7, "random_groups": 1.8})
     page = write_report(run.path).read_text()
     results = run_results(run)
     rows = {row[0]: row for row in tables(tree_of(page))["Loss, in nats per token; lower is better"]}
-    assert rows["task"][4:7] == ["ensemble", "one per task", "random groups"]
+    assert rows["task"][4:7] == ["ensemble", "one adapter per task", "random groups"]
     difference = results.intervals["ensemble"].differences["sums"]["loss"].value
     assert rows["sums"][7].startswith(f"{difference:+.3f} ")
-    assert results.intervals["one_per_task"].mean_difference["loss"].value == pytest.approx(-0.2, abs=0.03)
+    assert results.intervals["per_task"].mean_difference["loss"].value == pytest.approx(-0.2, abs=0.03)
     assert results.verdict.startswith("Two adapters lower the loss on 6 of 6 tasks")
-    assert str(results).splitlines()[3].split()[:2] == ["task", "base"] and "one per task" in str(results)
+    assert str(results).splitlines()[3].split()[:2] == ["task", "base"] and "one adapter per task" in str(results)
 
 
 def test_many_tasks(tmp_path):

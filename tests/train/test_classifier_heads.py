@@ -151,6 +151,18 @@ def test_auto_keeps_a_trained_head_for_as_many_labels(head, labels, named, kind,
     assert ("numbers without names" in caplog.text) == ("is new and random" in caplog.text) == (not named)
 
 
+def test_labels_that_are_the_same_tokens_are_compared_with_no_text(encoder, caplog):
+    rows = [{"text": row["text"], "label": ["qzx", "zqx"][row["label"]]} for row in TASKS["films"]["train"]]
+    tasks = TaskSet.from_datasets({"films": rows, "others": rows})
+    assert type(load_model(encoder, tasks, toy.tokenizer(), "auto", {})) is BertForSequenceClassification
+    assert "Labels of every task are the same tokens" in caplog.text
+    with pytest.raises(ConfigurationError, match="same tokens to this tokenizer, 'films' among them.* head='linear'"):
+        load_model(encoder, tasks, toy.tokenizer(), "label_similarity", {})
+    some = TaskSet.from_datasets({"films": rows, "songs": TASKS["songs"]["train"]})
+    assert type(load_model(encoder, some, toy.tokenizer(), "auto", {})) is LabelSimilarityForSequenceClassification
+    assert "Labels of ['films'] are the same tokens" in caplog.text
+
+
 def test_random_heads_are_warned_of(encoder, caplog):
     warn_of_random_head(toy.bert(2))
     assert not caplog.text

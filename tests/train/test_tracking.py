@@ -7,6 +7,7 @@ import transformers.integrations.integration_utils as integrations
 from transformers import TrainerCallback
 
 from helpers.trainers import sft_trainer
+from hf_ensemble.train.inputs import trackers
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 from hf_ensemble.train.tracking import PartOfRun
 
@@ -132,6 +133,7 @@ def test_logs_of_every_training_stay(tmp_path, base_folder, monkeypatch, folder)
             self.logging_dir = None if folder is None else str(tmp_path / folder)
 
     monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "tensorboard", TensorBoard)
+    monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["tensorboard"])
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     trainer = sft_trainer(run, base_folder, report_to=["tensorboard"], save_strategy="steps", save_steps=2, **CHANGES)

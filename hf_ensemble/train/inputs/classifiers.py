@@ -17,7 +17,8 @@ from transformers import (
 from ...errors import ConfigurationError
 from ...logging import get_logger
 from ...models import LabelSimilarityForSequenceClassification
-from ...tasks import TaskSet
+from ...models.label_similarity import LabelHead
+from ...tasks import LabelSpace, TaskSet
 
 logger = get_logger(__name__)
 
@@ -62,8 +63,20 @@ def _load_classifier(
     # As trl loads language models.
     model_kwargs = {"dtype": torch.float32, **model_kwargs}
     if head == "auto":
-        head = _best_head(name, tasks, model_kwargs)
+        head = _best_head(name, tasks, tokenizer, model_kwargs)
     if head == "label_similarity":
+        alike = _tasks_of_labels_alike(tokenizer, tasks.label_space)
+        if len(alike) == len(tasks):
+            raise ConfigurationError(
+                f"Labels of every task are the same tokens to this tokenizer, {alike[0]!r} among them, so no text is "
+                "more similar to one of them. Name the labels by words that it knows, or set head='linear'."
+            )
+        if alike:
+            logger.warning(
+                "Labels of %s are the same tokens to this tokenizer, so no text is more similar to one of them. Name "
+                "them by words that it knows, or set head='linear'.",
+                alike,
+            )
         return LabelSimilarityForSequenceClassification.from_encoder(name, tokenizer, labels, **model_kwargs)
     model = AutoModelForSequenceClassification.from_pretrained(
         name,
@@ -76,7 +89,17 @@ def _load_classifier(
     return model
 
 
-def _best_head(name: str, tasks: TaskSet, model_kwargs: dict[str, Any]) -> str:
+def _tasks_of_labels_alike(tokenizer: PreTrainedTokenizerBase, label_space: LabelSpace) -> list[str]:
+    """Tasks of which two labels' texts become the same tokens."""
+    tokens = [tuple(own) for own in LabelHead.of(tokenizer, label_space.names).token_ids]
+    return [
+        task
+        for task, outputs in label_space.task_labels.items()
+        if len({tokens[output] for output in outputs}) < len(outputs)
+    ]
+
+
+def _best_head(name: str, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase, model_kwargs: dict[str, Any]) -> str:
     """The checkpoint's own head where it was trained for as many labels, else the labels' texts where they have any."""
     labels = tasks.label_space.names
     config = AutoConfig.from_pretrained(name, **tokenizer_kwargs(model_kwargs))
@@ -88,6 +111,12 @@ def _best_head(name: str, tasks: TaskSet, model_kwargs: dict[str, Any]) -> str:
             "The labels of %s are numbers without names, so texts cannot be compared with them. Name them for "
             "head='label_similarity': labels as text, a column 'label_text', or datasets.ClassLabel.",
             unnamed,
+        )
+        return "linear"
+    if len(_tasks_of_labels_alike(tokenizer, tasks.label_space)) == len(tasks):
+        logger.warning(
+            "Labels of every task are the same tokens to this tokenizer, so texts cannot be compared with them. Name "
+            "the labels by words that it knows for head='label_similarity'."
         )
         return "linear"
     return "label_similarity"
