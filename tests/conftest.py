@@ -1,5 +1,6 @@
 """Tests run on the CPU, without a network."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,28 @@ from helpers.trainers import sft_trainer
 
 datasets.disable_progress_bars()
 transformers.logging.disable_progress_bar()
+
+
+# What looks at the pictures of model cards; drawing them takes half a second a run.
+_LOOKS_AT_PICTURES = {"publish", "cli", "project", "test_ensemble_trainer"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cards_without_pictures(request):
+    """Runs draw no pictures for their model cards, but where tests look at them."""
+    if _LOOKS_AT_PICTURES.isdisjoint({request.path.parent.name, request.path.stem}):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hf_ensemble.publish.card._draw_one", lambda draw, data: None)
+            yield
+    else:
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_collected(cards_without_pictures):
+    """Every training collects garbage: a third of a second where it looks through all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
