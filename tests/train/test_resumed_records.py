@@ -12,6 +12,8 @@ from hf_ensemble.train.task_trainer import TaskSFTTrainer, TaskTrainer
 CHANGES = {"save_strategy": "steps", "save_steps": 2, "num_groups": 2, "num_train_epochs": 2}
 # A checksum is of the timings too.
 TIMINGS = ("seconds", "prediction_seconds", "capture_seconds", "training_seconds", "checksum")
+# Of the process, with whatever it held before.
+TIMINGS += ("peak_memory",)
 # Of the work that was kept, as far as it is known.
 TIMINGS += ("cost", "is_resumed")
 # Sums in another order.
