@@ -8,7 +8,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
 
-from .._cards import CARD, update_card_file
+from .._card_drafts import is_draft
+from .._cards import CARD, read_card, split_card, update_card_file
+from .._files import write_atomically
 from .._hub import Repository, push_folder
 from .._settings import check_flag
 from ..ensemble.saving.card import reporting_failed_card
@@ -29,7 +31,8 @@ class ModelCardCallback(TrainerCallback):
 
     It has code that loads the model and runs as it stands, the latest evaluation by task (with a
     [`TaskMetricsCallback`]), datasets and arguments. A card that is there already keeps what is not between its two
-    marks. A card that cannot be written is reported, and does not stop the training.
+    marks, also where trl's trainers write a draft over it with every checkpoint; the draft is no card of yours. A card
+    that cannot be written is reported, and does not stop the training.
 
     Args:
         tasks (`TaskSet`, *optional*): what is trained on, for sizes, sources and examples.
@@ -59,6 +62,26 @@ class ModelCardCallback(TrainerCallback):
         self.tasks = tasks
         self.metadata = card_metadata(metadata or {})
         self.card_examples = card_examples
+        self._found: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir)
+        if state.is_world_process_zero:
+            with reporting_failed_card(folder):
+                self._found = read_card(folder / CARD)
+
+    def on_save(self, args, state, control, **kwargs):
+        # At once, so that a training that is killed leaves the card as it was.
+        folder = Path(args.output_dir)
+        if state.is_world_process_zero and self._found is not None:
+            with reporting_failed_card(folder):
+                self._restore(folder / CARD, self._found)
+
+    def _restore(self, path: Path, found: str) -> None:
+        """Put the card back that was found, where trl has written its draft over it."""
+        card = read_card(path)
+        if card is None or is_draft(split_card(card)[1]):
+            write_atomically(path, lambda file: file.write(found.encode()))
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero:
@@ -142,6 +165,7 @@ class PushToHubCallback(ModelCardCallback):
             card: CardParts = {"base_model": base.name_or_path}, "# Model"
             with reporting_failed_card(folder):
                 card = self._card(model, args, state, folder, repo_id)
+            local_card = Path(args.output_dir) / CARD
             if isinstance(model, PeftModel):
-                return push_adapter(folder, self.repository, base.name_or_path, card, again)
-            return push_folder(self.repository, folder, (), card_maker(Path(args.output_dir) / CARD, card), again)
+                return push_adapter(folder, self.repository, base.name_or_path, card, again, local_card)
+            return push_folder(self.repository, folder, (), card_maker(local_card, card), again)

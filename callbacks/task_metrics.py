@@ -9,12 +9,15 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from ..capture import encoded_splits
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, TaskError
 from ..evaluate import AnswerEvaluator, AnswerMetrics, Evaluator, TaskScores, mean_scores, metrics_by_task
 from ..models.answer_scorer import AnswerScorer
 from ..models.wrappers import unwrapped
 from ..tasks import TASK, TaskSet, data_collator_for
 from .host_rows import sft_splits
+
+# What stands in the place of a task's name in the metrics of all tasks.
+MEAN = "mean"
 
 
 class TaskMetricsCallback(TrainerCallback):
@@ -37,7 +40,7 @@ class TaskMetricsCallback(TrainerCallback):
 
     Raises:
         `ConfigurationError`: for anything but a `TaskSet`, and in the trainer's constructor without a tokenizer.
-        `TaskError`: for tasks without validation rows, and for rows that cannot be encoded.
+        `TaskError`: for tasks without validation rows, a task named `"mean"`, and for rows that cannot be encoded.
 
     Example:
 
@@ -61,6 +64,8 @@ class TaskMetricsCallback(TrainerCallback):
             raise ConfigurationError(
                 f"Expected tasks to be a TaskSet, found a {type(tasks).__name__}. Make one with TaskSet.from_datasets."
             )
+        if MEAN in tasks:
+            raise TaskError(f"The task name {MEAN!r} is used for the means over the tasks: rename this task.")
         tasks.split("validation")
         self.tasks = tasks
         self.answer_metrics = metrics_by_task(answer_metrics, tasks)
@@ -78,7 +83,7 @@ class TaskMetricsCallback(TrainerCallback):
             # Added to the trainer after its constructor.
             self._tables = self._encoded(args, model, processing_class)
         self.scores = self._scored(args, unwrapped(model), processing_class)
-        named = {"mean": mean_scores(self.scores), **self.scores}
+        named = {MEAN: mean_scores(self.scores), **self.scores}
         found = {f"eval_{task}_{name}": value for task, own in named.items() for name, value in own.figures().items()}
         if metrics is not None:
             metrics.update(found)

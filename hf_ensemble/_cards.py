@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from ._card_drafts import is_draft
 from ._files import write_atomically
 from .errors import CardError
 from .logging import get_logger
@@ -98,7 +99,9 @@ def updated_card(existing: str | None, metadata: Mapping[str, Any], body: str) -
     The generated part notes which metadata were written, so that those an author has changed since can be told apart.
 
     Args:
-        existing (`str`, *optional*): the card so far. Without marks, it is someone's own: the generated part follows.
+        existing (`str`, *optional*):
+            The card so far. Without marks, it is someone's own: the generated part follows. Drafts that trl and PEFT
+            write when they save a model are replaced.
         metadata (`dict`):
             Entries of the metadata block. An author's entries stay, but for facts of the model (`library_name`,
             `base_model` and its relation) and results under the same name in `model-index`.
@@ -108,6 +111,9 @@ def updated_card(existing: str | None, metadata: Mapping[str, Any], body: str) -
         `CardError`: for an existing card whose metadata cannot be read.
     """
     own, rest = split_card(existing or "")
+    if is_draft(rest):
+        # The misspelt entry is trl's placeholder.
+        own, rest = {key: value for key, value in own.items() if key != "licence"}, ""
     marked = _MARKED.search(rest)
     written = _written(marked[0]) if marked else {}
     note = {key: value for key, value in metadata.items() if key not in (*_FACTS, _INDEX)}
@@ -156,8 +162,9 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
 
 
 def own_text(card: str) -> str:
-    """What a card holds beside its metadata and its generated part."""
-    return _MARKED.sub("", split_card(card)[1]).strip()
+    """What a card holds beside its metadata and its generated part; nothing for a draft of trl or PEFT."""
+    text = _MARKED.sub("", split_card(card)[1]).strip()
+    return "" if is_draft(text) else text
 
 
 def joined_cards(local: str | None, remote: str | None) -> str | None:

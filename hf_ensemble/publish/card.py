@@ -121,7 +121,7 @@ def render_ensemble(data: EnsembleCardData, folder: Path, repo_id: str | None = 
 
 
 def _selection_parts(run: RunDirectory, repo_id: str | None, folder: Path) -> CardParts:
-    data = SelectionCardData.from_run(run)
+    data = SelectionCardData.from_run(run, folder)
     _draw(data, folder, data.selection, {})
     examples = {task: data.examples.get(task, f"A prompt of {task}") for task in data.selection.targets}
     loading = adapter_loading(folder, data.base_model, examples, repo_id)
@@ -150,15 +150,15 @@ def _draw_one(draw: Callable[[], list[Path]], data: RunCardData) -> None:
         logger.warning("A picture of the model card could not be drawn: %s: %s", type(error).__name__, error)
 
 
-def require_ensemble(run: RunDirectory) -> SavedEnsembleConfig:
+def require_ensemble(folder: Path) -> SavedEnsembleConfig:
     """The configuration of a run's ensemble.
 
     Raises:
-        `EnsembleLoadError`: when the run holds no complete ensemble, or a damaged one.
+        `EnsembleLoadError`: when the folder holds no complete ensemble, or a damaged one.
     """
-    config = SavedEnsembleConfig.load(run.ensemble)
+    config = SavedEnsembleConfig.load(folder)
     for member in config.members:
-        config.check_adapter_files(member.name, run.ensemble)
+        config.check_adapter_files(member.name, folder)
     return config
 
 

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from .._records import Record
 from ..ensemble.members import BaseModelReference
 from ..ensemble.saving.card import has_head, public_name
 from ..ensemble.saving.ensemble_config import SavedEnsembleConfig
@@ -31,8 +30,6 @@ from ..runs.costs import figure_with_prefix
 from ..runs.result_rows import system_name
 from ..select import Grouping, Selection
 from ..tasks import LabelSpace, RowFormat
-
-R = TypeVar("R", bound=Record)
 
 
 @dataclass
@@ -173,9 +170,9 @@ class EnsembleCardData(RunCardData):
         return cls(
             **_shared(run, names),
             ensemble=ensemble,
-            grouping=read_record(run, Grouping),
-            weights=read_record(run, EnsembleWeights),
-            boosting=read_record(run, Boosting),
+            grouping=run.read_if_there(Grouping),
+            weights=run.read_if_there(EnsembleWeights),
+            boosting=run.read_if_there(Boosting),
         )
 
     def group_of(self, task: str) -> str:
@@ -206,8 +203,8 @@ class SelectionCardData(RunCardData):
     base_model: BaseModelReference | None = None
 
     @classmethod
-    def from_run(cls, run: RunDirectory) -> "SelectionCardData":
-        """Read a run; what it does not hold yet stays empty.
+    def from_run(cls, run: RunDirectory, folder: Path | None = None) -> "SelectionCardData":
+        """Read a run, and its adapter in another folder; what it does not hold yet stays empty.
 
         Raises:
             `RecordError`: for a run without a selection.
@@ -217,31 +214,26 @@ class SelectionCardData(RunCardData):
         auto_class = "AutoModelForCausalLM"
         if data.row_format is RowFormat.CLASSIFICATION:
             # An encoder whose head are the labels' texts has no auto class, and no trained head.
-            auto_class = "AutoModelForSequenceClassification" if has_head(run.adapter) else ""
+            auto_class = "AutoModelForSequenceClassification" if has_head(folder or run.adapter) else ""
         data.base_model = BaseModelReference(
             model["name"] or "", model["revision"], auto_class, num_labels=data.num_labels if auto_class else None
         )
         return data
 
 
-def read_record(run: RunDirectory, kind: type[R]) -> R | None:
-    """A record of the run, if it has one."""
-    return run.read(kind) if run.has(kind) else None
-
-
 def _shared(run: RunDirectory, trainings: list[str]) -> dict[str, Any]:
-    tasks, record = read_record(run, TasksRecord), read_record(run, RunRecord)
+    tasks, record = run.read_if_there(TasksRecord), run.read_if_there(RunRecord)
     trained = {name: run.trained_adapter(name) for name in dict.fromkeys(trainings)}
     found = {} if record is None else {"configuration": record.configuration, "choices": record.choices}
     return {
         "tasks": {} if tasks is None else tasks.tasks,
         "row_format": None if tasks is None else RowFormat(tasks.row_format),
-        "evaluation": read_record(run, Evaluation) or Evaluation(),
-        "results": read_record(run, Results) if run.has(Evaluation) else None,
+        "evaluation": run.read_if_there(Evaluation) or Evaluation(),
+        "results": run.read_if_there(Results) if run.has(Evaluation) else None,
         "configuration": public_values(found),
         "versions": {} if record is None else record.versions,
-        "estimate": read_record(run, Estimate),
-        "fidelity": read_record(run, FidelityReport),
+        "estimate": run.read_if_there(Estimate),
+        "fidelity": run.read_if_there(FidelityReport),
         "chosen_lengths": {name: own for name, own in trained.items() if own is not None and own.best_step is not None},
     }
 

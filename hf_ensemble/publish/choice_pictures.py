@@ -8,7 +8,7 @@ import numpy as np
 from .._settings import check_one_of
 from ..errors import ConfigurationError
 from ..select import ExampleScores, Grouping, Mixture, Selection
-from .drawing import BLUE, GREY, ORANGE, drawing
+from .drawing import BLUE, GREY, ORANGE, drawing, shortened
 from .mixture_pictures import cost_curve, mixture_weights
 from .pictures import affinity_heat_map
 
@@ -85,7 +85,7 @@ def selection_path(selection: Selection, path: Path) -> None:
         axes.invert_yaxis()
         axes.set_xlabel("predicted validation loss (nats per token)")
         axes.set_title(
-            f"{selection.method.replace('_', ' ')} selection for {_shortened(', '.join(selection.targets), 40)}"
+            f"{selection.method.replace('_', ' ')} selection for {shortened(', '.join(selection.targets), 40)}"
         )
         if selection.baselines or known:
             axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, title="predicted for")
@@ -150,14 +150,10 @@ def example_scores(scores: ExampleScores, path: Path, most: int = 30) -> None:
         axes.invert_yaxis()
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
         axes.set_xlabel("how much drawing a row once more lowers the predicted loss (nats)")
-        axes.set_title(f"Scores of training rows for {_shortened(', '.join(scores.targets), 40)}")
+        axes.set_title(f"Scores of training rows for {shortened(', '.join(scores.targets), 40)}")
 
 
 def _step_label(step: dict, first: bool) -> str:
     if "removed" in step:
         return f"− {step['removed']}"
-    return f"{'' if first else '+ '}{_shortened(step['added'], 34)}"
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return f"{'' if first else '+ '}{shortened(step['added'], 34)}"

@@ -28,3 +28,8 @@ def drawing(path: Path, figsize: tuple[float, float]) -> Iterator[Any]:
             write_atomically(path, lambda file: figure.savefig(file, format=path.suffix.lstrip(".") or "png"))
         finally:
             plt.close(figure)
+
+
+def shortened(text: str, most: int = 26) -> str:
+    """A name that fits beside a picture."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

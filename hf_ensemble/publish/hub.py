@@ -8,6 +8,7 @@ from huggingface_hub import CommitInfo
 
 from .._cards import CARD
 from .._hub import Repository
+from .._settings import checked_path
 from ..ensemble.saving.card import adapter_metadata, reporting_failed_card, saved_card
 from ..ensemble.saving.pushing import CardParts, push_adapter, push_ensemble
 from ..errors import EnsembleLoadError
@@ -42,36 +43,38 @@ def push_run_to_hub(
         revision (`str`, *optional*): branch to commit to; created where it does not exist.
         metadata (`dict`, *optional*): for the card, see [`write_model_card`].
         folder (`str` or `Path`, *optional*):
-            What to upload; by default the run's ensemble, or its adapter where it has none.
+            What to upload, such as a copy that `save_model` has made; by default the run's ensemble, or its adapter
+            where it has none.
         again (`str`, *optional*): how messages call this upload; the call of this function by default.
 
     Raises:
-        `EnsembleLoadError`: when the run holds neither a complete ensemble nor a selection's adapter.
+        `EnsembleLoadError`: when the folder holds neither a complete ensemble nor the selection's adapter.
+        `RecordError`: when a record of the run is damaged, or its adapter is not what it has trained.
         `PushError`: where the Hub refuses or cannot be reached; the message says how to go on.
     """
     directory = RunDirectory(run)
     again = again or f"push_run_to_hub({str(run)!r}, {repo_id!r})"
     message = commit_message or "Upload with hf_ensemble"
     repository = Repository(repo_id, token, private, message, revision=revision)
-    folder = made_folder(directory) if folder is None else Path(folder)
-    if folder != directory.adapter:
-        config = require_ensemble(directory)
-        parts = _parts(directory, repo_id, directory.ensemble, metadata)
+    folder = made_folder(directory) if folder is None else checked_path("folder", folder)
+    if not is_adapter(folder) and folder != directory.adapter:
+        config = require_ensemble(folder)
+        parts = _parts(directory, repo_id, folder, metadata)
         if parts is None:
-            with reporting_failed_card(directory.ensemble):
-                parts = saved_card(directory.ensemble, config, repo_id)
-        return push_ensemble(directory.ensemble, config, repository, parts, again)
+            with reporting_failed_card(folder):
+                parts = saved_card(folder, config, repo_id)
+        return push_ensemble(folder, config, repository, parts, again)
     if not is_adapter(folder):
         raise EnsembleLoadError(f"The run in {str(directory.path)!r} has not trained its adapter yet. Train it first.")
     trained = directory.trained_adapter("adapter")
-    # Without a record of its own it is the copy of another training.
-    if trained is not None:
+    # Without a record of its own it is the copy of another training; other folders are the caller's to vouch for.
+    if trained is not None and folder == directory.adapter:
         trained.check_files(folder)
-    base = SelectionCardData.from_run(directory).base_model
-    parts = _parts(directory, repo_id, directory.adapter, metadata)
+    base = SelectionCardData.from_run(directory, folder).base_model
+    parts = _parts(directory, repo_id, folder, metadata)
     if parts is None:
         parts = adapter_metadata(base, ["hf-ensemble"]), "# Adapter"
-    return push_adapter(directory.adapter, repository, base.name_or_path, parts, again)
+    return push_adapter(folder, repository, base.name_or_path, parts, again)
 
 
 def _parts(run: RunDirectory, repo_id: str, folder: Path, metadata: Mapping[str, Any] | None) -> CardParts | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..select import Grouping
-from .drawing import BLUE, ORANGE, drawing
+from .drawing import BLUE, ORANGE, drawing, shortened
 
 _MOST_NAMED = 20
 
@@ -71,7 +71,7 @@ def fidelity_picture(report: Any, path: Path) -> None:
 
 
 def prediction_picture(losses: Mapping[str, tuple[float, float]], path: Path) -> None:
-    """Predicted against measured loss of each task, the tasks named where there are few.
+    """Predicted against measured loss of each task, the tasks named where there are few; on the line they are equal.
 
     Args:
         losses (`dict[str, tuple[float, float]]`): predicted and measured loss, by task.
@@ -85,8 +85,8 @@ def prediction_picture(losses: Mapping[str, tuple[float, float]], path: Path) ->
         if len(losses) <= _MOST_NAMED:
             for name, x, y in zip(losses, measured, predicted):
                 # No formula: a name may hold dollar signs.
-                axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7, parse_math=False)
+                axes.annotate(shortened(name), (x, y), (4, 3), textcoords="offset points", fontsize=7, parse_math=False)
         axes.margins(x=0.15)
-        axes.set_xlabel("measured validation loss of the ensemble (nats per token)")
-        axes.set_ylabel("predicted for its group's adapter")
+        axes.set_xlabel("measured loss (nats per token)")
+        axes.set_ylabel("predicted")
         axes.set_title("Prediction against truth, by task")

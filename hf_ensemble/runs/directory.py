@@ -131,6 +131,10 @@ class RunDirectory:
         """
         return kind.load(self.where(kind), self._identity(kind))
 
+    def read_if_there(self, kind: type[R]) -> R | None:
+        """A record of the run, if it has one; see [`read`]."""
+        return self.read(kind) if self.has(kind) else None
+
     def write(self, record: Record) -> None:
         """Write a record, on the main process."""
         if is_main_process():

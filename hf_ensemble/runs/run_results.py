@@ -25,8 +25,7 @@ def run_results(run: RunDirectory) -> Results:
     if run.has(FidelityReport):
         outcome["fidelity"] = run.read(FidelityReport)
     by_system = {name: {task: own.as_scores() for task, own in tasks.items()} for name, tasks in rows.items()}
-    costs = run.read(Costs) if run.has(Costs) else None
-    return Results.of(run.read(RunRecord), split, scores, by_system, costs, **outcome)
+    return Results.of(run.read(RunRecord), split, scores, by_system, run.read_if_there(Costs), **outcome)
 
 
 def _ensemble_outcome(run: RunDirectory) -> dict[str, Any]:

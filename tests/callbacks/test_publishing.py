@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
 from helpers.markdown import code_blocks, tables
 from hf_ensemble import AnswerMetric, ModelCardCallback, PushToHubCallback, TaskMetricsCallback, TaskSet
+from hf_ensemble._cards import own_text, split_card
 from hf_ensemble.errors import ConfigurationError, PushError, TaskError
 from hf_ensemble.tasks import RowFormat, encode
 
@@ -43,13 +44,26 @@ def trainer(kind, base, folder, tasks, callbacks, **changes):
     return Trainer(model, args, collator, *rows, processing_class=tokenizer, callbacks=callbacks)
 
 
+class Logged(TrainerCallback):
+    """What trackers are given."""
+
+    def __init__(self):
+        self.names = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.names.extend(logs)
+
+
 @pytest.mark.parametrize("kind", ["plain", "sft"])
 def test_every_evaluation_has_the_metrics_of_each_task(tmp_path, base, tasks, kind):
     metrics = AnswerMetric("last_number", max_new_tokens=2)
-    own = TaskMetricsCallback(tasks, {"sums": metrics} if kind == "sft" else None)
+    own, seen = TaskMetricsCallback(tasks, {"sums": metrics} if kind == "sft" else None), Logged()
     changes = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
-    host = trainer(kind, base, tmp_path, tasks, [own], **changes)
+    host = trainer(kind, base, tmp_path, tasks, [own, seen], **changes)
+    # A callback is told of no trainer: who passes theirs has trackers see the metrics.
+    own.trainer = host if kind == "sft" else None
     host.train()
+    assert seen.names.count("eval_diffs_loss") == (2 if kind == "sft" else 0)
     found = host.evaluate()
     for task in tasks:
         assert found[f"eval_{task}_loss"] == own.scores[task].loss > 0
@@ -100,6 +114,26 @@ def test_the_card_of_a_plain_training(tmp_path, base, tasks, kind, monkeypatch):
     assert len(namespace["answers"]) == len(namespace["texts"]) == 2
 
 
+@pytest.mark.parametrize("by_hand", ["# By hand", None])
+def test_drafts_that_trl_writes_are_no_cards_of_the_users(tmp_path, base, tasks, by_hand):
+    card = tmp_path / "README.md"
+    if by_hand:
+        card.write_text(f"---\nlicense: mit\n---\n\n{by_hand}\n")
+    texts = []
+
+    class Reading(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            texts.append(card.read_text())
+
+    trainer("sft", base, tmp_path, tasks, [ModelCardCallback(), Reading()], save_strategy="steps", save_steps=1).train()
+    # A run that is killed leaves the text as well.
+    assert len(texts) == 2 and all((by_hand or "# Model Card for") in text for text in texts)
+    metadata, _ = split_card(card.read_text())
+    assert own_text(card.read_text()) == (by_hand or "")
+    assert "time machine" not in card.read_text() and "licence" not in metadata
+    assert metadata.get("license") == ("mit" if by_hand else None)
+
+
 def test_what_fails_stops_no_training(tmp_path, base, tasks, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise PushError("'user/x' was not updated: the Hub answered 503 in each of 4 tries.")
@@ -121,12 +155,14 @@ def test_what_is_uploaded(tmp_path, base, tasks, kind, monkeypatch):
 
     monkeypatch.setattr("hf_ensemble.callbacks.publishing.push_folder", push)
     monkeypatch.setattr("hf_ensemble.ensemble.saving.pushing.push_folder", push)
-    trainer(kind, base, tmp_path, tasks, [PushToHubCallback("user/x", private=True)]).train()
+    (tmp_path / "README.md").write_text("# By hand\n")
+    trainer(kind, base, tmp_path, tasks, [PushToHubCallback("user/x", private=True)], save_strategy="steps").train()
     files = (
         {"adapter_config.json", "adapter_model.safetensors"} if kind == "sft" else {"config.json", "model.safetensors"}
     )
     assert files | {"tokenizer.json"} <= uploaded["files"] and "README.md" not in uploaded["files"]
     assert uploaded["repository"].private and '"user/x"' in uploaded["card"]
+    assert own_text(uploaded["card"]) == "# By hand"
 
 
 def test_arguments(tmp_path, base, tasks):
@@ -134,6 +170,8 @@ def test_arguments(tmp_path, base, tasks):
         TaskMetricsCallback({})
     with pytest.raises(TaskError, match="'validation' rows of every task"):
         TaskMetricsCallback(TaskSet.from_datasets({"sums": toy.sum_rows(4)}))
+    with pytest.raises(TaskError, match="'mean' is used for the means over the tasks"):
+        TaskMetricsCallback(TaskSet.from_datasets({"mean": toy.sft_tasks(2, 2)["sums"]}))
     with pytest.raises(ConfigurationError, match="answer_metrics names unknown tasks"):
         TaskMetricsCallback(tasks, {"other": AnswerMetric()})
     with pytest.raises(ConfigurationError, match="Expected tasks to be a TaskSet, found a list"):

@@ -22,6 +22,7 @@ ORDER = [
     "_settings",
     "_compat",
     "_processes",
+    "_card_drafts",
     "_cards",
     "_hub",
     "tasks",

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from trl.trainer.utils import generate_model_card
 
 from helpers import toy
 from helpers.markdown import code_blocks, raw_html, tables
@@ -187,6 +188,28 @@ def test_metadata_that_were_changed_by_hand_stay_and_others_follow():
     assert "pipeline_tag" not in found
     unchanged = split_card(updated_card(card, {**METADATA, "license": "bsd"}, "body"))[0]
     assert unchanged["license"] == "bsd" and "datasets" not in unchanged
+
+
+def trl_draft():
+    draft = {"base_model": "a/b", "model_name": "out", "hub_model_id": "me/out", "dataset_name": "a/data"}
+    links = {f"{name}_url": "https://host" for name in ("wandb", "trackio", "comet")}
+    return str(generate_model_card(**draft, **links, tags=["sft"], trainer_name="SFT", trainer_citation="@a{b,\n}"))
+
+
+def peft_draft():
+    return str(ModelCard.from_template(ModelCardData(library_name="peft"))) + "\n### Framework versions\n\n- PEFT 0.21"
+
+
+@pytest.mark.parametrize("draft", [trl_draft, peft_draft])
+def test_drafts_of_other_libraries_are_replaced_unless_someone_wrote_into_them(draft):
+    text = draft()
+    assert own_text(text) == "" and split_card(updated_card(text, METADATA, "body"))[1].count("#") == 0
+    remote = updated_card("# Of the Hub\n", METADATA, "remote")
+    assert own_text(joined_cards(text, remote)) == "# Of the Hub"
+    assert own_text(updated_card(joined_cards(remote, text), METADATA, "new")) == "# Of the Hub"
+    heading = "## Training procedure" if draft is trl_draft else "## Uses"
+    for edited in (text.replace(heading, f"Be careful.\n\n{heading}"), text + "\nThe end.\n"):
+        assert own_text(edited) == split_card(edited)[1].strip() and own_text(updated_card(edited, METADATA, "body"))
 
 
 @pytest.mark.parametrize("block", ["---\ntags: [unclosed\n---\n", "---\njust a rule\n---\n"])

@@ -20,6 +20,7 @@ from hf_ensemble import (
     push_run_to_hub,
     write_model_card,
 )
+from hf_ensemble._cards import own_text
 from hf_ensemble.errors import EnsembleLoadError
 from hf_ensemble.publish import renew_model_card
 from hf_ensemble.runs import RunDirectory
@@ -217,6 +218,26 @@ def test_an_incomplete_ensemble_is_not_uploaded(run, tmp_path):
         push_run_to_hub(tmp_path / "run", "user/name")
     with pytest.raises(EnsembleLoadError, match="holds no ensemble_config.json"):
         push_run_to_hub(tmp_path, "user/name")
+
+
+@pytest.mark.parametrize("kind", ["run", "selection"])
+def test_a_copy_of_what_was_made_is_uploaded(request, kind, tmp_path, monkeypatch):
+    source = request.getfixturevalue(kind)
+    copy = shutil.copytree(source / ("ensemble" if kind == "run" else "adapter"), tmp_path / "copy")
+    (copy / "notes.txt").write_text("of the copy")
+    (copy / "README.md").write_text("# By hand\n")
+    uploaded = {}
+
+    def push(repository, folder, replaced, card, again):
+        uploaded["files"] = {path.name for path in folder.rglob("*")}
+        uploaded["card"] = card(None)
+
+    monkeypatch.setattr("hf_ensemble.ensemble.saving.pushing.push_folder", push)
+    push_run_to_hub(source, "user/name", folder=str(copy))
+    assert {"notes.txt", "adapter_model.safetensors"} <= uploaded["files"]
+    assert own_text(uploaded["card"]) == "# By hand" and '"user/name"' in uploaded["card"]
+    with pytest.raises(EnsembleLoadError, match="holds no ensemble_config.json"):
+        push_run_to_hub(source, "user/name", folder=tmp_path / "other")
 
 
 def test_push_and_load_from_a_hub(run, tmp_path):

@@ -67,7 +67,12 @@ def push_ensemble(
 
 
 def push_adapter(
-    folder: Path, repository: Repository, base: str, card: CardParts, again: str = "push_to_hub()"
+    folder: Path,
+    repository: Repository,
+    base: str,
+    card: CardParts,
+    again: str = "push_to_hub()",
+    local_card: Path | None = None,
 ) -> CommitInfo:
     """Upload one saved adapter with its card, see [`push_folder`].
 
@@ -77,6 +82,7 @@ def push_adapter(
         base (`str`): name of the base model.
         card (`tuple`): metadata and generated part of the card.
         again (`str`): how to push again, for messages.
+        local_card (`Path`, *optional*): the card on this machine, whose own text is kept; the folder's by default.
     """
     if base and not is_hub_id(base):
         _warn_of_local_base(base, repository.repo_id)
@@ -85,7 +91,7 @@ def push_adapter(
         target = Path(work)
         copy_files(folder, target)
         copy_adapter(folder, target, base)
-        return push_folder(repository, target, PICTURES, card_maker(folder / CARD, card), again)
+        return push_folder(repository, target, PICTURES, card_maker(local_card or folder / CARD, card), again)
 
 
 def card_maker(path: Path, parts: CardParts) -> Callable[[str | None], str]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ...runs import LeftOut, Results, TrainedAdapter
 from ...runs.result_rows import main_system, ordered_systems, system_name
-from ..drawing import BLUE, GREY, ORANGE, drawing
+from ..drawing import BLUE, GREY, ORANGE, drawing, shortened
 
 # Inches: legible on a phone's screen, and two beside each other on a large one.
 _WIDTH = 4.8
@@ -37,7 +37,7 @@ def difference_chart(results: Results, system: str, path: Path) -> None:
             axes.hlines(row, *one.interval, color=color if one.is_clear else "0.6", linewidth=2.5, zorder=2)
             axes.plot(one.value, row, "o", color=color, markersize=5, zorder=3)
         axes.axvline(0, color="black", linewidth=0.8, zorder=1)
-        axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
+        axes.set_yticks(range(len(tasks)), [shortened(task) for task in tasks])
         axes.invert_yaxis()
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(f"loss minus that of {_of(results.reference)} (nats)")
@@ -62,26 +62,10 @@ def loss_chart(results: Results, path: Path) -> None:
             places = [row + offset for row, _ in rows]
             losses = [scores[task].loss for _, task in rows]
             axes.plot(losses, places, marker, color=color, markersize=4, linestyle="none", label=system_name(system))
-        axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
+        axes.set_yticks(range(len(tasks)), [shortened(task) for task in tasks])
         axes.invert_yaxis()
         axes.set_xlabel("loss (nats per token, lower is better)")
         axes.figure.legend(loc="outside upper left", ncols=min(len(systems), 3), frameon=False, handletextpad=0.2)
-
-
-def prediction_chart(predicted: Mapping[str, float], measured: Mapping[str, float], path: Path) -> None:
-    """Measured loss of each task against the predicted one."""
-    tasks = [task for task in predicted if task in measured]
-    x, y = ([own[task] for task in tasks] for own in (predicted, measured))
-    ends = [min(*x, *y), max(*x, *y)]
-    with drawing(path, (_WIDTH, 4.0)) as axes:
-        axes.plot(ends, ends, color="0.8", linewidth=1, zorder=1)
-        axes.plot(x, y, "o", color=BLUE, markersize=5, zorder=3)
-        if len(tasks) <= 15:
-            for task, *place in zip(tasks, x, y):
-                axes.annotate(_short(task, 14), place, (5, -3), textcoords="offset points", fontsize=7, va="top")
-        axes.margins(x=0.12, y=0.08)
-        axes.set_xlabel("predicted loss (nats per token)")
-        axes.set_ylabel("measured loss")
 
 
 def left_out_chart(left_out: Mapping[str, LeftOut], path: Path) -> None:
@@ -97,7 +81,7 @@ def left_out_chart(left_out: Mapping[str, LeftOut], path: Path) -> None:
             axes.hlines(row, own.mean_change - reach, own.mean_change + reach, color="0.6", linewidth=2.5, zorder=2)
             axes.plot(own.mean_change, row, "o", color=color, markersize=5, zorder=3)
         axes.axvline(0, color="black", linewidth=0.8, zorder=1)
-        axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
+        axes.set_yticks(range(len(tasks)), [shortened(task) for task in tasks])
         axes.invert_yaxis()
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("change of the others' mean loss without it (nats)")
@@ -135,7 +119,7 @@ def curves_chart(curves: Mapping[str, Mapping[tuple[str, str], list]], path: Pat
                 style = {"linestyle": "-", "linewidth": 1.0} if kind == "training" else {"marker": ".", "markersize": 4}
                 color = ORANGE if training == "baseline" else BLUE
                 panel.plot(steps, losses, color=color, **{"linestyle": "--", "linewidth": 1.0, **style})
-            panel.set_title(_short(task, 22), fontsize=8)
+            panel.set_title(shortened(task, 22), fontsize=8)
             panel.tick_params(labelsize=7)
         for panel in panels[len(tasks) :]:
             panel.remove()
@@ -151,7 +135,7 @@ def training_chart(trainings: Sequence[TrainedAdapter], path: Path) -> None:
             if len(points) > 1:
                 color = ORANGE if training.name == "baseline" else BLUE
                 axes.plot(*zip(*points), color=color, linewidth=1.0)
-                axes.annotate(_short(training.name, 16), points[-1], (3, 0), textcoords="offset points", fontsize=7)
+                axes.annotate(shortened(training.name, 16), points[-1], (3, 0), textcoords="offset points", fontsize=7)
         axes.margins(x=0.12)
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel("training loss (nats per token)")
@@ -159,7 +143,3 @@ def training_chart(trainings: Sequence[TrainedAdapter], path: Path) -> None:
 
 def _of(reference: str | None) -> str:
     return {"base": "the base model", "baseline": "one adapter for all"}.get(reference or "", str(reference))
-
-
-def _short(text: str, most: int = 26) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -8,7 +8,7 @@ from ...runs.verdict import number
 from ...select import Grouping, Selection
 from .. import choice_pictures, mixture_pictures
 from . import charts
-from .section import MOST_ROWS, Section, optional
+from .section import MOST_ROWS, Section
 from .tables import Cell, PageTable, heat_table, signed
 
 # Tasks from which affinities say more than the losses themselves, and up to which a table of pairs can be read.
@@ -36,7 +36,7 @@ def groups_section(run: RunDirectory, grouping: Grouping) -> Section:
                 {task: [grouping.mixtures[name].get(task, 0.0) for name in names] for task in grouping.task_names},
             )
         )
-    weights = optional(run, EnsembleWeights)
+    weights = run.read_if_there(EnsembleWeights)
     if weights is not None:
         used = [name for name in _members(run, weights) if any(row.get(name) for row in weights.weights.values())]
         shown = {task: [row.get(name, 0.0) for name in used] for task, row in weights.weights.items()}

@@ -16,7 +16,6 @@ from ...runs import Evaluation, ExampleRows, Results, RunDirectory, RunRecord, r
 from ...runs.result_rows import ordered_systems, system_name
 from ...runs.verdict import number
 from ..card_data import public_values
-from .section import optional
 from .sections import sections_of
 
 TEMPLATE, STYLE, SCRIPT = "run_report.html.jinja", "run_report.css", "run_report.js"
@@ -61,13 +60,12 @@ def render(run: RunDirectory) -> str:
         results=results,
         tiles=list(_tiles(results)),
         sections=[section for section in sections_of(run, results) if section.charts or section.tables],
-        examples=optional(run, ExampleRows),
+        examples=run.read_if_there(ExampleRows),
         configuration=json.dumps(configuration, indent=2, ensure_ascii=False),
         versions=results.versions,
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        number=number,
     )
 
 

@@ -3,17 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-from ..._records import Record
-from ...runs import RunDirectory
 from .svg import inline_svg
 from .tables import PageTable
 
 # Rows of a chart; tables hold the rest.
 MOST_ROWS = 80
-
-R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,3 @@ class Section:
     def draw(self, caption: str, label: str, draw: Callable[[Path], None]) -> None:
         """Add a picture."""
         self.charts.append(Chart(caption, inline_svg(draw, f"{self.name}-{len(self.charts)}", label)))
-
-
-def optional(run: RunDirectory, kind: type[R]) -> R | None:
-    """A record of the run, where it has one."""
-    return run.read(kind) if run.has(kind) else None

@@ -12,13 +12,13 @@ from .. import pictures
 from . import charts
 from .choices import affinity_section, groups_section, harm_section, selection_section
 from .costs import cost_tables
-from .section import MOST_ROWS, Section, optional
+from .section import MOST_ROWS, Section
 from .tables import Cell, PageTable, result_page_tables, signed
 
 
 def sections_of(run: RunDirectory, results: Results) -> Iterator[Section]:
     """Every part of the page; those without pictures and tables have nothing to show."""
-    estimate, grouping = optional(run, Estimate), optional(run, Grouping)
+    estimate, grouping = run.read_if_there(Estimate), run.read_if_there(Grouping)
     is_selection = "selection" in results.scores
     main = main_system(results.scores)
     yield _results_section(results, main, grouping if not is_selection else None)
@@ -74,9 +74,11 @@ def _prediction_section(results: Results, main: str) -> Section:
     shared = [task for task in results.predicted_loss if task in measured]
     if len(shared) > 2:
         section.draw(
-            "Measured loss of each task against the predicted one; on the line they are equal.",
-            "Measured against predicted losses; the table has the figures.",
-            partial(charts.prediction_chart, results.predicted_loss, measured),
+            "Predicted loss of each task against the measured one; on the line they are equal.",
+            "Predicted against measured losses; the table has the figures.",
+            partial(
+                pictures.prediction_picture, {task: (results.predicted_loss[task], measured[task]) for task in shared}
+            ),
         )
     rows = []
     for task in shared:

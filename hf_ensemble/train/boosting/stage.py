@@ -87,7 +87,7 @@ class EnsembleBoosting:
         run, number = self.context.run, self.context.args.boosting_steps
         with run.stage("boosting", Boosting) as todo:
             # After an interruption, finished steps are in the record already.
-            boosting = run.read(Boosting) if run.has(Boosting) else Boosting(start=START)
+            boosting = run.read_if_there(Boosting) or Boosting(start=START)
             if todo:
                 if not run.member(START).exists():
                     self.training.reset()

@@ -138,7 +138,7 @@ class BaselineComparison:
     def _known(self, split: str) -> Comparison:
         """What the run holds of a comparison on these rows."""
         run = self.trainer.run_directory
-        known = run_on_main(lambda: run.read(Comparison) if run.has(Comparison) else None)
+        known = run_on_main(lambda: run.read_if_there(Comparison))
         return known if known is not None and known.split == split else Comparison(split)
 
     def _write(self, found: Comparison) -> None:

@@ -160,10 +160,10 @@ class SystemEvaluation:
     def keep(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Add the scores of each system to the run's records, beside those of other prefixes, and renew its results."""
         run = self.context.run
-        kept = run.read(Evaluation) if run.has(Evaluation) else Evaluation()
+        kept = run.read_if_there(Evaluation) or Evaluation()
         own = {system: dict(by_task) for system, by_task in scores.items()}
         run.write(replace(kept, scores={**kept.scores, prefix: own}))
-        rows = run.read(EvaluatedRows) if run.has(EvaluatedRows) else EvaluatedRows()
+        rows = run.read_if_there(EvaluatedRows) or EvaluatedRows()
         known = {
             system: {task: RowFigures.of(one.rows) for task, one in by_task.items() if one.rows is not None}
             for system, by_task in scores.items()
