@@ -4,9 +4,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .._settings import check_at_least, checked_mapping, checked_path
+from .._settings import checked_path
 from ..errors import TaskError
-from .sources.reading import FILES, files_by_split, read_file
+from .sources.limits import checked_limits, first_rows_of
+from .sources.reading import FILES, files_by_split, read_file, what_is_there
 from .task_set import TaskSet
 
 _EXPECTED = "NAME/train.jsonl and NAME/validation.jsonl, or NAME.jsonl (.json, .csv, .tsv and .parquet, too)"
@@ -33,11 +34,12 @@ def load_task_folder(
         `ConfigurationError`: for arguments out of range.
         `TaskError`: for a folder without tasks, lines that are not JSON, and what [`TaskSet.from_datasets`] refuses.
     """
-    for split, limit in checked_mapping("max_rows", max_rows or {}).items():
-        check_at_least(f"The maximum number of {split} rows", limit, 1)
+    limits = checked_limits(max_rows)
     folder = checked_path("the folder of tasks", folder)
     if not folder.is_dir():
-        raise TaskError(f"Expected a folder of tasks at {str(folder)!r}, found none. Check the path.")
+        raise TaskError(
+            f"Expected a folder of tasks at {str(folder)!r}, found none.{what_is_there(folder)} Correct it."
+        )
     own = files_by_split(folder)
     if "train" in own:
         raise TaskError(
@@ -47,21 +49,30 @@ def load_task_folder(
             terminal="Name the folder above, or several datasets: --data NAME=FOLDER NAME=FILE.",
         )
     sources: list[tuple[str, dict[str, Dataset]]] = []
-    there: list[str] = []
+    there = []
     for path in sorted(folder.iterdir()):
         files = files_by_split(path) if path.is_dir() else {"train": path} if path.suffix in FILES else {}
-        if not files:
-            continue
         name = path.name if path.is_dir() else path.stem
+        if not files and not (path.is_dir() and _others(path)):
+            continue
         there.append(name)
-        if names is None or name in names:
-            sources.append((name, {split: read_file(name, file) for split, file in files.items()}))
+        if names is not None and name not in names:
+            continue
+        if not files:
+            raise TaskError(
+                f"Task {name!r}: expected train.jsonl, validation.jsonl or test.jsonl (or the like) in {str(path)!r}, "
+                f"found {_others(path)!s:.200}. {_ADVICE}"
+            )
+        sources.append((name, {split: read_file(name, file) for split, file in files.items()}))
     missing = sorted(set(names or ()) - set(there))
     if missing or not sources:
-        found = f"the tasks there are {there}" if there else f"expected {_EXPECTED}"
+        content = sorted(own.name for own in folder.iterdir()) or "nothing"
+        found = f"the tasks there are {there}" if there else f"expected {_EXPECTED}, found {content!s:.200}"
         raise TaskError(f"No task{f' named {missing}' if missing else ''} in {str(folder)!r}: {found}. {_ADVICE}")
-    for _, splits in sources:
-        for split, limit in (max_rows or {}).items():
-            if split in splits:
-                splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
-    return TaskSet.from_datasets(sources, sampling_weights=sampling_weights)
+    cut = [(name, first_rows_of(splits, limits)) for name, splits in sources]
+    return TaskSet.from_datasets(cut, sampling_weights=sampling_weights)
+
+
+def _others(folder: Path) -> list[str]:
+    """Names of the data files of a folder."""
+    return sorted(own.name for own in folder.iterdir() if own.suffix in FILES)

@@ -59,12 +59,12 @@ _OPTIONAL = {
 }
 
 
-# What datasets often call these columns.
+# What datasets often call these columns, the likeliest first.
 _NEAR = {
-    **dict.fromkeys(("question", "instruction", "input", "query", "problem"), "prompt"),
-    **dict.fromkeys(("answer", "output", "response", "solution", "target"), "completion"),
-    **dict.fromkeys(("sentence", "content", "review", "tweet"), "text"),
-    **dict.fromkeys(("category", "class", "sentiment"), "label"),
+    "prompt": ("question", "instruction", "query", "problem", "input"),
+    "completion": ("answer", "output", "response", "solution", "target"),
+    "text": ("sentence", "content", "review", "tweet"),
+    "label": ("category", "class", "sentiment"),
 }
 
 
@@ -84,14 +84,39 @@ def detect_format(task: str, columns: Iterable[str]) -> RowFormat:
 
 def unknown_columns(task: str, columns: Iterable[str], known: Iterable[Iterable[str]]) -> TaskError:
     """The error for a task whose columns are none of those known; it says what to rename where that can be guessed."""
-    columns = set(columns)
-    expected = " or ".join(" + ".join(own) for own in known)
-    near = {old: new for old, new in _NEAR.items() if old in columns and new not in columns}
-    mapping = ", ".join(f"{old}: {new}" for old, new in near.items()) or "THEIRS: prompt, THEIRS: completion"
-    raise TaskError(
-        f"Task {task!r}: expected the columns {expected}; found {sorted(columns)}.",
-        python=f"Rename them: Dataset.rename_columns({near or {'THEIRS': 'prompt'}}).",
-        terminal=f"Rename them in a --config file: datasets: {{{task}: {{path: ..., columns: {{{mapping}}}}}}}.",
+    found, formats = sorted(columns), [tuple(own) for own in known]
+    expected = " or ".join(" + ".join(own) for own in formats)
+    python, terminal = _remedies(task, found, formats)
+    return TaskError(
+        f"Task {task!r}: expected the columns {expected}; found {found}.", python=python, terminal=terminal
+    )
+
+
+def _remedies(task: str, columns: list[str], formats: list[tuple[str, ...]]) -> tuple[str, str]:
+    """How columns become those of a format, in Python and in a terminal: as it works where that can be guessed."""
+    in_file = f"in a --config file: datasets: {{{task}: {{path: ..., "
+    pair = ("prompt", "completion")
+    is_alpaca = {"instruction", "input"} <= set(columns) and not set(pair) & set(columns)
+    answer = next((column for column in _NEAR["completion"] if column in columns), None)
+    if pair in formats and is_alpaca and answer is not None:
+        return (
+            "Join them: dataset.map(lambda row: {'prompt': row['instruction'] + '\\n' + (row['input'] or ''), "
+            f"'completion': row[{answer!r}]}}).",
+            f'Join them {in_file}template: {{prompt: "{{instruction}}\\n{{input}}", completion: "{{{answer}}}"}}}}}}.',
+        )
+    for own in formats:
+        names = {name: (name, *_NEAR.get(name, ())) for name in own}
+        chosen = {next((column for column in names[name] if column in columns), None): name for name in own}
+        if None not in chosen:
+            renamed = {old: new for old, new in chosen.items() if old != new}
+            mapping = ", ".join(f"{old}: {new}" for old, new in renamed.items())
+            return (
+                f"Rename them: Dataset.rename_columns({renamed}).",
+                f"Rename them {in_file}columns: {{{mapping}}}}}}}.",
+            )
+    return (
+        "Rename them, as in Dataset.rename_columns({'MY_QUESTION': 'prompt', 'MY_ANSWER': 'completion'}).",
+        f"Rename them {in_file}columns: {{MY_QUESTION: prompt, MY_ANSWER: completion}}}}}}.",
     )
 
 

@@ -69,7 +69,7 @@ IN_PYTHON = {
     ),
     "columns of one's own, for a target": (
         lambda b, f: selection(b, f, rows=QUESTIONS, target="gsm8k"),
-        r"Rename them: Dataset.rename_columns\({'question': 'prompt', 'answer': 'completion'}\)|Rename them",
+        r"Rename them: Dataset.rename_columns\({'question': 'prompt', 'answer': 'completion'}\)",
     ),
     "splits for datasets": (
         lambda b, f: sft(b, f, DatasetDict({"train": PAIRS["gsm8k"], "test": PAIRS["boolq"]})),
@@ -247,7 +247,3 @@ def test_in_a_terminal(mistake, base, tmp_path, capsys):
     assert status in (1, 2) and said.startswith("hf-ensemble: ") and len(said) < 1000
     assert re.search(message, said), said
     assert "Dataset.rename" not in said and "LoraConfig" not in said
-
-
-def test_the_list_is_long_enough():
-    assert len(IN_PYTHON) + len(IN_A_TERMINAL) >= 40

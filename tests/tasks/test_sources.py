@@ -4,11 +4,11 @@ import json
 
 import datasets
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset
 
 from helpers.hub_server import local_hub, run_against_hub
 from hf_ensemble import DatasetSource, load_task_folder, load_tasks
-from hf_ensemble.errors import TaskError
+from hf_ensemble.errors import ConfigurationError, TaskError
 
 ROWS = [{"question": f"{n} + 1 =", "answer": str(n + 1), "hint": n} for n in range(20)]
 COLUMNS = {"question": "prompt", "answer": "completion"}
@@ -54,7 +54,28 @@ def test_splits_of_a_folder_and_parts_of_them(folder):
         "test": 3,
     }
     assert tasks["few"].splits["train"]["completion"][:] == ["4", "5", "6"]
-    assert len(tasks["few"].splits["validation"]) == 3
+    # Rows that are chosen by are not reported on.
+    assert {split: len(rows) for split, rows in tasks["few"].splits.items()} == {"train": 3, "validation": 3}
+
+
+def test_rows_that_are_trained_on_are_for_nothing_else(folder):
+    source = {"path": str(folder / "splits"), "columns": COLUMNS}
+    tasks = load_tasks(
+        {
+            "on_dev": {**source, "split": "dev"},
+            "on_test": {**source, "split": "test"},
+            "halves": {**source, "split": "train[:50%]", "validation": "train[50%:]"},
+            "held_out": {**source, "split": "eval", "validation": 2},
+            "other_file": {**source, "path": str(folder / "a.csv"), "validation": str(folder / "splits" / "dev.csv")},
+        }
+    )
+    assert {name: {split: len(own) for split, own in task.splits.items()} for name, task in tasks.items()} == {
+        "on_dev": {"train": 5, "test": 3},
+        "on_test": {"train": 3, "validation": 5},
+        "halves": {"train": 6, "validation": 6, "test": 3},
+        "held_out": {"train": 3, "validation": 2, "test": 3},
+        "other_file": {"train": 20, "validation": 5},
+    }
 
 
 def test_rows_are_cut_weighed_and_held_out(folder):
@@ -68,10 +89,10 @@ def test_rows_are_cut_weighed_and_held_out(folder):
         },
         max_rows={"validation": 3},
     )
-    assert {name: len(task.splits["train"]) for name, task in tasks.items()} == {"a": 6, "b": 15, "c": 20, "d": 20}
+    assert {name: len(task.splits["train"]) for name, task in tasks.items()} == {"a": 7, "b": 17, "c": 20, "d": 20}
     assert {name: len(task.splits.get("validation", ())) for name, task in tasks.items()} == {
-        "a": 4,
-        "b": 5,
+        "a": 3,
+        "b": 3,
         "c": 3,
         "d": 0,
     }
@@ -88,6 +109,26 @@ def test_templates_name_labels_and_keep_ids(tmp_path):
     assert made["example_id"][:] == ["x", "y"]
     text = load_tasks({"q": {**source, "template": "{q}: {label}"}})["q"].splits["train"]
     assert text["text"][:] == ["is it?: yes", "is it {not}?: no"]
+
+
+def test_templates_show_texts_as_they_stand_in_a_file(tmp_path):
+    (tmp_path / "a.csv").write_text("q,a,score\nfirst,007,2\nsecond,1.50,3\n")
+    source = {"path": str(tmp_path / "a.csv"), "template": {"prompt": "{q} ({score:.1f})", "completion": " {a}"}}
+    rows = load_tasks({"a": source})["a"].splits["train"]
+    assert rows["prompt"][:] == ["first (2.0)", "second (3.0)"] and rows["completion"][:] == [" 007", " 1.50"]
+    renamed = {**source, "columns": {"a": "answer"}, "template": {"prompt": "?", "completion": "{answer}"}}
+    assert load_tasks({"a": renamed})["a"].splits["train"]["completion"][:] == ["007", "1.50"]
+
+
+def test_templates_show_nothing_for_missing_values(tmp_path):
+    rows = [{"q": "a", "context": None, "score": 1.5}, {"q": "b", "context": "c", "score": None}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    template = {"prompt": "{context}\n{q}", "completion": "{q} {score:.2f}{context.real[0]!s:>2}"}
+    with pytest.raises(TaskError, match="row 1 .* does not fit .*AttributeError"):
+        load_tasks({"a": {"path": str(tmp_path / "a.parquet"), "template": template}})
+    template["completion"] = "{q} {score:.2f}{score.real!r}"
+    made = load_tasks({"a": {"path": str(tmp_path / "a.parquet"), "template": template}})["a"].splits["train"]
+    assert made["prompt"][:] == ["\na", "c\nb"] and made["completion"][:] == ["a 1.501.5", "b "]
 
 
 def test_a_mixture_of_trl_is_read(folder):
@@ -127,7 +168,7 @@ BAD = {
     ),
     "validation": ({"path": "{f}/splits", "validation": "val"}, "in validation, found 'val'. Set validation to one of"),
     "part": ({"path": "{f}/splits", "split": "train[5]"}, r"a part of a split like 'train\[:1000\]'"),
-    "share": ({"path": "{f}/a.jsonl", "validation": 1.5}, "a share of its rows, has to be a finite number"),
+    "share": ({"path": "{f}/a.jsonl", "validation": 1.5}, "validation, a share of the rows, has to be a finite number"),
     "all held out": (
         {"path": "{f}/a.jsonl", "columns": COLUMNS, "validation": 20},
         "fewer validation rows than the 20",
@@ -146,9 +187,34 @@ BAD = {
     ),
     "template": ({"path": "{f}/a.jsonl", "template": {"prompt": "{q}"}}, r"the template of 'prompt' names the columns"),
     "braces": ({"path": "{f}/a.jsonl", "template": {"prompt": "{question"}}, "cannot be read .*Write braces that are"),
-    "weight": ({"path": "{f}/a.jsonl", "weight": 0}, "weight of dataset 'sums' has to be a finite number above 0"),
-    "rows": ({"path": "{f}/a.jsonl", "max_rows": "many"}, "max_rows of dataset 'sums' has to be a positive integer"),
-    "name is a number": ({"path": "{f}/a.jsonl", "name": 3}, "name of dataset 'sums' has to be a text, found 3"),
+    "missing value": (
+        {"path": "{f}/gaps.jsonl", "template": {"prompt": "{q}", "completion": " {a}"}},
+        "row 1 .counted from 0.: the template of 'completion' has nothing to show: expected a value in 'a', found none",
+    ),
+    "format of a number": (
+        {"path": "{f}/a.jsonl", "template": {"prompt": "{question:.1f}", "completion": "{answer}"}},
+        "row 0 .counted from 0.: the template of 'prompt', .* does not fit {'question': '0 . 1 ='} .ValueError: .*Corr",
+    ),
+    "no template": ({"path": "{f}/a.jsonl", "template": {}}, "template has to map names to texts, found {}"),
+    "template of numbers": ({"path": "{f}/a.jsonl", "template": {"prompt": 3}}, "template has to map names to texts"),
+    "two columns of one name": (
+        {"path": "{f}/a.jsonl", "columns": {"question": "prompt", "hint": "prompt"}},
+        "several columns the name 'prompt', found .*Name one of them so, or join them with a template",
+    ),
+    "evaluation rows that are trained on": (
+        {"path": "{f}/splits", "validation": "train[:10%]"},
+        r"different rows in split 'train' and validation 'train\[:10%\]', found 1 in both. Name other rows",
+    ),
+    "the same file twice": ({"path": "{f}/a.jsonl", "validation": "{f}/a.jsonl"}, "found 20 in both"),
+    "tested on what is chosen by": (
+        {"path": "{f}/splits", "validation": "test", "test": "test"},
+        "different rows in validation 'test' and test 'test', found 3 in both",
+    ),
+    "files of data": ({"path": "json", "data_files": 3}, "data_files has to be a text, a list of texts"),
+    "typo of a folder": ({"path": "split"}, "'split' cannot be loaded: .*Did you mean 'splits'"),
+    "weight": ({"path": "{f}/a.jsonl", "weight": 0}, "'sums': weight has to be a finite number above 0"),
+    "rows": ({"path": "{f}/a.jsonl", "max_rows": "many"}, "'sums': max_rows has to be a positive integer"),
+    "name is a number": ({"path": "{f}/a.jsonl", "name": 3}, "'sums': name has to be a text, found 3"),
     "broken CSV": ({"path": "{f}/broken.csv"}, "broken.csv' cannot be read"),
     "empty": ({"path": "{f}/empty.csv"}, "empty.csv' has no rows"),
     "not on the Hub": (
@@ -159,15 +225,51 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_sources_are_named(folder, bad):
+def test_bad_sources_are_named(folder, bad, monkeypatch):
     given, message = BAD[bad]
+    monkeypatch.chdir(folder)
+    (folder / "gaps.jsonl").write_text('{"q": "1", "a": "2"}\n{"q": "3", "a": null}\n')
     (folder / "notes.txt").write_text("a")
     (folder / "empty.csv").write_text("")
     (folder / "broken.csv").write_bytes(b'a,b\n"1,2\n\xff\xfe\n')
-    given = {key: value.replace("{f}", str(folder)) if key == "path" else value for key, value in given.items()}
+    given = {
+        key: value.replace("{f}", str(folder)) if isinstance(value, str) else value for key, value in given.items()
+    }
     with pytest.raises(TaskError, match=message) as raised:
         load_tasks({"sums": given})
     assert "sums" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_sources_are_checked_where_they_are_made(folder):
+    for given, message in (
+        ({"weight": -1}, "^weight has to be a finite number above 0, found -1"),
+        ({"validation": True}, "^validation, a number of rows, has to be a positive integer"),
+        ({"template": {"prompt": "{q"}}, "^the template of 'prompt', '{q', cannot be read"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            DatasetSource("a.jsonl", **given)
+    assert DatasetSource(folder / "a.jsonl").path == str(folder / "a.jsonl")
+    for limits, message in (
+        ({"train": 0}, "train rows has to be a positive"),
+        ({"dev": 3}, "has to be one of .*'dev'"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            load_tasks({"a": str(folder / "a.jsonl")}, max_rows=limits)
+
+
+def test_folders_of_tasks_say_what_they_hold(folder):
+    with pytest.raises(TaskError, match="at .*/dat', found none. Did you mean .*/data'"):
+        load_task_folder(folder.parent / "dat")
+    (folder / "splits" / "train.csv").rename(folder / "splits" / "trian.csv")
+    (folder / "splits" / "dev.csv").unlink()
+    (folder / "splits" / "test.csv").unlink()
+    with pytest.raises(TaskError, match=r"'splits': expected train.jsonl.* found \['trian.csv'\]. Rename the files"):
+        load_task_folder(folder)
+    for file in folder.glob("a.*"):
+        file.rename(file.with_suffix(".txt"))
+    (folder / "splits" / "trian.csv").unlink()
+    with pytest.raises(TaskError, match=r"No task in .*expected NAME/train.jsonl.*, found \['a.txt', 'splits'\]"):
+        load_task_folder(folder)
 
 
 def test_remedies_are_in_the_words_of_the_surface(folder):
@@ -180,7 +282,6 @@ def test_remedies_are_in_the_words_of_the_surface(folder):
 
 def test_datasets_come_from_the_hub(tmp_path):
     parts = {"train": ROWS[:12], "validation": ROWS[12:16], "test": ROWS[16:]}
-    DatasetDict({split: Dataset.from_list(rows) for split, rows in parts.items()})
     for split, rows in parts.items():
         (tmp_path / "repo" / "main").mkdir(parents=True, exist_ok=True)
         Dataset.from_list(rows).to_parquet(tmp_path / "repo" / "main" / f"{split}-00000-of-00001.parquet")
@@ -193,7 +294,7 @@ def test_datasets_come_from_the_hub(tmp_path):
             f"""
             from huggingface_hub import HfApi
             from hf_ensemble import load_tasks
-            from hf_ensemble.errors import TaskError
+            from hf_ensemble.errors import ConfigurationError, TaskError
             api = HfApi()
             repo = {{"repo_id": "hub-user/sums", "repo_type": "dataset"}}
             api.create_repo(**repo)

@@ -11,6 +11,7 @@ from ...errors import TaskError
 from ..task import check_task_name
 from ..task_set import TaskSet
 from .formatting import formatted
+from .limits import checked_limits, first_rows_of
 from .reading import FILES, read_source
 from .source import REMEDY, DatasetSource
 
@@ -25,9 +26,11 @@ def load_tasks(
         datasets (`dict[str, str]`, `dict[str, dict]` or list of them):
             A path, or the arguments of a [`DatasetSource`], for each task by name. In a list, as in
             `trl.DatasetMixtureConfig`, tasks are named by the last part of their path.
-        max_rows (`dict[str, int]`, *optional*): maximum number of rows of each task by split.
+        max_rows (`dict[str, int]`, *optional*):
+            Maximum number of rows of each task by split; of `"validation"` also where they are held out.
 
     Raises:
+        `ConfigurationError`: for `max_rows` that are no positive integers by split.
         `TaskError`: for datasets that cannot be found or read, lack a split or a column, and what
             [`TaskSet.from_datasets`] refuses; the message names the dataset.
 
@@ -45,15 +48,13 @@ def load_tasks(
     for task in named:
         check_task_name(task)
     sources = {task: DatasetSource.of(task, given) for task, given in named.items()}
+    limits = checked_limits(max_rows)
     splits = {task: _splits(task, source) for task, source in sources.items()}
     _take_fractions(sources, splits)
-    for own in splits.values():
-        for split, limit in (max_rows or {}).items():
-            if split in own:
-                own[split] = own[split].select(range(min(limit, len(own[split]))))
     weights = {task: source.weight for task, source in sources.items()}
-    tasks = TaskSet.from_datasets(splits, sampling_weights=weights)
-    return _with_held_out(tasks, sources)
+    cut = {task: first_rows_of(own, limits) for task, own in splits.items()}
+    tasks = TaskSet.from_datasets(cut, sampling_weights=weights)
+    return _with_held_out(tasks, sources, limits.get("validation"))
 
 
 def _named(datasets: Iterable[Any]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _named(datasets: Iterable[Any]) -> dict[str, Any]:
 def _splits(task: str, source: DatasetSource) -> dict[str, Dataset]:
     """The rows by split, in the columns that tasks have."""
     rows = read_source(task, source)
-    made = {split: formatted(task, split, own, source.columns, source.template) for split, own in rows.items()}
+    made = {split: formatted(task, split, own, source.columns, source.templates) for split, own in rows.items()}
     if source.max_rows is not None:
         made["train"] = made["train"].select(range(min(source.max_rows, len(made["train"]))))
     return made
@@ -97,8 +98,8 @@ def _take_fractions(sources: Mapping[str, DatasetSource], splits: dict[str, dict
         splits[task]["train"] = splits[task]["train"].select(range(max(round(own / whole * total), 1)))
 
 
-def _with_held_out(tasks: TaskSet, sources: Mapping[str, DatasetSource]) -> TaskSet:
-    """The tasks, with the share or number of rows held out that their sources ask for."""
+def _with_held_out(tasks: TaskSet, sources: Mapping[str, DatasetSource], limit: int | None) -> TaskSet:
+    """The tasks, with the share or number of rows held out that their sources ask for, at most `limit`."""
     for task, source in sources.items():
         wanted = source.validation
         if isinstance(wanted, str) or wanted is None:
@@ -110,5 +111,5 @@ def _with_held_out(tasks: TaskSet, sources: Mapping[str, DatasetSource]) -> Task
                 f"Dataset {task!r}: expected fewer validation rows than the {rows} that there are, found {count}. "
                 "Lower validation."
             )
-        tasks = tasks.holding_out(task, count)
+        tasks = tasks.holding_out(task, count if limit is None else min(count, limit))
     return tasks

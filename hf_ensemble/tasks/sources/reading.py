@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from datasets import Dataset, DatasetDict, load_dataset
 
 from ...errors import TaskError
 from ..task import SPLIT_ALIASES, table_error
+from .formatting import template_fields
 from .source import DatasetSource
+from .split_parts import SplitPart
 
 # Builders of `datasets`, by how names of files end. JSON lines are read here: lines are named in errors, and texts that
 # look like dates stay texts.
@@ -25,28 +28,38 @@ def read_source(task: str, source: DatasetSource) -> dict[str, Dataset]:
     """The rows of a dataset, in its own columns: training rows, and those of other splits that there are.
 
     Raises:
-        `TaskError`: for datasets that cannot be found or read, and splits that they lack.
+        `TaskError`: for datasets that cannot be found or read, splits that they lack, and rows that two splits share.
     """
     path = Path(source.path).expanduser()
     if path.is_file():
-        rows = {"train": read_file(task, path, _text_columns(source))}
-    elif path.is_dir() and source.data_files is None and (files := files_by_split(path)):
+        files = {"train": path}
+    elif path.is_dir() and source.data_files is None:
+        files = files_by_split(path)
+    else:
+        files = {}
+    if files:
         rows = {split: read_file(task, file, _text_columns(source)) for split, file in files.items()}
     else:
         _refuse_missing(task, source.path, path)
         rows = dict(_load(task, source))
-    own = {"train": _split(task, source, rows, source.split, "split")}
-    if isinstance(source.validation, str):
-        own["validation"] = _split(task, source, rows, source.validation, "validation")
-    elif source.validation is None:
-        found = next((alias for alias in SPLIT_ALIASES["validation"] if alias in rows), None)
-        own |= {} if found is None else {"validation": rows[found]}
-    if source.test is not None:
-        own["test"] = _split(task, source, rows, source.test, "test")
-    elif path.exists() and "test" in rows:
+    places = {split: str(file.resolve()) for split, file in files.items()}
+    wanted = {"train": source.split, "validation": source.validation, "test": source.test}
+    chosen = {
+        split: _part_named(task, source, rows, places, name, "split" if split == "train" else split)
+        for split, name in wanted.items()
+        if isinstance(name, str)
+    }
+    _refuse_shared(task, source, chosen)
+    for split in ("validation", "test"):
         # Test splits on the Hub often have no answers.
-        own["test"] = rows["test"]
-    return own
+        is_read = wanted[split] is None and (split == "validation" or path.exists())
+        alias = next((own for own in SPLIT_ALIASES[split] if own in rows), None) if is_read else None
+        if alias is not None:
+            own = SplitPart(places.get(alias, alias), rows[alias], range(len(rows[alias])))
+            # What is trained on, or evaluated on, is nothing else as well.
+            if not any(own.shared_with(other) for other in chosen.values()):
+                chosen[split] = own
+    return {split: own.table for split, own in chosen.items()}
 
 
 def files_by_split(folder: Path) -> dict[str, Path]:
@@ -101,9 +114,12 @@ def read_file(task: str, path: Path, texts: tuple[str, ...] = _TEXTS) -> Dataset
 
 
 def _text_columns(source: DatasetSource) -> tuple[str, ...]:
-    """Columns of a CSV file that become texts."""
+    """Columns of a CSV file that become texts: a template shows them as they stand, unless it formats numbers."""
+    fields = [template_fields(text) for text in source.templates.values()]
+    shown = {name for own in fields for name in own} - {name for own in fields for name, how in own.items() if how}
+    texts = {*_TEXTS, *shown}
     renamed = source.columns.items() if isinstance(source.columns, Mapping) else ()
-    return (*_TEXTS, *(old for old, new in renamed if new in _TEXTS))
+    return tuple(texts | {old for old, new in renamed if new in texts})
 
 
 def _load(task: str, source: DatasetSource) -> DatasetDict:
@@ -118,43 +134,46 @@ def _load(task: str, source: DatasetSource) -> DatasetDict:
         )
     except Exception as error:  # datasets, the Hub's client and the parsers raise unrelated exception classes here
         raise TaskError(
-            f"Dataset {task!r}: {source.path!r} cannot be loaded: {_reason(error)}. Check path, name and revision."
+            f"Dataset {task!r}: {source.path!r} cannot be loaded: {_reason(error)}.{_near_here(source)} Check path, "
+            "name and revision."
         ) from error
 
 
-def _split(task: str, source: DatasetSource, rows: dict[str, Dataset], split: str, key: str) -> Dataset:
+def _part_named(
+    task: str, source: DatasetSource, rows: Mapping[str, Dataset], places: Mapping[str, str], name: str, key: str
+) -> SplitPart:
     """The rows of a split, of a part of one, or of another file."""
-    if split in rows:
-        return rows[split]
-    file = Path(split).expanduser()
+    whole, bracket, _ = name.partition("[")
+    split = next((own for own in (whole, *_aliases(whole)) if own in rows), None)
+    if split is not None and (not bracket or name.endswith("]")):
+        return SplitPart.of(task, rows[split], places.get(split, split), name, key)
+    file = Path(name).expanduser()
     if file.suffix in FILES:
-        _refuse_missing(task, split, file)
-        return read_file(task, file, _text_columns(source))
-    whole = split.split("[")[0]
-    if whole in rows and split.endswith("]"):
-        return _part(task, rows[whole], split, key)
+        _refuse_missing(task, name, file)
+        table = read_file(task, file, _text_columns(source))
+        return SplitPart(str(file.resolve()), table, range(len(table)))
     raise TaskError(
-        f"Dataset {task!r}: expected one of the splits {list(rows)} in {key}, found {split!r}. Set {key} to one of them"
+        f"Dataset {task!r}: expected one of the splits {list(rows)} in {key}, found {name!r}. Set {key} to one of them"
         f"{', or to a number or share of rows to hold out' if key == 'validation' else ''}."
     )
 
 
-def _part(task: str, rows: Dataset, split: str, key: str) -> Dataset:
-    """Some rows of a split, as "train[:100]" or "train[10%:20%]" has them."""
-    begin, colon, end = split[split.index("[") + 1 : -1].partition(":")
-    try:
-        if not colon:
-            raise ValueError("no colon")
-        bounds = [
-            round(float(bound[:-1]) / 100 * len(rows)) if bound.endswith("%") else int(bound) if bound else None
-            for bound in (begin.strip(), end.strip())
-        ]
-    except ValueError as error:
-        raise TaskError(
-            f"Dataset {task!r}: expected a part of a split like 'train[:1000]' or 'train[10%:20%]' in {key}, found "
-            f"{split!r}. Correct it."
-        ) from error
-    return rows.select(range(*slice(*bounds).indices(len(rows))))
+def _aliases(split: str) -> tuple[str, ...]:
+    """Other names of a split."""
+    return next((aliases for aliases in SPLIT_ALIASES.values() if split in aliases), ())
+
+
+def _refuse_shared(task: str, source: DatasetSource, chosen: Mapping[str, SplitPart]) -> None:
+    """Raise for splits that have rows in common: nothing is learned from rows that were trained or chosen on."""
+    keys = {"train": "split", "validation": "validation", "test": "test"}
+    for one, other in combinations(chosen, 2):
+        shared = chosen[one].shared_with(chosen[other])
+        if shared:
+            names = [f"{keys[own]} {getattr(source, keys[own])!r}" for own in (one, other)]
+            raise TaskError(
+                f"Dataset {task!r}: expected different rows in {names[0]} and {names[1]}, found {shared} in both. Name "
+                "other rows, such as 'train[:80%]' and 'train[80%:]', or leave one out."
+            )
 
 
 def _refuse_missing(task: str, given: str, path: Path) -> None:
@@ -162,14 +181,26 @@ def _refuse_missing(task: str, given: str, path: Path) -> None:
     looks_local = path.suffix in FILES or given.startswith((".", "/", "~")) or given.count("/") > 1
     if path.exists() or not looks_local:
         return
-    folder = path.parent
+    raise TaskError(f"Dataset {task!r}: there is no file or folder {given!r}.{what_is_there(path)} Correct path.")
+
+
+def _near_here(source: DatasetSource) -> str:
+    """What there is on this machine in the place of an id of the Hub that cannot be loaded."""
+    path = Path(source.path)
+    if path.exists() or source.data_files is not None:
+        return ""
+    there = what_is_there(path)
+    return f" Nor is there a file or folder of that name.{there}" if "Did you" in there or path.parent.is_dir() else ""
+
+
+def what_is_there(missing: Path) -> str:
+    """The nearest name in the folder where the first missing part of a path would stand, or all names in it."""
+    folder = missing.parent
     while not folder.is_dir():
         folder = folder.parent
     there = sorted(own.name for own in folder.iterdir() if not own.name.startswith("."))
-    missing = path.relative_to(folder).parts[0]
-    near = difflib.get_close_matches(missing, there, n=1)
-    meant = f" Did you mean {str(folder / near[0])!r}?" if near else f" {str(folder)!r} holds {there!s:.200}."
-    raise TaskError(f"Dataset {task!r}: there is no file or folder {given!r}.{meant} Correct path.")
+    near = difflib.get_close_matches(missing.relative_to(folder).parts[0], there, n=1)
+    return f" Did you mean {str(folder / near[0])!r}?" if near else f" {str(folder)!r} holds {there!s:.200}."
 
 
 def _reason(error: BaseException) -> str:
