@@ -142,7 +142,8 @@ class GradientExtractor:
 
         Args:
             batch (`dict`): as for [`__call__`].
-            moments (`dict[str, torch.Tensor]`): sums so far by parameter, in its shape; empty at the start.
+            moments (`dict[str, torch.Tensor]`):
+                Sums so far by parameter, in its shape and on its device; empty at the start.
         """
         squares: dict[str, torch.Tensor] = {}
 
@@ -150,14 +151,20 @@ class GradientExtractor:
             squares.clear()
 
             def receive(name: str, gradient: torch.Tensor, rows: slice) -> None:
-                finite = gradient.flatten(start_dim=1).isfinite().all(dim=1)
-                squares[name] = squares.get(name, 0) + gradient[finite].square().sum(dim=0).cpu()
+                flat = gradient.flatten(start_dim=1)
+                finite = flat.isfinite().all(dim=1, keepdim=True)
+                # Rows are masked and sums stay on the device: choosing and copying would wait for it at every layer.
+                own = torch.where(finite, flat, 0.0).square_().sum(dim=0).view(gradient.shape[1:])
+                squares[name] = squares[name].add_(own) if name in squares else own
 
             return receive
 
         self._gradients(batch, lambda margin: torch.nn.functional.softplus(-margin), begin)
         for name, parameter in self.parameters.items():
-            moments[name] = moments.get(name, torch.zeros(parameter.shape)) + squares.get(name, 0)
+            if name not in moments:
+                moments[name] = torch.zeros(parameter.shape, device=parameter.device)
+            if name in squares:
+                moments[name] += squares[name]
 
     def _gradients(
         self,
@@ -216,12 +223,6 @@ class GradientExtractor:
             if name in to_check:
                 agreement.add(name, gradient)
 
-        # The gradients of the layers' own forward, before it is replaced by the fused one.
-        by_layers = [name for name in self.lora_hooks.fusible(set(self.hooked)) if name in unchecked[True]]
-        weighted = {}
-        if by_layers:
-            values = objective(self._scored(inputs, labels, tasks)[0])
-            weighted = self._autograd(agreement.total(values), by_layers)
         state = HookState(size)
         with (
             self.lora_hooks.attached(state, set(self.hooked), hooked),
@@ -233,9 +234,15 @@ class GradientExtractor:
             new = (unchecked[False] - state.fused) | (unchecked[True] & state.fused) | state.flat
             to_check = [name for name in self.hooked if name in new]
             in_graph = [name for name in to_check if name not in state.fused]
-            weighted |= self._autograd(agreement.total(values), in_graph, retain_graph=True)
+            weighted = self._autograd(agreement.total(values), in_graph, retain_graph=True)
             state.active = True
             summed = self._autograd(values.sum(), self.hooked)
+        # The gradients of the layers' own forward, without which a fused one cannot be checked. Not for layers that
+        # gave none, such as those of a part of the model that no batch uses: every batch would take another pass.
+        by_layers = [name for name in to_check if name in state.fused and name in summed]
+        if by_layers:
+            values = objective(self._scored(inputs, labels, tasks)[0])
+            weighted |= self._autograd(agreement.total(values), by_layers)
         allowed = tolerance(self.model, labels.device) if to_check else 0.0
         # The fused forward rounds differently, which accumulates over the layers.
         allowances = {name: 3 * allowed if name in state.fused else allowed for name in to_check}

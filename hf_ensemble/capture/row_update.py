@@ -54,7 +54,8 @@ def row_update(
     config, scorer = store.identity["config"], AnswerScorer(model, label_space)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
-    update = {name: torch.zeros(p.shape) for name, p in parameters.items()}
+    # Sums stay on the device: copying would wait for it at every parameter.
+    sums = {name: torch.zeros(p.shape, device=p.device) for name, p in parameters.items()}
 
     def add(batch: list[int]) -> None:
         examples = [{key: value for key, value in rows[i].items() if value is not None} for i in batch]
@@ -70,13 +71,14 @@ def row_update(
         found = torch.autograd.grad((weights * margin).sum(), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, found):
             if gradient is not None:
-                update[name] += gradient.float().cpu()
+                sums[name] += gradient.float()
 
     run = HalvingOnFullMemory(add)
     precision = capture_precision(model, device, config["mixed_precision"])
     with UsageCounter() as usage, torch.random.fork_rng(), evaluation_mode(model), torch.enable_grad(), precision:
         for batch in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):
             run(batch)
+    update = {name: total.cpu() for name, total in sums.items()}
     scales = store.preconditioner()
     if scales is not None:
         preconditioner = Preconditioner(scales)

@@ -51,6 +51,17 @@ def another_forward(monkeypatch):
     monkeypatch.setattr(lora.Linear, "forward", lambda layer, x, *args, **kwargs: own(layer, x, *args, **kwargs) * 1.1)
 
 
+def test_layers_that_no_batch_uses_cost_no_further_pass(own_forwards):
+    model = toy.with_lora(toy.llama())
+    model.config.num_hidden_layers = 1
+    rows, collator = causal_batch("right")
+    extractor = GradientExtractor(model, projection_dim=None)
+    first = extractor(collator(rows)).features
+    assert {name.split(".")[4] for name in extractor.unused} == {"1"}
+    own_forwards.clear()
+    assert torch.equal(extractor(collator(rows)).features, first) and not own_forwards
+
+
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize(
     "settings", [{}, {"use_rslora": True}, {"bias": "lora_only"}, {"rank_pattern": {"q_proj": 2}, "lora_dropout": 0.3}]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_ensemble.capture import SeededProjection
+from hf_ensemble.capture.projection import _add_gathered, _add_in_turn
 from hf_ensemble.errors import CaptureError
 
 
@@ -66,3 +67,27 @@ def test_projection_needs_parameters_and_a_positive_size():
     with pytest.raises(CaptureError, match="positive"):
         projection(0)
     assert projection(10**6).exact
+
+
+@pytest.mark.parametrize("at_once", [1, 1000, 10**9])
+def test_gathered_blocks_are_those_added_in_turn(monkeypatch, at_once):
+    monkeypatch.setattr("hf_ensemble.capture.projection._GATHERED", at_once)
+    for numel in (64, 64 * 7, 64 * 7 + 5, 3):
+        own = SeededProjection({"p": torch.Size([numel]), "q": torch.Size([64])}, 64)
+        gradient, before = torch.randn(3, numel), torch.randn(3, 64)
+        in_turn, gathered = before.clone(), before.clone()
+        parts = own._signs_and_starts("p", gradient.device)
+        _add_in_turn(in_turn, gradient, *parts)
+        _add_gathered(gathered, gradient, *parts)
+        assert torch.allclose(gathered, in_turn, rtol=1e-5, atol=1e-5)
+
+
+def test_the_number_of_gathering_operations_does_not_grow_with_the_blocks():
+    def operations(numel):
+        own = SeededProjection({"p": torch.Size([numel])}, 64)
+        parts = own._signs_and_starts("p", torch.device("cpu"))
+        with torch.profiler.profile() as profile:
+            _add_gathered(torch.zeros(3, 64), torch.randn(3, numel), *parts)
+        return len([event for event in profile.events() if event.cpu_parent is None])
+
+    assert operations(64 * 40) == operations(64 * 4) < 20
