@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...ensemble.saving.vllm import export_for_vllm
+from ...ensemble.saving.export import export_for_vllm
 from ..arguments import needed, parse, with_config
 from ..saved import loaded_ensemble
 from ..saved_arguments import ExportArguments

@@ -16,7 +16,7 @@ from torch import nn
 from ..._cards import CARD, render, update_card_file
 from ..._files import write_atomically
 from ..._hub import Repository
-from ..._settings import check_at_least, check_one_of, checked_path
+from ..._settings import check_at_least, check_one_of, check_options, checked_path
 from ...errors import EnsembleError, EnsembleLoadError
 from ...logging import get_logger
 from ..members import BaseModelReference
@@ -108,6 +108,7 @@ class MergedAdapter:
         Raises:
             `PushError`: where the Hub refuses or cannot be reached.
         """
+        check_options(Repository, kwargs, "push_to_hub")
         repository = Repository(repo_id, **{"commit_message": "Upload merged adapter", **kwargs})
         base = self.config.base_model_name_or_path or ""
         with tempfile.TemporaryDirectory() as work:

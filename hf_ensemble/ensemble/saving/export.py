@@ -1,0 +1,117 @@
+"""An ensemble as adapters for a server: one for each task, and the line that serves them."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..._files import write_atomically
+from ..._settings import checked_names, checked_path
+from ...errors import EnsembleError
+from ...models.inputs import is_encoder_decoder
+from ..members import BaseModelReference
+from .files import base_reference
+
+_SCRIPT = "serve.sh"
+
+
+@dataclass(frozen=True)
+class VllmExport:
+    """What vLLM serves in place of an ensemble: one adapter for each task.
+
+    Args:
+        adapters (`dict[str, str]`): folder of each task's adapter.
+        max_lora_rank (`int`): the least that holds them all.
+        command (`str`): the line that serves them.
+        script (`str`): the file with that line.
+    """
+
+    adapters: dict[str, str]
+    max_lora_rank: int
+    command: str
+    script: str
+
+
+def export_for_vllm(
+    ensemble: nn.Module, folder: str | Path, tasks: Sequence[str] | None = None, rank: int | None = None
+) -> VllmExport:
+    """Merge the adapters of each task, and write the line that serves them with vLLM.
+
+    A merged adapter is what the combination `weights` computes, see [`PeftEnsembleModel.merge`]. Its folder is called
+    after the task, with a dash in place of whatever does not belong in the name of a folder.
+
+    Args:
+        ensemble (`PeftEnsembleModel`): an ensemble of a causal language model.
+        folder (`str` or `Path`): gets a folder for each task, and `serve.sh`.
+        tasks (`Sequence[str]`, *optional*): the tasks; all by default.
+        rank (`int`, *optional*): largest rank of an adapter; exact by default.
+
+    Raises:
+        `EnsembleError`: for classifiers, encoder-decoders, bases without a name and unknown tasks, and for adapters
+            that vLLM would refuse or compute wrongly.
+    """
+    target = checked_path("the folder to export into", folder, EnsembleError)
+    base = _served_base(ensemble)
+    names = checked_names("tasks", tasks, ensemble.weights, EnsembleError) if tasks else list(ensemble.weights)
+    if not names:
+        raise EnsembleError("Expected an ensemble with weights by task, found none. Save it with weights.")
+    merged = {task: ensemble.merge(task, rank) for task in names}
+    obstacles = {task: own for task, adapter in merged.items() if (own := adapter.vllm_obstacles())}
+    if obstacles:
+        raise EnsembleError(f"vLLM would not serve these adapters: {obstacles}. Set rank, or load them in Python.")
+    adapters = {task: str(target / name) for task, name in _folder_names(names).items()}
+    for task, adapter in merged.items():
+        adapter.save_pretrained(adapters[task])
+    largest = max(adapter.vllm_rank for adapter in merged.values())
+    parts = ["vllm", "serve", base.name_or_path, *(["--revision", base.revision] if base.revision else [])]
+    parts += ["--enable-lora", "--max-lora-rank", str(largest), "--max-loras", str(len(adapters)), "--lora-modules"]
+    command = shlex.join([*parts, *(_module(task, path) for task, path in adapters.items())])
+    script = target / _SCRIPT
+    write_atomically(script, lambda file: file.write(f"{command}\n".encode()))
+    return VllmExport(adapters, largest, command, str(script))
+
+
+def _served_base(ensemble: nn.Module) -> BaseModelReference:
+    """The base that vLLM loads by its name."""
+    if not ensemble.can_generate():
+        raise EnsembleError("vLLM serves adapters of language models, found a classifier. Load it in Python instead.")
+    if is_encoder_decoder(ensemble.model):
+        raise EnsembleError(
+            "vLLM serves adapters of causal language models, found the encoder-decoder "
+            f"{type(ensemble.model.get_base_model()).__name__}. Load it in Python instead."
+        )
+    # An ensemble of the Hub whose base is a folder somewhere does not name it, but the model that was loaded does.
+    base = ensemble.base_model_reference
+    base = base if base.name_or_path else base_reference(ensemble.model)
+    if not base.name_or_path:
+        raise EnsembleError(
+            "vLLM loads the base model by its folder or Hub id, and this ensemble's base has neither. Save the base "
+            "model, and load the ensemble with base_model= and its folder."
+        )
+    return base
+
+
+def _folder_names(tasks: Iterable[str]) -> dict[str, str]:
+    """A folder name for each task, none of which leads elsewhere or is another's."""
+    names: dict[str, str] = {}
+    taken = {_SCRIPT}
+    for task in tasks:
+        plain = re.sub(r"[^\w.-]+", "-", task).lstrip(".") or "task"
+        name, number = plain, 2
+        # Some file systems take two spellings for the same name.
+        while name.casefold() in taken:
+            name, number = f"{plain}-{number}", number + 1
+        taken.add(name.casefold())
+        names[task] = name
+    return names
+
+
+def _module(task: str, path: str) -> str:
+    """An entry of `--lora-modules`, which is JSON where name or path hold what would part them."""
+    if any(mark in task + path for mark in "=,"):
+        return json.dumps({"name": task, "path": path}, ensure_ascii=False)
+    return f"{task}={path}"
