@@ -104,7 +104,8 @@ def updated_card(existing: str | None, metadata: Mapping[str, Any], body: str) -
             write when they save a model are replaced.
         metadata (`dict`):
             Entries of the metadata block. An author's entries stay, but for facts of the model (`library_name`,
-            `base_model` and its relation) and results under the same name in `model-index`.
+            `base_model` and its relation) and results under the same name in `model-index`. What was written before
+            and is no longer among them goes, unless an author has changed it.
         body (`str`): the generated part.
 
     Raises:
@@ -116,7 +117,9 @@ def updated_card(existing: str | None, metadata: Mapping[str, Any], body: str) -
         own, rest = {key: value for key, value in own.items() if key != "licence"}, ""
     marked = _MARKED.search(rest)
     written = _written(marked[0]) if marked else {}
-    note = {key: value for key, value in metadata.items() if key not in (*_FACTS, _INDEX)}
+    note = {key: value for key, value in metadata.items() if key != _INDEX}
+    # Of results, whose they are: these are never the author's.
+    note |= {_INDEX: [entry["name"] for entry in _listed(metadata.get(_INDEX))]} if metadata.get(_INDEX) else {}
     # No text of a comment may end it.
     noted = json.dumps(note).replace("<", "\\u003c").replace(">", "\\u003e")
     generated = f"{BEGIN}\n<!-- metadata: {noted} -->\n\n{body.strip()}\n\n{END}"
@@ -150,7 +153,7 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
         return {}, card
     try:
         metadata = yaml.safe_load(found[1]) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that no calendar has
         raise CardError(
             f"The card's metadata block is not YAML ({_one_line(error)}). Mend it, or delete it."
         ) from error
@@ -199,7 +202,7 @@ def _merged(own: Mapping[str, Any], written: Mapping[str, Any], new: Mapping[str
     for key in dict.fromkeys([*own, *new]):
         old, before, value = own.get(key), written.get(key), new.get(key)
         if key == _INDEX:
-            merged[key] = _joined_results(_listed(old), _listed(value))
+            merged[key] = _joined_results(_listed(old), _listed(before), _listed(value))
         elif key not in new:
             # What is no longer written goes, unless it is the author's.
             merged[key] = None if key in written and old == before else old
@@ -213,9 +216,9 @@ def _merged(own: Mapping[str, Any], written: Mapping[str, Any], new: Mapping[str
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _joined_results(old: list[Any], new: list[Any]) -> list[Any] | None:
-    """Results of a `model-index`: the new ones, and those of models of other names."""
-    names = [entry["name"] for entry in new]
+def _joined_results(old: list[Any], before: list[Any], new: list[Any]) -> list[Any] | None:
+    """Results of a `model-index`: the new ones, and those of models of other names than these and those before."""
+    names = [*before, *(entry["name"] for entry in new)]
     others = [entry for entry in old if not isinstance(entry, dict) or entry.get("name") not in names]
     return [*new, *others] or None
 

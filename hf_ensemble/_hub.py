@@ -41,8 +41,13 @@ class Repository:
         private (`bool`, *optional*): of a new repository.
         commit_message (`str`, *optional*): of the commit.
         commit_description (`str`, *optional*): of the commit.
-        revision (`str`, *optional*): branch to commit to; created where it does not exist.
-        create_pr (`bool`, *optional*, defaults to `False`): whether to open a pull request instead.
+        revision (`str`, *optional*):
+            Branch to commit to, created where it does not exist; or `refs/pr/N`, a pull request that is open.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Whether to open a pull request instead, against `revision` where that is given; a branch is not created.
+
+    Raises:
+        `PushError`: for a pull request against a pull request.
     """
 
     repo_id: str
@@ -52,6 +57,18 @@ class Repository:
     commit_description: str | None = None
     revision: str | None = None
     create_pr: bool = False
+
+    def __post_init__(self):
+        if self.create_pr and self.is_pull_request:
+            raise PushError(
+                f"create_pr=True opens another pull request, found the revision {self.revision!r}, which is one. Leave "
+                "one of the two out."
+            )
+
+    @property
+    def is_pull_request(self) -> bool:
+        """Whether the revision is a pull request, which commits are added to."""
+        return (self.revision or "").startswith("refs/pr/")
 
 
 def push_folder(
@@ -86,7 +103,7 @@ def push_folder(
     )
     try:
         repo_id = retrying(api.create_repo, repository.repo_id, private=repository.private, exist_ok=True).repo_id
-        if repository.revision is not None and not repository.create_pr:
+        if repository.revision is not None and not (repository.create_pr or repository.is_pull_request):
             retrying(api.create_branch, repo_id, branch=repository.revision, exist_ok=True)
         return retrying(_commit, api, repo_id, repository, folder, replaced, card)
     except Exception as error:
@@ -105,7 +122,7 @@ def _commit(
     card: Callable[[str | None], str | None] | None,
 ) -> CommitInfo:
     """Commit against the repository as it is now."""
-    revision = None if repository.create_pr else repository.revision
+    revision = repository.revision
     head = api.repo_info(repo_id, revision=revision).sha
     found = api.list_repo_files(repo_id, revision=head)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}

@@ -45,6 +45,7 @@ ROUTES: list[tuple[str, str, str]] = [
     ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})", "lfs_upload"),
     ("POST", r"/lfs/(?P<sha256>[0-9a-f]{64})/verify", "lfs_verify"),
     ("POST", rf"/api/{KIND}/{REPO}/commit/{REVISION}", "commit"),
+    ("POST", rf"/api/{KIND}/{REPO}/branch/{REVISION}", "create_branch"),
     ("GET", rf"/api/{KIND}/{REPO}(?:/revision/{REVISION})?", "model_info"),
     ("POST", rf"/api/{KIND}/{REPO}/paths-info/{REVISION}", "paths_info"),
     ("GET", rf"/api/{KIND}/{REPO}/tree/{REVISION}(?:/(?P<path>.+))?", "tree"),
@@ -122,8 +123,8 @@ class HubHandler(BaseHTTPRequestHandler):
         """Call the method of the one matching row of `ROUTES`."""
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        # A chunked body was not read, and there are no pull requests: neither may pass for what it is not.
-        if "Transfer-Encoding" not in self.headers and "create_pr" not in self.query:
+        # A chunked body was not read, and may not pass for an empty one.
+        if "Transfer-Encoding" not in self.headers:
             for route_method, pattern, name in ROUTES:
                 match = re.fullmatch(pattern, url.path)
                 if match and route_method == method:
@@ -218,16 +219,32 @@ class HubHandler(BaseHTTPRequestHandler):
         header = next(line["value"] for line in lines if line["key"] == "header")
         with self.store.lock:
             parent, files = self.store.files(repo, revision)
-            if revision != "main":
-                raise HubError(400, f"Expected a commit to main, got {revision}: the local Hub has no other branch")
+            heads = self.store.state(repo)["heads"]
+            if revision not in heads:
+                raise HubError(404, f"Expected a commit to a branch, got {revision}", "RevisionNotFound")
+            head = f"refs/pr/{len(heads)}" if "create_pr" in self.query else revision
             if header.get("parentCommit", parent) != parent:
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
             for line in lines:
                 self.store.apply(files, line["key"], line["value"])
             commit = {"parent": parent, "title": header["summary"], "description": header["description"]}
             private = self.store.state(repo)["private"]
-            sha = self.store.write_commit(repo, private, {**commit, "files": files})
-        return {"success": True, "commitOid": sha, "commitUrl": f"{self.endpoint}/{repo}/commit/{sha}"}
+            sha = self.store.write_commit(repo, private, {**commit, "files": files}, head)
+        answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.endpoint}/{repo}/commit/{sha}"}
+        number = head.removeprefix("refs/pr/")
+        return answer | {"pullRequestUrl": f"{self.endpoint}/{repo}/discussions/{number}"} if number != head else answer
+
+    def create_branch(self, repo: str, revision: str) -> dict[str, Any]:
+        """A branch at the head of main; the real Hub keeps references such as `refs/pr/1` to itself, too."""
+        self.require_token()
+        with self.store.lock:
+            state = self.store.state(repo)
+            if revision.startswith("refs/"):
+                raise HubError(400, f"Invalid reference for a branch: {revision}")
+            if revision in state["heads"]:
+                raise HubError(409, f"Reference already exists: {revision}")
+            self.store.set_head(repo, revision, state["heads"]["main"], state["private"])
+        return {}
 
     def model_info(self, repo: str, revision: str = "main") -> dict[str, Any]:
         sha, files = self.store.files(repo, revision)

@@ -3,7 +3,7 @@
 Storage is content-addressed and kept on disk, therefore every commit stays readable:
 
     <storage_dir>/objects/<sha256>                          the bytes of a file, regular or LFS
-    <storage_dir>/repos/<namespace>/<name>/repo.json        {"private": ..., "main": <commit sha>}
+    <storage_dir>/repos/<namespace>/<name>/repo.json        {"private": ..., "heads": {<branch>: <commit sha>}}
     <storage_dir>/repos/<namespace>/<name>/<commit>.json    {"parent", "title", "description", "files": {path: entry}}
 """
 
@@ -84,19 +84,25 @@ class HubStore:
         return json.loads(path.read_text())
 
     def files(self, repo: str, revision: str) -> tuple[str, dict[str, dict[str, Any]]]:
-        """Resolve `revision` (`main` or a full commit sha) to its commit sha and its files."""
-        commit = self.state(repo)["main"] if revision == "main" else revision
+        """Resolve `revision` (a branch, a pull request or a full commit sha) to its commit sha and its files."""
+        commit = self.state(repo)["heads"].get(revision, revision)
         path = self.repos / repo / f"{commit}.json"
         if not re.fullmatch(r"[0-9a-f]{40}", commit) or not path.is_file():
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit, json.loads(path.read_text())["files"]
 
-    def write_commit(self, repo: str, private: bool, commit: dict[str, Any]) -> str:
-        """Save `commit` as the new head of `main`; its sha covers its parent, so no two commits of a repo collide."""
+    def write_commit(self, repo: str, private: bool, commit: dict[str, Any], head: str = "main") -> str:
+        """Save `commit` as the new head of a branch or pull request; its sha covers its parent, so no two collide."""
         folder = self.repos / repo
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps(commit, sort_keys=True)
         sha = hashlib.sha1(content.encode()).hexdigest()
         (folder / f"{sha}.json").write_text(content)
-        (folder / "repo.json").write_text(json.dumps({"private": private, "main": sha}))
+        self.set_head(repo, head, sha, private)
         return sha
+
+    def set_head(self, repo: str, head: str, sha: str, private: bool) -> None:
+        """Have a branch or pull request stand at a commit."""
+        path = self.repos / repo / "repo.json"
+        heads = self.state(repo)["heads"] if path.is_file() else {}
+        path.write_text(json.dumps({"private": private, "heads": {**heads, head: sha}}))

@@ -212,7 +212,34 @@ def test_drafts_of_other_libraries_are_replaced_unless_someone_wrote_into_them(d
         assert own_text(edited) == split_card(edited)[1].strip() and own_text(updated_card(edited, METADATA, "body"))
 
 
-@pytest.mark.parametrize("block", ["---\ntags: [unclosed\n---\n", "---\njust a rule\n---\n"])
+def test_facts_that_are_no_longer_said_go_and_an_authors_stay():
+    """A base that has become a local folder is no model id; results of other weights are not this model's."""
+    facts = {**METADATA, "base_model_relation": "adapter"}
+    unsaid = {key: facts[key] for key in ("library_name", "tags")}
+    mine = {"name": "mine", "results": []}
+    metadata, rest = split_card(updated_card(None, facts, "body"))
+    card = f"---\n{yaml.safe_dump({**metadata, 'model-index': [*facts['model-index'], mine]})}---\n{rest}"
+    found = split_card(updated_card(card, unsaid, "body"))[0]
+    assert found.keys() == {*unsaid, "model-index"} and found["model-index"] == [mine]
+    by_hand = "---\nbase_model: user/by-hand\nbase_model_relation: quantized\n---\n\n# Mine\n"
+    card = updated_card(updated_card(by_hand, unsaid, "body"), unsaid, "again")
+    assert split_card(card)[0]["base_model"] == "user/by-hand"
+    # What another one has pushed since is not taken for an author's.
+    local, remote = updated_card(None, facts, "local"), updated_card(None, unsaid, "remote")
+    assert "base_model" not in split_card(updated_card(joined_cards(local, remote), unsaid, "new"))[0]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "---\ntags: [unclosed\n---\n",
+        "---\njust a rule\n---\n",
+        "---\ndate: 2024-13-45\n---\n",
+        "---\nversion: !!int one\n---\n",
+        f"---\ntags: {'[' * 3000}{']' * 3000}\n---\n",
+    ],
+    ids=["unclosed", "text", "date", "number", "nested"],
+)
 def test_a_card_that_cannot_be_read_is_left_as_it_is(tmp_path, block):
     (tmp_path / CARD).write_text(block + "text")
     with pytest.raises(CardError, match="was left as it is: The card's metadata block"):

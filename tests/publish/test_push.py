@@ -45,8 +45,8 @@ class Hub:
     def __init__(self, folder):
         self.folder, self.faults, self.requests = folder, [], []
 
-    def files(self):
-        return HubStore(self.folder).files(REPOSITORY, "main")[1]
+    def files(self, revision="main"):
+        return HubStore(self.folder).files(REPOSITORY, revision)[1]
 
     def text(self, name):
         store = HubStore(self.folder)
@@ -199,6 +199,48 @@ def test_a_card_that_cannot_be_made_or_read_stops_no_push(hub, ensemble, tmp_pat
     (tmp_path / "own" / "more.txt").write_text("more")
     push_folder(Repository(REPOSITORY), tmp_path / "own")
     assert "more.txt" in hub.files() and "the Hub refuses its metadata" in caplog.text
+
+
+def test_branches_and_pull_requests(hub, ensemble):
+    only_b = PeftEnsembleModel(ensemble.model, ["b"], {"diffs": {"b": 1.0}})
+    ensemble.push_to_hub(REPOSITORY, revision="dev/one")
+    on_dev = hub.files("dev/one")
+    assert "adapters/a/adapter_config.json" in on_dev and set(hub.files()) == {".gitattributes"}
+    # Against the branch that is given, from which the members that are lacking are deleted.
+    opened = only_b.push_to_hub(REPOSITORY, revision="dev/one", create_pr=True)
+    number = opened.pr_url.rpartition("/")[2]
+    in_request = hub.files(f"refs/pr/{number}")
+    assert hub.files("dev/one") == on_dev and set(hub.files()) == {".gitattributes"}
+    assert "adapters/b/adapter_config.json" in in_request and "adapters/a/adapter_config.json" not in in_request
+    # A pull request takes further commits, and is no branch that could be created.
+    ensemble.merge("sums").push_to_hub(REPOSITORY, revision=f"refs/pr/{number}")
+    assert set(hub.files(f"refs/pr/{number}")) == {*in_request, *ADAPTER_FILES} and hub.files("dev/one") == on_dev
+    before = len(hub.requests)
+    with pytest.raises(PushError, match=f"create_pr=True .* found the revision 'refs/pr/{number}'.*Leave one of"):
+        ensemble.push_to_hub(REPOSITORY, revision=f"refs/pr/{number}", create_pr=True)
+    assert len(hub.requests) == before
+    with pytest.raises(PushError, match="does not find it.*Check repo_id and revision"):
+        ensemble.push_to_hub(REPOSITORY, revision="no-branch", create_pr=True)
+    assert only_b.push_to_hub(REPOSITORY, create_pr=True).pr_url and set(hub.files()) == {".gitattributes"}
+
+
+def test_what_was_written_by_hand_beside_a_saved_ensemble_is_pushed(hub, ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / CARD
+    path.write_text(path.read_text().replace("---\n", "---\nlicense: mit\n", 1) + "\nBy hand.\n")
+    (tmp_path / "saved" / "notes.txt").write_text("private")
+    ensemble.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=REPOSITORY, tags=["mine"])
+    for card in (path.read_text(), hub.text(CARD)):
+        assert own_text(card) == "By hand." and split_card(card)[0]["license"] == "mit"
+    assert f'from_pretrained("{REPOSITORY}"' in hub.text(CARD) and "mine" in split_card(hub.text(CARD))[0]["tags"]
+    assert "notes.txt" not in hub.files()
+    # A card that cannot be read stays where it is, and stops no upload.
+    path.write_bytes(b"\xff\xfe not text")
+    other = "hub-user/other"
+    ensemble.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=other)
+    files = HubStore(hub.folder).files(other, "main")[1]
+    assert path.read_bytes() == b"\xff\xfe not text" and "ensemble_config.json" in files
+    assert b"# Ensemble of 2 adapters" in HubStore(hub.folder).read_object(files[CARD]["sha256"])
 
 
 KILLED = """

@@ -1,5 +1,6 @@
 """Saving and loading: the part of [`PeftEnsembleModel`] that handles files."""
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,9 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from torch import nn
 
+from ..._cards import CARD
 from ..._hub import Repository
-from ..._settings import checked_mapping, checked_path
+from ..._settings import check_options, checked_mapping, checked_path
 from ...errors import EnsembleError, EnsembleLoadError
 from ...tasks import LabelSpace
 from ..forward.router import PromptRouter
@@ -74,7 +76,8 @@ class SavingMixin:
 
         Args:
             save_directory (`str` or `Path`): the folder.
-            push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload it too.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Whether to upload it too, with what an author has written into the folder's card.
             repo_id (`str`, *optional*): repository to upload to; called after the folder by default.
             kwargs: further arguments of [`push_to_hub`].
 
@@ -82,6 +85,7 @@ class SavingMixin:
             `EnsembleError`: for adapters that were deleted, replaced or merged.
             `WriteError`: where the folder cannot be written.
             `PushError`: as [`push_to_hub`]; the folder is saved then.
+            `ConfigurationError`: for arguments that [`push_to_hub`] does not take.
         """
         folder = checked_path("the folder to save into", save_directory, EnsembleError)
         if not push_to_hub and (repo_id is not None or kwargs):
@@ -89,10 +93,11 @@ class SavingMixin:
                 f"{sorted(['repo_id', *kwargs] if repo_id is not None else kwargs)} are for an upload. Set "
                 "push_to_hub=True, or leave them out."
             )
+        check_options(self.push_to_hub, kwargs, "push_to_hub")
         self.check_adapters()
         save_ensemble(folder, self.model, self.ensemble_config())
         if push_to_hub:
-            self.push_to_hub(repo_id or folder.resolve().name, **kwargs)
+            self._push(folder / CARD, repo_id or folder.resolve().name, **kwargs)
 
     def push_to_hub(
         self,
@@ -116,21 +121,38 @@ class SavingMixin:
             commit_description (`str`, *optional*): of the commit.
             private (`bool`, *optional*): of a new repository.
             token (`str`, *optional*): Hub token.
-            revision (`str`, *optional*): branch to commit to; created where it does not exist.
-            create_pr (`bool`, *optional*, defaults to `False`): whether to open a pull request instead.
+            revision (`str`, *optional*):
+                Branch to commit to, created where it does not exist; or `refs/pr/N`, a pull request that is open.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Whether to open a pull request instead, against the branch `revision` where one is given.
             tags (`list[str]`, *optional*): further tags of the card.
 
         Raises:
             `EnsembleError`: for adapters that were deleted, replaced or merged.
-            `PushError`: where the Hub refuses or cannot be reached.
+            `PushError`: where the Hub refuses or cannot be reached, and for a pull request against a pull request.
         """
+        options = {"token": token, "private": private, "revision": revision, "create_pr": create_pr, "tags": tags}
+        return self._push(None, repo_id, commit_message, commit_description, **options)
+
+    def _push(
+        self,
+        card: Path | None,
+        repo_id: str,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        tags: Sequence[str] | str | None = None,
+        **options: Any,
+    ) -> CommitInfo:
+        """[`push_to_hub`], with what an author has written into a local card."""
+        message = commit_message or "Upload ensemble"
+        repository = Repository(repo_id, commit_message=message, commit_description=commit_description, **options)
         self.check_adapters()
         config = self.ensemble_config()
         given = [tags] if isinstance(tags, str) else list(tags or ())
         config = replace(config, tags=list(dict.fromkeys([*config.tags, *given])))
-        message = commit_message or "Upload ensemble"
-        repository = Repository(repo_id, token, private, message, commit_description, revision, create_pr)
         with tempfile.TemporaryDirectory() as work:
+            if card is not None and card.is_file():
+                shutil.copy(card, work)
             save_ensemble(Path(work), self.model, config)
             return push_ensemble(Path(work), config, repository, again=f"model.push_to_hub({repo_id!r})")
 

@@ -98,12 +98,11 @@ def card_maker(path: Path, parts: CardParts) -> Callable[[str | None], str]:
     """Makes the Hub's card from the one that is there, the local one and a new generated part."""
 
     def make(existing: str | None) -> str:
-        local = read_card(path)
         try:
-            return updated_card(joined_cards(local, existing), *parts)
+            return updated_card(joined_cards(read_card(path), existing), *parts)
         except CardError:
             if existing is None:
-                # The local card cannot be read: the Hub gets a new one.
+                # It is the local card that cannot be read: the Hub gets a new one.
                 return updated_card(None, *parts)
             raise
 
