@@ -88,3 +88,35 @@ def test_damaged_adapters_are_refused(tmp_path, change, tensors, message):
     PeftEnsembleModel(make(CONFIGS["LoHa"]), NAMES, ROWS).save_pretrained(tmp_path)
     with pytest.raises(EnsembleLoadError, match=message):
         damaged(tmp_path, change, tensors)
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("LoHa", {"rank_pattern": {"q_proj": 10**9}}, "states rank_pattern of 'q_proj' 1000000000"),
+        ("LoKr", {"rank_pattern": {"v_proj": 10**9}}, "states rank_pattern of 'v_proj' 1000000000"),
+        ("FourierFT", {"n_frequency_pattern": {"q_proj": 10**9}}, "states n_frequency_pattern of 'q_proj' 1000000000"),
+        ("C3A", {"block_size_pattern": {"q_proj": 10**9}}, "states block_size_pattern of 'q_proj' 1000000000"),
+        ("C3A", {"block_size_pattern": {"q_proj": -8}}, "has the size -8"),
+        ("FourierFT", {"n_frequency_pattern": {"q_proj": "8"}}, "has the size '8'"),
+        ("LoHa", {"rank_pattern": {"q_proj": 0}}, "has the rank 0"),
+        ("LoHa", {"rank_pattern": [2]}, "has rank_pattern"),
+        ("LoHa", {"alpha": float("inf")}, "has the scaling inf"),
+        ("LoKr", {"alpha_pattern": {"q_proj": float("nan")}}, "has the scaling nan"),
+        ("FourierFT", {"scaling": "300"}, "has the scaling '300'"),
+    ],
+)
+def test_hostile_configurations_are_refused_before_peft_allocates(tmp_path, method, change, message):
+    PeftEnsembleModel(make(CONFIGS[method]), NAMES, ROWS).save_pretrained(tmp_path)
+    with pytest.raises(EnsembleLoadError, match=message):
+        damaged(tmp_path, change)
+
+
+@torch.no_grad()
+def test_ranks_and_scalings_by_module_stay(tmp_path):
+    config = peft.LoHaConfig(**ON, r=2, rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 2})
+    model, batch = make(config), {"input_ids": torch.randint(3, 30, (2, 6))}
+    PeftEnsembleModel(model, NAMES, ROWS).save_pretrained(tmp_path)
+    loaded = PeftEnsembleModel.from_pretrained(tmp_path, base_model=toy.llama())
+    expected = ensembles.weighted_logits(model, NAMES, batch, list(ROWS.values()))
+    assert torch.allclose(loaded(**batch, task=list(ROWS)).logits, expected, atol=1e-4)

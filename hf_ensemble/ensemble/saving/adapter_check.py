@@ -21,6 +21,9 @@ _MAX_PATTERN = 1000
 # Fields of other types than LoRA that PEFT allocates by, and what is small for any of them.
 _SIZES = ("r", "n_frequency", "oft_block_size", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor")
 _SIZES += ("block_size", "decompose_factor")
+# Fields with one of these, or one of the factors of an adapter's output, for each of some modules.
+_SIZE_PATTERNS = ("rank_pattern", "n_frequency_pattern", "block_size_pattern")
+_SCALINGS = ("lora_alpha", "alpha", "scaling")
 _PLAIN_SIZE = 256
 # PEFT wraps embeddings for single tokens' rows whatever the adapter's type.
 _OF_ALL_KINDS = ("token_adapter.trainable_tokens_delta",)
@@ -61,14 +64,18 @@ def check_config(config: Mapping[str, Any], what: str) -> None:
     obstacle = adapter_obstacle(config)
     if obstacle is not None:
         refuse(obstacle)
-    ranks = {"r": config.get("r", 8), **_pattern(config, "rank_pattern", refuse)}
-    for key, rank in ranks.items():
+    sizes = [("rank", "r", config.get("r", 8))]
+    for name in _SIZE_PATTERNS:
+        what_is = "rank" if name == "rank_pattern" else "size"
+        sizes += [(what_is, f"{name} of {key!r}", size) for key, size in _pattern(config, name, refuse).items()]
+    for what_is, key, size in sizes:
         # OFT states either the number of blocks or their size, and 0 for the other.
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < (0 if _kind(config) == "OFT" else 1):
-            refuse(f"has the rank {rank!r} ({key}), expected an integer above 0")
-    for key, alpha in {"lora_alpha": config.get("lora_alpha", 8), **_pattern(config, "alpha_pattern", refuse)}.items():
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-            refuse(f"has the scaling {alpha!r} ({key}), expected a finite number")
+        if not isinstance(size, int) or isinstance(size, bool) or size < (0 if _kind(config) == "OFT" else 1):
+            refuse(f"has the {what_is} {size!r} ({key}), expected an integer above 0")
+    scalings = {key: config[key] for key in _SCALINGS if key in config}
+    for key, scaling in {**scalings, **_pattern(config, "alpha_pattern", refuse)}.items():
+        if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not math.isfinite(scaling):
+            refuse(f"has the scaling {scaling!r} ({key}), expected a finite number")
     for key in ("target_modules", "feedforward_modules", "modules_to_save", "exclude_modules"):
         value = config.get(key)
         texts = [value] if isinstance(value, str) else value or []
@@ -119,8 +126,9 @@ def _check_sizes(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: P
     if _kind(config) in ("LORA", "IA3"):
         return
     largest = max((size for shape in shapes.values() for size in shape), default=0)
-    for key in _SIZES:
-        value = config.get(key)
+    stated = [(key, config.get(key)) for key in _SIZES]
+    stated += [(f"{name} of {key!r}", own) for name in _SIZE_PATTERNS for key, own in (config.get(name) or {}).items()]
+    for key, value in stated:
         if isinstance(value, int) and value > max(largest, _PLAIN_SIZE):
             raise EnsembleLoadError(
                 f"{what}: {ADAPTER_CONFIG} states {key} {value}, and no tensor of {path.name} has more than {largest} "
