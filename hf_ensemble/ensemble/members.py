@@ -1,7 +1,7 @@
 """The members of an ensemble, their base model and their weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Real
@@ -51,6 +51,11 @@ class EnsembleMember:
     name: str
     tasks: list[str] = field(default_factory=list)
     is_step: bool = False
+
+
+def standing_alone(members: Sequence[EnsembleMember]) -> list[int]:
+    """Numbers of the members whose logits make sense without others': all but boosting steps."""
+    return [number for number, member in enumerate(members) if not member.is_step]
 
 
 def check_adapter_name(name: str) -> None:

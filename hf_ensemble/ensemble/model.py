@@ -1,6 +1,6 @@
 """`PeftEnsembleModel`: one base model, several adapters, one weighted answer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,30 +11,33 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutpu
 from .._compat import keep_quantized_weights_in_place
 from ..errors import EnsembleError
 from ..models.answer_head import head_width
-from ..models.answer_scorer import check_answers
-from ..models.inputs import is_encoder_decoder, prepare_inputs
-from ..tasks import AnswerScores, LabelSpace
+from ..tasks import LabelSpace
 from .adapter_identity import AdapterIdentity
-from .forward.combination import SCALED_COMBINATIONS, check_combination
-from .forward.combined_forward import CombinedForward
+from .forward.combination import check_combination
 from .forward.generation import check_generation, generate_by_outputs
-from .forward.inference import MemberForward
-from .forward.router import PROMPT_INPUTS, PromptRouter, check_router, known_router, prompt_states
+from .forward.router import PromptRouter, check_router
 from .forward.routing import check_routing
-from .forward.rows import batch_size_of
-from .forward.scoring import MemberTokens, answer_loss
+from .forward.routing_mixin import RoutingMixin
+from .forward.scoring import answer_loss
+from .forward.scoring_mixin import ScoringMixin
 from .forward.summed import summed_weights
 from .forward.task_model import TaskModel
-from .forward.task_weights import Tasks, check_known, label_mask, tasks_of_rows, weight_rows
-from .members import BaseModelReference, EnsembleMember, check_members, check_scales, check_weights
-from .merging.merge import MergedAdapter, merge_adapters
+from .forward.task_weights import Tasks, check_known
+from .members import (
+    BaseModelReference,
+    EnsembleMember,
+    check_members,
+    check_scales,
+    check_weights,
+    standing_alone,
+)
+from .merging.mixin import MergingMixin
 from .saving.files import base_reference
 from .saving.mixin import SavingMixin
-from .saving.vllm import vllm_obstacles
 from .weighting.mixin import FittingMixin
 
 
-class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
+class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, SavingMixin, nn.Module):
     """A weighted ensemble of adapters over one base model: logits(x) = sum_k A[task(x), k] logits_k(x).
 
     Each adapter runs on the rows that give it a weight, and on no others; all adapters of a batch run in one forward of
@@ -100,7 +103,7 @@ class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
         check_routing(routing)
         if label_space is not None and not isinstance(label_space, LabelSpace):
             raise EnsembleError(f"Expected label_space to be a LabelSpace, found {label_space!r:.60}.")
-        alone = [member.name for member in self.members if not member.is_step]
+        alone = [self.adapter_names[k] for k in standing_alone(self.members)]
         if not alone:
             raise EnsembleError(f"Expected a member that is no boosting step, found {self.adapter_names} only.")
         if combination == "probs" and len(alone) < len(self.members):
@@ -116,7 +119,7 @@ class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
         self.default_weights = dict(default_weights)
         check_scales(scales or {})
         self.scales = dict(scales or {})
-        check_router(router, len(self.members))
+        check_router(router, len(alone))
         self.router = router
         self.label_space = label_space
         self.base_model_reference = base_model or base_reference(model)
@@ -197,69 +200,6 @@ class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
         """Raise [`EnsembleError`] where the model no longer holds the adapters that the ensemble was made of."""
         self._adapters.check(self.model)
 
-    def row_weights(self, task: Tasks, batch_size: int) -> torch.Tensor:
-        """Weight of each adapter for each row, `(batch_size, members)`, times the scale of the row's task.
-
-        Args:
-            task (`str` or `Sequence[str]`, *optional*): one task for all rows, or one per row. Rows of no known task
-                take the default weights.
-            batch_size (`int`): number of rows.
-
-        Raises:
-            `EnsembleError`: for a list of another length than the batch.
-        """
-        tasks = tasks_of_rows(task, batch_size)
-        weights = weight_rows(tasks, self.weights, self.default_weights, self.adapter_names, self.device)
-        if self.combination not in SCALED_COMBINATIONS or not self.scales:
-            return weights
-        return weights * weights.new_tensor([[self.scales.get(task, 1.0)] for task in tasks])
-
-    def _routed_weights(self, task, routing: str | None, inputs: Mapping[str, Any], labels=None) -> torch.Tensor:
-        """[`row_weights`], with rows of no known task as the routing has it."""
-        self.check_adapters()
-        batch_size = batch_size_of(inputs)
-        weights = self.row_weights(task, batch_size)
-        routing = routing or self.routing
-        check_routing(routing)
-        tasks = tasks_of_rows(task, batch_size)
-        if routing is None:
-            check_known(tasks, self.weights)
-        rows = [row for row, name in enumerate(tasks) if name not in self.weights]
-        if routing in (None, "default") or not rows:
-            return weights
-        if routing == "hidden_states":
-            own = {key: inputs[key][rows] for key in PROMPT_INPUTS if inputs.get(key) is not None}
-            states = self.prompt_states(own, None if labels is None else labels[rows])
-            weights[rows] = known_router(self.router).weights(states).to(weights)
-            return weights
-        run = self._combined_forward()
-        routed = run.prompt_weights(rows, inputs, labels, self.routing_temperature)
-        routed[:, [member.is_step for member in self.members]] = 0.0
-        weights[rows] = routed / routed.sum(1, keepdim=True)
-        return weights
-
-    def prompt_states(self, inputs: Mapping[str, Any], labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean hidden states of the base model over the prompts of a batch, `(B, H)`; see [`prompt_states`]."""
-        return prompt_states(self.model.get_base_model(), inputs, labels)
-
-    @property
-    def _is_encoder_decoder(self) -> bool:
-        return is_encoder_decoder(self.model)
-
-    def _label_mask(self, task: Tasks, batch_size: int) -> torch.Tensor | None:
-        return label_mask(task, batch_size, self.label_space, self.device)
-
-    def member_forward(self, combination: str | None = None) -> MemberForward:
-        """Runs the adapters on a batch; to be used in a `with` statement."""
-        return self._combined_forward().members(combination)
-
-    def weighted_logits(self, weights: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Logits `(B, T, V)` or `(B, num_labels)` with weights `(B, members)`, over all labels of a classifier."""
-        return self._combined_forward().logits(weights, inputs)[0]
-
-    def _combined_forward(self) -> CombinedForward:
-        return CombinedForward(self.model, self.adapter_names, self.combination, self.fused)
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -314,42 +254,6 @@ class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
         kind = CausalLMOutputWithPast if run.shift else Seq2SeqLMOutput
         return kind(loss=loss, logits=logits, past_key_values=cache)
 
-    def prepare(self, inputs: Mapping[str, Any], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-        """Inputs and labels as [`score`] scores them, see [`prepare_inputs`]. It does this itself."""
-        return prepare_inputs(self.model.get_base_model(), inputs, labels)
-
-    @torch.no_grad()
-    def score(
-        self, labels: torch.Tensor, task: Tasks = None, routing: str | None = None, **inputs: Any
-    ) -> AnswerScores:
-        """Scores of each row's answer, without gradients.
-
-        Logits are made at the answers' tokens only, a few tokens of all members at a time, and the base model runs on
-        no more rows at once than the batch has: memory does not grow with the number of members. The members' scores
-        alone are [`AnswerScorer`]'s.
-
-        Args:
-            labels (`torch.Tensor` of shape `(B, T)` or `(B,)`): -100 where a token does not count.
-            task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
-            routing (`str`, *optional*): overrides the ensemble's own.
-            inputs: inputs of the base model.
-
-        Raises:
-            `ScoringError`: for a row without an answer token, and for packed rows.
-            `EnsembleError`: for adapters that were deleted, replaced or merged.
-        """
-        inputs, labels = self.prepare(inputs, labels)
-        check_answers(labels, not self._is_encoder_decoder)
-        weights = self._routed_weights(task, routing, inputs, labels if labels.dim() == 2 else None)
-        return self._combined_forward().scores(weights, inputs, labels, self._label_mask(task, len(weights)))
-
-    @torch.no_grad()
-    def member_answers(self, labels: torch.Tensor, task: Tasks = None, **inputs: Any) -> Iterator[MemberTokens]:
-        """Each member's own logits at the answers' tokens, a few tokens at a time; arguments as for [`score`]."""
-        self.check_adapters()
-        inputs, labels = self.prepare(inputs, labels)
-        yield from self._combined_forward().member_tokens(inputs, labels, self._label_mask(task, len(labels)))
-
     @torch.no_grad()
     def generate(
         self,
@@ -387,35 +291,3 @@ class PeftEnsembleModel(FittingMixin, SavingMixin, nn.Module):
             with summed_weights(self.model, self.adapter_names, weights):
                 return base.generate(input_ids=input_ids, **masks, **kwargs)
         return generate_by_outputs(self.member_forward(), base, weights, input_ids, attention_mask, **kwargs)
-
-    def merge(
-        self, task: str | None = None, rank: int | None = None, method: str = "sum", **options: Any
-    ) -> MergedAdapter:
-        """The adapters of a task as one plain PEFT adapter.
-
-        Args:
-            task (`str`, *optional*): task whose weights to use; the default weights if not given.
-            rank (`int`, *optional*): largest rank; the result states the error of the truncation. By default the rank
-                is the sum of the adapters' ranks, and `sum` and `lines` are exact.
-            method (`str`, *optional*, defaults to `"sum"`):
-                `sum` is what the combination `weights` computes; `lines` (LiNeS) scales it by depth with `alpha` and
-                `beta`; `ties`, `dare_linear`, `dare_ties` (with `density`, and `seed` for DARE), `breadcrumbs` (with
-                `drop_smallest` and `drop_largest`) and `pcb` (PCB-Merging, with `density`) merge entry by entry;
-                `tsv` (TSV-Merge) and `knots` (KnOTS, with `density`) merge singular directions.
-            options: the method's own.
-
-        Returns:
-            [`MergedAdapter`]: to save as plain PEFT files, or to add to a model.
-
-        Raises:
-            `EnsembleError`: for an unknown task or method, and adapters that have no merged form.
-        """
-        if task is not None and task not in self.weights:
-            raise EnsembleError(f"No weights for the task {task!r}; known: {sorted(self.weights)}.")
-        self.check_adapters()
-        weights = self.default_weights if task is None else self.weights[task]
-        return merge_adapters(self.model, weights, rank, method, **options)
-
-    def vllm_obstacles(self) -> dict[str, list[str]]:
-        """For each adapter, why vLLM would refuse it or compute it wrongly; an empty list where it serves it."""
-        return {name: vllm_obstacles(self.model.peft_config[name]) for name in self.adapter_names}

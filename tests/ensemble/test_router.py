@@ -7,10 +7,13 @@ import torch
 from helpers import toy
 from helpers.member_kinds import KINDS, NAMES, llama, make
 from hf_ensemble import PeftEnsembleModel
+from hf_ensemble.ensemble import EnsembleMember
 from hf_ensemble.ensemble.forward.router import PromptRouter, prompt_states
-from hf_ensemble.ensemble.weighting.collector import CollectedAnswers
+from hf_ensemble.ensemble.weighting.collation import default_collator
+from hf_ensemble.ensemble.weighting.collector import AnswerCollector, CollectedAnswers
 from hf_ensemble.ensemble.weighting.router_fitting import fit_prompt_router
 from hf_ensemble.errors import EnsembleError, EnsembleLoadError
+from hf_ensemble.models.usage import measured_usage
 from hf_ensemble.tasks import LabelSpace
 
 
@@ -163,3 +166,57 @@ def test_classifiers_are_routed_too():
     with torch.no_grad():
         logits = ensemble(input_ids=torch.tensor([[5, 6, 7]]), routing="hidden_states").logits
     assert logits.shape == (1, 4) and bool(logits.isfinite().all())
+
+
+def rows_of_tasks(count=12):
+    torch.manual_seed(0)
+    ids = torch.randint(3, 30, (2 * count, 6)).tolist()
+    rows = [{"input_ids": own, "labels": [-100] * 3 + own[3:]} for own in ids]
+    return {"x": rows[:count], "y": rows[count:]}
+
+
+def test_rows_are_routed_to_no_boosting_step(tmp_path):
+    model = make(llama(), KINDS["ranks and scalings"], 0.4)
+    ensemble = PeftEnsembleModel(model, [EnsembleMember("first", is_step=True), *NAMES[1:]])
+    alone = PeftEnsembleModel(model, NAMES[1:])
+    ids = {"input_ids": torch.randint(3, 30, (4, 6))}
+    # Whichever predicts the prompt best takes all: also where that is the step, the others' shares sum to 1.
+    for own in (ensemble, alone):
+        own.routing_temperature = 1e-4
+    for routing in ("prompt", "hidden_states"):
+        if routing == "hidden_states":
+            assert ensemble.fit_router(rows_of_tasks()).losses == alone.fit_router(rows_of_tasks()).losses
+            ensemble.save_pretrained(tmp_path)
+            ensemble = PeftEnsembleModel.from_pretrained(tmp_path, base_model=llama())
+        found, expected = (own._routed_weights(None, routing, ids) for own in (ensemble, alone))
+        assert torch.equal(found[:, 0], torch.zeros(4)) and torch.allclose(found[:, 1:], expected, atol=1e-5)
+        assert torch.allclose(found.sum(1), torch.ones(4))
+
+
+def test_states_count_towards_the_cap_and_their_batches_are_halved(ensemble, monkeypatch):
+    rows = rows_of_tasks()["x"]
+    width = ensemble.config.hidden_size
+
+    def collector(max_values, batch_size=8):
+        collator = default_collator(ensemble.config)
+        return AnswerCollector(ensemble, collator, batch_size, max_values, None, 0, False, "no", values_per_row=width)
+
+    whole, per_token = collector(2**27), 3 * ensemble.num_outputs
+    expected = whole.states("x", rows)
+    states, most = ensemble.prompt_states, 3
+
+    def small(inputs, labels):
+        if len(labels) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return states(inputs, labels)
+
+    monkeypatch.setattr(ensemble, "prompt_states", small, raising=False)
+    with measured_usage() as usage:
+        assert torch.allclose(whole.states("x", rows), expected, atol=1e-5)
+    assert usage.tokens >= 12 * 6
+    for room in (per_token + width, 5 * (per_token + width) + 1, 7 * per_token):
+        capped = collector(room, batch_size=2)
+        answers, found = capped("x", rows), capped.states("x", rows)
+        assert len(found) == answers.num_rows and answers.values.numel() + found.numel() <= room
+    with pytest.raises(EnsembleError, match=f"Pass max_values={2 * (per_token + width)} or more"):
+        ensemble.fit_router(rows_of_tasks(), max_values=2 * per_token)

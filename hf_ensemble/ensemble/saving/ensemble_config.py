@@ -16,7 +16,14 @@ from ...models import LabelHead
 from ..forward.combination import COMBINATIONS
 from ..forward.router import PromptRouter
 from ..forward.routing import ROUTINGS
-from ..members import BaseModelReference, EnsembleMember, check_adapter_name, check_scales, check_weights
+from ..members import (
+    BaseModelReference,
+    EnsembleMember,
+    check_adapter_name,
+    check_scales,
+    check_weights,
+    standing_alone,
+)
 from .untrusted import REMEDY, checked_file, read_object
 
 CONFIG_NAME = "ensemble_config.json"
@@ -167,7 +174,7 @@ class SavedEnsembleConfig:
         check_weights({"default": self.default_weights}, names, CONFIG_NAME)
         check_scales(self.scales, CONFIG_NAME)
         if self.router is not None:
-            PromptRouter.from_dict(self.router, len(names))
+            PromptRouter.from_dict(self.router, len(standing_alone(self.members)))
         if self.label_space is not None:
             outputs = len(self.label_space["names"])
             for task, labels in self.label_space["task_labels"].items():

@@ -16,7 +16,7 @@ from ..._settings import check_options, checked_mapping, checked_path
 from ...errors import EnsembleError, EnsembleLoadError
 from ...tasks import LabelSpace
 from ..forward.router import PromptRouter
-from ..members import BaseModelReference, check_adapter_name
+from ..members import BaseModelReference, check_adapter_name, standing_alone
 from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
 from .files import load_adapter, load_base, load_ensemble, local_folder, save_ensemble
 from .pushing import push_ensemble
@@ -234,7 +234,9 @@ class SavingMixin:
             config.combination,
             config.routing,
             config.scales,
-            None if config.router is None else PromptRouter.from_dict(config.router, len(config.members)),
+            None
+            if config.router is None
+            else PromptRouter.from_dict(config.router, len(standing_alone(config.members))),
         ).eval()
         if config.tags:
             ensemble.add_model_tags(config.tags)

@@ -1,7 +1,7 @@
 """Every adapter's outputs at a task's answers, kept on the CPU within a cap."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from ...models.precision import autocast
 from ...models.usage import UsageCounter
 from ...tasks import IGNORE_INDEX, pop_meta, token_scores
 from ..forward.scoring import MemberTokens
+from ..members import EnsembleMember
 from .collation import Collator
 from .objectives import (
     Objective,
@@ -37,6 +38,7 @@ Rows = Sequence[Mapping[str, Any]]
 class Members(Protocol):
     """What a [`PeftEnsembleModel`] tells of its adapters' outputs."""
 
+    members: Sequence[EnsembleMember]
     adapter_names: list[str]
     combination: str
     config: PreTrainedConfig
@@ -105,6 +107,10 @@ class CollectedAnswers:
         tokens = kept if self.tokens is None else self.tokens[kept]
         return CollectedAnswers(self.values, self.targets[kept], renumbered[self.rows[kept]], tokens)
 
+    def of_members(self, numbers: Sequence[int]) -> "CollectedAnswers":
+        """The answers of some of the adapters."""
+        return replace(self, values=self.values[list(numbers)])
+
     def combined(self, weights: np.ndarray) -> "CollectedAnswers":
         """The combined logits, as those of a single adapter."""
         values = self.values if self.tokens is None else self.values[:, self.tokens]
@@ -126,11 +132,12 @@ class AnswerCollector:
         members (`Members`): the ensemble.
         collate (`Callable`): from rows to a batch with `labels`.
         batch_size (`int`): rows per batch, at most; batches are halved where memory runs out.
-        max_values (`int`): most values to keep, of 4 bytes each; at least `values_per_token`.
+        max_values (`int`): most values to keep, of 4 bytes each; at least `values_per_token` and `values_per_row`.
         max_rows (`int`, *optional*): most rows to use; a sample of them is drawn from larger tasks.
         seed (`int`): seed of the samples.
         log_probs_only (`bool`): keep the log-probability of each answer token in place of its logits.
         mixed_precision (`str`): see [`autocast`].
+        values_per_row (`int`): values that are kept of a row beside those of its answer, see [`states`].
     """
 
     members: Members
@@ -141,6 +148,7 @@ class AnswerCollector:
     seed: int
     log_probs_only: bool
     mixed_precision: str
+    values_per_row: int = 0
 
     def __call__(self, task: str, rows: Rows) -> CollectedAnswers:
         """Outputs at the answers of one task's rows.
@@ -151,8 +159,8 @@ class AnswerCollector:
         Raises:
             `EnsembleError`: for rows without labels or without an answer.
         """
-        budget = self.max_values // self.values_per_token
         chosen = self._chosen(rows)
+        budget = (self.max_values - len(chosen) * self.values_per_row) // self.values_per_token
         own = [rows[i] for i in chosen]
         counts, lengths = self._count(task, own, chosen)
         kept = tokens_per_row(counts, budget)
@@ -169,17 +177,24 @@ class AnswerCollector:
 
     @torch.no_grad()
     def states(self, task: str, rows: Rows) -> torch.Tensor:
-        """Mean hidden states of the base model over the prompts of the same rows, `(rows, H)`."""
-        chosen, device, parts = self._chosen(rows), self.members.device, []
-        for start in range(0, len(chosen), self.batch_size):
-            inputs, labels = self._batch(task, [rows[i] for i in chosen[start : start + self.batch_size]])
+        """Mean hidden states of the base model over the prompts of the same rows, `(rows, H)` in float32."""
+        chosen, device = self._chosen(rows), self.members.device
+
+        def run(batch: list[int]) -> torch.Tensor:
+            inputs, labels = self._batch(task, [rows[i] for i in batch])
             inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
-            with autocast(device, self.mixed_precision):
-                parts.append(self.members.prompt_states(inputs, labels.to(device)).cpu())
-        return torch.cat(parts)
+            with usage.batch(inputs, labels), autocast(device, self.mixed_precision):
+                return self.members.prompt_states(inputs, labels.to(device)).cpu()
+
+        run_halving = HalvingOnFullMemory(run)
+        with UsageCounter() as usage:
+            starts = range(0, len(chosen), self.batch_size)
+            return torch.cat(
+                [part for start in starts for part in run_halving(chosen[start : start + self.batch_size])]
+            )
 
     def _chosen(self, rows: Rows) -> list[int]:
-        budget = self.max_values // self.values_per_token
+        budget = self.max_values // (self.values_per_token + self.values_per_row)
         return spread_sample(len(rows), min(budget, self.max_rows or budget), self.seed)
 
     @property

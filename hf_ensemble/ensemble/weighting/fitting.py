@@ -11,6 +11,7 @@ from ...errors import EnsembleError
 from ...models.precision import MIXED_PRECISIONS
 from ...models.wrappers import evaluation_mode
 from ...tasks import TASK
+from ..members import standing_alone
 from .collation import Collator, default_collator
 from .collector import AnswerCollector, CollectedAnswers, Members, Rows
 from .cross_validation import check_own_adapters, cross_validated_weights
@@ -154,7 +155,7 @@ def fit_ensemble(
 
 
 def _check_room(collect: AnswerCollector, max_values: int, num_tasks: int) -> None:
-    least = num_tasks * collect.values_per_token
+    least = num_tasks * (collect.values_per_token + collect.values_per_row)
     if max_values < least:
         raise EnsembleError(
             f"max_values={max_values} holds no answer token of {len(collect.members.adapter_names)} adapters for each "
@@ -215,7 +216,8 @@ def fit_router(
 ) -> RouterFit:
     """Fit a router of prompts of unknown tasks, see [`fit_prompt_router`]. The ensemble stays as it is.
 
-    Every adapter runs once over the rows, and the base model once over their prompts. The arguments are those of
+    Every adapter runs once over the rows, and the base model once over their prompts, whose hidden states count towards
+    `max_values` too. Boosting steps make no sense alone, and are routed no rows. The arguments are those of
     [`fit_ensemble`].
 
     Raises:
@@ -232,13 +234,20 @@ def fit_router(
             "losses before using it for 'weights'."
         )
     tables = rows_by_task(dataset)
-    is_mixture = ensemble.combination == "probs"
-    collator = data_collator or default_collator(ensemble.config)
     collect = AnswerCollector(
-        ensemble, collator, batch_size, max_values // len(tables), max_rows, seed, is_mixture, mixed_precision
+        ensemble,
+        data_collator or default_collator(ensemble.config),
+        batch_size,
+        max_values // len(tables),
+        max_rows,
+        seed,
+        log_probs_only=ensemble.combination == "probs",
+        mixed_precision=mixed_precision,
+        values_per_row=getattr(ensemble.config.get_text_config(), "hidden_size", 0),
     )
     _check_room(collect, max_values, len(tables))
+    alone = standing_alone(ensemble.members)
     with evaluation_mode(ensemble):
-        answers = {task: collect(task, rows) for task, rows in tables.items()}
+        answers = {task: collect(task, rows).of_members(alone) for task, rows in tables.items()}
         states = {task: collect.states(task, rows) for task, rows in tables.items()}
     return fit_prompt_router(answers, states, ensemble.combination, seed)
