@@ -86,8 +86,10 @@ def test_losses_are_those_of_rows_left_out():
     found = chosen.validation.losses
     # What is not fitted has the same loss on rows left out.
     assert found["uniform"] == pytest.approx(optimum.uniform_loss, abs=1e-6)
-    assert [found[name] for name in world.names] == pytest.approx(optimum.one_hot_losses.tolist(), abs=1e-6)
-    assert found["own"] == pytest.approx(found[world.names[world.own]])
+    assert [found[f"adapter {name}"] for name in world.names] == pytest.approx(
+        optimum.one_hot_losses.tolist(), abs=1e-6
+    )
+    assert found["own"] == pytest.approx(found[f"adapter {world.names[world.own]}"])
     by_hand = []
     for row in range(40):
         rest = answers.of_rows(np.delete(np.arange(40), row))
@@ -154,13 +156,31 @@ def test_answers_of_several_tokens_and_single_rows():
     assert cross_validated_weights(single, ["a", "b"], "logits", optimum).weights.tolist() == [0.5, 0.5]
 
 
+def test_an_adapters_name_is_no_candidates():
+    world = World(5)
+    answers = world.draw(20)
+    for combination in ("logits", "probs"):
+        optimum = fit_objective(answers.objective(combination), world.members, combination=combination)
+        plain, named = (
+            cross_validated_weights(answers, names, combination, optimum, {names[0]: 1.0})
+            for names in (world.names, ["uniform", "own", "best", "fitted", "chosen", "unscaled"][: world.members])
+        )
+        assert named.weights == pytest.approx(plain.weights) and named.scale == pytest.approx(plain.scale)
+        for key in ("uniform", "own", "fitted", "chosen"):
+            assert named.validation.losses[key] == pytest.approx(plain.validation.losses[key])
+        assert len(named.validation.losses) == len(plain.validation.losses)
+
+
 def test_an_ensemble_takes_weights_and_scales(tmp_path):
     ensemble = PeftEnsembleModel(make(llama(), KINDS["ranks and scalings"], 0.4), NAMES)
     torch.manual_seed(0)
     tokens = torch.randint(3, 30, (9, 6)).tolist()
     rows = [{"input_ids": ids, "labels": [-100] * 3 + ids[3:]} for ids in tokens]
     fit = ensemble.fit_weights({"x": rows}, own_adapters={"x": {"second": 1.0}})
-    assert fit.tasks["x"].validation.losses.keys() >= {"uniform", *NAMES, "own", "fitted", "chosen"}
+    assert fit.tasks["x"].validation.losses.keys() >= {
+        *("uniform", "own", "fitted", "chosen"),
+        *(f"adapter {name}" for name in NAMES),
+    }
     assert ensemble.scales == fit.scales
     batch = {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
     with torch.no_grad():

@@ -14,6 +14,8 @@ from .convex import minimize_convex
 from .objectives import CrossValidation, FittedWeights
 
 UNIFORM, OWN, BEST, FITTED, CHOSEN, UNSCALED = "uniform", "own", "best", "fitted", "chosen", "unscaled"
+# Before the name of an adapter alone, which has no space in it: none is called like another candidate.
+_ADAPTER = "adapter"
 # Shares of an anchor that the fitted weights are shrunk by.
 _SHRINKAGES = (0.25, 0.5, 0.75)
 # Standard deviation of the prior on the logarithm of the scale: few rows leave the logits as sharp as they are.
@@ -111,7 +113,8 @@ class _Search:
     def candidates(self, rows: np.ndarray | None) -> dict[str, np.ndarray]:
         """Weights by name."""
         size, answers, fitted = len(self.names), self._of(rows), self.optimum.weights
-        found = {UNIFORM: np.full(size, 1 / size), **dict(zip(self.names, np.eye(size)))}
+        alone = {f"{_ADAPTER} {name}": own for name, own in zip(self.names, np.eye(size))}
+        found = {UNIFORM: np.full(size, 1 / size), **alone}
         losses = answers.row_losses(np.stack(list(found.values())), self.combination).mean(1)
         if rows is not None:
             objective = answers.objective(self.combination)

@@ -49,8 +49,8 @@ class CrossValidation:
     Args:
         losses (`dict[str, float]`):
             Mean loss of each candidate, of the `chosen` weights and, where these have a scale, of the same with scale 1
-            (`unscaled`). Candidates are `uniform`, each adapter alone by its name, the task's `own` adapters, `fitted`,
-            and the fitted weights shrunk towards one of the former (`fitted, 0.25 best`).
+            (`unscaled`). Candidates are `uniform`, each adapter alone (`adapter NAME`), the task's `own` adapters,
+            `fitted`, and the fitted weights shrunk towards one of the former (`fitted, 0.25 best`).
         shares (`dict[str, float]`): share of each candidate in the chosen weights.
     """
 
