@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -47,6 +48,45 @@ def train_from_scratch(model: PreTrainedModel, rows: Dataset, folder: str | Path
         **options,
     )
     Trainer(model, args, train_dataset=rows, data_collator=default_data_collator).train()
+
+
+def llama_on_device(config: LlamaConfig, device: torch.device, quantization: str | None = None) -> LlamaForCausalLM:
+    """A Llama with random frozen weights in bfloat16, which are made on the device, one layer after the other.
+
+    Args:
+        config (`LlamaConfig`): its shape.
+        device (`torch.device`): where it runs.
+        quantization (`str`, *optional*): `"nf4"` for 4-bit weights in all linear layers but the head.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    if quantization is not None:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                model.set_submodule(name, _quantized_linear(module, device, config.initializer_range))
+        model.is_loaded_in_4bit = True
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+                value = value.fill_(1.0) if parameter.dim() == 1 else value.normal_(std=config.initializer_range)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    # Its frequencies are a buffer, which is on the meta device as well.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    return model.requires_grad_(False).eval()
+
+
+def _quantized_linear(module: nn.Linear, device: torch.device, std: float) -> nn.Module:
+    import bitsandbytes as bnb
+
+    weight = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=device).normal_(std=std)
+    with torch.device("meta"):
+        layer = bnb.nn.Linear4bit(
+            module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
+    # Moving it quantizes it, also to the device where it is.
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer).to(device)
+    return layer
 
 
 def write_tiny_llama(folder: Path) -> None:

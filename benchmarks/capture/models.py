@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, LlamaCo
 
 from hf_ensemble.tasks import EXAMPLE_ID, TASK
 
-from ..models import randomize_lora_b
+from ..models import llama_on_device, randomize_lora_b
 
 NUM_LABELS = 4
 ENCODER = {
@@ -111,41 +111,7 @@ def _llama(setting: Setting) -> nn.Module:
     config = LlamaConfig(**shape, max_position_embeddings=max(1024, setting.length), tie_word_embeddings=False)
     if setting.quantization is None:
         return LlamaForCausalLM(config)
-    return _quantized_llama(config, torch.device(setting.device))
-
-
-def _quantized_llama(config: LlamaConfig, device: torch.device) -> nn.Module:
-    """Random nf4 weights, created layer by layer so that the whole model never exists in another dtype."""
-    import bitsandbytes as bnb
-
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or name == "lm_head":
-            continue
-        weight = torch.randn(module.weight.shape, dtype=torch.bfloat16, device=device) * config.initializer_range
-        with torch.device("meta"):
-            layer = bnb.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                compute_dtype=torch.bfloat16,
-                quant_type="nf4",
-            )
-        layer.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=layer).to(device)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)
-        del weight
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-                value = value.fill_(1.0) if parameter.dim() == 1 else value.normal_(std=config.initializer_range)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-    # Its frequencies are a buffer, which is on the meta device as well.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    model.is_loaded_in_4bit = True
-    return model.requires_grad_(False)
+    return llama_on_device(config, torch.device(setting.device), setting.quantization)
 
 
 def make_rows(setting: Setting, count: int, seed: int = 1) -> Dataset:

@@ -9,7 +9,7 @@ turns, so that a busy machine slows them all down.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -106,13 +106,16 @@ def methods(model: PeftModel, members: int, batch_size: int) -> dict[str, Callab
 
 
 @torch.no_grad()
-def measure(model: PeftModel, members: int, arguments, device: torch.device) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a prefill and of one decoded token, by method."""
+def measure(
+    model: PeftModel, members: int, arguments, device: torch.device, wanted: Sequence[str] | None = None
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a prefill and of one decoded token, by method: those wanted, all by default."""
     torch.manual_seed(1)
     shape = (arguments.batch_size, arguments.length)
     prompt = torch.randint(0, arguments.vocabulary, shape, device=device)
     token = torch.randint(0, arguments.vocabulary, (arguments.batch_size, 1), device=device)
     own = methods(model, members, arguments.batch_size)
+    own = {name: own[name] for name in wanted or own}
     prefill: dict[str, list[float]] = {name: [] for name in own}
     decode: dict[str, list[float]] = {name: [] for name in own}
     for repetition in range(arguments.repetitions + 1):

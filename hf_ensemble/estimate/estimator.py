@@ -44,7 +44,8 @@ class SubsetEstimator:
         recipe (`TrainingRecipe`, *optional*):
             The training to predict, which determines how l2 depends on the mixture. Without observed runs it is
             replayed to fit c.
-        device (`torch.device` or `str`, *optional*): device for solving surrogates. The CPU by default.
+        device (`torch.device` or `str`, *optional*):
+            Device for principal components and for solving surrogates, with float64. The CPU by default.
         task_loss_weighting (`str`, *optional*, defaults to `"tokens"`):
             What the training averages the loss of a step over, see [`loss_weights`].
         length (`float`, *optional*, defaults to 1.0):
@@ -102,7 +103,7 @@ class SubsetEstimator:
         check_number("length", length, 0, above=True, error=EstimationError)
         self.length = length
         recipe = self._recipe = None if recipe is None else recipe.of_length(length)
-        self.reduction = FeatureReduction.fit(train.features, num_components)
+        self.reduction = FeatureReduction.fit(train.features, num_components, device)
         reduced = self.reduction.apply(train.features)
         self.training_ids = tuple(zip((self.task_names[index] for index in train.task), train.example_id.tolist()))
         self.task_loss_weighting = task_loss_weighting

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.linalg import eigh
 
 from ..errors import EstimationError
@@ -27,20 +28,34 @@ class FeatureReduction:
     components: np.ndarray
 
     @classmethod
-    def fit(cls, features: Features, num_components: int) -> "FeatureReduction":
+    def fit(
+        cls, features: Features, num_components: int, device: torch.device | str | None = None
+    ) -> "FeatureReduction":
         """Compute the leading principal directions of training features `(n, d)`, without centering.
 
         The surrogate's optimum is a linear combination of the training rows, so as many components as rows lose
         nothing. The features are not centered, because the surrogate has no intercept to absorb their mean.
 
+        Args:
+            features (`np.ndarray` or [`StoredFeatures`] of shape `(n, d)`): training features.
+            num_components (`int`): number of directions.
+            device (`torch.device` or `str`, *optional*):
+                Device for the products and eigenvectors, with float64, where there are at least as many rows as
+                features. The CPU by default.
+
         Raises:
             `EstimationError`: for features that are not finite or all zero.
         """
         n, d = features.shape
+        device = torch.device("cpu" if device is None or d > n else device)
         gram, norms = np.zeros((min(n, d), min(n, d))), 0.0
+        total = None if device.type == "cpu" else torch.zeros(d, d, dtype=torch.float64, device=device)
         for part, block in _blocks(features):
             norms += _sum_of_norms(part.start, block)
-            if d <= n:
+            if total is not None:
+                there = torch.from_numpy(block).to(device)
+                total.addmm_(there.T, there)
+            elif d <= n:
                 gram += block.T @ block
         scale = norms / n
         if scale == 0:
@@ -48,7 +63,9 @@ class FeatureReduction:
                 "Expected nonzero gradient features, found zeros only. Check that the adapter is active."
             )
         k = min(num_components, n, d)
-        if d <= n:
+        if total is not None:
+            components = torch.linalg.eigh(total)[1][:, -k:].flip(1).cpu().numpy()
+        elif d <= n:
             _, vectors = eigh(gram, subset_by_index=[d - k, d - 1], overwrite_a=True)
             components = vectors[:, ::-1]
         else:
