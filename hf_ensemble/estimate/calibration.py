@@ -1,7 +1,7 @@
 """Calibrates the surrogate's losses by observed fine-tunings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,10 @@ class LossCalibration:
         move = _move(self.base, loss)
         bend = (1 + self.curvature) / (1 + self.curvature * np.abs(move) / self.unit) ** 2
         return self(loss) * self._factors(move) * bend / np.maximum(loss, _MIN_LOSS)
+
+    def around(self, base: np.ndarray) -> "LossCalibration":
+        """The same for other validation rows, with these losses `(T,)` at the linearization point."""
+        return replace(self, base=np.maximum(base, _MIN_LOSS))
 
     def by_task(self, task_names: Sequence[str]) -> dict[str, Any]:
         """The calibration as JSON values."""

@@ -313,13 +313,17 @@ class SubsetEstimator:
     def halves(self, seed: int = 0) -> tuple["SubsetEstimator", "SubsetEstimator"]:
         """Two estimators with the same optima, each of the losses on a random half of every task's validation rows.
 
-        Calibration and penalty are those of all rows.
+        The penalty and the calibration's factors are those of all rows; what they are applied to, the moves of the
+        losses from those at the linearization point, are of the half alone.
 
         Args:
             seed (`int`, *optional*, defaults to 0): seed of the halves.
         """
         first, second = copy.copy(self), copy.copy(self)
         first._validation, second._validation = self._validation.halves(seed)
+        if self.calibration is not None:
+            for half in (first, second):
+                half.calibration = self.calibration.around(half.base_loss())
         return first, second
 
     def loss_at(self, coefficients: np.ndarray) -> np.ndarray:

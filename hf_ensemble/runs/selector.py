@@ -24,8 +24,8 @@ def run_selector(
         tasks (`Sequence[str]`, *optional*): tasks to take; all by default.
         num_components (`int`, *optional*, defaults to 400): see [`SubsetEstimator`].
         observed_runs (`Sequence[ObservedRun]`, *optional*):
-            What calibrates the predictions; by default every fine-tuning of the run that was on no other tasks and
-            began where the gradients were captured.
+            What calibrates the predictions; by default every fine-tuning of the run that was on no other tasks, began
+            where the gradients were captured, and was as long as those to choose for.
         clusters (`dict[str, int]`, *optional*): see [`DataSelector.from_store`].
         continued_length (`float`, *optional*):
             Choose for trainings of this length that go on from the adapter for all tasks, instead of whole ones from
@@ -39,12 +39,13 @@ def run_selector(
     known = record.tasks
     names = list(known) if tasks is None else list(tasks)
     gradients = run.gradients if continued_length is None else run.baseline_gradients
+    length = 1.0 if continued_length is None else continued_length
     if observed_runs is None:
         theta0 = GradientStore(gradients).identity["model"]["theta0"]
         observed_runs = [
             scored.as_observed()
             for scored in run.scored_runs()
-            if set(scored.subset) <= set(names) and scored.theta0 == theta0 and scored.length == 1
+            if set(scored.subset) <= set(names) and scored.theta0 == theta0 and scored.length == length
         ]
     weights = {name: known[name].sampling_weight for name in names if name in known}
     return DataSelector.from_store(
@@ -55,5 +56,5 @@ def run_selector(
         weights,
         clusters,
         record.task_loss_weighting,
-        1.0 if continued_length is None else continued_length,
+        length,
     )

@@ -120,7 +120,7 @@ def optimize_mixture(
     num_auxiliary = sum(weight > 0 and name not in targets for name, weight in zip(names, weights))
     summary = (
         f"The predicted validation loss of {', '.join(targets)} is {loss:.4f} with these weights, and "
-        f"{losses[first]:.4f} with the best subset, which has {len(subset)} tasks."
+        f"{losses[first]:.4f} with the best subset, which has {len(subset)} task{'s' if len(subset) > 1 else ''}."
     )
     arguments = {"caps": caps if isinstance(caps, float | int) else dict(caps), "max_iterations": max_iterations}
     return Mixture(

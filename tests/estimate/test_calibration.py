@@ -172,3 +172,13 @@ def test_spreads_are_on_the_calibrated_scale():
     plain = estimator.score_spread(found.coefficients, found.coefficients[0], goal)
     raw = estimator.predict(mixtures[:1]).loss[0]
     assert spread == pytest.approx(plain * calibration.slope(raw)[0])
+
+
+def test_losses_of_half_the_rows_are_calibrated_around_their_own():
+    estimator = SubsetEstimator(*world(), observed_runs=[ObservedRun({"a": 1.0}, {"a": 0.3, "c": 2.0})])
+    start = np.zeros((1, estimator.reduction.components.shape[1]))
+    for half in estimator.halves():
+        assert not np.allclose(half.base_loss(), estimator.base_loss(), rtol=1e-2)
+        # What has not moved keeps its loss, whichever rows it is measured on.
+        assert half.loss_at(start)[0] == pytest.approx(half.base_loss())
+    assert estimator.loss_at(start)[0] == pytest.approx(estimator.base_loss())

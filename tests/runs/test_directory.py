@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from helpers.trainers import sft_trainer
@@ -15,12 +16,14 @@ from hf_ensemble.runs import (
     RunDirectory,
     RunRecord,
     ScoredRun,
+    TaskRecord,
     TasksRecord,
     TrainedAdapter,
     layout,
     run_selector,
 )
 from hf_ensemble.select import Grouping
+from hf_ensemble.store import CapturedRows, GradientStoreWriter
 
 
 def test_stages_are_recorded_and_resumed(tmp_path):
@@ -91,6 +94,31 @@ def test_every_record_of_a_finished_run_reads_back(finished):
     selector = run_selector(run, num_components=20)
     assert selector.group(num_groups=2, affinity_subsets=20).groups == finished[0].grouping.groups
     assert selector.estimator.observed_runs
+
+
+def small_store(folder, theta0):
+    plan = [("train" if i < 20 else "validation", "ab"[i % 2], str(i)) for i in range(40)]
+    identity = {"model": {"theta0": theta0}, "config": {}}
+    writer = GradientStoreWriter(folder, identity=identity, plan=plan, dim=6)
+    rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    ones = np.ones(40)
+    writer.write_shard(0, CapturedRows(rows, ones, np.log1p(np.exp(-ones)), ones))
+    writer.finish(versions={})
+
+
+def test_trainings_are_evidence_for_those_of_their_length_and_start(tmp_path):
+    run = RunDirectory(tmp_path)
+    task = TaskRecord({"train": 10, "validation": 10}, {"train": "", "validation": ""}, None, 1.0)
+    run.write(TasksRecord("prompt_completion", "f", {"a": task, "b": task}))
+    small_store(run.gradients, "start")
+    small_store(run.baseline_gradients, "on")
+    whole = ScoredRun({"a": 1.0}, 0, {"a": TaskScores(0.25, 1.0, 4)}, 1.0, 1.0, "start")
+    half = replace(whole, mixture={"b": 1.0}, theta0="on", length=0.5)
+    for own in (whole, half, replace(half, length=1.0), replace(whole, theta0="on"), replace(whole, length=2.0)):
+        run.write_scored_run(own)
+    assert run_selector(run).estimator.observed_runs == (whole.as_observed(),)
+    assert run_selector(run, continued_length=0.5).estimator.observed_runs == (half.as_observed(),)
+    assert run_selector(run, continued_length=0.25).estimator.observed_runs == ()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in layout.RECORDS if kind is not Results])

@@ -121,6 +121,13 @@ def test_a_grouping_tells_its_helpers(options):
         assert f"{loss:.4f}" in grouping.summary
 
 
+def test_one_group_is_spoken_of_in_the_singular():
+    selector = DataSelector(planted(0))
+    assert selector.group(1).summary.startswith("1 group was requested; the predicted loss of 1 group is ")
+    assert selector.group(None, max_groups=1).summary.startswith("1 group has the least predicted loss, ")
+    assert selector.group(2).summary.startswith("2 groups were requested; ")
+
+
 def test_overlap_never_raises_the_predicted_loss():
     estimator = planted(1)
     plain, shared = (DataSelector(estimator).group(4, overlapping_groups=overlap) for overlap in (False, True))

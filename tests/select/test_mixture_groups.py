@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from hf_ensemble import TrainingRecipe
-from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.errors import ConfigurationError, HfEnsembleError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
 from hf_ensemble.select.groups import mixture_groups
 from hf_ensemble.select.groups.facility_location import FacilityLocation
+from hf_ensemble.select.groups.optimism import CostPoint
 from hf_ensemble.store import FeatureTable
 
 
@@ -60,6 +61,11 @@ def mean_loss(estimator, grouping):
     return float(np.mean([losses[:, estimator.task_names.index(task)].min() for task in grouping.task_names]))
 
 
+def chosen_point(grouping):
+    """The set on the curve that was taken."""
+    return next(point for point in grouping.cost_curve if point["expected_loss"] == grouping.expected_loss)
+
+
 def partitions(items):
     if not items:
         yield []
@@ -99,7 +105,7 @@ def test_a_larger_budget_costs_more_and_loses_less(estimator, mixtures, has_base
             if not (has_baseline and mixture == dict.fromkeys(estimator.task_names, 1.0))
         ]
         assert grouping.cost == pytest.approx(sum(rows) / 72 + has_baseline) and grouping.cost <= budget + 1e-9
-        assert mean_loss(estimator, grouping) == pytest.approx(grouping.cost_curve[-1]["predicted_loss"], abs=1e-6)
+        assert mean_loss(estimator, grouping) == pytest.approx(chosen_point(grouping)["predicted_loss"], abs=1e-6)
         losses.append(mean_loss(estimator, grouping))
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.02
     costs = [point["cost"] for point in grouping.cost_curve]
@@ -179,7 +185,7 @@ def test_sampling_weights_are_what_mixtures_are_multiples_of():
     for mixture in grouping.mixtures.values():
         assert max(mixture.values()) == pytest.approx(1.0)
     assert grouping.cost <= 2.5 + 1e-9
-    assert mean_loss(estimator, grouping) == pytest.approx(grouping.cost_curve[-1]["predicted_loss"], abs=1e-6)
+    assert mean_loss(estimator, grouping) == pytest.approx(chosen_point(grouping)["predicted_loss"], abs=1e-6)
 
 
 def test_with_a_fixed_number_of_steps_every_mixture_costs_a_training():
@@ -232,7 +238,7 @@ def test_groups_may_go_on_where_the_adapter_for_all_tasks_has_ended(estimator):
         on.base_loss()[index] if grouping.group_of(task) == grouping.baseline_group else after[:, index].min()
         for index, task in enumerate(grouping.task_names)
     ]
-    assert np.mean(losses) == pytest.approx(grouping.cost_curve[-1]["predicted_loss"], abs=1e-6)
+    assert np.mean(losses) == pytest.approx(chosen_point(grouping)["predicted_loss"], abs=1e-6)
     every = predicted_losses(on, grouping)
     own = [every[list(grouping.groups).index(grouping.group_of(task)), i] for i, task in enumerate(grouping.task_names)]
     assert np.allclose(own, losses, atol=1e-6)
@@ -270,16 +276,71 @@ def test_groups_that_are_trained_stay_and_serve_by_their_measured_losses(estimat
         selector.group(2, trained={"group_0": good})
 
 
+def test_new_groups_take_no_name_of_one_that_is_trained(estimator):
+    bad = {f"group_{place}": trained(estimator, {"task_5": 1.0}, 3.0) for place in (2, 1)}
+    found = DataSelector(estimator).group(None, "mixtures", compute_budget=4.0, affinity_subsets=10, trained=bad)
+    assert list(found.groups)[:3] == ["group_2", "group_1", "group_3"] and len(found.groups) == len(found.mixtures)
+    assert found.mixtures["group_2"] == found.mixtures["group_1"] == {"task_5": 1.0}
+    assert sorted(task for tasks in found.groups.values() for task in tasks) == sorted(estimator.task_names)
+
+
+def test_the_first_group_gains_most_over_one_adapter_for_all(estimator):
+    targets = dict(zip(estimator.task_names, [1.0, 1.0, 1.0, 1.0, 9.0, 9.0]))
+    options = {"has_baseline": False, "affinity_subsets": 10, "targets": targets}
+    found = DataSelector(estimator).group(3, "mixtures", **options)
+    losses = estimator.predict_subsets([estimator.task_names, *found.mixtures.values()]).loss
+    falls = dict(zip(estimator.task_names, (losses[0] - losses[1:]).T))
+    gains = [sum(targets[task] * falls[task][row] for task in own) for row, own in enumerate(found.groups.values())]
+    assert len(gains) == 3 and gains == sorted(gains, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (3, "Expected trained as a dict by name, found 3"),
+        (
+            {"group_0": {"mixture": {"task_0": 1.0}, "loss": {}}},
+            r"trained\['group_0'\] as an ObservedRun, or a dict of",
+        ),
+        ({"group_0": ["task_0"]}, r"trained\['group_0'\] as an ObservedRun"),
+        ({"group_0": {"mixture": {"task_9": 1.0}, "losses": {}}}, "Unknown tasks"),
+    ],
+)
+def test_trained_groups_that_are_none_are_refused(estimator, bad, message):
+    with pytest.raises(HfEnsembleError, match=message):
+        DataSelector(estimator).group(None, "mixtures", affinity_subsets=10, trained=bad)
+
+
+@pytest.mark.parametrize(
+    ("num_adapters", "expected", "together", "said"),
+    [
+        (
+            1,
+            0.5,
+            0.6,
+            "1 adapter, at 1.50 times the training of one adapter for all, is expected to lower the mean loss",
+        ),
+        (2, 0.5, 0.6, "are expected to lower the mean loss from 0.6000 to 0.5000 "),
+        (2, 0.7, 0.6, "are expected to raise the mean loss from 0.6000 to 0.7000 "),
+        (2, 0.6, 0.6, "are expected to leave the mean loss at 0.6000 "),
+    ],
+)
+def test_the_summary_says_which_way_the_loss_goes(num_adapters, expected, together, said):
+    difference = expected - together
+    point = CostPoint(0.5, num_adapters, expected, 0.0, difference, 0.0)
+    assert said in mixture_groups._summary(num_adapters, point, 1.0)
+
+
 def test_of_targets_only_their_losses_count(estimator):
     selector = DataSelector(estimator)
     found = selector.group(None, "mixtures", targets={"task_0": 3.0, "task_3": 1.0}, compute_budget=3.0)
     losses = estimator.predict_subsets(list(found.mixtures.values())).loss
     assert (0.75 * losses[:, 0].min() + 0.25 * losses[:, 3].min()) == pytest.approx(
-        found.cost_curve[-1]["predicted_loss"], abs=1e-6
+        chosen_point(found)["predicted_loss"], abs=1e-6
     )
     # As good as mixtures that were made for each of them.
     alone = [selector.mixture(task).predicted_loss for task in ("task_0", "task_3")]
-    assert found.cost_curve[-1]["predicted_loss"] < 0.75 * alone[0] + 0.25 * alone[1] + 0.01
+    assert chosen_point(found)["predicted_loss"] < 0.75 * alone[0] + 0.25 * alone[1] + 0.01
     assert set(found.trained_on(found.group_of("task_0"))).isdisjoint({"task_3"})
     with pytest.raises(ConfigurationError, match="weigh the losses of mixtures"):
         selector.group(2, targets="task_0")

@@ -93,11 +93,8 @@ def predicted_losses(estimator: SubsetEstimator, grouping: Grouping) -> np.ndarr
         estimator (`SubsetEstimator`): predicts trainings from where those of the groups begin.
         grouping (`Grouping`): a grouping of its tasks.
     """
-    mixtures = list(grouping.mixtures.values())
-    if grouping.settings["group_initialization"] == "fresh":
-        return estimator.predict_subsets(mixtures).loss
-    losses = estimator.predict_subsets(mixtures).loss
-    if grouping.baseline_group is not None:
+    losses = estimator.predict_subsets(list(grouping.mixtures.values())).loss
+    if grouping.settings["group_initialization"] == "baseline" and grouping.baseline_group is not None:
         losses[list(grouping.groups).index(grouping.baseline_group)] = estimator.base_loss()
     return losses
 
@@ -162,7 +159,7 @@ def group_tasks(
     settings = settings or GroupingSettings()
     names = estimator.task_names
     settings.check_tasks(len(names))
-    runs = _as_runs(trained or {}, settings)
+    runs = _as_runs({} if trained is None else trained, settings)
     if targets is not None and settings.grouping_method != "mixtures":
         raise ConfigurationError(
             f"targets={targets!r:.60} weigh the losses of mixtures; grouping_method={settings.grouping_method!r} takes "
@@ -230,13 +227,23 @@ def _by_name(groups: Sequence[str], names: Sequence[str], labels: np.ndarray) ->
 def _as_runs(
     trained: Mapping[str, ObservedRun | Mapping[str, Any]], settings: GroupingSettings
 ) -> dict[str, ObservedRun]:
-    if trained and settings.grouping_method != "mixtures":
+    known = checked_mapping("trained", trained)
+    if known and settings.grouping_method != "mixtures":
         raise ConfigurationError(
-            f"trained={list(trained)} are mixtures that exist already; grouping_method={settings.grouping_method!r} "
+            f"trained={list(known)} are mixtures that exist already; grouping_method={settings.grouping_method!r} "
             "partitions the tasks anew. Set grouping_method='mixtures', or leave it out."
         )
-    known = checked_mapping("trained", trained)
-    return {name: run if isinstance(run, ObservedRun) else ObservedRun(**run) for name, run in known.items()}
+    return {name: _as_run(name, run) for name, run in known.items()}
+
+
+def _as_run(name: str, run: ObservedRun | Mapping[str, Any]) -> ObservedRun:
+    if isinstance(run, ObservedRun):
+        return run
+    if not isinstance(run, Mapping) or set(run) != {"mixture", "losses"}:
+        raise ConfigurationError(
+            f"Expected trained[{name!r}] as an ObservedRun, or a dict of its mixture and losses, found {run!r:.80}."
+        )
+    return ObservedRun(**run)
 
 
 def _affinity(

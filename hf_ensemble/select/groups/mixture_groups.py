@@ -1,5 +1,6 @@
 """Groups of tasks that are served by the same mixture."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -73,7 +74,7 @@ def _found(
         mixtures=mixtures / mixtures.max(axis=1, keepdims=True),
         curve=curve,
         cost=best.cost + at_hand.cost,
-        summary=_summary(names, point, at_hand.cost) + calibration_note(estimator),
+        summary=_summary(len(names), point, at_hand.cost) + calibration_note(estimator),
         names=names,
         baseline=baseline,
         cost_curve=[_as_values(one, at_hand.cost) for one in points],
@@ -94,18 +95,22 @@ def _as_values(point: CostPoint, cost: float) -> dict[str, float]:
     }
 
 
-def _summary(names: Sequence[str], point: CostPoint, cost: float) -> str:
+def _summary(num_adapters: int, point: CostPoint, cost: float) -> str:
     together = point.predicted_loss + point.optimism - point.difference
-    if point.difference == 0 and len(names) == 1:
+    if point.difference == 0 and num_adapters == 1:
         return (
             f"One adapter for all tasks is enough, with a mean predicted loss of {together:.4f}: no mixtures within "
             "the budget are expected to lower it by more than chance."
         )
-    return (
-        f"{len(names)} adapter{'s' if len(names) > 1 else ''}, at {point.cost + cost:.2f} times the training of one "
-        f"adapter for all, are expected to lower the mean loss from {together:.4f} to {point.expected_loss:.4f} "
-        f"(predicted {point.predicted_loss:.4f}, less what searching makes of noise)."
-    )
+    adapters = f"{num_adapters} adapters" if num_adapters > 1 else "1 adapter"
+    subject = f"{adapters}, at {point.cost + cost:.2f} times the training of one adapter for all,"
+    expected = f"{'are' if num_adapters > 1 else 'is'} expected to"
+    if point.expected_loss == together:
+        change = f"{expected} leave the mean loss at {together:.4f}"
+    else:
+        verb = "lower" if point.expected_loss < together else "raise"
+        change = f"{expected} {verb} the mean loss from {together:.4f} to {point.expected_loss:.4f}"
+    return f"{subject} {change} (predicted {point.predicted_loss:.4f}, before what the search makes of noise)."
 
 
 def _cluster_starts(estimator: SubsetEstimator, counts: Sequence[int], seed: int) -> list[np.ndarray]:
@@ -148,17 +153,18 @@ def _named(
     """Names, labels `(T,)`, mixtures in multiples of the sampling weights, and the group that the baseline serves.
 
     Groups that were trained come first and keep their names, whether or not they serve a task: other tasks may give
-    them a weight. New ones follow, the one with the largest gain first, then the one for all tasks if it serves a task.
+    them a weight. New ones follow under names that are not taken, the one with the largest gain first, then the one for
+    all tasks if it serves a task. Gains are those over the adapters at hand, or else over one adapter for all.
     """
-    together = found.loss if not len(at_hand) else at_hand.losses.min(axis=0)
+    together = at_hand.losses.min(axis=0) if len(at_hand) else estimator.predict(np.ones((1, len(goal)))).loss[0]
     gains = [float(goal @ np.where(found.serving == row, together - found.loss, 0.0)) for row in range(len(found))]
     order = np.argsort(-np.array(gains), kind="stable")
     number = len(at_hand.names)
     sources = [-1 - row for row in range(number)] + order.tolist()
-    named = [*at_hand.names, *(f"group_{number + row}" for row in range(len(order)))]
     if at_hand.has_baseline:
         sources.append(-1 - number)
-        named.append(f"group_{number + len(order)}")
+    free = (name for place in itertools.count(number) if (name := f"group_{place}") not in at_hand.names)
+    named = [*at_hand.names, *(next(free) for _ in sources[number:])]
     used = [
         (name, source)
         for row, (name, source) in enumerate(zip(named, sources))

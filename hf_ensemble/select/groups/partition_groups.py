@@ -43,7 +43,7 @@ def partition_groups(
     summary = _summary(settings, sizes[best], losses[best], len(losses))
     if num_helpers:
         with_help = group_losses.of_partition(labels, trained) / len(names)
-        summary = f"{summary}; with {num_helpers} helpers it is {with_help:.4f}"
+        summary = f"{summary}; with {_counted(num_helpers, 'helper')} it is {with_help:.4f}"
     mixtures = trained.astype(np.float64)
     baseline = None
     if has_baseline and settings.group_initialization == "fresh" and len(trained) == 1:
@@ -57,11 +57,18 @@ def partition_groups(
 
 
 def _summary(settings: GroupingSettings, num_groups: int, loss: float, num_partitions: int) -> str:
+    found = _counted(num_groups, "group")
     if settings.num_groups is not None:
-        return f"{settings.num_groups} groups were requested; the predicted loss of {num_groups} is {loss:.4f}"
+        were = "was" if settings.num_groups == 1 else "were"
+        return f"{_counted(settings.num_groups, 'group')} {were} requested; the predicted loss of {found} is {loss:.4f}"
+    have, partitions = "has" if num_groups == 1 else "have", _counted(num_partitions, "partition")
     if settings.group_cost:
-        return f"{num_groups} groups have the least predicted loss plus group cost of {num_partitions} partitions"
-    return f"{num_groups} groups have the least predicted loss, {loss:.4f}, of {num_partitions} partitions"
+        return f"{found} {have} the least predicted loss plus group cost of {partitions}"
+    return f"{found} {have} the least predicted loss, {loss:.4f}, of {partitions}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _partitions(
