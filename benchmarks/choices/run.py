@@ -23,8 +23,8 @@ from hf_ensemble.cli.demo.flow import base_model, demo_trainer
 from hf_ensemble.cli.demo.world import build_world
 from hf_ensemble.estimate import ObservedRun
 from hf_ensemble.runs import run_selector
+from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
-from hf_ensemble.train.flows.assembly import BASELINE
 
 from ..common import make_parser, write_results
 from ..trainers import trainer_from_flags

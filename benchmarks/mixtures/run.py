@@ -21,8 +21,8 @@ from hf_ensemble.ensemble import PeftEnsembleModel
 from hf_ensemble.ensemble.saving.files import load_adapter
 from hf_ensemble.ensemble.weighting.fitting import fit_ensemble
 from hf_ensemble.runs import run_selector
+from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.select import DataSelector, Grouping
-from hf_ensemble.train.flows.assembly import BASELINE
 from hf_ensemble.train.flows.capturing import gradients_at_baseline
 
 from ..common import make_parser, read_results, write_results

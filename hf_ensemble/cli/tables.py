@@ -11,7 +11,7 @@ from rich.table import Table
 from ..ensemble import PeftEnsembleModel
 from ..runs import Comparison, FidelityReport, Results
 from ..runs.costs import figure_with_prefix
-from ..runs.result_rows import system_name
+from ..runs.systems import system_name
 from ..select import ExampleScores, Grouping, Selection
 
 # About how many points of a curve a table shows.

@@ -27,7 +27,7 @@ from ..runs import (
     TrainedAdapter,
 )
 from ..runs.costs import figure_with_prefix
-from ..runs.result_rows import system_name
+from ..runs.systems import BASELINE, system_name
 from ..select import Grouping, Selection
 from ..tasks import LabelSpace, RowFormat
 
@@ -166,7 +166,7 @@ class EnsembleCardData(RunCardData):
     def from_run(cls, run: RunDirectory, folder: Path | None = None) -> "EnsembleCardData":
         """Read a run, and an ensemble of it in another folder; what it does not hold yet stays empty."""
         ensemble = SavedEnsembleConfig.load(folder or run.ensemble)
-        names = [*(member.name for member in ensemble.members), "baseline"]
+        names = [*(member.name for member in ensemble.members), BASELINE]
         return cls(
             **_shared(run, names),
             ensemble=ensemble,

@@ -1,16 +1,13 @@
 """An ensemble beside the simpler systems that it has to beat."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .._cards import text
 from .._records import Record
 from ..evaluate import SystemIntervals, TaskScores, mean_scores, system_intervals
 from .costs import SystemCost, figure_with_prefix
 from .evaluation import RowFigures
-from .result_rows import system_name
-
-# What the others are compared with.
-REFERENCE = "baseline"
+from .systems import BASELINE, system_name
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Comparison(Record):
     def intervals(self) -> dict[str, SystemIntervals]:
         """95 % intervals over rows of every figure, and of its paired difference from one adapter for all."""
         rows = {name: {task: one.as_scores() for task, one in own.rows.items()} for name, own in self.systems.items()}
-        return system_intervals(rows, REFERENCE)
+        return system_intervals(rows, BASELINE)
 
     def mean(self, system: str) -> TaskScores:
         """A system's scores, mean over the tasks."""
@@ -63,7 +60,7 @@ class Comparison(Record):
         head = ["system", "loss", "difference", "accuracy", *metrics]
         head += ["training FLOPs", "x one for all", "stored parameters", "FLOPs per token"]
         intervals = self.intervals()
-        whole = self.systems[REFERENCE].cost.training_flops if REFERENCE in self.systems else 0.0
+        whole = self.systems[BASELINE].cost.training_flops if BASELINE in self.systems else 0.0
         lines = [head]
         for system, own in self.systems.items():
             mean, cost = self.mean(system), own.cost
@@ -76,15 +73,19 @@ class Comparison(Record):
         return lines
 
     def to_markdown(self) -> str:
-        """The table in Markdown, with what was left out."""
+        """The table in Markdown, with what was left out.
+
+        Names and notes are escaped: what means something in Markdown or HTML is a reference to its character.
+        """
         rows = "held-out test" if self.split == "test" else "evaluation"
         head, *lines = self.rows()
-        text = [f"On the {rows} rows, mean over the tasks. Differences of the loss are from one adapter for all,"]
-        text += ["with 95 % intervals over rows; FLOPs are floating point operations."]
-        text += ["", _markdown_row(head), _markdown_row(["---"] * len(head)), *map(_markdown_row, lines), ""]
-        text += [f"{system_name(name)}: {own.note}." for name, own in self.systems.items() if own.note]
-        text += [f"Left out: {system_name(name)}. {why}" for name, why in self.left_out.items()]
-        return "\n".join(text) + "\n"
+        said = [f"On the {rows} rows, mean over the tasks. Differences of the loss are from one adapter for all,"]
+        said += ["with 95 % intervals over rows; FLOPs are floating point operations."]
+        said += ["", _markdown_row(head), f"|{'---|' * len(head)}", *map(_markdown_row, lines)]
+        notes = [f"{system_name(name)}: {own.note}." for name, own in self.systems.items() if own.note]
+        notes += [f"Left out: {system_name(name)}. {why}" for name, why in self.left_out.items()]
+        said += [line for note in notes for line in ("", text(note))]
+        return "\n".join(said) + "\n"
 
 
 def _difference(intervals: SystemIntervals | None) -> str:
@@ -95,5 +96,5 @@ def _difference(intervals: SystemIntervals | None) -> str:
     return f"{own.value:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
-def _markdown_row(cells: list[str] | Mapping[str, str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _markdown_row(cells: list[str]) -> str:
+    return f"| {' | '.join(map(text, cells))} |"

@@ -10,10 +10,10 @@ from .example_rows import ExampleRows
 from .fidelity_report import FidelityReport
 from .records import EnsembleWeights, Estimate, RunRecord, TasksRecord
 from .results import Results
+from .systems import BASELINE
 
 GRADIENTS = "gradients"
 BASELINE_GRADIENTS = "gradients_at_baseline"
-BASELINE = "baseline"
 META_INITIALIZATION = "meta"
 ADAPTER = "adapter"
 ENSEMBLE = "ensemble"

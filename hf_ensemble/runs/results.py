@@ -10,10 +10,11 @@ from .costs import Costs, StageCost, SystemCost
 from .fidelity_report import FidelityReport
 from .records import RunRecord
 from .result_rows import ResultTable, as_text, result_tables
+from .systems import BASELINE
 from .verdict import verdict
 
 # Systems that others are compared with, the first that was scored.
-_REFERENCES = ("baseline", "base")
+_REFERENCES = (BASELINE, "base")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from typing import Any
 
 from ..select import Grouping, Selection
+from .boosting import Boosting
 from .costs import Costs
 from .directory import RunDirectory
 from .evaluation import EvaluatedRows, Evaluation
 from .fidelity_report import FidelityReport
 from .records import EnsembleWeights, Estimate, RunRecord
 from .results import Results, SelectionResult
+from .systems import BASELINE
 
 
 def run_results(run: RunDirectory) -> Results:
@@ -45,10 +47,23 @@ def _ensemble_outcome(run: RunDirectory) -> dict[str, Any]:
             if group in estimate.predicted_loss
         }
     if run.has(EnsembleWeights):
-        outcome["weights"] = run.read(EnsembleWeights).weights
+        known = run.read(EnsembleWeights)
+        boosting = run.read(Boosting) if run.has(Boosting) else Boosting()
+        outcome["weights"] = boosting.weights(known.weights, known.scales)
         used = {name for row in outcome["weights"].values() for name, weight in row.items() if weight}
-        outcome["equals_baseline"] = used <= {"baseline", grouping.baseline_group}
+        outcome["equals_baseline"] = bool(used) and used <= _one_for_all(grouping)
     return outcome
+
+
+def _one_for_all(grouping: Grouping) -> set[str]:
+    """Names of the adapters that are trained on all tasks from the start, by their sampling weights."""
+    alike = {BASELINE}
+    if grouping.baseline_group is not None:
+        alike.add(grouping.baseline_group)
+    if grouping.settings["group_initialization"] == "fresh":
+        everything = dict.fromkeys(grouping.task_names, 1.0)
+        alike |= {name for name, mixture in grouping.mixtures.items() if mixture == everything}
+    return alike
 
 
 def _selection_outcome(run: RunDirectory) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ..evaluate import Difference, SystemIntervals, TaskScores
+from .systems import BASELINE
 
 # Names that a sentence lists before it counts.
 _MOST_NAMES = 4
@@ -56,7 +57,8 @@ def _of_ensemble(
     tasks = list(scores["ensemble"])
     own = mean_loss["ensemble"]
     base = _mean_difference("ensemble", "base", scores, mean_loss, intervals, reference)
-    if base is not None and base.value > 0 and base.is_clear:
+    one_for_all_helps = BASELINE in mean_loss and mean_loss[BASELINE] < mean_loss.get("base", 0.0)
+    if base is not None and base.value > 0 and base.is_clear and not one_for_all_helps:
         return (
             f"Fine-tuning did not help: the base model's mean loss is {number(mean_loss['base'])}, that of the "
             f"ensemble {number(own)}. Lower the learning rate, or train for fewer steps."
@@ -77,32 +79,33 @@ def _of_ensemble(
     gain = _mean_difference("ensemble", reference, scores, mean_loss, intervals, reference)
     count = len({name for row in weights.values() for name, weight in row.items() if weight}) or 1
     adapters = f"{_spelled(count)} adapter{'s' if count != 1 else ''}"
-    lower = "lowers" if count == 1 else "lower"
     differences = _task_losses(scores, "ensemble", reference, intervals)
     better = [task for task, one in differences.items() if one.value < 0]
     clearly_worse = [task for task, one in differences.items() if one.value > 0 and one.is_clear]
     clearly_better = [task for task, one in differences.items() if one.value < 0 and one.is_clear]
-    worse = f"; {_listed(clearly_worse)} {'do' if len(clearly_worse) > 1 else 'does'} worse" if clearly_worse else ""
+    worse = f"; {_listed(clearly_worse)} {'does' if len(clearly_worse) == 1 else 'do'} worse" if clearly_worse else ""
     means = f"from {number(other)} to {number(own)} nats on average"
-    if reference != "baseline":
-        return (
-            f"{adapters} {lower} the base model's loss on {len(better)} of {len(tasks)} tasks, {means}{worse}. Whether "
-            "one adapter for all would do as well was not tried: set train_baseline=True."
-        )
+    s, share = "s" if count == 1 else "", f"{len(better)} of {len(tasks)} tasks"
+    low, high = gain.interval
+    noise = f"which other rows might undo (95 % interval of the difference {number(low)} to {number(high)})"
+    though = ""
+    if clearly_better:
+        though = f" {_listed(clearly_better)} clearly {'gains' if len(clearly_better) == 1 else 'gain'}."
+    if reference != BASELINE:
+        untried = "Whether one adapter for all would do as well was not tried: set train_baseline=True."
+        if not gain.is_clear:
+            return f"{adapters} move{s} the base model's loss {means}, {noise}.{though} {untried}"
+        return f"{adapters} lower{s} the base model's loss on {share}, {means}{worse}. {untried}"
     if gain.is_clear and gain.value < 0:
-        return f"{adapters} {lower} the loss on {len(better)} of {len(tasks)} tasks, {means}{worse}."
+        return f"{adapters} lower{s} the loss on {share}, {means}{worse}."
     if gain.is_clear:
         return (
             f"Use the one adapter for all: the ensemble raises the loss {means}, and on {len(tasks) - len(better)} of "
             f"{len(tasks)} tasks."
         )
-    low, high = gain.interval
-    gains = "gains" if len(clearly_better) == 1 else "gain"
-    though = f" {_listed(clearly_better)} clearly {gains}." if clearly_better else ""
     return (
-        f"One adapter is enough for these {len(tasks)} datasets: {adapters[0].lower()}{adapters[1:]} move"
-        f"{'s' if count == 1 else ''} the loss {means}, which other rows might undo (95 % interval of the difference "
-        f"{number(low)} to {number(high)}).{though}"
+        f"One adapter is enough for these {len(tasks)} datasets: {adapters[0].lower()}{adapters[1:]} move{s} the loss "
+        f"{means}, {noise}.{though}"
     )
 
 
@@ -114,22 +117,26 @@ def _of_selection(
     targets = [task for task in selection.targets if task in scores]
     measured = sum(scores[task].loss for task in targets) / max(len(targets), 1)
     of_base = sum(base[task].loss for task in targets) / len(targets) if targets and set(targets) <= set(base) else None
-    goal = _listed(list(selection.targets))
+    goal, auxiliary = _listed(list(selection.targets)), _listed(selection.auxiliary)
+    loss, were = ("loss", "was") if len(selection.targets) == 1 else ("mean loss", "were")
     if of_base is not None and measured > of_base:
         return (
-            f"Fine-tuning did not help {goal}: its loss is {number(measured)}, that of the base model "
+            f"Fine-tuning did not help {goal}: the {loss} is {number(measured)}, that of the base model "
             f"{number(of_base)}. Lower the learning rate, or train for fewer steps."
         )
     before = f", from the base model's {number(of_base)}" if of_base is not None else ""
-    result = f"The loss of {goal} is {number(measured)}{before}"
+    result = f"The {loss} of {goal} is {number(measured)}{before}"
     alone, predicted = selection.baselines.get("alone"), selection.predicted_loss
     if not selection.auxiliary:
-        return f"No other dataset is predicted to help {goal}, which was fine-tuned alone. {result}."
-    helped = ""
-    if alone is not None and predicted is not None:
-        helped = f": predicted {number(predicted)} with {_them(selection.auxiliary)}, {number(alone)} alone"
-    verb = "help" if len(selection.auxiliary) > 1 else "helps"
-    return f"{_listed(selection.auxiliary)} {verb} {goal}{helped}. {result}."
+        return f"No other dataset is predicted to help {goal}, which {were} fine-tuned alone. {result}."
+    if alone is None or predicted is None:
+        return f"{goal} {were} fine-tuned with {auxiliary}. {result}."
+    them, verb = ("it", "helps") if len(selection.auxiliary) == 1 else ("them", "help")
+    figures = f"{number(predicted)} with {them}, {number(alone)} alone"
+    if predicted >= alone:
+        are = "is" if len(selection.auxiliary) == 1 else "are"
+        return f"{auxiliary} {are} not predicted to help {goal}: {figures}. {result}."
+    return f"{auxiliary} {verb} {goal}: predicted {figures}. {result}."
 
 
 def _harmful(harmful: Mapping[str, int], num_tasks: int) -> str:
@@ -187,10 +194,6 @@ def number(value: float) -> str:
 def _spelled(count: int) -> str:
     words = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
     return words[count - 1] if 1 <= count <= len(words) else str(count)
-
-
-def _them(names: Sequence[str]) -> str:
-    return "them" if len(names) > 1 else "it"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from .._files import writing
 from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError
 from ..publish import renew_model_card
+from ..runs.systems import BASELINE
 from ..select import Grouping
 from ..tasks import TaskSet
 from .boosting.checks import check_boosted_model, check_boosting_arguments
@@ -19,7 +20,6 @@ from .boosting.stage import START, step_name
 from .configs import EnsembleConfig, EnsembleSFTConfig
 from .credentials import arguments_without_secrets
 from .flow_trainer import FlowTrainerMixin
-from .flows.assembly import BASELINE
 from .flows.context import FlowContext
 from .flows.ensemble_flow import EnsembleFlow
 from .inputs.supported import check_base_model

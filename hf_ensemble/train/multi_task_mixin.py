@@ -22,6 +22,7 @@ from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..models.token_checks import check_token_rows
+from ..runs.systems import BASELINE
 from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.row_checks import refuse_images
 from ..tasks.task import as_dataset, make_task
@@ -182,7 +183,7 @@ class MultiTaskMixin:
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ConfigurationError(f"Expected {name} to be a {expected}, found {value!r:.60}.")
         check_before_loading(given["model"], given["peft_config"], type(self))
-        reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith("baseline"))
+        reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith(BASELINE))
         if reserved:
             raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
         if args.should_save:

@@ -50,7 +50,7 @@ def ensemble_run(folder, names=NAMES, seed=0, further=None):
             cost=2.0,
             cost_curve=[_cost_point(1.0, 0, 2.0, 0.0), _cost_point(2.0, 2, 1.6, -0.35)],
             summary="2 mixtures, at 2.00 times the training of one adapter for all, lower the mean predicted loss.",
-            settings={},
+            settings={"group_initialization": "fresh"},
         )
     )
     run.write(

@@ -90,6 +90,18 @@ CASES = {
         "Two adapters lower the base model's loss on 3 of 3 tasks, from 5.000 to 1.600 nats on average. Whether one "
         "adapter for all would do as well was not tried: set train_baseline=True.",
     ),
+    "worse than the base model, which one adapter for all is not": (
+        {"base": BASELINE, "baseline": losses(1.5, 1.5, 1.5), "ensemble": losses(2.5, 2.4, 2.6)},
+        {"weights": weights("group_0", "group_1", "group_1")},
+        "Use the one adapter for all: the ensemble raises the loss from 1.500 to 2.500 nats on average, and on 3 of 3 "
+        "tasks.",
+    ),
+    "one adapter without a baseline": (
+        {"base": BASE, "ensemble": losses(1.5, 1.5, 5.4)},
+        {"weights": weights("group_0", "group_0", "group_0")},
+        "One adapter lowers the base model's loss on 2 of 3 tasks, from 5.000 to 2.800 nats on average; words does "
+        "worse. Whether one adapter for all would do as well was not tried: set train_baseline=True.",
+    ),
     "the ensemble alone": (
         {"ensemble": losses(1.5, 1.6, 1.7)},
         {},
@@ -132,10 +144,22 @@ def test_differences_within_their_noise_call_for_one_adapter():
         "One adapter is enough for these 3 datasets: two adapters move the loss from 2.000 to 1.993 nats on average, "
         f"which other rows might undo (95 % interval of the difference {number(low)} to {number(high)})."
     )
-    systems["ensemble"] = losses(1.5, 2.3, 2.2)
-    results = results_of(systems, noise=0.5, weights=weights("group_0", "group_1", "group_1"))
-    if "enough" in results.verdict:
-        assert results.verdict.endswith("sums clearly gains.")
+    systems["ensemble"] = losses(1.0, 2.4, 2.5)
+    results = results_of(systems, noise=1.0, weights=weights("group_0", "group_1", "group_1"))
+    assert results.verdict.startswith("One adapter is enough") and results.verdict.endswith(" sums clearly gains.")
+
+
+@pytest.mark.parametrize("loss", [4.99, 5.01])
+def test_nothing_is_lowered_within_the_noise_where_no_baseline_was_trained(loss):
+    systems = {"base": BASE, "ensemble": losses(loss, loss, loss)}
+    results = results_of(systems, noise=1.0, weights=weights("group_0", "group_1", "group_1"))
+    low, high = results.intervals["ensemble"].mean_difference["loss"].interval
+    assert low < 0 < high
+    assert results.verdict == (
+        f"Two adapters move the base model's loss from 5.000 to {loss:.3f} nats on average, which other rows might "
+        f"undo (95 % interval of the difference {number(low)} to {number(high)}). Whether one adapter for all would do "
+        "as well was not tried: set train_baseline=True."
+    )
 
 
 SELECTION = SelectionResult(["sums"], ["sums", "diffs", "words"], "", 0.5, {"alone": 0.9, "all": 0.7})
@@ -165,13 +189,31 @@ SELECTION = SelectionResult(["sums"], ["sums", "diffs", "words"], "", 0.5, {"alo
         (
             SELECTION,
             6.0,
-            "Fine-tuning did not help sums: its loss is 6.000, that of the base model 5.000. Lower the learning rate, "
+            "Fine-tuning did not help sums: the loss is 6.000, that of the base model 5.000. Lower the learning rate, "
             "or train for fewer steps.",
         ),
         (
             replace(SELECTION, predicted_loss=None),
             0.55,
-            "diffs and words help sums. The loss of sums is 0.550, from the base model's 5.000.",
+            "sums was fine-tuned with diffs and words. The loss of sums is 0.550, from the base model's 5.000.",
+        ),
+        (
+            replace(SELECTION, predicted_loss=0.95),
+            0.55,
+            "diffs and words are not predicted to help sums: 0.950 with them, 0.900 alone. The loss of sums is 0.550, "
+            "from the base model's 5.000.",
+        ),
+        (
+            replace(SELECTION, targets=["sums", "diffs"]),
+            0.5,
+            "words helps sums and diffs: predicted 0.500 with it, 0.900 alone. The mean loss of sums and diffs is "
+            "0.750, from the base model's 5.000.",
+        ),
+        (
+            replace(SELECTION, targets=["sums", "diffs"], tasks=["sums", "diffs"]),
+            0.5,
+            "No other dataset is predicted to help sums and diffs, which were fine-tuned alone. The mean loss of sums "
+            "and diffs is 0.750, from the base model's 5.000.",
         ),
     ],
 )

@@ -77,8 +77,8 @@ def test_the_selector_has_the_same_arguments_and_defaults(settings, method):
     parameters = inspect.signature(getattr(DataSelector, method)).parameters
     names = {"selection_method": "method", "selection_metric": "metric", "grouping_method": "method"}
     for name, default in asdict(settings()).items():
-        # How long trainings go on is the selector's own, and whether a run chooses again the run's.
-        if name not in ("continued_length", "sequential_groups"):
+        # How long trainings go on is the selector's own.
+        if name != "continued_length":
             assert parameters[names.get(name, name)].default == default, name
 
 

@@ -57,7 +57,7 @@ def test_the_run_and_the_table_hold_the_comparison(compared):
     assert run.read(Comparison) == found
     text = run.where(Comparison).with_suffix(".md").read_text()
     assert text == found.to_markdown()
-    assert text.count("\n| ") == len(found.systems) + 2 and "| one adapter for all |" in text
+    assert text.count("\n| ") == len(found.systems) + 1 and "| one adapter for all |" in text
     intervals = found.intervals()
     assert intervals["baseline"].mean_difference == {}
     difference = intervals["per_task"].mean_difference["loss"]

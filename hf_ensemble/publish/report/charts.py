@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ...runs import LeftOut, Results, TrainedAdapter
-from ...runs.result_rows import main_system, ordered_systems, system_name
+from ...runs.systems import BASELINE, main_system, ordered_systems, system_name
 from ..drawing import BLUE, GREY, ORANGE, drawing, shortened
 
 # Inches: legible on a phone's screen, and two beside each other on a large one.
@@ -15,7 +15,7 @@ _WIDTH = 4.8
 _MOST_PANELS = 24
 _MARKERS = {
     "base": ("o", GREY),
-    "baseline": ("s", ORANGE),
+    BASELINE: ("s", ORANGE),
     "ensemble": ("D", BLUE),
     "selection": ("D", BLUE),
 }
@@ -117,7 +117,7 @@ def curves_chart(curves: Mapping[str, Mapping[tuple[str, str], list]], path: Pat
         for panel, task in zip(panels, tasks):
             for (training, kind), (steps, losses) in curves[task].items():
                 style = {"linestyle": "-", "linewidth": 1.0} if kind == "training" else {"marker": ".", "markersize": 4}
-                color = ORANGE if training == "baseline" else BLUE
+                color = ORANGE if training == BASELINE else BLUE
                 panel.plot(steps, losses, color=color, **{"linestyle": "--", "linewidth": 1.0, **style})
             panel.set_title(shortened(task, 22), fontsize=8)
             panel.tick_params(labelsize=7)
@@ -133,7 +133,7 @@ def training_chart(trainings: Sequence[TrainedAdapter], path: Path) -> None:
         for training in trainings:
             points = [(e["step"], e["loss"]) for e in training.log_history if "loss" in e and "step" in e]
             if len(points) > 1:
-                color = ORANGE if training.name == "baseline" else BLUE
+                color = ORANGE if training.name == BASELINE else BLUE
                 axes.plot(*zip(*points), color=color, linewidth=1.0)
                 axes.annotate(shortened(training.name, 16), points[-1], (3, 0), textcoords="offset points", fontsize=7)
         axes.margins(x=0.12)
@@ -142,4 +142,4 @@ def training_chart(trainings: Sequence[TrainedAdapter], path: Path) -> None:
 
 
 def _of(reference: str | None) -> str:
-    return {"base": "the base model", "baseline": "one adapter for all"}.get(reference or "", str(reference))
+    return {"base": "the base model", BASELINE: "one adapter for all"}.get(reference or "", str(reference))

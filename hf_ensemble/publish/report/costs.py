@@ -2,7 +2,7 @@
 
 from ...runs import Results
 from ...runs.costs import figure_with_prefix
-from ...runs.result_rows import system_name
+from ...runs.systems import system_name
 from .tables import Cell, PageTable
 
 

@@ -13,7 +13,7 @@ from ..._files import write_atomically
 from ...ensemble.saving.card import public_name
 from ...errors import ConfigurationError
 from ...runs import Evaluation, ExampleRows, Results, RunDirectory, RunRecord, run_results
-from ...runs.result_rows import ordered_systems, system_name
+from ...runs.systems import ordered_systems, system_name
 from ...runs.verdict import number
 from ..card_data import public_values
 from .sections import sections_of

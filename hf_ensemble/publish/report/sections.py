@@ -5,7 +5,7 @@ from functools import partial
 
 from ...runs import Estimate, Results, RunDirectory, TasksRecord
 from ...runs.layout import SCORED_TRAINING
-from ...runs.result_rows import main_system, system_name
+from ...runs.systems import main_system, system_name
 from ...runs.verdict import number
 from ...select import Grouping, Selection
 from .. import pictures

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from ...evaluate import Interval
 from ...runs import Results
-from ...runs.result_rows import LOWER_IS_BETTER, main_system, ordered_systems, system_name
+from ...runs.result_rows import LOWER_IS_BETTER
+from ...runs.systems import main_system, ordered_systems, system_name
 from ...runs.verdict import number
 
 # Columns of one number each whose heads stand upright.

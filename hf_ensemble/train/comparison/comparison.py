@@ -16,6 +16,7 @@ from ...evaluate import TaskScores
 from ...logging import get_logger
 from ...models.usage import Usage
 from ...runs import ComparedSystem, Comparison, Costs, RowFigures, SystemCost
+from ...runs.systems import BASELINE
 from ...tasks.class_labels import are_hidden
 from ..ensemble_trainer import EnsembleSFTTrainer, EnsembleTrainer
 from ..flows.system_costs import system_cost
@@ -25,7 +26,7 @@ from .makers import MadeSystem, SystemMaker, loaded_adapters
 logger = get_logger(__name__)
 
 # Systems that a run scores by itself.
-_OF_THE_RUN = ("base", "baseline", "ensemble")
+_OF_THE_RUN = ("base", BASELINE, "ensemble")
 _ROUTER = "compared_router"
 
 
@@ -170,7 +171,7 @@ class BaselineComparison:
         members, tasks = len(flow.ensemble.adapter_names), len(self.trainer.tasks)
         return SystemMaker(
             flow,
-            costs["ensemble"].training_flops / costs["baseline"].training_flops,
+            costs["ensemble"].training_flops / costs[BASELINE].training_flops,
             self.continued_length,
             self.num_groups or min(max(len(flow.grouping.groups), 2), tasks),
             self.num_seeds or max(members, 2),

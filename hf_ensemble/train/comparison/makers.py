@@ -19,6 +19,7 @@ from ...ensemble.saving.files import load_adapter
 from ...ensemble.weighting.sampling import spread_sample
 from ...models.usage import measured_usage
 from ...runs import TrainedAdapter
+from ...runs.systems import BASELINE
 from ..flows.adapter_training import AdapterTraining
 from ..flows.ensemble_flow import EnsembleFlow
 from ..inputs.used_models import mark_as_of_a_run
@@ -129,7 +130,7 @@ class SystemMaker:
     def _finetuned(self) -> MadeSystem:
         options = {"start": self.run.baseline, "length": self.continued_length}
         made = self._groups("finetuned", [[name] for name in self.names], **options)
-        baseline = run_on_main(lambda: self.run.trained_adapter("baseline"))
+        baseline = run_on_main(lambda: self.run.trained_adapter(BASELINE))
         return replace(
             made, trainings=[baseline, *made.trainings], note=f"{self.continued_length:g} of a training each"
         )
@@ -157,7 +158,7 @@ class SystemMaker:
 
     def _seeds(self) -> MadeSystem:
         first = self.flow.context.args.seed
-        baseline = run_on_main(lambda: self.run.trained_adapter("baseline"))
+        baseline = run_on_main(lambda: self.run.trained_adapter(BASELINE))
         folders, trainings = {"seed_0": self.run.baseline}, [baseline]
         for number in range(1, self.num_seeds):
             name = f"seed-{number}"

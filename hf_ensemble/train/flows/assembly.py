@@ -11,12 +11,12 @@ from ...ensemble.saving.files import load_adapter
 from ...ensemble.weighting.fitting import WeightFit, fit_ensemble
 from ...ensemble.weighting.sampling import spread_sample
 from ...runs import EnsembleWeights
+from ...runs.systems import BASELINE
 from ...select import Grouping
 from ..inputs.used_models import mark_as_of_a_run
 from .context import FlowContext
 from .evaluation import ensemble_generate
 
-BASELINE = "baseline"
 # Validation rows per task that the weights are fitted to: enough for a few weights, small in memory.
 _WEIGHT_ROWS = 200
 # Entries of all adapters' logits that are held at once, a gigabyte: long answers over a large vocabulary.

@@ -10,9 +10,9 @@ from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...estimate import ObservedRun
 from ...runs import ScoredRun, TrainedAdapter, run_selector
 from ...runs.layout import SCORED_TRAINING
+from ...runs.systems import BASELINE
 from ...select import DataSelector, calibration_subsets
 from .adapter_training import AdapterTraining
-from .assembly import BASELINE
 from .context import FlowContext
 from .evaluation import SystemEvaluation
 

@@ -14,12 +14,13 @@ from ...estimate import SubsetEstimator
 from ...evaluate import TaskScores
 from ...publish import renew_model_card
 from ...runs import Boosting, Costs, SystemCost, TrainedAdapter
+from ...runs.systems import BASELINE
 from ...select import DataSelector, Grouping
 from ..boosting.settings import TRAINED_METHODS
 from ..boosting.stage import EnsembleBoosting, step_name
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .adapter_training import AdapterTraining
-from .assembly import BASELINE, EnsembleAssembly
+from .assembly import EnsembleAssembly
 from .calibration import Calibration
 from .capturing import AT_BASELINE, captured_gradients, gradients_at_baseline
 from .context import FlowContext
@@ -71,7 +72,7 @@ class EnsembleFlow:
         goes_on = args.group_initialization == "baseline"
         found = [
             *([] if goes_on else [Stage("gradients", "gradients", captured)]),
-            Stage("baseline", "one adapter for all", one + rows * FORWARD),
+            Stage(BASELINE, "one adapter for all", one + rows * FORWARD),
             *([Stage(AT_BASELINE, "gradients at the adapter for all", captured)] if goes_on else []),
             Stage("group", "groups", runs * (one / 2 + rows * FORWARD)),
             self._adapters,
@@ -79,7 +80,7 @@ class EnsembleFlow:
             Stage("boosting", "boosting", boosting),
             Stage(EVALUATION, "evaluation", 4 * rows * FORWARD),
         ]
-        runs_too = {"baseline": args.train_baseline, "boosting": args.boosting_steps > 0}
+        runs_too = {BASELINE: args.train_baseline, "boosting": args.boosting_steps > 0}
         return [own for own in found if runs_too.get(own.name, True)]
 
     def start(self) -> None:
@@ -153,7 +154,7 @@ class EnsembleFlow:
         if not goes_on:
             captured_gradients(self.context, self.training)
         if args.train_baseline:
-            with run.stage("baseline"):
+            with run.stage(BASELINE):
                 baseline = self.training.run(BASELINE, self.context.tasks.names, run.baseline)
                 self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
         if goes_on:
