@@ -1,11 +1,13 @@
 """How far figures of a system would move with another sample of rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.stats import binomtest
 
+from .._settings import check_at_least, check_number, check_one_of
+from ..errors import ScoringError
 from .scores import RowScores
 
 _LEVEL = 0.95
@@ -42,7 +44,7 @@ class SystemIntervals:
 
     Args:
         tasks (`dict[str, dict[str, tuple[float, float]]]`): by task and figure (`"loss"`, `"accuracy"`, metrics).
-        mean (`dict[str, tuple[float, float]]`): of the mean over the tasks that have the figure.
+        mean (`dict[str, tuple[float, float]]`): of the mean over the tasks that have the figure, each counted once.
         differences (`dict[str, dict[str, Difference]]`): by task and figure; empty for the reference.
         mean_difference (`dict[str, Difference]`): of the means.
     """
@@ -64,19 +66,27 @@ def system_intervals(
 
     Every sample draws as many rows of a task as it has, with replacement, and the same ones for all systems, so that
     differences are paired. The mean over tasks is that of the tasks' samples. A share of right rows gets Wilson's
-    interval, which does not vanish where all rows are right.
+    interval, which does not vanish where all rows are right, and a mean of shares the one that follows from theirs
+    (MOVER, [Zou and Donner 2008](https://doi.org/10.1002/sim.3095)): of a single task, the same.
 
     Args:
         systems (`dict[str, dict[str, RowScores]]`): scores of the same rows by system and task.
-        reference (`str`, *optional*): the system that the others are compared with; none by default.
+        reference (`str`, *optional*): the system that the others are compared with, one of these; none by default.
         level (`float`, *optional*, defaults to 0.95): of the intervals.
         num_samples (`int`, *optional*, defaults to 2000): number of bootstrap samples.
         seed (`int`, *optional*, defaults to 0): of the samples.
 
     Returns:
         `dict[str, SystemIntervals]`: by system.
+
+    Raises:
+        `ConfigurationError`: for an unknown reference, and for arguments out of range.
+        `ScoringError`: for systems whose scores are not of the same number of rows.
     """
-    compared = systems.get(reference or "", {})
+    if reference is not None:
+        check_one_of("reference", reference, list(systems))
+    check_number("level", level, 0, 1, above=True)
+    check_at_least("num_samples", num_samples, 1)
     tasks = dict.fromkeys(task for by_task in systems.values() for task in by_task)
     values = {
         (system, task, name): rows
@@ -87,6 +97,9 @@ def system_intervals(
     drawn: dict[tuple[str, str, str], np.ndarray] = {}
     for number, task in enumerate(tasks):
         own = {key: rows for key, rows in values.items() if key[1] == task}
+        sizes = {key[0]: len(rows) for key, rows in own.items()}
+        if len(set(sizes.values())) > 1:
+            raise ScoringError(f"Expected scores of the same rows of {task!r} for every system, found numbers {sizes}.")
         samples = _sampled_means(np.stack(list(own.values()), axis=1), num_samples, [seed, number])
         drawn |= dict(zip(own, samples.T))
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -94,6 +107,13 @@ def system_intervals(
     def interval(samples: np.ndarray) -> Interval:
         low, high = np.quantile(samples, tails).tolist()
         return low, high
+
+    shares = {key: _share_interval(rows, level) for key, rows in values.items() if _is_share(rows)}
+
+    def mean_interval(keys: Sequence[tuple[str, str, str]]) -> Interval:
+        if all(key in shares for key in keys):
+            return _mean_of_shares([float(values[key].mean()) for key in keys], [shares[key] for key in keys])
+        return interval(np.mean([drawn[key] for key in keys], axis=0))
 
     found = {}
     for system, by_task in systems.items():
@@ -105,9 +125,8 @@ def system_intervals(
             for name, rows in own.figures().items():
                 key, other = (system, task, name), (reference, task, name)
                 means.setdefault(name, []).append(key)
-                is_share = bool(np.isin(rows, (0.0, 1.0)).all())
-                intervals[task][name] = _share_interval(rows, level) if is_share else interval(drawn[key])
-                if task in compared and other in values and system != reference:
+                intervals[task][name] = shares[key] if key in shares else interval(drawn[key])
+                if other in values and system != reference:
                     value = float(rows.mean() - values[other].mean())
                     differences[task][name] = Difference(value, interval(drawn[key] - drawn[other]))
         mean_difference = {}
@@ -119,11 +138,22 @@ def system_intervals(
                 mean_difference[name] = Difference(value, interval(samples))
         found[system] = SystemIntervals(
             tasks=intervals,
-            mean={name: interval(np.mean([drawn[key] for key in keys], axis=0)) for name, keys in means.items()},
+            mean={name: mean_interval(keys) for name, keys in means.items()},
             differences={task: own for task, own in differences.items() if own},
             mean_difference=mean_difference,
         )
     return found
+
+
+def _is_share(rows: np.ndarray) -> bool:
+    return bool(np.isin(rows, (0.0, 1.0)).all())
+
+
+def _mean_of_shares(shares: Sequence[float], intervals: Sequence[Interval]) -> Interval:
+    """Of the mean of independent shares: the squared distances to the limits add up, as variances do."""
+    mean, limits = float(np.mean(shares)), np.array(intervals)
+    below, above = np.linalg.norm(np.array(shares)[:, None] - limits, axis=0) / len(shares)
+    return mean - float(below), mean + float(above)
 
 
 def _sampled_means(values: np.ndarray, num_samples: int, seed: list[int]) -> np.ndarray:

@@ -116,10 +116,11 @@ class Results(Record):
         systems = {system: dict(by_task) for system, by_task in scores.items()}
         means = {system: mean_scores(by_task) for system, by_task in systems.items()}
         reference = next((own for own in _REFERENCES if own in systems and len(systems) > 1), None)
+        figures = _of_figures(rows or {}, systems)
         facts = {
             "scores": systems,
             "mean_loss": {system: mean.loss for system, mean in means.items()},
-            "intervals": system_intervals(_of_figures(rows or {}, systems), reference),
+            "intervals": system_intervals(figures, reference if reference in figures else None),
             "reference": reference,
             **outcome,
         }

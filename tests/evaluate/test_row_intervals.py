@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hf_ensemble.errors import ConfigurationError, ScoringError
 from hf_ensemble.evaluate import RowScores, system_intervals
 
 
@@ -67,3 +68,29 @@ def test_figures_that_only_some_systems_or_tasks_have():
     assert "exact_match" in found["ensemble"].tasks["a"] and "exact_match" not in found["ensemble"].mean_difference
     assert set(found["ensemble"].differences["a"]) == {"loss", "accuracy"}
     assert system_intervals({}) == {}
+
+
+def test_a_mean_of_shares_has_an_interval_as_each_of_them_does():
+    right = {task: rows(np.zeros(50), np.ones(50)) for task in "abcd"}
+    alone = system_intervals({"s": {"a": right["a"]}})["s"]
+    assert alone.mean["accuracy"] == pytest.approx(alone.tasks["a"]["accuracy"], abs=1e-12)
+    low, high = system_intervals({"s": right})["s"].mean["accuracy"]
+    # Four times the rows, in strata: the distance to the limit halves.
+    assert high == 1.0 and 1 - low == pytest.approx((1 - alone.mean["accuracy"][0]) / 2)
+    generator = np.random.default_rng(3)
+    held = 0
+    for seed in range(300):
+        own = {task: rows(np.zeros(30), generator.random(30) < share) for task, share in (("a", 0.5), ("b", 0.9))}
+        low, high = system_intervals({"s": own}, level=0.9, num_samples=1, seed=seed)["s"].mean["accuracy"]
+        held += low <= 0.7 <= high
+    assert 0.86 <= held / 300 <= 0.95
+
+
+def test_what_is_no_comparison_is_refused():
+    one = {"t": rows([1.0, 2.0])}
+    with pytest.raises(ConfigurationError, match=r"reference has to be one of \('one',\), found 'two'"):
+        system_intervals({"one": one}, "two")
+    with pytest.raises(ConfigurationError, match="level has to be"):
+        system_intervals({"one": one}, level=95)
+    with pytest.raises(ScoringError, match=r"same rows of 't' for every system, found numbers {'one': 2, 'two': 3}"):
+        system_intervals({"one": one, "two": {"t": rows([1.0, 2.0, 3.0])}})
