@@ -13,6 +13,7 @@ from hf_ensemble.cli.arguments import FidelityArguments, with_config
 from hf_ensemble.cli.main import main as hf_ensemble
 from hf_ensemble.cli.trainers import started
 from hf_ensemble.runs import RunDirectory
+from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.tasks import TaskSet
 
 FOLDER = "chosen"
@@ -23,6 +24,15 @@ def trainer_from_flags(flags: Sequence[str]):
     """Build the trainer that `hf-ensemble fidelity` would build from these flags; returns it with its tasks."""
     trainer = started(FidelityArguments, flags, "fidelity").trainer
     return trainer, trainer.tasks
+
+
+def train_baseline(trainer) -> None:
+    """Capture gradients, and train and score the adapter for all tasks, which calibrates the predictions."""
+    trainer.capture()
+    with trainer.working():
+        flow, run = trainer.flow, trainer.run_directory
+        baseline = flow.training.run(BASELINE, list(trainer.tasks), run.baseline)
+        flow.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
 
 
 def flag_value(flags: Sequence[str], name: str) -> str:

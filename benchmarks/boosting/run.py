@@ -82,8 +82,7 @@ class Boosted:
     def __init__(self, trainer, test: Mapping[str, Dataset], test_rows: int):
         trainer.train()
         self.trainer, self.flow = trainer, trainer.flow
-        names = {own.name for own in self.flow.trainings()}
-        self.training_flops = sum(own.flops for own in self.flow.context.run.trainings() if own.name in names)
+        self.training_flops = sum(own.flops for own in self.flow.trainings())
         context = self.flow.context
         some = {name: own.select(range(min(len(own), test_rows))) for name, own in trainer.prepare_rows(test).items()}
         self.test = {name: context.model_columns(own) for name, own in some.items()}

@@ -27,7 +27,7 @@ from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
 
 from ..common import make_parser, write_results
-from ..trainers import trainer_from_flags
+from ..trainers import train_baseline, trainer_from_flags
 from .table import table
 
 NUM_CHOICES, NUM_ENSEMBLES = 10, 20
@@ -198,18 +198,16 @@ def main() -> None:
     parser.add_argument("--choice_seed", type=int, default=0, help="of the random choices and ensembles")
     parser.add_argument("--folder", type=Path, help="of the generated world's base model and run")
     own, flags = parser.parse_known_args()
-    if own.folder is not None or not flags:
+    if own.folder is not None and flags:
+        parser.error(f"--folder is of the generated world, which takes no other flags: {' '.join(flags)}")
+    if not flags:
         torch.set_num_threads(1)
         world, folder = build_world(0), own.folder or Path("demo_output/choices")
         tasks = TaskSet.from_datasets(world.tasks())
         trainer = demo_trainer(base_model(world, folder / "base", 0), tasks, folder / "run", 0)
     else:
         trainer, tasks = trainer_from_flags(flags)
-    trainer.capture()
-    with trainer.working():
-        flow, run = trainer.flow, trainer.run_directory
-        baseline = flow.training.run(BASELINE, list(trainer.tasks), run.baseline)
-        flow.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
+    train_baseline(trainer)
     selector = trainer.selector()
     together = Ensemble(
         "one adapter for all",

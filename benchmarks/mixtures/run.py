@@ -16,17 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_ensemble._compat import preserve_active_adapter
 from hf_ensemble.ensemble import PeftEnsembleModel
-from hf_ensemble.ensemble.saving.files import load_adapter
 from hf_ensemble.ensemble.weighting.fitting import fit_ensemble
 from hf_ensemble.runs import run_selector
-from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.select import DataSelector, Grouping
+from hf_ensemble.train.comparison.makers import loaded_adapters
 from hf_ensemble.train.flows.capturing import gradients_at_baseline
 
 from ..common import make_parser, read_results, write_results
-from ..trainers import trainer_from_flags
+from ..trainers import train_baseline, trainer_from_flags
 from .table import table
 
 # Members below this weight are left out, as by the trainers.
@@ -116,15 +114,6 @@ def systems(
     return found
 
 
-def train_baseline(trainer) -> None:
-    """Train the adapter for all tasks, which calibrates the predictions."""
-    trainer.capture()
-    with trainer.working():
-        flow, run = trainer.flow, trainer.run_directory
-        baseline = flow.training.run(BASELINE, list(trainer.tasks), run.baseline)
-        flow.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
-
-
 class Trainings:
     """Trains parts and scores systems, in a trainer's run."""
 
@@ -154,31 +143,25 @@ class Trainings:
         folders = [self.folder(part) for part in parts]
         if len(parts) > max_fitted:
             return self._score_assigned(parts, folders)
-        with preserve_active_adapter(model):
-            for name, folder in zip(names, folders):
-                load_adapter(model, folder, name)
-            try:
-                ensemble = PeftEnsembleModel(model, names, label_space=self.flow.context.label_space)
-                fit = fit_ensemble(
-                    ensemble,
-                    self.validation,
-                    data_collator=self.flow.context.data_collator,
-                    batch_size=32,
-                    min_weight=MIN_WEIGHT,
-                )
-                scores = {}
-                for way in ("assigned", "fitted"):
-                    losses = []
-                    for task, own in fit.tasks.items():
-                        best = names[int(own.one_hot_losses.argmin())]
-                        ensemble.weights[task] = {best: 1.0} if way == "assigned" else fit.weights_of(own)
-                        losses.append(own.one_hot_losses.min() if way == "assigned" else own.loss)
-                    scored = self.flow.evaluation.score_ensemble(ensemble, self.test)
-                    scores[way] = {task: {"loss": one.loss, "accuracy": one.accuracy} for task, one in scored.items()}
-                    scores[f"{way}_validation_loss"] = float(np.mean(losses))
-            finally:
-                for name in names:
-                    model.delete_adapter(name)
+        with loaded_adapters(self.flow, dict(zip(names, folders))):
+            ensemble = PeftEnsembleModel(model, names, label_space=self.flow.context.label_space)
+            fit = fit_ensemble(
+                ensemble,
+                self.validation,
+                data_collator=self.flow.context.data_collator,
+                batch_size=32,
+                min_weight=MIN_WEIGHT,
+            )
+            scores = {}
+            for way in ("assigned", "fitted"):
+                losses = []
+                for task, own in fit.tasks.items():
+                    best = names[int(own.one_hot_losses.argmin())]
+                    ensemble.weights[task] = {best: 1.0} if way == "assigned" else fit.weights_of(own)
+                    losses.append(own.one_hot_losses.min() if way == "assigned" else own.loss)
+                scored = self.flow.evaluation.score_ensemble(ensemble, self.test)
+                scores[way] = {task: {"loss": one.loss, "accuracy": one.accuracy} for task, one in scored.items()}
+                scores[f"{way}_validation_loss"] = float(np.mean(losses))
         return scores
 
     def _score_assigned(self, parts: list[Part], folders: list[Path]) -> dict:

@@ -37,7 +37,8 @@ def table(results: dict) -> str:
     lines = [
         f"Means over the test rows of {num_tasks} tasks, one seed. The cost is the rows that all trainings draw, in "
         "multiples of one adapter for all. Each task is served by the adapter with the least loss on its validation "
-        "rows, or by fitted weights.",
+        "rows, or by fitted weights; where weights were not fitted, only adapters that were trained on the task are "
+        "candidates.",
         "",
         *markdown_table(HEADER, rows),
     ]

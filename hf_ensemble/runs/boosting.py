@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from .._records import Record
 
+# Name of the member whose logits are taken off those of each step: the adapter at its start.
+START = "start"
+
 
 @dataclass(frozen=True)
 class BoostingStep:
@@ -49,13 +52,12 @@ class Boosting(Record):
 
     Args:
         steps (`list[BoostingStep]`): kept ones and others.
-        start (`str`): name of the member whose logits are taken off those of each step: the adapter at its start.
     """
 
     format = "hf_ensemble.boosting"
+    format_version = 2
 
     steps: list[BoostingStep] = field(default_factory=list)
-    start: str = "start"
 
     @property
     def kept(self) -> list[BoostingStep]:
@@ -74,12 +76,12 @@ class Boosting(Record):
         weights = {task: dict(row) for task, row in before.items()}
         for step in self.kept:
             for task in step.tasks:
-                weights[task] = with_step(weights[task], step.name, self.start, step.weight / scales.get(task, 1.0))
+                weights[task] = with_step(weights[task], step.name, step.weight / scales.get(task, 1.0))
         return weights
 
 
-def with_step(row: Mapping[str, float], name: str, start: str, weight: float) -> dict[str, float]:
+def with_step(row: Mapping[str, float], name: str, weight: float) -> dict[str, float]:
     """Weights of a task with weight (f_name - f_start) added."""
     row = {**row, name: row.get(name, 0.0) + weight}
-    row[start] = row.pop(start, 0.0) - weight
+    row[START] = row.pop(START, 0.0) - weight
     return row

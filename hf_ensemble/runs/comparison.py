@@ -20,6 +20,7 @@ class ComparedSystem:
         cost (`SystemCost`): to train, to keep and to run.
         search_flops (`float`): floating point operations by which its weights were searched for.
         note (`str`): what was chosen for it, in words.
+        settings (`dict[str, float]`): of the comparison, those that it depends on.
     """
 
     scores: dict[str, TaskScores]
@@ -27,6 +28,7 @@ class ComparedSystem:
     cost: SystemCost
     search_flops: float = 0.0
     note: str = ""
+    settings: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Comparison(Record):
     """
 
     format = "hf_ensemble.comparison"
+    format_version = 2
 
     split: str
     systems: dict[str, ComparedSystem] = field(default_factory=dict)

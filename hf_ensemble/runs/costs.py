@@ -48,9 +48,11 @@ class SystemCost:
     """What a system costs to train, to keep and to run.
 
     Args:
-        training_flops (`float`): of the trainings that its adapters come from, each once.
-        training_tokens (`int`): tokens of these trainings, padding apart.
-        training_seconds (`float`): their wall time.
+        training_flops (`float`):
+            Floating point operations of the trainings that its adapters come from, each once; of an ensemble, also of
+            all its boosting steps, kept or not, with the scoring that each is chosen by.
+        training_tokens (`int`): tokens of these trainings, padding apart; boosting steps without training have none.
+        training_seconds (`float`): wall time of these trainings.
         trained_parameters (`int`): parameters of all these trainings.
         stored_parameters (`int`): numbers in the adapters' files.
         inference_flops (`float`, *optional*):

@@ -322,7 +322,10 @@ class RunDirectory:
         begun = None if self.listener is None else self.listener.begin(name)
         with measured_cost() as meter:
             yield True
-        if begun is not None and not is_resumed:
+        if begun is not None and is_resumed:
+            # The time of what was made before is not known.
+            self.listener.passed(name)
+        elif begun is not None:
             self.listener.end(name, begun)
         self._record_stage(name, StageRecord("done", meter.cost, is_resumed))
 

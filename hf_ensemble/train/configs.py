@@ -171,6 +171,7 @@ class RunArguments(BalancingArguments, FeatureSettings):
         check_at_least("calibration_runs", self.calibration_runs, 0)
         check_number("validation_fraction", self.validation_fraction, 0, 1, above=True)
         check_at_least("streaming_rows", self.streaming_rows, 2)
+        check_flag("save_report", self.save_report)
         check_flag("card_examples", self.card_examples)
         check_flag("overwrite_run", self.overwrite_run)
         if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():

@@ -12,11 +12,12 @@ from .._files import writing
 from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError
 from ..publish import renew_model_card
+from ..runs.boosting import START
 from ..runs.systems import BASELINE
 from ..select import Grouping
 from ..tasks import TaskSet
 from .boosting.checks import check_boosted_model, check_boosting_arguments
-from .boosting.stage import START, step_name
+from .boosting.stage import step_name
 from .configs import EnsembleConfig, EnsembleSFTConfig
 from .credentials import arguments_without_secrets
 from .flow_trainer import FlowTrainerMixin
@@ -43,7 +44,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
             check_base_model(self.model)
             names = {BASELINE, *(f"group_{number}" for number in range(len(self.tasks) + 1))}
             if self.args.boosting_steps:
-                check_boosted_model(self.model, self.args.boosting_method)
+                check_boosted_model(self.model, self.args)
                 names |= {START, *(step_name(number) for number in range(self.args.boosting_steps))}
             check_adapter_names(self.model, names)
 
@@ -97,9 +98,17 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
             name (`str`): the group, such as `"group_0"`.
 
         Raises:
-            `ConfigurationError`: for a run without groups, and an unknown one.
+            `ConfigurationError`: for a run without groups, an unknown one, and `overwrite_run` in a process that has
+                not made the groups.
             `RunLockedError`: when another process trains it.
         """
+        if self.flow is None and self.args.overwrite_run:
+            raise ConfigurationError(
+                "Expected a run that is there, one group of which is trained beside the others; found "
+                "overwrite_run=True, which may start it over while other processes work in it. Leave it out.",
+                python="To start over, call group_tasks() with it first.",
+                terminal="To start over, make the groups first: hf-ensemble train --until groups --overwrite_run.",
+            )
         self.open_run()
         self.flow.start()
         try:

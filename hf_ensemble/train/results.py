@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ..runs import FidelityReport, Results
-from ..tasks.class_labels import are_hidden
 from .ensemble_trainer import EnsembleSFTTrainer, EnsembleTrainer
+from .inputs.evaluation_rows import labelled_test_rows
 from .selection_trainer import SelectionSFTTrainer, SelectionTrainer
 
 
@@ -25,8 +25,8 @@ def collect_results(
         `ConfigurationError`: before `train()`.
     """
     results = trainer.report()
-    rows = trainer.tasks.split("test") if trainer.tasks.has_split("test") else None
-    if rows is not None and not any(are_hidden(own) for own in rows.values()):
+    rows = labelled_test_rows(trainer.tasks)
+    if rows is not None:
         with trainer.run_directory.repeated("evaluation:test"):
             scores = trainer.scores(rows)
         trainer.flow.report("test", scores)

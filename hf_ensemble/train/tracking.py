@@ -1,8 +1,9 @@
 """Reports of a run's trainings to TensorBoard, Weights & Biases and other trackers, as of one training."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
@@ -11,13 +12,24 @@ from transformers.trainer_callback import CallbackHandler, TrainerState
 
 # Events at which trackers report figures by step. At others the step is part of a checkpoint's path.
 _REPORTS = ("on_log", "on_evaluate", "on_predict")
+_ENDS = ("on_train_begin", "on_train_end")
 # Trackers sort metrics by these first words.
 _SPLITS = ("eval_", "test_")
+# Trackers with one run for the whole process, which the end of any training closes.
+_OF_A_PROCESS = ("trackio", "clearml")
+# Trackers that close nothing at a training's end, but upload what was trained: not after an error.
+_UPLOADING = ("wandb", "comet_ml", "dagshub")
+# Trackers of the run that is open.
+_open: list[TrainerCallback] = []
 
 
 def is_tracker(callback: TrainerCallback) -> bool:
     """Whether a callback is one of those that `report_to` names."""
-    return isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values()))
+    return _is_any(callback, list(INTEGRATION_TO_CALLBACK))
+
+
+def _is_any(callback: TrainerCallback, names: Sequence[str]) -> bool:
+    return isinstance(callback, tuple(INTEGRATION_TO_CALLBACK[name] for name in names))
 
 
 def report_as_part_of_run(handler: CallbackHandler, name: str, first_step: int) -> None:
@@ -29,27 +41,49 @@ def report_as_part_of_run(handler: CallbackHandler, name: str, first_step: int) 
         first_step (`int`): optimizer steps of the trainings before it.
     """
     handler.callbacks = [
-        PartOfRun(callback, name, first_step) if is_tracker(callback) else callback for callback in handler.callbacks
+        _part_of_run(callback, name, first_step) if is_tracker(callback) else callback for callback in handler.callbacks
     ]
+
+
+def _part_of_run(tracker: TrainerCallback, name: str, first_step: int) -> "PartOfRun":
+    is_of_process = _is_any(tracker, _OF_A_PROCESS)
+    shared = [own for own in _open if own is tracker or (is_of_process and type(own) is type(tracker))]
+    return PartOfRun(shared[0] if shared else tracker, name, first_step, bool(shared))
 
 
 @contextmanager
 def tracked_run(trainer: Trainer) -> Iterator[None]:
-    """While open, the trackers of a run's trainer are open too: those of its trainings then join them."""
-    trackers = [callback for callback in trainer.callback_handler.callbacks if is_tracker(callback)]
-    for tracker in trackers:
-        tracker.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    try:
+    """While open, the trackers of a run's trainer are open too: those of its trainings then join them.
+
+    Each of them is closed once, also after an error.
+    """
+    with ExitStack() as stack:
+        stack.callback(_open.clear)
+        for tracker in [callback for callback in trainer.callback_handler.callbacks if is_tracker(callback)]:
+            tracker.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+            stack.push(partial(_close, tracker, trainer))
+            _open.append(tracker)
         yield
-    finally:
-        for tracker in trackers:
-            tracker.on_train_end(
-                trainer.args,
-                trainer.state,
-                trainer.control,
-                model=trainer.model,
-                processing_class=trainer.processing_class,
-            )
+
+
+@contextmanager
+def closed_after_error(trainer: Trainer) -> Iterator[None]:
+    """While open, a training runs whose trackers are closed if it ends with an error, as they are at its end."""
+    with ExitStack() as stack:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, PartOfRun):
+                stack.push(partial(_close, callback, trainer))
+        yield
+
+
+def _close(callback: TrainerCallback, trainer: Trainer, kind: type[BaseException] | None = None, *error: Any) -> None:
+    is_part = isinstance(callback, PartOfRun)
+    tracker = callback.tracker if is_part else callback
+    if (is_part and not callback.is_open) or (kind is not None and _is_any(tracker, _UPLOADING)):
+        return
+    callback.on_train_end(
+        trainer.args, trainer.state, trainer.control, model=trainer.model, processing_class=trainer.processing_class
+    )
 
 
 class PartOfRun(TrainerCallback):
@@ -59,12 +93,18 @@ class PartOfRun(TrainerCallback):
         tracker (`TrainerCallback`): the tracker.
         name (`str`): of the training.
         first_step (`int`): what is added to its steps.
+        is_shared (`bool`): whether it is the run's own, which opens and closes it.
+
+    Attributes:
+        is_open (`bool`): whether the training has begun and not ended.
     """
 
-    def __init__(self, tracker: TrainerCallback, name: str, first_step: int):
+    def __init__(self, tracker: TrainerCallback, name: str, first_step: int, is_shared: bool):
         self.tracker = tracker
         self.name = name
         self.first_step = first_step
+        self.is_shared = is_shared
+        self.is_open = False
 
     def _named(self, metrics: dict[str, Any]) -> dict[str, Any]:
         named = {}
@@ -85,6 +125,10 @@ def _passed_on(event: str):
         if event in _REPORTS:
             state = self._counted_on(state)
             kwargs |= {key: self._named(kwargs[key]) for key in ("logs", "metrics") if kwargs.get(key)}
+        if event in _ENDS:
+            self.is_open = event == _ENDS[0]
+            if self.is_shared:
+                return None
         return getattr(self.tracker, event)(args, state, control, **kwargs)
 
     return pass_on

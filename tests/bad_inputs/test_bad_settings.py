@@ -61,6 +61,7 @@ RUN = {
     "task_loss_weighting": ["rows", None],
     "coba_window": [1, "4", None],
     "overwrite_run": ["yes", 1, None],
+    "save_report": ["no", 0, None],
     "learning_rate": [NAN, INF, 0.0, -1e-3, "fast"],
     "num_train_epochs": [0, -1.0, NAN, "three"],
     "max_steps": ["10", 1.5],

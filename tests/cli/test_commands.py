@@ -81,7 +81,17 @@ def test_a_group_is_trained_by_one_process_alone(world, capsys):
         assert main(["train", *line, "--group", "group_1"]) == 1
         assert "Another process works in the run in" in capsys.readouterr().err
         assert main(["train", *line, "--group", "group_0"]) == 0
+        # Nor by one that trains all of them.
+        assert main(["train", *line]) == 1
+        assert "Another process works in the run in" in capsys.readouterr().err
     assert main(["train", *line, "--group", "group_1"]) == 0
+
+
+def test_a_group_alone_starts_no_run_over(world, capsys):
+    folder, line, _, _ = world
+    assert main(["train", *line, "--group", "group_1", "--num_groups", "1", "--overwrite_run"]) == 1
+    assert "hf-ensemble train --until groups --overwrite_run" in capsys.readouterr().err
+    assert RunDirectory(folder / "run").trained_adapter("group_1").status == "done"
 
 
 def test_groups_alone_need_groups(world, tmp_path, capsys):

@@ -14,8 +14,11 @@ from helpers.trainers import sft_trainer, text_trainer
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.ensemble.weighting.added_member import AddedMember
 from hf_ensemble.errors import ConfigurationError, EnsembleError
+from hf_ensemble.estimate import LINEAR_METHODS
 from hf_ensemble.runs import Boosting, EnsembleWeights
-from hf_ensemble.train.boosting import stage
+from hf_ensemble.train.boosting import held_out, stage
+from hf_ensemble.train.boosting.checks import check_boosted_model
+from hf_ensemble.train.flows.adapter_training import rows_of
 from hf_ensemble.train.losses.step_loss import BesideEnsembleLoss, RowWeightedLoss
 
 TASKS = toy.sft_tasks(24, 20)
@@ -37,7 +40,7 @@ def boosted(tmp_path_factory, base):
 
 
 def check_steps(steps):
-    """What has to hold of every kept step."""
+    """What has to hold of every step."""
     assert any(step.kept for step in steps)
     for step in steps:
         assert step.validation_loss_after <= step.validation_loss
@@ -50,21 +53,33 @@ def test_kept_steps_lower_the_worst_groups_losses(boosted):
     steps = trainer.run_directory.read(Boosting).steps
     check_steps(steps)
     assert [step.name for step in steps] == ["boost_0", "boost_1"] and steps[0].flops > 0
-    groups = trainer.grouping.groups
-    # The first one is for the worst group, the second for the one that is the worst then.
-    before = trainer.run_directory.read(EnsembleWeights).weights
-    ensemble = trainer.ensemble
-    kept, ensemble.weights = ensemble.weights, before
-    unboosted = trainer.flow.evaluation.score_ensemble(ensemble, trainer.flow.context.eval_tables)
-    ensemble.weights = kept
+    groups, context = trainer.grouping.groups, trainer.flow.context
+    before, after = trainer.run_directory.read(EnsembleWeights).weights, trainer.ensemble.weights
+    train = {task: rows_of(context.train_table, {task: 1.0}) for task in TASKS}
+
+    def losses(weights, tables):
+        """Mean loss of each group."""
+        trainer.ensemble.weights = weights
+        scores = trainer.flow.evaluation.score_ensemble(trainer.ensemble, tables)
+        trainer.ensemble.weights = after
+        return {name: sum(scores[t].loss for t in tasks) / len(tasks) for name, tasks in groups.items()}
+
+    # The first one is for the group with the highest training loss, which falls.
+    first, training = steps[0], losses(before, train)
+    assert first.target == max(training, key=training.get) and first.kept
+    assert first.training_loss == pytest.approx(training[first.target], rel=1e-4)
+    assert first.validation_loss == pytest.approx(losses(before, context.eval_tables)[first.target], rel=1e-4)
+    boosted_training = losses(after, train)
+    assert boosted_training[first.target] < training[first.target]
+    # The second is for the one that is the worst then.
+    training[first.target] = first.training_loss_after
+    assert steps[1].target == max(training, key=training.get)
     for step in steps:
         assert step.tasks == groups[step.target]
-    first = steps[0]
-    assert first.validation_loss == pytest.approx(
-        sum(unboosted[t].loss for t in first.tasks) / len(first.tasks), rel=1e-4
-    )
     last = {step.target: step for step in steps}
     for step in last.values():
+        expected = step.training_loss_after if step.kept else step.training_loss
+        assert boosted_training[step.target] == pytest.approx(expected, rel=1e-4)
         found = sum(metrics[f"eval_{task}_loss"] for task in step.tasks) / len(step.tasks)
         assert found == pytest.approx(step.validation_loss_after if step.kept else step.validation_loss, rel=1e-4)
 
@@ -135,6 +150,28 @@ def test_a_killed_run_goes_on_and_a_finished_one_makes_no_step(boosted, tmp_path
     finished = sft_trainer(tmp_path / "run", base, TASKS, **options)
     finished.train()
     assert finished.ensemble.weights == whole.ensemble.weights
+
+
+@pytest.mark.parametrize("method", [*LINEAR_METHODS, "finetuning"])
+def test_steps_are_for_groups_that_go_on_from_the_adapter_for_all(tmp_path, base, method):
+    options = {"num_groups": 1, "ensemble_weights": "own_group", "max_steps": 2, "group_initialization": "baseline"}
+    few = {task: TASKS[task] for task in list(TASKS)[:2]}
+    trainer = sft_trainer(tmp_path / "run", base, few, boosting_steps=1, boosting_method=method, **options)
+    trainer.train()
+    (step,) = trainer.run_directory.read(Boosting).steps
+    assert step.method == method and step.validation_loss_after <= step.validation_loss
+    # Steps are solved at the start, whose gradients are captured before anything is trained.
+    stages = list(trainer.run_directory.record.stages)
+    assert (stages[0] == "gradients") == (method in LINEAR_METHODS) and stages.count("gradients_at_baseline") == 1
+    assert {name.split(":")[0] for name in stages} == {own.name for own in trainer.flow.stages()}
+
+
+def test_a_small_room_holds_two_rows_of_each_task(boosted, monkeypatch):
+    trainer, _ = boosted
+    tables = trainer.flow.context.eval_tables
+    monkeypatch.setattr(held_out, "_VALUES", 1)
+    found = held_out.added_answers(trainer.flow.context, trainer.ensemble, {"boost_0": 1.0, "start": -1.0}, tables)
+    assert [own.num_rows for own in found] == [2] * len(tables)
 
 
 def test_a_step_within_the_noise_is_not_kept_and_its_group_is_left_alone(tmp_path, base, monkeypatch):
@@ -281,12 +318,23 @@ def test_rows_are_weighed_by_their_ids_in_any_order():
         ({"boosting_method": "finetuning", "packing": True}, "packing=True with boosting_method='finetuning'"),
         ({"boosting_method": "adaboost", "label_smoothing_factor": 0.1}, "which has a loss of its own"),
         ({"boosting_method": "residuals", "task_loss_weighting": "tasks"}, "which has a loss of its own"),
+        ({"boosting_method": "residuals", "loss_type": "dft"}, "loss_type='dft' with boosting_method='residuals'"),
+        ({"boosting_method": "finetuning", "loss_type": "dft"}, "it counts what is answered badly least"),
     ],
 )
 def test_what_cannot_be_boosted_is_refused_by_the_constructor(tmp_path, base, changes, message):
     with pytest.raises(ConfigurationError, match=message):
         sft_trainer(tmp_path / "run", base, TASKS, **{"boosting_steps": 1, **changes})
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_copies_of_the_model_on_several_gpus_are_refused():
+    model = toy.with_lora(toy.llama())
+    args = SimpleNamespace(boosting_method="finetuning", n_gpu=2)
+    with pytest.raises(ConfigurationError, match="on 2 GPUs in one process.*CUDA_VISIBLE_DEVICES=0"):
+        check_boosted_model(model, args)
+    for allowed in ({"n_gpu": 1}, {"boosting_method": "adaboost"}):
+        check_boosted_model(model, SimpleNamespace(**{**vars(args), **allowed}))
 
 
 def test_boosting_belongs_to_the_choices_of_a_run(boosted, base):

@@ -21,7 +21,7 @@ def test_the_time_left_follows_the_measured_speed():
     stages = [
         Stage("gradients", "gradients", 100.0),
         Stage("baseline", "one adapter for all", 300.0),
-        Stage("group", "groups"),
+        Stage("group", "groups", 1.0),
         Stage("adapter", "adapter", 300.0),
         Stage("evaluation", "evaluation", 50.0),
     ]
@@ -33,19 +33,21 @@ def test_the_time_left_follows_the_measured_speed():
     clock.now += 300
     announcer.end("baseline", begun)
     begun = announcer.begin("group")
-    clock.now += 1000
-    # What takes no rows says nothing about their speed.
+    clock.now += 1
     announcer.end("group", begun)
     stages[3].parts = {"group_0": 200.0, "group_1": 0.0, "group_2": 100.0}
     announcer.begin("adapter:group_0")
     announcer.passed("adapter:group_0")
     announcer.passed("adapter:group_1")
-    announcer.begin("group:group_0")
+    # A choice that is made again is no whole stage: its time says nothing about the speed.
+    begun = announcer.begin("group:group_0")
+    clock.now += 1000
+    announcer.end("group:group_0", begun)
     announcer.begin("adapter:group_2")
     announcer.begin("boosting:step_1")
     assert said == [
         "Stage 1 of 5: gradients",
-        "Stage 2 of 5: one adapter for all, about 6 minutes left",
+        "Stage 2 of 5: one adapter for all, about 7 minutes left",
         "Stage 3 of 5: groups, about 5 minutes left",
         "Stage 4 of 5: adapter group_0 (1 of 3), about 5 minutes left",
         "Stage 4 of 5: adapter group_2 (3 of 3), about 2 minutes left",
@@ -73,6 +75,20 @@ def test_a_run_tells_of_the_stages_that_it_runs(tmp_path, monkeypatch):
             with run.stage(name):
                 pass
     assert said == ["Stage 2 of 2: weights"] and run.listener is None
+
+
+def test_a_resumed_stage_is_over_when_it_ends(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_ensemble.train.flows.stages.announce", lambda text, with_bars: said.append(text))
+    run = RunDirectory.open(tmp_path, {}, {})
+    with pytest.raises(KeyboardInterrupt), run.stage("group"):
+        raise KeyboardInterrupt
+    with announced(run, [Stage("group", "groups", 1.0), Stage("adapter", "adapter", 1.0)], False):
+        for name in ("group", "group:group_0", "adapter"):
+            with run.stage(name):
+                pass
+    # How fast it was is not known: no time is told.
+    assert said == ["Stage 1 of 2: groups", "Stage 2 of 2: adapter"]
 
 
 def test_every_stage_of_a_run_is_planned(finished):

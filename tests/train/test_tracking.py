@@ -104,6 +104,88 @@ def test_steps_go_on_after_a_kill(tmp_path, base_folder, tracker, monkeypatch):
     assert second[0] == first[-1] and second == list(range(second[0], second[-1] + 1))
 
 
+class OfTheProcess(TrainerCallback):
+    """Like trackio's: it opens a run of the process by itself, and the end of any training closes that."""
+
+    events: list[str] = []
+
+    def __init__(self):
+        self._initialized = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self._initialized:
+            OfTheProcess.events.append("opened")
+        self._initialized = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.on_train_begin(args, state, control)
+        assert OfTheProcess.events[-1] != "closed", "reports to a closed run"
+        OfTheProcess.events.append(next(iter(integrations.rewrite_logs(logs))))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        OfTheProcess.events.append("closed")
+
+
+@pytest.fixture
+def of_the_process(monkeypatch):
+    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "trackio", OfTheProcess)
+    monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["trackio"])
+    monkeypatch.setattr(OfTheProcess, "events", [])
+    return OfTheProcess
+
+
+@pytest.mark.parametrize("is_own", [False, True], ids=["by_name", "passed"])
+def test_the_run_of_a_process_is_opened_and_closed_once(tmp_path, base_folder, of_the_process, is_own):
+    options = {"callbacks": [of_the_process()], "report_to": "none"} if is_own else {"report_to": ["trackio"]}
+    trainer = sft_trainer(tmp_path / "run", base_folder, **options, **CHANGES)
+    trainer.train()
+    events = of_the_process.events
+    assert events[0] == "opened" and events[-1] == "closed"
+    assert events.count("opened") == events.count("closed") == 1
+    assert {"train/baseline/loss", "train/group_0/loss", "train/group_1/loss"} <= set(events)
+
+
+def test_an_error_closes_what_is_open_once_and_uploads_nothing(tmp_path, base_folder, tracker, monkeypatch):
+    ended = []
+
+    class Own(TrainerCallback):
+        """Of each training its own, such as a writer of files."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            ended.append([args.output_dir.split("/")[-1], 0])
+            self.entry = ended[-1]
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.entry[1] += 1
+            if self.entry[0] == "run":
+                raise OSError("no space left")
+
+    class Uploading(TrainerCallback):
+        uploads = 0
+
+        def on_train_end(self, args, state, control, **kwargs):
+            Uploading.uploads += 1
+
+    for name, kind in (("tensorboard", Own), ("wandb", Uploading)):
+        monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, name, kind)
+    monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    step = TaskSFTTrainer.training_step
+
+    def failing(self, *args, **kwargs):
+        if self.args.output_dir.endswith("group_0"):
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(TaskSFTTrainer, "training_step", failing)
+    names = ["fake", "tensorboard", "wandb"]
+    with pytest.raises(OSError, match="no space") as caught:
+        sft_trainer(tmp_path / "run", base_folder, report_to=names, **CHANGES).train()
+    assert isinstance(caught.value.__context__, KeyboardInterrupt)
+    # A tracker that fails at its end keeps no other one open.
+    assert tracker.holder is None
+    assert ended == [["run", 1], ["baseline", 1], ["group_0", 1]] and Uploading.uploads == 1
+
+
 class Writer:
     """Stands in for `SummaryWriter`: a line for each figure."""
 

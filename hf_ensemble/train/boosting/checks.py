@@ -9,6 +9,8 @@ from ...errors import ConfigurationError
 from ...estimate import LINEAR_METHODS
 from ...models.inputs import is_encoder_decoder
 
+# Methods whose training runs the ensemble beside the step.
+_BESIDE_ENSEMBLE = ("finetuning", "residuals")
 _PACKING = ("packing", "padding_free", "use_liger_kernel")
 
 
@@ -38,6 +40,12 @@ def check_boosting_arguments(args: TrainingArguments, has_loss_function: bool, h
                 f"{name}=True with boosting_method={method!r}, which needs the logits of each row",
                 f"Leave {name} out, or set boosting_method='surrogate'",
             )
+    if getattr(args, "loss_type", None) == "dft":
+        _refuse(
+            f"loss_type='dft' with boosting_method={method!r}: it counts what is answered badly least, and a step is "
+            "for what the ensemble answers badly",
+            "Leave loss_type out, or set boosting_method='surrogate'",
+        )
     if method == "finetuning":
         return
     if has_loss_function or args.label_smoothing_factor > 0 or args.task_loss_weighting != "tokens":
@@ -53,22 +61,31 @@ def check_boosting_arguments(args: TrainingArguments, has_loss_function: bool, h
         )
 
 
-def check_boosted_model(model: PeftModel, method: str) -> None:
-    """Refuse models whose logits cannot be added to others'.
+def check_boosted_model(model: PeftModel, args: TrainingArguments) -> None:
+    """Refuse models whose logits cannot be added to others', and devices that a step cannot be trained on.
 
     Args:
         model (`PeftModel`): the model with its adapter.
-        method (`str`): see `boosting_method`.
+        args (`TrainingArguments`): the trainer's arguments, once it has settled its devices.
 
     Raises:
-        `ConfigurationError`: for prompt learning, which changes the inputs, and encoder-decoders beside an ensemble.
+        `ConfigurationError`: for prompt learning, which changes the inputs, and encoder-decoders beside an ensemble;
+            and for several GPUs in one process.
     """
     config = model.peft_config[model.active_adapters[0]]
     if config.is_prompt_learning:
         _refuse(
             f"a {type(config).__name__}: boosting steps are added to logits of one input", "Use LoraConfig or IA3Config"
         )
-    if method in ("finetuning", "residuals") and is_encoder_decoder(model):
+    method = args.boosting_method
+    if method not in _BESIDE_ENSEMBLE:
+        return
+    if args.n_gpu > 1:
+        _refuse(
+            f"boosting_method={method!r} on {args.n_gpu} GPUs in one process, which would run copies of the model",
+            "Set CUDA_VISIBLE_DEVICES=0, or boosting_method='surrogate'",
+        )
+    if is_encoder_decoder(model):
         _refuse(
             f"boosting_method={method!r} for an encoder-decoder, which is not run beside an ensemble in training",
             "Set boosting_method='surrogate' or 'adaboost'",

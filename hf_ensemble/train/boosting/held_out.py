@@ -1,8 +1,8 @@
 """What an ensemble and a further member say of validation rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
+import numpy as np
 from datasets import Dataset
 
 from ...ensemble import PeftEnsembleModel
@@ -14,6 +14,8 @@ from ..flows.context import FlowContext
 # Validation rows per task, and entries of all adapters' logits that are held at once, a gigabyte.
 _ROWS = 500
 _VALUES = 2**28
+# Without two rows of each task a gain has no error, and no step is kept.
+_LEAST_ROWS = 2
 
 
 def added_answers(
@@ -30,12 +32,13 @@ def added_answers(
         change (`dict[str, float]`): weight of each adapter in the addition, which is not scaled.
         tables (`dict[str, Dataset]`): token table of each task.
     """
-    args = context.args
+    args, names = context.args, ensemble.adapter_names
+    least = _LEAST_ROWS * len(names) * ensemble.num_outputs
     collect = AnswerCollector(
         ensemble,
         context.data_collator,
         args.per_device_eval_batch_size,
-        _VALUES // len(tables),
+        max(_VALUES // len(tables), least),
         _ROWS,
         args.seed,
         log_probs_only=False,
@@ -45,14 +48,11 @@ def added_answers(
     with evaluation_mode(ensemble):
         for task, rows in tables.items():
             answers = collect(task, rows)
-            impossible = answers.values.isneginf().any(0)
-            values = answers.values.masked_fill(impossible, 0.0)
-            before, added = (_combined(values, row, ensemble.adapter_names) for row in (ensemble.weights[task], change))
-            before = (before * ensemble.scales.get(task, 1.0)).masked_fill(impossible, float("-inf"))
-            found.append(AddedAnswers(before, added, answers.targets, answers.rows))
+            before, added = (
+                answers.combined(np.array([row.get(name, 0.0) for name in names])).values[0]
+                for row in (ensemble.weights[task], change)
+            )
+            # Nothing is added to the labels of other tasks, which stay impossible.
+            added = added.masked_fill(added.isneginf(), 0.0)
+            found.append(AddedAnswers(before * ensemble.scales.get(task, 1.0), added, answers.targets, answers.rows))
     return found
-
-
-def _combined(values: torch.Tensor, row: Mapping[str, float], names: Sequence[str]) -> torch.Tensor:
-    weights = torch.tensor([float(row.get(name, 0.0)) for name in names])
-    return torch.einsum("m,mnv->nv", weights, values)

@@ -26,19 +26,19 @@ from ...evaluate import RowScores
 from ...logging import get_logger
 from ...models.usage import measured_usage
 from ...runs import Boosting, BoostingStep
-from ...runs.boosting import with_step
+from ...runs.boosting import START, with_step
 from ...select import Grouping
 from ...store import GradientStore
 from ...tasks import EXAMPLE_ID, TASK
 from ..flows.adapter_training import AdapterTraining, rows_of
 from ..flows.assembly import EnsembleAssembly
 from ..flows.context import FlowContext
+from ..flows.evaluation import ensemble_scorer
 from ..losses.step_loss import BesideEnsembleLoss, RowWeightedLoss, StepLoss
 from .held_out import added_answers
 
 logger = get_logger(__name__)
 
-START = "start"
 # Training rows of each task that tell which tasks are answered worst, and whether a step has helped them.
 _SAMPLED_ROWS = 100
 
@@ -87,7 +87,7 @@ class EnsembleBoosting:
         run, number = self.context.run, self.context.args.boosting_steps
         with run.stage("boosting", Boosting) as todo:
             # After an interruption, finished steps are in the record already.
-            boosting = run.read_if_there(Boosting) or Boosting(start=START)
+            boosting = run.read_if_there(Boosting) or Boosting()
             if todo:
                 if not run.member(START).exists():
                     self.training.reset()
@@ -102,7 +102,7 @@ class EnsembleBoosting:
                         step = self._step(current, step_name(len(boosting.steps)), target)
                     step = replace(step, flops=usage.flops, seconds=round(time.perf_counter() - began, 3))
                     logger.info("%s", _told(step))
-                    boosting = Boosting([*boosting.steps, step], START)
+                    boosting = Boosting([*boosting.steps, step])
                     run.write(boosting)
                 self._remove_others(boosting)
                 run.write(boosting)
@@ -141,18 +141,14 @@ class EnsembleBoosting:
             self._solve(ensemble, tasks, name)
         else:
             self._train(ensemble, tasks, name)
-        needed = {key for task in tasks for key, weight in ensemble.weights[task].items() if weight} | {START}
-        members = [member for member in ensemble.members if member.name in needed]
-        members += [EnsembleMember(START, [], is_step=True)] * (START not in ensemble.adapter_names)
-        members += [EnsembleMember(name, list(tasks), is_step=True)]
+        members = [*self._members(ensemble, tasks), EnsembleMember(name, list(tasks), is_step=True)]
         weights = {task: ensemble.weights[task] for task in tasks}
         trial = self.assembly.ensemble(members, weights, ensemble.scales)
         tables = {task: context.eval_tables[task] for task in tasks}
         answers = added_answers(context, trial, {name: 1.0, START: -1.0}, tables)
         found = added_member(answers, context.args.seed)
         trial.weights = {
-            task: with_step(row, name, START, found.weight / ensemble.scales.get(task, 1.0))
-            for task, row in weights.items()
+            task: with_step(row, name, found.weight / ensemble.scales.get(task, 1.0)) for task, row in weights.items()
         }
         before, after = self._losses[target], self._losses[target]
         if found.weight > 0:
@@ -219,10 +215,9 @@ class EnsembleBoosting:
     def _train(self, ensemble: PeftEnsembleModel, tasks: list[str], name: str) -> None:
         """The step by an ordinary training on the tasks' rows."""
         context, method = self.context, self.context.args.boosting_method
-        used = {key for task in tasks for key, weight in ensemble.weights[task].items() if weight} | {START}
-        members = [member for member in ensemble.members if member.name in used - {START}]
+        members = self._members(ensemble, tasks)
         weights = {task: ensemble.weights[task] for task in tasks}
-        files = {key: checksums(context.run.member(key)) for key in sorted(used)}
+        files = {member.name: checksums(context.run.member(member.name)) for member in members}
         identity = digest_of([method, weights, {task: ensemble.scales.get(task, 1.0) for task in tasks}, files])
         loss: StepLoss
         if method == "adaboost":
@@ -230,10 +225,15 @@ class EnsembleBoosting:
             pull = np.exp(-self._scores(ensemble, rows).margin / 2)
             loss = RowWeightedLoss(dict(zip(zip(rows[TASK], rows[EXAMPLE_ID]), pull / pull.mean())), identity)
         else:
-            members.append(EnsembleMember(START, [], is_step=True))
             beside = self.assembly.ensemble(members, weights, ensemble.scales)
             loss = BesideEnsembleLoss(beside, START, identity, is_regression=method == "residuals")
         self.training.run(name, tasks, context.run.member(name), loss=loss)
+
+    def _members(self, ensemble: PeftEnsembleModel, tasks: list[str]) -> list[EnsembleMember]:
+        """The members that answer some tasks, and the start that a step's logits are taken from."""
+        used = {name for task in tasks for name, weight in ensemble.weights[task].items() if weight} - {START}
+        members = [member for member in ensemble.members if member.name in used]
+        return [*members, EnsembleMember(START, [], is_step=True)]
 
     def _training_loss(self, ensemble: PeftEnsembleModel, tasks: list[str]) -> float:
         """Mean over the tasks of the loss on a sample of their training rows."""
@@ -245,10 +245,7 @@ class EnsembleBoosting:
         return float(np.mean(losses))
 
     def _scores(self, ensemble: PeftEnsembleModel, rows: Dataset, margin: str = "geometric_mean") -> RowScores:
-        def scorer(inputs, labels, tasks):
-            return ensemble.score(labels=labels, task=tasks, **inputs)
-
-        return self.context.evaluator.score_rows(scorer, rows, margin)
+        return self.context.evaluator.score_rows(ensemble_scorer(ensemble), rows, margin)
 
 
 def _told(step: BoostingStep) -> str:

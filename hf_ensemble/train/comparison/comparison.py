@@ -15,13 +15,13 @@ from ...errors import ConfigurationError
 from ...evaluate import TaskScores
 from ...logging import get_logger
 from ...models.usage import Usage
-from ...runs import ComparedSystem, Comparison, Costs, RowFigures, SystemCost
+from ...runs import ComparedSystem, Comparison, Costs, RowFigures
 from ...runs.systems import BASELINE
-from ...tasks.class_labels import are_hidden
 from ..ensemble_trainer import EnsembleSFTTrainer, EnsembleTrainer
 from ..flows.system_costs import system_cost
+from ..inputs.evaluation_rows import labelled_test_rows
 from .baselines import chosen_baselines
-from .makers import MadeSystem, SystemMaker, loaded_adapters
+from .makers import MadeSystem, SystemMaker, loaded_adapters, training_ratio
 
 logger = get_logger(__name__)
 
@@ -49,7 +49,7 @@ class BaselineComparison:
     | `seeds` | the mean logits of several seeds of one adapter for all |
 
     Adapters lie in the run's folder; what it holds already is not trained again, and a comparison that was killed goes
-    on where it stopped.
+    on where it stopped. A system whose settings were others is made anew.
 
     Args:
         trainer (`EnsembleTrainer` or `EnsembleSFTTrainer`): over the tasks; its run is trained first where it is not.
@@ -118,11 +118,12 @@ class BaselineComparison:
             trainer.train()
         split, tables = self._rows()
         with trainer.working():
-            found = self._known(split)
+            maker = self._maker()
+            found = self._known(split, maker)
             for name in (*_OF_THE_RUN, *self.names):
                 if name not in found.systems:
                     with trainer.run_directory.repeated("comparison", adds_up=True):
-                        found = replace(found, systems={**found.systems, name: self._system(name, tables)})
+                        found = replace(found, systems={**found.systems, name: self._system(name, tables, maker)})
                     self._write(found)
             order = [*_OF_THE_RUN, *self.names]
             found = replace(found, systems={name: found.systems[name] for name in order}, left_out=self.left_out)
@@ -131,16 +132,21 @@ class BaselineComparison:
 
     def _rows(self) -> tuple[str, Mapping[str, Dataset]]:
         trainer, context = self.trainer, self.trainer.flow.context
-        rows = trainer.tasks.split("test") if trainer.tasks.has_split("test") else None
-        if rows is None or any(are_hidden(own) for own in rows.values()):
+        rows = labelled_test_rows(trainer.tasks)
+        if rows is None:
             return "eval", context.eval_tables
         return "test", {name: context.model_columns(own) for name, own in trainer.prepare_rows(rows).items()}
 
-    def _known(self, split: str) -> Comparison:
-        """What the run holds of a comparison on these rows."""
+    def _known(self, split: str, maker: SystemMaker) -> Comparison:
+        """What the run holds of a comparison on these rows, without the systems of other settings."""
         run = self.trainer.run_directory
         known = run_on_main(lambda: run.read_if_there(Comparison))
-        return known if known is not None and known.split == split else Comparison(split)
+        if known is None or known.split != split:
+            return Comparison(split)
+        return replace(
+            known,
+            systems={name: own for name, own in known.systems.items() if own.settings == maker.settings(name)},
+        )
 
     def _write(self, found: Comparison) -> None:
         run = self.trainer.run_directory
@@ -150,7 +156,7 @@ class BaselineComparison:
             write_atomically(run.where(Comparison).with_suffix(".md"), lambda file: file.write(text))
         wait_for_everyone()
 
-    def _system(self, name: str, tables: Mapping[str, Dataset]) -> ComparedSystem:
+    def _system(self, name: str, tables: Mapping[str, Dataset], maker: SystemMaker) -> ComparedSystem:
         flow, made = self.trainer.flow, MadeSystem()
         if name in _OF_THE_RUN:
             with flow.context.model_state.restored():
@@ -158,20 +164,20 @@ class BaselineComparison:
             cost = flow.costs[name]
         else:
             logger.info("Comparing with %s.", name)
-            made = self._maker().make(name)
+            made = maker.make(name)
             with flow.context.model_state.restored():
                 scores, forward = self._scored(name, made, tables)
             cost = system_cost(made.trainings, made.folders, forward)
         rows = {task: RowFigures.of(own.rows) for task, own in scores.items() if own.rows is not None}
-        return ComparedSystem(scores, rows, cost, made.search_flops, made.note)
+        return ComparedSystem(scores, rows, cost, made.search_flops, made.note, maker.settings(name))
 
     def _maker(self) -> SystemMaker:
         flow = self.trainer.flow
-        costs: dict[str, SystemCost] = run_on_main(lambda: flow.context.run.read(Costs)).systems
+        costs = run_on_main(lambda: flow.context.run.read(Costs)).systems
         members, tasks = len(flow.ensemble.adapter_names), len(self.trainer.tasks)
         return SystemMaker(
             flow,
-            costs["ensemble"].training_flops / costs[BASELINE].training_flops,
+            training_ratio(costs["ensemble"], costs[BASELINE]),
             self.continued_length,
             self.num_groups or min(max(len(flow.grouping.groups), 2), tasks),
             self.num_seeds or max(members, 2),

@@ -1,5 +1,6 @@
 """Adapters of the systems that an ensemble is compared with: trained, or merged from trained ones."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from scipy.optimize import minimize
 from sklearn.cluster import KMeans
 
@@ -18,10 +20,12 @@ from ...ensemble.merging.merge import merge_adapters
 from ...ensemble.saving.files import load_adapter
 from ...ensemble.weighting.sampling import spread_sample
 from ...models.usage import measured_usage
-from ...runs import TrainedAdapter
+from ...runs import SystemCost, TrainedAdapter
 from ...runs.systems import BASELINE
 from ..flows.adapter_training import AdapterTraining
+from ..flows.capturing import captured_gradients
 from ..flows.ensemble_flow import EnsembleFlow
+from ..flows.evaluation import ensemble_scorer
 from ..inputs.used_models import mark_as_of_a_run
 from ..model_state import ModelState
 
@@ -86,6 +90,16 @@ class SystemMaker:
         self.num_seeds = num_seeds
         self.seed = seed
 
+    def settings(self, name: str) -> dict[str, float]:
+        """What the system of this name depends on, beside the run."""
+        used = {
+            "finetuned": ("continued_length",),
+            "random_groups": ("num_groups", "seed"),
+            "gradient_clusters": ("num_groups",),
+            "seeds": ("num_seeds",),
+        }
+        return {key: getattr(self, key) for key in used.get(name, ())}
+
     def make(self, name: str) -> MadeSystem:
         """The adapters of the system of this name."""
         return getattr(self, f"_{name}")()
@@ -102,14 +116,12 @@ class SystemMaker:
     def _wider(self) -> MadeSystem:
         model, name = self.flow.context.model, "compared_wider"
         config = model.peft_config[self.flow.context.adapter_name]
-        rank = config.r * max(len(self.flow.ensemble.adapter_names), 2)
-        # Scaled by a constant, as the narrow one is.
-        wide = replace(config, r=rank, lora_alpha=config.lora_alpha * rank / config.r)
+        factor = max(len(self.flow.ensemble.adapter_names), 2)
         context = self.flow.context
         context.model_state.restore()
         with torch.random.fork_rng():
             torch.manual_seed(context.args.seed)
-            model.add_adapter(name, wide)
+            model.add_adapter(name, widened(config, factor))
         mark_as_of_a_run(model.peft_config[name])
         try:
             model.set_adapter(name)
@@ -119,7 +131,7 @@ class SystemMaker:
         finally:
             model.delete_adapter(name)
             context.model_state.restore()
-        return self._for_all("wider", [trained], f"rank {rank}, {self.training_ratio:.2f} times as long")
+        return self._for_all("wider", [trained], f"{factor} times the rank, {self.training_ratio:.2f} times as long")
 
     def _for_all(self, name: str, trainings: list[TrainedAdapter], note: str = "") -> MadeSystem:
         return MadeSystem(dict.fromkeys(self.names, self.run.compared(name)), trainings=trainings, note=note)
@@ -141,6 +153,8 @@ class SystemMaker:
         return self._groups(f"random-{self.seed}", groups, note=_listed(groups))
 
     def _gradient_clusters(self) -> MadeSystem:
+        # A run whose groups go on from the adapter for all has captured them there.
+        captured_gradients(self.flow.context, self.flow.training)
         gradients = run_on_main(lambda: self.flow.calibration.selector(0).estimator.task_gradients())
         gradients = gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-12)
         labels = KMeans(self.num_groups, n_init=10, random_state=0).fit_predict(gradients)
@@ -150,8 +164,9 @@ class SystemMaker:
     def _groups(self, name: str, groups: list[list[str]], note: str = "", **options) -> MadeSystem:
         """One adapter per group, which serves its tasks."""
         serving, trainings = {}, []
-        for number, group in enumerate(groups):
-            own = f"{name}-{group[0] if len(group) == 1 else number}"
+        for group in groups:
+            # No other group has this task.
+            own = f"{name}-{group[0]}"
             trainings.append(self._trained(own, group, **options))
             serving.update(dict.fromkeys(group, self.run.compared(own)))
         return MadeSystem({task: serving[task] for task in self.names}, trainings=trainings, note=note)
@@ -238,9 +253,7 @@ class SystemMaker:
         context, members = self.flow.context, ensemble.adapter_names
         rows = context.eval_tables[task]
         rows = rows.select(spread_sample(len(rows), min(_ROWS, len(rows)), context.args.seed))
-
-        def scorer(inputs, labels, tasks):
-            return ensemble.score(labels=labels, task=tasks, **inputs)
+        scorer = ensemble_scorer(ensemble)
 
         def loss(weights: np.ndarray) -> float:
             ensemble.weights = {task: dict(zip(members, weights.tolist()))}
@@ -261,6 +274,24 @@ class SystemMaker:
         """While open, the tasks' adapters are on the model; yields their names in the order of the tasks."""
         with loaded_adapters(self.flow, self._by_member(made)) as names:
             yield names
+
+
+def training_ratio(cost: SystemCost, other: SystemCost) -> float:
+    """What a system costs to train, in multiples of another: by tokens where operations could not be counted."""
+    measure = "training_flops" if other.training_flops else "training_tokens"
+    return getattr(cost, measure) / getattr(other, measure)
+
+
+def widened(config: LoraConfig, factor: int) -> LoraConfig:
+    """LoRA of `factor` times the rank in every layer, scaled as it was: by alpha / r, or alpha / sqrt(r) (rsLoRA)."""
+    scaling = math.sqrt(factor) if config.use_rslora else factor
+    return replace(
+        config,
+        r=config.r * factor,
+        lora_alpha=config.lora_alpha * scaling,
+        rank_pattern={key: rank * factor for key, rank in (config.rank_pattern or {}).items()},
+        alpha_pattern={key: alpha * scaling for key, alpha in (config.alpha_pattern or {}).items()},
+    )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ...tasks.sampling import rows_per_epoch
 from ..credentials import arguments_without_secrets
 from ..inputs.best_metric import metric_of_training
 from ..losses.step_loss import StepLoss
-from ..tracking import report_as_part_of_run
+from ..tracking import closed_after_error, report_as_part_of_run
 from ..training_usage import usage_fields
 from .bars import label_bars
 from .checkpoints import SealCheckpoints, last_whole_checkpoint, remove_checkpoints
@@ -163,7 +163,8 @@ class AdapterTraining:
                 trainer = self._trainer(begun, rows)
                 # What runs beside a boosting step takes operations, too.
                 trainer.usage_samples = self._samples if loss is None else FlopSamples()
-                with writing(run.training(name)), loss.attached(trainer) if loss else nullcontext():
+                attached = loss.attached(trainer) if loss else nullcontext()
+                with writing(run.training(name)), attached, closed_after_error(trainer):
                     result = trainer.train(
                         resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self.ignore_keys_for_eval
                     )

@@ -10,7 +10,7 @@ from datasets import Dataset
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...ensemble import PeftEnsembleModel
 from ...errors import ConfigurationError
-from ...estimate import SubsetEstimator
+from ...estimate import LINEAR_METHODS, SubsetEstimator
 from ...evaluate import TaskScores
 from ...publish import renew_model_card
 from ...runs import Boosting, Costs, SystemCost, TrainedAdapter
@@ -71,7 +71,7 @@ class EnsembleFlow:
         captured = (len(self.context.train_rows) + rows) * TRAINING
         goes_on = args.group_initialization == "baseline"
         found = [
-            *([] if goes_on else [Stage("gradients", "gradients", captured)]),
+            *([Stage("gradients", "gradients", captured)] if self._needs_first_gradients else []),
             Stage(BASELINE, "one adapter for all", one + rows * FORWARD),
             *([Stage(AT_BASELINE, "gradients at the adapter for all", captured)] if goes_on else []),
             Stage("group", "groups", runs * (one / 2 + rows * FORWARD)),
@@ -137,27 +137,31 @@ class EnsembleFlow:
         if name not in self.grouping.groups:
             raise ConfigurationError(f"Unknown group {name!r}; the groups are {list(self.grouping.groups)}. Name one.")
         self.groups.check_alone(self.grouping, name)
-        with run.training_locked(name):
-            self.groups.train_group(self.grouping, name)
+        self.groups.train_group(self.grouping, name)
 
     def _boosting(self, assembly: EnsembleAssembly) -> EnsembleBoosting:
         def estimator() -> SubsetEstimator:
-            captured_gradients(self.context, self.training)
             return self.calibration.selector(self.num_calibration_runs()).estimator
 
         return EnsembleBoosting(self.context, self.training, assembly, self.grouping, estimator)
 
+    @property
+    def _needs_first_gradients(self) -> bool:
+        """Whether gradients at theta0 are needed: groups begin there, or boosting steps are solved there."""
+        args = self.context.args
+        is_solved = args.boosting_steps > 0 and args.boosting_method in LINEAR_METHODS
+        return args.group_initialization != "baseline" or is_solved
+
     def _prepare(self) -> None:
-        """Make what the choice of groups is made from: the one adapter for all, and gradients where groups begin."""
+        """Make what groups and boosting steps rest on: the one adapter for all, and gradients where they begin."""
         run, args = self.context.run, self.context.args
-        goes_on = args.group_initialization == "baseline"
-        if not goes_on:
+        if self._needs_first_gradients:
             captured_gradients(self.context, self.training)
         if args.train_baseline:
             with run.stage(BASELINE):
                 baseline = self.training.run(BASELINE, self.context.tasks.names, run.baseline)
                 self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
-        if goes_on:
+        if args.group_initialization == "baseline":
             gradients_at_baseline(self.context, self.training)
 
     def selector(self) -> DataSelector:

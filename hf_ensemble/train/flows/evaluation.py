@@ -87,12 +87,8 @@ class SystemEvaluation:
 
     def score_ensemble(self, ensemble: PeftEnsembleModel, tables: Mapping[str, Dataset]) -> dict[str, TaskScores]:
         """Scores of an ensemble, each row under its task's weights."""
-
-        def scorer(inputs, labels, tasks):
-            return ensemble.score(labels=labels, task=tasks, **inputs)
-
         # Each task has adapters of its own.
-        scores = self._scored(scorer, tables, "Evaluating ensemble", None)
+        scores = self._scored(ensemble_scorer(ensemble), tables, "Evaluating ensemble", None)
         return self._with_metrics(scores, ensemble_generate(ensemble), tables, "Evaluating ensemble", ensemble)
 
     def generate(
@@ -184,6 +180,15 @@ class SystemEvaluation:
             finally:
                 model.set_adapter(self.context.adapter_name, inference_mode=True)
                 model.delete_adapter(SCORED_ADAPTER)
+
+
+def ensemble_scorer(ensemble: PeftEnsembleModel) -> Scorer:
+    """Answers scored by an ensemble, each row under its task's weights."""
+
+    def scorer(inputs, labels, tasks):
+        return ensemble.score(labels=labels, task=tasks, **inputs)
+
+    return scorer
 
 
 def ensemble_generate(ensemble: PeftEnsembleModel) -> Generate:

@@ -71,13 +71,18 @@ class GroupTrainings:
             )
 
     def train_group(self, grouping: Grouping, name: str) -> TrainedAdapter:
-        """Train the adapter of a group, or copy one that was trained alike."""
+        """Train the adapter of a group, or copy one that was trained alike.
+
+        Raises:
+            `RunLockedError`: when another process trains it.
+        """
         run, args, mixture = self.context.run, self.context.args, grouping.mixtures[name]
-        if args.group_initialization == "baseline" and name != grouping.baseline_group:
-            start = {"start": run.baseline, "length": args.continued_length}
-            return self.training.run(name, mixture, run.member(name), **start)
-        known = self.calibration.reuse(mixture, name, run.member(name))
-        return self.training.run(name, mixture, run.member(name)) if known is None else known
+        with run.training_locked(name):
+            if args.group_initialization == "baseline" and name != grouping.baseline_group:
+                start = {"start": run.baseline, "length": args.continued_length}
+                return self.training.run(name, mixture, run.member(name), **start)
+            known = self.calibration.reuse(mixture, name, run.member(name))
+            return self.training.run(name, mixture, run.member(name)) if known is None else known
 
     def chosen(self) -> Grouping:
         """The run's last choice; the first one is made by the fine-tunings that calibrate."""

@@ -36,7 +36,8 @@ class Stage:
     parts: dict[str, float] = field(default_factory=dict)
 
     def work_of(self, part: str) -> float:
-        return self.parts.get(part, 0.0) if self.parts else self.work
+        """Work of a part, 0 where it is not known; of the whole stage without a part."""
+        return self.parts.get(part, 0.0) if part else self.work
 
 
 class StageAnnouncer:

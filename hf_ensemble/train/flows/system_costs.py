@@ -9,28 +9,25 @@ from ...models.usage import Usage
 from ...runs import SystemCost, TrainedAdapter
 
 
-def system_cost(trainings: Sequence[TrainedAdapter], folders: Iterable[Path], forward: Usage | None) -> SystemCost:
+def system_cost(trainings: Sequence[TrainedAdapter], folders: Iterable[Path], forward: Usage) -> SystemCost:
     """The cost of a system.
 
     Args:
         trainings (`Sequence[TrainedAdapter]`): those that its adapters come from.
         folders (`Iterable[Path]`): where its adapters lie.
-        forward (`Usage`, *optional*): what scoring rows with it took.
+        forward (`Usage`): what scoring rows with it took.
     """
+    # Padding is computed, too.
+    computed = forward.tokens + forward.padding
     return SystemCost(
         training_flops=sum(own.flops for own in trainings),
         training_tokens=sum(own.tokens for own in trainings),
         training_seconds=round(sum(own.seconds for own in trainings), 3),
         trained_parameters=sum(own.num_parameters for own in trainings),
         stored_parameters=sum(map(stored_parameters, folders)),
-        inference_flops=None if forward is None or not forward.flops else forward.flops / computed_tokens(forward),
+        inference_flops=forward.flops / computed if forward.flops and computed else None,
         trainings=[own.name for own in trainings],
     )
-
-
-def computed_tokens(usage: Usage) -> int:
-    """Tokens that were computed, padding among them."""
-    return usage.tokens + usage.padding
 
 
 def stored_parameters(folder: Path) -> int:

@@ -8,11 +8,17 @@ from datasets import Dataset
 from ..._settings import checked_mapping
 from ...errors import TaskError
 from ...tasks import META_COLUMNS, TASK, RowFormat, TaskSet
-from ...tasks.class_labels import HIDDEN
+from ...tasks.class_labels import HIDDEN, are_hidden
 from ...tasks.task import as_dataset
 from .datasets import is_table_of_tasks, rows_by_task
 
 _LABEL_COLUMNS = {RowFormat.CLASSIFICATION: "label", RowFormat.TOKENIZED: "labels"}
+
+
+def labelled_test_rows(tasks: TaskSet) -> dict[str, Dataset] | None:
+    """The test rows by task; `None` unless every task has some, with labels."""
+    rows = tasks.split("test") if tasks.has_split("test") else None
+    return None if rows is None or any(map(are_hidden, rows.values())) else rows
 
 
 def token_tables(
