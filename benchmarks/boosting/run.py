@@ -24,9 +24,9 @@ from peft import LoraConfig
 from hf_ensemble import EnsembleSFTConfig, EnsembleSFTTrainer
 from hf_ensemble.ensemble import PeftEnsembleModel
 from hf_ensemble.runs import Boosting, RunDirectory
-from hf_ensemble.train.boosting.settings import METHODS
-from hf_ensemble.train.boosting.stage import EnsembleBoosting
 from hf_ensemble.train.flows.assembly import EnsembleAssembly
+from hf_ensemble.train.flows.boosting.stage import EnsembleBoosting
+from hf_ensemble.train.inputs.boosting import METHODS
 
 from ..chain_of_thought.run import pretrained
 from ..common import make_parser, read_results, shape_of, write_results

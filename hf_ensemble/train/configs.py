@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
 from ..tasks.sampling import LOSS_WEIGHTINGS, TASK_SAMPLINGS
-from .boosting.settings import BoostingSettings
+from .inputs.boosting import BoostingSettings
 from .inputs.trackers import check_trackers
 
 logger = get_logger(__name__)

@@ -13,8 +13,8 @@ from ..capture import model_identity
 from ..select import GroupingSettings, SelectionSettings
 from ..tasks import TaskSet
 from ..tasks.rows import token_fingerprint
-from .boosting.settings import BoostingSettings
 from .credentials import is_secret_name, without_secrets
+from .inputs.boosting import BoostingSettings
 
 # Arguments that say where and how to report or how fast to go, not what to train.
 _UNCOMPARED = ("output_dir", "run_name", "project", "disable_tqdm", "overwrite_run", "local_rank", "report_to")

@@ -16,13 +16,13 @@ from ..runs.boosting import START
 from ..runs.systems import BASELINE
 from ..select import Grouping
 from ..tasks import TaskSet
-from .boosting.checks import check_boosted_model, check_boosting_arguments
-from .boosting.stage import step_name
 from .configs import EnsembleConfig, EnsembleSFTConfig
 from .credentials import arguments_without_secrets
 from .flow_trainer import FlowTrainerMixin
+from .flows.boosting.stage import step_name
 from .flows.context import FlowContext
 from .flows.ensemble_flow import EnsembleFlow
+from .inputs.boosting import check_boosted_model, check_boosting_arguments
 from .inputs.supported import check_base_model
 from .inputs.used_models import check_adapter_names
 from .multi_task_sft_trainer import MultiTaskSFTTrainer

@@ -16,9 +16,9 @@ from hf_ensemble.ensemble.weighting.added_member import AddedMember
 from hf_ensemble.errors import ConfigurationError, EnsembleError
 from hf_ensemble.estimate import LINEAR_METHODS
 from hf_ensemble.runs import Boosting, EnsembleWeights
-from hf_ensemble.train.boosting import held_out, stage
-from hf_ensemble.train.boosting.checks import check_boosted_model
 from hf_ensemble.train.flows.adapter_training import rows_of
+from hf_ensemble.train.flows.boosting import held_out, stage
+from hf_ensemble.train.inputs.boosting import check_boosted_model
 from hf_ensemble.train.losses.step_loss import BesideEnsembleLoss, RowWeightedLoss
 
 TASKS = toy.sft_tasks(24, 20)

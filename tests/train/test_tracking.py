@@ -6,6 +6,7 @@ import pytest
 import transformers.integrations.integration_utils as integrations
 from transformers import TrainerCallback
 
+from helpers import toy
 from helpers.trainers import sft_trainer
 from hf_ensemble.train.inputs import trackers
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
@@ -137,7 +138,8 @@ def of_the_process(monkeypatch):
 @pytest.mark.parametrize("is_own", [False, True], ids=["by_name", "passed"])
 def test_the_run_of_a_process_is_opened_and_closed_once(tmp_path, base_folder, of_the_process, is_own):
     options = {"callbacks": [of_the_process()], "report_to": "none"} if is_own else {"report_to": ["trackio"]}
-    trainer = sft_trainer(tmp_path / "run", base_folder, **options, **CHANGES)
+    few = dict(list(toy.sft_tasks(8).items())[:2])
+    trainer = sft_trainer(tmp_path / "run", base_folder, few, **options, **CHANGES, max_steps=1)
     trainer.train()
     events = of_the_process.events
     assert events[0] == "opened" and events[-1] == "closed"

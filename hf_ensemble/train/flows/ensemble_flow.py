@@ -16,11 +16,11 @@ from ...publish import renew_model_card
 from ...runs import Boosting, Costs, SystemCost, TrainedAdapter
 from ...runs.systems import BASELINE
 from ...select import DataSelector, Grouping
-from ..boosting.settings import TRAINED_METHODS
-from ..boosting.stage import EnsembleBoosting, step_name
+from ..inputs.boosting import TRAINED_METHODS
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
 from .adapter_training import AdapterTraining
 from .assembly import EnsembleAssembly
+from .boosting.stage import EnsembleBoosting, step_name
 from .calibration import Calibration
 from .capturing import AT_BASELINE, captured_gradients, gradients_at_baseline
 from .context import FlowContext

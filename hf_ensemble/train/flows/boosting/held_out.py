@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 from datasets import Dataset
 
-from ...ensemble import PeftEnsembleModel
-from ...ensemble.weighting.added_member import AddedAnswers
-from ...ensemble.weighting.collector import AnswerCollector
-from ...models.wrappers import evaluation_mode
-from ..flows.context import FlowContext
+from ....ensemble import PeftEnsembleModel
+from ....ensemble.weighting.added_member import AddedAnswers
+from ....ensemble.weighting.collector import AnswerCollector
+from ....models.wrappers import evaluation_mode
+from ..context import FlowContext
 
 # Validation rows per task, and entries of all adapters' logits that are held at once, a gigabyte.
 _ROWS = 500

@@ -1,17 +1,58 @@
-"""What cannot be boosted: refused before anything is trained."""
+"""How an ensemble is boosted, and what cannot be: refused before anything is trained."""
 
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from peft import PeftModel
 from transformers import TrainingArguments
 
+from ..._settings import Settings, check_at_least, check_one_of
 from ...errors import ConfigurationError
 from ...estimate import LINEAR_METHODS
 from ...models.inputs import is_encoder_decoder
 
+# Methods that train an adapter; the others solve for one in the captured gradients.
+TRAINED_METHODS = ("finetuning", "residuals", "adaboost")
+METHODS = (*LINEAR_METHODS, *TRAINED_METHODS)
+TARGETS = ("group", "task")
 # Methods whose training runs the ensemble beside the step.
 _BESIDE_ENSEMBLE = ("finetuning", "residuals")
 _PACKING = ("packing", "padding_free", "use_liger_kernel")
+
+
+@dataclass
+class BoostingSettings(Settings):
+    """How an ensemble is boosted.
+
+    Raises:
+        `ConfigurationError`: for values out of range.
+    """
+
+    boosting_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Number of boosting steps: each adds an adapter for the group, or the task, with the highest "
+            "training loss, and is kept if it lowers the validation loss by more than the noise."
+        },
+    )
+    boosting_method: str = field(
+        default="surrogate",
+        metadata={
+            "help": "How a step's adapter is made. Without training, from the captured gradients: 'surrogate' "
+            "(LogitBoost's weights) or 'ridge' (regression to the residuals, as in EnsembleLoRA). By training: "
+            "'finetuning' (beside the ensemble's logits), 'residuals' (regression of its logits to the residuals), or "
+            "'adaboost' (rows reweighted by how badly they are answered)."
+        },
+    )
+    boosting_target: str = field(
+        default="group", metadata={"help": "What a step is for: the 'group' or the 'task' with the highest loss."}
+    )
+
+    def __post_init__(self):
+        check_at_least("boosting_steps", self.boosting_steps, 0)
+        check_one_of("boosting_method", self.boosting_method, METHODS)
+        check_one_of("boosting_target", self.boosting_target, TARGETS)
+        super().__post_init__()
 
 
 def check_boosting_arguments(args: TrainingArguments, has_loss_function: bool, has_streams: bool) -> None:

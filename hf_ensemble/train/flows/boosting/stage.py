@@ -13,28 +13,28 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..._files import checksums
-from ..._records import digest_of
-from ...capture import parameter_update, row_update
-from ...ensemble import EnsembleMember, PeftEnsembleModel
-from ...ensemble.saving.files import save_adapter
-from ...ensemble.weighting.added_member import added_member
-from ...ensemble.weighting.sampling import spread_sample
-from ...estimate import LINEAR_METHODS, SubsetEstimator, linear_step
-from ...estimate.mixtures import loss_weights
-from ...evaluate import RowScores
-from ...logging import get_logger
-from ...models.usage import measured_usage
-from ...runs import Boosting, BoostingStep
-from ...runs.boosting import START, with_step
-from ...select import Grouping
-from ...store import GradientStore
-from ...tasks import EXAMPLE_ID, TASK
-from ..flows.adapter_training import AdapterTraining, rows_of
-from ..flows.assembly import EnsembleAssembly
-from ..flows.context import FlowContext
-from ..flows.evaluation import ensemble_scorer
-from ..losses.step_loss import BesideEnsembleLoss, RowWeightedLoss, StepLoss
+from ...._files import checksums
+from ...._records import digest_of
+from ....capture import parameter_update, row_update
+from ....ensemble import EnsembleMember, PeftEnsembleModel
+from ....ensemble.saving.files import save_adapter
+from ....ensemble.weighting.added_member import added_member
+from ....ensemble.weighting.sampling import spread_sample
+from ....estimate import LINEAR_METHODS, SubsetEstimator, linear_step
+from ....estimate.mixtures import loss_weights
+from ....evaluate import RowScores
+from ....logging import get_logger
+from ....models.usage import measured_usage
+from ....runs import Boosting, BoostingStep
+from ....runs.boosting import START, with_step
+from ....select import Grouping
+from ....store import GradientStore
+from ....tasks import EXAMPLE_ID, TASK
+from ...losses.step_loss import BesideEnsembleLoss, RowWeightedLoss, StepLoss
+from ..adapter_training import AdapterTraining, rows_of
+from ..assembly import EnsembleAssembly
+from ..context import FlowContext
+from ..evaluation import ensemble_scorer
 from .held_out import added_answers
 
 logger = get_logger(__name__)
