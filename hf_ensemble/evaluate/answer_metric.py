@@ -54,7 +54,7 @@ class AnswerMetric:
     def __post_init__(self):
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         is_one = isinstance(self.metrics, str) or callable(self.metrics)
-        metrics = (self.metrics,) if is_one else tuple(self.metrics)
+        metrics = (self.metrics,) if is_one else tuple(self.metrics) if isinstance(self.metrics, Sequence) else ()
         if not metrics or not all(isinstance(metric, str) or callable(metric) for metric in metrics):
             raise ConfigurationError(f"Expected names of metrics or functions in metrics, found {self.metrics!r}.")
         object.__setattr__(self, "metrics", metrics)
@@ -140,7 +140,7 @@ class AnswerMetric:
             return cls(value)
         names = [own.name for own in fields(cls) if own.init]
         if not isinstance(value, Mapping) or not set(value) <= set(names):
-            found = sorted(value) if isinstance(value, Mapping) else type(value).__name__
+            found = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
             raise ConfigurationError(
                 f"Expected an AnswerMetric, what to extract, or a dict with {names}; found {found}."
             )
@@ -165,7 +165,7 @@ def metrics_by_task(metrics: AnswerMetrics, tasks: Iterable[str]) -> dict[str, A
         return {}
     if not isinstance(metrics, Mapping):
         return dict.fromkeys(tasks, AnswerMetric.of(metrics))
-    unknown = sorted(set(metrics) - set(tasks))
+    unknown = sorted(map(str, set(metrics) - set(tasks)))
     if unknown:
         raise ConfigurationError(f"answer_metrics names unknown tasks {unknown}; the tasks are {tasks}.")
     return {task: AnswerMetric.of(metrics[task]) for task in tasks if task in metrics}

@@ -56,7 +56,7 @@ class AnswerFigures:
 
     Args:
         figures (`dict[str, float]`): by name.
-        rows (`dict[str, np.ndarray]`): value of each row, of the figures that are means over rows.
+        rows (`dict[str, np.ndarray]`): value of each row, `(n,)`, of the figures that are means over rows.
     """
 
     figures: dict[str, float]

@@ -113,6 +113,7 @@ def test_metrics_by_task():
     for settings, message in [
         ({"max_new_tokens": 0}, "max_new_tokens has to be a positive integer"),
         ({"metrics": ()}, "Expected names of metrics or functions"),
+        ({"metrics": 5}, "Expected names of metrics or functions"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             AnswerMetric(**settings)

@@ -28,7 +28,7 @@ class PromptRouter:
 
     Args:
         mean (`torch.Tensor` of shape `(H,)`): what is subtracted from the hidden states.
-        matrix (`torch.Tensor` of shape `(H, m)`): a column for each adapter.
+        matrix (`torch.Tensor` of shape `(H, m)`): a column for each adapter that is no boosting step.
         bias (`torch.Tensor` of shape `(m,)`): logarithm, up to a constant, of the weights of an average prompt.
     """
 
@@ -37,7 +37,11 @@ class PromptRouter:
     bias: torch.Tensor
 
     def weights(self, states: torch.Tensor) -> torch.Tensor:
-        """Weights `(B, m)` from mean hidden states `(B, H)`; those below a twentieth are left out."""
+        """Weights `(B, m)` from mean hidden states `(B, H)`; those below a twentieth are left out.
+
+        Raises:
+            `EnsembleError`: for hidden states of another size.
+        """
         states = states.float()
         if states.shape[1] != len(self.mean):
             raise EnsembleError(

@@ -61,5 +61,9 @@ class RoutingMixin:
         return weights
 
     def prompt_states(self, inputs: Mapping[str, Any], labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean hidden states of the base model over the prompts of a batch, `(B, H)`; see [`prompt_states`]."""
+        """Mean hidden states of the base model over the prompts of a batch, `(B, H)`; see [`prompt_states`].
+
+        Raises:
+            `EnsembleError`: for inputs without `input_ids`.
+        """
         return prompt_states(self.model.get_base_model(), inputs, labels)

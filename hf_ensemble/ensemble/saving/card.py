@@ -126,7 +126,9 @@ def ensemble_loading(
     tasks = list(config.weights) or [""]
     ranks = {task: _merged_rank(config.weights.get(task, config.default_weights), configs) for task in tasks}
     can_merge = all(rank is not None for rank in ranks.values())
-    is_served = can_merge and base.auto_class == "AutoModelForCausalLM" and not any(map(_obstacles, configs.values()))
+    is_served = (
+        can_merge and base.auto_class == "AutoModelForCausalLM" and not any(map(vllm_obstacles, configs.values()))
+    )
     return Loading(
         load_from=repo_id or card_path(folder),
         is_on_hub=repo_id is not None,
@@ -150,7 +152,7 @@ def adapter_loading(
 ) -> Loading:
     """How one plain adapter in a folder is loaded; its configuration is read from there unless it is given."""
     config = config or _adapter_config(folder)
-    is_served = base.auto_class == "AutoModelForCausalLM" and not _obstacles(config)
+    is_served = base.auto_class == "AutoModelForCausalLM" and not vllm_obstacles(config)
     return Loading(
         load_from=repo_id or card_path(folder),
         is_on_hub=repo_id is not None,
@@ -189,10 +191,6 @@ def _adapter_config(folder: Path) -> PeftConfig:
 def has_head(folder: Path) -> bool:
     """Whether a saved adapter holds a classifier's head, which the base's checkpoint lacks."""
     return _adapter_config(folder).task_type == "SEQ_CLS"
-
-
-def _obstacles(config: PeftConfig) -> list[str]:
-    return vllm_obstacles(config)
 
 
 def _merged_rank(weights: Mapping[str, float], configs: Mapping[str, PeftConfig]) -> int | None:
