@@ -30,7 +30,7 @@ class Shape:
     members: int = 4
     batch_sizes: tuple[int, ...] = (1, 8)
     length: int = 64
-    tokens: int = 16
+    tokens: int = 8
     repetitions: int = 2
     rank: int = 16
 

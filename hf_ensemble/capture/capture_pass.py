@@ -1,9 +1,10 @@
 """One pass of a model over the rows of all tasks, which fills one or more gradient stores."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from .._compat import package_versions
 from ..errors import CaptureError
 from ..logging import get_logger
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
-from ..models.usage import UsageCounter
+from ..models.usage import FlopSamples, UsageCounter
 from ..store import (
     CapturedRows,
     GradientStore,
@@ -77,6 +78,9 @@ class CapturePass:
             mixed_precision=self.config.mixed_precision,
         )
         self.state = PartialState()
+        # Rows whose moments are taken and rows that are captured go through the model alike.
+        self._samples = FlopSamples()
+        self._has_begun = False
 
     def run(
         self,
@@ -167,11 +171,11 @@ class CapturePass:
 
         def add_rows(batch: list[dict]) -> None:
             inputs = self.data_collator(batch)
-            with usage.batch(inputs):
+            with self._counted(usage, inputs):
                 self.extractor.add_second_moments(inputs, moments)
 
         add = HalvingOnFullMemory(add_rows)
-        with UsageCounter() as usage, torch.random.fork_rng():
+        with UsageCounter(self._samples) as usage, torch.random.fork_rng():
             for batch in self._batches(rows):
                 add([rows[position] for position in batch])
         return Preconditioner.from_second_moments(moments)
@@ -187,19 +191,14 @@ class CapturePass:
         total = sum(len(writers.rows_of(shard)) for shard in shards)
         hidden = disable_tqdm or not self.state.is_local_main_process
 
-        has_begun = False
-
         def gradients(batch: list[dict]) -> BatchGradients:
-            nonlocal has_begun
             inputs = self.data_collator(batch)
-            # With the first batch hooks are checked, which takes further passes.
-            with usage.batch(inputs, is_typical=has_begun):
-                has_begun = True
+            with self._counted(usage, inputs):
                 return self.extractor(inputs)
 
         extract = HalvingOnFullMemory(gradients)
         with (
-            UsageCounter() as usage,
+            UsageCounter(self._samples) as usage,
             tqdm(total=total, desc="Capturing gradients", unit="example", disable=hidden) as progress,
             torch.random.fork_rng(),
         ):
@@ -221,6 +220,13 @@ class CapturePass:
             return torch.cat([getattr(part, name) for part in parts]).numpy()[back]
 
         return CapturedRows(joined("features"), joined("margin"), joined("loss"), joined("num_tokens"))
+
+    @contextmanager
+    def _counted(self, usage: UsageCounter, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """While open, a batch is run; with the first one hooks are checked, which takes further passes."""
+        with usage.batch(inputs, is_typical=self._has_begun):
+            yield
+        self._has_begun = True
 
     def _batches(self, rows: list[dict]) -> list[list[int]]:
         lengths = [len(row["input_ids"]) for row in rows]

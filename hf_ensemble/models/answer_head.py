@@ -15,6 +15,8 @@ from .virtual_tokens import positions_before
 
 # Logits at once, in float32; a few copies of them live beside (their log-softmax and its gradient).
 LOGITS_BYTES = 64 * 2**20
+# A GPU takes larger pieces: every piece reads the head's weights once more. This is their part of its memory.
+_LOGITS_SHARE = 256
 
 
 @dataclass
@@ -116,7 +118,7 @@ class AnswerHead:
     def _in_pieces(self, run: BodyRun, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with_gradient = torch.is_grad_enabled() and run.hidden.requires_grad
         log_probs, correct, slopes = [], [], []
-        size = tokens_at_once(len(targets), run.width)
+        size = tokens_at_once(len(targets), run.width, run.hidden.device)
         for states, tokens in zip(run.hidden.detach().split(size, dim=1), targets.split(size, dim=1)):
             states.requires_grad_(with_gradient)
             found, right = token_scores(self.logits(run, states), tokens.clamp(min=0))
@@ -142,9 +144,12 @@ def head_width(base: nn.Module) -> int | None:
     return getattr(layer, "out_features", None)
 
 
-def tokens_at_once(rows: int, width: int) -> int:
+def tokens_at_once(rows: int, width: int, device: torch.device | None = None) -> int:
     """How many tokens of each row go through a head of this width together; at least 1."""
-    return max(1, LOGITS_BYTES // max(4 * rows * width, 1))
+    size = LOGITS_BYTES
+    if device is not None and device.type == "cuda":
+        size = max(size, torch.cuda.get_device_properties(device).total_memory // _LOGITS_SHARE)
+    return max(1, size // max(4 * rows * width, 1))
 
 
 def answer_tokens(labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:

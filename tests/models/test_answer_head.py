@@ -135,3 +135,10 @@ def test_outputs_at_other_positions_than_the_labels_are_refused():
     model.get_base_model().model.register_forward_hook(lengthened)
     with pytest.raises(ScoringError, match="which of them answer is not known"):
         GradientExtractor(model, projection_dim=16)(collator(rows))
+
+
+def test_a_gpu_takes_larger_pieces(monkeypatch):
+    properties = type("Properties", (), {"total_memory": 80 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    here, there = (head.tokens_at_once(8, 128_000, torch.device(device)) for device in ("cpu", "cuda"))
+    assert here == head.tokens_at_once(8, 128_000) == 16 and there == 81

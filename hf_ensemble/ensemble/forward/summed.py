@@ -71,7 +71,9 @@ def summed_adapters(model: nn.Module, names: list[str], weights: torch.Tensor, s
             that is a multiple of these rows repeats each of them, as beams do.
     """
     same = bool((weights == weights[:1]).all())
-    key = [*names, str(weights[0].tolist())] if same else names
+    # Read once: every layer that read them from a device would wait for it.
+    shared = weights[0].tolist() if same else None
+    key = names if shared is None else [*names, str(shared)]
 
     def compute(layer: nn.Module, plain: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not is_stackable(layer, names):
@@ -85,7 +87,7 @@ def summed_adapters(model: nn.Module, names: list[str], weights: torch.Tensor, s
                 total = total + _over(own[:, column], change) * change
             return total.to(base.dtype)
         result = layer.base_layer(x, *args, **kwargs)
-        stack = stacks.of(layer, key, lambda: _concatenated(layer, names, weights[0] if same else None))
+        stack = stacks.of(layer, key, lambda: _concatenated(layer, names, shared))
         if stack is None:
             return result
         down, up, owner = stack
@@ -99,12 +101,12 @@ def summed_adapters(model: nn.Module, names: list[str], weights: torch.Tensor, s
         yield
 
 
-def _concatenated(layer: LoraLayer, names: list[str], weights: torch.Tensor | None):
+def _concatenated(layer: LoraLayer, names: list[str], weights: list[float] | None):
     """A `(R, in)`, scaled B `(out, R)` and the number of the adapter that each of the R dimensions belongs to."""
     held = [(k, name) for k, name in enumerate(names) if name in layer.lora_A]
     if not held:
         return None
-    factor = {k: layer.scaling[name] * (1.0 if weights is None else float(weights[k])) for k, name in held}
+    factor = {k: layer.scaling[name] * (1.0 if weights is None else weights[k]) for k, name in held}
     down = torch.cat([layer.lora_A[name].weight for _, name in held])
     up = torch.cat([layer.lora_B[name].weight * factor[k] for k, name in held], 1)
     owner = torch.cat([torch.full((layer.lora_A[name].weight.shape[0],), k) for k, name in held])
