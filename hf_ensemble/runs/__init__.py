@@ -7,7 +7,6 @@ from .directory import RunDirectory
 from .evaluation import EvaluatedRows, Evaluation, RowFigures
 from .example_rows import ExampleRows, ShownRow, TaskRows
 from .fidelity_report import FidelityReport, FirstOrderError, NoiseCeiling
-from .left_out import LeftOut
 from .records import (
     EnsembleWeights,
     Estimate,
@@ -35,7 +34,6 @@ __all__ = [
     "ExampleRows",
     "FidelityReport",
     "FirstOrderError",
-    "LeftOut",
     "NoiseCeiling",
     "Results",
     "RowFigures",

@@ -28,7 +28,7 @@ class StageCost:
         peak_memory (`int`): bytes; the largest of all processes.
         memory_of (`str`):
             `"device"` for memory that the accelerator had allocated during the stage, `"process"` for the largest
-            resident memory of the process until its end.
+            resident memory of the process until its end, where no accelerator was used.
     """
 
     seconds: float = 0.0
@@ -93,6 +93,10 @@ def figure_with_prefix(value: float, unit: str = "") -> str:
     return f"{value:.{digits}f} {prefix}{unit}".rstrip()
 
 
+# Largest device memory of each open measurement, up to where the counter was reset last.
+_PEAKS: list[int] = []
+
+
 class CostMeter:
     """Holds the cost of a stage when it has ended.
 
@@ -105,14 +109,17 @@ class CostMeter:
 
 @contextmanager
 def measured_cost() -> Iterator[CostMeter]:
-    """Measure what runs while open; every process has to get to the end."""
+    """Measure what runs while open; every process has to get to the end.
+
+    It resets torch's peak of allocated device memory: torch keeps one such counter for each device, and a smaller peak
+    than an earlier one does not show without it. `torch.cuda.max_memory_allocated` then says what was the most since
+    the last measurement began. Measurements within each other are right, each of its own.
+    """
     meter, start = CostMeter(), time.perf_counter()
-    has_device = torch.cuda.is_available()
-    if has_device:
-        torch.cuda.reset_peak_memory_stats()
-    with measured_usage() as usage:
+    with _device_peak() as peaks, measured_usage() as usage:
         yield meter
-    peak = torch.cuda.max_memory_allocated() if has_device else _peak_of_process()
+    has_device = torch.cuda.is_initialized()
+    peak = peaks[-1] if has_device else _peak_of_process()
     seconds = time.perf_counter() - start + usage.seconds
     parts = run_on_all(lambda: (usage, peak))
     meter.cost = StageCost(
@@ -123,6 +130,22 @@ def measured_cost() -> Iterator[CostMeter]:
         peak_memory=max(own for _, own in parts),
         memory_of="device" if has_device else "process",
     )
+
+
+@contextmanager
+def _device_peak() -> Iterator[list[int]]:
+    """Yields a list that ends with the largest device memory, in bytes, when it is closed."""
+    found: list[int] = []
+    if torch.cuda.is_initialized():
+        before = torch.cuda.max_memory_allocated()
+        _PEAKS[:] = [max(own, before) for own in _PEAKS]
+        torch.cuda.reset_peak_memory_stats()
+    _PEAKS.append(0)
+    try:
+        yield found
+    finally:
+        own = _PEAKS.pop()
+        found.append(max(own, torch.cuda.max_memory_allocated()) if torch.cuda.is_initialized() else own)
 
 
 def _peak_of_process() -> int:

@@ -22,8 +22,10 @@ TRAINING = "training"
 SCORED_RUNS = "scored_runs"
 # What the names of trainings begin with whose adapters are made for their scores alone.
 SCORED_TRAINING = "scored-"
+COMPARISON_TABLE = "comparison.md"
 REPORT = "report.html"
-FIDELITY_PICTURE = "estimate/fidelity.png"
+ESTIMATES = "estimate"
+FIDELITY_PICTURE = f"{ESTIMATES}/fidelity.png"
 RECORDS: dict[type[Record], str] = {
     RunRecord: "run.json",
     TasksRecord: "tasks.json",
@@ -32,10 +34,10 @@ RECORDS: dict[type[Record], str] = {
     Mixture: "mixture.json",
     ExampleScores: "example_scores.json",
     ExampleRows: "example_rows.json",
-    Estimate: "estimate/estimate.json",
-    EnsembleWeights: "estimate/weights.json",
-    Boosting: "estimate/boosting.json",
-    FidelityReport: "estimate/fidelity.json",
+    Estimate: f"{ESTIMATES}/estimate.json",
+    EnsembleWeights: f"{ESTIMATES}/weights.json",
+    Boosting: f"{ESTIMATES}/boosting.json",
+    FidelityReport: f"{ESTIMATES}/fidelity.json",
     Evaluation: "evaluation.json",
     EvaluatedRows: "evaluated_rows.json",
     Costs: "costs.json",
@@ -43,17 +45,8 @@ RECORDS: dict[type[Record], str] = {
     Results: "results.json",
 }
 # Folders that a run writes files and folders into.
-WRITTEN_FOLDERS = ("estimate", TRAINING, SCORED_RUNS, ENSEMBLE, f"{ENSEMBLE}/adapters", f"{ENSEMBLE}/assets", COMPARED)
-# What depends on the choice of groups or auxiliary tasks, and what the choice depends on.
-CHOICE_ARTEFACTS = (
-    *(RECORDS[kind] for kind in (Grouping, Selection, Boosting, ExampleRows, Evaluation, EvaluatedRows)),
-    *(RECORDS[kind] for kind in (Costs, Comparison, Results)),
-    COMPARED,
-    REPORT,
-    ENSEMBLE,
-    ADAPTER,
-)
-# Records that a run of another choice does not share.
+WRITTEN_FOLDERS = (ESTIMATES, TRAINING, SCORED_RUNS, ENSEMBLE, f"{ENSEMBLE}/adapters", f"{ENSEMBLE}/assets", COMPARED)
+# Records that depend on the choice of groups or auxiliary tasks: a run of another choice does not share them.
 CHOICE_RECORDS: tuple[type[Record], ...] = (
     Grouping,
     Selection,
@@ -67,11 +60,21 @@ CHOICE_RECORDS: tuple[type[Record], ...] = (
     Comparison,
     Results,
 )
+# Everything in the run that depends on the choice, and the stages that make it.
+CHOICE_ARTEFACTS = (
+    *(RECORDS[kind] for kind in CHOICE_RECORDS),
+    COMPARISON_TABLE,
+    COMPARED,
+    REPORT,
+    ENSEMBLE,
+    ADAPTER,
+)
 CHOICE_STAGES = ("group", "select", "weights", "boosting", "adapter", "evaluation", "comparison")
+# What else a run over other rows or with another model does not share, the run's own record last.
 BASIC_ARTEFACTS = (
     GRADIENTS,
     BASELINE_GRADIENTS,
-    "estimate",
+    ESTIMATES,
     BASELINE,
     META_INITIALIZATION,
     TRAINING,

@@ -9,11 +9,11 @@ from .._records import Record, digest_of
 from ..errors import RecordError
 from ..estimate import ObservedRun, SubsetEstimator
 from ..evaluate import TaskScores
-from ..select import Grouping, predicted_losses
+from ..select import Grouping, LeftOut, predicted_losses
+from ..select.left_out import left_out
 from ..tasks import TaskSet
 from ..tasks.presentation import example_prompt, hub_datasets
 from .costs import StageCost
-from .left_out import LeftOut, left_out
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from .examples import ExampleScores, score_examples
 from .groups.affinity import affinity_matrix, predicted_affinity
 from .groups.grouping import Grouping, group_tasks, partition_loss, predicted_losses
 from .groups.partition import coclustering, semidefinite_partition, spectral_partition
+from .left_out import LeftOut
 from .methods import mixture_selection, select_tasks
 from .mixture import Mixture, optimize_mixture
 from .problem import SelectionProblem
@@ -24,6 +25,7 @@ __all__ = [
     "ExampleScores",
     "Grouping",
     "GroupingSettings",
+    "LeftOut",
     "Mixture",
     "Selection",
     "SelectionProblem",

@@ -9,7 +9,6 @@ from hf_ensemble.runs import (
     EvaluatedRows,
     Evaluation,
     ExampleRows,
-    LeftOut,
     RowFigures,
     RunDirectory,
     StageCost,
@@ -18,7 +17,7 @@ from hf_ensemble.runs import (
     TasksRecord,
     TrainedAdapter,
 )
-from hf_ensemble.select import ExampleScores, Grouping, Selection
+from hf_ensemble.select import ExampleScores, Grouping, LeftOut, Selection
 
 NAMES = ["sums", "diffs", "words", "verbs", "colours", "noise"]
 HOSTILE = [

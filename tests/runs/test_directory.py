@@ -1,6 +1,7 @@
 """Runs that are opened, resumed, changed, or damaged."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -58,6 +59,28 @@ def test_differences_are_named_and_only_what_depends_on_them_is_redone(tmp_path)
     anew = RunDirectory.open(tmp_path, {"a": {"x": 3}}, {"b": 5}, overwrite=True)
     assert anew.record.stages == {} and not (tmp_path / "gradients").exists()
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_kill_over_an_old_run_leaves_its_card(tmp_path, monkeypatch):
+    RunDirectory.open(tmp_path, {"a": 1}, {"b": 2})
+    (tmp_path / "ensemble" / "adapters").mkdir(parents=True)
+    (tmp_path / "ensemble" / "config.json").write_text("{}")
+    (tmp_path / "ensemble" / "README.md").write_text("written by hand")
+    (tmp_path / "comparison.md").write_text("| old |")
+    remove = shutil.rmtree
+
+    def killed(folder, **options):
+        remove(folder, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory.open(tmp_path, {"a": 1}, {"b": 3}, overwrite=True)
+    assert (tmp_path / "ensemble" / "README.md").read_text() == "written by hand"
+    RunDirectory.open(tmp_path, {"a": 1}, {"b": 3}, overwrite=True)
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == ["ensemble/README.md", "run.json"]
 
 
 def test_records_of_single_trainings_are_kept_by_name(tmp_path):

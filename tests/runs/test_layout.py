@@ -27,7 +27,7 @@ def strings(path):
 
 def test_no_other_module_names_a_file_of_a_run():
     names = {part for name in layout.RECORDS.values() for part in (name, name.rsplit("/")[-1])}
-    names |= {layout.SCORED_RUNS, layout.FIDELITY_PICTURE}
+    names |= {layout.SCORED_RUNS, layout.FIDELITY_PICTURE, layout.COMPARISON_TABLE}
     assert {"run.json", "groups.json", "results.json"} <= names and not names & _PLAIN
     found = {
         f"{path.relative_to(ROOT)}: {name}"
@@ -38,6 +38,11 @@ def test_no_other_module_names_a_file_of_a_run():
         if name in text
     }
     assert found == set()
+
+
+def test_what_another_choice_does_not_share_is_deleted_with_it():
+    assert {layout.RECORDS[kind] for kind in layout.CHOICE_RECORDS} < set(layout.CHOICE_ARTEFACTS)
+    assert layout.BASIC_ARTEFACTS[-1] == "run.json"
 
 
 def test_every_record_has_its_own_place_and_format():

@@ -73,7 +73,7 @@ def test_the_run_and_the_table_hold_the_comparison(compared):
     trainer, found, _ = compared
     run = trainer.run_directory
     assert run.read(Comparison) == found
-    text = run.where(Comparison).with_suffix(".md").read_text()
+    text = run.comparison_table.read_text()
     assert text == found.to_markdown()
     assert text.count("\n| ") == len(found.systems) + 1 and "| one adapter for all |" in text
     intervals = found.intervals()

@@ -25,8 +25,8 @@ def main(argv: Sequence[str]) -> Comparison:
         arguments.num_compared_seeds,
         arguments.group_seed,
     ).run()
-    file = trainer.run_directory.where(Comparison)
+    run = trainer.run_directory
     out = console()
     out.print(comparison_table(comparison))
-    out.print(f"Comparison: {file}\nTable: {file.with_suffix('.md')}", soft_wrap=True)
+    out.print(f"Comparison: {run.where(Comparison)}\nTable: {run.comparison_table}", soft_wrap=True)
     return comparison

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...runs import LeftOut, Results, TrainedAdapter
+from ...runs import Results, TrainedAdapter
 from ...runs.systems import BASELINE, main_system, ordered_systems, system_name
+from ...select import LeftOut
 from ..drawing import BLUE, GREY, ORANGE, drawing, shortened
 
 # Inches: legible on a phone's screen, and two beside each other on a large one.

@@ -153,7 +153,7 @@ class BaselineComparison:
         if is_main_process():
             run.write(found)
             text = found.to_markdown().encode()
-            write_atomically(run.where(Comparison).with_suffix(".md"), lambda file: file.write(text))
+            write_atomically(run.comparison_table, lambda file: file.write(text))
         wait_for_everyone()
 
     def _system(self, name: str, tables: Mapping[str, Dataset], maker: SystemMaker) -> ComparedSystem:

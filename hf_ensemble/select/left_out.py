@@ -1,4 +1,4 @@
-"""What a run would be without one of its tasks."""
+"""What a training on all tasks is predicted to be without one of them."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from ..estimate import SubsetEstimator
 # Normal quantile: of two means with this many standard errors between them, chance explains one in twenty.
 _CLEAR = 1.645
 _MOST_OF = 0.8
-# Above it, a prediction for every task left out takes as long as the grouping.
+# Number of tasks up to which each is left out once.
 _MOST_LEFT_OUT = 200
 
 
@@ -37,7 +37,10 @@ class LeftOut:
 
 
 def left_out(estimator: SubsetEstimator) -> dict[str, LeftOut]:
-    """Predicted effect of leaving out each task, compared with the training on all; empty for too few and too many."""
+    """Predicted effect on the others of leaving out each task, by its name, compared with the training on all.
+
+    Empty for a single task, and for more than 200: above it, the predictions take as long as a grouping.
+    """
     names = list(estimator.task_names)
     size = len(names)
     if not 1 < size <= _MOST_LEFT_OUT:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.runs.left_out import LeftOut, left_out
+from hf_ensemble.select.left_out import LeftOut, left_out
 from hf_ensemble.store import FeatureTable
 
 
@@ -46,5 +46,5 @@ def test_tasks_that_hurt_some_others_alone_have_groups_for_that():
 
 
 def test_too_few_and_too_many_tasks_are_not_asked_about(monkeypatch):
-    monkeypatch.setattr("hf_ensemble.runs.left_out._MOST_LEFT_OUT", 4)
+    monkeypatch.setattr("hf_ensemble.select.left_out._MOST_LEFT_OUT", 4)
     assert left_out(estimator_with(1.0)) == {} and left_out(estimator_with(1.0, size=1)) == {}
