@@ -1,6 +1,5 @@
 """Trainers from the flags of `hf-ensemble fidelity`, and fine-tuning on mixtures with cached scores."""
 
-import argparse
 import hashlib
 import json
 import sys
@@ -9,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hf_ensemble._files import write_json
-from hf_ensemble.cli.arguments import FidelityArguments, with_config
+from hf_ensemble.cli.arguments import FidelityArguments
 from hf_ensemble.cli.main import main as hf_ensemble
 from hf_ensemble.cli.trainers import started
+from hf_ensemble.cli.words import Words
 from hf_ensemble.runs import RunDirectory
 from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.tasks import TaskSet
@@ -37,9 +37,15 @@ def train_baseline(trainer) -> None:
 
 def flag_value(flags: Sequence[str], name: str) -> str:
     """Value of a required flag among those that are passed on, or in their `--config` file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(name, dest="value", required=True)
-    return parser.parse_known_args(with_config(flags))[0].value
+    words = Words.of(flags)
+    given = [
+        *words.options.get(name.removeprefix("--"), ())[:1],
+        *(value for flag, value in zip(words.line, words.line[1:]) if flag == name),
+        *(word.split("=", 1)[1] for word in words.line if word.startswith(f"{name}=")),
+    ]
+    if not given:
+        sys.exit(f"Expected {name}.")
+    return given[-1]
 
 
 def run_command(command: str, flags: Sequence[str]) -> Path:

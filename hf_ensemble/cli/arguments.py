@@ -1,16 +1,10 @@
-"""Flags and YAML of the commands."""
+"""Options of the commands over a model and data."""
 
-import difflib
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser
-
-from .._settings import check_at_least, check_number, check_one_of
+from .._settings import check_at_least, check_one_of
 from ..errors import ConfigurationError
 from ..tasks.task import SPLITS
 
@@ -36,19 +30,24 @@ class DataArguments:
         },
     )
     dataset_mixture: str | None = field(
-        default=None, metadata={"help": "trl's mixture, in a --config file: {datasets: [...], test_split_size: ...}."}
+        default=None,
+        metadata={"help": "A mixture of trl, in a --config file: {datasets: [...], test_split_size: ...}."},
     )
     test_split_size: float | None = field(
-        default=None, metadata={"help": "Share of each dataset without evaluation rows to hold out, as in trl."}
+        default=None,
+        metadata={
+            "help": "Share of the rows of each dataset without evaluation rows to hold out, above 0 and below 1, as in "
+            "trl. Without it, --validation_fraction says how many."
+        },
     )
     tasks: list[str] | None = field(default=None, metadata={"help": "Names of the datasets to use; all by default."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Maximum number of training rows per task."})
     max_validation_rows: int | None = field(
-        default=None, metadata={"help": "Maximum number of validation rows per task."}
+        default=None, metadata={"help": "Maximum number of validation rows per task, also where they are held out."}
     )
 
     def __post_init__(self):
-        check_number("test_split_size", self.test_split_size, 0, 1, above=True, optional=True)
+        check_share("test_split_size", self.test_split_size)
         for name in ("max_train_rows", "max_validation_rows"):
             check_at_least(name, getattr(self, name), 1, optional=True)
 
@@ -93,7 +92,7 @@ class CompareArguments(FlowArguments):
     )
     finetuned_length: float = field(
         default=0.5,
-        metadata={"help": "finetuned: length of each task's own training, in multiples of a training."},
+        metadata={"help": "Length of each task's own training in finetuned, in multiples of a training."},
     )
     num_compared_groups: int | None = field(
         default=None,
@@ -106,7 +105,7 @@ class CompareArguments(FlowArguments):
 
 
 @dataclass
-class FidelityArguments(DataArguments):
+class FidelityArguments(FlowArguments):
     """What `hf-ensemble fidelity` takes beside a trainer's own arguments and trl's model arguments."""
 
     fidelity_subsets: int = field(default=20, metadata={"help": "Random subsets to fine-tune."})
@@ -125,7 +124,16 @@ class FidelityArguments(DataArguments):
         least = {"fidelity_subsets": 1, "num_repeated": 0, "num_first_order": 0, "subset_seed": 0}
         for name, value in least.items():
             check_at_least(name, getattr(self, name), value)
-        _check_sizes(self.fidelity_sizes)
+
+
+def check_share(name: str, value: float | None) -> None:
+    """Raise `ConfigurationError` for anything but a share of rows that leaves some, or None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value < 1):
+        raise ConfigurationError(
+            f"{name} has to be a share of each dataset's rows, above 0 and below 1, found {value!r}. Give a dataset's "
+            "own number of rows as its validation, in a --config file."
+        )
 
 
 def _check_sizes(sizes: list[int] | None) -> None:
@@ -206,100 +214,3 @@ def answer_metrics(text: str | None) -> str | dict[str, Any] | None:
         raise ConfigurationError(
             f'answer_metrics has to be JSON like \'{{"gsm8k": "the_answer_is"}}\', found {text!r}: {error}.'
         ) from error
-
-
-def with_config(argv: Sequence[str]) -> list[str]:
-    """Flags, those of a `--config FILE.yaml` first, so that the command line has the last word.
-
-    Raises:
-        `ConfigurationError`: for a file that is missing or no mapping.
-    """
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" not in argv:
-        return argv
-    position = argv.index("--config")
-    if position + 1 == len(argv):
-        raise ConfigurationError("--config takes a YAML file.")
-    path = Path(argv[position + 1])
-    if not path.is_file():
-        raise ConfigurationError(f"No configuration file at {str(path)!r}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{str(path)!r} is no text: {error}. Expected YAML in UTF-8.") from error
-    except yaml.YAMLError as error:
-        # The parser's own message quotes the line, which may hold a token.
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f" in line {mark.line + 1}: {getattr(error, 'problem', None) or 'syntax error'}"
-        raise ConfigurationError(f"{str(path)!r} is not YAML{where}. Mend the file.") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{str(path)!r} has to map names to values, found {type(content).__name__}.")
-    flags: list[str] = []
-    for key, value in content.items():
-        if not isinstance(key, str):
-            raise ConfigurationError(f"{str(path)!r} has to map names to values, found the name {key!r}.")
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{key}", *map(_flag_text, values)]
-    return flags + argv[:position] + argv[position + 2 :]
-
-
-def _flag_text(value: Any) -> str:
-    is_json = value is None or isinstance(value, (dict, bool))
-    return json.dumps(value, default=str) if is_json else str(value)
-
-
-def print_all_help(classes: Sequence[type], command: str) -> None:
-    """Print every argument of a command, those of the parents' trainers included."""
-    parse(classes, ["--help"], command=command)
-
-
-def parse(
-    classes: Sequence[type], argv: Sequence[str], remaining_allowed: bool = False, command: str = "run"
-) -> tuple[list[Any], list[str]]:
-    """Dataclasses from flags, and the flags that none of them knows.
-
-    The value `null` is None for numbers that may be None, and the default elsewhere.
-
-    Raises:
-        `ConfigurationError`: for values of the wrong type, and for unknown flags, unless `remaining_allowed`.
-    """
-    parser = _Parser(tuple(classes), prog=f"hf-ensemble {command}", allow_abbrev=False)
-    argv = _nulls(parser, classes, list(argv))
-    *parsed, remaining = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if remaining and not remaining_allowed:
-        # Without their values: a token may be among them.
-        unknown = [word.split("=")[0] for word in remaining if word.startswith("--")]
-        named = " ".join(unknown) or "a word that belongs to no flag"
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        near = [close for word in unknown for close in difflib.get_close_matches(word, known, n=1, cutoff=0.8)]
-        meant = f" Did you mean {', '.join(near)}?" if near else ""
-        raise ConfigurationError(f"Unknown arguments: {named}.{meant} See hf-ensemble {command} --help.")
-    return parsed, remaining
-
-
-class _Parser(HfArgumentParser):
-    """A parser that raises its errors, which otherwise print every flag there is."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}. See {self.prog} --help.")
-
-
-def _nulls(parser: HfArgumentParser, classes: Sequence[type], argv: list[str]) -> list[str]:
-    """Let the parser read `null` for numbers that may be None; drop it for the other fields it knows."""
-    hints = {name: hint for own in classes for name, hint in get_type_hints(own).items()}
-    known = {flag: action for action in parser._actions for flag in action.option_strings}
-    kept: list[str] = []
-    for word in argv:
-        action = known.get(kept[-1]) if kept and word == "null" else None
-        if action is None:
-            kept.append(word)
-        elif action.type in (int, float) and action.nargs is None and type(None) in get_args(hints[action.dest]):
-            action.type = _none_or(action.type)
-            kept.append(word)
-        else:
-            kept.pop()
-    return kept
-
-
-def _none_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text == "null" else kind(text)

@@ -13,6 +13,7 @@ _ENSEMBLE = (
     ("Ensemble", ("train.configs:EnsembleArguments",)),
     ("Selection, with --target", ("train.configs:SelectionArguments", "select.settings:SelectionSettings")),
     _GROUP,
+    ("Boosting", ("train.boosting.settings:BoostingSettings",)),
     ("Text with labels", ("train.configs:ClassifierArguments",)),
 )
 # What every command over a model and data takes.
@@ -143,7 +144,7 @@ COMMANDS = [
         "fine-tune random subsets to see how far predictions can be trusted",
         ".commands.fidelity",
         f"hf-ensemble fidelity {_LINE} --fidelity_subsets 10",
-        (("Fidelity", ("cli.arguments:FidelityArguments",)), *_RUN),
+        (("Fidelity", ("cli.arguments:FidelityArguments",)), ("Run", ("cli.arguments:FlowArguments",)), *_RUN),
         _MODEL_AND_DATA,
         True,
     ),

@@ -8,7 +8,9 @@ from typing import Any
 from ..errors import ConfigurationError, TaskError
 from ..tasks import TaskSet, load_task_folder, load_tasks
 from ..tasks.sources.reading import files_by_split
-from .arguments import DataArguments
+from .arguments import DataArguments, check_share
+
+_MIXTURE_KEYS = ("datasets", "streaming", "test_split_size")
 
 
 def tasks_of(arguments: DataArguments) -> TaskSet:
@@ -27,24 +29,27 @@ def tasks_of(arguments: DataArguments) -> TaskSet:
             f"Expected one of --data, --datasets and --dataset_mixture, found {given or 'none'}. Name the data in one "
             "place."
         )
-    if given == ["data"] and len(arguments.data) == 1 and _is_folder_of_tasks(arguments.data[0]):
-        return load_task_folder(arguments.data[0], max_rows=limits, names=arguments.tasks)
     share = arguments.test_split_size
+    if given == ["data"] and len(arguments.data) == 1 and _is_folder_of_tasks(arguments.data[0]):
+        tasks = load_task_folder(arguments.data[0], max_rows=limits, names=arguments.tasks)
+        return _with_share_held_out(tasks, share, limits.get("validation"))
     if given == ["data"]:
         sources = _words(arguments.data)
     elif given == ["datasets"]:
         sources = _parsed("datasets", arguments.datasets)
     else:
-        mixture = _json("dataset_mixture", arguments.dataset_mixture)
-        if not isinstance(mixture, dict) or not isinstance(mixture.get("datasets"), (list, dict)):
-            raise ConfigurationError(
-                f"dataset_mixture has to be a mapping with datasets, found {arguments.dataset_mixture!r:.80}. Write it "
-                "in a --config file."
-            )
-        if mixture.get("streaming"):
-            raise ConfigurationError("Streaming is not for the command line: set max_rows of the datasets instead.")
-        sources, share = mixture["datasets"], mixture.get("test_split_size", share)
-    return _loaded(sources, arguments.tasks, limits, share)
+        mixture = _mixture(arguments.dataset_mixture)
+        sources = mixture["datasets"]
+        if share is None:
+            share = mixture.get("test_split_size")
+            check_share("test_split_size of dataset_mixture", share)
+    tasks = load_tasks(sources, limits)
+    if arguments.tasks is not None:
+        unknown = sorted(set(arguments.tasks) - set(tasks))
+        if unknown:
+            raise TaskError(f"No dataset named {unknown}; the datasets are {list(tasks)}. Correct --tasks.")
+        tasks = tasks.subset(arguments.tasks)
+    return _with_share_held_out(tasks, share, limits.get("validation"))
 
 
 def _is_folder_of_tasks(word: str) -> bool:
@@ -72,9 +77,8 @@ def _words(words: Sequence[str]) -> Any:
 def _parsed(flag: str, texts: Sequence[str]) -> Any:
     """Sources from JSON: a mapping by name, or a list of mappings with a path."""
     found = [_json(flag, text) for text in texts]
-    if len(found) == 1 and isinstance(found[0], dict) and not isinstance(found[0].get("path"), str):
-        return found[0]
-    return found
+    is_mapping = isinstance(found[0], dict) and not isinstance(found[0].get("path"), str)
+    return found[0] if len(found) == 1 and (is_mapping or isinstance(found[0], list)) else found
 
 
 def _json(flag: str, text: str) -> Any:
@@ -84,11 +88,31 @@ def _json(flag: str, text: str) -> Any:
         raise ConfigurationError(f"{flag} has to be JSON, found {text!r:.80}: {error}. Correct it.") from error
 
 
-def _loaded(sources: Any, names: Sequence[str] | None, limits: dict[str, int], share: float | None) -> TaskSet:
-    tasks = load_tasks(sources, limits)
-    if names is not None:
-        unknown = sorted(set(names) - set(tasks))
-        if unknown:
-            raise TaskError(f"No dataset named {unknown}; the datasets are {list(tasks)}. Correct --tasks.")
-        tasks = tasks.subset(names)
-    return tasks if share is None else tasks.with_validation(share)
+def _mixture(text: str) -> dict[str, Any]:
+    """A mixture of trl."""
+    mixture = _json("dataset_mixture", text)
+    if not isinstance(mixture, dict) or not isinstance(mixture.get("datasets"), (list, dict)):
+        raise ConfigurationError(
+            f"dataset_mixture has to be a mapping with datasets, found {text!r:.80}. Write it in a --config file."
+        )
+    unknown = sorted(set(mixture) - set(_MIXTURE_KEYS))
+    if unknown:
+        raise ConfigurationError(
+            f"dataset_mixture has unknown keys {unknown}; known are {', '.join(_MIXTURE_KEYS)}. Correct them."
+        )
+    if mixture.get("streaming"):
+        raise ConfigurationError("Streaming is not for the command line: set max_rows of the datasets instead.")
+    return mixture
+
+
+def _with_share_held_out(tasks: TaskSet, share: float | None, limit: int | None) -> TaskSet:
+    """The tasks, with this share of the rows of each held out where it has no evaluation rows, at most `limit`."""
+    for name, task in tasks.items() if share is not None else ():
+        rows = len(task.splits["train"])
+        if "validation" in task.splits:
+            continue
+        if rows < 2:
+            raise TaskError(f"Dataset {name!r}: expected at least 2 rows to hold one out, found {rows}. Add rows.")
+        count = min(max(round(share * rows), 1), rows - 1)
+        tasks = tasks.holding_out(name, count if limit is None else min(count, limit))
+    return tasks

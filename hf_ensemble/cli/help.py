@@ -2,6 +2,8 @@
 
 import shutil
 import textwrap
+from collections.abc import Collection
+from dataclasses import fields
 
 from .command import COMMANDS, Command
 from .options import Option, options_of
@@ -36,7 +38,7 @@ GENERAL = (
     Option("debug", "bool", False, "Show the traceback of an error."),
     Option("help", "bool", False, "This help."),
 )
-ALL = Option("help-all", "bool", False, "Help with all arguments of trl's and transformers' trainers.")
+ALL = Option("help-all", "bool", False, "This help, with all arguments of trl's and transformers' trainers.")
 
 
 def groups_of(command: Command) -> dict[str, list[Option]]:
@@ -62,10 +64,11 @@ def main_help() -> str:
     return "\n".join(lines)
 
 
-def command_help(command: Command) -> str:
-    """A command's own options in groups, what it needs first."""
+def command_help(command: Command, with_parents: bool = False) -> str:
+    """A command's options in groups, what it needs first; those of the parents' trainers only if asked for."""
     width = _width()
-    lines = [f"usage: hf-ensemble {command.name} [options]", "", *textwrap.wrap(command.help.capitalize(), width)]
+    about = f"{command.help[0].upper()}{command.help[1:]}."
+    lines = [f"usage: hf-ensemble {command.name} [options]", "", *textwrap.wrap(about, width)]
     lines += ["", "Example:", "", *(f"  {line}" for line in _wrapped_command(command.example, width)), ""]
     if command.required:
         needed = ", ".join(f"--{name}".replace(" or ", " or --") for name in command.required)
@@ -74,11 +77,13 @@ def command_help(command: Command) -> str:
     if command.has_parents:
         data = groups.pop("Data")
         groups = {"Data": data, "Model and training": list(MOST_USED), **groups}
+        if with_parents:
+            groups |= _parents_groups({option.name for own in groups.values() for option in own})
     for title, options in groups.items():
         lines += [f"{title}:", *(_described(option, width) for option in options), ""]
     general = (*GENERAL, ALL) if command.has_parents else GENERAL
     lines += ["General:", *(_described(option, width) for option in general), ""]
-    if command.has_parents:
+    if command.has_parents and not with_parents:
         lines += textwrap.wrap(
             "It also takes trl's other model arguments, and every argument of SFTConfig, or of TrainingArguments for "
             "text with labels: see --help-all.",
@@ -88,13 +93,31 @@ def command_help(command: Command) -> str:
     return "\n".join(lines)
 
 
+def _parents_groups(seen: Collection[str]) -> dict[str, list[Option]]:
+    """The other arguments of the parents' trainers and models, from the classes themselves."""
+    from transformers import TrainingArguments
+    from trl import ModelConfig, SFTConfig
+
+    taken = {*seen, *(option.name for option in GENERAL)}
+    groups: dict[str, list[Option]] = {}
+    for title, kind in (
+        ("Model, of trl.ModelConfig", ModelConfig),
+        ("Training, of transformers.TrainingArguments", TrainingArguments),
+        ("Training on prompts, chats and texts, of trl.SFTConfig", SFTConfig),
+    ):
+        groups[title] = [Option.of(own) for own in fields(kind) if own.init and own.name not in taken]
+        taken |= {option.name for option in groups[title]}
+    return groups
+
+
 def _described(option: Option, width: int) -> str:
     is_switch = option in (*GENERAL[1:], ALL)
-    default = "" if option.default in (None, "", False) or is_switch else f" Default: {_shown(option.default)}."
+    default = "" if option.default in (None, "", False, [], {}) or is_switch else f" Default: {_shown(option.default)}."
     return _line(f"--{option.name}{'' if is_switch else f' {option.metavar}'}", f"{option.help}{default}", width)
 
 
 def _shown(value: object) -> str:
+    value = getattr(value, "value", value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

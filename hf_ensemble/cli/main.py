@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = argv[1:]
     if {"-h", "--help"} & set(rest):
         raise SystemExit(print(command_help(command), end=""))
+    if "--help-all" in rest:
+        raise SystemExit(print(command_help(command, with_parents=True), end=""))
     try:
         with sigterm_as_interrupt():
-            if "--help-all" in rest:
-                _print_all_help(command)
             _quiet()
             # Trainers print their logs on stdout, which is the script's that reads JSON.
             with redirect_stdout(sys.stderr) if "--json" in given else nullcontext():
@@ -94,19 +94,6 @@ def _command(argv: Sequence[str]) -> Command:
 def _flags(command: Command) -> Collection[str]:
     """The names of a command's own flags, and of those of the trainers that errors are about."""
     return {option.name for own in groups_of(command).values() for option in own} | _PARENTS
-
-
-def _print_all_help(command: Command) -> None:
-    """Every argument, from the classes themselves, and exit."""
-    if not command.has_parents:
-        raise SystemExit(print(command_help(command), end=""))
-    from trl import ModelConfig
-
-    from ..train import EnsembleSFTConfig
-    from .arguments import FlowArguments, print_all_help
-
-    # The trainer's arguments are known once the data are; those of the ensemble trainers are the fullest.
-    print_all_help([FlowArguments, ModelConfig, EnsembleSFTConfig], command.name)
 
 
 def _print_json(result: object) -> None:

@@ -28,6 +28,14 @@ class Option:
     default: Any
     help: str
 
+    @classmethod
+    def of(cls, own: dataclasses.Field) -> "Option":
+        """The option of a field of a settings class."""
+        made = own.default_factory
+        default = own.default if made is dataclasses.MISSING else made()
+        kind = own.type.__name__ if isinstance(own.type, type) and not get_args(own.type) else str(own.type)
+        return cls(own.name, kind, default, " ".join(str(own.metadata.get("help") or "").split()))
+
     @property
     def is_flag(self) -> bool:
         return self.kind.startswith("bool")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from .._settings import check_at_least, check_one_of
+from ..ensemble.forward.routing import ROUTINGS
+from ..ensemble.merging.merge import METHODS
 
 
 @dataclass
@@ -26,17 +28,19 @@ class GenerateArguments(SavedArguments):
     )
     file: str | None = field(
         default=None,
-        metadata={"help": "File of rows (JSON, JSONL, CSV, TSV, Parquet) with a column prompt or text, or also task."},
+        metadata={"help": "File of rows (JSON, JSONL, CSV, TSV, Parquet) with prompt, messages or text, or also task."},
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer; the ensemble's own by default."})
     chat: bool = field(default=False, metadata={"help": "Put each prompt into the tokenizer's chat template."})
     routing: str | None = field(
-        default=None, metadata={"help": "Weights for prompts without a task: 'default' or 'prompt'."}
+        default=None, metadata={"help": "Weights for prompts without a task: 'default', 'prompt' or 'hidden_states'."}
     )
     max_new_tokens: int = field(default=64, metadata={"help": "Maximum number of new tokens."})
     batch_size: int = field(default=8, metadata={"help": "Prompts at a time."})
 
     def __post_init__(self):
+        if self.routing is not None:
+            check_one_of("routing", self.routing, ROUTINGS)
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         check_at_least("batch_size", self.batch_size, 1)
 
@@ -51,12 +55,13 @@ class MergeArguments(SavedArguments):
     method: str = field(
         default="sum",
         metadata={
-            "help": "sum, lines, ties, dare_linear, dare_ties, breadcrumbs, pcb, tsv or knots; see docs/ensemble.md."
+            "help": "How adapters are merged: sum, lines, ties, dare_linear, dare_ties, breadcrumbs, pcb, tsv or knots."
         },
     )
 
     def __post_init__(self):
         check_at_least("rank", self.rank, 1, optional=True)
+        check_one_of("method", self.method, METHODS)
 
 
 @dataclass
@@ -75,7 +80,7 @@ class ExportArguments(SavedArguments):
 class ReportArguments:
     """What `hf-ensemble report` takes."""
 
-    run: str | None = field(default=None, metadata={"help": "output_dir of a finished run; also without --run."})
+    run: str | None = field(default=None, metadata={"help": "The output_dir of a finished run; also without --run."})
     output: str | None = field(default=None, metadata={"help": "The file; report.html in the run by default."})
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..ensemble import PeftEnsembleModel
@@ -40,9 +39,9 @@ def results_tables(results: Results) -> list[Table]:
         for column in own.columns:
             table.add_column(column, justify="left" if column == "task" else "right")
         for row in own.rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         table.add_section()
-        table.add_row(*map(escape, own.mean), style="bold")
+        table.add_row(*own.mean, style="bold")
         found.append(table)
     return found
 
@@ -55,14 +54,14 @@ def cost_tables(results: Results) -> list[Table]:
         systems.add_column(column, justify="right")
     for system, cost in results.system_costs.items():
         figures = (cost.training_flops, cost.trained_parameters, cost.stored_parameters, cost.inference_flops)
-        systems.add_row(escape(system_name(system)), *map(_short, figures))
+        systems.add_row(system_name(system), *map(_short, figures))
     stages = Table(title="What each stage took")
     stages.add_column("stage")
     for column in ("seconds", "FLOPs", "tokens", "peak memory"):
         stages.add_column(column, justify="right")
     for stage, cost in results.stage_costs.items():
         memory = figure_with_prefix(cost.peak_memory, "B")
-        stages.add_row(escape(stage), f"{cost.seconds:.1f}", _short(cost.flops), _short(cost.tokens), memory)
+        stages.add_row(stage, f"{cost.seconds:.1f}", _short(cost.flops), _short(cost.tokens), memory)
     return [systems, stages]
 
 
@@ -74,7 +73,7 @@ def comparison_table(comparison: Comparison) -> Table:
     for column in head:
         table.add_column(column, justify="left" if column == "system" else "right")
     for line in lines:
-        table.add_row(*map(escape, line))
+        table.add_row(*line)
     return table
 
 
@@ -225,4 +224,5 @@ def fidelity_summary(report: FidelityReport) -> Table:
 
 
 def console(**options: Any) -> Console:
-    return Console(**options)
+    """Where commands print: texts as they are, whatever brackets and colons they hold."""
+    return Console(**{"markup": False, "emoji": False, "highlight": False, **options})

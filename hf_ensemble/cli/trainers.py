@@ -21,9 +21,12 @@ from ..train import (
     SelectionSFTTrainer,
     SelectionTrainer,
 )
+from ..train.inputs.datasets import with_held_out_rows
 from ..train.inputs.supported import names_encoder_decoder
-from .arguments import DataArguments, answer_metrics, needed, parse, with_config
+from .arguments import DataArguments, answer_metrics, needed
 from .data import tasks_of
+from .parsing import parse
+from .words import Words
 
 Trainers = EnsembleTrainer | EnsembleSFTTrainer | SelectionTrainer | SelectionSFTTrainer
 
@@ -48,7 +51,7 @@ def started(kind: type[DataArguments], argv: Sequence[str], command: str) -> Sta
         `ConfigurationError`: when data, model or output folder is not given.
         `TaskError`: for data that cannot be found or read.
     """
-    (arguments, model_arguments), remaining = parse([kind, ModelConfig], with_config(argv), True, command)
+    (arguments, model_arguments), remaining = parse([kind, ModelConfig], argv, True, command)
     if all(getattr(arguments, name) is None for name in ("data", "datasets", "dataset_mixture")):
         needed(command, data=None, model_name_or_path=model_arguments.model_name_or_path)
     needed(command, model_name_or_path=model_arguments.model_name_or_path)
@@ -59,18 +62,33 @@ def started(kind: type[DataArguments], argv: Sequence[str], command: str) -> Sta
         )
     target = getattr(arguments, "target", None)
     metrics = answer_metrics(getattr(arguments, "answer_metrics", None))
-    return Started(arguments, build_trainer(model_arguments, tasks, remaining, target, metrics, command))
+    trainer = build_trainer(model_arguments, tasks, remaining, target, metrics, command, arguments.max_validation_rows)
+    return Started(arguments, trainer)
 
 
 def build_trainer(
     model_arguments: ModelConfig,
     tasks: TaskSet,
-    flags: Sequence[str],
+    words: Words,
     target: str | None = None,
     answer_metrics: AnswerMetrics = None,
     command: str = "run",
+    max_held_out: int | None = None,
 ) -> Trainers:
-    """The trainer for these tasks and this model: ensemble or selection, over trl's trainer or transformers'."""
+    """The trainer for these tasks and this model: ensemble or selection, over trl's trainer or transformers'.
+
+    Args:
+        model_arguments (`ModelConfig`): the base model and its adapters.
+        tasks (`TaskSet`): the tasks; where they have no evaluation rows, some are held out.
+        words (`Words`): arguments of the trainer.
+        target (`str`, *optional*): task to select others for.
+        answer_metrics (`str` or `dict`, *optional*): see [`EnsembleTrainer`].
+        command (`str`, *optional*, defaults to `"run"`): the command, for errors.
+        max_held_out (`int`, *optional*): maximum number of rows that are held out of a task.
+
+    Raises:
+        `HfEnsembleError`: for arguments that the trainer does not take.
+    """
     name = model_arguments.model_name_or_path
     task_type = None if tasks.row_format is RowFormat.CLASSIFICATION else "CAUSAL_LM"
     if task_type is not None and names_encoder_decoder(name):
@@ -84,10 +102,12 @@ def build_trainer(
         (False, True): (SelectionSFTTrainer, SelectionSFTConfig),
     }
     trainer_class, config_class = classes[is_plain, target is not None]
-    (args,), _ = parse([config_class], flags, command=command)
-    if not any(word.split("=")[0] == "--output_dir" for word in flags):
+    (args,), _ = parse([config_class], words, command=command)
+    if not words.name("output_dir"):
         # The parents have a default, which another run may have taken.
         needed(command, output_dir=None)
+    if max_held_out is not None:
+        tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed, max_held_out)
     args.model_init_kwargs = {**_loading_arguments(model_arguments), **(args.model_init_kwargs or {})}
     options: dict[str, Any] = {"answer_metrics": answer_metrics} | ({} if target is None else {"target": target})
     quantization = get_quantization_config(model_arguments)

@@ -14,7 +14,10 @@ _OTHERS = {
     "TaskSet.with_validation": "--validation_fraction",
 }
 _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[\w+-]+(?:\.\w+)*(?:\([^)]*\))?|\.\.\."
-_ARGUMENT = re.compile(rf"(?<![\w.(-])(?P<name>[a-z_]+)=(?P<value>{_VALUE})")
+_NAMED = rf"(?<![\w.(/\\~-])(?P<name>[a-z_]+)=(?P<value>{_VALUE})(?![\w/\\])"
+# What stands in quotes, lists and dicts is the user's: it is matched first, to be left as it is.
+_QUOTED = r"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)"
+_ARGUMENT = re.compile(rf"{_NAMED}|{_QUOTED}")
 
 
 def in_terminal(error: BaseException, flags: Collection[str]) -> str:
@@ -28,9 +31,9 @@ def in_terminal(error: BaseException, flags: Collection[str]) -> str:
 
     def flag(match: re.Match) -> str:
         name, value = match["name"], match["value"]
-        if name not in flags:
+        if name is None or name not in flags:
             return _OTHERS.get(name, match[0])
         shown = " ".join(re.findall(r"[\w./-]+", value)) if value.startswith("[") else value.strip("'\"")
         return f"--{name} {shown}"
 
-    return " ".join(_ARGUMENT.sub(flag, text).split())
+    return re.sub(r"\s*[\r\n]+\s*", " ", _ARGUMENT.sub(flag, text)).strip()

@@ -16,7 +16,9 @@ def num_held_out(num_rows: int, fraction: float) -> int:
     return min(max(round(fraction * num_rows), _LEAST), _MOST, num_rows // 2)
 
 
-def hold_out(task: str, rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def hold_out(
+    task: str, rows: Dataset, fraction: float, seed: int, max_rows: int | None = None
+) -> tuple[Dataset, Dataset]:
     """Split a task's rows into those to train on and those held out, both in their order.
 
     How many are held out says [`num_held_out`]. They are drawn by a hash of seed and example id, so which ones they are
@@ -27,13 +29,15 @@ def hold_out(task: str, rows: Dataset, fraction: float, seed: int) -> tuple[Data
         rows (`Dataset`): its rows, with `example_id`.
         fraction (`float`): share of the rows.
         seed (`int`): seed of the draw.
+        max_rows (`int`, *optional*): maximum number of rows to hold out.
 
     Raises:
         `TaskError`: for a task with a single row.
     """
     if len(rows) < 2:
         raise TaskError(f"Task {task!r}: expected at least 2 rows to hold one out for evaluation, found {len(rows)}.")
-    return draw_out(rows, num_held_out(len(rows), fraction), seed)
+    count = num_held_out(len(rows), fraction)
+    return draw_out(rows, count if max_rows is None else min(count, max_rows), seed)
 
 
 def draw_out(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:

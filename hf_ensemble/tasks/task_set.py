@@ -206,13 +206,14 @@ class TaskSet(Mapping[str, Task]):
         kept = [task for name, task in self._tasks.items() if name in names]
         return TaskSet(kept, {task.name: self.sampling_weights[task.name] for task in kept})
 
-    def with_validation(self, fraction: float = 0.1, seed: int = 0) -> "TaskSet":
+    def with_validation(self, fraction: float = 0.1, seed: int = 0, max_rows: int | None = None) -> "TaskSet":
         """The same tasks, each with validation rows: where there are none, a share of the training rows is held out.
 
         Args:
             fraction (`float`, *optional*, defaults to 0.1):
                 Share of a task's rows; at least 20 rows, at most 500 and never more than half of them.
             seed (`int`, *optional*, defaults to 0): seed of the draw, which does not depend on the rows' order.
+            max_rows (`int`, *optional*): maximum number of rows that are held out of a task.
 
         Raises:
             `ConfigurationError`: for arguments out of range.
@@ -220,10 +221,11 @@ class TaskSet(Mapping[str, Task]):
         """
         check_number("fraction", fraction, 0, 1, above=True)
         check_at_least("seed", seed, 0)
+        check_at_least("max_rows", max_rows, 1, optional=True)
         tasks = []
         for task in self._tasks.values():
             if "validation" not in task.splits:
-                parts = hold_out(task.name, task.splits["train"], fraction, seed)
+                parts = hold_out(task.name, task.splits["train"], fraction, seed, max_rows)
                 task = with_splits(task, dict(zip(("train", "validation"), parts)))
             tasks.append(task)
         return TaskSet(tasks, self.sampling_weights)

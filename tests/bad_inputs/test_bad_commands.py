@@ -176,7 +176,11 @@ FLAGS = {
             STORE,
             r"argument --max_auxiliary\S*: invalid int value",
         ),
-        "setting has two values": (["--config", "{w}/values.yaml"], STORE, "a word that belongs to no flag"),
+        "setting has two values": (
+            ["--config", "{w}/values.yaml"],
+            STORE,
+            "max_auxiliary in .*values.yaml takes one value, found 2",
+        ),
     },
     "group": {
         "no store": ([], None, "Expected --store FOLDER"),
@@ -192,7 +196,15 @@ FLAGS = {
         "seed is negative": (["--seed", "-1"], STORE, "seed has to be an integer of at least 0"),
         "switch is text": (["--overlapping_groups", "perhaps"], STORE, "Truthy value expected: got perhaps"),
     },
+    "generate": {
+        "routing is unknown": (["--routing", "best"], [], "routing has to be one of .*'prompt'.*found 'best'"),
+        "unknown setting": (["--config={w}/unknown.yaml"], [], "Unknown arguments: --speed, in .*unknown.yaml"),
+    },
+    "merge": {
+        "method is unknown": (["--method", "mean"], [], "method has to be one of .*'ties'.*found 'mean'"),
+    },
     "demo": {
+        "settings without a file": (["--config"], [], "--config takes a YAML file"),
         "seed is text": (["--seed", "x"], [], r"argument --seed\S*: invalid int value: 'x'"),
         "seed is negative": (["--seed", "-1"], [], "seed has to be an integer of at least 0"),
         "no subsets": (["--fidelity_subsets", "0"], [], "fidelity_subsets has to be a positive integer"),

@@ -6,14 +6,16 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from helpers import toy
 from helpers.architectures import MODELS
-from helpers.task_files import flags, write_tasks
-from hf_ensemble.cli.arguments import FidelityArguments, FlowArguments, parse, with_config
+from helpers.task_files import flags, write_rows, write_tasks
+from hf_ensemble.cli.arguments import FidelityArguments, FlowArguments
 from hf_ensemble.cli.command import COMMANDS
 from hf_ensemble.cli.demo import flow
 from hf_ensemble.cli.demo.flow import DemoResults
 from hf_ensemble.cli.demo.world import CORRUPTED, FAMILIES, TARGET, build_world
 from hf_ensemble.cli.main import main
+from hf_ensemble.cli.parsing import parse
 from hf_ensemble.cli.trainers import started
+from hf_ensemble.cli.words import Words
 from hf_ensemble.ensemble import PeftEnsembleModel
 from hf_ensemble.errors import ConfigurationError, TaskError
 from hf_ensemble.train import EnsembleSFTConfig, EnsembleTrainer
@@ -74,6 +76,17 @@ def test_run_over_classification_for_a_target(tmp_path, head):
     assert set(results["scores"]) == {"base", "selection"}
 
 
+def test_held_out_rows_are_as_many_as_asked_for_at_most(tmp_path, base_folder):
+    tasks = {name: {"train": splits["train"]} for name, splits in toy.sft_tasks().items()}
+    for name, splits in tasks.items():
+        write_rows(tmp_path / "data" / f"{name}.jsonl", splits["train"])
+    line = flags(data=tmp_path / "data", model_name_or_path=base_folder, output_dir=tmp_path / "out", bf16="false")
+    line += ["--max_validation_rows", "2", "--lora_target_modules", "q_proj"]
+    trainer = started(FlowArguments, line, "run").trainer
+    assert {len(task.splits["validation"]) for task in trainer.tasks.values()} == {2}
+    assert len(trainer.train_dataset) == sum(len(splits["train"]) - 2 for splits in tasks.values())
+
+
 def test_an_encoder_decoder_gets_the_trainer_that_takes_it(tmp_path):
     config = {**MODELS["t5"][1].to_dict(), "vocab_size": len(toy.VOCABULARY)}
     base = toy.save_model(T5ForConditionalGeneration(T5Config(**config)), tmp_path / "t5")
@@ -101,25 +114,52 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path, base_folder
 
 def test_flags_win_over_the_configuration_file(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("a: 1\nlist: [x, y]\nnothing: null\n")
-    expected = ["--a", "1", "--list", "x", "y", "--nothing", "null", "--a", "2"]
-    assert with_config(["--a", "2", "--config", str(path)]) == expected
-    assert with_config(["--a", "2"]) == ["--a", "2"]
+    path.write_text("tasks: [x, y]\ntarget: null\nfidelity_subsets: 3\nmax_train_rows: 5\n")
+    words = Words.of(["--fidelity_subsets", "4", "--config", str(path)])
+    assert words.line == ["--fidelity_subsets", "4"] and words.options["tasks"] == ["x", "y"]
+    assert words.name("tasks") and words.name("fidelity_subsets") and not words.name("data")
+    (own,), _ = parse([FlowArguments], ["--fidelity_subsets", "4", f"--config={path}"])
+    assert (own.tasks, own.target, own.fidelity_subsets, own.max_train_rows) == (["x", "y"], None, 4, 5)
+    assert Words.of(["--a", "2"]) == Words(["--a", "2"])
     for text, message in [("- a\n", "map names to values"), ("a: [", "not YAML")]:
         path.write_text(text)
         with pytest.raises(ConfigurationError, match=message):
-            with_config(["--config", str(path)])
-    with pytest.raises(ConfigurationError, match="No configuration file"):
-        with_config(["--config", str(tmp_path / "none.yaml")])
-    with pytest.raises(ConfigurationError, match="takes a YAML file"):
-        with_config(["--config"])
+            Words.of(["--config", str(path)])
+    for line, message in {
+        ("--config", str(tmp_path / "none.yaml")): "No configuration file",
+        ("--config",): "takes a YAML file",
+        ("--config", "a", "--config", "b"): "one --config, found several",
+    }.items():
+        with pytest.raises(ConfigurationError, match=message):
+            Words.of(line)
+
+
+def test_one_file_serves_every_command(tmp_path, capsys):
+    """What another command has is left out, and said; what none has is refused."""
+    path = tmp_path / "c.yaml"
+    of_all = {"target": "sums", "split": "train", "group": "group_0", "baselines": ["all"], "num_repeated": 1}
+    path.write_text(
+        yaml.safe_dump(
+            {**of_all, "answer_metrics": "-1", "lora_r": 4, "num_groups": 2, "store": "run"}, sort_keys=False
+        )
+    )
+    (own,), _ = parse([FidelityArguments], ["--config", str(path)], command="fidelity")
+    assert (own.target, own.num_repeated, own.answer_metrics) == ("sums", 1, "-1")
+    said = capsys.readouterr().err
+    expected = f"{path} has for others: split, group, baselines, lora_r, num_groups, store."
+    assert said == f"hf-ensemble fidelity leaves out what {expected}\n"
+    path.write_text("num_repeatd: 1\nlora_r: 4\n")
+    with pytest.raises(ConfigurationError, match=r"Unknown arguments: --num_repeatd, in .*yaml. Did .*--num_repeated"):
+        parse([FidelityArguments], ["--config", str(path)], command="fidelity")
+    with pytest.raises(ConfigurationError, match="Unknown arguments: --split. See"):
+        parse([FidelityArguments], ["--split", "train"], command="fidelity")
 
 
 def test_null_is_none_for_numbers_and_the_default_elsewhere():
     argv = ["--projection_dim", "null", "--report_to", "null", "--tasks", "null", "--fidelity_subsets", "null"]
     (own,), rest = parse([FidelityArguments], argv, True)
-    assert own.tasks is None and own.fidelity_subsets == 20 and rest == argv[:4]
-    (config,), _ = parse([EnsembleSFTConfig], [*rest, "--use_cpu", "true", "--bf16", "false"])
+    assert own.tasks is None and own.fidelity_subsets == 20 and rest == Words(argv[:4])
+    (config,), _ = parse([EnsembleSFTConfig], [*rest.line, "--use_cpu", "true", "--bf16", "false"])
     assert config.projection_dim is None and config.report_to == EnsembleSFTConfig(use_cpu=True, bf16=False).report_to
 
 

@@ -3,13 +3,15 @@
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from filelock import FileLock
 from peft import AutoPeftModelForCausalLM
-from trl import ModelConfig
+from transformers import TrainingArguments
+from trl import ModelConfig, SFTConfig
 
 from helpers import toy
 from helpers.task_files import flags, write_rows, write_tasks
@@ -17,14 +19,19 @@ from hf_ensemble.capture.config import FeatureSettings
 from hf_ensemble.cli import arguments, choice_arguments, saved_arguments
 from hf_ensemble.cli.command import COMMANDS
 from hf_ensemble.cli.commands import push
-from hf_ensemble.cli.help import MOST_USED
+from hf_ensemble.cli.help import ALL, GENERAL, MOST_USED, groups_of
 from hf_ensemble.cli.main import main
 from hf_ensemble.cli.options import options_of
+from hf_ensemble.cli.prompts import Prompt, prompts_of, texts_of
+from hf_ensemble.cli.saved_arguments import GenerateArguments
 from hf_ensemble.cli.wording import in_terminal
+from hf_ensemble.ensemble.forward.routing import ROUTINGS
+from hf_ensemble.ensemble.merging.merge import METHODS
 from hf_ensemble.errors import ConfigurationError, TaskError
 from hf_ensemble.runs import RunDirectory, TrainedAdapter
 from hf_ensemble.select import settings
 from hf_ensemble.train import configs
+from hf_ensemble.train.boosting.settings import METHODS as BOOSTING_METHODS
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +160,34 @@ def test_generate_answers_prompts_files_and_lines(world, tmp_path, monkeypatch, 
     assert "Expected --ensemble; see hf-ensemble generate --help" in capsys.readouterr().err
 
 
+def test_generate_prints_prompts_and_answers_as_they_are(world, tmp_path, monkeypatch, capsys):
+    line = ["generate", "--ensemble", str(world[0] / "run" / "ensemble"), "--max_new_tokens", "2", "--task", "sums"]
+    prompts = ["1 [bold]+[/bold] :apple: [/x]", "http://x 2 'y' =" + " 1" * 100]
+    monkeypatch.setattr("hf_ensemble.cli.commands.generate._answers", lambda *given: ["[red]1"] * 2)
+    assert main([*line, "--prompts", *prompts]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{prompt} [red]1" for prompt in prompts]
+
+
+def test_generate_takes_chats(tmp_path):
+    chat = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    write_rows(tmp_path / "chats.jsonl", [{"messages": chat, "task": "sums"}, {"messages": chat[:1], "task": None}])
+    prompts = prompts_of(GenerateArguments(file=str(tmp_path / "chats.jsonl"), task="diffs"))
+    assert prompts == [Prompt(chat[:1], "sums"), Prompt(chat[:1], "diffs")] and prompts[0].last_text == "1 + 1"
+    tokenizer = toy.tokenizer()
+    with pytest.raises(ConfigurationError, match="chat template for prompts that are messages, found none"):
+        texts_of(prompts, tokenizer, False)
+    with pytest.raises(ConfigurationError, match="chat template for --chat, found none. Leave it out"):
+        texts_of([Prompt("1", None)], tokenizer, True)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
+    assert texts_of(prompts, tokenizer, False) == (["<user>1 + 1<a>"] * 2, True)
+    assert texts_of([Prompt("1", None)], tokenizer, True) == (["<user>1<a>"], True)
+    assert texts_of([Prompt("1", None)], tokenizer, False) == (["1"], False)
+    for rows in ([{"prompt": "1"}, {"prompt": None}], [{"prompt": chat}, {"prompt": chat[1:]}], [{"text": "1"}, {}]):
+        write_rows(tmp_path / "bad.jsonl", rows)
+        with pytest.raises(ConfigurationError, match="bad.jsonl', row 1 .counted from 0.: expected a text, or"):
+            prompts_of(GenerateArguments(file=str(tmp_path / "bad.jsonl")))
+
+
 def test_merge_and_export_write_plain_adapters(world, tmp_path, capsys):
     ensemble = ["--ensemble", str(world[0] / "run" / "ensemble")]
     merged = as_json(["merge", *ensemble, "--task", "sums", "--output_dir", str(tmp_path / "merged"), "--rank", "1"])
@@ -236,11 +271,47 @@ def test_help_imports_nothing_that_takes_long():
     assert "--num_groups" in done.stdout and "Exit codes:" in done.stdout and "--help-all" in done.stdout
 
 
-def test_help_all_has_the_arguments_of_the_parents(capsys):
+def printed_options(words, capsys):
     with pytest.raises(SystemExit):
-        main(["run", "--help-all"])
+        main(words)
     printed = capsys.readouterr().out
-    assert all(flag in printed for flag in ("--num_groups", "--gradient_accumulation_steps", "--lora_r", "--packing"))
+    return re.findall(r"^  --([\w-]+)", printed[printed.index("Needed:") :], flags=re.MULTILINE)
+
+
+def test_help_has_every_option_in_one_group(capsys):
+    own = {"train": "until", "eval": "split", "compare": "baselines", "fidelity": "num_repeated", "run": "target"}
+    parents = {field.name for kind in (ModelConfig, TrainingArguments, SFTConfig) for field in dataclasses.fields(kind)}
+    known = {
+        field.name
+        for kind in (configs.EnsembleConfig, configs.EnsembleSFTConfig, configs.SelectionConfig)
+        for field in dataclasses.fields(kind)
+    }
+    for command in (command.name for command in COMMANDS if command.has_parents):
+        short, full = (printed_options([command, flag], capsys) for flag in ("--help", "--help-all"))
+        assert len(set(full)) == len(full) and set(short) < set(full)
+        # What the trainers add to their parents is in the short help, and everything is in the full one.
+        assert known - parents <= set(short) and known | parents <= set(full)
+        assert own.get(command, "target") in short
+
+
+def test_help_is_sentences(capsys):
+    options = [option for command in COMMANDS for own in groups_of(command).values() for option in own]
+    for option in (*options, *MOST_USED, *GENERAL, ALL):
+        assert re.fullmatch(r"([A-Z0-9]|'\w+' ).*\.", option.help), (option.name, option.help)
+    assert not [command.help for command in COMMANDS if command.help[0].isupper() or command.help.endswith(".")]
+    with pytest.raises(SystemExit):
+        main(["push", "--help"])
+    assert "Upload the ensemble of a run to the Hub, with its card." in capsys.readouterr().out
+
+
+def test_help_names_every_choice():
+    for kind, name, choices in (
+        (saved_arguments.MergeArguments, "method", METHODS),
+        (saved_arguments.GenerateArguments, "routing", ROUTINGS),
+        (configs.EnsembleArguments, "boosting_method", BOOSTING_METHODS),
+    ):
+        told = kind.__dataclass_fields__[name].metadata["help"]
+        assert set(choices) <= set(re.findall(r"\w+", told)), name
 
 
 @pytest.mark.parametrize(
@@ -252,6 +323,15 @@ def test_help_all_has_the_arguments_of_the_parents(capsys):
         (ConfigurationError("Pass peft_config=LoraConfig(r=2)."), "Pass --lora_r, --lora_target_modules, ...."),
         (TaskError("Found none.", python="Pass x.", terminal="Add --x."), "Found none. Add --x."),
         (ValueError("two\nlines"), "two lines"),
+        # What the user has named stays as it is.
+        (
+            TaskError("No task in '/data/num_groups=2/x' of num_groups=3."),
+            "No task in '/data/num_groups=2/x' of --num_groups 3.",
+        ),
+        (TaskError("No file /data/num_groups=2/x."), "No file /data/num_groups=2/x."),
+        (TaskError("No file num_groups=20/x."), "No file num_groups=20/x."),
+        (TaskError("found ['num_groups=2', \"it's num_groups=2\"]."), "found ['num_groups=2', \"it's num_groups=2\"]."),
+        (TaskError("the task's num_groups='2', in 'my  folder'."), "the task's --num_groups 2, in 'my  folder'."),
     ],
 )
 def test_errors_are_in_the_words_of_the_command_line(error, said):

@@ -11,7 +11,8 @@ from trl import ModelConfig
 
 from helpers.trainers import sft_trainer
 from hf_ensemble import EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
-from hf_ensemble.cli.arguments import parse, with_config
+from hf_ensemble.cli.parsing import parse
+from hf_ensemble.cli.words import Words
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.train.configuration import choices_of, json_values
 from hf_ensemble.train.credentials import arguments_without_secrets, is_secret_name, without_secrets
@@ -108,5 +109,5 @@ def test_messages_about_flags_do_not_repeat_their_values(tmp_path):
     assert "planted" not in str(caught.value)
     (tmp_path / "run.yaml").write_text("seed: 1\nhub_token: 'planted\nmodel: [x\n")
     with pytest.raises(ConfigurationError, match="is not YAML in line") as caught:
-        with_config(["--config", str(tmp_path / "run.yaml")])
+        Words.of(["--config", str(tmp_path / "run.yaml")])
     assert "planted" not in str(caught.value)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import shtab
 
-from ..arguments import parse
 from ..command import COMMANDS
 from ..help import ALL, DESCRIPTION, GENERAL, MOST_USED, groups_of
+from ..parsing import parse
 from ..saved_arguments import CompletionArguments
 
 

@@ -8,6 +8,8 @@ from rich.table import Table
 from ...errors import ConfigurationError
 from ...evaluate import TaskScores
 from ...runs import Evaluation, RunDirectory
+from ...runs.result_rows import system_name
+from ...train.flows.stages import announce
 from ..arguments import EvalArguments
 from ..tables import console
 from ..trainers import started
@@ -30,6 +32,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         )
     rows = trainer.tasks.split(split)
     trainer.train()
+    announce(f"Next: evaluation on {split} rows", with_bars=not trainer.args.disable_tqdm)
     trainer.evaluate(rows, metric_key_prefix=split)
     scores = trainer.run_directory.read(Evaluation).scores[split]
     console().print(_table(split, scores))
@@ -46,7 +49,7 @@ def _table(split: str, scores: dict[str, dict[str, TaskScores]]) -> Table:
     table = Table(title=f"Loss (accuracy) on {split} rows")
     table.add_column("task")
     for system in scores:
-        table.add_column(system, justify="right")
+        table.add_column(system_name(system), justify="right")
     for task in next(iter(scores.values())):
         table.add_row(task, *(f"{own[task].loss:.4f} ({own[task].accuracy:.3f})" for own in scores.values()))
     return table

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...ensemble.saving.export import export_for_vllm
-from ..arguments import needed, parse, with_config
+from ..arguments import needed
+from ..parsing import parse
 from ..saved import loaded_ensemble
 from ..saved_arguments import ExportArguments
 from ..tables import console
@@ -19,11 +20,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         `HfEnsembleError`: for bad arguments and ensembles, and for adapters that vLLM does not serve.
     """
-    (arguments,), _ = parse([ExportArguments], with_config(argv), command="export")
+    (arguments,), _ = parse([ExportArguments], argv, command="export")
     needed("export", ensemble=arguments.ensemble)
     ensemble = loaded_ensemble(arguments, "export")
     export = export_for_vllm(ensemble, arguments.output_dir, arguments.tasks, arguments.rank)
-    console().print(f"{export.command}\nThe same: sh {export.script}", soft_wrap=True, highlight=False)
+    console().print(f"{export.command}\nThe same: sh {export.script}", soft_wrap=True)
     return {
         "adapters": export.adapters,
         "max_lora_rank": export.max_lora_rank,

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from ...select import Grouping
-from ..arguments import parse, with_config
 from ..choice_arguments import GroupArguments
 from ..choices import save_choice, selector_of
+from ..parsing import parse
 from ..tables import console, group_curve_table
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> Grouping:
     Raises:
         `HfEnsembleError`: for bad arguments and stores.
     """
-    (arguments,), _ = parse([GroupArguments], with_config(argv), command="group")
+    (arguments,), _ = parse([GroupArguments], argv, command="group")
     length = arguments.continued_length if arguments.group_initialization == "baseline" else None
     grouping = selector_of(arguments, continued_length=length).group(**arguments.group_arguments(), seed=arguments.seed)
     out = console()

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..arguments import needed, parse, with_config
+from ..arguments import needed
+from ..parsing import parse
 from ..saved import loaded_ensemble
 from ..saved_arguments import MergeArguments
 from ..tables import console
@@ -18,7 +19,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         `HfEnsembleError`: for bad arguments, ensembles and tasks.
     """
-    (arguments,), _ = parse([MergeArguments], with_config(argv), command="merge")
+    (arguments,), _ = parse([MergeArguments], argv, command="merge")
     needed("merge", ensemble=arguments.ensemble, task=arguments.task)
     merged = loaded_ensemble(arguments, "merge").merge(arguments.task, arguments.rank, arguments.method)
     merged.save_pretrained(arguments.output_dir)

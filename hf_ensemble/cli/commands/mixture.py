@@ -7,9 +7,9 @@ from rich.table import Table
 
 from ...errors import ConfigurationError
 from ...select import Mixture
-from ..arguments import parse, with_config
 from ..choice_arguments import MixtureArguments
 from ..choices import save_choice, selector_of
+from ..parsing import parse
 from ..tables import console
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> Mixture:
     Raises:
         `HfEnsembleError`: for bad arguments and stores.
     """
-    (arguments,), _ = parse([MixtureArguments], with_config(argv), command="mixture")
+    (arguments,), _ = parse([MixtureArguments], argv, command="mixture")
     caps = {} if arguments.caps is None else {"caps": _caps(arguments.caps)}
     selector = selector_of(arguments)
     mixture = selector.mixture(arguments.target, max_iterations=arguments.max_iterations, **caps)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...publish import push_run_to_hub
-from ..arguments import needed, parse, with_config
+from ..arguments import needed
+from ..parsing import parse
 from ..saved_arguments import PushArguments
 from ..tables import console
 
@@ -18,7 +19,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         `HfEnsembleError`: for bad arguments, and a run without an ensemble.
     """
-    (arguments,), _ = parse([PushArguments], with_config(argv), command="push")
+    (arguments,), _ = parse([PushArguments], argv, command="push")
     needed("push", run=arguments.run, repo_id=arguments.repo_id)
     commit = push_run_to_hub(
         arguments.run,

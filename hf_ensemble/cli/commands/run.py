@@ -38,7 +38,7 @@ def print_report(trainer: Trainers, results: Results) -> None:
         out.print(selection_table(trainer.selection))
     for table in (*results_tables(results), *cost_tables(results)):
         out.print(table)
-    out.print(results.verdict, style="bold", markup=False)
+    out.print(results.verdict, style="bold")
     if results.fidelity is not None:
         out.print(fidelity_table(results.fidelity))
     saved = run.ensemble if results.selection is None else run.adapter

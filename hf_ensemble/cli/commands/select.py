@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from ...errors import ConfigurationError
 from ...select import Selection
-from ..arguments import parse, with_config
 from ..choice_arguments import SelectArguments
 from ..choices import save_choice, selector_of
+from ..parsing import parse
 from ..tables import console, example_table, path_table, selection_table
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> Selection:
     Raises:
         `HfEnsembleError`: for bad arguments and stores.
     """
-    (arguments,), _ = parse([SelectArguments], with_config(argv), command="select")
+    (arguments,), _ = parse([SelectArguments], argv, command="select")
     selector = selector_of(arguments, _clusters(arguments.clusters))
     selection = selector.select(
         arguments.target,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from rich.text import Text
 from transformers import AutoTokenizer
 
 from ..._records import Record
@@ -14,7 +15,8 @@ from ...runs import Results
 from ...select import Selection
 from ...tasks import TaskSet
 from ...train import EnsembleSFTConfig, EnsembleSFTTrainer, collect_results, measure_fidelity
-from ..arguments import DemoArguments, parse
+from ..arguments import DemoArguments
+from ..parsing import parse
 from ..tables import console, fidelity_table, grouping_table, results_tables, selection_table
 from .tiny_model import build_tokenizer, train_base_model
 from .world import CORRUPTED, FAMILIES, TARGET, World, build_world
@@ -73,14 +75,14 @@ def main(argv: Sequence[str]) -> DemoResults:
     out.print(grouping_table(trainer.grouping, trainer.ensemble))
     for table in results_tables(results):
         out.print(table)
-    out.print(results.verdict, style="bold", markup=False)
+    out.print(results.verdict, style="bold")
     out.print(fidelity_table(report))
     ensemble = trainer.run_directory.ensemble
     paths = f"Ensemble: {ensemble}\nModel card: {ensemble / 'README.md'}\nResults: {summary}"
     out.print(paths, soft_wrap=True)
     out.print(f"Reloaded ensemble: logits differ by at most {difference:.1e}. It answers:")
     for prompt, task, answer in generations(reloaded, tasks, base):
-        out.print(f"  {prompt} [bold]{answer}[/bold]   (as {task})")
+        out.print(Text.assemble(f"  {prompt} ", (answer, "bold"), f"   (as {task})"))
     return outcome
 
 

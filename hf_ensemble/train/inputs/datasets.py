@@ -121,12 +121,12 @@ def rows_by_task(rows: Dataset) -> dict[str, Dataset]:
     return {name: rows.select([i for i, task in enumerate(tasks) if task == name]) for name in dict.fromkeys(tasks)}
 
 
-def with_held_out_rows(tasks: TaskSet, fraction: float, seed: int) -> TaskSet:
-    """The tasks, with validation rows held out of those that have none."""
+def with_held_out_rows(tasks: TaskSet, fraction: float, seed: int, max_rows: int | None = None) -> TaskSet:
+    """The tasks, with validation rows held out of those that have none, at most `max_rows` of each."""
     lacking = [name for name, task in tasks.items() if "validation" not in task.splits]
     if not lacking:
         return tasks
-    tasks = tasks.with_validation(fraction, seed)
+    tasks = tasks.with_validation(fraction, seed, max_rows)
     held_out = ", ".join(f"{name} ({len(tasks[name].splits['validation'])})" for name in lacking)
     logger.warning(
         "No evaluation rows were given: some training rows are held out, drawn with seed %d: %s.", seed, held_out

@@ -1,0 +1,110 @@
+"""From the words of a command to its settings."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import cache
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from transformers import HfArgumentParser
+
+from ..errors import ConfigurationError
+from .command import COMMANDS
+from .help import groups_of
+from .words import Words
+
+
+def parse(
+    classes: Sequence[type], argv: Sequence[str] | Words, remaining_allowed: bool = False, command: str = "run"
+) -> tuple[list[Any], Words]:
+    """Dataclasses from the command line and the `--config` file, and the options that none of them knows.
+
+    The value `null` is None for numbers that may be None, and the default elsewhere. Options of the file that are for
+    other commands are left out, with a line on stderr.
+
+    Raises:
+        `ConfigurationError`: for values of the wrong type, and for unknown options, unless `remaining_allowed`.
+    """
+    words = argv if isinstance(argv, Words) else Words.of(argv)
+    parser = _Parser(tuple(classes), prog=f"hf-ensemble {command}", allow_abbrev=False)
+    known = {flag: action for action in parser._actions for flag in action.option_strings}
+    line: list[str] = []
+    others: dict[str, list[str]] = {}
+    for name, values in words.options.items():
+        action = known.get(f"--{name}")
+        if action is None:
+            others[name] = values
+        elif action.nargs in (None, "?") and len(values) != 1:
+            raise ConfigurationError(f"{name} in {words.file} takes one value, found {len(values)}. Correct it.")
+        elif len(values) == 1 and values[0].startswith("-"):
+            line.append(f"--{name}={values[0]}")
+        else:
+            line += [f"--{name}", *values]
+    flags = _nulls(parser, classes, [*line, *words.line])
+    *parsed, remaining = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+    left = Words(remaining, others, words.file)
+    if not remaining_allowed:
+        _refuse_unknown(left, list(known), command)
+    return parsed, left
+
+
+def _refuse_unknown(left: Words, known: Sequence[str], command: str) -> None:
+    """Raise for words that no option takes, and for options of the file that no command has."""
+    of_others = every_option() if left.options else frozenset()
+    foreign = [name for name in left.options if name not in of_others]
+    # Without their values: a token may be among them.
+    unknown = [word.split("=")[0] for word in left.line if word.startswith("--")]
+    if left.line or foreign:
+        named = " ".join([*unknown, *(f"--{name}" for name in foreign)]) or "a word that belongs to no flag"
+        where = f", in {left.file}" if foreign and not left.line else ""
+        meant = [
+            near
+            for word in (*unknown, *(f"--{name}" for name in foreign))
+            for near in difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+        ]
+        did = f" Did you mean {', '.join(meant)}?" if meant else ""
+        raise ConfigurationError(f"Unknown arguments: {named}{where}.{did} See hf-ensemble {command} --help.")
+    if left.options:
+        names = ", ".join(left.options)
+        print(f"hf-ensemble {command} leaves out what {left.file} has for others: {names}.", file=sys.stderr)
+
+
+@cache
+def every_option() -> frozenset[str]:
+    """Names of the options of all commands, those of the parents' trainers among them."""
+    from trl import ModelConfig
+
+    from ..train import EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
+
+    classes = (ModelConfig, EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig)
+    own = {option.name for command in COMMANDS for group in groups_of(command).values() for option in group}
+    return frozenset(own | {own.name for kind in classes for own in fields(kind)})
+
+
+class _Parser(HfArgumentParser):
+    """A parser that raises its errors, which otherwise print every flag there is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}. See {self.prog} --help.")
+
+
+def _nulls(parser: HfArgumentParser, classes: Sequence[type], argv: list[str]) -> list[str]:
+    """Let the parser read `null` for numbers that may be None; drop it for the other fields it knows."""
+    hints = {name: hint for own in classes for name, hint in get_type_hints(own).items()}
+    known = {flag: action for action in parser._actions for flag in action.option_strings}
+    kept: list[str] = []
+    for word in argv:
+        action = known.get(kept[-1]) if kept and word == "null" else None
+        if action is None:
+            kept.append(word)
+        elif action.type in (int, float) and action.nargs is None and type(None) in get_args(hints[action.dest]):
+            action.type = _none_or(action.type)
+            kept.append(word)
+        else:
+            kept.pop()
+    return kept
+
+
+def _none_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "null" else kind(text)
