@@ -1,5 +1,6 @@
 """From flags to a trainer."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ def build_trainer(
         r=model_arguments.lora_r,
         lora_alpha=model_arguments.lora_alpha,
         lora_dropout=model_arguments.lora_dropout,
-        target_modules=model_arguments.lora_target_modules,
+        target_modules=_modules(model_arguments.lora_target_modules),
         use_rslora=model_arguments.use_rslora,
         use_dora=model_arguments.use_dora,
         modules_to_save=model_arguments.lora_modules_to_save,
@@ -135,6 +136,11 @@ def build_trainer(
         peft_config=peft_config,
         **options,
     )
+
+
+def _modules(named: str | list[str] | None) -> str | list[str] | None:
+    """Layers by name; trl makes a text of a single one, which PEFT would take for a pattern of the whole path."""
+    return [named] if isinstance(named, str) and named != "all-linear" and re.fullmatch(r"[\w.]+", named) else named
 
 
 def _loading_arguments(model_arguments: ModelConfig) -> dict[str, Any]:
