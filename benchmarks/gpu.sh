@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh FOLDER [--device cuda|cpu] [--tiny]
 #
-# FOLDER gets results.json, results.md (of the parts that finished), log.txt, tests.xml and tests.txt; with --tiny, tiny.json and
+# FOLDER gets results.json and results.md (of the parts that finished), log.txt and tests.xml; with --tiny, tiny.json and
 # tiny.md. A part that fails, or takes longer than it may, does not stop the others; the exit status is that of the worst.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -41,7 +41,8 @@ if [ -n "$tiny" ]; then
   part all 240 "$python" -m benchmarks.gpu.run "$output" --device "$device" --tiny
 else
   # The first one reads packages from a cold disk, which no other's time is to include.
-  part imports 75 "$python" -c "import bitsandbytes, pytest, torch, trl, hf_ensemble.callbacks, benchmarks.gpu.run; print(torch.zeros(2, device='$device'))"
+  part imports 75 "$python" -c "import bitsandbytes, pytest, torch, trl, hf_ensemble.callbacks, benchmarks.gpu.run
+torch.zeros(2, device='$device')"
   part capture_8b 75 "$python" -m benchmarks.gpu.run "$output" --device "$device" --parts capture_8b
   part capture_34b 80 "$python" -m benchmarks.gpu.run "$output" --device "$device" --parts capture_34b
   part decoding 60 "$python" -m benchmarks.gpu.run "$output" --device "$device" --parts decoding

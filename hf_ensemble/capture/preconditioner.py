@@ -37,6 +37,8 @@ class Preconditioner:
         Raises:
             `CaptureError`: when no parameter has a gradient.
         """
+        # Not every device has float64.
+        moments = {name: moment.cpu() for name, moment in moments.items()}
         total = sum(float(moment.double().sum()) for moment in moments.values())
         if not total:
             raise CaptureError(

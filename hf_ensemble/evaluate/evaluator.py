@@ -136,7 +136,7 @@ class Evaluator:
                 answers = scorer(inputs, labels, tasks)
             columns = (answers.loss, answers.exact_match, margins(answers, margin))
             positions = np.array([position for position, _ in examples])
-            found.append((positions, *(column.double().cpu().numpy() for column in columns)))
+            found.append((positions, *(column.cpu().double().numpy() for column in columns)))
 
         run = HalvingOnFullMemory(score)
         usage = UsageCounter(samples)

@@ -181,9 +181,9 @@ class UsageCounter:
         shape = _shape(rows, length, other)
         mask = inputs.get("attention_mask")
         real = mask.sum() if torch.is_tensor(mask) and mask.shape == ids.shape else torch.tensor(rows * length)
-        answers = (labels != IGNORE_INDEX).sum(1) if is_per_token else torch.zeros(rows)
+        answers = (labels != IGNORE_INDEX).sum(1) if is_per_token else torch.zeros(rows, dtype=torch.long)
         # Heads that run on answers alone may pad them.
-        answers = torch.stack([answers.sum(), rows * answers.max()]).double()
+        answers = torch.stack([answers.sum(), rows * answers.max()])
         # Reading numbers off a device waits for it: only where a batch is looked at.
         if not self.is_compiled and self.samples.wants(shape):
             whole = shape + _labels(*answers.tolist())
@@ -196,7 +196,7 @@ class UsageCounter:
                 return
         yield
         self._uncounted = self._uncounted + shape
-        real = real.double().to(answers.device)
+        real = real.to(answers.device, torch.long)
         numbers = torch.cat([torch.stack([real, rows * length - real]), answers])
         self._numbers = numbers if self._numbers is None else self._numbers.to(numbers.device) + numbers
 

@@ -36,7 +36,9 @@ def owners(
     index = torch.tensor([names[task] for task in tasks], device=labels.device)
     if row_lengths is None:
         return index.unsqueeze(1)
-    flat = index.repeat_interleave(torch.tensor(row_lengths, device=labels.device))
+    # With the number of tokens, which would otherwise be read off the device.
+    lengths = torch.tensor(row_lengths, device=labels.device)
+    flat = index.repeat_interleave(lengths, output_size=sum(row_lengths))
     # Padding at the end has no labels, so that it may count as the last row's.
     padding = flat[-1:].expand(labels.shape[1] - len(flat))
     return torch.cat([flat, padding]).unsqueeze(0)
