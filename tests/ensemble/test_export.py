@@ -11,7 +11,7 @@ from helpers import architectures, toy
 from helpers.member_kinds import NAMES, llama, make
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.ensemble.saving.export import export_for_vllm
-from hf_ensemble.errors import ConfigurationError, EnsembleError
+from hf_ensemble.errors import ConfigurationError, EnsembleError, EnsembleLoadError
 
 
 def ensemble_of(model, tasks):
@@ -69,13 +69,13 @@ def test_what_is_not_served_is_refused_before_anything_is_written(model, tmp_pat
         ensemble_of(model, ["x"]).merge("x").push_to_hub("user/x", branch="dev")
 
 
-def test_a_base_that_the_ensemble_does_not_name_is_the_loaded_one(model, base, tmp_path):
-    ensemble = ensemble_of(model, ["x"])
-    nameless = PeftEnsembleModel(model, NAMES, ensemble.weights, base_model=_nameless(ensemble))
-    exported = export_for_vllm(nameless, tmp_path)
+def test_a_base_that_the_ensemble_does_not_name_is_the_one_it_was_loaded_with(base, tmp_path):
+    ensemble_of(make(llama(), [{"r": 1}] * 3), ["x"]).save_pretrained(tmp_path / "saved")
+    with pytest.raises(EnsembleLoadError, match="does not name its base model.*base_model="):
+        PeftEnsembleModel.from_pretrained(tmp_path / "saved")
+    ensemble = PeftEnsembleModel.from_pretrained(tmp_path / "saved", base_model=base)
+    exported = export_for_vllm(ensemble, tmp_path / "served")
     assert shlex.split(exported.command)[:3] == ["vllm", "serve", str(Path(base).resolve())]
     PeftModel.from_pretrained(llama(), exported.adapters["x"])
-
-
-def _nameless(ensemble):
-    return type(ensemble.base_model_reference)("", None, "AutoModelForCausalLM")
+    ensemble.save_pretrained(tmp_path / "again")
+    assert PeftEnsembleModel.from_pretrained(tmp_path / "again").base_model_reference == ensemble.base_model_reference

@@ -14,7 +14,6 @@ from ..._settings import checked_names, checked_path
 from ...errors import EnsembleError
 from ...models.inputs import is_encoder_decoder
 from ..members import BaseModelReference
-from .files import base_reference
 
 _SCRIPT = "serve.sh"
 
@@ -84,9 +83,7 @@ def _served_base(ensemble: nn.Module) -> BaseModelReference:
             "vLLM serves adapters of causal language models, found the encoder-decoder "
             f"{type(ensemble.model.get_base_model()).__name__}. Load it in Python instead."
         )
-    # An ensemble of the Hub whose base is a folder somewhere does not name it, but the model that was loaded does.
     base = ensemble.base_model_reference
-    base = base if base.name_or_path else base_reference(ensemble.model)
     if not base.name_or_path:
         raise EnsembleError(
             "vLLM loads the base model by its folder or Hub id, and this ensemble's base has neither. Save the base "

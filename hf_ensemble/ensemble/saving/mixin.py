@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
+from peft import PeftModel
 from torch import nn
 
 from ..._cards import CARD
@@ -18,7 +19,15 @@ from ...tasks import LabelSpace
 from ..forward.router import PromptRouter
 from ..members import BaseModelReference, check_adapter_name, standing_alone
 from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
-from .files import load_adapter, load_base, load_ensemble, local_folder, save_ensemble
+from .files import (
+    auto_class_of,
+    base_reference,
+    load_adapter,
+    load_base,
+    load_ensemble,
+    local_folder,
+    save_ensemble,
+)
 from .pushing import push_ensemble
 from .untrusted import checked_file, read_object
 from .vocabulary import fit_vocabulary
@@ -211,7 +220,8 @@ class SavingMixin:
             name_or_path (`str`, `Path` or `dict[str, str]`): folder or Hub id; or adapters as for
                 [`from_adapters`], with equal weights.
             revision (`str`, *optional*): branch, tag or commit of a Hub id.
-            base_model (`str` or `PreTrainedModel`, *optional*): overrides the base that the ensemble names.
+            base_model (`str` or `PreTrainedModel`, *optional*):
+                Overrides the base that the ensemble names; one that names none is saved with the name of this one.
             token (`str`, *optional*): Hub token.
             model_kwargs: passed to the base model's `from_pretrained` (`dtype`, `device_map`, `quantization_config`,
                 ...). Code of the base's repository runs only with `trust_remote_code=True` here.
@@ -230,7 +240,7 @@ class SavingMixin:
             config.weights,
             config.default_weights,
             None if config.label_space is None else LabelSpace.from_dict(config.label_space),
-            config.base_model,
+            _known_base(config.base_model, model),
             config.combination,
             config.routing,
             config.scales,
@@ -241,6 +251,14 @@ class SavingMixin:
         if config.tags:
             ensemble.add_model_tags(config.tags)
         return ensemble
+
+
+def _known_base(saved: BaseModelReference, model: PeftModel) -> BaseModelReference:
+    """The base that an ensemble names, or else the one that it was loaded with."""
+    if saved.name_or_path or auto_class_of(model.get_base_model()) is None:
+        return saved
+    own = base_reference(model)
+    return replace(saved, name_or_path=own.name_or_path, revision=own.revision)
 
 
 def _named_base(folders: Mapping[str, Path], override: str | None) -> BaseModelReference:
