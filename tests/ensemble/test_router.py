@@ -178,11 +178,13 @@ def rows_of_tasks(count=12):
 def test_rows_are_routed_to_no_boosting_step(tmp_path):
     model = make(llama(), KINDS["ranks and scalings"], 0.4)
     ensemble = PeftEnsembleModel(model, [EnsembleMember("first", is_step=True), *NAMES[1:]])
-    alone = PeftEnsembleModel(model, NAMES[1:])
+    alone, whole = PeftEnsembleModel(model, NAMES[1:]), PeftEnsembleModel(model, NAMES)
+    torch.manual_seed(2)
     ids = {"input_ids": torch.randint(3, 30, (4, 6))}
     # Whichever predicts the prompt best takes all: also where that is the step, the others' shares sum to 1.
-    for own in (ensemble, alone):
+    for own in (ensemble, alone, whole):
         own.routing_temperature = 1e-4
+    assert whole._routed_weights(None, "prompt", ids)[:, 0].tolist() == [1, 0, 1, 1]
     for routing in ("prompt", "hidden_states"):
         if routing == "hidden_states":
             assert ensemble.fit_router(rows_of_tasks()).losses == alone.fit_router(rows_of_tasks()).losses

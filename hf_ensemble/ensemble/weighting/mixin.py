@@ -27,6 +27,10 @@ class FittingMixin:
 
         Returns:
             [`WeightFit`]: the weights, with the losses of equal weights and of single adapters.
+
+        Raises:
+            `EnsembleError`: as [`fit_ensemble`]; the weights stay as they were.
+            `ConfigurationError`: for other options.
         """
         check_options(fit_ensemble, options, "fit_weights", ("constraint",))
         fit = fit_ensemble(self, dataset, constraint, **options)
@@ -47,6 +51,10 @@ class FittingMixin:
 
         Returns:
             [`RouterFit`]: the router, and the cross-validated losses that it was chosen by.
+
+        Raises:
+            `EnsembleError`: as the function [`fit_router`]; the router stays as it was.
+            `ConfigurationError`: for other options.
         """
         check_options(fit_router, options, "fit_router", ())
         fit = fit_router(self, dataset, **options)
