@@ -58,6 +58,10 @@ class MixtureArguments(ChoiceArguments):
 class GroupArguments(GroupingSettings, ChoiceArguments):
     """What `hf-ensemble group` takes."""
 
+    target: list[str] | None = field(
+        default=None,
+        metadata={"help": "With --grouping_method mixtures: tasks to do well on; all by default."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of random subsets and clustering."})
 
     def __post_init__(self):

@@ -10,6 +10,7 @@ _OTHERS = {
     "peft_config": "--lora_r, --lora_target_modules, ...",
     "train_dataset": "--data",
     "eval_dataset": "--data",
+    "targets": "--target",
     "overwrite_run": "--overwrite_run",
     "TaskSet.with_validation": "--validation_fraction",
 }

@@ -194,6 +194,12 @@ FLAGS = {
         "no subsets": (["--affinity_subsets", "0"], STORE, "affinity_subsets has to be a positive integer"),
         "unknown method": (["--grouping_method", "kmeans"], STORE, "grouping_method has to be one of"),
         "seed is negative": (["--seed", "-1"], STORE, "seed has to be an integer of at least 0"),
+        "unknown target": (
+            ["--target", "z", "--grouping_method", "mixtures"],
+            STORE,
+            r"Unknown targets \['z'\]; the tasks are",
+        ),
+        "target of a partition": (["--target", "b"], STORE, "--target weigh.*Set --grouping_method mixtures"),
         "switch is text": (["--overlapping_groups", "perhaps"], STORE, "Truthy value expected: got perhaps"),
     },
     "generate": {

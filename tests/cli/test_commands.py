@@ -124,6 +124,9 @@ def test_choices_from_a_run(world, tmp_path):
     assert (tmp_path / "choice" / "mixture.json").is_file()
     grouped = as_json(["group", *store, "--num_groups", "2"])
     assert len(grouped["groups"]) == 2
+    mixtures = ["--grouping_method", "mixtures", "--compute_budget", "2", "--affinity_subsets", "10"]
+    grouped = as_json(["group", *store, *mixtures, "--target", "sums"])
+    assert grouped["settings"]["targets"] == {"sums": 1.0}
 
 
 def test_caps_are_checked(world, capsys):

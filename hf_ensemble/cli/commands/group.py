@@ -17,7 +17,9 @@ def main(argv: Sequence[str]) -> Grouping:
     """
     (arguments,), _ = parse([GroupArguments], argv, command="group")
     length = arguments.continued_length if arguments.group_initialization == "baseline" else None
-    grouping = selector_of(arguments, continued_length=length).group(**arguments.group_arguments(), seed=arguments.seed)
+    grouping = selector_of(arguments, continued_length=length).group(
+        **arguments.group_arguments(), targets=arguments.target, seed=arguments.seed
+    )
     out = console()
     out.print(group_curve_table(grouping))
     save_choice(grouping, arguments.output_dir, out)
