@@ -57,18 +57,30 @@ def parameter_update(model: nn.Module, store: GradientStore, coefficients: np.nd
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: p.shape for name, p in parameters.items()}
     projection = SeededProjection(shapes, config["projection_dim"], config["projection_seed"])
-    w = torch.as_tensor(np.asarray(coefficients, dtype=np.float64))
-    if w.shape != (projection.dim,) or not torch.isfinite(w).all():
-        raise CaptureError(
-            f"Expected {projection.dim} finite coefficients, found shape {tuple(w.shape)} with "
-            f"{int((~torch.isfinite(w)).sum())} values that are not finite."
-        )
-    update = projection.transpose(w)
+    update = projection.transpose(torch.as_tensor(checked_coefficients(coefficients, projection.dim)))
     scales = store.preconditioner()
     if scales is not None:
         preconditioner = Preconditioner(scales)
         update = {name: preconditioner(name, change) for name, change in update.items()}
     return update
+
+
+def checked_coefficients(coefficients: np.ndarray, count: int) -> np.ndarray:
+    """Coefficients as float64, `(count,)`.
+
+    Raises:
+        `CaptureError`: for other numbers of coefficients, and for those that are not finite or no numbers.
+    """
+    try:
+        found = np.asarray(coefficients, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise CaptureError(f"Expected {count} finite coefficients, found {coefficients!r:.60}.") from error
+    if found.shape != (count,) or not np.isfinite(found).all():
+        raise CaptureError(
+            f"Expected {count} finite coefficients, found shape {found.shape} with "
+            f"{int((~np.isfinite(found)).sum())} values that are not finite."
+        )
+    return found
 
 
 def check_theta0(model: nn.Module, store: GradientStore) -> None:

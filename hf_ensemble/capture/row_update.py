@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from .._compat import keep_quantized_weights_in_place
+from .._settings import check_at_least, check_one_of
+from ..errors import CaptureError
 from ..models.answer_scorer import AnswerScorer
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
 from ..models.usage import UsageCounter
 from ..models.wrappers import evaluation_mode
 from ..store import GradientStore
 from ..tasks import TASK, LabelSpace, pop_meta
-from .applied_update import check_theta0
-from .margin import margins
+from .applied_update import check_theta0, checked_coefficients
+from .margin import MARGIN_KINDS, margins
 from .mixed_precision import capture_precision
 from .preconditioner import Preconditioner
 
@@ -48,10 +50,18 @@ def row_update(
 
     Raises:
         `StoreMismatchError`: when the model is not at the store's theta0.
+        `CaptureError`:
+            Without a row, for coefficients of the wrong shape or not finite, and for a batch size that is none.
+        `ConfigurationError`: for a store that was captured of a function of the outputs in place of a margin.
     """
+    if len(rows) == 0:
+        raise CaptureError("Expected at least one row to sum gradients of, found none.")
+    config, coefficients = store.identity["config"], checked_coefficients(coefficients, len(rows))
+    check_at_least("batch_size", batch_size, 1, error=CaptureError)
+    check_one_of("The margin of the store", config["margin"], MARGIN_KINDS)
     check_theta0(model, store)
     keep_quantized_weights_in_place(model)
-    config, scorer = store.identity["config"], AnswerScorer(model, label_space)
+    scorer = AnswerScorer(model, label_space)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     # Sums stay on the device: copying would wait for it at every parameter.

@@ -14,8 +14,12 @@ from hf_ensemble.capture import (
     parameter_update,
     row_update,
 )
-from hf_ensemble.errors import CaptureError, StoreMismatchError
+from hf_ensemble.errors import CaptureError, ConfigurationError, StoreMismatchError
 from hf_ensemble.tasks import TaskSet, data_collator_for
+
+
+def mean_logit(logits, labels):
+    return logits.float().mean(dim=(1, 2))
 
 
 def captured(folder, model, dim):
@@ -53,7 +57,7 @@ def test_theta0_comes_back_after_an_exception(tmp_path):
 def test_foreign_parameters_and_coefficients_are_refused(tmp_path):
     model = toy.with_lora(toy.llama())
     store, _ = captured(tmp_path, model, 64)
-    for w in (np.ones(63), np.full(64, np.nan)):
+    for w in (np.ones(63), np.full(64, np.nan), "many"):
         with pytest.raises(CaptureError, match="Expected 64 finite coefficients"), applied_update(model, store, w):
             pass
     toy.randomize(model)
@@ -77,3 +81,29 @@ def test_a_weighted_sum_of_the_rows_gradients_is_the_update_of_exact_features(tm
     assert set(found) == set(expected)
     for name, update in expected.items():
         assert torch.allclose(found[name], update.float(), atol=1e-4 * float(update.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": []}, "at least one row to sum gradients of"),
+        ({"coefficients": np.ones(2)}, r"Expected 3 finite coefficients, found shape \(2,\)"),
+        ({"coefficients": [1.0, np.nan, 1.0]}, "with 1 values that are not finite"),
+        ({"coefficients": "many"}, "Expected 3 finite coefficients, found 'many'"),
+        ({"batch_size": 0}, "batch_size has to be a positive integer"),
+    ],
+)
+def test_rows_and_coefficients_are_checked_before_any_pass(tmp_path, changes, message):
+    model = toy.with_lora(toy.llama())
+    store, _ = captured(tmp_path, model, 64)
+    given = {"rows": [{"input_ids": [1]}] * 3, "coefficients": np.ones(3), "batch_size": 2, **changes}
+    with pytest.raises(CaptureError, match=message):
+        row_update(model, store, data_collator=lambda rows: pytest.fail("a pass was made"), **given)
+
+
+def test_gradients_of_a_function_are_none_of_a_margin(tmp_path):
+    model, tasks = toy.with_lora(toy.llama()), TaskSet.from_datasets(toy.sft_tasks(8, 4))
+    config = CaptureConfig(projection_dim=64, margin=mean_logit)
+    store = capture_gradients(model, tasks, config, tmp_path, toy.tokenizer(), disable_tqdm=True)
+    with pytest.raises(ConfigurationError, match="The margin of the store has to be one of"):
+        row_update(model, store, [{"input_ids": [1]}], [1.0], lambda rows: rows, 1)
