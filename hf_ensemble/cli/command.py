@@ -13,7 +13,7 @@ _ENSEMBLE = (
     ("Ensemble", ("train.configs:EnsembleArguments",)),
     ("Selection, with --target", ("train.configs:SelectionArguments", "select.settings:SelectionSettings")),
     _GROUP,
-    ("Boosting", ("train.boosting.settings:BoostingSettings",)),
+    ("Boosting", ("train.inputs.boosting:BoostingSettings",)),
     ("Text with labels", ("train.configs:ClassifierArguments",)),
 )
 # What every command over a model and data takes.
@@ -32,6 +32,7 @@ class Command:
         options (`tuple`): its own options: a title and settings classes for each group, see [`options_of`].
         required (`tuple[str, ...]`): options that it does not work without.
         has_parents (`bool`): whether it takes the arguments of trl's and transformers' trainers as well.
+        is_light (`bool`): whether it needs none of the libraries that take seconds to import.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Command:
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
     required: tuple[str, ...] = ()
     has_parents: bool = False
+    is_light: bool = False
 
     def load(self) -> Callable[[Sequence[str]], object]:
         """The function that runs the command."""
@@ -185,7 +187,8 @@ COMMANDS = [
         "print a script that completes commands and options in a shell",
         ".commands.completion",
         'eval "$(hf-ensemble completion --shell bash)"',
-        (("Completion", ("cli.saved_arguments:CompletionArguments",)),),
+        (("Completion", ("cli.commands.completion:CompletionArguments",)),),
+        is_light=True,
     ),
 ]
 

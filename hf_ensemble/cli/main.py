@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(print(command_help(command, with_parents=True), end=""))
     try:
         with sigterm_as_interrupt():
-            _quiet()
+            if not command.is_light:
+                _quiet()
             # Trainers print their logs on stdout, which is the script's that reads JSON.
             with redirect_stdout(sys.stderr) if "--json" in given else nullcontext():
                 result = command.load()(rest)

@@ -93,13 +93,3 @@ class PushArguments:
     private: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to."})
     commit_message: str = field(default="Upload ensemble", metadata={"help": "Message of the commit."})
-
-
-@dataclass
-class CompletionArguments:
-    """What `hf-ensemble completion` takes."""
-
-    shell: str = field(default="bash", metadata={"help": "The shell: bash, zsh or tcsh."})
-
-    def __post_init__(self):
-        check_one_of("shell", self.shell, ("bash", "zsh", "tcsh"))

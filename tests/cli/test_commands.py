@@ -31,7 +31,7 @@ from hf_ensemble.errors import ConfigurationError, TaskError
 from hf_ensemble.runs import RunDirectory, TrainedAdapter
 from hf_ensemble.select import settings
 from hf_ensemble.train import configs
-from hf_ensemble.train.boosting.settings import METHODS as BOOSTING_METHODS
+from hf_ensemble.train.inputs.boosting import METHODS as BOOSTING_METHODS
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +232,14 @@ def test_completion_knows_commands_and_options(shell, capsys):
     script = capsys.readouterr().out
     assert all(command.name in script for command in COMMANDS)
     assert "--num_groups" in script and "--max_new_tokens" in script
+    assert as_json(["completion", "--shell", shell])["script"] + "\n" == script
+    capsys.readouterr()
+    for words, message in (
+        (["--shell", "fish"], "shell has to be one of"),
+        (["--shell"], "expected one argument"),
+        (["--x"], "--x. See"),
+    ):
+        assert main(["completion", *words]) == 1 and message in capsys.readouterr().err
 
 
 def test_help_says_what_the_classes_say():
@@ -263,7 +271,7 @@ def test_help_says_what_the_classes_say():
 def test_help_imports_nothing_that_takes_long():
     code = (
         "import sys; from hf_ensemble.cli.main import main\n"
-        "for words in (['--help'], ['run', '--help'], ['generate', '--help']):\n"
+        "for words in (['--help'], ['run', '--help'], ['generate', '--help'], ['completion']):\n"
         "    try: main(words)\n"
         "    except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'numpy', 'pandas'} & set(sys.modules)\n"

@@ -130,7 +130,11 @@ def test_pictures_are_named_and_follow_the_theme(page):
     pictures = re.findall(r"<svg [^>]*>", page)
     assert len(pictures) >= 5 and all('role="img"' in one and "aria-label=" in one for one in pictures)
     drawn = page[page.index("<main>") :]
-    assert "var(--blue)" in drawn and "var(--ink)" not in page[: page.index("<style>")]
+    used = set(re.findall(r"var\((--[\w-]+)\)", drawn))
+    light, _, dark = page[page.index("<style>") : page.index("</style>")].partition("prefers-color-scheme: dark")
+    assert {"--blue", "--ink"} <= used
+    for name in used:
+        assert f"{name}:" in light.replace(" ", "") and f"{name}:" in dark.replace(" ", ""), name
     assert not re.search(r"#(?:0072b2|d55e00|000000|ffffff)\b", drawn)
     # Text stays text.
     assert re.search(r"<text[^>]*>[^<]*sums</text>", drawn)
@@ -141,8 +145,9 @@ def test_selections(tmp_path):
     found = tables(tree)
     steps = found["Steps"]
     assert steps[2] == ["diffs", "2", "1.100 0.900 to 1.300", "words"]
-    assert {row[0]: row[1] for row in found["Tasks"]} | {"task": "trained on"} == {
-        "task": "trained on",
+    head, *rows = found["Tasks"]
+    assert head[:2] == ["task", "trained on"]
+    assert {row[0]: row[1] for row in rows} == {
         "sums": "target",
         **dict.fromkeys(("diffs", "words"), "yes"),
         **dict.fromkeys(("verbs", "colours", "noise"), "no"),

@@ -2,23 +2,49 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import shtab
 
+from ..._settings import check_one_of
+from ...errors import ConfigurationError
 from ..command import COMMANDS
 from ..help import ALL, DESCRIPTION, GENERAL, MOST_USED, groups_of
-from ..parsing import parse
-from ..saved_arguments import CompletionArguments
+from ..words import Words
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print the script.
+@dataclass
+class CompletionArguments:
+    """What `hf-ensemble completion` takes."""
+
+    shell: str = field(default="bash", metadata={"help": "The shell: bash, zsh or tcsh."})
+
+    def __post_init__(self):
+        check_one_of("shell", self.shell, ("bash", "zsh", "tcsh"))
+
+
+def main(argv: Sequence[str]) -> dict[str, str]:
+    """Print the script. Shells run this when they start, so nothing is imported that takes long.
+
+    Returns:
+        `dict`: the shell and its script.
 
     Raises:
-        `ConfigurationError`: for an unknown shell.
+        `ConfigurationError`: for an unknown shell, and for other options.
     """
-    (arguments,), _ = parse([CompletionArguments], argv, command="completion")
-    print(shtab.complete(command_line(), shell=arguments.shell))
+    words = Words.of(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--shell", default=next(iter(words.options.get("shell", ())), "bash"))
+    try:
+        given, unknown = parser.parse_known_args(words.line)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(f"{error}. See hf-ensemble completion --help.") from error
+    if unknown:
+        raise ConfigurationError(f"Unknown arguments: {unknown[0]}. See hf-ensemble completion --help.")
+    shell = CompletionArguments(given.shell).shell
+    script = shtab.complete(command_line(), shell=shell)
+    print(script)
+    return {"shell": shell, "script": script}
 
 
 def command_line() -> argparse.ArgumentParser:
