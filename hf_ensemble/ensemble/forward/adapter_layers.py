@@ -78,12 +78,14 @@ def replaced_forwards(model: nn.Module, replacement: Callable) -> Iterator[None]
     patched = []
     try:
         for layer in adapter_layers(model):
-            if "forward" in layer.__dict__ or hasattr(layer, "parameter_name"):
+            # Every decoded token comes by here: a module's own `__setattr__` and `hasattr` take several times as long.
+            own = layer.__dict__
+            if "forward" in own or "parameter_name" in own:
                 # A forward that something else replaced, or an adapter of bare parameters, which works without one.
                 raise CannotFuseError(f"The forward of {type(layer).__name__} cannot be replaced.")
-            layer.forward = functools.partial(replacement, layer, layer.forward)
+            own["forward"] = functools.partial(replacement, layer, layer.forward)
             patched.append(layer)
         yield
     finally:
         for layer in patched:
-            del layer.forward
+            del layer.__dict__["forward"]
