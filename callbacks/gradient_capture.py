@@ -57,8 +57,9 @@ class GradientCaptureCallback(TrainerCallback):
 
     Raises:
         `ConfigurationError`:
-            For arguments of another kind. In the trainer's constructor, without a tokenizer. When training begins, for
-            a row that is trained on with other labels than it is captured with.
+            For arguments of another kind, and numbers of captured rows of unknown tasks. In the trainer's constructor,
+            without a tokenizer. When training begins, for a row that is trained on with other labels than it is
+            captured with.
         `TaskError`: in the trainer's constructor, for rows that cannot be encoded.
 
     Example:
@@ -91,6 +92,8 @@ class GradientCaptureCallback(TrainerCallback):
             )
         if config is not None and not isinstance(config, CaptureConfig):
             raise ConfigurationError(f"Expected config to be a CaptureConfig, found {config!r:.60}.")
+        if config is not None:
+            config.check_limited_tasks(tasks.names)
         check_flag("overwrite", overwrite)
         # Raises now for tasks without validation rows, and not when training begins.
         tasks.split("validation")

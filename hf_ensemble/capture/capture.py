@@ -49,7 +49,10 @@ def capture_gradients(
     recipe: TrainingRecipe | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> GradientStore | dict[str, GradientStore]:
-    """Capture the gradient features of all training and validation examples.
+    """Capture the gradient features of training and validation examples: of all, or of a sample of each task's.
+
+    [`CaptureConfig.capture_rows`] says how many; the store records how many rows a sample is of, and estimates are of
+    trainings on all of them.
 
     Modes, gradients and random state of the model are left unchanged. An interrupted pass resumes at the first
     unfinished shard when it is started again with the same arguments, and ends with the same store. Under a distributed
@@ -85,7 +88,7 @@ def capture_gradients(
             For gradients that are not finite, unless the settings exclude them; when another pass is writing into the
             directory; and when the disk is too small for the store.
         `CaptureError`: when the model has no trainable parameter, or a row no answer token.
-        `ConfigurationError`: for multiple configs that one pass cannot serve.
+        `ConfigurationError`: for multiple configs that one pass cannot serve, and numbers of rows of unknown tasks.
 
     Example:
 

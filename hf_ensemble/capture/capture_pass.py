@@ -28,10 +28,11 @@ from ..store import (
 )
 from ..tasks import EXAMPLE_ID, TASK, TaskCollator, TaskSet
 from ..tasks.rows import token_fingerprint
-from .config import CaptureConfig
+from .config import DEFAULT_ROWS, ROW_LIMITS, CaptureConfig
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
 from .preconditioner import Preconditioner
+from .row_sample import sample_rows
 from .training_arguments import fresh_lora_gain
 
 logger = get_logger(__name__)
@@ -69,6 +70,11 @@ class CapturePass:
         self.optimizer = optimizer
         # Settings that all configs share are read from the first one.
         self.config = next(iter(configs.values()))
+        self.config.check_limited_tasks(tasks.names)
+        self.samples = {
+            split: sample_rows(table, self.config.row_limit(split), DEFAULT_ROWS, self.config.capture_seed)
+            for split, table in encoded.items()
+        }
         self.extractor = GradientExtractor(
             model,
             [each.projection_dim for each in configs.values()],
@@ -119,21 +125,28 @@ class CapturePass:
         return stores
 
     def _writers(self, folders: Mapping[str, Path], shard_size: int, overwrite: bool) -> GradientStoreWriters:
+        tables = {split: sample.rows for split, sample in self.samples.items()}
         plan = [
             (split, task, example_id)
-            for split, table in self.encoded.items()
+            for split, table in tables.items()
             for task, example_id in zip(table[TASK], table[EXAMPLE_ID])
         ]
         data = {
             "row_format": self.tasks.row_format.value,
             "fingerprint": self.tasks.fingerprint,
-            "tokens": token_fingerprint(self.encoded),
+            "tokens": token_fingerprint(tables),
         }
+        sampled = {split: sample for split, sample in self.samples.items() if sample.num_rows}
+        settings: dict[str, Any] = {}
+        if sampled:
+            data["num_rows"] = {split: dict(sample.num_rows) for split, sample in sampled.items()}
+            settings = {ROW_LIMITS[split]: dict(sample.num_captured) for split, sample in sampled.items()}
+            settings["capture_seed"] = self.config.capture_seed
         identity = {"model": model_identity(self.model), "data": data}
         writers = [
             GradientStoreWriter(
                 folders[name],
-                {**identity, "config": config.identity()},
+                {**identity, "config": config.identity() | settings},
                 plan,
                 projection.dim,
                 config.feature_dtype,
@@ -181,12 +194,12 @@ class CapturePass:
         return Preconditioner.from_second_moments(moments)
 
     def _capture_shards(self, writers: GradientStoreWriters, shards: list[int], disable_tqdm: bool) -> None:
-        starts = np.cumsum([0, *(len(table) for table in self.encoded.values())]).tolist()
-        bounds = list(zip(self.encoded, starts))
+        starts = np.cumsum([0, *(len(sample.rows) for sample in self.samples.values())]).tolist()
+        bounds = list(zip(self.samples, starts))
 
         def row_at(position: int) -> dict:
             split, start = next(bound for bound in reversed(bounds) if position >= bound[1])
-            return _without_none(self.encoded[split][position - start])
+            return _without_none(self.samples[split].rows[position - start])
 
         total = sum(len(writers.rows_of(shard)) for shard in shards)
         hidden = disable_tqdm or not self.state.is_local_main_process

@@ -1,6 +1,6 @@
 """Settings of a capture pass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,19 @@ from ..logging import get_logger
 from ..store.layout import FEATURE_DTYPES
 from .margin import MARGIN_KINDS, margin_identity
 from .preconditioner import PRECONDITIONERS
+from .row_sample import RowLimit, check_limited_tasks, checked_limit, num_captured
 from .training_arguments import optimizer_preconditioner
 
 logger = get_logger(__name__)
 
 MIXED_PRECISIONS = ("no", "bf16")
-# Settings that do not change the features.
-_NOT_IN_IDENTITY = ("batch_size", "max_batch_tokens")
+# Settings that do not change the features. Which rows are left out has a place of its own in a store's identity: limits
+# that no task exceeds make the same store.
+_NOT_IN_IDENTITY = ("batch_size", "max_batch_tokens", "capture_rows", "capture_validation_rows", "capture_seed")
+# By split, the setting that limits the rows of a task.
+ROW_LIMITS = {"train": "capture_rows", "validation": "capture_validation_rows"}
+# Rows of a task that are captured unless told otherwise.
+DEFAULT_ROWS = None
 # Settings that may differ between the stores of one pass: all of them are made from the same gradients.
 _PER_STORE = ("projection_dim", "projection_seed", "feature_dtype")
 
@@ -63,7 +69,24 @@ class FeatureSettings(Settings):
         metadata={"help": "Examples with gradients that are not finite: 'error' names them, 'exclude' drops them."},
     )
 
+    capture_rows: int | str | dict | None = field(
+        default=DEFAULT_ROWS,
+        metadata={
+            "help": "Most training rows of a task that gradients are captured of, or JSON by task: "
+            "'{\"gsm8k\": 2000}'. Of a task with more, a sample that is stratified by label stands for all of them; "
+            "predictions are of trainings on all rows. null captures all."
+        },
+    )
+    capture_validation_rows: int | str | dict | None = field(
+        default=DEFAULT_ROWS,
+        metadata={"help": "The same for validation rows, whose mean is the predicted loss."},
+    )
+    capture_seed: int = field(default=0, metadata={"help": "Seed of the samples of rows that are captured."})
+
     def __post_init__(self):
+        for name in ROW_LIMITS.values():
+            setattr(self, name, checked_limit(name, getattr(self, name)))
+        check_at_least("capture_seed", self.capture_seed, 0)
         check_at_least("projection_dim", self.projection_dim, 1, optional=True)
         check_at_least("projection_seed", self.projection_seed, 0)
         if not callable(self.margin):
@@ -72,6 +95,24 @@ class FeatureSettings(Settings):
         check_one_of("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
         check_one_of("non_finite", self.non_finite, ("error", "exclude"))
         super().__post_init__()
+
+    def check_limited_tasks(self, tasks: Sequence[str]) -> None:
+        """Check that the numbers of rows by task are of these tasks.
+
+        Raises:
+            `ConfigurationError`: for unknown tasks.
+        """
+        for name in ROW_LIMITS.values():
+            check_limited_tasks(name, getattr(self, name), tasks)
+
+    def row_limit(self, split: str) -> RowLimit:
+        """Most rows of a task that are captured: a number, or numbers by task."""
+        return getattr(self, ROW_LIMITS[split]) if split in ROW_LIMITS else None
+
+    def num_captured_rows(self, split: str, num_rows: Mapping[str, int]) -> int:
+        """How many rows are captured of tasks with these numbers of rows."""
+        limit = self.row_limit(split)
+        return sum(num_captured(limit, DEFAULT_ROWS, task, count) for task, count in num_rows.items())
 
 
 @dataclass

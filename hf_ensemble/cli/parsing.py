@@ -98,7 +98,9 @@ def _nulls(parser: HfArgumentParser, classes: Sequence[type], argv: list[str]) -
         action = known.get(kept[-1]) if kept and word == "null" else None
         if action is None:
             kept.append(word)
-        elif action.type in (int, float) and action.nargs is None and type(None) in get_args(hints[action.dest]):
+            continue
+        kinds = get_args(hints.get(action.dest))
+        if {int, float} & {action.type, *kinds} and action.nargs is None and type(None) in kinds:
             action.type = _none_or(action.type)
             kept.append(word)
         else:

@@ -161,12 +161,14 @@ def _mixture(grouping: Grouping, name: str) -> str:
 def example_table(scores: ExampleScores) -> Table:
     """Quartiles of the rows' scores by task."""
     table = Table(title=f"Training rows, for {', '.join(scores.targets)}", caption=scores.summary)
+    without = scores.num_without_score()
     for column in ("task", "rows", "that harm", "lower quartile", "median", "upper quartile"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task, own in scores.scores.items():
         values = list(own.values())
         quartiles = (f"{value:.2e}" for value in np.quantile(values, [0.25, 0.5, 0.75]))
-        table.add_row(task, str(len(values)), str(sum(value < 0 for value in values)), *quartiles)
+        rows = f"{len(values)} of {scores.num_rows[task]}" if task in without else str(len(values))
+        table.add_row(task, rows, str(sum(value < 0 for value in values)), *quartiles)
     return table
 
 

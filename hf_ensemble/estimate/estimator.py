@@ -13,7 +13,7 @@ from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
 from ..tasks.sampling import epoch_length
 from .calibration import LossCalibration
-from .intervals import IntervalWidth
+from .intervals import IntervalWidth, SamplingNoise
 from .mixtures import loss_weights, mixture_weights
 from .prediction import Prediction
 from .reduction import FeatureReduction, squared_row_norms
@@ -86,14 +86,17 @@ class SubsetEstimator:
                 f"{validation.task_names}."
             )
         self.task_names = train.task_names
-        self.counts = np.bincount(train.task, minlength=len(self.task_names))
+        for split, table in (("training", train), ("validation", validation)):
+            if (table.num_captured == 0).any():
+                raise EstimationError(
+                    f"Task {self.task_names[int(np.argmin(table.num_captured))]!r} has no {split} rows."
+                )
+        # Of all rows, where the captured ones are a sample.
+        self.counts, self.num_captured = train.sizes, train.num_captured
         self.token_counts = None
         if train.num_tokens is not None:
-            self.token_counts = np.bincount(train.task, train.num_tokens, len(self.task_names)).astype(int)
-        for split, table in (("training", train), ("validation", validation)):
-            rows = np.bincount(table.task, minlength=len(self.task_names))
-            if (rows == 0).any():
-                raise EstimationError(f"Task {self.task_names[int(np.argmin(rows))]!r} has no {split} rows.")
+            tokens = np.bincount(train.task, train.num_tokens, len(self.task_names)) * train.rows_per_captured
+            self.token_counts = np.rint(tokens).astype(int)
         for name, weight in checked_mapping("sampling_weights", sampling_weights or {}, EstimationError).items():
             check_number(f"The sampling weight of {name!r}", weight, 0, above=True, error=EstimationError)
         self.sampling_weights = mixture_weights(
@@ -107,9 +110,14 @@ class SubsetEstimator:
         reduced = self.reduction.apply(train.features)
         self.training_ids = tuple(zip((self.task_names[index] for index in train.task), train.example_id.tolist()))
         self.task_loss_weighting = task_loss_weighting
-        self._row_weights = loss_weights(train, task_loss_weighting, self.sampling_weights)
+        row_weights = loss_weights(train, task_loss_weighting, self.sampling_weights)
+        # How many rows each captured one stands for, and the weight of their losses.
+        self._per_row = train.rows_per_captured[train.task]
+        self._row_weights = row_weights * self._per_row
         self._train = SurrogateProblem(reduced, train.margin, train.task, device, self._row_weights)
         self._validation = ValidationRows(validation, self.reduction.apply(validation.features))
+        self._validation_sizes = validation.sizes
+        self.is_sampled = train.task_sizes is not None or validation.task_sizes is not None
         self.observed_runs = tuple(observed_runs)
         self.interval = IntervalWidth()
         self.calibration: LossCalibration | None = None
@@ -121,11 +129,13 @@ class SubsetEstimator:
             task=train.task,
             sampling_weights=self.sampling_weights,
             recipe=recipe,
-            row_weights=self._row_weights,
+            row_weights=row_weights,
+            counts=self.counts,
         )
         replayed = []
         if recipe is not None and not observed_runs:
-            replayed = [self._replayed_run(train, reduced, squared_norms, recipe)]
+            drawn = self.sampling_weights[train.task] * self._per_row
+            replayed = [self._replayed_run(reduced, train.margin, drawn, squared_norms, recipe, row_weights)]
         self.regularization: Regularization = choose_regularization(
             lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss,
             self.task_names,
@@ -221,35 +231,52 @@ class SubsetEstimator:
         as_surrogate: bool = False,
     ) -> Prediction:
         loss, accuracy, displacement = self._validation.outcomes(coefficients, needed)
-        interval = self.interval
-        if as_surrogate:
-            interval = IntervalWidth()
-        elif self.calibration is not None:
+        interval = IntervalWidth() if as_surrogate else self.interval
+        if self.calibration is not None and not as_surrogate:
             loss = self.calibration(loss)
+
+        def ends(own: Prediction) -> tuple[np.ndarray, np.ndarray]:
+            is_noisy = self.is_sampled and np.isfinite(interval.level)
+            return interval.around(own.loss, own.displacement, self.sampling_noise(own) if is_noisy else None)
+
         return Prediction(
             self.task_names,
             mixtures,
             loss,
             accuracy,
-            *interval.around(loss, displacement),
+            displacement,
             interval.level,
             coefficients.astype(np.float64, copy=False),
             gradient_norm,
+            ends,
         )
 
+    def sampling_noise(self, prediction: Prediction) -> np.ndarray:
+        """Standard error of predicted losses as those of all rows, `(S, T)`, in nats; see [`SamplingNoise`].
+
+        Zero where all rows were captured.
+
+        Args:
+            prediction (`Prediction`): predictions of this estimator.
+        """
+        noise = SamplingNoise(self._train, self.counts, self._validation, self._validation_sizes, self.loss_at)
+        sampled = prediction.mixtures * self.sampling_weights
+        l2 = self._length.l2(self.regularization.l2_scale, sampled)
+        rows = zip(prediction.coefficients, l2, sampled, np.isfinite(prediction.loss))
+        return np.array([noise.of(*row) for row in rows])
+
     def _replayed_run(
-        self, train: FeatureTable, reduced: np.ndarray, squared_norms: np.ndarray, recipe: TrainingRecipe
+        self,
+        reduced: np.ndarray,
+        margin: np.ndarray,
+        drawn: np.ndarray,
+        squared_norms: np.ndarray,
+        recipe: TrainingRecipe,
+        row_weights: np.ndarray,
     ) -> ObservedRun:
         """A training of the linearized model on all tasks."""
-        coefficients = replayed_coefficients(
-            reduced,
-            train.margin,
-            self.sampling_weights[train.task],
-            squared_norms,
-            self.reduction.scale,
-            recipe,
-            self._row_weights,
-        )
+        scale = self.reduction.scale
+        coefficients = replayed_coefficients(reduced, margin, drawn, squared_norms, scale, recipe, row_weights)
         losses = self._validation.outcomes(coefficients)[0][0]
         return ObservedRun(dict.fromkeys(self.task_names, 1.0), dict(zip(self.task_names, losses.tolist())))
 
@@ -326,9 +353,9 @@ class SubsetEstimator:
                 half.calibration = self.calibration.around(half.base_loss())
         return first, second
 
-    def loss_at(self, coefficients: np.ndarray) -> np.ndarray:
-        """Predicted losses `(S, T)` at optima `(S, k)`, see [`Prediction`]."""
-        loss = self._validation.outcomes(coefficients)[0]
+    def loss_at(self, coefficients: np.ndarray, needed: np.ndarray | None = None) -> np.ndarray:
+        """Predicted losses `(S, T)` at optima `(S, k)`; NaN outside a mask `(S, T)`. See [`Prediction`]."""
+        loss = self._validation.outcomes(coefficients, needed)[0]
         return loss if self.calibration is None else self.calibration(loss)
 
     def base_loss(self) -> np.ndarray:
@@ -365,7 +392,7 @@ class SubsetEstimator:
         Raises:
             `EstimationError`: as for [`weighted_loss`].
         """
-        return self.sensitivity(targets).to_examples(weights)
+        return self.sensitivity(targets).to_examples(weights) / self._per_row
 
     def sensitivity(self, targets: np.ndarray) -> LossSensitivity:
         """The weighted predicted loss of tasks `(T,)` as a function of the sampling weights, for several of these."""

@@ -24,7 +24,7 @@ def mixture_weights(tasks: Iterable[str] | Mapping[str, float], task_names: Sequ
 
 
 def loss_weights(train: FeatureTable, task_loss_weighting: str, sampling_weights: np.ndarray) -> np.ndarray:
-    """Weight of each training row's loss in a step, `(n,)`, with mean 1.
+    """Weight of each training row's loss in a step, `(n,)`, with mean 1 over all rows that these stand for.
 
     transformers and trl average a step's loss over tokens. With any other weighting than "tokens" it is the mean of the
     tasks' means, so that a task counts as much however many tokens it has and however often its rows are drawn. This
@@ -40,6 +40,10 @@ def loss_weights(train: FeatureTable, task_loss_weighting: str, sampling_weights
     """
     check_one_of("task_loss_weighting", task_loss_weighting, LOSS_WEIGHTINGS, EstimationError)
     tokens = np.ones(len(train)) if train.num_tokens is None else train.num_tokens
+    of_task = train.rows_per_captured
     if task_loss_weighting != "tokens":
-        tokens = tokens / (np.bincount(train.task, tokens, len(sampling_weights)) * sampling_weights)[train.task]
-    return tokens / tokens.mean()
+        totals = np.bincount(train.task, tokens, len(sampling_weights)) * of_task
+        tokens = tokens / (totals * sampling_weights)[train.task]
+    if train.task_sizes is None:
+        return tokens / tokens.mean()
+    return tokens / np.average(tokens, weights=of_task[train.task])

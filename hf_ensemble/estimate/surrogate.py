@@ -107,6 +107,14 @@ class SurrogateProblem:
         margin = torch.cat([rows.margin for rows in self._tasks]).cpu().numpy()
         return features, margin, np.repeat(np.arange(len(self.counts)), self.counts)
 
+    def some_rows(self, task: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Features `(m, k)`, margins and weights `(m,)` of evenly spaced rows of a task, at most `most`; float32."""
+        rows = self._tasks[task]
+        count = len(rows.margin)
+        places = torch.arange(min(most, count), device=self._device) * count // min(most, count)
+        weight = rows.weighted(torch.ones_like(rows.margin))[places]
+        return tuple(values.float().cpu().numpy() for values in (rows.single[places], rows.margin[places], weight))
+
     def solve(
         self,
         mixtures: np.ndarray,

@@ -48,6 +48,8 @@ class TrainingLength:
         sampling_weights (`np.ndarray` of shape `(T,)`): weight of each task's rows in a training on all tasks.
         recipe (`TrainingRecipe`, *optional*): the training.
         row_weights (`np.ndarray` of shape `(n,)`, *optional*): weight of each row's loss in a batch. 1 by default.
+        counts (`np.ndarray` of shape `(T,)`, *optional*):
+            Number of rows of each task of which these are a sample; sums over a task's rows are scaled to them.
     """
 
     def __init__(
@@ -59,11 +61,14 @@ class TrainingLength:
         sampling_weights: np.ndarray,
         recipe: TrainingRecipe | None = None,
         row_weights: np.ndarray | None = None,
+        counts: np.ndarray | None = None,
     ):
-        self._counts = np.bincount(task)
+        given = np.bincount(task)
+        self._counts = given if counts is None else counts
+        per_row = self._counts / given
         row_weights = np.ones(len(task)) if row_weights is None else row_weights
         # Sum of row weights by task.
-        self._totals = np.bincount(task, row_weights)
+        self._totals = np.bincount(task, row_weights) * per_row
         self._fixed_steps = recipe is not None and recipe.fixed_steps
         self._batch_size = recipe.batch_size if recipe is not None and recipe.num_parameters is not None else None
         self._growth = 0.0
@@ -72,9 +77,9 @@ class TrainingLength:
         residual = row_weights * np.exp(-np.logaddexp(0.0, np.asarray(margin, dtype=np.float64)))
         # Sums over each task's rows of the weighted loss gradients and of their squared norms.
         self._gradients = np.stack(
-            [residual[task == index] @ features[task == index] for index in range(len(self._counts))]
+            [residual[task == index] @ features[task == index] * per_row[index] for index in range(len(self._counts))]
         )
-        self._squares = np.bincount(task, residual**2 * squared_norms)
+        self._squares = np.bincount(task, residual**2 * squared_norms) * per_row
         self._all = sampling_weights[None]
         self._all_rows = float(epoch_length(sampling_weights, self._counts))
         self._least_square = np.finfo(float).tiny

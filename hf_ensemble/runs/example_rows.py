@@ -34,11 +34,12 @@ class TaskRows:
     """Scores of a task's training rows.
 
     Args:
-        num_rows (`int`): number of rows.
+        num_rows (`int`): number of rows with a score.
         num_harmful (`int`): number of rows with a negative score.
         quantiles (`list[float]`): minimum, quartiles and maximum of the scores.
         lowest (`list[ShownRow]`): the rows with the lowest scores, lowest first.
         highest (`list[ShownRow]`): the rows with the highest scores, highest first; none that is among the lowest.
+        num_without_score (`int`): number of further rows, whose gradients were not captured.
     """
 
     num_rows: int
@@ -46,6 +47,7 @@ class TaskRows:
     quantiles: list[float]
     lowest: list[ShownRow]
     highest: list[ShownRow]
+    num_without_score: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class ExampleRows(Record):
     """
 
     format = "hf_ensemble.example_rows"
+    format_version = 2
 
     targets: dict[str, float]
     tasks: dict[str, TaskRows]
@@ -66,7 +69,7 @@ class ExampleRows(Record):
 
     @classmethod
     def of(cls, scores: ExampleScores, text_of: Callable[[str, str], str]) -> "ExampleRows":
-        """From scores of all rows.
+        """From scores of rows.
 
         Args:
             scores (`ExampleScores`): of the rows.
@@ -77,7 +80,7 @@ class ExampleRows(Record):
             own = scores.scores[task]
             return [ShownRow(name, own[name], _cut(text_of(task, name))) for name in names]
 
-        tasks = {}
+        tasks, without = {}, scores.num_without_score()
         for task, own in scores.scores.items():
             if not own:
                 continue
@@ -91,6 +94,7 @@ class ExampleRows(Record):
                 quantiles=np.quantile(values, _QUANTILES).tolist(),
                 lowest=shown(task, lowest),
                 highest=shown(task, highest),
+                num_without_score=without.get(task, 0),
             )
         return cls(scores.targets, tasks, scores.summary)
 

@@ -43,12 +43,21 @@ def split_into_clusters(
         clusters (`dict[str, int]`): number of clusters by task.
 
     Raises:
-        `ConfigurationError`: for unknown tasks, and more clusters than rows.
+        `ConfigurationError`: for unknown tasks, more clusters than rows, and tasks of which not all rows are captured.
     """
     for name, count in checked_mapping("clusters", clusters).items():
         check_at_least(f"The number of clusters of {name!r}", count, 1)
     checked_names("tasks to cluster", clusters, train.task_names)
+    for name, captured, size in zip(train.task_names, train.num_captured.tolist(), train.sizes.tolist()):
+        if name in clusters and captured < size:
+            raise ConfigurationError(
+                f"Gradients of {captured} of the {size} training rows of {name!r} are captured, and the other rows "
+                "belong to no cluster.",
+                python=f'Capture all of them: capture_rows={{"{name}": None}}.',
+                terminal=f"Capture all of them: --capture_rows '{{\"{name}\": null}}'.",
+            )
     names: list[str] = []
+    sizes: list[int] = []
     task = np.empty(len(train), dtype=int)
     rows, tasks = [], []
     for index, name in enumerate(train.task_names):
@@ -57,6 +66,7 @@ def split_into_clusters(
         if count is None:
             labels, count = np.zeros(len(own), dtype=int), 1
             own_names = [name]
+            sizes.append(int(train.sizes[index]))
         else:
             if count > len(own):
                 raise ConfigurationError(
@@ -65,6 +75,7 @@ def split_into_clusters(
             labels = _clusters(train.features[own], count)
             count = int(labels.max()) + 1
             own_names = [cluster_name(name, label) for label in range(count)]
+            sizes += np.bincount(labels).tolist()
         task[own] = len(names) + labels
         for label in range(count):
             rows.append(held_out)
@@ -74,8 +85,18 @@ def split_into_clusters(
     arrays = {key: getattr(validation, key)[kept] for key in ("margin", "example_id")}
     arrays["features"] = take_rows(validation.features, kept)
     tokens = None if validation.num_tokens is None else validation.num_tokens[kept]
+    arrays["task_sizes"] = None
+    if validation.task_sizes is not None:
+        arrays["task_sizes"] = np.array(
+            [validation.sizes[validation.task_names.index(task_of(name))] for name in names]
+        )
     return (
-        replace(train, task=task, task_names=tuple(names)),
+        replace(
+            train,
+            task=task,
+            task_names=tuple(names),
+            task_sizes=None if train.task_sizes is None else np.array(sizes),
+        ),
         replace(validation, task=np.concatenate(tasks), task_names=tuple(names), num_tokens=tokens, **arrays),
     )
 

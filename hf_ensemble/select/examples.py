@@ -20,17 +20,28 @@ class ExampleScores(Choice):
         weights (`dict[str, float]`): sampling weights of the training that the rows are part of; the largest is 1.
         scores (`dict[str, dict[str, float]]`):
             For each task and example id, how much the targets' predicted loss falls when the row is sampled once more.
-            Negative for harmful rows.
+            Negative for harmful rows. Rows whose gradients were not captured have no entry.
+        num_rows (`dict[str, int]`): number of training rows of each task, captured or not.
         summary (`str`): one sentence.
         settings (`dict`): everything needed to score the rows again from the same features.
     """
 
     format: ClassVar[str] = "hf_ensemble.example_scores"
+    format_version: ClassVar[int] = 2
     made_by: ClassVar[str] = "score_examples"
 
     targets: dict[str, float]
     weights: dict[str, float]
     scores: dict[str, dict[str, float]]
+    num_rows: dict[str, int]
+
+    def num_without_score(self) -> dict[str, int]:
+        """Number of rows of each task that have no score, because their gradients were not captured; only such tasks.
+
+        [`CaptureConfig.capture_rows`] is how many are captured.
+        """
+        lacking = {task: count - len(self.scores[task]) for task, count in self.num_rows.items()}
+        return {task: count for task, count in lacking.items() if count}
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of [`DataSelector.score_examples`] that repeat the scores."""
@@ -40,7 +51,7 @@ class ExampleScores(Choice):
         """The lowest-scoring rows of each task, lowest first: a reason by example id, for [`TaskSet.without`].
 
         Args:
-            share (`float`): share of each task's rows, from 0 to 1.
+            share (`float`): share of each task's rows with a score, from 0 to 1.
             tasks (`Sequence[str]`, *optional*): the tasks to look at. All by default.
 
         Raises:
@@ -93,15 +104,19 @@ def score_examples(
     scores: dict[str, dict[str, float]] = {name: {} for name in names}
     for (task, example), value in zip(estimator.training_ids, influence.tolist()):
         scores[task][example] = value
+    num_rows = dict(zip(names, estimator.counts.tolist()))
+    every, scored = sum(num_rows.values()), len(influence)
+    which = f"{scored} rows" if scored == every else f"{scored} rows that were captured, of {every},"
     summary = (
-        f"Sampling {int((influence < 0).sum())} of the {len(influence)} rows more often is predicted to raise the loss "
-        f"of {', '.join(goals)}."
+        f"Sampling {int((influence < 0).sum())} of the {which} more often is predicted to raise the loss of "
+        f"{', '.join(goals)}."
     )
     arguments = {"tasks": tasks if tasks is None or isinstance(tasks, Mapping) else list(tasks)}
     return ExampleScores(
         goals,
         {name: float(weight) for name, weight in zip(names, weights) if weight},
         scores,
+        num_rows,
         summary=summary + calibration_note(estimator),
         settings=with_provenance(arguments, estimator),
     )

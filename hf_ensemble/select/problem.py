@@ -161,7 +161,7 @@ class SelectionProblem:
         while len(rows):
             needed, start = self._needed(len(rows)), prediction.coefficients[rows]
             exact = self.estimator.predict(masks[rows].astype(np.float64), needed=needed, initial=start)
-            for name in ("loss", "accuracy", "loss_low", "loss_high", "coefficients", "gradient_norm"):
+            for name in ("loss", "accuracy", "displacement", "coefficients", "gradient_norm"):
                 getattr(prediction, name)[rows] = getattr(exact, name)
             value[rows] = self._values(exact)
             known[rows] = True
@@ -198,13 +198,13 @@ class SelectionProblem:
 
     def path_entry(self, scored: SubsetScores, row: int) -> dict[str, Any]:
         """A subset's entry in [`Selection.path`]."""
-        prediction = scored.prediction
-        low, high = float(self._sum(prediction.loss_low[row])), float(self._sum(prediction.loss_high[row]))
+        prediction = scored.prediction.at(row)
+        low, high = float(self._sum(prediction.loss_low[0])), float(self._sum(prediction.loss_high[0]))
         entry = {
-            "predicted_loss": float(self._sum(prediction.loss[row])),
+            "predicted_loss": float(self._sum(prediction.loss[0])),
             "interval": [low, high] if np.isfinite(low) else None,
             "level": prediction.level if np.isfinite(low) else None,
         }
         if self.settings.selection_metric == "accuracy":
-            entry["predicted_accuracy"] = float(self._sum(prediction.accuracy[row]))
+            entry["predicted_accuracy"] = float(self._sum(prediction.accuracy[0]))
         return entry

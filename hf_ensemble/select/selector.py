@@ -93,7 +93,7 @@ class DataSelector:
         recipe = store.recipe
         if recipe is not None:
             # Fewer rows take fewer steps.
-            recipe = recipe.shortened(len(train) / store.num_rows("train"))
+            recipe = recipe.shortened(int(train.sizes.sum()) / int(store.table("train").sizes.sum()))
         validation = store.table("validation", names)
         if clusters and task_loss_weighting != "tokens":
             raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class FeatureTable:
         task_names (`tuple[str, ...]`): names of the tasks.
         example_id (`np.ndarray` of shape `(n,)`): id of each row within its task.
         num_tokens (`np.ndarray` of shape `(n,)`, *optional*): number of answer tokens of each row, if known.
+        task_sizes (`np.ndarray` of shape `(T,)`, *optional*):
+            Number of rows of each task of which these are a sample. By default they are all there are.
     """
 
     features: Features
@@ -45,13 +48,29 @@ class FeatureTable:
     task_names: tuple[str, ...]
     example_id: np.ndarray
     num_tokens: np.ndarray | None = None
+    task_sizes: np.ndarray | None = None
+
+    @property
+    def num_captured(self) -> np.ndarray:
+        """Number of rows of each task in the table, `(T,)`."""
+        return np.bincount(self.task, minlength=len(self.task_names))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of rows of each task that these stand for, `(T,)`."""
+        return self.num_captured if self.task_sizes is None else self.task_sizes
+
+    @property
+    def rows_per_captured(self) -> np.ndarray:
+        """How many rows of its task a row stands for, by task, `(T,)`; 1 where all rows are captured."""
+        return self.sizes / np.maximum(self.num_captured, 1)
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits that depend on all values and names."""
         digest = hashlib.sha256(json.dumps([self.task_names, self.example_id.tolist()]).encode())
         for _, block in row_blocks(self.features):
             digest.update(np.ascontiguousarray(block))
-        for array in (self.margin, self.task):
+        for array in (self.margin, self.task, *([] if self.task_sizes is None else [self.task_sizes])):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()[:32]
 
@@ -141,6 +160,27 @@ class GradientStore:
         """Number of rows of a split, without the excluded ones."""
         return int(self._kept(split).sum())
 
+    def task_sizes(self, split: str, names: Sequence[str] | None = None) -> np.ndarray | None:
+        """Number of rows of tasks in a split, `(T,)`, of which those captured are a sample; `None` where they are all.
+
+        A task's share of excluded rows is taken off.
+
+        Args:
+            split (`str`): `"train"` or `"validation"`.
+            names (`Sequence[str]`, *optional*): names of the tasks; all tasks by default.
+        """
+        known = self.identity.get("data", {}).get("num_rows", {}).get(split, {})
+        names = self.task_names if names is None else names
+        if not set(known) & set(names):
+            return None
+        here = np.array(self.rows["split"].to_pylist()) == split
+        planned, kept = (
+            Counter(task for task, is_own in zip(self.rows["task"].to_pylist(), own) if is_own)
+            for own in (here, self._kept(split))
+        )
+        sizes = [known.get(name, planned[name]) * kept[name] / max(planned[name], 1) for name in names]
+        return np.rint(sizes).astype(int)
+
     def _kept(self, split: str) -> np.ndarray:
         here = np.array(self.rows["split"].to_pylist()) == split
         return here & ~self.rows["excluded"].to_numpy(zero_copy_only=False)
@@ -178,6 +218,8 @@ class GradientStore:
             task_names=names,
             example_id=np.array(self.rows["example_id"].to_pylist())[positions],
             num_tokens=self.rows["num_tokens"].to_numpy()[positions],
+            # Rows that are asked for by name stand for themselves.
+            task_sizes=None if isinstance(tasks, Mapping) else self.task_sizes(split, names),
         )
 
     def _among(self, wanted: Mapping[str, Sequence[str]], kept: np.ndarray) -> np.ndarray:

@@ -171,7 +171,9 @@ def _trained(run, name, tasks, first_step, generator, by_task=True):
 
 def _example_rows(run, targets, names, generator):
     scores = {task: {f"{task}-{row}": float(generator.normal(1e-6, 4e-6)) for row in range(12)} for task in names}
-    found = ExampleScores(targets, dict.fromkeys(names, 1.0), scores, summary="5 of the 72 rows harm.", settings={})
+    sizes = dict.fromkeys(names, 12)
+    summary = "5 of the 72 rows harm."
+    found = ExampleScores(targets, dict.fromkeys(names, 1.0), scores, sizes, summary=summary, settings={})
     run.write(ExampleRows.of(found, lambda task, example: f"Question {example} of {task}?\nAnswer: 4"))
 
 

@@ -89,6 +89,13 @@ class FlowContext:
         """Each task's validation rows as the model takes them."""
         return {name: self.model_columns(rows) for name, rows in self.eval_rows.items()}
 
+    def num_captured_rows(self) -> int:
+        """How many rows the capture takes gradients of."""
+        train = {name: len(task.splits["train"]) for name, task in self.tasks.items()}
+        held_out = {name: len(rows) for name, rows in self.eval_rows.items()}
+        args = self.args
+        return args.num_captured_rows("train", train) + args.num_captured_rows("validation", held_out)
+
     def answer_scorer(self) -> AnswerScorer:
         """Scores answers with whichever adapter of the model is active."""
         return AnswerScorer(self.model, self.label_space)

@@ -68,7 +68,7 @@ class EnsembleFlow:
         # A step is for the rows of one group, which are trained on, or scored by three adapters.
         step = one / 3 if args.boosting_method in TRAINED_METHODS else len(self.context.train_rows) / 3 * FORWARD
         boosting = args.boosting_steps * (step + 2 * rows * FORWARD)
-        captured = (len(self.context.train_rows) + rows) * TRAINING
+        captured = self.context.num_captured_rows() * TRAINING
         goes_on = args.group_initialization == "baseline"
         found = [
             *([Stage("gradients", "gradients", captured)] if self._needs_first_gradients else []),

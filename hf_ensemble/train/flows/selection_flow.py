@@ -60,7 +60,7 @@ class SelectionFlow:
         one = self.training.num_rows(self.context.tasks.names) * TRAINING
         found = [
             Stage(META_INITIALIZATION, "initialization", one),
-            Stage("gradients", "gradients", (len(self.context.train_rows) + rows) * TRAINING),
+            Stage("gradients", "gradients", self.context.num_captured_rows() * TRAINING),
             Stage("select", "selection", self.num_calibration_runs() * (one + rows * FORWARD)),
             # About half of the rows are kept.
             Stage(ADAPTER, "the final adapter", one / 2),

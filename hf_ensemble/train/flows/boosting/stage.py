@@ -186,12 +186,13 @@ class EnsembleBoosting:
         estimator = self._estimator
         mixture = np.array([float(task in tasks) for task in estimator.task_names])
         sampling = np.array([context.tasks.sampling_weights[task] for task in table.task_names])
+        drawn = (sampling * table.rows_per_captured)[table.task]
         step = linear_step(
             table.features,
             margin,
             estimator.penalty(mixture),
             args.boosting_method,
-            loss_weights(table, args.task_loss_weighting, sampling) * sampling[table.task],
+            loss_weights(table, args.task_loss_weighting, sampling) * drawn,
             args.num_components,
         )
         with context.model_state.restored():
