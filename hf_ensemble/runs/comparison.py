@@ -51,7 +51,8 @@ class Comparison(Record):
     def intervals(self) -> dict[str, SystemIntervals]:
         """95 % intervals over rows of every figure, and of its paired difference from one adapter for all."""
         rows = {name: {task: one.as_scores() for task, one in own.rows.items()} for name, own in self.systems.items()}
-        return system_intervals(rows, BASELINE)
+        # One that has just begun has not scored it yet.
+        return system_intervals(rows, BASELINE if BASELINE in rows else None)
 
     def mean(self, system: str) -> TaskScores:
         """A system's scores, mean over the tasks."""

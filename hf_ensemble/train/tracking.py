@@ -29,7 +29,8 @@ def is_tracker(callback: TrainerCallback) -> bool:
 
 
 def _is_any(callback: TrainerCallback, names: Sequence[str]) -> bool:
-    return isinstance(callback, tuple(INTEGRATION_TO_CALLBACK[name] for name in names))
+    known = INTEGRATION_TO_CALLBACK
+    return isinstance(callback, tuple(known[name] for name in names if name in known))
 
 
 def report_as_part_of_run(handler: CallbackHandler, name: str, first_step: int) -> None:

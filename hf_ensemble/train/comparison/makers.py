@@ -129,6 +129,7 @@ class SystemMaker:
             folder = self.run.compared("wider")
             trained = AdapterTraining(own).run("compared-wider", self.names, folder, length=self.training_ratio)
         finally:
+            model.set_adapter(context.adapter_name)
             model.delete_adapter(name)
             context.model_state.restore()
         return self._for_all("wider", [trained], f"{factor} times the rank, {self.training_ratio:.2f} times as long")
