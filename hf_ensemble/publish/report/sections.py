@@ -68,7 +68,7 @@ def _prediction_section(results: Results, main: str) -> Section:
         "predictions",
         "Predicted against measured",
         "Predictions are made before the adapters are trained"
-        + (", of each task under its group's adapter; the ensemble's weights may do better." if main == "ensemble" else "."),
+        + (", of each task under its group's adapter; the ensemble may do better." if main == "ensemble" else "."),
     )
     measured = {task: own.loss for task, own in results.scores[main].items()}
     shared = [task for task in results.predicted_loss if task in measured]
