@@ -51,8 +51,8 @@ def capture_gradients(
 ) -> GradientStore | dict[str, GradientStore]:
     """Capture the gradient features of training and validation examples: of all, or of a sample of each task's.
 
-    [`CaptureConfig.capture_rows`] says how many; the store records how many rows a sample is of, and estimates are of
-    trainings on all of them.
+    `capture_rows` of [`CaptureConfig`] says how many; the store records how many rows a sample is of, and estimates are
+    of trainings on all of them.
 
     Modes, gradients and random state of the model are left unchanged. An interrupted pass resumes at the first
     unfinished shard when it is started again with the same arguments, and ends with the same store. Under a distributed

@@ -38,7 +38,7 @@ class ExampleScores(Choice):
     def num_without_score(self) -> dict[str, int]:
         """Number of rows of each task that have no score, because their gradients were not captured; only such tasks.
 
-        [`CaptureConfig.capture_rows`] is how many are captured.
+        `capture_rows` of [`CaptureConfig`] is how many are captured.
         """
         lacking = {task: count - len(self.scores[task]) for task, count in self.num_rows.items()}
         return {task: count for task, count in lacking.items() if count}

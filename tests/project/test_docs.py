@@ -30,3 +30,10 @@ def test_relative_links_lead_somewhere():
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_no_entry_of_the_changelog_stands_twice():
+    # Merges that take both sides leave an entry's old form beside its new one.
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    beginnings = [line[:60] for line in lines if len(line) > 60]
+    assert len(set(beginnings)) == len(beginnings), {own for own in beginnings if beginnings.count(own) > 1}
