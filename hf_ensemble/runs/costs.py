@@ -118,17 +118,17 @@ def measured_cost() -> Iterator[CostMeter]:
     meter, start = CostMeter(), time.perf_counter()
     with _device_peak() as peaks, measured_usage() as usage:
         yield meter
-    has_device = torch.cuda.is_initialized()
-    peak = peaks[-1] if has_device else _peak_of_process()
     seconds = time.perf_counter() - start + usage.seconds
-    parts = run_on_all(lambda: (usage, peak))
+    parts = run_on_all(lambda: (usage, peaks[-1], _peak_of_process()))
+    # Keeping its random state initialises a device that a run on the CPU allocates nothing on.
+    on_device = max(own for _, own, _ in parts)
     meter.cost = StageCost(
         seconds=round(seconds, 3),
-        flops=float(sum(own.flops for own, _ in parts)),
-        tokens=sum(own.tokens for own, _ in parts),
-        padding=sum(own.padding for own, _ in parts),
-        peak_memory=max(own for _, own in parts),
-        memory_of="device" if has_device else "process",
+        flops=float(sum(own.flops for own, *_ in parts)),
+        tokens=sum(own.tokens for own, *_ in parts),
+        padding=sum(own.padding for own, *_ in parts),
+        peak_memory=on_device or max(own for *_, own in parts),
+        memory_of="device" if on_device else "process",
     )
 
 

@@ -47,6 +47,11 @@ def test_without_an_accelerator_in_use_memory_is_the_processs(monkeypatch):
     with measured_cost() as meter:
         pass
     assert meter.cost.memory_of == "process" and meter.cost.peak_memory > 2**20 and device.peak == 7
+    # One that was initialised and that nothing is on.
+    Device(monkeypatch)
+    with measured_cost() as meter:
+        pass
+    assert meter.cost.memory_of == "process" and meter.cost.peak_memory > 2**20
 
 
 def test_costs_add_up_but_for_the_peak():
