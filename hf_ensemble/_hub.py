@@ -26,6 +26,8 @@ logger = get_logger(__name__)
 _NUM_TRIES = 4
 # The Hub's answers that may be others a moment later: busy, out of order, or another commit came between.
 _PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+# Those of them that say that nothing was done.
+_UNDONE = (409, 412, 425, 429)
 # A file that the Hub has and that cannot be had is a dropped connection to huggingface_hub.
 _DROPPED = (HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)
 _REFUSALS = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, *_DROPPED)
@@ -80,8 +82,8 @@ def push_folder(
 ) -> CommitInfo:
     """Upload a folder, and delete what it replaces, in one commit.
 
-    Connections that drop and errors of the Hub are tried again. A push that was interrupted leaves the repository as it
-    was; the next one uploads what is lacking.
+    Connections that drop and errors of the Hub are tried again, but for a pull request that may have been opened. A
+    push that was interrupted leaves the repository as it was; the next one uploads what is lacking.
 
     Args:
         repository (`Repository`): where to push to.
@@ -182,7 +184,18 @@ def _may_pass(error: BaseException) -> bool:
     if refusal is None or isinstance(refusal, OfflineModeIsEnabled):
         return False
     status = _status(refusal)
-    return isinstance(refusal, _DROPPED) if status is None else status in _PASSING
+    passes = isinstance(refusal, _DROPPED) if status is None else status in _PASSING
+    return passes and not _may_have_opened(refusal)
+
+
+def _may_have_opened(error: BaseException) -> bool:
+    """Whether a pull request may be open, whose answer was lost: another try would open a second one."""
+    try:
+        # An error with an answer forgets its own request (huggingface_hub 2.4).
+        url = (getattr(error, "response", None) or error).request.url
+    except (AttributeError, RuntimeError):  # an error without a request, or one that was never sent
+        return False
+    return "/commit/" in url.path and b"create_pr" in url.query and _status(error) not in _UNDONE
 
 
 def _reason(error: BaseException, again: str) -> str:
@@ -204,8 +217,13 @@ def _reason(error: BaseException, again: str) -> str:
         return f"the Hub does not find it (404: {said}). Check repo_id and revision, and call {again}."
     if status in (409, 412):
         return f"others were committing to it at the same time ({status}: {said}). Call {again} when they are done."
+    answered = "the connection dropped" if status is None else f"the Hub answered {status}"
+    if _may_have_opened(error) and (status is None or status in _PASSING):
+        return (
+            f"{answered} when the pull request was to be opened ({said}). Look whether it is there before you call "
+            f"{again}."
+        )
     if _may_pass(error):
-        answered = "the connection dropped" if status is None else f"the Hub answered {status}"
         return (
             f"{answered} in each of {_NUM_TRIES} tries ({said}). Uploaded files are kept; to go on from there, call "
             f"{again}."

@@ -224,6 +224,21 @@ def test_branches_and_pull_requests(hub, ensemble):
     assert only_b.push_to_hub(REPOSITORY, create_pr=True).pr_url and set(hub.files()) == {".gitattributes"}
 
 
+@pytest.mark.parametrize("status", [None, 504, 412])
+def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(hub, ensemble, status):
+    def heads():
+        return set(HubStore(hub.folder).state(REPOSITORY)["heads"])
+
+    hub.faults.append(Fault(COMMIT, status, times=1, is_late=status != 412))
+    if status == 412:
+        # Nothing was done: it is tried again.
+        ensemble.push_to_hub(REPOSITORY, create_pr=True)
+    else:
+        with pytest.raises(PushError, match="when the pull request was to be opened.*Look whether it is there before"):
+            ensemble.push_to_hub(REPOSITORY, create_pr=True)
+    assert heads() == {"main", "refs/pr/1"} and hub.num_commits() == (2 if status == 412 else 1)
+
+
 def test_what_was_written_by_hand_beside_a_saved_ensemble_is_pushed(hub, ensemble, tmp_path):
     ensemble.save_pretrained(tmp_path / "saved")
     path = tmp_path / "saved" / CARD
