@@ -103,6 +103,13 @@ class CompareArguments(FlowArguments):
     )
     group_seed: int = field(default=0, metadata={"help": "Seed of the random groups."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target is not None:
+            raise ConfigurationError(
+                f"compare is for an ensemble, and a selection trains once: found --target {self.target}. Leave it out."
+            )
+
 
 @dataclass
 class FidelityArguments(FlowArguments):

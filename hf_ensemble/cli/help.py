@@ -78,7 +78,7 @@ def command_help(command: Command, with_parents: bool = False) -> str:
         data = groups.pop("Data")
         groups = {"Data": data, "Model and training": list(MOST_USED), **groups}
         if with_parents:
-            groups |= _parents_groups({option.name for own in groups.values() for option in own})
+            groups |= parents_groups({option.name for own in groups.values() for option in own})
     for title, options in groups.items():
         lines += [f"{title}:", *(_described(option, width) for option in options), ""]
     general = (*GENERAL, ALL) if command.has_parents else GENERAL
@@ -93,8 +93,8 @@ def command_help(command: Command, with_parents: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _parents_groups(seen: Collection[str]) -> dict[str, list[Option]]:
-    """The other arguments of the parents' trainers and models, from the classes themselves."""
+def parents_groups(seen: Collection[str]) -> dict[str, list[Option]]:
+    """The arguments of the parents' trainers and models that were not `seen`, from the classes themselves."""
     from transformers import TrainingArguments
     from trl import ModelConfig, SFTConfig
 

@@ -11,29 +11,9 @@ from contextlib import nullcontext, redirect_stdout
 from .. import __version__
 from ..errors import HfEnsembleError
 from .command import COMMANDS, Command
-from .help import MOST_USED, command_help, groups_of, main_help
+from .help import command_help, groups_of, main_help, parents_groups
 from .stopping import Terminated, print_last_line, sigterm_as_interrupt
 from .wording import in_terminal
-
-# Flags of the trainers that errors are about.
-_PARENTS = {
-    "max_steps",
-    "eval_strategy",
-    "seed",
-    "bf16",
-    "per_device_eval_batch_size",
-    "dataloader_drop_last",
-    "packing",
-}
-_PARENTS |= {
-    "load_in_8bit",
-    "dtype",
-    "push_to_hub",
-    "hub_model_id",
-    "label_smoothing_factor",
-    "train_sampling_strategy",
-}
-_PARENTS |= {option.name for option in MOST_USED}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,8 +73,11 @@ def _command(argv: Sequence[str]) -> Command:
 
 
 def _flags(command: Command) -> Collection[str]:
-    """The names of a command's own flags, and of those of the trainers that errors are about."""
-    return {option.name for own in groups_of(command).values() for option in own} | _PARENTS
+    """The names of a command's flags, those of its parents' trainers among them."""
+    groups = groups_of(command)
+    if command.has_parents:
+        groups |= parents_groups(())
+    return {option.name for own in groups.values() for option in own}
 
 
 def _print_json(result: object) -> None:

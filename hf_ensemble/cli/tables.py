@@ -177,7 +177,8 @@ def fidelity_table(report: FidelityReport) -> Table:
     table = Table(
         title="Prediction against truth: mean validation loss of subsets fine-tuned for real",
         caption=f"over all tasks: mean relative error {report.mean_relative_error:.1%}, "
-        f"correlation {report.correlation:.3f}, mean per-task Spearman {report.mean_task_spearman:.2f}",
+        f"correlation {_figure(report.correlation, '.3f')}, "
+        f"mean per-task Spearman {_figure(report.mean_task_spearman)}",
     )
     table.add_column("trained on")
     table.add_column("predicted", justify="right")
@@ -194,12 +195,12 @@ def fidelity_summary(report: FidelityReport) -> Table:
     table.add_column("value", justify="right")
     rows = [
         ("mean relative error of the loss", f"{report.mean_relative_error:.1%}"),
-        ("mean error of the accuracy", f"{report.mean_accuracy_error:.3f}"),
-        ("mean per-task Spearman", f"{report.mean_task_spearman:.2f}"),
-        ("    over subsets that hold the task", f"{report.mean_task_spearman_inside:.2f}"),
-        ("    over subsets that do not", f"{report.mean_task_spearman_outside:.2f}"),
-        ("correlation of losses", f"{report.correlation:.3f}"),
-        ("correlation of their changes by training", f"{report.change_correlation:.3f}"),
+        ("mean error of the accuracy", _figure(report.mean_accuracy_error, ".3f")),
+        ("mean per-task Spearman", _figure(report.mean_task_spearman)),
+        ("    over subsets that hold the task", _figure(report.mean_task_spearman_inside)),
+        ("    over subsets that do not", _figure(report.mean_task_spearman_outside)),
+        ("correlation of losses", _figure(report.correlation, ".3f")),
+        ("correlation of their changes by training", _figure(report.change_correlation, ".3f")),
     ]
     if report.interval_level is not None:
         rows.append((f"true losses inside of {report.interval_level:.0%} intervals", f"{report.interval_coverage:.0%}"))
@@ -212,7 +213,7 @@ def fidelity_summary(report: FidelityReport) -> Table:
             ),
             (
                 "    its Spearman, and the predictions' on these subsets",
-                f"{ceiling.mean_task_spearman:.2f}, {ceiling.predicted_mean_task_spearman:.2f}",
+                f"{_figure(ceiling.mean_task_spearman)}, {_figure(ceiling.predicted_mean_task_spearman)}",
             ),
         ]
     if report.first_order is not None:
@@ -223,6 +224,11 @@ def fidelity_summary(report: FidelityReport) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _figure(value: float | None, form: str = ".2f") -> str:
+    """A measure, or that there are too few subsets for one."""
+    return "-" if value is None or np.isnan(value) else format(value, form)
 
 
 def console(**options: Any) -> Console:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ..runs import FidelityReport, Results
 from .ensemble_trainer import EnsembleSFTTrainer, EnsembleTrainer
+from .flows.stages import announce
 from .inputs.evaluation_rows import labelled_test_rows
 from .selection_trainer import SelectionSFTTrainer, SelectionTrainer
 
@@ -27,6 +28,7 @@ def collect_results(
     results = trainer.report()
     rows = labelled_test_rows(trainer.tasks)
     if rows is not None:
+        announce("Next: evaluation on test rows", with_bars=not trainer.args.disable_tqdm)
         with trainer.run_directory.repeated("evaluation:test"):
             scores = trainer.scores(rows)
         trainer.flow.report("test", scores)

@@ -128,6 +128,9 @@ FLAGS = {
         ),
         "seed is negative": (["--subset_seed", "-1"], RUN, "subset_seed has to be an integer of at least 0"),
     },
+    "compare": {
+        "a selection": (["--target", "a"], RUN, "compare is for an ensemble.*found --target a. Leave it out"),
+    },
     "select": {
         "no store": ([], None, "Expected --store FOLDER"),
         "store is missing": (["--store", "{w}/none"], [], "Expected a gradient store in .*none', found no"),

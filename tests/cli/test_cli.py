@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import yaml
@@ -59,6 +60,8 @@ def test_fidelity_measures_draws_and_goes_on(tmp_path, base_folder, capsys):
     assert "How far predictions are to be trusted" in printed and "mean relative error of the loss" in printed
     assert main(command) == 0
     assert json.loads((tmp_path / "out" / "estimate" / "fidelity.json").read_text())["true_loss"] == report["true_loss"]
+    # Too few subsets for a rank correlation.
+    assert re.search(r"mean per-task Spearman (-|-?\d)", printed) and "nan" not in printed
     assert main(["fidelity"]) == 1 and "hf-ensemble fidelity --help" in capsys.readouterr().err
     assert main([*command, "--fidelity_subsets", "0"]) == 1
     assert "fidelity_subsets has to be a positive integer" in capsys.readouterr().err

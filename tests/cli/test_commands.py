@@ -138,10 +138,13 @@ def test_caps_are_checked(world, capsys):
 
 def test_eval_scores_a_split(world, capsys):
     folder, line, made, _ = world
-    scored = as_json(["eval", *line, "--split", "test"])
+    scored = as_json(["eval", *line, "--split", "test", "--disable_tqdm", "false"])
     expected = made["run"]["scores"]["ensemble"]["sums"]
     assert scored["scores"]["ensemble"]["sums"]["loss"] == pytest.approx(expected["loss"], abs=1e-6)
-    assert "Loss (accuracy) on test rows" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Loss (accuracy) on test rows" in said and "one adapter for all" in said
+    # Like every stage, each evaluation is announced.
+    assert re.search(r"Stage \d of \d: evaluation\n.*Next: evaluation on test rows\n", said, flags=re.DOTALL)
 
 
 def test_generate_answers_prompts_files_and_lines(world, tmp_path, monkeypatch, capsys):
