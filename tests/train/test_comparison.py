@@ -65,7 +65,7 @@ def test_every_system_is_scored_and_costed(compared):
     one = costs["baseline"].stored_parameters
     stored = {"per_task": 3, "finetuned": 3, "seeds": 2, "wider": 2, "longer": 1, "average": 3, "random_groups": 2}
     assert {name: costs[name].stored_parameters / one for name in stored} == stored
-    assert costs["seeds"].inference_flops > 1.5 * costs["longer"].inference_flops
+    assert costs["seeds"].inference_flops == pytest.approx(2 * costs["longer"].inference_flops)
     assert found.systems["lorahub"].search_flops > 0 < found.systems["task_arithmetic"].search_flops
 
 
