@@ -178,6 +178,19 @@ def test_tasks_that_agree_need_one_adapter():
     assert "is enough" in grouping.summary
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_same_rows_under_two_names_are_no_reason_to_warn():
+    rng = np.random.default_rng(0)
+    features, task = rng.normal(size=(20, 8)).astype(np.float32), np.repeat(np.arange(3), 20)
+    rows = np.concatenate([features, features, -features])
+    ids = np.array([str(index) for index in range(60)])
+    table = FeatureTable(rows, np.zeros(60, dtype=np.float32), task, ("a", "b", "c"), ids)
+    run = ObservedRun({"a": 1.0}, {"a": 0.5})
+    selector = DataSelector(SubsetEstimator(table, table, observed_runs=[run]))
+    grouping = selector.group(None, "mixtures", compute_budget=3.0, affinity_subsets=5)
+    assert grouping.group_of("a") == grouping.group_of("b") != grouping.group_of("c")
+
+
 def test_sampling_weights_are_what_mixtures_are_multiples_of():
     weights = {f"task_{index}": 1.0 + index for index in range(6)}
     estimator = circle(sampling_weights=weights)

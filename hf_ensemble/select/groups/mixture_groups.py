@@ -117,8 +117,12 @@ def _cluster_starts(estimator: SubsetEstimator, counts: Sequence[int], seed: int
     """Clusters of the tasks' gradient directions, as row weights."""
     directions = estimator.task_gradients()
     directions = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-12)
+    # Tasks of the same rows are one point: k-means warns where there are fewer points than clusters.
+    num_points = len(np.unique(directions.round(6), axis=0))
     found = []
     for count in counts:
+        if count > num_points:
+            break
         labels = KMeans(count, n_init=4, random_state=seed).fit_predict(directions)
         masks = np.stack([labels == label for label in np.unique(labels)])
         found.append(_as_row_weights(estimator, masks))
