@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.estimate.fidelity_measures import (
+from hf_ensemble.evaluate.fidelity_measures import (
     correlation,
     coverage,
     mean_or_nan,

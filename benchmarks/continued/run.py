@@ -11,7 +11,7 @@ nothing changes. FLAGS are those of `hf-ensemble fidelity`. Trainings are kept i
 import numpy as np
 
 from hf_ensemble.estimate import Prediction
-from hf_ensemble.estimate.fidelity_measures import (
+from hf_ensemble.evaluate.fidelity_measures import (
     correlation,
     coverage,
     mean_or_nan,

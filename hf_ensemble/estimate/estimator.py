@@ -8,24 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._settings import check_at_least, check_number, checked_mapping
 from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
-from ..tasks.sampling import epoch_length
 from .calibration import LossCalibration
 from .intervals import IntervalWidth, SamplingNoise
-from .mixtures import loss_weights, mixture_weights
+from .linearized_training import LinearizedTraining, check_rows
+from .mixtures import checked_mixtures, mixture_weights
 from .prediction import Prediction
-from .reduction import FeatureReduction, squared_row_norms
 from .regularization import ObservedRun, Regularization, choose_regularization, losses_of
-from .replay import replayed_coefficients
 from .sensitivity import LossSensitivity
-from .surrogate import SurrogateProblem
-from .training_length import TrainingLength
 from .validation_rows import ValidationRows
 
 
-class SubsetEstimator:
+class SubsetEstimator(LinearizedTraining):
     """Predicts the outcome of fine-tuning on any subset or mixture of tasks from gradient features.
 
     The surrogate's l2 penalty models the length of training: with a fixed number of epochs, more rows take more steps
@@ -75,72 +70,28 @@ class SubsetEstimator:
         task_loss_weighting: str = "tokens",
         length: float = 1.0,
     ):
-        check_at_least("num_components", num_components, 1)
         if not isinstance(observed_runs, Sequence) or not all(isinstance(run, ObservedRun) for run in observed_runs):
             raise EstimationError(f"Expected observed_runs as a list of ObservedRun, found {observed_runs!r:.80}.")
-        if recipe is not None and not isinstance(recipe, TrainingRecipe):
-            raise EstimationError(f"Expected recipe to be a TrainingRecipe, found {recipe!r:.60}.")
         if train.task_names != validation.task_names:
             raise EstimationError(
                 f"Expected training and validation features of the same tasks, found {train.task_names} and "
                 f"{validation.task_names}."
             )
-        self.task_names = train.task_names
-        for split, table in (("training", train), ("validation", validation)):
-            if (table.num_captured == 0).any():
-                raise EstimationError(
-                    f"Task {self.task_names[int(np.argmin(table.num_captured))]!r} has no {split} rows."
-                )
-        # Of all rows, where the captured ones are a sample.
-        self.counts, self.num_captured = train.sizes, train.num_captured
-        self.token_counts = None
-        if train.num_tokens is not None:
-            tokens = np.bincount(train.task, train.num_tokens, len(self.task_names)) * train.rows_per_captured
-            self.token_counts = np.rint(tokens).astype(int)
-        for name, weight in checked_mapping("sampling_weights", sampling_weights or {}, EstimationError).items():
-            check_number(f"The sampling weight of {name!r}", weight, 0, above=True, error=EstimationError)
-        self.sampling_weights = mixture_weights(
-            {**dict.fromkeys(self.task_names, 1.0), **(sampling_weights or {})}, self.task_names
-        )
+        check_rows(validation, "validation")
+        weights, replays = sampling_weights or {}, not observed_runs
+        super().__init__(train, num_components, weights, recipe, device, task_loss_weighting, length, replays)
         self._fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
-        check_number("length", length, 0, above=True, error=EstimationError)
-        self.length = length
-        recipe = self._recipe = None if recipe is None else recipe.of_length(length)
-        self.reduction = FeatureReduction.fit(train.features, num_components, device)
-        reduced = self.reduction.apply(train.features)
-        self.training_ids = tuple(zip((self.task_names[index] for index in train.task), train.example_id.tolist()))
-        self.task_loss_weighting = task_loss_weighting
-        row_weights = loss_weights(train, task_loss_weighting, self.sampling_weights)
-        # How many rows each captured one stands for, and the weight of their losses.
-        self._per_row = train.rows_per_captured[train.task]
-        self._row_weights = row_weights * self._per_row
-        self._train = SurrogateProblem(reduced, train.margin, train.task, device, self._row_weights)
         self._validation = ValidationRows(validation, self.reduction.apply(validation.features))
         self._validation_sizes = validation.sizes
         self.is_sampled = train.task_sizes is not None or validation.task_sizes is not None
         self.observed_runs = tuple(observed_runs)
         self.interval = IntervalWidth()
         self.calibration: LossCalibration | None = None
-        squared_norms = squared_row_norms(train.features) if recipe is not None else np.zeros(len(train))
-        self._length = TrainingLength(
-            features=reduced,
-            squared_norms=squared_norms / self.reduction.scale**2,
-            margin=train.margin,
-            task=train.task,
-            sampling_weights=self.sampling_weights,
-            recipe=recipe,
-            row_weights=row_weights,
-            counts=self.counts,
-        )
-        replayed = []
-        if recipe is not None and not observed_runs:
-            drawn = self.sampling_weights[train.task] * self._per_row
-            replayed = [self._replayed_run(reduced, train.margin, drawn, squared_norms, recipe, row_weights)]
         self.regularization: Regularization = choose_regularization(
             lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss,
             self.task_names,
             self.observed_runs,
-            replayed,
+            [] if self._replayed is None else [self._replayed_run(self._replayed)],
         )
         if self.observed_runs:
             mixtures, losses = losses_of(self.observed_runs, self.task_names)
@@ -179,19 +130,11 @@ class SubsetEstimator:
         Raises:
             `EstimationError`: for an empty mixture or negative weights.
         """
-        try:
-            mixtures = np.atleast_2d(np.asarray(mixtures, dtype=np.float64))
-        except (TypeError, ValueError) as error:
-            raise EstimationError(f"Expected mixtures as an array of numbers, found {mixtures!r:.80}.") from error
-        if mixtures.shape[1] != len(self.task_names):
-            raise EstimationError(f"Expected mixtures over {len(self.task_names)} tasks, found shape {mixtures.shape}.")
-        if not np.isfinite(mixtures).all():
-            raise EstimationError("Expected finite mixture weights, found NaN or infinity.")
+        mixtures = checked_mixtures(mixtures, len(self.task_names))
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
         if not np.issubdtype(np.asarray(scale).dtype, np.number):
             raise EstimationError(f"Expected l2_scale as a number or one for each mixture, found {l2_scale!r:.60}.")
-        sampled = mixtures * self.sampling_weights
-        solution = self._train.solve(sampled, self._length.l2(scale, sampled), initial=initial)
+        solution = self._solved(mixtures, scale, initial)
         return self._predicted(mixtures, solution.coefficients, solution.gradient_norm, needed, l2_scale is not None)
 
     def predict_toggled(
@@ -215,11 +158,7 @@ class SubsetEstimator:
         subset = np.asarray(subset, dtype=np.float64)
         mixtures = np.repeat(subset[None], len(tasks), axis=0)
         mixtures[np.arange(len(tasks)), tasks] = 1.0 - subset[tasks]
-        sampled, scale = subset[None] * self.sampling_weights, self.regularization.l2_scale
-        l2 = self._length.l2(scale, sampled)
-        w = self._train.solve(sampled, l2).coefficients[0] if optimum is None else optimum
-        new_l2 = self._length.l2(scale, mixtures * self.sampling_weights)
-        coefficients = self._train.toggled(sampled[0], w, l2[0], tasks, self.sampling_weights[tasks], new_l2)
+        coefficients = self._toggled(subset, tasks, mixtures, self.regularization.l2_scale, optimum)
         return self._predicted(mixtures, coefficients, np.full(len(tasks), np.nan), needed)
 
     def _predicted(
@@ -260,24 +199,14 @@ class SubsetEstimator:
             prediction (`Prediction`): predictions of this estimator.
         """
         noise = SamplingNoise(self._train, self.counts, self._validation, self._validation_sizes, self.loss_at)
+        l2 = self._penalties(prediction.mixtures, self.regularization.l2_scale)
         sampled = prediction.mixtures * self.sampling_weights
-        l2 = self._length.l2(self.regularization.l2_scale, sampled)
         rows = zip(prediction.coefficients, l2, sampled, np.isfinite(prediction.loss))
         return np.array([noise.of(*row) for row in rows])
 
-    def _replayed_run(
-        self,
-        reduced: np.ndarray,
-        margin: np.ndarray,
-        drawn: np.ndarray,
-        squared_norms: np.ndarray,
-        recipe: TrainingRecipe,
-        row_weights: np.ndarray,
-    ) -> ObservedRun:
-        """A training of the linearized model on all tasks."""
-        scale = self.reduction.scale
-        coefficients = replayed_coefficients(reduced, margin, drawn, squared_norms, scale, recipe, row_weights)
-        losses = self._validation.outcomes(coefficients)[0][0]
+    def _replayed_run(self, optimum: np.ndarray) -> ObservedRun:
+        """A training of the linearized model on all tasks, by where it has ended `(k,)`."""
+        losses = self._validation.outcomes(optimum)[0][0]
         return ObservedRun(dict.fromkeys(self.task_names, 1.0), dict(zip(self.task_names, losses.tolist())))
 
     def provenance(self) -> dict[str, Any]:
@@ -311,31 +240,16 @@ class SubsetEstimator:
             metric (`str`, *optional*, defaults to `"loss"`): `"loss"` or `"accuracy"`.
         """
         slope = 1.0
-        if metric == "loss":
+        if metric == "loss" and self.calibration is not None:
             loss = self._validation.outcomes(reference, targets[None] > 0)[0][0]
-            slope = np.where(targets > 0, self._calibration_slope(loss), 0.0)
+            slope = np.where(targets > 0, self.calibration.slope(loss), 0.0)
         return self._validation.spread(coefficients, reference, targets * slope, metric)
 
     def truncated(self, num_components: int) -> "SubsetEstimator":
         """The same estimator in its first principal components alone: less exact, and faster by about their share."""
-        check_at_least("num_components", num_components, 1)
-        other = copy.copy(self)
-        other._train = self._train.truncated(num_components)
+        other = super().truncated(num_components)
         other._validation = self._validation.truncated(num_components)
-        other._length = self._length.truncated(num_components)
         return other
-
-    @property
-    def has_fixed_steps(self) -> bool:
-        """Whether a training takes the same number of steps whatever it is on."""
-        return self._recipe is not None and self._recipe.fixed_steps
-
-    def training_cost(self, mixtures: np.ndarray) -> np.ndarray:
-        """Cost of training on mixtures `(S, T)`: rows drawn, in multiples of a whole training on all tasks, `(S,)`."""
-        if self.has_fixed_steps:
-            return np.full(len(mixtures), self.length)
-        everything = epoch_length(self.sampling_weights, self.counts)
-        return self.length * epoch_length(mixtures * self.sampling_weights, self.counts) / everything
 
     def halves(self, seed: int = 0) -> tuple["SubsetEstimator", "SubsetEstimator"]:
         """Two estimators with the same optima, each of the losses on a random half of every task's validation rows.
@@ -422,22 +336,11 @@ class SubsetEstimator:
         of_rows = self._train.task_slopes(optima, directions) + np.outer(penalties, totals) * product
         return -of_rows / totals[:, None] - np.stack(changes) * product
 
-    def _calibration_slope(self, loss: np.ndarray) -> np.ndarray:
-        return np.ones_like(loss) if self.calibration is None else self.calibration.slope(loss)
-
-    def task_gradients(self) -> np.ndarray:
-        """Mean negative loss gradient of each task's training rows at the linearization point, `(T, k)`."""
-        return self._length.task_gradients()
-
     def linear_margins(self, coefficients: np.ndarray) -> dict[tuple[str, str], float]:
         """Margin m_i + x_i.w of every validation example by (task, example id), for one w `(k,)`."""
         return self._validation.by_example(coefficients)
 
     def penalty(self, mixture: np.ndarray) -> float:
         """l2 of a mixture `(T,)` for coefficients of the captured features, in place of the reduced ones."""
-        sampled = np.asarray(mixture, dtype=np.float64)[None] * self.sampling_weights
-        return float(self._length.l2(self.regularization.l2_scale, sampled)[0]) * self.reduction.scale**2
-
-    def parameters_at(self, coefficients: np.ndarray) -> np.ndarray:
-        """Coefficients `(..., d)` of the captured features, as [`applied_update`] takes them."""
-        return self.reduction.restore(coefficients)
+        own = self._penalties(np.asarray(mixture, dtype=np.float64)[None], self.regularization.l2_scale)
+        return float(own[0]) * self.reduction.scale**2

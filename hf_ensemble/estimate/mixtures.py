@@ -23,6 +23,23 @@ def mixture_weights(tasks: Iterable[str] | Mapping[str, float], task_names: Sequ
     return np.array([weights.get(name, 0.0) for name in task_names])
 
 
+def checked_mixtures(mixtures: np.ndarray, num_tasks: int) -> np.ndarray:
+    """Mixtures as an array of float64, `(S, T)`; a single one may be `(T,)`.
+
+    Raises:
+        `EstimationError`: for another number of tasks, and for weights that are no numbers or not finite.
+    """
+    try:
+        found = np.atleast_2d(np.asarray(mixtures, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise EstimationError(f"Expected mixtures as an array of numbers, found {mixtures!r:.80}.") from error
+    if found.shape[1] != num_tasks:
+        raise EstimationError(f"Expected mixtures over {num_tasks} tasks, found shape {found.shape}.")
+    if not np.isfinite(found).all():
+        raise EstimationError("Expected finite mixture weights, found NaN or infinity.")
+    return found
+
+
 def loss_weights(train: FeatureTable, task_loss_weighting: str, sampling_weights: np.ndarray) -> np.ndarray:
     """Weight of each training row's loss in a step, `(n,)`, with mean 1 over all rows that these stand for.
 

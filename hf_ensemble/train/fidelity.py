@@ -9,7 +9,7 @@ from .._settings import check_at_least, checked_names
 from ..capture import applied_update
 from ..errors import ConfigurationError, EstimationError
 from ..estimate import Prediction, SubsetEstimator
-from ..estimate.fidelity_measures import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
+from ..evaluate.fidelity_measures import correlation, coverage, mean_or_nan, mean_relative_error, task_spearman
 from ..runs import FidelityReport, FirstOrderError, NoiseCeiling, ScoredRun
 from ..select import mixed_subsets
 from ..store import GradientStore

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hf_ensemble.estimate.fidelity_measures import (
+from hf_ensemble.evaluate.fidelity_measures import (
     correlation,
     coverage,
     mean_or_nan,
