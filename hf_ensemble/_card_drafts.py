@@ -7,6 +7,8 @@ from importlib import resources
 # trl's trainers write the first beside every checkpoint; PEFT's `save_pretrained` writes the second.
 _TEMPLATES = (("trl", "templates/lm_model_card.md"), ("huggingface_hub", "templates/modelcard_template.md"))
 _BEGINNING = "# Model Card for "
+# What PEFT's `save_pretrained` puts below a card that is there.
+_PEFT_VERSION = re.compile(r"\s*^### Framework versions\n\n- PEFT \S+\s*\Z", re.MULTILINE)
 _FENCED = re.compile(r"^```bibtex$.*?^```$", re.DOTALL | re.MULTILINE)
 _DEFAULT = re.compile(r"\{\{[^}]*default\(\"([^\"]*)\", true\)\s*\}\}")
 _CONDITIONAL = re.compile(r"\{%\s*if\b[^%]*%\}.*?\{%\s*endif\s*%\}")
@@ -22,6 +24,11 @@ def is_draft(text: str) -> bool:
     if not text.lstrip().startswith(_BEGINNING):
         return False
     return all(any(line.fullmatch(own) for line in _lines()) for own in _own_lines(text))
+
+
+def without_drafts(text: str) -> str:
+    """A card's text without what nobody wrote: a whole draft, or the version that PEFT puts at its end."""
+    return "" if is_draft(text) else _PEFT_VERSION.sub("", text)
 
 
 def _own_lines(text: str) -> list[str]:

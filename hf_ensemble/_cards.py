@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from ._card_drafts import is_draft
+from ._card_drafts import is_draft, without_drafts
 from ._files import write_atomically
 from .errors import CardError
 from .logging import get_logger
@@ -114,7 +114,8 @@ def updated_card(existing: str | None, metadata: Mapping[str, Any], body: str) -
     own, rest = split_card(existing or "")
     if is_draft(rest):
         # The misspelt entry is trl's placeholder.
-        own, rest = {key: value for key, value in own.items() if key != "licence"}, ""
+        own = {key: value for key, value in own.items() if key != "licence"}
+    rest = without_drafts(rest)
     marked = _MARKED.search(rest)
     written = _written(marked[0]) if marked else {}
     note = {key: value for key, value in metadata.items() if key != _INDEX}
@@ -167,7 +168,7 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
 def own_text(card: str) -> str:
     """What a card holds beside its metadata and its generated part; nothing for a draft of trl or PEFT."""
     text = _MARKED.sub("", split_card(card)[1]).strip()
-    return "" if is_draft(text) else text
+    return without_drafts(text)
 
 
 def joined_cards(local: str | None, remote: str | None) -> str | None:
