@@ -125,6 +125,35 @@ if torch.distributed.is_initialized():
     os._exit(0)
 """
 
+STREAMED = """
+import json, os, sys
+import torch
+from datasets import Dataset
+from helpers import toy
+from helpers.trainers import sft_config
+from hf_ensemble import EnsembleSFTTrainer
+
+folder, batch_size = sys.argv[1], int(sys.argv[2])
+changes = {"per_device_train_batch_size": batch_size, "max_steps": 6, "optim": "sgd", "learning_rate": 0.1}
+changes |= {"logging_strategy": "steps", "logging_steps": 1, "streaming_rows": 8}
+rows = {name: Dataset.from_list(toy.sum_rows(40, seed)) for seed, name in enumerate("abc")}
+trainer = EnsembleSFTTrainer(
+    model=toy.llama(),
+    args=sft_config(folder, **changes),
+    train_dataset={name: own if name == "a" else own.to_iterable_dataset() for name, own in rows.items()},
+    processing_class=toy.tokenizer(),
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    with open(f"{folder}/found.json", "w") as file:
+        json.dump([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], file)
+trainer.accelerator.end_training()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
 
 def launch(script: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(script), *arguments]
@@ -187,6 +216,18 @@ def test_two_processes_draw_weigh_and_log_as_one(tmp_path, monkeypatch):
         assert whole == resumed and len(whole) > 2 and {"loss_a", "loss_b", "loss_c"} <= set(whole[0]) | set(whole[1])
     for one, two in zip(found[0][0], found[1][0]):
         assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_rows_of_streams(tmp_path, monkeypatch):
+    script = tmp_path / "streamed.py"
+    script.write_text(STREAMED)
+    done = launch(script, 2, str(tmp_path / "2"), "2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", ["streamed.py", str(tmp_path / "1"), "4"])
+    exec(compile(STREAMED, "streamed.py", "exec"), {})
+    one, two = (json.loads((tmp_path / processes / "found.json").read_text()) for processes in ("1", "2"))
+    assert len(one) == 6 and one == pytest.approx(two, rel=1e-4)
 
 
 @pytest.mark.slow
