@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hf_ensemble.cli.tables import group_curve_table
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.select import DataSelector, coclustering, partition_loss
@@ -126,6 +127,8 @@ def test_one_group_is_spoken_of_in_the_singular():
     assert selector.group(1).summary.startswith("1 group was requested; the predicted loss of 1 group is ")
     assert selector.group(None, max_groups=1).summary.startswith("1 group has the least predicted loss, ")
     assert selector.group(2).summary.startswith("2 groups were requested; ")
+    table = group_curve_table(selector.group(None, max_groups=2))
+    assert {"1 group", "2 groups"} <= set(table.columns[0].cells)
 
 
 def test_overlap_never_raises_the_predicted_loss():

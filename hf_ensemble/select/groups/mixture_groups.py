@@ -110,7 +110,8 @@ def _summary(num_adapters: int, point: CostPoint, cost: float) -> str:
     else:
         verb = "lower" if point.expected_loss < together else "raise"
         change = f"{expected} {verb} the mean loss from {together:.4f} to {point.expected_loss:.4f}"
-    return f"{subject} {change} (predicted {point.predicted_loss:.4f}, before what the search makes of noise)."
+    noise = "before allowing for the noise that the search fits"
+    return f"{subject} {change} (predicted {point.predicted_loss:.4f}, {noise})."
 
 
 def _cluster_starts(estimator: SubsetEstimator, counts: Sequence[int], seed: int) -> list[np.ndarray]:
