@@ -73,6 +73,21 @@ def check_number(
     raise error(f"{name} has to be a finite number{lower}{upper}{' or None' if optional else ''}, found {value!r}.")
 
 
+def check_device(name: str, value: Any) -> None:
+    """Raise `ConfigurationError` for anything but the name of a device that is there, or `None`."""
+    if value is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(
+            f"{name} has to be a device of this machine, such as 'cpu' or 'cuda', or None, found {value!r} ({reason})."
+        ) from error
+
+
 def checked_names(
     what: str,
     names: Any,

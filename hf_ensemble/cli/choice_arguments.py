@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .._settings import check_at_least
+from .._settings import check_at_least, check_device
 from ..select import GroupingSettings, SelectionSettings
 
 
@@ -20,9 +20,13 @@ class ChoiceArguments:
     output_dir: str = field(default="choice", metadata={"help": "Where the choice and its pictures go."})
     tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the store to use; all by default."})
     num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
+    estimate_device: str | None = field(
+        default=None, metadata={"help": "Device that estimates are solved on, such as 'cuda'. The CPU by default."}
+    )
 
     def __post_init__(self):
         check_at_least("num_components", self.num_components, 1)
+        check_device("estimate_device", self.estimate_device)
 
 
 @dataclass

@@ -32,7 +32,12 @@ def selector_of(
         raise ConfigurationError("Expected --store FOLDER: captured gradients, or the output_dir of a run.")
     run = RunDirectory(arguments.store)
     own = run.gradients if continued_length is None else run.baseline_gradients
-    options = {"tasks": arguments.tasks, "num_components": arguments.num_components, "clusters": clusters}
+    options = {
+        "tasks": arguments.tasks,
+        "num_components": arguments.num_components,
+        "clusters": clusters,
+        "device": arguments.estimate_device,
+    }
     if own.is_dir():
         return run_selector(run, continued_length=continued_length, **options)
     length = 1.0 if continued_length is None else continued_length

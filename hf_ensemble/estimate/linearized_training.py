@@ -16,6 +16,9 @@ from .replay import replayed_coefficients
 from .surrogate import SurrogateProblem, SurrogateSolution
 from .training_length import TrainingLength
 
+# Rows that principal components are computed from where there are many more: a pass over all of them takes long.
+_COMPONENT_ROWS = 20_000
+
 
 class LinearizedTraining:
     """Where a training on any mixture of tasks ends, and what it costs, in the principal components of its gradients.
@@ -68,7 +71,7 @@ class LinearizedTraining:
         self.sampling_weights = mixture_weights({**dict.fromkeys(names, 1.0), **sampling_weights}, names)
         self.length = length
         recipe = self._recipe = None if recipe is None else recipe.of_length(length)
-        self.reduction = FeatureReduction.fit(train.features, num_components, device)
+        self.reduction = FeatureReduction.fit(train.features, num_components, device, _COMPONENT_ROWS)
         reduced = self.reduction.apply(train.features)
         self.training_ids = tuple(zip((names[index] for index in train.task), train.example_id.tolist()))
         self.task_loss_weighting = task_loss_weighting

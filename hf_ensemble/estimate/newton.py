@@ -5,6 +5,8 @@ task. The first steps are in float32. Near the optimum, objective, gradient and 
 the linear systems stay in float32, because the next gradient corrects their rounding (iterative refinement).
 """
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +19,10 @@ _LOOSEST, _TIGHTEST = 0.1, 1e-3
 _NEAR = 1e-4
 # Maximum number of Newton steps in float32.
 _MAX_FLOAT32_STEPS = 15
+# Maximum number of features in float64 at once, where they are given in float32.
+_CONVERTED = 2_000_000
+
+_memory = threading.local()
 
 
 @dataclass
@@ -37,10 +43,33 @@ class TaskRows:
     margin: torch.Tensor
     weight: torch.Tensor | None = None
 
-    @property
-    def features(self) -> torch.Tensor:
-        """Features in float64. Those in float32 are converted as they are used: a copy would triple the memory."""
-        return self.given.double()
+    def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Consecutive rows with their features in float64; valid until the next ones are asked for, by anyone.
+
+        Features in float32 are converted as they are used: a copy of all would triple the memory.
+        """
+        if self.given.dtype == torch.float64:
+            yield slice(None), self.given
+            return
+        rows = max(1, _CONVERTED // max(1, self.given.shape[1]))
+        for start in range(0, len(self.given), rows):
+            part = slice(start, start + rows)
+            yield part, _converted(self.given[part])
+
+    def products(self, w: torch.Tensor) -> torch.Tensor:
+        """x.w of every row for coefficients `(S, k)`, `(S, n)`, in their precision."""
+        if w.dtype != torch.float64:
+            return w @ self.single.T
+        found = w.new_empty(len(w), len(self.given))
+        for part, features in self.parts():
+            found[:, part] = w @ features.T
+        return found
+
+    def sums(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weighted sums `(S, k)` of the rows by weights `(S, n)`, in their precision."""
+        if weights.dtype != torch.float64:
+            return weights @ self.single
+        return sum(weights[:, part] @ features for part, features in self.parts())
 
     def truncated(self, num_components: int) -> "TaskRows":
         """The same rows in their first components."""
@@ -50,6 +79,20 @@ class TaskRows:
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
         """Multiply values `(..., n)` by the row weights."""
         return values if self.weight is None else values * self.weight.to(values.dtype)
+
+
+def _converted(features: torch.Tensor) -> torch.Tensor:
+    """A copy in float64; on the CPU in memory that the next copy overwrites.
+
+    New memory for every copy, with what is kept between them, splits the heap into pieces that the next one does not
+    fit into: a process grows by gigabytes.
+    """
+    if features.device.type != "cpu":
+        return features.double()
+    memory = getattr(_memory, "converted", None)
+    if memory is None or memory.numel() < features.numel():
+        memory = _memory.converted = torch.empty(features.numel(), dtype=torch.float64)
+    return memory[: features.numel()].view(features.shape).copy_(features)
 
 
 def joined(tasks: list[TaskRows]) -> TaskRows:
@@ -82,11 +125,6 @@ class WeightedRows:
     z: torch.Tensor
     curvature: torch.Tensor | None = None
 
-    @property
-    def features(self) -> torch.Tensor:
-        """The rows' features in the precision of z."""
-        return self.rows.features if self.z.dtype == torch.float64 else self.rows.single
-
     def loss(self, z: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the rows' losses, `(s,)`."""
         losses = self.rows.weighted(torch.nn.functional.logsigmoid(z))
@@ -99,7 +137,7 @@ class WeightedRows:
         wrong = torch.sigmoid(-self.z)
         slope = self.rows.weighted(self.weight * wrong)
         self.curvature = (slope * (1 - wrong)).float()
-        return -slope @ self.features
+        return -self.rows.sums(slope)
 
     def restricted(self, kept: torch.Tensor) -> "WeightedRows":
         """The same rows with only the mixtures in the mask `kept` `(S,)`, renumbered."""
@@ -194,7 +232,7 @@ def _objective(blocks, w, ridge):
 
 def _line_search(blocks, w, value, step, slope, ridge):
     """Halve each mixture's step until its objective decreases sufficiently (Armijo 1966); updates the blocks' z."""
-    z_steps = [step[block.mixtures] @ block.features.T for block in blocks]
+    z_steps = [block.rows.products(step[block.mixtures]) for block in blocks]
     size, rounding = torch.ones_like(ridge), 5 * torch.finfo(value.dtype).eps
     for halvings in range(41):
         trial = w + size * step

@@ -12,7 +12,10 @@ import torch
 from scipy.linalg import eigh
 
 from ..errors import EstimationError
-from ..store import Features, column_blocks, row_blocks
+from ..store import Features, column_blocks, row_blocks, take_rows
+
+# From this many rows a feature on, principal directions may be those of some rows.
+_ROWS_PER_FEATURE = 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class FeatureReduction:
 
     @classmethod
     def fit(
-        cls, features: Features, num_components: int, device: torch.device | str | None = None
+        cls,
+        features: Features,
+        num_components: int,
+        device: torch.device | str | None = None,
+        most_rows: int | None = None,
     ) -> "FeatureReduction":
         """Compute the leading principal directions of training features `(n, d)`, without centering.
 
@@ -42,11 +49,17 @@ class FeatureReduction:
             device (`torch.device` or `str`, *optional*):
                 Device for the products and eigenvectors, with float64, where there are at least as many rows as
                 features. The CPU by default.
+            most_rows (`int`, *optional*):
+                Number of evenly spaced rows that directions and scale are computed from, where there are more, and more
+                than eight times as many as features: they tell the directions as well. All rows by default.
 
         Raises:
             `EstimationError`: for features that are not finite or all zero.
         """
         n, d = features.shape
+        if most_rows is not None and n > (used := max(most_rows, _ROWS_PER_FEATURE * d)):
+            features = take_rows(features, np.linspace(0, n - 1, used).round().astype(int))
+            n = used
         device = torch.device("cpu" if device is None or d > n else device)
         gram, norms = np.zeros((min(n, d), min(n, d))), 0.0
         total = None if device.type == "cpu" else torch.zeros(d, d, dtype=torch.float64, device=device)

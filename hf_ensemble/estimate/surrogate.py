@@ -211,12 +211,12 @@ class SurrogateProblem:
         for task, rows in enumerate(self._tasks):
             if tasks is not None and not tasks[task]:
                 continue
-            features = rows.features
-            wrong = torch.sigmoid(-(rows.margin + features @ point))
-            gradients[task] = -(rows.weighted(wrong) @ features)
+            wrong = torch.sigmoid(-(rows.margin + rows.products(point[None])[0]))
+            gradients[task] = -rows.sums(rows.weighted(wrong)[None])[0]
             if mixture[task]:
                 curvature = (rows.weighted(wrong * (1 - wrong)) * float(mixture[task]) / total).unsqueeze(1)
-                hessian += features.T @ (curvature * features)
+                for part, features in rows.parts():
+                    hessian += features.T @ (curvature[part] * features)
         return hessian.cpu().numpy(), gradients.cpu().numpy()
 
     def task_slopes(self, w: np.ndarray, directions: np.ndarray) -> np.ndarray:
@@ -233,7 +233,8 @@ class SurrogateProblem:
         """Slope of every row's weighted loss at w `(k,)` along a direction `(k,)`, in the original row order."""
         point, along = (torch.from_numpy(array.copy()).to(self._device) for array in (w, direction))
         slopes = [
-            -rows.weighted(torch.sigmoid(-(rows.margin + rows.features @ point))) * (rows.features @ along)
+            -rows.weighted(torch.sigmoid(-(rows.margin + rows.products(point[None])[0])))
+            * rows.products(along[None])[0]
             for rows in self._tasks
         ]
         out = np.empty(len(self._order))
@@ -269,7 +270,7 @@ class SurrogateProblem:
             if w is None:
                 z = rows.margin.to(weights.dtype).repeat(len(using), 1)
             else:
-                z = torch.addmm(rows.margin, w[using], rows.features.T)
+                z = rows.margin + rows.products(w[using])
             blocks.append(WeightedRows(rows, using, weight, z))
         return blocks
 
@@ -313,7 +314,8 @@ def solve_surrogate(
 
 def _check_finite(**arrays: np.ndarray) -> None:
     for name, array in arrays.items():
-        if not np.isfinite(array).all():
+        # By parts: the mask of many features would take a quarter of their memory.
+        if not all(np.isfinite(part).all() for part in np.array_split(array, 1 + array.size // _JOINED)):
             raise EstimationError(f"Expected finite {name}, found a value that is not finite.")
 
 

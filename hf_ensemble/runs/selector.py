@@ -16,6 +16,7 @@ def run_selector(
     observed_runs: Sequence[ObservedRun] | None = None,
     clusters: Mapping[str, int] | None = None,
     continued_length: float | None = None,
+    device: str | None = None,
 ) -> DataSelector:
     """The selector of a run's captured gradients, sampling weights and true fine-tunings.
 
@@ -30,6 +31,7 @@ def run_selector(
         continued_length (`float`, *optional*):
             Choose for trainings of this length that go on from the adapter for all tasks, instead of whole ones from
             the start.
+        device (`str`, *optional*): see [`DataSelector.from_store`].
 
     Raises:
         `StoreError`: when the gradients are not captured.
@@ -57,4 +59,5 @@ def run_selector(
         clusters,
         record.task_loss_weighting,
         length,
+        device,
     )

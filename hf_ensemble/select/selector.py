@@ -67,6 +67,7 @@ class DataSelector:
         clusters: Mapping[str, int] | None = None,
         task_loss_weighting: str = "tokens",
         length: float = 1.0,
+        device: str | None = None,
     ) -> "DataSelector":
         """Create a selector from captured gradients.
 
@@ -81,6 +82,7 @@ class DataSelector:
             task_loss_weighting (`str`, *optional*, defaults to `"tokens"`): see [`SubsetEstimator`].
             length (`float`, *optional*, defaults to 1.0):
                 Length of the trainings to choose for, in multiples of the one whose recipe is in the store.
+            device (`str`, *optional*): device that predictions are made on, such as `"cuda"`. The CPU by default.
 
         Raises:
             `StoreError`: for an incomplete store.
@@ -111,6 +113,7 @@ class DataSelector:
             observed_runs,
             sampling_weights,
             recipe,
+            device,
             task_loss_weighting=task_loss_weighting,
             length=length,
         )

@@ -8,7 +8,15 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .._settings import Settings, check_at_least, check_flag, check_number, check_one_of, checked_mapping
+from .._settings import (
+    Settings,
+    check_at_least,
+    check_device,
+    check_flag,
+    check_number,
+    check_one_of,
+    checked_mapping,
+)
 from ..capture import CaptureConfig, FeatureSettings
 from ..errors import ConfigurationError
 from ..logging import get_logger
@@ -148,6 +156,10 @@ class RunArguments(BalancingArguments, FeatureSettings):
         default=None, metadata={"help": "Maximum number of tokens per backward pass of the capture, including padding."}
     )
     num_components: int = field(default=400, metadata={"help": "Principal components that estimates are solved in."})
+    estimate_device: str | None = field(
+        default=None,
+        metadata={"help": "Device that estimates are solved on, such as 'cuda', with float64. The CPU by default."},
+    )
     calibration_runs: int = field(
         default=1,
         metadata={
@@ -168,6 +180,7 @@ class RunArguments(BalancingArguments, FeatureSettings):
 
     def __post_init__(self):
         check_at_least("num_components", self.num_components, 1)
+        check_device("estimate_device", self.estimate_device)
         check_at_least("calibration_runs", self.calibration_runs, 0)
         check_number("validation_fraction", self.validation_fraction, 0, 1, above=True)
         check_at_least("streaming_rows", self.streaming_rows, 2)

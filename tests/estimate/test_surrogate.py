@@ -273,3 +273,22 @@ def test_bad_features_are_named(monkeypatch):
         FeatureReduction.fit(features, 5)
     with pytest.raises(EstimationError, match="Expected nonzero gradient features"):
         FeatureReduction.fit(np.zeros((10, 4), dtype=np.float16), 5)
+
+
+def test_rows_are_converted_in_parts_that_share_their_memory(monkeypatch):
+    """New memory for each of them lets the process grow with every step."""
+    rng = np.random.default_rng(0)
+    x, margin, task = rng.normal(size=(300, 12)).astype(np.float32), rng.normal(size=300), np.repeat([0, 1, 2], 100)
+    mixtures = np.array([[1.0, 0.0, 1.0], [0.5, 1.0, 0.0]])
+    whole = SurrogateProblem(x, margin, task)
+    expected = whole.solve(mixtures, np.full(2, 1e-3)).coefficients
+    slopes = whole.row_slopes(expected[0], expected[1])
+    derived = whole.derivatives(mixtures[0], expected[0], 1e-3)
+    monkeypatch.setattr("hf_ensemble.estimate.newton._CONVERTED", 7 * 12)
+    parts = SurrogateProblem(x, margin, task)
+    places = {features.data_ptr() for rows in parts._tasks for _, features in rows.parts()}
+    assert len(places) == 1
+    assert np.allclose(parts.solve(mixtures, np.full(2, 1e-3)).coefficients, expected, atol=1e-7)
+    assert np.allclose(parts.row_slopes(expected[0], expected[1]), slopes)
+    for own, other in zip(parts.derivatives(mixtures[0], expected[0], 1e-3), derived):
+        assert np.allclose(own, other)

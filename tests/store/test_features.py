@@ -90,3 +90,14 @@ def test_the_reduction_is_the_same_for_every_block(monkeypatch):
         assert np.allclose(
             found.apply(array) @ found.components.T, expected.apply(array) @ expected.components.T, atol=1e-6
         )
+
+
+def test_directions_of_some_rows_are_those_of_all():
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(6000, 20)) * np.geomspace(1, 1e-3, 20)).astype(np.float32)
+    every, some = (FeatureReduction.fit(features, 4, most_rows=most) for most in (None, 2000))
+    assert some.scale == pytest.approx(every.scale, rel=0.05)
+    assert np.linalg.svd(every.components.T @ some.components)[1].min() > 0.99
+    # Few rows a feature are all of use.
+    few = FeatureReduction.fit(features[:150], 4, most_rows=10)
+    assert np.array_equal(few.components, FeatureReduction.fit(features[:150], 4).components)

@@ -69,3 +69,9 @@ def test_configs_are_parsed_from_flags_and_explain_themselves(config, tmp_path):
 def test_trainers_are_trainers():
     assert issubclass(EnsembleSFTTrainer, SFTTrainer) and issubclass(SelectionSFTTrainer, SFTTrainer)
     assert issubclass(EnsembleTrainer, Trainer) and issubclass(SelectionTrainer, Trainer)
+
+
+def test_a_device_that_is_not_there_is_refused_at_once(tmp_path):
+    with pytest.raises(ConfigurationError, match="estimate_device has to be a device of this machine.*found 'abacus'"):
+        sft_config(tmp_path, estimate_device="abacus")
+    assert sft_config(tmp_path, estimate_device="cpu").estimate_device == "cpu"

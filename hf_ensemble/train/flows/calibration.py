@@ -166,7 +166,10 @@ class Calibration:
     def selector(self, count: int) -> DataSelector:
         """Predictions from the run's store, calibrated by `count` fine-tunings."""
         observed = self.observed_runs(count)
-        return run_selector(self.context.run, self.context.tasks.names, self.context.args.num_components, observed)
+        context, args = self.context, self.context.args
+        return run_selector(
+            context.run, context.tasks.names, args.num_components, observed, device=args.estimate_device
+        )
 
 
 def _name_of(folder: Path) -> str:

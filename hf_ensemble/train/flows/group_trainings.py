@@ -134,4 +134,5 @@ class GroupTrainings:
     def _selector(self, observed: Sequence[ObservedRun]) -> DataSelector:
         context, args = self.context, self.context.args
         length = args.continued_length if args.group_initialization == "baseline" else None
-        return run_selector(context.run, context.tasks.names, args.num_components, observed, continued_length=length)
+        options = {"continued_length": length, "device": args.estimate_device}
+        return run_selector(context.run, context.tasks.names, args.num_components, observed, **options)

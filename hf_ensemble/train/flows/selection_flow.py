@@ -135,7 +135,8 @@ class SelectionFlow:
         self, observed: list[ObservedRun], answered: Callable[[SubsetEstimator, np.ndarray], float] | None = None
     ) -> Selection:
         args, run = self.context.args, self.context.run
-        selector = run_selector(run, self.context.tasks.names, args.num_components, observed)
+        tasks = self.context.tasks.names
+        selector = run_selector(run, tasks, args.num_components, observed, device=args.estimate_device)
         verify = None if answered is None else partial(answered, selector.estimator)
         selection = selector.select(self.target, verify=verify, **args.select_arguments())
         keep_example_rows(self.context, selector, self.target, selection.weights)
