@@ -95,6 +95,11 @@ def _converted(features: torch.Tensor) -> torch.Tensor:
     return memory[: features.numel()].view(features.shape).copy_(features)
 
 
+def mean_square(features: torch.Tensor) -> torch.Tensor:
+    """Mean of the squared features `(n, k)` over the rows, `(k,)`, without a copy of them; see [`_converted`]."""
+    return torch.linalg.vector_norm(features, dim=0).square() / max(len(features), 1)
+
+
 def joined(tasks: list[TaskRows]) -> TaskRows:
     """The rows of several tasks as those of one; copied."""
     if len(tasks) == 1:
@@ -103,7 +108,7 @@ def joined(tasks: list[TaskRows]) -> TaskRows:
     single = given.float()
     weight = None if tasks[0].weight is None else torch.cat([rows.weight for rows in tasks])
     margin = torch.cat([rows.margin for rows in tasks])
-    return TaskRows(given, single, (single * single).mean(0), margin, weight)
+    return TaskRows(given, single, mean_square(single), margin, weight)
 
 
 @dataclass

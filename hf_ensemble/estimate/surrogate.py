@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import EstimationError
-from .newton import TaskRows, WeightedRows, approach, joined, minimize
+from .newton import TaskRows, WeightedRows, approach, joined, mean_square, minimize
 from .toggling import toggled_optima
 
 # Maximum number of (mixture, row) pairs with a weight in memory at once, at about 30 bytes each.
@@ -87,7 +87,7 @@ class SurrogateProblem:
             weights = u.split(self.counts.tolist())
         single = x.float()
         self._tasks = [
-            TaskRows(rows, rows32, (rows32 * rows32).mean(0), margins, own_weights)
+            TaskRows(rows, rows32, mean_square(rows32), margins, own_weights)
             for rows, rows32, margins, own_weights in zip(
                 *(array.split(self.counts.tolist()) for array in (x, single, m)), weights
             )

@@ -76,9 +76,10 @@ class TrainingLength:
             self._growth = _COHERENCE * recipe.input_gain * sum(recipe.learning_rates)
         residual = row_weights * np.exp(-np.logaddexp(0.0, np.asarray(margin, dtype=np.float64)))
         # Sums over each task's rows of the weighted loss gradients and of their squared norms.
-        self._gradients = np.stack(
-            [residual[task == index] @ features[task == index] * per_row[index] for index in range(len(self._counts))]
-        )
+        self._gradients = np.empty((len(self._counts), features.shape[1]))
+        for index in range(len(self._counts)):
+            own = task == index
+            self._gradients[index] = residual[own] @ features[own] * per_row[index]
         self._squares = np.bincount(task, residual**2 * squared_norms) * per_row
         self._all = sampling_weights[None]
         self._all_rows = float(epoch_length(sampling_weights, self._counts))
