@@ -1,8 +1,10 @@
 """Evaluation and prediction over several datasets as one, with the means over the tasks."""
 
+import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset
@@ -15,6 +17,14 @@ from ..tasks import IGNORE_INDEX
 
 # Figures of the evaluation loop itself, beside what `compute_metrics` returns.
 _OF_THE_LOOP = ("loss", "runtime", "samples_per_second", "steps_per_second")
+# `Trainer` builds evaluation loaders with the options of training loaders. They would reorder rows and leave some out,
+# and loaders that are kept for their workers are found by names that several datasets share.
+_EVALUATION_LOADERS = {
+    "train_sampling_strategy": "sequential",
+    "dataloader_drop_last": False,
+    "dataloader_in_order": True,
+    "dataloader_persistent_workers": False,
+}
 
 
 class TaskEvaluationMixin:
@@ -23,11 +33,35 @@ class TaskEvaluationMixin:
     The metrics of each dataset are named as the parent names them, `eval_TASK_loss`. Beside them stand the means over
     the datasets, `eval_loss`, and all of them are one entry of the log and one `on_evaluate`, so that
     `metric_for_best_model` may name any. [`predict`] takes a dict, too.
+
+    Dataloaders of evaluations and predictions have every row, in the dataset's order, and end with their pass, whatever
+    is set for those of the training.
     """
 
     has_tasks: bool
     # Of the tasks that are being evaluated, by the prefix of their metrics.
     _evaluated: dict[str, EvalLoopOutput] | None = None
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
+        with self._evaluation_loaders():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        with self._evaluation_loaders():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _evaluation_loaders(self) -> Iterator[None]:
+        """Arguments under which the parent builds a loader of all rows in their order."""
+        given = self.args
+        if self.has_tasks:
+            self.args = copy.copy(given)
+            for name, value in _EVALUATION_LOADERS.items():
+                setattr(self.args, name, value)
+        try:
+            yield
+        finally:
+            self.args = given
 
     def evaluate(
         self,
