@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
 
 
 def _attention(query, key, value, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+    """Scores and their products with the values; query heads may share keys and values (GQA)."""
+    return 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
 def _attention_backward(grad_out, query, key, value, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
+    """Scores once more, then the gradients of scores, queries and keys, and of values."""
+    return 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
 def _product(left: torch.Tensor, *args: Any, out_val: Any, **kwargs: Any) -> int:
@@ -30,10 +32,11 @@ def _expert_product(left: torch.Tensor, right: torch.Tensor, *args: Any, **kwarg
     return 2 * math.prod(left.shape) * right.shape[-1]
 
 
-# Operations that torch has no formula for.
+_KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+# Operations that torch has no formula for, or one that fails where query heads share keys and values.
 _FURTHER: dict[Any, Callable[..., int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **{getattr(_aten, f"_scaled_dot_product_{kernel}"): _attention for kernel in _KERNELS},
+    **{getattr(_aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward for kernel in _KERNELS},
     _aten._grouped_mm: _expert_product,
     _aten.addmm_: flop_registry[_aten.addmm],
     _aten.baddbmm_: flop_registry[_aten.baddbmm],
@@ -78,7 +81,7 @@ class FlopCounter(TorchDispatchMode):
 
 def _formula(func: Any) -> Callable[..., int] | None:
     packet = getattr(func, "_overloadpacket", None)
-    found = flop_registry.get(packet) or _FURTHER.get(packet)
+    found = _FURTHER.get(packet) or flop_registry.get(packet)
     if found is None and packet is not None and func.name().split(".")[0] in _QUANTIZED:
         return _product
     return found

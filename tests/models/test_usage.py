@@ -168,6 +168,35 @@ def test_attention_quantized_weights_and_inference_mode_count_alike(tmp_path):
         assert of(quantized) == expected
 
 
+@pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
+def test_attention_on_a_gpu_counts_like_torch_and_with_shared_keys_too(kernel):
+    forward_of = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
+
+    def of(num_key_heads, counter):
+        query = torch.empty(2, 8, 16, 32, device="meta", dtype=torch.bfloat16)
+        key = torch.empty(2, num_key_heads, 24, 32, device="meta", dtype=torch.bfloat16)
+        with counter:
+            forward_of(query, key, key, *(() if kernel == "flash_attention" else (None, False)))
+        return counter
+
+    equal = of(8, FlopCounter()).flops
+    assert equal == of(8, FlopCounterMode(display=False)).get_total_flops()
+    assert of(2, FlopCounter()).flops == equal
+
+
+def test_counts_of_attention_backward_are_those_of_torch():
+    def of(counter):
+        query, key = torch.randn(2, 4, 6, 8, requires_grad=True), torch.randn(2, 4, 10, 8, requires_grad=True)
+        with counter:
+            torch.nn.functional.scaled_dot_product_attention(query, key, key).sum().backward()
+        return counter
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        as_products = of(FlopCounterMode(display=False)).get_total_flops()
+    # Fused attention computes the scores once more for its backward.
+    assert of(FlopCounter()).flops == as_products + 2 * (2 * 4 * 6 * 10 * 8)
+
+
 def test_counts_go_on_and_do_not_mix():
     model = llama()
     with measured_usage() as outer:
