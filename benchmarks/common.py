@@ -66,7 +66,7 @@ def stated_command() -> str:
     """Command line of this process; a path outside the repository is cut to its last part."""
     words = []
     for word in sys.argv[1:]:
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        flag, equals, value = word.partition("=") if "=" in word else ("", "", word)
         path = Path(value)
         if path.is_absolute() or value.startswith(".."):
             path = path.resolve()

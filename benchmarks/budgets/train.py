@@ -1,0 +1,291 @@
+"""Trains every adapter that the systems are made of, and keeps what each says of the validation and test rows.
+
+    python -m benchmarks.budgets.train OUT --rows 150 --seed 0 [--worker 1] FLAGS
+
+FLAGS are those of `hf-ensemble fidelity`, without `--output_dir`. With `--max_epochs`, the recipe's number of epochs is
+that after which the validation loss of one adapter for all tasks stops falling. The first process draws the tasks'
+rows, trains the adapter for all tasks, captures the gradients and lists the trainings; it and any number of processes
+with other `--worker` numbers then take one training after another from the list. What is finished is not made again;
+of a killed process, delete the training's file in OUT/claims.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_ensemble._compat import package_versions, preserve_active_adapter
+from hf_ensemble._files import write_json
+from hf_ensemble.ensemble import PeftEnsembleModel
+from hf_ensemble.ensemble.merging.merge import merge_adapters
+from hf_ensemble.ensemble.saving.files import load_adapter
+from hf_ensemble.ensemble.weighting.collector import AnswerCollector
+from hf_ensemble.runs import run_selector
+from hf_ensemble.runs.systems import BASELINE
+from hf_ensemble.select import DataSelector
+from hf_ensemble.train.flows.adapter_training import AdapterTraining
+from hf_ensemble.train.flows.capturing import gradients_at_baseline
+from hf_ensemble.train.inputs.used_models import mark_as_of_a_run
+from hf_ensemble.train.model_state import ModelState
+
+from ..common import SPLITS, machine, make_parser, read_rows, write_rows
+from ..trainers import flag_value, trainer_from_flags
+from .systems import Part, SystemBuilder, needs, parts_of, parts_without_choice
+
+PLAN, EPOCHS = "plan.json", "epochs.json"
+# Rows of a task that weights are fitted to.
+VALIDATION_ROWS = 100
+MEMBER, TARGETS = "member", "targets"
+
+
+def drawn_tasks(data: Path, folder: Path, num_rows: int, seed: int) -> Path:
+    """Copies the tasks with a seeded sample of their training and validation rows, and all test rows."""
+    limits = {"train": num_rows, "validation": VALIDATION_ROWS}
+    for task in sorted(path for path in data.iterdir() if path.is_dir()):
+        for number, split in enumerate(SPLITS):
+            rows = read_rows(task / f"{split}.jsonl")
+            count = min(limits.get(split, len(rows)), len(rows))
+            order = np.random.default_rng([seed, number]).permutation(len(rows))
+            # Every label is among the rows.
+            firsts = {rows[index]["label"]: index for index in order[::-1]}
+            chosen = list(dict.fromkeys([*firsts.values(), *order]))[:count]
+            write_rows(folder / task.name / f"{split}.jsonl", [rows[index] for index in sorted(chosen)])
+    return folder
+
+
+def validation_curve(folder: Path, flags: list[str], max_epochs: int) -> list[float]:
+    """Validation loss of one adapter for all tasks, mean over the tasks, after each of `max_epochs` epochs."""
+    more = ["--num_train_epochs", str(max_epochs), "--eval_strategy", "epoch", "--output_dir", str(folder / "epochs")]
+    trainer, _ = trainer_from_flags([*flags, "--data", str(folder / "tasks"), *more])
+    with trainer.working():
+        run = trainer.run_directory
+        trained = trainer.flow.training.run(BASELINE, list(trainer.tasks), run.baseline)
+    losses: dict[float, list[float]] = {}
+    for entry in trained.log_history:
+        own = [value for key, value in entry.items() if key.startswith("eval_") and key.endswith("_loss")]
+        losses.setdefault(entry["epoch"], []).extend(own)
+    return [float(np.mean(own)) for own in losses.values() if own]
+
+
+class Worker:
+    """Makes parts and keeps their outputs.
+
+    Args:
+        folder (`Path`): of the study; shared by all processes.
+        number (`int`): of this process; 0 plans.
+        flags (`list[str]`): those of the trainer.
+    """
+
+    def __init__(self, folder: Path, number: int, flags: list[str]):
+        self.folder = folder
+        flags = [*flags, "--data", str(folder / "tasks"), "--output_dir", str(folder / f"run-{number}")]
+        self.trainer, self.tasks = trainer_from_flags(flags)
+        self.trainer.open_run()
+        self.flow = self.trainer.flow
+        context = self.flow.context
+        test = self.trainer.prepare_rows(self.tasks.split("test"))
+        self.tables = {
+            "validation": context.eval_tables,
+            "test": {name: context.model_columns(rows) for name, rows in test.items()},
+        }
+        for name in ("claims", "parts", "outputs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def baseline(self) -> Path:
+        return self.folder / "run-0" / "baseline"
+
+    def plan(self) -> None:
+        """Train the adapter for all tasks, capture, choose, and write the list of systems and trainings."""
+        trainer, flow, run = self.trainer, self.flow, self.trainer.run_directory
+        seconds = {"begin": time.time()}
+        with trainer.working():
+            baseline = flow.training.run(BASELINE, list(trainer.tasks), run.baseline)
+            flow.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
+            seconds["trained"] = time.time()
+            gradients_at_baseline(flow.context, flow.training)
+        trainer.capture()
+        seconds["captured"] = time.time()
+
+        def going_on(length: float) -> DataSelector:
+            count = trainer.args.num_components
+            return run_selector(run, list(trainer.tasks), count, [], continued_length=length)
+
+        systems = SystemBuilder(trainer.selector(), going_on, trainer.args.seed)()
+        seconds["chosen"] = time.time()
+        parts = parts_of(systems)
+        plan = {
+            "tasks": list(trainer.tasks),
+            "train_rows": {name: len(rows) for name, rows in trainer.tasks.split("train").items()},
+            "steps": baseline.global_step,
+            "machine": machine(str(flow.context.model.device)),
+            "versions": package_versions(),
+            "seconds": {name: value - seconds["begin"] for name, value in seconds.items()},
+            "parts": {name: asdict(part) for name, part in parts.items()},
+            "systems": [
+                {
+                    "label": one.label,
+                    "cost": one.cost,
+                    "parts": [part.name for part in one.parts],
+                    "own": {task: one.parts[number].name for task, number in one.own.items()},
+                    "predicted": one.predicted,
+                    "together": one.together,
+                }
+                for one in systems
+            ],
+        }
+        write_json(self.folder / PLAN, plan)
+
+    def work(self) -> None:
+        """Make parts until none is left; first those that no prediction chooses, while others are chosen."""
+        while not (self.baseline / "adapter_config.json").exists():
+            time.sleep(1)
+        with self.trainer.working():
+            self._make_all(parts_without_choice(list(self.trainer.tasks), self.trainer.args.seed))
+            while not (self.folder / PLAN).exists():
+                time.sleep(1)
+            plan = json.loads((self.folder / PLAN).read_text())
+            self._make_all({name: Part(**values) for name, values in plan["parts"].items()})
+
+    def _make_all(self, parts: dict[str, Part]) -> None:
+        left = list(parts)
+        while left:
+            # Those that wait for others come later.
+            made = {path.stem for path in (self.folder / "outputs").glob("*.npz")}
+            ready = [name for name in left if made.issuperset(needs(parts[name], parts))]
+            if not ready:
+                time.sleep(1)
+            for name in ready[:1]:
+                left.remove(name)
+                if self._claims(name):
+                    begin = time.time()
+                    folder = self.make(parts[name])
+                    trained = time.time()
+                    self.keep_outputs(parts[name], folder)
+                    print(name, round(trained - begin, 1), round(time.time() - trained, 1), flush=True)
+
+    def _claims(self, name: str) -> bool:
+        try:
+            os.close(os.open(self.folder / "claims" / name, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def make(self, part: Part) -> Path:
+        """Train or merge a part; returns where its adapter lies."""
+        folder, context = self.folder / "parts" / part.name, self.flow.context
+        if part.merging:
+            return self._merge(part, folder)
+        everything = {**dict.fromkeys(self.trainer.tasks, 1.0)}
+        if part.name == Part(everything).name:
+            return self.baseline
+        options = {
+            "seed": context.args.seed + 1000 * part.seed,
+            "start": self.baseline if part.goes_on else None,
+            "length": part.length,
+        }
+        if part.widening == 1:
+            self.flow.training.run(part.name, part.mixture, folder, **options)
+            return folder
+        model, name = context.model, "wider"
+        config = model.peft_config[context.adapter_name]
+        # Scaled by a constant, as the narrow one is.
+        wide = replace(config, r=config.r * part.widening, lora_alpha=config.lora_alpha * part.widening)
+        context.model_state.restore()
+        torch.manual_seed(context.args.seed)
+        model.add_adapter(name, wide)
+        mark_as_of_a_run(model.peft_config[name])
+        try:
+            model.set_adapter(name)
+            own = replace(context, adapter_name=name, model_state=ModelState(model))
+            AdapterTraining(own).run(part.name, part.mixture, folder, **options)
+        finally:
+            model.delete_adapter(name)
+            context.model_state.restore()
+        return folder
+
+    def _merge(self, part: Part, folder: Path) -> Path:
+        model, names = self.flow.context.model, {name: f"merged_{name}" for name in part.mixture}
+        with self._loaded({own: self.folder / "parts" / name for name, own in names.items()}):
+            weights = {names[name]: weight for name, weight in part.mixture.items()}
+            merge_adapters(model, weights, method=part.merging).save_pretrained(folder)
+        return folder
+
+    @contextmanager
+    def _loaded(self, folders: dict[str, Path]) -> Iterator[None]:
+        model = self.flow.context.model
+        with preserve_active_adapter(model):
+            try:
+                for name, folder in folders.items():
+                    load_adapter(model, folder, name)
+                    mark_as_of_a_run(model.peft_config[name])
+                yield
+            finally:
+                for name in folders:
+                    model.delete_adapter(name)
+
+    def keep_outputs(self, part: Part, folder: Path) -> None:
+        """Write the log-probabilities of each task's labels on its validation and test rows, `(rows, labels)`."""
+        tasks = list(part.mixture) if part.is_own else list(self.trainer.tasks)
+        context, found, targets = self.flow.context, {}, {}
+        with self._loaded({MEMBER: folder}):
+            ensemble = PeftEnsembleModel(context.model, [MEMBER], label_space=context.label_space)
+            ensemble.eval()
+            collect = AnswerCollector(
+                ensemble, context.data_collator, 128, 2**27, None, 0, False, context.mixed_precision
+            )
+            for split, tables in self.tables.items():
+                for task in tasks:
+                    answers = collect(task, tables[task])
+                    values = answers.values[0].double().log_softmax(-1)
+                    labels = values.isfinite().any(0)
+                    found[f"{split}/{task}"] = values[:, labels].numpy().astype(np.float16)
+                    targets[f"{split}/{task}"] = (labels.cumsum(0)[answers.targets] - 1).numpy().astype(np.int16)
+        if folder == self.baseline:
+            self._write_arrays(TARGETS, targets)
+        self._write_arrays(part.name, found)
+
+    def _write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        file = self.folder / "outputs" / f"{name}.npz"
+        partial = file.with_suffix(".part")
+        with partial.open("wb") as open_file:
+            np.savez_compressed(open_file, **arrays)
+        partial.replace(file)
+
+
+def main() -> None:
+    parser = make_parser(__file__, __doc__, output=False)
+    parser.add_argument("folder", type=Path, help="folder of the trainings and their outputs")
+    parser.add_argument("--rows", type=int, default=150, help="training rows per task")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows that are drawn and of the trainings")
+    parser.add_argument("--max_epochs", type=int, help="choose the number of epochs up to this one")
+    parser.add_argument("--worker", type=int, default=0, help="number of this process")
+    own, flags = parser.parse_known_args()
+    data = Path(flag_value(flags, "--data"))
+    passed = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    passed.add_argument("--data")
+    flags = [*passed.parse_known_args(flags)[1], "--seed", str(own.seed)]
+    if own.worker == 0 and not (own.folder / "tasks").is_dir():
+        drawn_tasks(data, own.folder / "tasks.part", own.rows, own.seed).rename(own.folder / "tasks")
+    if own.max_epochs and own.worker == 0 and not (own.folder / EPOCHS).exists():
+        write_json(own.folder / EPOCHS, validation_curve(own.folder, flags, own.max_epochs))
+    while not (own.folder / (EPOCHS if own.max_epochs else "tasks")).exists():
+        time.sleep(1)
+    if own.max_epochs:
+        curve = json.loads((own.folder / EPOCHS).read_text())
+        flags += ["--num_train_epochs", str(int(np.argmin(curve)) + 1)]
+    worker = Worker(own.folder, own.worker, flags)
+    if own.worker == 0 and not (own.folder / PLAN).exists():
+        worker.plan()
+    worker.work()
+
+
+if __name__ == "__main__":
+    main()
