@@ -123,7 +123,7 @@ def test_what_cannot_be_replayed_has_no_recipe():
 def test_some_of_the_tasks_are_trained_on_for_fewer_steps(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "hf_ensemble.estimate.estimator.replayed_coefficients",
+        "hf_ensemble.estimate.linearized_training.replayed_coefficients",
         lambda features, margin, weights, norms, scale, recipe, tokens: seen.append(recipe) or 0.1 * features.mean(0),
     )
     store = capture(tmp_path, recipe=TrainingRecipe([0.3, 0.6], 4))

@@ -26,7 +26,7 @@ class Judge:
 
     def __call__(self, coefficients):
         for subset, (own, score) in self.known.items():
-            if np.allclose(own, coefficients, atol=1e-8):
+            if np.allclose(own, coefficients, rtol=0, atol=1e-5):
                 self.calls.append(subset)
                 return score
         self.calls.append(None)
