@@ -21,8 +21,12 @@ Mixture = Mapping[str, float]
 
 
 def trainer_from_flags(flags: Sequence[str]):
-    """Build the trainer that `hf-ensemble fidelity` would build from these flags; returns it with its tasks."""
-    trainer = started(FidelityArguments, flags, "fidelity").trainer
+    """Build the trainer that `hf-ensemble fidelity` would build from these flags; returns it with its tasks.
+
+    Unless flags say otherwise, it predicts trainings from the start.
+    """
+    from_the_start = ["--grouping_method", "direct", "--group_initialization", "fresh"]
+    trainer = started(FidelityArguments, [*from_the_start, *flags], "fidelity").trainer
     return trainer, trainer.tasks
 
 

@@ -64,7 +64,11 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     flags += ["--group_initialization", "baseline", "--continued_length", str(own.length)]
     trainer, _ = trainer_from_flags(flags)
-    estimator = trainer.selector().estimator
+    trainer.group_tasks()
+    count = trainer.args.num_components
+    estimator = run_selector(
+        trainer.run_directory, list(trainer.tasks), count, [], continued_length=own.length
+    ).estimator
     names = list(estimator.task_names)
     subsets = subsets_of(names, own.num_subsets, trainer.args.seed)
     scored = []

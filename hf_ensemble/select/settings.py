@@ -143,7 +143,7 @@ class GroupingSettings(Settings):
         },
     )
     continued_length: float = field(
-        default=0.5,
+        default=1.0,
         metadata={
             "help": "With group_initialization='baseline': length of the trainings, in multiples of a whole one."
         },

@@ -21,6 +21,7 @@ from ..capture import CaptureConfig, FeatureSettings
 from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
+from ..select.settings import GROUPING_METHODS
 from ..tasks.sampling import LOSS_WEIGHTINGS, TASK_SAMPLINGS
 from .inputs.boosting import BoostingSettings
 from .inputs.trackers import check_trackers
@@ -32,6 +33,8 @@ WEIGHTINGS = ("cross_validated", "fitted", "own_group", "answers")
 # Orders of the rows that drawing them by weight leaves open.
 _ORDERS_OF_DRAWN_ROWS = ("random", "group_by_length")
 # LoRA needs about ten times the learning rate of full fine-tuning.
+# Training cost of an ensemble's adapters, in multiples of one adapter for all tasks.
+DEFAULT_BUDGET = 2.0
 ADAPTER_LEARNING_RATE = 2e-4
 
 Config = TypeVar("Config", bound=TrainingArguments)
@@ -225,8 +228,36 @@ class RunArguments(BalancingArguments, FeatureSettings):
 
 @dataclass
 class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
-    """How tasks are grouped, and adapters combined and boosted."""
+    """How tasks are grouped, and adapters combined and boosted.
 
+    By default groups are mixtures of all tasks that go on from the adapter for all tasks, at no more than twice the
+    training cost of that adapter. With a number of groups, and with settings that mixtures do not allow, they are a
+    partition. Without that adapter they are trained from the start.
+    """
+
+    grouping_method: str = field(
+        default="auto",
+        metadata={
+            "help": f"One of {', '.join(GROUPING_METHODS)}; or 'auto': mixtures within compute_budget, or 'direct' "
+            "with num_groups and with settings that mixtures do not allow."
+        },
+    )
+    compute_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "With grouping_method='mixtures': maximum training cost of all adapters, in multiples of one "
+            "adapter for all tasks, which is included where it is trained. 2.0 by default with grouping_method='auto'; "
+            "else the cheapest set of mixtures that is not told apart from the best one."
+        },
+    )
+    group_initialization: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the training of a group's adapter begins: 'fresh' where the adapter for all tasks begins, "
+            "'baseline' where that one has ended, to go on for continued_length; or 'auto': 'baseline' where the "
+            "adapter for all tasks is trained and no further fine-tunings calibrate."
+        },
+    )
     train_baseline: bool = field(
         default=True,
         metadata={
@@ -235,7 +266,7 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
         },
     )
     sequential_groups: bool = field(
-        default=True,
+        default=False,
         metadata={
             "help": "With grouping_method='mixtures': score each group's adapter on the evaluation rows when it is "
             "trained, and choose anew which mixtures are left to train, calibrated by it."
@@ -256,6 +287,7 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
         check_one_of("ensemble_weights", self.ensemble_weights, WEIGHTINGS)
         check_flag("train_baseline", self.train_baseline)
         check_flag("sequential_groups", self.sequential_groups)
+        self._resolve_groups()
         if self.group_initialization == "baseline" and not self.train_baseline:
             raise ConfigurationError(
                 "group_initialization='baseline' begins at the adapter for all tasks, which train_baseline=False does "
@@ -268,6 +300,23 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
                 "from gradients there. Leave calibration_runs out."
             )
         super().__post_init__()
+        self.check_order(self.grouping_method == "mixtures")
+
+    def _resolve_groups(self) -> None:
+        """Fill in what `"auto"` stands for."""
+        if self.grouping_method == "auto":
+            orders_all_rows = self.train_sampling_strategy not in _ORDERS_OF_DRAWN_ROWS
+            mixes = self.task_loss_weighting == "tokens" and not (self.overlapping_groups or orders_all_rows)
+            # Mixtures are as many as pay, at most.
+            mixes = mixes and self.num_groups is None
+            # A budget is refused below where there are no mixtures.
+            self.grouping_method = "mixtures" if mixes else "direct"
+            if mixes and self.compute_budget is None:
+                self.compute_budget = DEFAULT_BUDGET
+        if self.group_initialization == "auto":
+            check_at_least("calibration_runs", self.calibration_runs, 0)
+            goes_on = self.train_baseline and self.calibration_runs <= 1
+            self.group_initialization = "baseline" if goes_on else "fresh"
 
 
 @dataclass

@@ -253,7 +253,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             return captured_gradients(self.flow.context, self.flow.training)
 
     def selector(self) -> DataSelector:
-        """The predictions that the run's choices are made by.
+        """Predictions of trainings from the start, or from the meta-initialization of a selection.
 
         Gradients are captured and the fine-tunings that they need made where the run does not hold them yet.
         """

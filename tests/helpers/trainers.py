@@ -23,6 +23,10 @@ SMALL = {
 ESTIMATE = {"projection_dim": 128, "num_components": 20, "save_report": False}
 
 
+# Groups as a partition that is trained from the start: where a test is not about them, they cost least.
+PARTITION = {"grouping_method": "direct", "group_initialization": "fresh"}
+
+
 def without_speed(metrics):
     return {key: value for key, value in metrics.items() if not key.endswith(("_runtime", "_per_second"))}
 
@@ -30,7 +34,7 @@ def without_speed(metrics):
 def sft_config(folder, config_class=EnsembleSFTConfig, **changes):
     settings = {**SMALL, **ESTIMATE, "bf16": False, "gradient_checkpointing": False, "output_dir": str(folder)}
     if config_class is EnsembleSFTConfig:
-        settings["affinity_subsets"] = 20
+        settings |= {"affinity_subsets": 20, **PARTITION}
     return config_class(**{**settings, **changes})
 
 
@@ -53,9 +57,10 @@ def sft_trainer(folder, base, tasks=None, callbacks=None, processing_class=None,
 
 def text_trainer(folder, model, tasks, trainer_class=EnsembleTrainer, config=EnsembleConfig, peft="SEQ_CLS", **changes):
     options = {name: changes.pop(name) for name in ("target", "answer_metrics", "compute_metrics") if name in changes}
+    own = PARTITION if config is EnsembleConfig else {}
     return trainer_class(
         model=model,
-        args=config(**{**SMALL, **ESTIMATE, "output_dir": str(folder), **changes}),
+        args=config(**{**SMALL, **own, **ESTIMATE, "output_dir": str(folder), **changes}),
         train_dataset=split(tasks, "train"),
         eval_dataset=split(tasks, "validation"),
         processing_class=toy.tokenizer(),

@@ -28,7 +28,7 @@ def compared(tmp_path_factory):
     base = toy.save_model(toy.llama(), folder / "base")
     # Groups that go on from the adapter for all: the ensemble takes more than it, and gradients are captured there.
     settings = {"num_groups": 2, "num_train_epochs": 1, "ensemble_weights": "own_group"}
-    settings["group_initialization"] = "baseline"
+    settings |= {"group_initialization": "baseline", "continued_length": 0.5}
     trainer = sft_trainer(folder / "run", base, **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(makers, "_EVALUATIONS", 3)

@@ -12,10 +12,10 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
 from helpers.trainers import SMALL, sft_config, sft_trainer, split
-from hf_ensemble import PeftEnsembleModel, SelectionSFTConfig, SelectionSFTTrainer, TaskSet
+from hf_ensemble import EnsembleConfig, PeftEnsembleModel, SelectionSFTConfig, SelectionSFTTrainer, TaskSet
 from hf_ensemble._files import checksums
 from hf_ensemble.errors import ConfigurationError
-from hf_ensemble.runs import Costs, EnsembleWeights, Estimate
+from hf_ensemble.runs import Costs, EnsembleWeights, Estimate, run_selector
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
 from hf_ensemble.store import GradientStore
 from hf_ensemble.train.flows.calibration import Calibration
@@ -29,6 +29,7 @@ MIXTURES = {
     "train_baseline": False,
     "calibration_runs": 0,
     "num_train_epochs": 1,
+    "sequential_groups": True,
 }
 
 
@@ -166,11 +167,11 @@ def test_a_group_that_goes_on_is_a_plain_training_from_the_baselines_adapter(tmp
     )
     trainer.train()
     run, tasks = trainer.run_directory, TaskSet.from_datasets(toy.sft_tasks())
-    # Nothing is captured where no training begins.
-    assert not run.gradients.exists()
+    assert GradientStore(run.gradients).identity["model"]["theta0"] == run.trained_adapter("baseline").theta0
     assert GradientStore(run.baseline_gradients).identity["model"]["theta0"] == run.trained_adapter("group_0").theta0
     recorded = run.read(Estimate).predicted_loss
-    predicted = predicted_losses(trainer.selector().estimator, trainer.grouping)
+    going_on = run_selector(run, list(trainer.tasks), 20, [], continued_length=0.5)
+    predicted = predicted_losses(going_on.estimator, trainer.grouping)
     assert {name: list(own.values()) for name, own in recorded.items()} == {
         name: pytest.approx(own) for name, own in zip(trainer.grouping.groups, predicted.tolist())
     }
@@ -205,7 +206,7 @@ def test_one_group_that_goes_on_is_weighed_against_the_baseline(tmp_path, base_f
 
 def test_mixtures_that_go_on_are_chosen_anew_from_what_they_came_to(tmp_path, base_folder, monkeypatch):
     options = {"grouping_method": "mixtures", "compute_budget": 2.0, "group_initialization": "baseline"}
-    options |= {"continued_length": 1.0, "num_train_epochs": 2, "learning_rate": 0.01}
+    options |= {"continued_length": 1.0, "num_train_epochs": 2, "learning_rate": 0.01, "sequential_groups": True}
     chosen, choose = [], GroupTrainings._choice
 
     def recorded(self, observed, trained):
@@ -232,3 +233,42 @@ def test_there_has_to_be_an_adapter_to_go_on_from(tmp_path):
         sft_config(tmp_path, group_initialization="baseline", train_baseline=False)
     with pytest.raises(ConfigurationError, match="calibration_runs=2 fine-tunes from the start"):
         sft_config(tmp_path, group_initialization="baseline", calibration_runs=2)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, ("mixtures", "baseline", 2.0)),
+        ({"compute_budget": 1.2}, ("mixtures", "baseline", 1.2)),
+        ({"grouping_method": "mixtures"}, ("mixtures", "baseline", None)),
+        ({"group_initialization": "fresh"}, ("mixtures", "fresh", 2.0)),
+        ({"train_baseline": False}, ("mixtures", "fresh", 2.0)),
+        ({"calibration_runs": 2}, ("mixtures", "fresh", 2.0)),
+        ({"num_groups": 2}, ("direct", "baseline", None)),
+        ({"grouping_method": "direct", "train_baseline": False}, ("direct", "fresh", None)),
+        ({"overlapping_groups": True}, ("direct", "baseline", None)),
+        ({"task_loss_weighting": "tasks"}, ("direct", "baseline", None)),
+        ({"train_sampling_strategy": "sequential"}, ("direct", "baseline", None)),
+    ],
+)
+def test_groups_are_mixtures_that_go_on_unless_other_settings_say_otherwise(tmp_path, changes, expected):
+    config = EnsembleConfig(str(tmp_path), use_cpu=True, **changes)
+    assert (config.grouping_method, config.group_initialization, config.compute_budget) == expected
+
+
+def test_mixtures_have_to_be_drawn(tmp_path):
+    with pytest.raises(ConfigurationError, match="train_sampling_strategy='sequential' orders all rows"):
+        EnsembleConfig(str(tmp_path), use_cpu=True, grouping_method="mixtures", train_sampling_strategy="sequential")
+
+
+def test_a_run_by_default_costs_at_most_twice_the_adapter_for_all(tmp_path, base_folder):
+    unset = dict.fromkeys(("grouping_method", "group_initialization"), "auto")
+    trainer = sft_trainer(tmp_path / "run", base_folder, **unset)
+    trainer.train()
+    run, grouping = trainer.run_directory, trainer.grouping
+    assert grouping.method == "mixtures" and grouping.cost <= 2.0
+    baseline = run.trained_adapter("baseline").theta0
+    for name in grouping.groups:
+        if name != grouping.baseline_group:
+            assert run.trained_adapter(name).theta0 != baseline and run.trained_adapter(name).length == 1.0
+    assert "sums" in trainer.selector().select("sums").tasks

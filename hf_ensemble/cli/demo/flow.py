@@ -97,6 +97,9 @@ def demo_trainer(base: str, tasks: TaskSet, output_dir: Path, seed: int) -> Ense
     """An ensemble trainer with settings that suit a model of this size."""
     args = EnsembleSFTConfig(
         output_dir=str(output_dir),
+        # Families that contradict each other, which a partition shows best.
+        grouping_method="direct",
+        group_initialization="fresh",
         learning_rate=2e-3,
         num_train_epochs=4,
         max_length=32,

@@ -10,7 +10,7 @@ from datasets import Dataset
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...ensemble import PeftEnsembleModel
 from ...errors import ConfigurationError
-from ...estimate import LINEAR_METHODS, SubsetEstimator
+from ...estimate import SubsetEstimator
 from ...evaluate import TaskScores
 from ...publish import renew_model_card
 from ...runs import Boosting, Costs, SystemCost, TrainedAdapter
@@ -71,7 +71,7 @@ class EnsembleFlow:
         captured = self.context.num_captured_rows() * TRAINING
         goes_on = args.group_initialization == "baseline"
         found = [
-            *([Stage("gradients", "gradients", captured)] if self._needs_first_gradients else []),
+            Stage("gradients", "gradients", captured),
             Stage(BASELINE, "one adapter for all", one + rows * FORWARD),
             *([Stage(AT_BASELINE, "gradients at the adapter for all", captured)] if goes_on else []),
             Stage("group", "groups", runs * (one / 2 + rows * FORWARD)),
@@ -145,18 +145,11 @@ class EnsembleFlow:
 
         return EnsembleBoosting(self.context, self.training, assembly, self.grouping, estimator)
 
-    @property
-    def _needs_first_gradients(self) -> bool:
-        """Whether gradients at theta0 are needed: groups begin there, or boosting steps are solved there."""
-        args = self.context.args
-        is_solved = args.boosting_steps > 0 and args.boosting_method in LINEAR_METHODS
-        return args.group_initialization != "baseline" or is_solved
-
     def _prepare(self) -> None:
-        """Make what groups and boosting steps rest on: the one adapter for all, and gradients where they begin."""
+        """Make what all choices rest on: gradients at the start, the one adapter for all, and gradients there."""
         run, args = self.context.run, self.context.args
-        if self._needs_first_gradients:
-            captured_gradients(self.context, self.training)
+        # What helps a target is asked of trainings from the start, also where groups go on from that adapter.
+        captured_gradients(self.context, self.training)
         if args.train_baseline:
             with run.stage(BASELINE):
                 baseline = self.training.run(BASELINE, self.context.tasks.names, run.baseline)
@@ -165,9 +158,9 @@ class EnsembleFlow:
             gradients_at_baseline(self.context, self.training)
 
     def selector(self) -> DataSelector:
-        """The predictions that the first choice of groups is made by."""
+        """Predictions of trainings from the start."""
         self._prepare()
-        return self.groups.selector()
+        return self.calibration.selector(self.num_calibration_runs())
 
     def trainings(self) -> list[TrainedAdapter]:
         """The finished trainings that the ensemble rests on, in the order of their steps."""

@@ -127,10 +127,6 @@ class GroupTrainings:
             keep_example_rows(self.context, selector, self.context.tasks.names)
         return grouping
 
-    def selector(self) -> DataSelector:
-        """The predictions that the first choice is made by."""
-        return self._selector(self._evidence({}))
-
     def _selector(self, observed: Sequence[ObservedRun]) -> DataSelector:
         context, args = self.context, self.context.args
         length = args.continued_length if args.group_initialization == "baseline" else None
