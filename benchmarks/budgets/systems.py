@@ -5,17 +5,18 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 from hf_ensemble.estimate import SubsetEstimator
-from hf_ensemble.select import DataSelector, Grouping
-from hf_ensemble.select.groups.grouping import predicted_losses
+from hf_ensemble.select import DataSelector, Grouping, predicted_losses
+from hf_ensemble.train.comparison.groups import gradient_clusters, random_groups
 
 # Lengths of one adapter for all tasks, in multiples of the recipe's, and of trainings that go on from it.
 LENGTHS = (1.0, 1.5, 2.0)
 BUDGETS = (1.1, 1.5, 2.0)
 # Budgets of mixtures that begin where the adapter for all tasks does.
 FRESH_BUDGETS = (1.5, 2.0, 3.0)
+# Random groups and clusters of gradients.
+NUM_GROUPS = 4
 SCALINGS = (0.2, 0.3, 0.5, 0.7, 1.0)
 MERGING = ("sum", "ties", "tsv", "knots")
 ONE_FOR_ALL = "one adapter for all"
@@ -159,18 +160,14 @@ class SystemBuilder:
         return [Part({name: 1.0}, cost=self._share(name), is_own=True) for name in self.names]
 
     def _random(self) -> System:
-        return self._groups("random groups", random_groups(len(self.names), self.seed))
+        return self._groups("random groups", random_groups(self.names, NUM_GROUPS, self.seed))
 
-    def _clusters(self, num_groups: int = 4) -> System:
-        gradients = self.estimator.task_gradients()
-        gradients = gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-12)
-        labels = KMeans(num_groups, n_init=10, random_state=0).fit_predict(gradients)
-        return self._groups("clusters of gradients", [np.flatnonzero(labels == k) for k in range(num_groups)])
+    def _clusters(self) -> System:
+        return self._groups("clusters of gradients", gradient_clusters(self.estimator, NUM_GROUPS))
 
-    def _groups(self, label: str, groups: Sequence[Sequence[int]]) -> System:
-        named = [[self.names[index] for index in group] for group in groups if len(group)]
-        parts = [Part(dict.fromkeys(group, 1.0), cost=sum(map(self._share, group))) for group in named]
-        return System(label, parts, {name: number for number, group in enumerate(named) for name in group})
+    def _groups(self, label: str, groups: Sequence[Sequence[str]]) -> System:
+        parts = [Part(dict.fromkeys(group, 1.0), cost=sum(map(self._share, group))) for group in groups]
+        return System(label, parts, {name: number for number, group in enumerate(groups) for name in group})
 
     def _seeds(self, count: int) -> System:
         parts = [Part(self.all.mixture, seed=number) for number in range(count)]
@@ -201,15 +198,8 @@ def parts_without_choice(names: Sequence[str], seed: int) -> dict[str, Part]:
     found = [Part(everything, length=length) for length in LENGTHS]
     found += [Part(everything, seed=1), Part(everything, length=2.0, widening=2)]
     found += [Part({name: 1.0}, length, goes_on, is_own=True) for name in names for length, goes_on in _SHORT]
-    groups = random_groups(len(names), seed)
-    found += [Part(dict.fromkeys([names[index] for index in group], 1.0)) for group in groups]
+    found += [Part(dict.fromkeys(group, 1.0)) for group in random_groups(names, NUM_GROUPS, seed)]
     return {part.name: part for part in found}
-
-
-def random_groups(size: int, seed: int, num_groups: int = 4) -> list[list[int]]:
-    """A random partition of `size` tasks."""
-    order = np.random.default_rng(seed).permutation(size)
-    return [sorted(order[k::num_groups].tolist()) for k in range(num_groups)]
 
 
 def parts_of(systems: Sequence[System]) -> dict[str, Part]:

@@ -13,30 +13,24 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from hf_ensemble._compat import package_versions, preserve_active_adapter
+from hf_ensemble._compat import package_versions
 from hf_ensemble._files import write_json
 from hf_ensemble.ensemble import PeftEnsembleModel
 from hf_ensemble.ensemble.merging.merge import merge_adapters
-from hf_ensemble.ensemble.saving.files import load_adapter
 from hf_ensemble.ensemble.weighting.collector import AnswerCollector
 from hf_ensemble.runs import run_selector
 from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.select import DataSelector
-from hf_ensemble.train.flows.adapter_training import AdapterTraining
+from hf_ensemble.train.comparison.adapters import loaded_adapters, train_widened
 from hf_ensemble.train.flows.capturing import gradients_at_baseline
-from hf_ensemble.train.inputs.used_models import mark_as_of_a_run
-from hf_ensemble.train.model_state import ModelState
 
 from ..common import SPLITS, machine, make_parser, read_rows, write_rows
-from ..trainers import flag_value, trainer_from_flags
+from ..trainers import flag_value, train_baseline, trainer_from_flags
 from .systems import Part, SystemBuilder, needs, parts_of, parts_without_choice
 
 PLAN, EPOCHS = "plan.json", "epochs.json"
@@ -105,29 +99,26 @@ class Worker:
     def plan(self) -> None:
         """Train the adapter for all tasks, capture, choose, and write the list of systems and trainings."""
         trainer, flow, run = self.trainer, self.flow, self.trainer.run_directory
-        seconds = {"begin": time.time()}
+        begin = time.time()
+        train_baseline(trainer)
         with trainer.working():
-            baseline = flow.training.run(BASELINE, list(trainer.tasks), run.baseline)
-            flow.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
-            seconds["trained"] = time.time()
             gradients_at_baseline(flow.context, flow.training)
-        trainer.capture()
-        seconds["captured"] = time.time()
+        captured = time.time()
 
         def going_on(length: float) -> DataSelector:
             count = trainer.args.num_components
             return run_selector(run, list(trainer.tasks), count, [], continued_length=length)
 
         systems = SystemBuilder(trainer.selector(), going_on, trainer.args.seed)()
-        seconds["chosen"] = time.time()
+        chosen = time.time()
         parts = parts_of(systems)
         plan = {
             "tasks": list(trainer.tasks),
             "train_rows": {name: len(rows) for name, rows in trainer.tasks.split("train").items()},
-            "steps": baseline.global_step,
+            "steps": run.trained_adapter(BASELINE).global_step,
             "machine": machine(str(flow.context.model.device)),
             "versions": package_versions(),
-            "seconds": {name: value - seconds["begin"] for name, value in seconds.items()},
+            "seconds": {"trained and captured": captured - begin, "chosen": chosen - captured},
             "parts": {name: asdict(part) for name, part in parts.items()},
             "systems": [
                 {
@@ -183,7 +174,7 @@ class Worker:
         folder, context = self.folder / "parts" / part.name, self.flow.context
         if part.merging:
             return self._merge(part, folder)
-        everything = {**dict.fromkeys(self.trainer.tasks, 1.0)}
+        everything = dict.fromkeys(self.trainer.tasks, 1.0)
         if part.name == Part(everything).name:
             return self.baseline
         options = {
@@ -191,51 +182,24 @@ class Worker:
             "start": self.baseline if part.goes_on else None,
             "length": part.length,
         }
-        if part.widening == 1:
+        if part.widening > 1:
+            train_widened(self.flow, part.widening, part.name, part.mixture, folder, **options)
+        else:
             self.flow.training.run(part.name, part.mixture, folder, **options)
-            return folder
-        model, name = context.model, "wider"
-        config = model.peft_config[context.adapter_name]
-        # Scaled by a constant, as the narrow one is.
-        wide = replace(config, r=config.r * part.widening, lora_alpha=config.lora_alpha * part.widening)
-        context.model_state.restore()
-        torch.manual_seed(context.args.seed)
-        model.add_adapter(name, wide)
-        mark_as_of_a_run(model.peft_config[name])
-        try:
-            model.set_adapter(name)
-            own = replace(context, adapter_name=name, model_state=ModelState(model))
-            AdapterTraining(own).run(part.name, part.mixture, folder, **options)
-        finally:
-            model.delete_adapter(name)
-            context.model_state.restore()
         return folder
 
     def _merge(self, part: Part, folder: Path) -> Path:
         model, names = self.flow.context.model, {name: f"merged_{name}" for name in part.mixture}
-        with self._loaded({own: self.folder / "parts" / name for name, own in names.items()}):
+        with loaded_adapters(self.flow, {own: self.folder / "parts" / name for name, own in names.items()}):
             weights = {names[name]: weight for name, weight in part.mixture.items()}
             merge_adapters(model, weights, method=part.merging).save_pretrained(folder)
         return folder
-
-    @contextmanager
-    def _loaded(self, folders: dict[str, Path]) -> Iterator[None]:
-        model = self.flow.context.model
-        with preserve_active_adapter(model):
-            try:
-                for name, folder in folders.items():
-                    load_adapter(model, folder, name)
-                    mark_as_of_a_run(model.peft_config[name])
-                yield
-            finally:
-                for name in folders:
-                    model.delete_adapter(name)
 
     def keep_outputs(self, part: Part, folder: Path) -> None:
         """Write the log-probabilities of each task's labels on its validation and test rows, `(rows, labels)`."""
         tasks = list(part.mixture) if part.is_own else list(self.trainer.tasks)
         context, found, targets = self.flow.context, {}, {}
-        with self._loaded({MEMBER: folder}):
+        with loaded_adapters(self.flow, {MEMBER: folder}):
             ensemble = PeftEnsembleModel(context.model, [MEMBER], label_space=context.label_space)
             ensemble.eval()
             collect = AnswerCollector(

@@ -7,7 +7,7 @@ _DATA = ("Data", ("cli.arguments:DataArguments",))
 _SELECT = ("Selection", ("select.settings:SelectionSettings",))
 _GROUP = ("Groups", ("select.settings:GroupingSettings",))
 _ESTIMATE = ("Gradients and predictions", ("capture.config:FeatureSettings", "train.configs:RunArguments"))
-_BALANCE = ("How often tasks are trained on", ("train.configs:BalancingArguments",))
+_BALANCE = ("How often tasks are trained on", ("train.inputs.balancing_arguments:BalancingArguments",))
 _CHOICE = ("Where the gradients are", ("cli.choice_arguments:ChoiceArguments",))
 _ENSEMBLE = (
     ("Ensemble", ("train.configs:EnsembleArguments",)),

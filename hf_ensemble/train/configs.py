@@ -1,6 +1,5 @@
 """Arguments of the trainers: those of `TrainingArguments` and `SFTConfig`, and the settings of every stage."""
 
-import json
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
@@ -15,14 +14,13 @@ from .._settings import (
     check_flag,
     check_number,
     check_one_of,
-    checked_mapping,
 )
 from ..capture import CaptureConfig, FeatureSettings
 from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
 from ..select.settings import GROUPING_METHODS
-from ..tasks.sampling import LOSS_WEIGHTINGS, TASK_SAMPLINGS
+from .inputs.balancing_arguments import ORDERS_OF_DRAWN_ROWS, BalancingArguments
 from .inputs.boosting import BoostingSettings
 from .inputs.trackers import check_trackers
 
@@ -30,96 +28,12 @@ logger = get_logger(__name__)
 
 HEADS = ("auto", "label_similarity", "linear")
 WEIGHTINGS = ("cross_validated", "fitted", "own_group", "answers")
-# Orders of the rows that drawing them by weight leaves open.
-_ORDERS_OF_DRAWN_ROWS = ("random", "group_by_length")
 # LoRA needs about ten times the learning rate of full fine-tuning.
+ADAPTER_LEARNING_RATE = 2e-4
 # Training cost of an ensemble's adapters, in multiples of one adapter for all tasks.
 DEFAULT_BUDGET = 2.0
-ADAPTER_LEARNING_RATE = 2e-4
 
 Config = TypeVar("Config", bound=TrainingArguments)
-
-
-@dataclass
-class BalancingArguments(Settings):
-    """How often each of several tasks is trained on, and how much its loss counts."""
-
-    task_sampling: str = field(
-        default="proportional",
-        metadata={
-            "help": "How often a training on several tasks draws rows of each: 'proportional' to its number of rows "
-            "(all rows once an epoch), 'uniform' (each task equally often), or 'temperature' (in proportion to the "
-            "number of rows to the power 1 / sampling_temperature). An epoch ends when the first task is exhausted."
-        },
-    )
-    sampling_temperature: float = field(
-        default=2.0,
-        metadata={"help": "T of task_sampling='temperature': 1 is proportional, a large one uniform."},
-    )
-    sampling_weights: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "How much more often than that a task's rows are drawn, as JSON: '{\"gsm8k\": 2.0}'. 1 for tasks "
-            "left out."
-        },
-    )
-    sample_with_replacement: bool = field(
-        default=False,
-        metadata={
-            "help": "Draw each row independently of the others. By default every row of a task is used before any is "
-            "used again."
-        },
-    )
-    task_loss_weighting: str = field(
-        default="tokens",
-        metadata={
-            "help": "What a training step on several tasks averages its loss over: 'tokens' (rows, for a classifier), "
-            "as the parent class does; 'tasks', the mean of the step's tasks, each averaged over its own tokens "
-            "(MFTCoder); or 'convergence', the same with weights by how the tasks' evaluation losses converge (CoBa), "
-            "which needs eval_strategy."
-        },
-    )
-    coba_window: int = field(
-        default=4,
-        metadata={
-            "help": "Last evaluations that task_loss_weighting='convergence' fits slopes to. Weights are equal for the "
-            "first half of them."
-        },
-    )
-
-    def __post_init__(self):
-        check_one_of("task_sampling", self.task_sampling, TASK_SAMPLINGS)
-        check_number("sampling_temperature", self.sampling_temperature, 0, above=True)
-        check_flag("sample_with_replacement", self.sample_with_replacement)
-        check_one_of("task_loss_weighting", self.task_loss_weighting, LOSS_WEIGHTINGS)
-        check_at_least("coba_window", self.coba_window, 2)
-        if isinstance(self.sampling_weights, str):
-            try:
-                self.sampling_weights = json.loads(self.sampling_weights)
-            except ValueError as error:
-                raise ConfigurationError(
-                    f"Expected sampling_weights as JSON by task, found {self.sampling_weights!r:.80} ({error})."
-                ) from error
-        for task, weight in checked_mapping("sampling_weights", self.sampling_weights or {}).items():
-            check_number(f"sampling_weights of {task!r}", weight, 0, above=True)
-        super().__post_init__()
-
-    def check_order(self, draws_by_weight: bool) -> None:
-        """Refuse an order of all rows where rows are drawn.
-
-        Args:
-            draws_by_weight (`bool`): whether rows of some tasks are drawn more often than others'.
-
-        Raises:
-            `ConfigurationError`: for a sampling strategy that does not go with drawn rows.
-        """
-        draws = draws_by_weight or self.task_sampling != "proportional" or self.sample_with_replacement
-        if draws and self.train_sampling_strategy not in _ORDERS_OF_DRAWN_ROWS:
-            raise ConfigurationError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r} orders all rows, and rows are drawn by "
-                "their task's weight or with replacement: expected one of "
-                f"{_ORDERS_OF_DRAWN_ROWS}. Leave it out, or task_sampling, the weights and sample_with_replacement."
-            )
 
 
 @dataclass
@@ -239,7 +153,7 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
         default="auto",
         metadata={
             "help": f"One of {', '.join(GROUPING_METHODS)}; or 'auto': mixtures within compute_budget, or 'direct' "
-            "with num_groups and with settings that mixtures do not allow."
+            "with num_groups (without compute_budget) and with settings that mixtures do not allow."
         },
     )
     compute_budget: float | None = field(
@@ -305,11 +219,10 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
     def _resolve_groups(self) -> None:
         """Fill in what `"auto"` stands for."""
         if self.grouping_method == "auto":
-            orders_all_rows = self.train_sampling_strategy not in _ORDERS_OF_DRAWN_ROWS
+            orders_all_rows = self.train_sampling_strategy not in ORDERS_OF_DRAWN_ROWS
             mixes = self.task_loss_weighting == "tokens" and not (self.overlapping_groups or orders_all_rows)
-            # Mixtures are as many as pay, at most.
-            mixes = mixes and self.num_groups is None
-            # A budget is refused below where there are no mixtures.
+            # A number of groups is one of a partition: of mixtures it is the largest number.
+            mixes = mixes and (self.num_groups is None or self.compute_budget is not None)
             self.grouping_method = "mixtures" if mixes else "direct"
             if mixes and self.compute_budget is None:
                 self.compute_budget = DEFAULT_BUDGET

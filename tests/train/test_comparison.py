@@ -17,7 +17,7 @@ from hf_ensemble.cli.arguments import CompareArguments
 from hf_ensemble.ensemble.merging import task_vectors
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.runs import Comparison, RunDirectory, SystemCost
-from hf_ensemble.train.comparison import BASELINES, comparison, makers
+from hf_ensemble.train.comparison import BASELINES, adapters, comparison, makers
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 
@@ -178,7 +178,7 @@ def test_tokens_stand_in_for_operations_that_were_not_counted():
 def test_a_wider_adapter_is_scaled_as_the_narrow_one_in_every_layer(use_rslora):
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.self_attn.v_proj": 6}}
     model = toy.with_lora(toy.llama(), target_modules=["q_proj", "v_proj"], use_rslora=use_rslora, **patterns)
-    model.add_adapter("wide", makers.widened(model.peft_config["default"], 3))
+    model.add_adapter("wide", adapters.widened(model.peft_config["default"], 3))
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     assert {layer.r["default"] for layer in layers} == {2, 4} and len(
         {layer.scaling["default"] for layer in layers}

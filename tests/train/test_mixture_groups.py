@@ -245,6 +245,7 @@ def test_there_has_to_be_an_adapter_to_go_on_from(tmp_path):
         ({"train_baseline": False}, ("mixtures", "fresh", 2.0)),
         ({"calibration_runs": 2}, ("mixtures", "fresh", 2.0)),
         ({"num_groups": 2}, ("direct", "baseline", None)),
+        ({"num_groups": 2, "compute_budget": 1.5}, ("mixtures", "baseline", 1.5)),
         ({"grouping_method": "direct", "train_baseline": False}, ("direct", "fresh", None)),
         ({"overlapping_groups": True}, ("direct", "baseline", None)),
         ({"task_loss_weighting": "tasks"}, ("direct", "baseline", None)),

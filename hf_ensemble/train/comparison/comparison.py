@@ -20,8 +20,9 @@ from ...runs.systems import BASELINE
 from ..ensemble_trainer import EnsembleSFTTrainer, EnsembleTrainer
 from ..flows.system_costs import system_cost
 from ..inputs.evaluation_rows import labelled_test_rows
+from .adapters import loaded_adapters
 from .baselines import chosen_baselines
-from .makers import MadeSystem, SystemMaker, loaded_adapters, training_ratio
+from .makers import MadeSystem, SystemMaker, training_ratio
 
 logger = get_logger(__name__)
 

@@ -1,33 +1,25 @@
 """Adapters of the systems that an ensemble is compared with: trained, or merged from trained ones."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from peft import LoraConfig
 from scipy.optimize import minimize
-from sklearn.cluster import KMeans
 
-from ..._compat import preserve_active_adapter
 from ..._files import write_folder_atomically
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...ensemble import PeftEnsembleModel
 from ...ensemble.merging.merge import merge_adapters
-from ...ensemble.saving.files import load_adapter
 from ...ensemble.weighting.sampling import spread_sample
 from ...models.usage import measured_usage
 from ...runs import SystemCost, TrainedAdapter
 from ...runs.systems import BASELINE
-from ..flows.adapter_training import AdapterTraining
-from ..flows.capturing import captured_gradients
 from ..flows.ensemble_flow import EnsembleFlow
 from ..flows.evaluation import ensemble_scorer
-from ..inputs.used_models import mark_as_of_a_run
-from ..model_state import ModelState
+from .adapters import loaded_adapters, train_widened
+from .groups import gradient_clusters, random_groups
 
 # Scalings of the sum of the tasks' adapters that validation rows choose from.
 _SCALINGS = (0.2, 0.3, 0.5, 0.7, 1.0)
@@ -114,24 +106,8 @@ class SystemMaker:
         return self._for_all("longer", [trained], f"{self.training_ratio:.2f} times as long")
 
     def _wider(self) -> MadeSystem:
-        model, name = self.flow.context.model, "compared_wider"
-        config = model.peft_config[self.flow.context.adapter_name]
-        factor = max(len(self.flow.ensemble.adapter_names), 2)
-        context = self.flow.context
-        context.model_state.restore()
-        with torch.random.fork_rng():
-            torch.manual_seed(context.args.seed)
-            model.add_adapter(name, widened(config, factor))
-        mark_as_of_a_run(model.peft_config[name])
-        try:
-            model.set_adapter(name)
-            own = replace(context, adapter_name=name, model_state=ModelState(model))
-            folder = self.run.compared("wider")
-            trained = AdapterTraining(own).run("compared-wider", self.names, folder, length=self.training_ratio)
-        finally:
-            model.set_adapter(context.adapter_name)
-            model.delete_adapter(name)
-            context.model_state.restore()
+        factor, folder = max(len(self.flow.ensemble.adapter_names), 2), self.run.compared("wider")
+        trained = train_widened(self.flow, factor, "compared-wider", self.names, folder, length=self.training_ratio)
         return self._for_all("wider", [trained], f"{factor} times the rank, {self.training_ratio:.2f} times as long")
 
     def _for_all(self, name: str, trainings: list[TrainedAdapter], note: str = "") -> MadeSystem:
@@ -149,17 +125,11 @@ class SystemMaker:
         )
 
     def _random_groups(self) -> MadeSystem:
-        order = np.random.default_rng(self.seed).permutation(len(self.names))
-        groups = [[self.names[i] for i in sorted(order[k :: self.num_groups])] for k in range(self.num_groups)]
+        groups = random_groups(self.names, self.num_groups, self.seed)
         return self._groups(f"random-{self.seed}", groups, note=_listed(groups))
 
     def _gradient_clusters(self) -> MadeSystem:
-        # A run whose groups go on from the adapter for all has captured them there.
-        captured_gradients(self.flow.context, self.flow.training)
-        gradients = run_on_main(lambda: self.flow.calibration.selector(0).estimator.task_gradients())
-        gradients = gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-12)
-        labels = KMeans(self.num_groups, n_init=10, random_state=0).fit_predict(gradients)
-        groups = [[name for name, own in zip(self.names, labels) if own == label] for label in sorted(set(labels))]
+        groups = run_on_main(lambda: gradient_clusters(self.flow.calibration.selector(0).estimator, self.num_groups))
         return self._groups("clusters", groups, note=_listed(groups))
 
     def _groups(self, name: str, groups: list[list[str]], note: str = "", **options) -> MadeSystem:
@@ -281,34 +251,6 @@ def training_ratio(cost: SystemCost, other: SystemCost) -> float:
     """What a system costs to train, in multiples of another: by tokens where operations could not be counted."""
     measure = "training_flops" if other.training_flops else "training_tokens"
     return getattr(cost, measure) / getattr(other, measure)
-
-
-def widened(config: LoraConfig, factor: int) -> LoraConfig:
-    """LoRA of `factor` times the rank in every layer, scaled as it was: by alpha / r, or alpha / sqrt(r) (rsLoRA)."""
-    scaling = math.sqrt(factor) if config.use_rslora else factor
-    return replace(
-        config,
-        r=config.r * factor,
-        lora_alpha=config.lora_alpha * scaling,
-        rank_pattern={key: rank * factor for key, rank in (config.rank_pattern or {}).items()},
-        alpha_pattern={key: alpha * scaling for key, alpha in (config.alpha_pattern or {}).items()},
-    )
-
-
-@contextmanager
-def loaded_adapters(flow: EnsembleFlow, folders: Mapping[str, Path]) -> Iterator[list[str]]:
-    """While open, saved adapters are on the run's model, under these names."""
-    model = flow.context.model
-    with preserve_active_adapter(model):
-        try:
-            for name, folder in folders.items():
-                load_adapter(model, folder, name)
-                mark_as_of_a_run(model.peft_config[name])
-            yield list(folders)
-        finally:
-            for name in folders:
-                if name in model.peft_config:
-                    model.delete_adapter(name)
 
 
 def _listed(groups: Sequence[Sequence[str]]) -> str:
