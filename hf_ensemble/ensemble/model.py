@@ -56,8 +56,8 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
             adapters' deltas).
         routing (`str`, *optional*):
             Weights for rows of no known task: `default` uses `default_weights`, `prompt` weighs each adapter by how
-            well it predicts the prompt, `hidden_states` uses the `router`, both without boosting
-            steps. Without it such rows are refused.
+            well it predicts the prompt, `hidden_states` uses the `router`; these two leave boosting steps out. Without
+            `routing` such rows are refused.
         scales (`dict[str, float]`, *optional*):
             By task, what its combined logits are multiplied by (the inverse of a temperature), 1 for tasks left out.
             For the combinations `logits` and `log_probs`; others, and merged adapters, are as they are without.

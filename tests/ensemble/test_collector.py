@@ -48,6 +48,8 @@ def test_everything_that_fits_is_kept(ensemble):
         targets += row["input_ids"][2:]
         owners += [number] * len(row["input_ids"][2:])
     assert torch.allclose(found.values, torch.cat(expected, 1), atol=1e-5)
+    # All of them are no copy.
+    assert found.of_members(range(3)) is found and len(found.of_members([0, 2]).values) == 2
     assert found.targets.tolist() == targets and found.rows.tolist() == owners
     only = collect(ensemble, rows, log_probs_only=True)
     log_probs = torch.log_softmax(torch.cat(expected, 1), -1)

@@ -64,6 +64,8 @@ def test_what_is_not_served_is_refused_before_anything_is_written(model, tmp_pat
             export_for_vllm(own, tmp_path)
     with pytest.raises(EnsembleError, match=r"Unknown tasks \['z'\]"):
         export_for_vllm(ensemble_of(model, ["x"]), tmp_path, tasks=["z"])
+    with pytest.raises(EnsembleError, match=r"Expected tasks to export, found \[\]; the tasks are \[.x.\]"):
+        export_for_vllm(ensemble_of(model, ["x"]), tmp_path, tasks=[])
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigurationError, match="takes no \\['branch'\\]"):
         ensemble_of(model, ["x"]).merge("x").push_to_hub("user/x", branch="dev")

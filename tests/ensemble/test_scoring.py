@@ -14,6 +14,7 @@ from transformers import (
 from helpers import ensembles, toy
 from helpers.member_kinds import KINDS, NAMES, TASKS, WEIGHTS, llama, make, rows_of
 from hf_ensemble import PeftEnsembleModel
+from hf_ensemble.ensemble import forward
 from hf_ensemble.errors import EnsembleError, ScoringError
 from hf_ensemble.models import answer_head
 from hf_ensemble.models.answer_scorer import AnswerScorer
@@ -234,6 +235,21 @@ def test_all_logits_are_combined_piece_by_piece(combination, fused, small):
     second = ensemble(batch["input_ids"][:, 5:], task=TASKS, past_key_values=first.past_key_values)
     plain = reference(model, POSITIVE, {"input_ids": batch["input_ids"]}, TASKS, combination)
     assert torch.allclose(torch.cat([first.logits, second.logits], 1), plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_pieces_are_as_large_as_the_device_takes(monkeypatch):
+    ensemble = PeftEnsembleModel(make(llama(), KINDS["ranks and scalings"]), NAMES, WEIGHTS)
+    asked = {}
+    for module in (forward.answers, forward.combined_forward, forward.scoring):
+        known = asked.setdefault(module.__name__, [])
+        monkeypatch.setattr(
+            module, "tokens_at_once", lambda rows, width, device, known=known: known.append(device) or 1
+        )
+    batch, labels = answers()
+    ensemble.score(labels, task=TASKS, **batch)
+    ensemble(**batch, labels=labels, task=TASKS)
+    assert all(known and set(known) == {ensemble.device} for known in asked.values())
 
 
 @pytest.mark.parametrize("combination", ["logits", "log_probs", "probs", "weights"])

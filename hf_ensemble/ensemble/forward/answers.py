@@ -117,7 +117,7 @@ class MemberAnswers:
         """Consecutive rows for which hidden states, and logits of one token, of all their adapters are small."""
         # A head or a hidden size that is not known leaves one row to a block.
         known = self._hidden_size and self._head.width
-        most = tokens_at_once(1, max(self._hidden_size * tokens, self._head.width)) if known else 1
+        most = tokens_at_once(1, max(self._hidden_size * tokens, self._head.width), weights.device) if known else 1
         block: list[int] = []
         filled = 0
         for row, adapters in enumerate((weights != 0).sum(1).tolist()):
@@ -150,7 +150,7 @@ class MemberAnswers:
         hidden = [own[0] if len(own) == 1 else torch.cat(own) for own in parts.values()]
         parts.clear()
         body = last.pop()
-        step = tokens_at_once(sum(pairs.sizes), body.width)
+        step = tokens_at_once(sum(pairs.sizes), body.width, hidden[0].device)
         length = hidden[0].shape[1]
         for start in range(0, length, step):
             tokens = slice(start, min(start + step, length))

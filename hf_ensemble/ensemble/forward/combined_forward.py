@@ -86,7 +86,7 @@ class CombinedForward:
         width = head_width(self.base)
         if torch.is_grad_enabled() or ids is None or width is None or inputs.get("logits_to_keep") is not None:
             return False
-        return tokens_at_once(int((weights != 0).sum()), width) < ids.shape[1]
+        return tokens_at_once(int((weights != 0).sum()), width, weights.device) < ids.shape[1]
 
     def scores(
         self,

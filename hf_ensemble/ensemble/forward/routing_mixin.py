@@ -7,7 +7,6 @@ import torch
 
 from ..members import standing_alone
 from .combination import SCALED_COMBINATIONS
-from .combined_forward import CombinedForward
 from .router import PROMPT_INPUTS, known_router, prompt_states
 from .routing import check_routing
 from .rows import batch_size_of
@@ -53,7 +52,7 @@ class RoutingMixin:
             states = self.prompt_states(own, None if labels is None else labels[rows])
             routed = known_router(self.router).weights(states)
         else:
-            run = CombinedForward(self.model, [self.adapter_names[k] for k in alone], self.combination, self.fused)
+            run = self._combined_forward([self.adapter_names[k] for k in alone])
             routed = run.prompt_weights(rows, inputs, labels, self.routing_temperature)
         weights[rows] = torch.zeros_like(weights[rows]).index_copy(
             1, weights.new_tensor(alone).long(), routed.to(weights)

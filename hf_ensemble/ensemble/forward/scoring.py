@@ -89,7 +89,7 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> torc
     index, targets = answer_tokens(labels.to(logits.device), shift)
     rows, columns = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
     logits = logits.unsqueeze(1) if logits.dim() == 2 else logits
-    size = tokens_at_once(1, logits.shape[-1])
+    size = tokens_at_once(1, logits.shape[-1], logits.device)
     parts = [
         token_scores(logits[own, index[own, column]], targets[own, column])[0]
         for own, column in zip(rows.split(size), columns.split(size))

@@ -1,6 +1,6 @@
 """Scores of answers and the adapters' own logits: the part of [`PeftEnsembleModel`] that evaluation runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,8 +61,10 @@ class ScoringMixin:
         """Logits `(B, T, V)` or `(B, num_labels)` with weights `(B, members)`, over all labels of a classifier."""
         return self._combined_forward().logits(weights, inputs)[0]
 
-    def _combined_forward(self) -> CombinedForward:
-        return CombinedForward(self.model, self.adapter_names, self.combination, self.fused)
+    def _combined_forward(self, names: Sequence[str] | None = None) -> CombinedForward:
+        """Of all members by default."""
+        names = self.adapter_names if names is None else names
+        return CombinedForward(self.model, names, self.combination, self.fused)
 
     @property
     def _is_encoder_decoder(self) -> bool:

@@ -55,7 +55,12 @@ def export_for_vllm(
     """
     target = checked_path("the folder to export into", folder, EnsembleError)
     base = _served_base(ensemble)
-    names = checked_names("tasks", tasks, ensemble.weights, EnsembleError) if tasks else list(ensemble.weights)
+    names = list(ensemble.weights) if tasks is None else checked_names("tasks", tasks, ensemble.weights, EnsembleError)
+    if not names and ensemble.weights:
+        raise EnsembleError(
+            f"Expected tasks to export, found {tasks!r}; the tasks are {list(ensemble.weights)}. Name some, or "
+            "leave tasks out for all of them."
+        )
     if not names:
         raise EnsembleError("Expected an ensemble with weights by task, found none. Save it with weights.")
     merged = {task: ensemble.merge(task, rank) for task in names}

@@ -108,7 +108,9 @@ class CollectedAnswers:
         return CollectedAnswers(self.values, self.targets[kept], renumbered[self.rows[kept]], tokens)
 
     def of_members(self, numbers: Sequence[int]) -> "CollectedAnswers":
-        """The answers of some of the adapters."""
+        """The answers of some of the adapters; of all of them these answers themselves, of which no copy is made."""
+        if list(numbers) == list(range(len(self.values))):
+            return self
         return replace(self, values=self.values[list(numbers)])
 
     def combined(self, weights: np.ndarray) -> "CollectedAnswers":

@@ -109,12 +109,7 @@ def fit_ensemble(
             `weights`, whose loss is not convex in its weights.
     """
     check_constraint(constraint, ensemble.combination)
-    check_at_least("batch_size", batch_size, 1, error=EnsembleError)
-    check_at_least("max_values", max_values, 1, error=EnsembleError)
-    check_at_least("max_rows", max_rows, 1, optional=True, error=EnsembleError)
-    check_at_least("seed", seed, 0, error=EnsembleError)
     check_number("min_weight", min_weight, 0, 1, error=EnsembleError)
-    check_one_of("mixed_precision", mixed_precision, MIXED_PRECISIONS, EnsembleError)
     check_flag("cross_validate", cross_validate, EnsembleError)
     own_adapters = check_own_adapters(own_adapters, ensemble.adapter_names)
     if ensemble.combination == "weights":
@@ -122,19 +117,9 @@ def fit_ensemble(
             "With the combination 'weights' the loss is not convex in the weights: fit them with combination='logits', "
             "and compare the losses before using them for 'weights'."
         )
-    tables = rows_by_task(dataset)
-    is_mixture = ensemble.combination == "probs"
-    collect = AnswerCollector(
-        ensemble,
-        data_collator or default_collator(ensemble.config),
-        batch_size,
-        max_values // len(tables),
-        max_rows,
-        seed,
-        log_probs_only=is_mixture,
-        mixed_precision=mixed_precision,
+    collect, tables = _collector(
+        ensemble, dataset, data_collator, batch_size, max_values, max_rows, seed, mixed_precision
     )
-    _check_room(collect, max_values, len(tables))
     with evaluation_mode(ensemble):
         answers = {task: collect(task, rows) for task, rows in tables.items()}
     names, combination = ensemble.adapter_names, ensemble.combination
@@ -152,6 +137,39 @@ def fit_ensemble(
         for task, own in answers.items()
     }
     return WeightFit(names, chosen, overall)
+
+
+def _collector(
+    ensemble: Members,
+    dataset: "Mapping[str, Rows] | Rows",
+    data_collator: Collator | None,
+    batch_size: int,
+    max_values: int,
+    max_rows: int | None,
+    seed: int,
+    mixed_precision: str,
+    values_per_row: int = 0,
+) -> tuple[AnswerCollector, dict[str, Rows]]:
+    """What collects the answers of a task, from arguments of [`fit_ensemble`], and the rows of each task."""
+    check_at_least("batch_size", batch_size, 1, error=EnsembleError)
+    check_at_least("max_values", max_values, 1, error=EnsembleError)
+    check_at_least("max_rows", max_rows, 1, optional=True, error=EnsembleError)
+    check_at_least("seed", seed, 0, error=EnsembleError)
+    check_one_of("mixed_precision", mixed_precision, MIXED_PRECISIONS, EnsembleError)
+    tables = rows_by_task(dataset)
+    collect = AnswerCollector(
+        ensemble,
+        data_collator or default_collator(ensemble.config),
+        batch_size,
+        max_values // len(tables),
+        max_rows,
+        seed,
+        log_probs_only=ensemble.combination == "probs",
+        mixed_precision=mixed_precision,
+        values_per_row=values_per_row,
+    )
+    _check_room(collect, max_values, len(tables))
+    return collect, tables
 
 
 def _check_room(collect: AnswerCollector, max_values: int, num_tasks: int) -> None:
@@ -223,29 +241,15 @@ def fit_router(
     Raises:
         `EnsembleError`: as [`fit_ensemble`], and for inputs without `input_ids`.
     """
-    check_at_least("batch_size", batch_size, 1, error=EnsembleError)
-    check_at_least("max_values", max_values, 1, error=EnsembleError)
-    check_at_least("max_rows", max_rows, 1, optional=True, error=EnsembleError)
-    check_at_least("seed", seed, 0, error=EnsembleError)
-    check_one_of("mixed_precision", mixed_precision, MIXED_PRECISIONS, EnsembleError)
     if ensemble.combination == "weights":
         raise EnsembleError(
             "A router is fitted to the loss of combined outputs: fit it with combination='logits', and compare the "
             "losses before using it for 'weights'."
         )
-    tables = rows_by_task(dataset)
-    collect = AnswerCollector(
-        ensemble,
-        data_collator or default_collator(ensemble.config),
-        batch_size,
-        max_values // len(tables),
-        max_rows,
-        seed,
-        log_probs_only=ensemble.combination == "probs",
-        mixed_precision=mixed_precision,
-        values_per_row=getattr(ensemble.config.get_text_config(), "hidden_size", 0),
+    hidden_size = getattr(ensemble.config.get_text_config(), "hidden_size", 0)
+    collect, tables = _collector(
+        ensemble, dataset, data_collator, batch_size, max_values, max_rows, seed, mixed_precision, hidden_size
     )
-    _check_room(collect, max_values, len(tables))
     alone = standing_alone(ensemble.members)
     with evaluation_mode(ensemble):
         answers = {task: collect(task, rows).of_members(alone) for task, rows in tables.items()}
