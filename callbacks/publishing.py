@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
 
 from .._card_drafts import is_draft
-from .._cards import CARD, read_card, split_card, update_card_file
+from .._cards import CARD, split_card, update_card_file
 from .._files import write_atomically
 from .._hub import Repository, push_folder
 from .._settings import check_flag
@@ -62,13 +62,14 @@ class ModelCardCallback(TrainerCallback):
         self.tasks = tasks
         self.metadata = card_metadata(metadata or {})
         self.card_examples = card_examples
-        self._found: str | None = None
+        self._found: bytes | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         folder = Path(args.output_dir)
         if state.is_world_process_zero:
             with reporting_failed_card(folder):
-                self._found = read_card(folder / CARD)
+                card = folder / CARD
+                self._found = card.read_bytes() if card.is_file() else None
 
     def on_save(self, args, state, control, **kwargs):
         # At once, so that a training that is killed leaves the card as it was.
@@ -77,11 +78,11 @@ class ModelCardCallback(TrainerCallback):
             with reporting_failed_card(folder):
                 self._restore(folder / CARD, self._found)
 
-    def _restore(self, path: Path, found: str) -> None:
-        """Put the card back that was found, where trl has written its draft over it."""
-        card = read_card(path)
-        if card is None or is_draft(split_card(card)[1]):
-            write_atomically(path, lambda file: file.write(found.encode()))
+    def _restore(self, path: Path, found: bytes) -> None:
+        """Put the card back that was found, byte by byte, where trl has written its draft over it."""
+        # A card in another encoding is someone's own, whatever its letters are read as.
+        if not path.is_file() or is_draft(split_card(path.read_text(encoding="utf-8", errors="replace"))[1]):
+            write_atomically(path, lambda file: file.write(found))
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero:
@@ -107,7 +108,8 @@ class PushToHubCallback(ModelCardCallback):
         repo_id (`str`): repository; created where it does not exist.
         token (`str`, *optional*): Hub token.
         private (`bool`, *optional*): of a new repository.
-        revision (`str`, *optional*): branch to commit to; created where it does not exist.
+        revision (`str`, *optional*):
+            Branch to commit to, created where it does not exist; or `refs/pr/N`, a pull request that is open.
         commit_message (`str`, *optional*, defaults to `"End of training"`): of the commit.
         tasks, metadata, card_examples: see [`ModelCardCallback`].
 

@@ -9,7 +9,8 @@ _TEMPLATES = (("trl", "templates/lm_model_card.md"), ("huggingface_hub", "templa
 _BEGINNING = "# Model Card for "
 # What PEFT's `save_pretrained` puts below a card that is there.
 _PEFT_VERSION = re.compile(r"\s*^### Framework versions\n\n- PEFT \S+\s*\Z", re.MULTILINE)
-_FENCED = re.compile(r"^```bibtex$.*?^```$", re.DOTALL | re.MULTILINE)
+# Whose citation stands in a block of its own, behind "Cite NAME as:": of trl, and of the trainer where it has one.
+_TRAINER = re.compile(r"^This model was trained with (.+?)(?:[.,]|\{%)", re.MULTILINE)
 _DEFAULT = re.compile(r"\{\{[^}]*default\(\"([^\"]*)\", true\)\s*\}\}")
 _CONDITIONAL = re.compile(r"\{%\s*if\b[^%]*%\}.*?\{%\s*endif\s*%\}")
 _CONDITION = re.compile(r"\{%.*?%\}")
@@ -32,7 +33,12 @@ def without_drafts(text: str) -> str:
 
 
 def _own_lines(text: str) -> list[str]:
-    return [line.strip() for line in _FENCED.sub("", text.replace("\r\n", "\n")).splitlines() if line.strip()]
+    """Lines that are not empty, without the citations that a template has."""
+    text = text.replace("\r\n", "\n")
+    for name in ("TRL", *_TRAINER.findall(text)[:1]):
+        block = rf"^([^\n]*Cite {re.escape(name)} as:)\s*^```bibtex$.*?^```$"
+        text = re.sub(block, r"\1", text, count=1, flags=re.DOTALL | re.MULTILINE)
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 @cache

@@ -14,8 +14,10 @@ from ..ensemble.saving.card import (
 )
 from ..ensemble.saving.ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
 from ..ensemble.saving.pushing import ASSETS, CardParts
+from ..errors import EnsembleLoadError
 from ..logging import get_logger
 from ..runs import RunDirectory
+from ..select import Selection
 from .card_data import EnsembleCardData, RunCardData, SelectionCardData
 from .choice_pictures import draw_choice
 from .pictures import fidelity_picture, prediction_picture
@@ -121,6 +123,7 @@ def render_ensemble(data: EnsembleCardData, folder: Path, repo_id: str | None = 
 
 
 def _selection_parts(run: RunDirectory, repo_id: str | None, folder: Path) -> CardParts:
+    require_selection(run, folder)
     data = SelectionCardData.from_run(run, folder)
     _draw(data, folder, data.selection, {})
     examples = {task: data.examples.get(task, f"A prompt of {task}") for task in data.selection.targets}
@@ -151,7 +154,7 @@ def _draw_one(draw: Callable[[], list[Path]], data: RunCardData) -> None:
 
 
 def require_ensemble(folder: Path) -> SavedEnsembleConfig:
-    """The configuration of a run's ensemble.
+    """The configuration of the ensemble that lies in a folder, with all of its adapters.
 
     Raises:
         `EnsembleLoadError`: when the folder holds no complete ensemble, or a damaged one.
@@ -160,6 +163,20 @@ def require_ensemble(folder: Path) -> SavedEnsembleConfig:
     for member in config.members:
         config.check_adapter_files(member.name, folder)
     return config
+
+
+def require_selection(run: RunDirectory, folder: Path) -> None:
+    """Check that an adapter can be a selection's.
+
+    Raises:
+        `EnsembleLoadError`: for an adapter beside a run without a selection.
+    """
+    if not run.has(Selection):
+        raise EnsembleLoadError(
+            f"Expected an ensemble in {str(folder)!r}, found a single adapter, and the run in {str(run.path)!r} has "
+            "made no selection that it could be of. Pass the folder of the ensemble, or load the adapter with PEFT and "
+            "push it."
+        )
 
 
 def renew_model_card(run: RunDirectory, folder: Path) -> None:

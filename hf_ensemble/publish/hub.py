@@ -13,7 +13,7 @@ from ..ensemble.saving.card import adapter_metadata, reporting_failed_card, save
 from ..ensemble.saving.pushing import CardParts, push_adapter, push_ensemble
 from ..errors import EnsembleLoadError
 from ..runs import RunDirectory
-from .card import card_parts, is_adapter, made_folder, require_ensemble
+from .card import card_parts, is_adapter, made_folder, require_ensemble, require_selection
 from .card_data import SelectionCardData
 
 
@@ -40,7 +40,8 @@ def push_run_to_hub(
         token (`str`, *optional*): Hub token.
         private (`bool`, *optional*): of a new repository.
         commit_message (`str`, *optional*): of the commit.
-        revision (`str`, *optional*): branch to commit to; created where it does not exist.
+        revision (`str`, *optional*):
+            Branch to commit to, created where it does not exist; or `refs/pr/N`, a pull request that is open.
         metadata (`dict`, *optional*): for the card, see [`write_model_card`].
         folder (`str` or `Path`, *optional*):
             What to upload, such as a copy that `save_model` has made; by default the run's ensemble, or its adapter
@@ -48,7 +49,8 @@ def push_run_to_hub(
         again (`str`, *optional*): how messages call this upload; the call of this function by default.
 
     Raises:
-        `EnsembleLoadError`: when the folder holds neither a complete ensemble nor the selection's adapter.
+        `EnsembleLoadError`: when the folder holds neither a complete ensemble nor the selection's adapter, such as a
+            single adapter of an ensemble.
         `RecordError`: when a record of the run is damaged, or its adapter is not what it has trained.
         `PushError`: where the Hub refuses or cannot be reached; the message says how to go on.
     """
@@ -57,7 +59,8 @@ def push_run_to_hub(
     message = commit_message or "Upload with hf_ensemble"
     repository = Repository(repo_id, token, private, message, revision=revision)
     folder = made_folder(directory) if folder is None else checked_path("folder", folder)
-    if not is_adapter(folder) and folder != directory.adapter:
+    is_own = folder.resolve() == directory.adapter.resolve()
+    if not is_adapter(folder) and not is_own:
         config = require_ensemble(folder)
         parts = _parts(directory, repo_id, folder, metadata)
         if parts is None:
@@ -66,9 +69,10 @@ def push_run_to_hub(
         return push_ensemble(folder, config, repository, parts, again)
     if not is_adapter(folder):
         raise EnsembleLoadError(f"The run in {str(directory.path)!r} has not trained its adapter yet. Train it first.")
+    require_selection(directory, folder)
     trained = directory.trained_adapter("adapter")
     # Without a record of its own it is the copy of another training; other folders are the caller's to vouch for.
-    if trained is not None and folder == directory.adapter:
+    if trained is not None and is_own:
         trained.check_files(folder)
     base = SelectionCardData.from_run(directory, folder).base_model
     parts = _parts(directory, repo_id, folder, metadata)

@@ -22,33 +22,31 @@ def run_results(run: RunDirectory) -> Results:
     evaluation = run.read(Evaluation)
     split = evaluation.reported_split or "eval"
     scores = evaluation.scores.get(split, {})
-    rows = run.read(EvaluatedRows).rows.get(split, {}) if run.has(EvaluatedRows) else {}
+    rows = (run.read_if_there(EvaluatedRows) or EvaluatedRows()).rows.get(split, {})
     outcome = _selection_outcome(run) if "selection" in scores else _ensemble_outcome(run)
-    if run.has(FidelityReport):
-        outcome["fidelity"] = run.read(FidelityReport)
+    outcome["fidelity"] = run.read_if_there(FidelityReport)
     by_system = {name: {task: own.as_scores() for task, own in tasks.items()} for name, tasks in rows.items()}
     return Results.of(run.read(RunRecord), split, scores, by_system, run.read_if_there(Costs), **outcome)
 
 
 def _ensemble_outcome(run: RunDirectory) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
-    if run.has(Estimate):
-        estimate = run.read(Estimate)
+    estimate, grouping = run.read_if_there(Estimate), run.read_if_there(Grouping)
+    if estimate is not None:
         outcome["harmful"] = {task: own.num_better for task, own in estimate.left_out.items() if own.is_harmful}
-    if not run.has(Grouping):
+    if grouping is None:
         return outcome
-    grouping = run.read(Grouping)
     outcome["groups"] = grouping.groups
-    if run.has(Estimate):
+    if estimate is not None:
         outcome["predicted_loss"] = {
             task: estimate.predicted_loss[group][task]
             for group, tasks in grouping.groups.items()
             for task in tasks
             if group in estimate.predicted_loss
         }
-    if run.has(EnsembleWeights):
-        known = run.read(EnsembleWeights)
-        boosting = run.read(Boosting) if run.has(Boosting) else Boosting()
+    known = run.read_if_there(EnsembleWeights)
+    if known is not None:
+        boosting = run.read_if_there(Boosting) or Boosting()
         outcome["weights"] = boosting.weights(known.weights, known.scales)
         used = {name for row in outcome["weights"].values() for name, weight in row.items() if weight}
         outcome["equals_baseline"] = bool(used) and used <= _one_for_all(grouping)
@@ -67,9 +65,9 @@ def _one_for_all(grouping: Grouping) -> set[str]:
 
 
 def _selection_outcome(run: RunDirectory) -> dict[str, Any]:
-    if not run.has(Selection):
+    found = run.read_if_there(Selection)
+    if found is None:
         return {}
-    found = run.read(Selection)
     predicted = found.path[-1]["predicted_loss"] if found.path else None
     result = SelectionResult(list(found.targets), found.tasks, found.summary, predicted, found.baselines)
     outcome: dict[str, Any] = {"selection": result}

@@ -134,6 +134,20 @@ def test_drafts_that_trl_writes_are_no_cards_of_the_users(tmp_path, base, tasks,
     assert metadata.get("license") == ("mit" if by_hand else None)
 
 
+def test_a_card_stays_as_it_is_byte_by_byte(tmp_path, base, tasks):
+    card, texts = tmp_path / "README.md", []
+    # Windows wrote it, and in no UTF-8: its generated part cannot be put into it.
+    text = "# Von Hand\r\n\r\nK\xe4se\r\n".encode("latin-1")
+    card.write_bytes(text)
+
+    class Reading(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            texts.append(card.read_bytes())
+
+    trainer("sft", base, tmp_path, tasks, [ModelCardCallback(), Reading()], save_strategy="steps", save_steps=2).train()
+    assert texts == [text] and card.read_bytes() == text
+
+
 def test_what_fails_stops_no_training(tmp_path, base, tasks, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise PushError("'user/x' was not updated: the Hub answered 503 in each of 4 tries.")

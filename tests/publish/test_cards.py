@@ -141,6 +141,7 @@ def test_no_name_of_a_metric_breaks_a_card_of_a_run(folder, name):
     assert {result.metric_type for result in ModelCard(card).data.eval_results} == {"accuracy", "loss", name}
 
 
+CITATION = "```bibtex\n@misc{mine,\n}\n```\n"
 METADATA = {
     "library_name": "peft",
     "base_model": "user/base",
@@ -216,6 +217,8 @@ def test_drafts_of_other_libraries_are_replaced_unless_someone_wrote_into_them(d
     for own, edited in (
         ("Be careful.", text.replace(heading, f"Be careful.\n\n{heading}")),
         ("The end.", text + "\nThe end.\n"),
+        ("@misc{mine,", text + f"\n{CITATION}"),
+        ("@misc{mine,", text.replace(heading, f"Cite this model as:\n\n{CITATION}\n{heading}")),
     ):
         kept = own_text(updated_card(edited, METADATA, "body"))
         assert own in kept and heading in kept

@@ -21,9 +21,9 @@ from hf_ensemble import (
     write_model_card,
 )
 from hf_ensemble._cards import own_text
-from hf_ensemble.errors import EnsembleLoadError
+from hf_ensemble.errors import EnsembleLoadError, RecordError
 from hf_ensemble.publish import renew_model_card
-from hf_ensemble.runs import RunDirectory
+from hf_ensemble.runs import RunDirectory, TrainedAdapter
 from hf_ensemble.tasks import LabelSpace
 
 SETTINGS = {
@@ -238,6 +238,24 @@ def test_a_copy_of_what_was_made_is_uploaded(request, kind, tmp_path, monkeypatc
     assert own_text(uploaded["card"]) == "# By hand" and '"user/name"' in uploaded["card"]
     with pytest.raises(EnsembleLoadError, match="holds no ensemble_config.json"):
         push_run_to_hub(source, "user/name", folder=tmp_path / "other")
+
+
+def test_a_single_adapter_of_an_ensemble_is_no_selection(run):
+    member = run / "ensemble" / "adapters" / "group_1"
+    for act in (push_run_to_hub, write_model_card):
+        with pytest.raises(EnsembleLoadError, match="found a single adapter.*has made no selection"):
+            act(run, "user/name", folder=member)
+    assert not (member / "assets").exists()
+
+
+def test_the_runs_own_adapter_is_checked_whatever_its_path(selection, tmp_path, monkeypatch):
+    copy = shutil.copytree(selection, tmp_path / "run")
+    files = {"adapter_model.safetensors": "of another adapter"}
+    trained = TrainedAdapter("adapter", {"sums": 1.0}, 0, "theta0", status="done", files=files)
+    RunDirectory(copy).write_trained_adapter(trained)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecordError, match="adapter_model.safetensors"):
+        push_run_to_hub(copy, "user/name", folder=Path("run") / "adapter")
 
 
 def test_push_and_load_from_a_hub(run, tmp_path):

@@ -12,7 +12,7 @@ from helpers.report_runs import HOSTILE, NAMES, ensemble_run, selection_run
 from hf_ensemble import RunDirectory, write_report
 from hf_ensemble.cli.main import main
 from hf_ensemble.errors import ConfigurationError, RecordError
-from hf_ensemble.runs import EvaluatedRows, ExampleRows, TrainedAdapter, run_results
+from hf_ensemble.runs import Boosting, BoostingStep, EvaluatedRows, ExampleRows, TrainedAdapter, run_results
 from hf_ensemble.select import Grouping
 
 HTML = "{http://www.w3.org/1999/xhtml}"
@@ -217,3 +217,16 @@ def test_a_training_without_logs_has_no_curve(tmp_path):
     bare = {key: getattr(trained, key) for key in ("name", "mixture", "seed", "theta0")}
     run.write_trained_adapter(TrainedAdapter(**bare, status="done"))
     assert "Loss of each training" not in write_report(run.path).read_text()
+
+
+def test_weights_are_those_with_the_kept_steps_of_boosting(tmp_path):
+    run = ensemble_run(tmp_path / "run")
+    losses = {"validation_loss": 1.7, "validation_loss_after": 1.6, "training_loss": 1.8, "training_loss_after": 1.6}
+    step = BoostingStep(
+        "boost_0", "group_1", NAMES[3:], "surrogate", True, 0.5, gain=0.1, standard_error=0.02, **losses
+    )
+    run.write(Boosting([step]))
+    head, *rows = tables(tree_of(write_report(run.path).read_text()))["Weight of each adapter in the sum, by task"]
+    assert head == ["task", "group_0", "group_1", "boost_0", "start"]
+    found = {row[0]: row[1:] for row in rows}
+    assert found["sums"] == ["0.60", "0.40", "", ""] and found["verbs"] == ["", "1.00", "0.50", "-0.50"]

@@ -1,9 +1,10 @@
 """The parts of the page that show what was chosen, and by which predictions."""
 
+from collections.abc import Mapping
 from functools import partial
 
 from ...ensemble.saving.ensemble_config import SavedEnsembleConfig
-from ...runs import EnsembleWeights, Estimate, RunDirectory
+from ...runs import Estimate, RunDirectory
 from ...runs.verdict import number
 from ...select import Grouping, Selection
 from .. import choice_pictures, mixture_pictures
@@ -15,8 +16,8 @@ from .tables import Cell, PageTable, heat_table, signed
 _LEAST_AFFINITY, _MOST_AFFINITY = 4, 40
 
 
-def groups_section(run: RunDirectory, grouping: Grouping) -> Section:
-    """Who is served by which adapter, and what each is trained on."""
+def groups_section(run: RunDirectory, grouping: Grouping, weights: Mapping[str, Mapping[str, float]]) -> Section:
+    """Who is served by which adapter, what each is trained on, and the weights of each task."""
     section = Section("groups", "Groups and weights", grouping.summary)
     rows = []
     for name, tasks in grouping.groups.items():
@@ -36,10 +37,9 @@ def groups_section(run: RunDirectory, grouping: Grouping) -> Section:
                 {task: [grouping.mixtures[name].get(task, 0.0) for name in names] for task in grouping.task_names},
             )
         )
-    weights = run.read_if_there(EnsembleWeights)
-    if weights is not None:
-        used = [name for name in _members(run, weights) if any(row.get(name) for row in weights.weights.values())]
-        shown = {task: [row.get(name, 0.0) for name in used] for task, row in weights.weights.items()}
+    if weights:
+        used = [name for name in _members(run, weights) if any(row.get(name) for row in weights.values())]
+        shown = {task: [row.get(name, 0.0) for name in used] for task, row in weights.items()}
         section.tables.append(heat_table("Weight of each adapter in the sum, by task", "task", used, shown))
     if grouping.cost_curve:
         section.draw(
@@ -78,10 +78,10 @@ def _cost_curve(grouping: Grouping) -> PageTable:
     return PageTable("What further adapters are predicted to gain, less what searching makes of noise", columns, rows)
 
 
-def _members(run: RunDirectory, weights: EnsembleWeights) -> list[str]:
+def _members(run: RunDirectory, weights: Mapping[str, Mapping[str, float]]) -> list[str]:
     if (run.ensemble / "ensemble_config.json").is_file():
         return [member.name for member in SavedEnsembleConfig.load(run.ensemble).members]
-    return list(dict.fromkeys(name for row in weights.weights.values() for name in row))
+    return list(dict.fromkeys(name for row in weights.values() for name in row))
 
 
 def affinity_section(grouping: Grouping) -> Section:

@@ -23,10 +23,11 @@ def sections_of(run: RunDirectory, results: Results) -> Iterator[Section]:
     main = main_system(results.scores)
     yield _results_section(results, main, grouping if not is_selection else None)
     if not is_selection and grouping is not None:
-        yield groups_section(run, grouping)
+        yield groups_section(run, grouping, results.weights)
         yield affinity_section(grouping)
-    if is_selection and run.has(Selection):
-        yield selection_section(run.read(Selection))
+    selection = run.read_if_there(Selection) if is_selection else None
+    if selection is not None:
+        yield selection_section(selection)
     yield _prediction_section(results, main)
     if estimate is not None and not is_selection:
         yield harm_section(estimate)
@@ -103,8 +104,8 @@ def _prediction_section(results: Results, main: str) -> Section:
 def _training_section(run: RunDirectory) -> Section:
     section = Section("training", "Trainings")
     trainings = [own for own in run.trainings() if not own.name.startswith(SCORED_TRAINING)]
-    tasks = list(run.read(TasksRecord).tasks) if run.has(TasksRecord) else []
-    curves = charts.curves_of(trainings, tasks)
+    known = run.read_if_there(TasksRecord)
+    curves = charts.curves_of(trainings, [] if known is None else list(known.tasks))
     if curves:
         section.draw(
             "Losses while training, by task: the adapter for all in orange, others in blue; dashed with points on "
@@ -135,9 +136,10 @@ def _training_section(run: RunDirectory) -> Section:
 
 def _data_section(run: RunDirectory) -> Section:
     section = Section("data", "Datasets")
-    if not run.has(TasksRecord):
+    known = run.read_if_there(TasksRecord)
+    if known is None:
         return section
-    tasks = run.read(TasksRecord).tasks
+    tasks = known.tasks
     splits = list(dict.fromkeys(split for own in tasks.values() for split in own.num_rows))
     rows = [
         [
