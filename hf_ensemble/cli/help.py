@@ -95,19 +95,32 @@ def command_help(command: Command, with_parents: bool = False) -> str:
 
 def parents_groups(seen: Collection[str]) -> dict[str, list[Option]]:
     """The arguments of the parents' trainers and models that were not `seen`, from the classes themselves."""
-    from transformers import TrainingArguments
-    from trl import ModelConfig, SFTConfig
-
     taken = {*seen, *(option.name for option in GENERAL)}
     groups: dict[str, list[Option]] = {}
-    for title, kind in (
-        ("Model, of trl.ModelConfig", ModelConfig),
-        ("Training, of transformers.TrainingArguments", TrainingArguments),
-        ("Training on prompts, chats and texts, of trl.SFTConfig", SFTConfig),
-    ):
+    for title, kind in _parents().items():
         groups[title] = [Option.of(own) for own in fields(kind) if own.init and own.name not in taken]
         taken |= {option.name for option in groups[title]}
     return groups
+
+
+def names_of(command: Command) -> set[str]:
+    """Names of a command's options, those of its parents' trainers among them."""
+    names = {option.name for own in groups_of(command).values() for option in own}
+    if command.has_parents:
+        names |= {own.name for kind in _parents().values() for own in fields(kind) if own.init}
+    return names
+
+
+def _parents() -> dict[str, type]:
+    """The classes of the parents' arguments, by the title of their group."""
+    from transformers import TrainingArguments
+    from trl import ModelConfig, SFTConfig
+
+    return {
+        "Model, of trl.ModelConfig": ModelConfig,
+        "Training, of transformers.TrainingArguments": TrainingArguments,
+        "Training on prompts, chats and texts, of trl.SFTConfig": SFTConfig,
+    }
 
 
 def _described(option: Option, width: int) -> str:

@@ -5,13 +5,13 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from .. import __version__
 from ..errors import HfEnsembleError
 from .command import COMMANDS, Command
-from .help import command_help, groups_of, main_help, parents_groups
+from .help import command_help, main_help, names_of
 from .stopping import Terminated, print_last_line, sigterm_as_interrupt
 from .wording import in_terminal
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The libraries below raise ValueError for bad arguments.
         if "--debug" in given:
             raise
-        print_last_line(f"hf-ensemble: {in_terminal(error, _flags(command))}")
+        print_last_line(f"hf-ensemble: {in_terminal(error, names_of(command))}")
         return 1
     except KeyboardInterrupt as stop:
         print_last_line("hf-ensemble: stopped. Run the same command again to continue.")
@@ -70,14 +70,6 @@ def _command(argv: Sequence[str]) -> Command:
         print(message, file=sys.stderr)
         raise SystemExit(2)
     return found
-
-
-def _flags(command: Command) -> Collection[str]:
-    """The names of a command's flags, those of its parents' trainers among them."""
-    groups = groups_of(command)
-    if command.has_parents:
-        groups |= parents_groups(())
-    return {option.name for own in groups.values() for option in own}
 
 
 def _print_json(result: object) -> None:

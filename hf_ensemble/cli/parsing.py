@@ -1,18 +1,19 @@
 """From the words of a command to its settings."""
 
 import difflib
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import cache
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
 from ..errors import ConfigurationError
+from ..logging import get_logger
 from .command import COMMANDS
-from .help import groups_of
+from .help import names_of
 from .words import Words
+
+logger = get_logger(__name__)
 
 
 def parse(
@@ -21,7 +22,7 @@ def parse(
     """Dataclasses from the command line and the `--config` file, and the options that none of them knows.
 
     The value `null` is None for numbers that may be None, and the default elsewhere. Options of the file that are for
-    other commands are left out, with a line on stderr.
+    other commands are left out, with a warning.
 
     Raises:
         `ConfigurationError`: for values of the wrong type, and for unknown options, unless `remaining_allowed`.
@@ -45,11 +46,11 @@ def parse(
     *parsed, remaining = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
     left = Words(remaining, others, words.file)
     if not remaining_allowed:
-        _refuse_unknown(left, list(known), command)
+        refuse_unknown(left, list(known), command)
     return parsed, left
 
 
-def _refuse_unknown(left: Words, known: Sequence[str], command: str) -> None:
+def refuse_unknown(left: Words, known: Sequence[str], command: str) -> None:
     """Raise for words that no option takes, and for options of the file that no command has."""
     of_others = every_option() if left.options else frozenset()
     foreign = [name for name in left.options if name not in of_others]
@@ -67,19 +68,13 @@ def _refuse_unknown(left: Words, known: Sequence[str], command: str) -> None:
         raise ConfigurationError(f"Unknown arguments: {named}{where}.{did} See hf-ensemble {command} --help.")
     if left.options:
         names = ", ".join(left.options)
-        print(f"hf-ensemble {command} leaves out what {left.file} has for others: {names}.", file=sys.stderr)
+        logger.warning("hf-ensemble %s leaves out what %s has for others: %s.", command, left.file, names)
 
 
 @cache
 def every_option() -> frozenset[str]:
     """Names of the options of all commands, those of the parents' trainers among them."""
-    from trl import ModelConfig
-
-    from ..train import EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
-
-    classes = (ModelConfig, EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig)
-    own = {option.name for command in COMMANDS for group in groups_of(command).values() for option in group}
-    return frozenset(own | {own.name for kind in classes for own in fields(kind)})
+    return frozenset().union(*map(names_of, COMMANDS))
 
 
 class _Parser(HfArgumentParser):

@@ -1,6 +1,7 @@
 """What a command is given: the words of the command line, and the options of a `--config` file."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigurationError
+
+_OPTION = re.compile(r"--\w[\w-]*")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Words:
         Raises:
             `ConfigurationError`: for a file that is missing or no mapping.
         """
+        argv = [_named(word) for word in argv]
         argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         if "--config" not in argv:
             return cls(argv)
@@ -66,9 +70,20 @@ def _options(path: Path) -> dict[str, list[str]]:
     odd = next((key for key in content if not isinstance(key, str)), None)
     if odd is not None:
         raise ConfigurationError(f"{str(path)!r} has to map names to values, found the name {odd!r}.")
+    names = {key: key.replace("-", "_") for key in content}
+    twice = next((name for name in names.values() if list(names.values()).count(name) > 1), None)
+    if twice is not None:
+        raise ConfigurationError(f"{str(path)!r} has {twice} in two spellings. Keep one of them.")
     return {
-        key: [_text(own) for own in (value if isinstance(value, list) else [value])] for key, value in content.items()
+        names[key]: [_text(own) for own in (value if isinstance(value, list) else [value])]
+        for key, value in content.items()
     }
+
+
+def _named(word: str) -> str:
+    """A word of the line, the name of an option with underscores: dashes do as well."""
+    name, equals, value = word.partition("=")
+    return f"{name[:2]}{name[2:].replace('-', '_')}{equals}{value}" if _OPTION.fullmatch(name) else word
 
 
 def _text(value: Any) -> str:

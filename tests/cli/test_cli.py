@@ -137,7 +137,19 @@ def test_flags_win_over_the_configuration_file(tmp_path):
             Words.of(line)
 
 
-def test_one_file_serves_every_command(tmp_path, capsys):
+def test_dashes_do_as_well_as_underscores(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("max-train-rows: 5\nanswer_metrics: last-number\n")
+    words = Words.of(["--output-dir", "my-run", "--fidelity-subsets=4", "--config", str(path)])
+    assert words.line == ["--output_dir", "my-run", "--fidelity_subsets=4"] and words.name("output_dir")
+    (own,), _ = parse([FlowArguments], words, True)
+    assert (own.max_train_rows, own.fidelity_subsets, own.answer_metrics) == (5, 4, "last-number")
+    path.write_text("max-train-rows: 5\nmax_train_rows: 6\n")
+    with pytest.raises(ConfigurationError, match="has max_train_rows in two spellings"):
+        Words.of(["--config", str(path)])
+
+
+def test_one_file_serves_every_command(tmp_path, caplog):
     """What another command has is left out, and said; what none has is refused."""
     path = tmp_path / "c.yaml"
     of_all = {"target": "sums", "split": "train", "group": "group_0", "baselines": ["all"], "num_repeated": 1}
@@ -148,9 +160,8 @@ def test_one_file_serves_every_command(tmp_path, capsys):
     )
     (own,), _ = parse([FidelityArguments], ["--config", str(path)], command="fidelity")
     assert (own.target, own.num_repeated, own.answer_metrics) == ("sums", 1, "-1")
-    said = capsys.readouterr().err
     expected = f"{path} has for others: split, group, baselines, lora_r, num_groups, store."
-    assert said == f"hf-ensemble fidelity leaves out what {expected}\n"
+    assert caplog.messages == [f"hf-ensemble fidelity leaves out what {expected}"]
     path.write_text("num_repeatd: 1\nlora_r: 4\n")
     with pytest.raises(ConfigurationError, match=r"Unknown arguments: --num_repeatd, in .*yaml. Did .*--num_repeated"):
         parse([FidelityArguments], ["--config", str(path)], command="fidelity")

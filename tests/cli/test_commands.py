@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -230,7 +231,10 @@ def test_push_uploads_the_ensemble_of_a_run(world, monkeypatch):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_knows_commands_and_options(shell, capsys):
+def test_completion_knows_commands_and_options(shell, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("shel: zsh\n")
+    Path("d.yaml").write_text("shell: [bash, zsh]\n")
     assert main(["completion", "--shell", shell]) == 0
     script = capsys.readouterr().out
     assert all(command.name in script for command in COMMANDS)
@@ -241,6 +245,8 @@ def test_completion_knows_commands_and_options(shell, capsys):
         (["--shell", "fish"], "shell has to be one of"),
         (["--shell"], "expected one argument"),
         (["--x"], "--x. See"),
+        (["--config", "c.yaml"], "--shel, in c.yaml. Did you mean --shell?"),
+        (["--config", "d.yaml"], "shell in d.yaml takes one value, found 2"),
     ):
         assert main(["completion", *words]) == 1 and message in capsys.readouterr().err
 

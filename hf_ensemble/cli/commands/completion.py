@@ -33,14 +33,21 @@ def main(argv: Sequence[str]) -> dict[str, str]:
         `ConfigurationError`: for an unknown shell, and for other options.
     """
     words = Words.of(argv)
+    of_file = words.options.get("shell", ["bash"])
+    if len(of_file) != 1:
+        raise ConfigurationError(f"shell in {words.file} takes one value, found {len(of_file)}. Correct it.")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--shell", default=next(iter(words.options.get("shell", ())), "bash"))
+    parser.add_argument("--shell", default=of_file[0])
     try:
         given, unknown = parser.parse_known_args(words.line)
     except argparse.ArgumentError as error:
         raise ConfigurationError(f"{error}. See hf-ensemble completion --help.") from error
-    if unknown:
-        raise ConfigurationError(f"Unknown arguments: {unknown[0]}. See hf-ensemble completion --help.")
+    others = {name: values for name, values in words.options.items() if name != "shell"}
+    if unknown or others:
+        # It knows the options of all commands, which takes long.
+        from ..parsing import refuse_unknown
+
+        refuse_unknown(Words(unknown, others, words.file), ["--shell"], "completion")
     shell = CompletionArguments(given.shell).shell
     script = shtab.complete(command_line(), shell=shell)
     print(script)

@@ -8,7 +8,7 @@ from rich.table import Table
 from ...errors import ConfigurationError
 from ...evaluate import TaskScores
 from ...runs import Evaluation, RunDirectory
-from ...runs.result_rows import system_name
+from ...runs.systems import system_name
 from ...train.flows.stages import announce
 from ..arguments import EvalArguments
 from ..tables import console
