@@ -36,6 +36,12 @@ def load_task_folder(
     """
     limits = checked_limits(max_rows)
     folder = checked_path("the folder of tasks", folder)
+    if folder.is_file():
+        raise TaskError(
+            f"Expected a folder of tasks at {str(folder)!r}, found a file.",
+            python=f"Pass its folder, or load it with load_tasks({{{folder.stem!r}: {str(folder)!r}}}).",
+            terminal=f"Name its folder, or the dataset: --data {folder.stem}={folder}.",
+        )
     if not folder.is_dir():
         raise TaskError(
             f"Expected a folder of tasks at {str(folder)!r}, found none.{what_is_there(folder)} Correct it."

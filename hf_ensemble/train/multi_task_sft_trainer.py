@@ -107,7 +107,9 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         check_transforms(train_dataset, args)
         read = read_streams(train_dataset, None, args, min(args.streaming_rows, _CHECKED_ROWS))
         # Evaluation rows are the parent's business: any names, or none.
-        tasks = balanced(with_given_weights(_sft_tasks(read.train, None), args), read.streams)
+        tasks = _sft_tasks(read.train, None)
+        args.check_limited_tasks(tasks.names)
+        tasks = balanced(with_given_weights(tasks, args), read.streams)
         logger.warning(
             "There is no adapter: one model is trained on all %d datasets together. Pass "
             "peft_config=LoraConfig(...) to train adapters on those that belong together.",
@@ -139,6 +141,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         args, model = given["args"], given["model"]
         read = read_streams(train_dataset, eval_dataset, args, args.streaming_rows, args.validation_fraction)
         tasks = with_held_out_rows(_sft_tasks(read.train, read.evaluation), args.validation_fraction, args.seed)
+        args.check_limited_tasks(tasks.names)
         tasks = balanced(with_given_weights(tasks, args), read.streams)
         check_sft_columns(tasks, args, given["formatting_func"])
         for name, task in tasks.items():

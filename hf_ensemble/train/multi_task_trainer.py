@@ -84,6 +84,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         )
         tasks, self._streams = as_task_set(read.train, read.evaluation), read.streams
         if not is_one:
+            args.check_limited_tasks(tasks.names)
             tasks = with_given_weights(tasks, args)
         if args.label_smoothing_factor > 0 and not is_one:
             check_one_label_set(tasks)

@@ -260,6 +260,8 @@ def test_sources_are_checked_where_they_are_made(folder):
 def test_folders_of_tasks_say_what_they_hold(folder):
     with pytest.raises(TaskError, match="at .*/dat', found none. Did you mean .*/data'"):
         load_task_folder(folder.parent / "dat")
+    with pytest.raises(TaskError, match=r"at .*a\.jsonl', found a file\. Pass .*load_tasks\(\{'a': '.*a\.jsonl'\}\)"):
+        load_task_folder(folder / "a.jsonl")
     (folder / "splits" / "train.csv").rename(folder / "splits" / "trian.csv")
     (folder / "splits" / "dev.csv").unlink()
     (folder / "splits" / "test.csv").unlink()
@@ -294,7 +296,7 @@ def test_datasets_come_from_the_hub(tmp_path):
             f"""
             from huggingface_hub import HfApi
             from hf_ensemble import load_tasks
-            from hf_ensemble.errors import ConfigurationError, TaskError
+            from hf_ensemble.errors import TaskError
             api = HfApi()
             repo = {{"repo_id": "hub-user/sums", "repo_type": "dataset"}}
             api.create_repo(**repo)

@@ -101,6 +101,17 @@ def test_every_stage_of_a_run_is_planned(finished):
     assert announcer.stage("baseline").work == pytest.approx(3 * steps + sum(rows.values()))
 
 
+def test_groups_that_go_on_are_planned_for_their_length(finished, monkeypatch):
+    flow = finished[0].flow
+
+    def work(**changes):
+        for name, value in {"compute_budget": None, "continued_length": 0.25, **changes}.items():
+            monkeypatch.setattr(flow.context.args, name, value)
+        return next(stage.work for stage in flow.stages() if stage.name == "adapter")
+
+    assert work(group_initialization="baseline") == 0.25 * work(group_initialization="fresh") > 0
+
+
 def test_bars_of_trainings_carry_their_names(tmp_path, capsys):
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     bars = ProgressCallback()

@@ -62,8 +62,8 @@ class EnsembleFlow:
         rows = sum(map(len, self.context.eval_tables.values()))
         one = training.num_rows(self.context.tasks.names) * TRAINING
         runs = self.num_calibration_runs() - int(args.train_baseline)
-        # What groups cost is known once they are chosen: a partition trains on every row once.
-        groups = 1.0 if args.compute_budget is None else args.compute_budget - float(args.train_baseline)
+        # What groups cost is known once they are chosen: a partition trains on every row once, for a group's length.
+        groups = self._group_length if args.compute_budget is None else args.compute_budget - float(args.train_baseline)
         self._adapters = Stage("adapter", "adapter", one * max(groups, 0.0))
         # A step is for the rows of one group, which are trained on, or scored by three adapters.
         step = one / 3 if args.boosting_method in TRAINED_METHODS else len(self.context.train_rows) / 3 * FORWARD
@@ -171,14 +171,19 @@ class EnsembleFlow:
 
     def _know_groups(self, grouping: Grouping) -> None:
         """Groups were chosen: their trainings can be announced."""
-        args = self.context.args
-        length = args.continued_length if args.group_initialization == "baseline" else 1.0
+        length = self._group_length
         self._adapters.parts = {
             name: 0.0
             if name == grouping.baseline_group
             else self.training.num_rows(grouping.trained_on(name)) * length * TRAINING
             for name in grouping.groups
         }
+
+    @property
+    def _group_length(self) -> float:
+        """Length of a group's training, in multiples of one from the start."""
+        args = self.context.args
+        return args.continued_length if args.group_initialization == "baseline" else 1.0
 
     def num_calibration_runs(self) -> int:
         """The one adapter for all is a run that exists anyway."""

@@ -15,10 +15,9 @@ def with_given_weights(tasks: TaskSet, args: RunArguments) -> TaskSet:
     """The tasks with the sampling weights of the arguments, where there are any.
 
     Raises:
-        `ConfigurationError`: for weights and numbers of captured rows of unknown tasks, weights in both places, and a
-            sampling strategy that they do not go with.
+        `ConfigurationError`: for weights of unknown tasks, weights in both places, and a sampling strategy that they do
+            not go with.
     """
-    args.check_limited_tasks(tasks.names)
     if args.sampling_weights:
         unknown = sorted(set(args.sampling_weights) - set(tasks))
         if unknown:
