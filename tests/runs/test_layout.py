@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import hf_ensemble
-from hf_ensemble.runs import layout
+from hf_ensemble.runs import FidelityReport, RunDirectory, TasksRecord, layout
 
 ROOT = Path(hf_ensemble.__file__).parent
 # Names of this kind are too plain to search for: other things than a run's folders are called so as well.
@@ -40,8 +40,24 @@ def test_no_other_module_names_a_file_of_a_run():
     assert found == set()
 
 
-def test_what_another_choice_does_not_share_is_deleted_with_it():
-    assert {layout.RECORDS[kind] for kind in layout.CHOICE_RECORDS} < set(layout.CHOICE_ARTEFACTS)
+def test_what_a_changed_run_does_not_share_is_deleted(tmp_path):
+    RunDirectory.open(tmp_path, {"a": 1}, {"b": 2})
+    chosen = [*(layout.RECORDS[kind] for kind in layout.CHOICE_RECORDS), "comparison.md", "report.html"]
+    chosen += [f"{folder}/file" for folder in ("ensemble/adapters/x", "adapter", "compared/x")]
+    basic = [layout.RECORDS[kind] for kind in (TasksRecord, FidelityReport)] + ["training/x.json"]
+    basic += [f"{folder}/file" for folder in ("gradients", "gradients_at_baseline", "baseline", "meta", "scored_runs")]
+
+    def left():
+        return {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+
+    for name in [*chosen, *basic]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    RunDirectory.open(tmp_path, {"a": 1}, {"b": 3}, overwrite=True)
+    assert left() == {*basic, "run.json"}
+    RunDirectory.open(tmp_path, {"a": 2}, {"b": 3}, overwrite=True)
+    assert left() == {"run.json"}
+    # A kill in between leaves the record that says what else lies there.
     assert layout.BASIC_ARTEFACTS[-1] == "run.json"
 
 

@@ -193,6 +193,17 @@ def reports_of(train, processes):
     }
 
 
+def found_by_one_and_two(name, code, tmp_path, monkeypatch):
+    """What a script writes into `found.json`: run by one process, and by two with half the rows of a batch each."""
+    script = tmp_path / name
+    script.write_text(code)
+    done = launch(script, 2, str(tmp_path / "2"), "2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "1"), "4"])
+    exec(compile(code, name, "exec"), {})
+    return [json.loads((tmp_path / processes / "found.json").read_text()) for processes in ("1", "2")]
+
+
 def test_two_processes_write_the_store_of_one(tmp_path):
     script = tmp_path / "capture.py"
     script.write_text(CAPTURE)
@@ -205,13 +216,7 @@ def test_two_processes_write_the_store_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_draw_weigh_and_log_as_one(tmp_path, monkeypatch):
-    script = tmp_path / "balanced.py"
-    script.write_text(BALANCED)
-    done = launch(script, 2, str(tmp_path / "2"), "2")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    monkeypatch.setattr(sys, "argv", ["balanced.py", str(tmp_path / "1"), "4"])
-    exec(compile(BALANCED, "balanced.py", "exec"), {})
-    found = [json.loads((tmp_path / processes / "found.json").read_text()) for processes in ("1", "2")]
+    found = found_by_one_and_two("balanced.py", BALANCED, tmp_path, monkeypatch)
     for whole, resumed in found:
         assert whole == resumed and len(whole) > 2 and {"loss_a", "loss_b", "loss_c"} <= set(whole[0]) | set(whole[1])
     for one, two in zip(found[0][0], found[1][0]):
@@ -220,13 +225,7 @@ def test_two_processes_draw_weigh_and_log_as_one(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_share_the_rows_of_streams(tmp_path, monkeypatch):
-    script = tmp_path / "streamed.py"
-    script.write_text(STREAMED)
-    done = launch(script, 2, str(tmp_path / "2"), "2")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    monkeypatch.setattr(sys, "argv", ["streamed.py", str(tmp_path / "1"), "4"])
-    exec(compile(STREAMED, "streamed.py", "exec"), {})
-    one, two = (json.loads((tmp_path / processes / "found.json").read_text()) for processes in ("1", "2"))
+    one, two = found_by_one_and_two("streamed.py", STREAMED, tmp_path, monkeypatch)
     assert len(one) == 6 and one == pytest.approx(two, rel=1e-4)
 
 
