@@ -144,10 +144,10 @@ def head_width(base: nn.Module) -> int | None:
     return getattr(layer, "out_features", None)
 
 
-def tokens_at_once(rows: int, width: int, device: torch.device | None = None) -> int:
+def tokens_at_once(rows: int, width: int, device: torch.device) -> int:
     """How many tokens of each row go through a head of this width together; at least 1."""
     size = LOGITS_BYTES
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         size = max(size, torch.cuda.get_device_properties(device).total_memory // _LOGITS_SHARE)
     return max(1, size // max(4 * rows * width, 1))
 
