@@ -10,6 +10,7 @@ nothing changes. FLAGS are those of `hf-ensemble fidelity`. Trainings are kept i
 
 import numpy as np
 
+from hf_ensemble._text import counted
 from hf_ensemble.estimate import Prediction
 from hf_ensemble.evaluate.fidelity_measures import (
     correlation,
@@ -92,7 +93,7 @@ def main() -> None:
         calibrated = run_selector(
             run, names, trainer.args.num_components, observed, continued_length=own.length
         ).estimator.predict_subsets(subsets[count:])
-        label = f"{count} training{'s' if count > 1 else ''} observed"
+        label = f"{counted(count, 'training')} observed"
         systems[label] = agreement(calibrated, start, true[count:], held[count:])
     results = {
         "length": own.length,

@@ -7,6 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .._text import counted
 from ..ensemble import PeftEnsembleModel
 from ..runs import Comparison, FidelityReport, Results
 from ..runs.costs import figure_with_prefix
@@ -139,18 +140,14 @@ def group_curve_table(grouping: Grouping) -> Table:
     # A few of the points, the last one among them: a picture has all.
     for point in grouping.cost_curve[:: -max(1, len(grouping.cost_curve) // _MAX_POINTS)][::-1]:
         values = f"predicted loss {point['predicted_loss']:.4f}, expected {point['expected_loss']:.4f}"
-        table.add_row(f"cost {point['cost']:.2f}", values, _counted(point["num_groups"], "mixture"))
+        table.add_row(f"cost {point['cost']:.2f}", values, counted(int(point["num_groups"]), "mixture"))
     if not grouping.cost_curve:
         for count, loss in grouping.predicted_loss.items():
-            table.add_row(_counted(int(count), "group"), f"predicted loss {loss:.4f}", "")
+            table.add_row(counted(int(count), "group"), f"predicted loss {loss:.4f}", "")
     table.add_section()
     for name, loss in grouping.baselines.items():
         table.add_row(f"baseline: {name}", f"predicted loss {loss:.4f}", "")
     return table
-
-
-def _counted(number: float, noun: str) -> str:
-    return f"{number:.0f} {noun}{'' if number == 1 else 's'}"
 
 
 def _mixture(grouping: Grouping, name: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from .._settings import check_at_least, check_number, checked_names
+from .._text import counted
 from ..errors import ConfigurationError
 from ..estimate import SubsetEstimator
 from ..estimate.mixtures import mixture_weights
@@ -120,7 +121,7 @@ def optimize_mixture(
     num_auxiliary = sum(weight > 0 and name not in targets for name, weight in zip(names, weights))
     summary = (
         f"The predicted validation loss of {', '.join(targets)} is {loss:.4f} with these weights, and "
-        f"{losses[first]:.4f} with the best subset, which has {len(subset)} task{'s' if len(subset) > 1 else ''}."
+        f"{losses[first]:.4f} with the best subset, which has {counted(len(subset), 'task')}."
     )
     arguments = {"caps": caps if isinstance(caps, float | int) else dict(caps), "max_iterations": max_iterations}
     return Mixture(

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = [
     "errors",
     "logging",
+    "_text",
     "_values",
     "_files",
     "_records",

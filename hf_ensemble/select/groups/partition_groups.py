@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..._text import counted
 from ...estimate import SubsetEstimator
 from ..settings import GroupingSettings
 from .direct_search import add_helpers, improve_partition, merge_path
@@ -43,7 +44,7 @@ def partition_groups(
     summary = _summary(settings, sizes[best], losses[best], len(losses))
     if num_helpers:
         with_help = group_losses.of_partition(labels, trained) / len(names)
-        summary = f"{summary}; with {_counted(num_helpers, 'helper')} it is {with_help:.4f}"
+        summary = f"{summary}; with {counted(num_helpers, 'helper')} it is {with_help:.4f}"
     mixtures = trained.astype(np.float64)
     baseline = None
     if has_baseline and settings.group_initialization == "fresh" and len(trained) == 1:
@@ -57,18 +58,14 @@ def partition_groups(
 
 
 def _summary(settings: GroupingSettings, num_groups: int, loss: float, num_partitions: int) -> str:
-    found = _counted(num_groups, "group")
+    found = counted(num_groups, "group")
     if settings.num_groups is not None:
         were = "was" if settings.num_groups == 1 else "were"
-        return f"{_counted(settings.num_groups, 'group')} {were} requested; the predicted loss of {found} is {loss:.4f}"
-    have, partitions = "has" if num_groups == 1 else "have", _counted(num_partitions, "partition")
+        return f"{counted(settings.num_groups, 'group')} {were} requested; the predicted loss of {found} is {loss:.4f}"
+    have, partitions = "has" if num_groups == 1 else "have", counted(num_partitions, "partition")
     if settings.group_cost:
         return f"{found} {have} the least predicted loss plus group cost of {partitions}"
     return f"{found} {have} the least predicted loss, {loss:.4f}, of {partitions}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _partitions(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from tqdm.auto import tqdm
 
 from ..._processes import is_main_process
+from ..._text import counted
 from ...logging import get_logger
 from ...runs import RunDirectory
 
@@ -113,9 +114,9 @@ def duration(seconds: float) -> str:
     for unit, size in (("hour", 3600), ("minute", 60)):
         if seconds >= 1.5 * size or (unit == "minute" and seconds >= 55):
             count = max(round(seconds / size), 1)
-            return f"{count} {unit}{'s' if count > 1 else ''}"
+            return counted(count, unit)
     count = max(round(seconds / 5) * 5, 5) if seconds > 7 else max(round(seconds), 1)
-    return f"{count} second{'s' if count > 1 else ''}"
+    return counted(count, "second")
 
 
 def announce(text: str, with_bars: bool) -> None:
