@@ -11,6 +11,7 @@ from .._settings import check_at_least, checked_mapping, checked_names
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun
 from ..store import FeatureTable, take_rows
+from .directions import unit_directions
 
 # Task names do not contain it, so a cluster is never mistaken for another task.
 _SEPARATOR = "/"
@@ -119,8 +120,8 @@ def values_by_task(by_cluster: Mapping[str, float]) -> dict[str, float]:
 
 
 def _clusters(features: np.ndarray, count: int) -> np.ndarray:
-    """Labels by k-means over directions, largest cluster first; empty clusters are dropped."""
-    directions = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    labels = KMeans(count, n_init=10, random_state=0).fit_predict(directions)
+    """Labels by k-means over directions, largest cluster first; of fewer clusters where fewer directions differ."""
+    directions, num_distinct = unit_directions(features)
+    labels = KMeans(min(count, num_distinct), n_init=10, random_state=0).fit_predict(directions)
     order = [label for label, _ in sorted(Counter(labels.tolist()).items(), key=lambda item: (-item[1], item[0]))]
     return np.array([order.index(label) for label in labels.tolist()])

@@ -1,5 +1,7 @@
 """Parts of a dataset that are chosen or left out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -87,6 +89,17 @@ def test_a_store_is_divided_and_its_tasks_filtered(tmp_path):
     selection.save(tmp_path / "selection.json")
     again = DataSelector.for_choice(store, type(selection).load(tmp_path / "selection.json"))
     assert again.repeat(selection) == selection
+
+
+@pytest.mark.filterwarnings("error")
+def test_equal_rows_are_no_clusters_of_their_own():
+    train, validation = half_wrong()
+    features = train.features.copy()
+    kinds = np.array([name.startswith("right") for name in train.example_id])
+    for kind in (True, False):
+        features[kinds == kind] = features[kinds == kind][0]
+    parts, _ = split_into_clusters(replace(train, features=features), validation, {"b": 4})
+    assert parts.task_names == ("a", "b/0", "b/1") and np.bincount(parts.task).tolist() == [10, 30, 20]
 
 
 @pytest.mark.parametrize(

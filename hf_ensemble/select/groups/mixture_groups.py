@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from sklearn.cluster import KMeans
 
+from ..._text import counted
 from ...estimate import ObservedRun, SubsetEstimator
 from ..choice import calibration_note
+from ..directions import unit_directions
 from ..settings import GroupingSettings
 from .adapters_at_hand import AdaptersAtHand
 from .direct_search import add_helpers, merge_path
@@ -102,7 +104,7 @@ def _summary(num_adapters: int, point: CostPoint, cost: float) -> str:
             f"One adapter for all tasks is enough, with a mean predicted loss of {together:.4f}: no mixtures within "
             "the budget are expected to lower it by more than chance."
         )
-    adapters = f"{num_adapters} adapters" if num_adapters > 1 else "1 adapter"
+    adapters = counted(num_adapters, "adapter")
     subject = f"{adapters}, at {point.cost + cost:.2f} times the training of one adapter for all,"
     expected = f"{'are' if num_adapters > 1 else 'is'} expected to"
     if point.expected_loss == together:
@@ -116,10 +118,8 @@ def _summary(num_adapters: int, point: CostPoint, cost: float) -> str:
 
 def _cluster_starts(estimator: SubsetEstimator, counts: Sequence[int], seed: int) -> list[np.ndarray]:
     """Clusters of the tasks' gradient directions, as row weights."""
-    directions = estimator.task_gradients()
-    directions = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-12)
-    # Tasks of the same rows are one point: k-means warns where there are fewer points than clusters.
-    num_points = len(np.unique(directions.round(6), axis=0))
+    # Tasks of the same rows are one point.
+    directions, num_points = unit_directions(estimator.task_gradients())
     found = []
     for count in counts:
         if count > num_points:
