@@ -10,7 +10,7 @@ from ..errors import RecordError
 from ..estimate import ObservedRun, SubsetEstimator
 from ..evaluate import TaskScores
 from ..select import Grouping, LeftOut, predicted_losses
-from ..select.left_out import left_out
+from ..select.left_out import effects_of_leaving_out
 from ..tasks import TaskSet
 from ..tasks.presentation import example_prompt, hub_datasets
 from .costs import StageCost
@@ -280,7 +280,7 @@ class Estimate(Record):
             num_components=int(estimator.reduction.components.shape[1]),
             base_loss=dict(zip(names, estimator.base_loss().tolist())),
             predicted_loss={group: dict(zip(names, row)) for group, row in zip(grouping.groups, losses.tolist())},
-            left_out=left_out(estimator),
+            left_out=effects_of_leaving_out(estimator),
         )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..estimate import SubsetEstimator
 
-# Normal quantile: of two means with this many standard errors between them, chance explains one in twenty.
+# Normal quantile: chance alone puts a mean this many standard errors below zero one time in twenty.
 _CLEAR = 1.645
 _MOST_OF = 0.8
 # Number of tasks up to which each is left out once.
@@ -36,7 +36,7 @@ class LeftOut:
         return is_clear and self.num_better >= _MOST_OF * self.num_others
 
 
-def left_out(estimator: SubsetEstimator) -> dict[str, LeftOut]:
+def effects_of_leaving_out(estimator: SubsetEstimator) -> dict[str, LeftOut]:
     """Predicted effect on the others of leaving out each task, by its name, compared with the training on all.
 
     Empty for a single task, and for more than 200: above it, the predictions take as long as a grouping.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.select.left_out import LeftOut, left_out
+from hf_ensemble.select.left_out import LeftOut, effects_of_leaving_out
 from hf_ensemble.store import FeatureTable
 
 
@@ -33,7 +33,7 @@ def estimator_with(harm, size=5, rows=60, dim=40, seed=0):
 @pytest.mark.parametrize("harm, expected", [(1.0, {"task_4": 4}), (-1.0, {})])
 def test_the_task_that_hurts_the_others_is_told(harm, expected):
     estimator = estimator_with(harm)
-    found = left_out(estimator)
+    found = effects_of_leaving_out(estimator)
     assert {task: own.num_better for task, own in found.items() if own.is_harmful} == expected
     names = list(estimator.task_names)
     everything, without = estimator.predict_subsets([names, names[:-1]]).loss
@@ -47,4 +47,5 @@ def test_tasks_that_hurt_some_others_alone_have_groups_for_that():
 
 def test_too_few_and_too_many_tasks_are_not_asked_about(monkeypatch):
     monkeypatch.setattr("hf_ensemble.select.left_out._MOST_LEFT_OUT", 4)
-    assert left_out(estimator_with(1.0)) == {} and left_out(estimator_with(1.0, size=1)) == {}
+    assert effects_of_leaving_out(estimator_with(1.0)) == {}
+    assert effects_of_leaving_out(estimator_with(1.0, size=1)) == {}
