@@ -160,11 +160,12 @@ class GradientExtractor:
             return receive
 
         self._gradients(batch, lambda margin: torch.nn.functional.softplus(-margin), begin)
+        # All memory is taken first: if it ran out between two sums, some would have the batch twice.
         for name, parameter in self.parameters.items():
             if name not in moments:
                 moments[name] = torch.zeros(parameter.shape, device=parameter.device)
-            if name in squares:
-                moments[name] += squares[name]
+        for name, own in squares.items():
+            moments[name] += own
 
     def _gradients(
         self,

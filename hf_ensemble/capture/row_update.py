@@ -51,7 +51,7 @@ def row_update(
     Raises:
         `StoreMismatchError`: when the model is not at the store's theta0.
         `CaptureError`:
-            Without a row, for coefficients of the wrong shape or not finite, and for a batch size that is none.
+            Without a row, for coefficients of the wrong shape or not finite, and for a batch size below one.
         `ConfigurationError`: for a store that was captured of a function of the outputs in place of a margin.
     """
     if len(rows) == 0:
@@ -81,7 +81,8 @@ def row_update(
         found = torch.autograd.grad((weights * margin).sum(), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, found):
             if gradient is not None:
-                sums[name] += gradient.float()
+                # Without a copy in float32: if memory ran out here, some sums would have the batch twice.
+                sums[name] += gradient
 
     run = HalvingOnFullMemory(add)
     precision = capture_precision(model, device, config["mixed_precision"])

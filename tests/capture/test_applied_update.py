@@ -101,6 +101,26 @@ def test_rows_and_coefficients_are_checked_before_any_pass(tmp_path, changes, me
         row_update(model, store, data_collator=lambda rows: pytest.fail("a pass was made"), **given)
 
 
+def test_rows_are_summed_without_further_memory(tmp_path, monkeypatch):
+    model = toy.with_lora(toy.llama())
+    toy.randomize(model)
+    store, tasks = captured(tmp_path, model, 64)
+    rows = list(encoded_splits(model, tasks, toy.tokenizer(), None)["train"])[:4]
+    collator = data_collator_for(tasks.row_format, toy.tokenizer(), labels_are_tokens=True)
+    expected = row_update(model, store, rows, np.ones(4), collator, batch_size=4)
+    last, convert, failed = [p for p in model.parameters() if p.requires_grad][-1], torch.Tensor.float, []
+
+    def full(tensor, *args, **options):
+        if tensor.shape == last.shape and tensor is not last and not failed:
+            failed.append(tensor)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return convert(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "float", full)
+    found = row_update(model, store, rows, np.ones(4), collator, batch_size=4)
+    assert all(torch.allclose(found[name], own, rtol=1e-4, atol=1e-6) for name, own in expected.items())
+
+
 def test_gradients_of_a_function_are_none_of_a_margin(tmp_path):
     model, tasks = toy.with_lora(toy.llama()), TaskSet.from_datasets(toy.sft_tasks(8, 4))
     config = CaptureConfig(projection_dim=64, margin=mean_logit)

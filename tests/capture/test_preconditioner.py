@@ -55,6 +55,26 @@ def test_parameters_without_hooks_count_too(encoded):
         assert relative_error(moments[1][name], moment) < 1e-4
 
 
+def test_a_batch_that_runs_out_of_memory_is_counted_once(encoded, monkeypatch):
+    rows, collator = encoded
+    extractor = GradientExtractor(toy.with_lora(toy.llama()), None)
+    extractor.add_second_moments(collator(rows[:4]), expected := {})
+    zeros, shapes, moments = torch.zeros, [own.shape for own in extractor.parameters.values()], {}
+
+    def full(*size, **options):
+        # Room for the moments of the first parameter alone.
+        if moments and size == (shapes[1],):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return zeros(*size, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "zeros", full)
+        extractor.add_second_moments(collator(rows[:4]), moments)
+    assert moments
+    extractor.add_second_moments(collator(rows[:4]), moments)
+    assert all(torch.allclose(moments[name], own) for name, own in expected.items())
+
+
 def test_scales_are_the_fourth_root_relative_to_the_mean():
     moments = {"a": torch.tensor([16.0, 0.0]), "b": torch.tensor([[1.0], [1.0]])}
     scales = Preconditioner.from_second_moments(moments).scales
