@@ -28,7 +28,7 @@ from ..store import (
 )
 from ..tasks import EXAMPLE_ID, TASK, TaskCollator, TaskSet
 from ..tasks.rows import token_fingerprint
-from .config import DEFAULT_ROWS, ROW_LIMITS, CaptureConfig
+from .config import ROW_LIMITS, CaptureConfig
 from .gradients import BatchGradients, GradientExtractor
 from .identity import model_identity
 from .preconditioner import Preconditioner
@@ -72,7 +72,7 @@ class CapturePass:
         self.config = next(iter(configs.values()))
         self.config.check_limited_tasks(tasks.names)
         self.samples = {
-            split: sample_rows(table, self.config.row_limit(split), DEFAULT_ROWS, self.config.capture_seed)
+            split: sample_rows(table, self.config.row_limit(split), self.config.capture_seed)
             for split, table in encoded.items()
         }
         self.extractor = GradientExtractor(

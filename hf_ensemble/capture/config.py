@@ -24,8 +24,6 @@ MIXED_PRECISIONS = ("no", "bf16")
 _NOT_IN_IDENTITY = ("batch_size", "max_batch_tokens", "capture_rows", "capture_validation_rows", "capture_seed")
 # By split, the setting that limits the rows of a task.
 ROW_LIMITS = {"train": "capture_rows", "validation": "capture_validation_rows"}
-# Rows of a task that are captured unless told otherwise.
-DEFAULT_ROWS = None
 # Settings that may differ between the stores of one pass: all of them are made from the same gradients.
 _PER_STORE = ("projection_dim", "projection_seed", "feature_dtype")
 
@@ -70,7 +68,7 @@ class FeatureSettings(Settings):
     )
 
     capture_rows: int | str | dict | None = field(
-        default=DEFAULT_ROWS,
+        default=None,
         metadata={
             "help": "Most training rows of a task that gradients are captured of, or JSON by task: "
             "'{\"gsm8k\": 2000}'. Of a task with more, a sample that is stratified by label stands for all of them; "
@@ -78,7 +76,7 @@ class FeatureSettings(Settings):
         },
     )
     capture_validation_rows: int | str | dict | None = field(
-        default=DEFAULT_ROWS,
+        default=None,
         metadata={"help": "The same for validation rows, whose mean is the predicted loss."},
     )
     capture_seed: int = field(default=0, metadata={"help": "Seed of the samples of rows that are captured."})
@@ -112,7 +110,7 @@ class FeatureSettings(Settings):
     def num_captured_rows(self, split: str, num_rows: Mapping[str, int]) -> int:
         """How many rows are captured of tasks with these numbers of rows."""
         limit = self.row_limit(split)
-        return sum(num_captured(limit, DEFAULT_ROWS, task, count) for task, count in num_rows.items())
+        return sum(num_captured(limit, task, count) for task, count in num_rows.items())
 
 
 @dataclass

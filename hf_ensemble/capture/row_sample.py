@@ -15,26 +15,28 @@ from ..tasks import EXAMPLE_ID, TASK
 
 # Rows of a task: a number for each task, one by task, or all of them.
 RowLimit = int | Mapping[str, int | None] | None
+# A single row says nothing of how far the others are from it.
+_LEAST = 2
 
 
 def checked_limit(name: str, value: Any) -> RowLimit:
     """A limit, which may be given as text, as on a command line.
 
     Raises:
-        `ConfigurationError`: for anything but a positive integer, a dict of them by task, or `None`.
+        `ConfigurationError`: for anything but an integer of at least two, a dict of them by task, or `None`.
     """
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
             raise ConfigurationError(
-                f"Expected {name} as a positive integer, or as JSON by task, found {value!r:.80} ({error})."
+                f"Expected {name} as an integer, or as JSON by task, found {value!r:.80} ({error})."
             ) from error
     if not isinstance(value, Mapping):
-        check_at_least(name, value, 1, optional=True)
+        check_at_least(name, value, _LEAST, optional=True)
         return value
     for task, limit in checked_mapping(name, value).items():
-        check_at_least(f"{name} of {task!r}", limit, 1, optional=True)
+        check_at_least(f"{name} of {task!r}", limit, _LEAST, optional=True)
     return dict(value)
 
 
@@ -44,9 +46,9 @@ def check_limited_tasks(name: str, limit: RowLimit, tasks: Sequence[str]) -> Non
         checked_names(f"tasks in {name}", limit, tasks)
 
 
-def num_captured(limit: RowLimit, default: int | None, task: str, num_rows: int) -> int:
-    """How many of a task's rows are captured; tasks that a dict leaves out have the default limit."""
-    own = limit.get(task, default) if isinstance(limit, Mapping) else limit
+def num_captured(limit: RowLimit, task: str, num_rows: int) -> int:
+    """How many of a task's rows are captured; tasks that a dict leaves out have no limit."""
+    own = limit.get(task) if isinstance(limit, Mapping) else limit
     return num_rows if own is None else min(own, num_rows)
 
 
@@ -65,13 +67,12 @@ class RowSample:
     num_captured: Mapping[str, int]
 
 
-def sample_rows(rows: Dataset, limit: RowLimit, default: int | None = None, seed: int = 0) -> RowSample:
+def sample_rows(rows: Dataset, limit: RowLimit, seed: int = 0) -> RowSample:
     """Sample the rows of each task that has more than its limit, see [`sampled_positions`].
 
     Args:
         rows (`Dataset`): rows with `task` and `example_id`, and with `labels` where they may be classes.
         limit (`int` or `dict[str, int]`, *optional*): number of rows of each task, or by task; `None` for all.
-        default (`int`, *optional*): limit of the tasks that a dict leaves out.
         seed (`int`, *optional*, defaults to 0): seed of the sample.
     """
     plain = rows.with_format(None)
@@ -80,7 +81,7 @@ def sample_rows(rows: Dataset, limit: RowLimit, default: int | None = None, seed
     sizes = {
         task: (total, count)
         for task, total in zip(tasks.tolist(), totals.tolist())
-        if (count := num_captured(limit, default, task, total)) < total
+        if (count := num_captured(limit, task, total)) < total
     }
     if not sizes:
         return RowSample(rows, {}, {})

@@ -54,8 +54,8 @@ def split_into_clusters(
             raise ConfigurationError(
                 f"Gradients of {captured} of the {size} training rows of {name!r} are captured, and the other rows "
                 "belong to no cluster.",
-                python=f'Capture all of them: capture_rows={{"{name}": None}}.',
-                terminal=f"Capture all of them: --capture_rows '{{\"{name}\": null}}'.",
+                python=f"Capture all of them: make capture_rows a dict without {name!r}, which then has no limit.",
+                terminal=f"Capture all of them: make --capture_rows JSON without {name!r}, which then has no limit.",
             )
     names: list[str] = []
     sizes: list[int] = []

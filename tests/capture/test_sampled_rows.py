@@ -42,10 +42,10 @@ def test_a_limit_may_be_one_of_a_task():
     rows = Dataset.from_dict(
         {"task": ["a"] * 9 + ["b"] * 9 + ["c"] * 3, "example_id": IDS[:21], "labels": [0, 1, 1] * 7}
     )
-    found = sample_rows(rows, {"a": 4, "c": 4}, 6)
-    assert found.num_rows == {"a": 9, "b": 9} and found.num_captured == {"a": 4, "b": 6}
-    assert [list(found.rows["task"]).count(task) for task in "abc"] == [4, 6, 3]
-    assert sample_rows(rows, {"a": None}, None).rows is rows and sample_rows(rows, 9).rows is rows
+    found = sample_rows(rows, {"a": 4, "c": 4})
+    assert found.num_rows == {"a": 9} and found.num_captured == {"a": 4}
+    assert [list(found.rows["task"]).count(task) for task in "abc"] == [4, 9, 3]
+    assert sample_rows(rows, {"a": None}).rows is rows and sample_rows(rows, 9).rows is rows
 
 
 def test_a_task_within_the_limit_is_captured_whole(tmp_path):
@@ -101,7 +101,8 @@ def test_choices_from_a_sample(tmp_path):
     assert all(len(own) == 10 for own in scores.scores.values())
     assert scores.num_without_score() == dict.fromkeys(names, 14)
     assert f"the {10 * len(names)} rows that were captured, of {24 * len(names)}, more often" in scores.summary
-    with pytest.raises(ConfigurationError, match="10 of the 24 training rows of 'sums' are captured.*capture_rows="):
+    message = "10 of the 24 training rows of 'sums' are captured.*make capture_rows a dict without 'sums'"
+    with pytest.raises(ConfigurationError, match=message):
         DataSelector.from_store(store, clusters={"sums": 2})
     # Rows that are asked for by name stand for themselves.
     ids = {"sums": list(scores.scores["sums"])[:3]}
@@ -120,10 +121,13 @@ def test_what_is_excluded_is_taken_off(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (0, "capture_rows has to be a positive integer or None, found 0"),
-        (True, "capture_rows has to be a positive integer or None, found True"),
-        ("many", "Expected capture_rows as a positive integer, or as JSON by task, found 'many'"),
-        ({"sums": 1.5}, "capture_rows of 'sums' has to be a positive integer or None, found 1.5"),
+        (0, "capture_rows has to be an integer of at least 2 or None, found 0"),
+        # Nothing would be known of how far the sample is from all rows.
+        (1, "capture_rows has to be an integer of at least 2 or None, found 1"),
+        (True, "capture_rows has to be an integer of at least 2 or None, found True"),
+        ("many", "Expected capture_rows as an integer, or as JSON by task, found 'many'"),
+        ({"sums": 1.5}, "capture_rows of 'sums' has to be an integer of at least 2 or None, found 1.5"),
+        ({"sums": 1}, "capture_rows of 'sums' has to be an integer of at least 2 or None, found 1"),
     ],
 )
 def test_limits_that_are_none(value, message):
