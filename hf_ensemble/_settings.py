@@ -74,17 +74,19 @@ def check_number(
 
 
 def check_device(name: str, value: Any) -> None:
-    """Raise `ConfigurationError` for anything but the name of a device that is there, or `None`."""
+    """Raise `ConfigurationError` for anything but a device that is there and has float64, by its name, or `None`."""
     if value is None:
         return
     import torch
 
     try:
-        torch.empty(0, device=value)
+        if torch.empty(0, dtype=torch.float64, device=value).is_meta:
+            raise TypeError("it holds no values")
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(
-            f"{name} has to be a device of this machine, such as 'cpu' or 'cuda', or None, found {value!r} ({reason})."
+            f"{name} has to be a device of this machine that has float64, such as 'cpu' or 'cuda', or None, found "
+            f"{value!r} ({reason})."
         ) from error
 
 

@@ -11,11 +11,12 @@ import torch
 from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
 from .calibration import LossCalibration
-from .intervals import IntervalWidth, SamplingNoise
+from .intervals import IntervalWidth
 from .linearized_training import LinearizedTraining, check_rows
 from .mixtures import checked_mixtures, mixture_weights
 from .prediction import Prediction
 from .regularization import ObservedRun, Regularization, choose_regularization, losses_of
+from .sampling_noise import SamplingNoise
 from .sensitivity import LossSensitivity
 from .validation_rows import ValidationRows
 
@@ -48,6 +49,7 @@ class SubsetEstimator(LinearizedTraining):
 
     Raises:
         `EstimationError`: for tasks without rows, and features that are not finite.
+        `ConfigurationError`: for a device that is not there, or has no float64.
 
     Example:
 
@@ -83,7 +85,7 @@ class SubsetEstimator(LinearizedTraining):
         self._fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
         self._validation = ValidationRows(validation, self.reduction.apply(validation.features))
         self._validation_sizes = validation.sizes
-        self.is_sampled = train.task_sizes is not None or validation.task_sizes is not None
+        self._is_sampled = train.task_sizes is not None or validation.task_sizes is not None
         self.observed_runs = tuple(observed_runs)
         self.interval = IntervalWidth()
         self.calibration: LossCalibration | None = None
@@ -175,7 +177,7 @@ class SubsetEstimator(LinearizedTraining):
             loss = self.calibration(loss)
 
         def ends(own: Prediction) -> tuple[np.ndarray, np.ndarray]:
-            is_noisy = self.is_sampled and np.isfinite(interval.level)
+            is_noisy = self._is_sampled and np.isfinite(interval.level)
             return interval.around(own.loss, own.displacement, self.sampling_noise(own) if is_noisy else None)
 
         return Prediction(
@@ -193,16 +195,17 @@ class SubsetEstimator(LinearizedTraining):
     def sampling_noise(self, prediction: Prediction) -> np.ndarray:
         """Standard error of predicted losses as those of all rows, `(S, T)`, in nats; see [`SamplingNoise`].
 
-        Zero where all rows were captured.
+        Zero where all rows were captured, NaN where a single one of several was.
 
         Args:
             prediction (`Prediction`): predictions of this estimator.
         """
-        noise = SamplingNoise(self._train, self.counts, self._validation, self._validation_sizes, self.loss_at)
+        rows = self._train, self.counts, self._validation, self._validation_sizes
+        noise = SamplingNoise(*rows, self.loss_at, self._slopes_at)
         l2 = self._penalties(prediction.mixtures, self.regularization.l2_scale)
         sampled = prediction.mixtures * self.sampling_weights
-        rows = zip(prediction.coefficients, l2, sampled, np.isfinite(prediction.loss))
-        return np.array([noise.of(*row) for row in rows])
+        optima = zip(prediction.coefficients, l2, sampled, np.isfinite(prediction.loss))
+        return np.array([noise.of(*optimum) for optimum in optima])
 
     def _replayed_run(self, optimum: np.ndarray) -> ObservedRun:
         """A training of the linearized model on all tasks, by where it has ended `(k,)`."""
@@ -239,11 +242,9 @@ class SubsetEstimator(LinearizedTraining):
             targets (`np.ndarray` of shape `(T,)`): weight of each task in the sum.
             metric (`str`, *optional*, defaults to `"loss"`): `"loss"` or `"accuracy"`.
         """
-        slope = 1.0
-        if metric == "loss" and self.calibration is not None:
-            loss = self._validation.outcomes(reference, targets[None] > 0)[0][0]
-            slope = np.where(targets > 0, self.calibration.slope(loss), 0.0)
-        return self._validation.spread(coefficients, reference, targets * slope, metric)
+        if metric == "loss":
+            targets = targets * self._slopes_at(reference, targets > 0)
+        return self._validation.spread(coefficients, reference, targets, metric)
 
     def truncated(self, num_components: int) -> "SubsetEstimator":
         """The same estimator in its first principal components alone: less exact, and faster by about their share."""
@@ -271,6 +272,13 @@ class SubsetEstimator(LinearizedTraining):
         """Predicted losses `(S, T)` at optima `(S, k)`; NaN outside a mask `(S, T)`. See [`Prediction`]."""
         loss = self._validation.outcomes(coefficients, needed)[0]
         return loss if self.calibration is None else self.calibration(loss)
+
+    def _slopes_at(self, w: np.ndarray, needed: np.ndarray) -> np.ndarray:
+        """Slope of each predicted loss in the surrogate's at an optimum `(k,)`, `(T,)`; 0 outside a mask `(T,)`."""
+        if self.calibration is None:
+            return needed.astype(np.float64)
+        loss = self._validation.outcomes(w, needed[None])[0][0]
+        return np.where(needed, self.calibration.slope(loss), 0.0)
 
     def base_loss(self) -> np.ndarray:
         """Validation loss of each task at the linearization point, `(T,)`."""

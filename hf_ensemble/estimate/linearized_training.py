@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from .._settings import check_at_least, check_number, checked_mapping
+from .._settings import check_at_least, check_device, check_number, checked_mapping
 from ..errors import EstimationError
 from ..store import FeatureTable, TrainingRecipe
 from ..tasks.sampling import epoch_length
@@ -35,10 +35,10 @@ class LinearizedTraining:
 
     Raises:
         `EstimationError`: for tasks without rows, features that are not finite, and values out of range.
+        `ConfigurationError`: for a device that is not there, or has no float64.
 
     Attributes:
         counts (`np.ndarray` of shape `(T,)`): number of training rows, of all where the captured ones are a sample.
-        num_captured (`np.ndarray` of shape `(T,)`): number of captured ones.
         token_counts (`np.ndarray` of shape `(T,)`, *optional*): answer tokens of all rows, where they are known.
         sampling_weights (`np.ndarray` of shape `(T,)`): sampling weight of each task's rows.
         training_ids (`tuple[tuple[str, str]]`): task and example id of each captured row.
@@ -61,9 +61,10 @@ class LinearizedTraining:
         for name, weight in checked_mapping("sampling_weights", sampling_weights, EstimationError).items():
             check_number(f"The sampling weight of {name!r}", weight, 0, above=True, error=EstimationError)
         check_number("length", length, 0, above=True, error=EstimationError)
+        check_device("device", device)
         check_rows(train, "training")
         names = self.task_names = train.task_names
-        self.counts, self.num_captured = train.sizes, train.num_captured
+        self.counts = train.sizes
         self.token_counts = None
         if train.num_tokens is not None:
             tokens = np.bincount(train.task, train.num_tokens, len(names)) * train.rows_per_captured

@@ -56,7 +56,7 @@ class Prediction:
         return self.ends(self)
 
     def at(self, row: int) -> "Prediction":
-        """The prediction of a single mixture. Where rows are sampled, its interval is faster than all of them."""
+        """The prediction of a single mixture, whose interval is found without those of the others."""
         rows = slice(row, row + 1)
         names = ("mixtures", "loss", "accuracy", "displacement", "coefficients", "gradient_norm")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})

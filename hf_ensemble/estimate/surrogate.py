@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ..errors import EstimationError
-from .newton import TaskRows, WeightedRows, approach, joined, mean_square, minimize
-from .toggling import toggled_optima
+from .solver.newton import TaskRows, WeightedRows, approach, joined, mean_square, minimize
+from .solver.toggling import toggled_optima
 
 # Maximum number of (mixture, row) pairs with a weight in memory at once, at about 30 bytes each.
 _CHUNK = 8_000_000

@@ -76,15 +76,17 @@ class ValidationRows:
     def loss_variance(self, w: np.ndarray, sizes: np.ndarray, needed: np.ndarray) -> np.ndarray:
         """Variance of each task's mean loss at w, as that of all its rows `(T,)`, of which these are a sample, `(T,)`.
 
-        (1 - n / N) s^2 / n with the variance s^2 of the n captured rows' losses; zero where they are all N rows.
+        (1 - n / N) s^2 / n with the variance s^2 of the n captured rows' losses; zero where they are all N rows, NaN
+        where it is one of several.
         """
         found = np.zeros(len(sizes))
         for index in np.flatnonzero(needed):
             rows = self.task == index
             count = int(rows.sum())
-            if 1 < count < sizes[index]:
+            if count < sizes[index]:
                 losses = np.logaddexp(0.0, -(self.margin[rows] + self.features[rows] @ w))
-                found[index] = (1 - count / sizes[index]) * losses.var(ddof=1) / count
+                variance = losses.var(ddof=1) if count > 1 else np.nan
+                found[index] = (1 - count / sizes[index]) * variance / count
         return found
 
     def spread(self, coefficients: np.ndarray, reference: np.ndarray, weights: np.ndarray, metric: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import torch
 
 from helpers.devices import DEVICES
 from helpers.feature_tables import world
+from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import FeatureReduction, SubsetEstimator
 from hf_ensemble.store import TrainingRecipe
 
@@ -33,3 +34,9 @@ def test_principal_components_are_those_of_the_cpu(monkeypatch, device, rows):
     # A direction is known up to its sign.
     signs = np.sign((here.components * there.components).sum(axis=0))
     assert np.abs(here.components - signs * there.components).max() < 1e-8
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta", 1.5, torch.device("meta")])
+def test_a_device_that_holds_no_numbers_is_refused(device):
+    with pytest.raises(ConfigurationError, match="device has to be a device of this machine that has float64"):
+        SubsetEstimator(*world(), device=device)

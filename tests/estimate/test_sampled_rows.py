@@ -106,3 +106,48 @@ def test_intervals_are_wider_where_fewer_rows_were_seen():
 
     none, half, few = (width(count) for count in (60, 30, 15))
     assert np.abs(none).max() < 1e-12 and (half > 0).all() and (half < few).all()
+
+
+def some_of(table, counts, size):
+    """The first rows of each task, of `size` where they are fewer."""
+    kept = np.concatenate([np.flatnonzero(table.task == task)[:count] for task, count in enumerate(counts)])
+    arrays = {name: getattr(table, name)[kept] for name in ("features", "margin", "task", "example_id")}
+    return replace(table, **arrays, task_sizes=np.full(len(counts), size))
+
+
+@pytest.mark.filterwarnings("error")
+def test_noise_of_validation_rows_alone_is_that_of_the_calibrated_loss():
+    train, validation = world(rows=60)
+    sampled = some_of(validation, [20, 30, 40, 60], 60)
+    estimator = SubsetEstimator(train, sampled, observed_runs=RUN)
+    found = estimator.predict_subsets([NAMES])
+    raw = estimator.predict(np.ones((1, 4)), l2_scale=estimator.regularization.l2_scale).loss[0]
+    margins = np.array(list(estimator.linear_margins(found.coefficients[0]).values()))
+    variance = np.array([np.logaddexp(0, -margins[sampled.task == task]).var(ddof=1) for task in range(4)])
+    counts, step = sampled.num_captured, 1e-6
+    slope = (estimator.calibration(raw + step) - estimator.calibration(raw - step)) / (2 * step)
+    assert np.abs(slope - 1).max() > 0.05
+    expected = slope * np.sqrt((1 - counts / 60) * variance / counts)
+    assert estimator.sampling_noise(found)[0] == pytest.approx(expected, rel=1e-4) and expected[3] == 0
+    assert np.isfinite(found.loss_low).all() and (found.loss_low < found.loss).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_mixture_of_tasks_that_are_captured_whole_has_no_noise():
+    train, validation = world(rows=60)
+    estimator = SubsetEstimator(some_of(train, [60, 30, 60, 60], 60), validation, observed_runs=RUN)
+    found = estimator.predict_subsets([["a", "c"], ["a", "b"]])
+    noise = estimator.sampling_noise(found)
+    assert (noise[0] == 0).all() and (noise[1] > 0).all()
+    bare = estimator.interval.around(found.loss, found.displacement)
+    assert found.loss_low[0] == pytest.approx(bare[0][0]) and (found.loss_low[1] < bare[0][1]).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_row_of_many_has_no_interval():
+    train, validation = world(rows=60)
+    estimator = SubsetEstimator(some_of(train, [60, 1, 60, 60], 60), validation, observed_runs=RUN)
+    low = estimator.predict_subsets([["a", "c"], ["a", "b"]]).loss_low
+    assert np.isfinite(low[0]).all() and np.isnan(low[1]).all()
+    estimator = SubsetEstimator(train, some_of(validation, [60, 1, 60, 60], 60), observed_runs=RUN)
+    assert np.isnan(estimator.predict_subsets([NAMES]).loss_low[0]).tolist() == [False, True, False, False]

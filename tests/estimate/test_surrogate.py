@@ -5,8 +5,8 @@ import torch
 from helpers import oracles
 from hf_ensemble.errors import EstimationError
 from hf_ensemble.estimate import FeatureReduction, solve_surrogate
-from hf_ensemble.estimate.conjugate_gradient import conjugate_gradient
 from hf_ensemble.estimate.outcomes import predicted_outcomes
+from hf_ensemble.estimate.solver.conjugate_gradient import conjugate_gradient
 from hf_ensemble.estimate.surrogate import SurrogateProblem
 
 MIXTURES = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 0, 1], [0.2, 0.0, 3.0, 1.0], [0, 0, 0, 1e-3]])
@@ -104,7 +104,7 @@ def test_chunks_do_not_matter(monkeypatch, pairs):
 @pytest.mark.parametrize("steps", [0, 1])
 def test_the_steps_in_single_precision_do_not_change_the_optimum(monkeypatch, steps):
     one = solve_surrogate(*rows(), MIXTURES, PENALTIES, tolerance=1e-10).coefficients
-    monkeypatch.setattr("hf_ensemble.estimate.newton._MAX_FLOAT32_STEPS", steps)
+    monkeypatch.setattr("hf_ensemble.estimate.solver.newton._MAX_FLOAT32_STEPS", steps)
     two = solve_surrogate(*rows(), MIXTURES, PENALTIES, tolerance=1e-10).coefficients
     assert np.abs(one - two).max() < 1e-7
 
@@ -284,7 +284,7 @@ def test_rows_are_converted_in_parts_that_share_their_memory(monkeypatch):
     expected = whole.solve(mixtures, np.full(2, 1e-3)).coefficients
     slopes = whole.row_slopes(expected[0], expected[1])
     derived = whole.derivatives(mixtures[0], expected[0], 1e-3)
-    monkeypatch.setattr("hf_ensemble.estimate.newton._CONVERTED", 7 * 12)
+    monkeypatch.setattr("hf_ensemble.estimate.solver.newton._CONVERTED", 7 * 12)
     parts = SurrogateProblem(x, margin, task)
     places = {features.data_ptr() for rows in parts._tasks for _, features in rows.parts()}
     assert len(places) == 1
