@@ -86,8 +86,8 @@ class DataSelector:
 
         Raises:
             `StoreError`: for an incomplete store.
-            `ConfigurationError`: for clusters of unknown tasks, more clusters than rows, and clusters beside a
-                weighting of the tasks' losses.
+            `ConfigurationError`: for clusters of unknown tasks, more clusters than rows, clusters beside a weighting of
+                the tasks' losses, and a device that is not there, or has no float64.
         """
         store = store if isinstance(store, GradientStore) else GradientStore(store)
         names = store.task_names if tasks is None else tasks
@@ -95,7 +95,9 @@ class DataSelector:
         recipe = store.recipe
         if recipe is not None:
             # Fewer rows take fewer steps.
-            recipe = recipe.shortened(int(train.sizes.sum()) / int(store.table("train").sizes.sum()))
+            sizes = store.task_sizes("train")
+            every = store.num_rows("train") if sizes is None else int(sizes.sum())
+            recipe = recipe.shortened(int(train.sizes.sum()) / every)
         validation = store.table("validation", names)
         if clusters and task_loss_weighting != "tokens":
             raise ConfigurationError(

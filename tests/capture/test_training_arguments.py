@@ -126,6 +126,17 @@ def test_some_of_the_tasks_are_trained_on_for_fewer_steps(tmp_path, monkeypatch)
         "hf_ensemble.estimate.linearized_training.replayed_coefficients",
         lambda features, margin, weights, norms, scale, recipe, tokens: seen.append(recipe) or 0.1 * features.mean(0),
     )
-    store = capture(tmp_path, recipe=TrainingRecipe([0.3, 0.6], 4))
+    recipe = TrainingRecipe([0.3, 0.6], 4)
+    store = capture(tmp_path / "all", recipe=recipe)
     DataSelector.from_store(store, ["sums"], num_components=10)
     assert seen[0].learning_rates == pytest.approx([0.1, 0.2])
+    # Sampled rows stand for all of their task.
+    sampled = capture(tmp_path / "some", recipe=recipe, capture_rows={"diffs": 4})
+    DataSelector.from_store(sampled, ["sums"], num_components=10)
+    assert seen[1].learning_rates == pytest.approx([0.1, 0.2])
+    # A task that is not used may have no training rows.
+    rows = store.rows.select(["split", "task"]).to_pylist()
+    excluded = [row == {"split": "train", "task": "diffs"} for row in rows]
+    store.rows = store.rows.set_column(store.rows.column_names.index("excluded"), "excluded", [excluded])
+    DataSelector.from_store(store, ["sums"], num_components=10)
+    assert seen[2].learning_rates == pytest.approx([0.15, 0.3])
