@@ -24,6 +24,8 @@ from .table import draw, table
 
 _SIZES = (1, 3, 6, 12, 25)
 _NUM_TOPICS = 6
+# Arguments that may differ from those that earlier lines were measured with.
+_NOT_IN_LINES = ("seeds", "capture_cost", "threads")
 
 
 def world(arguments, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,11 +103,13 @@ def main() -> None:
     base = predicted_outcomes(*validation, arguments.tasks, np.zeros((1, arguments.dim)))[0]
     projection = np.random.default_rng(3).normal(size=(arguments.dim, arguments.captured_dim)).astype(np.float32)
     projection /= np.sqrt(arguments.captured_dim)
+    kept, world_shape = read_results(arguments.output), shape_of(arguments, "counts", *_NOT_IN_LINES)
+    is_same = all(kept.get(name) == value for name, value in world_shape.items())
     results = {
         **shape_of(arguments, "counts"),
         "mixtures": len(mixtures) - 1,
         "mean_loss": {"base": float(base.mean()), "trained": float(true[1:].mean())},
-        "lines": read_results(arguments.output).get("lines", []),
+        "lines": kept["lines"] if is_same else [],
     }
     known = {(line["train"], line["validation"], line["seed"]) for line in results["lines"]}
     for both in (None, *[pair for n in arguments.counts for pair in ((n, None), (n, n))]):

@@ -41,13 +41,13 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     results = read_results(arguments.output)
-    results["machine"] = machine(arguments.device)
-    results["shape"] = shape_of(arguments, "parts", "device")
     results.setdefault("parts", {})
+    # Of each part, as those of an earlier run may have had others.
+    own = {"machine": machine(arguments.device), "arguments": shape_of(arguments, "parts", "device")}
     for part in arguments.parts:
         start = time.perf_counter()
         measured = PARTS[part](torch.device(arguments.device), arguments.tiny, arguments.layers)
-        results["parts"][part] = {**measured, "seconds": time.perf_counter() - start}
+        results["parts"][part] = {**own, **measured, "seconds": time.perf_counter() - start}
         write_results(arguments.output, results, table, arguments.device)
 
 

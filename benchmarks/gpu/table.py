@@ -7,17 +7,21 @@ from .capture import CAPTURE
 
 
 def table(results: dict) -> str:
-    machine, parts = results["machine"], results["parts"]
-    sizes = " Toy sizes, which only show that the parts run." if results["shape"]["tiny"] else ""
-    lines = [f"{machine['device']}, {machine['threads']} CPU threads; wall times.{sizes}"]
+    parts = results["parts"]
+    settings = {name: _setting(own) for name, own in parts.items()}
+    shared = len(set(settings.values())) == 1
+    lines = [next(iter(settings.values()))] if shared else []
     for name, own in parts.items():
-        if name.startswith("capture"):
-            lines += _capture(own)
-        elif name == "decoding":
-            lines += _decoding(own)
-        else:
-            lines += _estimator(own)
-    return "\n".join(lines) + "\n"
+        kind = _capture if name.startswith("capture") else _decoding if name == "decoding" else _estimator
+        blank, title, *rest = kind(own)
+        lines += [blank, title, *([] if shared else ["", settings[name]]), *rest]
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def _setting(own: dict) -> str:
+    machine = own["machine"]
+    sizes = " Toy sizes, which only show that the parts run." if own["arguments"]["tiny"] else ""
+    return f"{machine['device']}, {machine['threads']} CPU threads; wall times.{sizes}"
 
 
 def _gibibytes(count: int | None) -> str:

@@ -137,3 +137,19 @@ def test_no_path_of_a_machine():
             # `/proc` is the same on every machine.
             found = re.search(r"(?<![\w.*])/(?!proc/)\w+/[\w./-]+", text)
             assert found is None, f"{path} names {found and found.group()}"
+
+
+def test_lines_of_another_shape_are_measured_anew(monkeypatch, tmp_path):
+    study = importlib.import_module("benchmarks.captured_rows.run")
+    monkeypatch.setattr(study, "draw", lambda *_: None)
+    sizes = "--tasks 4 --validation_rows 20 --dim 8 --captured_dim 8 --counts 10 --seeds 1"
+
+    def lines(rows):
+        monkeypatch.setattr(sys, "argv", [study.__file__, str(tmp_path / "rows"), "--rows", str(rows), *sizes.split()])
+        study.main()
+        return json.loads((tmp_path / "rows.json").read_text())["lines"]
+
+    first = lines(40)
+    assert len(first) == 3 and lines(40) == first
+    other = lines(60)
+    assert len(other) == 3 and other[0]["error"] != first[0]["error"]

@@ -25,12 +25,18 @@ def test_every_part_runs_at_toy_sizes(study, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [study.__file__, *arguments])
     monkeypatch.setattr(study.capture, "TURNS", 1)
     study.main()
-    parts = json.loads((tmp_path / "tiny.json").read_text())["parts"]
+    found = json.loads((tmp_path / "tiny.json").read_text())
+    parts = found["parts"]
     ways = parts["capture_8b"]["ways"]
     assert set(ways) == {"forward and backward", "with activation checkpointing", "capture"}
     assert parts["capture_8b"]["store"]["rows"] == 4 and all(way["kernels"] for way in ways.values())
     assert parts["estimator"]["loss_difference"] < 1e-6
     assert "| ensemble, all at once |" in (tmp_path / "tiny.md").read_text()
+    # Parts of another machine say so.
+    assert study.table(found).count("CPU threads; wall times.") == 1
+    parts["estimator"]["machine"] = {**parts["estimator"]["machine"], "device": "another GPU"}
+    text = study.table(found)
+    assert text.count("CPU threads; wall times.") == len(wanted) and "## Estimator\n\nanother GPU, " in text
 
 
 def run_script(folder, code, *arguments):
