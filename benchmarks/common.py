@@ -109,10 +109,17 @@ def write_results(output: str, results: dict, table: Table, device: str = "cpu")
     print(table(results), flush=True)
 
 
-def read_results(output: str) -> dict:
-    """Contents of OUTPUT.json, empty if there is no such file."""
+def read_results(output: str, **shape: Any) -> dict:
+    """Contents of OUTPUT.json, to which other parts are added; empty if there is no such file.
+
+    Args:
+        output (`str`): path of the file without its ending.
+        shape (`Any`): arguments that all of its parts share; what was measured with others is measured anew.
+    """
     path = Path(f"{output}.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text()) if path.exists() else {}
+    stated = results.get("shape", results)
+    return results if all(name in stated and stated[name] == value for name, value in shape.items()) else {}
 
 
 def document(results: dict, table: Table) -> str:

@@ -42,10 +42,13 @@ from .table import table
 SLOW = ("published, whole batch", "Bergson, global", "TRAK's projector alone")
 DEFAULT_METHODS = tuple(name for name in METHODS if name != "capture, no preconditioner")
 OWN = ("plain", "capture")
+# What is captured of every model, and where: all parts of the results share it.
+_COMMON = ("batch", "length", "dim", "device", "rank", "target_modules")
+_SHARED = (*_COMMON, "quantization", "threads")
 
 
 def settings(arguments) -> list[Setting]:
-    common = {key: getattr(arguments, key) for key in ("batch", "length", "dim", "device", "rank", "target_modules")}
+    common = {key: getattr(arguments, key) for key in _COMMON}
     made = []
     for model in arguments.models:
         own = {"model": model, **common, "path": arguments.model_name_or_path if model == "encoder" else None}
@@ -172,7 +175,7 @@ def run_probe(arguments) -> dict:
 
 def run_parts(arguments) -> None:
     """Measure the requested parts and write results after each model."""
-    results = read_results(arguments.output)
+    results = read_results(arguments.output, **{name: getattr(arguments, name) for name in _SHARED})
     results.setdefault("models", {})
     if "time" in arguments.parts or "shape" not in results:
         # The head of the tables describes the times.

@@ -103,13 +103,13 @@ def main() -> None:
     base = predicted_outcomes(*validation, arguments.tasks, np.zeros((1, arguments.dim)))[0]
     projection = np.random.default_rng(3).normal(size=(arguments.dim, arguments.captured_dim)).astype(np.float32)
     projection /= np.sqrt(arguments.captured_dim)
-    kept, world_shape = read_results(arguments.output), shape_of(arguments, "counts", *_NOT_IN_LINES)
-    is_same = all(kept.get(name) == value for name, value in world_shape.items())
+    kept = read_results(arguments.output, **shape_of(arguments, "counts", *_NOT_IN_LINES))
     results = {
+        **kept,
         **shape_of(arguments, "counts"),
         "mixtures": len(mixtures) - 1,
         "mean_loss": {"base": float(base.mean()), "trained": float(true[1:].mean())},
-        "lines": kept["lines"] if is_same else [],
+        "lines": kept.get("lines", []),
     }
     known = {(line["train"], line["validation"], line["seed"]) for line in results["lines"]}
     for both in (None, *[pair for n in arguments.counts for pair in ((n, None), (n, n))]):

@@ -83,7 +83,7 @@ def main() -> None:
     add_machine_flags(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results = read_results(arguments.output)
+    results = read_results(arguments.output, budget=arguments.budget, dim=arguments.dim)
     known = {(line["tasks"], line["choice"], line["rows"]): line for line in results.get("choices", [])}
     for tasks in arguments.tasks:
         for choice in arguments.choices:

@@ -139,6 +139,17 @@ def test_no_path_of_a_machine():
             assert found is None, f"{path} names {found and found.group()}"
 
 
+def test_results_of_another_shape_are_not_added_to(tmp_path):
+    common = importlib.import_module("benchmarks.common")
+    for results in ({"dim": 8, "lines": [1]}, {"shape": {"dim": 8}, "models": {}}):
+        (tmp_path / "kept.json").write_text(json.dumps(results))
+        assert common.read_results(tmp_path / "kept") == common.read_results(tmp_path / "kept", dim=8) == results
+        assert common.read_results(tmp_path / "kept", dim=9) == common.read_results(tmp_path / "none", dim=8) == {}
+    # The committed ones are those of the studies' own arguments.
+    for study, shape in (("capture", {"batch": 8, "rank": None}), ("task_scale", {"budget": 2.0, "dim": 400})):
+        assert common.read_results(BENCHMARKS / study / "results", **shape)
+
+
 def test_lines_of_another_shape_are_measured_anew(monkeypatch, tmp_path):
     study = importlib.import_module("benchmarks.captured_rows.run")
     monkeypatch.setattr(study, "draw", lambda *_: None)
