@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test style docs clean
+.PHONY: demo test browser style docs clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-ensemble demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# What the tests of the page of a run need beside Chromium; without it `make test` skips them.
+browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
 
 style: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,8 +11,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -20,12 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
 from helpers.hub_store import HubError, HubStore
+from helpers.processes import run_python
 
 HUB_USER = "hub-user"
 LARGE_FILE_BYTES = 10 * 1024 * 1024
@@ -337,9 +337,7 @@ def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
     return environment | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run_against_hub(
-    code: str, endpoint: str, home: Path, variables: dict[str, str] | None = None
-) -> "subprocess.CompletedProcess[str]":
+def run_against_hub(code: str, endpoint: str, home: Path, variables: dict[str, str] | None = None) -> CompletedProcess:
     """Run Python `code` in a new process whose Hub is `endpoint`.
 
     A new process, because `huggingface_hub` reads its settings once, when it is imported.
@@ -363,13 +361,13 @@ def run_against_hub(
     """
     home = Path(home).resolve()
     environment = hub_environment(endpoint, home) | (variables or {})
-    options: dict[str, Any] = {"env": environment, "cwd": home, "timeout": SUBPROCESS_TIMEOUT_SECONDS}
+    options: dict[str, Any] = {"environment": environment, "folder": home, "timeout": SUBPROCESS_TIMEOUT_SECONDS}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, **options
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        reason = f"exit status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else "timed out"
-        output = f"--- stdout\n{error.stdout}\n--- stderr\n{error.stderr}"
-        raise AssertionError(f"Code run against the Hub failed: {reason}\n{output}") from None
+        done = run_python(textwrap.dedent(code), **options)
+        reason = f"exit status {done.returncode}" if done.returncode else None
+    except TimeoutExpired as error:
+        done, reason = error, "timed out"
+    if reason:
+        output = f"--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
+        raise AssertionError(f"Code run against the Hub failed: {reason}\n{output}")
     return done

@@ -1,10 +1,6 @@
 """Pushing over real HTTP: what is uploaded, what goes, and what happens when the Hub or the connection fails."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import textwrap
 import threading
 
@@ -14,6 +10,7 @@ from huggingface_hub import constants
 from helpers import toy
 from helpers.ensembles import randomize_adapters
 from helpers.hub_server import Fault, HubStore, hub_environment, local_hub
+from helpers.processes import PythonProcess
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble._cards import CARD, own_text, split_card
 from hf_ensemble._hub import Repository, push_folder
@@ -276,11 +273,11 @@ def test_a_push_that_was_killed_is_made_by_the_next_one(hub, ensemble, tmp_path,
     hub.faults.append(Fault(request_, times=1, stalled=threading.Event()))
     code = textwrap.dedent(KILLED).format(folder=str(tmp_path / "saved"), repository=REPOSITORY)
     environment = hub_environment(hub.endpoint, tmp_path / "home")
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path)
+    process = PythonProcess(code, environment=environment, folder=tmp_path)
     try:
         assert hub.faults[0].stalled.wait(120)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
     assert hub.files() == first
     hub.requests.clear()

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers import toy
+from helpers.processes import run_python, run_ranks
 
 CAPTURE = """
 import sys
@@ -26,16 +26,14 @@ capture_gradients(
     toy.with_lora(toy.llama()), tasks, config, sys.argv[1], processing_class=toy.tokenizer(), disable_tqdm=True
 )
 """
-# Four trainers over uneven tasks, one of fewer rows than there are processes.
-TRAIN = """
-import json, os, sys
-import torch
+# Uneven tasks, one of fewer rows than there are processes.
+ROWS = """
+import json, sys
 from helpers import toy
 from helpers.trainers import sft_config, split, text_trainer, without_speed
 from hf_ensemble import *
-from hf_ensemble.runs import RunDirectory
 
-folder, base, encoder, fails = sys.argv[1:5]
+folder, base, encoder = sys.argv[1:4]
 
 def rows(make, sizes):
     return {
@@ -47,7 +45,22 @@ sizes = {"a": (17, 17), "b": (5, 3), "c": (17, 11)}
 prompts = rows(lambda name, count, seed: toy.sum_rows(count, seed, "diff" if name == "b" else "sum"), sizes)
 texts = rows(lambda name, count, seed: toy.text_rows(count, seed, "book" if name == "b" else "film"), sizes)
 changes = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
-
+sft = {"train_dataset": prompts, "peft_config": toy.lora(), "model": base}
+sft["answer_metrics"] = {"a": {"extract": "last_number", "max_new_tokens": 3}}
+trainer = EnsembleSFTTrainer(args=sft_config(f"{folder}/sft", num_groups=2, **changes), **sft)
+"""
+FAILING = """
+from hf_ensemble.models.answer_scorer import AnswerScorer
+score = AnswerScorer.__call__
+def failing(self, *args, **kwargs):
+    if trainer.args.process_index == 1:
+        raise ValueError("no such luck on rank 1")
+    return score(self, *args, **kwargs)
+AnswerScorer.__call__ = failing
+trainer.train()
+"""
+# All four trainers.
+TRAIN = """
 def report(name, trainer):
     # Times are each process's own.
     metrics = without_speed(trainer.train().metrics)
@@ -56,17 +69,6 @@ def report(name, trainer):
     with open(f"{folder}/{name}-{trainer.args.process_index}.json", "w") as file:
         json.dump({"metrics": metrics, "chosen": chosen, "weights": ensemble.weights if ensemble else {}}, file)
 
-sft = {"train_dataset": prompts, "peft_config": toy.lora(), "model": base}
-sft["answer_metrics"] = {"a": {"extract": "last_number", "max_new_tokens": 3}}
-trainer = EnsembleSFTTrainer(args=sft_config(f"{folder}/sft", num_groups=2, **changes), **sft)
-if fails == "yes":
-    from hf_ensemble.models.answer_scorer import AnswerScorer
-    score = AnswerScorer.__call__
-    def failing(self, *args, **kwargs):
-        if trainer.args.process_index == 1:
-            raise ValueError("no such luck on rank 1")
-        return score(self, *args, **kwargs)
-    AnswerScorer.__call__ = failing
 report("ensemble_sft", trainer)
 report("selection_sft", SelectionSFTTrainer(
     args=sft_config(f"{folder}/sel", SelectionSFTConfig, **changes), target="a", **sft))
@@ -74,17 +76,11 @@ text = lambda name, *rest, **more: text_trainer(f"{folder}/{name}", encoder, tex
 report("ensemble", text("text"))
 report("selection", text("textsel", SelectionTrainer, SelectionConfig, target="a"))
 trainer.accelerator.end_training()
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
-    # An interpreter that shuts down while threads of libraries still run may abort.
-    sys.stdout.flush()
-    os._exit(0)
 """
 TRAINERS = ["ensemble_sft", "selection_sft", "ensemble", "selection"]
 # One model on uneven tasks, whose losses are averaged over tasks.
 BALANCED = """
-import json, os, sys
-import torch
+import json, sys
 from datasets import Dataset
 from helpers import toy
 from helpers.trainers import sft_config
@@ -118,16 +114,10 @@ if trainer.is_world_process_zero():
     with open(f"{folder}/found.json", "w") as file:
         json.dump(found, file)
 trainer.accelerator.end_training()
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
-    # An interpreter that shuts down while threads of libraries still run may abort.
-    sys.stdout.flush()
-    os._exit(0)
 """
 
 STREAMED = """
-import json, os, sys
-import torch
+import json, sys
 from datasets import Dataset
 from helpers import toy
 from helpers.trainers import sft_config
@@ -148,75 +138,67 @@ if trainer.is_world_process_zero():
     with open(f"{folder}/found.json", "w") as file:
         json.dump([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], file)
 trainer.accelerator.end_training()
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
 """
 
 
-def launch(script: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(script), *arguments]
-    if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*launcher, str(script), *arguments]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+def launch(code: str, processes: int, *arguments: str) -> str:
+    """Run `code` as every rank; all have to end well. Returns what they printed."""
+    ranks = run_ranks(code, processes, *arguments) if processes > 1 else [run_python(code, *arguments)]
+    printed = "".join(rank.stdout[-3000:] + rank.stderr[-3000:] for rank in ranks)
+    assert all(rank.returncode == 0 for rank in ranks), printed
+    return printed
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
     """Launches all four trainers, once for each number of processes."""
-    home, done = tmp_path_factory.mktemp("distributed"), {}
-    script = home / "train.py"
-    script.write_text(TRAIN)
+    home, done = tmp_path_factory.mktemp("distributed"), set()
     base = toy.save_model(toy.llama(), home / "base")
     encoder = toy.save_model(toy.bert(2).bert, home / "encoder")
 
-    def run(processes, fails="no"):
-        folder = home / f"{processes}-{fails}"
-        if folder not in done:
+    def run(processes):
+        folder = home / str(processes)
+        if processes not in done:
             folder.mkdir()
-            done[folder] = launch(script, processes, str(folder), base, encoder, fails)
-        return folder, done[folder]
+            launch(ROWS + TRAIN, processes, str(folder), base, encoder)
+            done.add(processes)
+        return folder
 
     return run
 
 
 def reports_of(train, processes):
-    folder, done = train(processes)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = train(processes)
     return folder, {
         name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
         for name in TRAINERS
     }
 
 
-def found_by_one_and_two(name, code, tmp_path, monkeypatch):
+def found_by_one_and_two(code, tmp_path, monkeypatch):
     """What a script writes into `found.json`: run by one process, and by two with half the rows of a batch each."""
-    script = tmp_path / name
-    script.write_text(code)
-    done = launch(script, 2, str(tmp_path / "2"), "2")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "1"), "4"])
-    exec(compile(code, name, "exec"), {})
+    launch(code, 2, str(tmp_path / "2"), "2")
+    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path / "1"), "4"])
+    exec(compile(code, "<code>", "exec"), {})
     return [json.loads((tmp_path / processes / "found.json").read_text()) for processes in ("1", "2")]
 
 
-def test_two_processes_write_the_store_of_one(tmp_path):
+def test_torchrun_writes_the_store_of_one_process(tmp_path):
     script = tmp_path / "capture.py"
     script.write_text(CAPTURE)
-    for processes in (1, 2):
-        done = launch(script, processes, str(tmp_path / f"store{processes}"))
-        assert done.returncode == 0, done.stdout + done.stderr
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"store{n}").glob("shard*")} for n in (1, 2))
+    launch(CAPTURE, 1, str(tmp_path / "one"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command += [str(script), str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("shard*")} for name in ("one", "two"))
     assert len(one) == 21 and one == two
 
 
 @pytest.mark.slow
 def test_two_processes_draw_weigh_and_log_as_one(tmp_path, monkeypatch):
-    found = found_by_one_and_two("balanced.py", BALANCED, tmp_path, monkeypatch)
+    found = found_by_one_and_two(BALANCED, tmp_path, monkeypatch)
     for whole, resumed in found:
         assert whole == resumed and len(whole) > 2 and {"loss_a", "loss_b", "loss_c"} <= set(whole[0]) | set(whole[1])
     for one, two in zip(found[0][0], found[1][0]):
@@ -225,7 +207,7 @@ def test_two_processes_draw_weigh_and_log_as_one(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_share_the_rows_of_streams(tmp_path, monkeypatch):
-    one, two = found_by_one_and_two("streamed.py", STREAMED, tmp_path, monkeypatch)
+    one, two = found_by_one_and_two(STREAMED, tmp_path, monkeypatch)
     assert len(one) == 6 and one == pytest.approx(two, rel=1e-4)
 
 
@@ -246,9 +228,9 @@ def test_every_rank_makes_the_same_choices_and_they_are_those_of_one_process(tra
         assert np.allclose(found, expected, rtol=0.15), name
 
 
-def test_an_error_on_one_rank_ends_all_with_that_error(train):
-    start = time.monotonic()
-    _, done = train(2, "yes")
-    assert done.returncode != 0 and time.monotonic() - start < 120
-    errors = done.stdout + done.stderr
-    assert errors.count("ValueError: no such luck on rank 1") >= 2 and "Raised by process 1." in errors
+def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path):
+    base = toy.save_model(toy.llama(), tmp_path / "base")
+    # None waits for another until it is stopped.
+    ranks = run_ranks(ROWS + FAILING, 2, str(tmp_path), base, "", timeout=120)
+    assert all(rank.returncode == 1 and "ValueError: no such luck on rank 1" in rank.stderr for rank in ranks)
+    assert "Raised by process 1." in ranks[0].stderr

@@ -1,0 +1,105 @@
+"""Python code in processes of its own that start with the slow imports done.
+
+Importing torch, scikit-learn and bitsandbytes takes longer than what most of these processes do. A server imports them
+once and is forked; what reads the environment when it is imported (huggingface_hub and all above it) is not among them.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+_PRELOADED = [
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "bitsandbytes",
+    "pandas",
+    "pyarrow.dataset",
+    "scipy.stats",
+    "sklearn.cluster",
+    "sklearn.neural_network",
+]
+_STREAMS = ("stdout", "stderr")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(_PRELOADED)
+
+
+class PythonProcess:
+    """Python code in a process of its own, which is started at once.
+
+    Args:
+        code (`str`): run as `__main__`.
+        *arguments (`str`): `sys.argv[1:]`.
+        environment (`Mapping[str, str]`, *optional*): all of its variables; those of this process by default.
+        folder (`Path`, *optional*): working directory; that of this process by default.
+    """
+
+    def __init__(
+        self, code: str, *arguments: str, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    ):
+        self.code = code
+        # Removed with the object, at the latest.
+        self._streams = TemporaryDirectory()
+        given = (code, list(arguments), dict(environment or os.environ), str(folder or Path.cwd()), self._streams.name)
+        self._process = _CONTEXT.Process(target=_run, args=given)
+        self._process.start()
+        self.pid = self._process.pid
+        self.terminate, self.kill = self._process.terminate, self._process.kill
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float = 280) -> CompletedProcess:
+        """Wait for its end; where that does not come, it is killed and `subprocess.TimeoutExpired` is raised.
+
+        Returns:
+            `subprocess.CompletedProcess`: with `stdout` and `stderr` as text.
+        """
+        self._process.join(timeout)
+        streams = [(Path(self._streams.name) / stream).read_text() for stream in _STREAMS]
+        if self._process.exitcode is None:
+            self.kill()
+            raise TimeoutExpired(self.code, timeout, *streams)
+        return CompletedProcess(self.code, self._process.exitcode, *streams)
+
+
+def run_python(code: str, *arguments: str, timeout: float = 280, **options) -> CompletedProcess:
+    """Run a [`PythonProcess`] to its end."""
+    return PythonProcess(code, *arguments, **options).wait(timeout)
+
+
+def run_ranks(code: str, count: int, *arguments: str, timeout: float = 280) -> list[CompletedProcess]:
+    """Run `code` in `count` processes that torch.distributed finds to be ranks of one world, as torchrun starts them.
+
+    None is stopped because another failed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    environments = [{**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    end = time.monotonic() + timeout
+    processes = [PythonProcess(code, *arguments, environment=environment) for environment in environments]
+    return [process.wait(max(end - time.monotonic(), 1)) for process in processes]
+
+
+def _run(code: str, arguments: list[str], environment: dict[str, str], folder: str, streams: str) -> None:
+    """What the process does."""
+    # Its children end with it where the whole group is stopped.
+    os.setsid()
+    for number, name in enumerate(_STREAMS, 1):
+        os.dup2(os.open(f"{streams}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["-c", *arguments]
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    exec(compile(code, "<code>", "exec"), vars(main))
