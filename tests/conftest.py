@@ -63,6 +63,9 @@ def finished(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
+    # Files with long tests come first: workers end together where the last tests are short.
+    long = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in long)
     if not torch.cuda.is_available():
         for item in items:
             # The keywords would also hold the names of the folders above.

@@ -199,7 +199,7 @@ def test_world_is_the_same_for_a_seed_and_its_families_contradict_each_other():
 @pytest.mark.slow
 def test_demo_keeps_its_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(flow.torch, "set_num_threads", lambda count: None)
-    assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
+    assert main(["demo", "--output_dir", str(tmp_path / "demo"), "--fidelity_subsets", "2"]) == 0
     outcome = DemoResults.load(tmp_path / "demo" / "demo.json")
     results = outcome.results
     assert outcome.target == TARGET and outcome.selected[0] == TARGET
