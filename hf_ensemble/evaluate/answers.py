@@ -128,7 +128,7 @@ class AnswerEvaluator:
         found = {}
         answered = {task: rows for task, rows in tables.items() if task in self.metrics}
         total = sum(map(len, answered.values()))
-        hidden = self.disable_tqdm or not PartialState().is_local_main_process
+        hidden = self.disable_tqdm or not total or not PartialState().is_local_main_process
         with tqdm(total=total, desc=description, unit="answer", leave=False, disable=hidden) as bar:
             for task, rows in answered.items():
                 questions = self.questions(task, rows)

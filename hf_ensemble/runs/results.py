@@ -64,6 +64,7 @@ class Results(Record):
         groups (`dict[str, list[str]]`, *optional*): ensemble: tasks of each group.
         weights (`dict[str, dict[str, float]]`, *optional*): ensemble: weight of each adapter by task.
         equals_baseline (`bool`): ensemble: whether every task is served by the one adapter for all.
+        continues_baseline (`bool`): ensemble: whether that one was trained further, and serves every task.
         harmful (`dict[str, int]`):
             Tasks without which the others are predicted to do better, and the number of others that would.
         selection (`SelectionResult`, *optional*): selection: what was chosen.
@@ -89,6 +90,7 @@ class Results(Record):
     groups: dict[str, list[str]] = field(default_factory=dict)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     equals_baseline: bool = False
+    continues_baseline: bool = False
     harmful: dict[str, int] = field(default_factory=dict)
     selection: SelectionResult | None = None
     fidelity: FidelityReport | None = None
@@ -152,6 +154,7 @@ _VERDICT_FACTS = (
     "reference",
     "weights",
     "equals_baseline",
+    "continues_baseline",
     "groups",
     "harmful",
     "selection",

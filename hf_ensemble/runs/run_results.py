@@ -50,6 +50,8 @@ def _ensemble_outcome(run: RunDirectory) -> dict[str, Any]:
         outcome["weights"] = boosting.weights(known.weights, known.scales)
         used = {name for row in outcome["weights"].values() for name, weight in row.items() if weight}
         outcome["equals_baseline"] = bool(used) and used <= _one_for_all(grouping)
+        goes_on = grouping.settings["group_initialization"] == "baseline"
+        outcome["continues_baseline"] = goes_on and len(grouping.groups) == 1 and used == set(grouping.groups)
     return outcome
 
 

@@ -26,6 +26,7 @@ def verdict(
     reference: str | None = None,
     weights: Mapping[str, Mapping[str, float]] | None = None,
     equals_baseline: bool = False,
+    continues_baseline: bool = False,
     groups: Mapping[str, Sequence[str]] | None = None,
     harmful: Mapping[str, int] | None = None,
     selection: SelectedTasks | None = None,
@@ -38,7 +39,8 @@ def verdict(
     if "selection" in scores and selection is not None:
         said = _of_selection(scores["selection"], scores.get("base", {}), selection)
     elif "ensemble" in scores:
-        said = _of_ensemble(scores, mean_loss, intervals, reference, weights or {}, equals_baseline, len(groups or {}))
+        is_one = (equals_baseline, continues_baseline)
+        said = _of_ensemble(scores, mean_loss, intervals, reference, weights or {}, *is_one, len(groups or {}))
     else:
         said = "Nothing was trained that could be judged."
     hint = _harmful(harmful or {}, len(next(iter(scores.values()), {})))
@@ -52,6 +54,7 @@ def _of_ensemble(
     reference: str | None,
     weights: Mapping[str, Mapping[str, float]],
     equals_baseline: bool,
+    continues_baseline: bool,
     num_groups: int,
 ) -> str:
     tasks = list(scores["ensemble"])
@@ -96,6 +99,11 @@ def _of_ensemble(
         if not gain.is_clear:
             return f"{adapters} move{s} the base model's loss {means}, {noise}.{though} {untried}"
         return f"{adapters} lower{s} the base model's loss on {share}, {means}{worse}. {untried}"
+    if gain.is_clear and gain.value < 0 and continues_baseline:
+        return (
+            f"One adapter is enough for these {len(tasks)} datasets: the one for all, trained further, lowers the loss "
+            f"on {share}, {means}{worse}."
+        )
     if gain.is_clear and gain.value < 0:
         return f"{adapters} lower{s} the loss on {share}, {means}{worse}."
     if gain.is_clear:

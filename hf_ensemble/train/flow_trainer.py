@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from transformers.trainer_utils import TrainOutput
@@ -223,18 +224,20 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             logged = dict(metrics)
             self.log(logged)
         self._serve()
-        self.write_page()
+        page = self.write_page()
+        if page is not None:
+            announce(f"Report: {page}", with_bars=not self.args.disable_tqdm)
         announce(self.report().verdict, with_bars=not self.args.disable_tqdm)
         if self.args.push_to_hub:
             self._push_finished()
         return TrainOutput(self.state.global_step, metrics["train_loss"], {**evaluated, **logged, **metrics})
 
-    def write_page(self) -> None:
+    def write_page(self) -> Path | None:
         """Write the page of the run, unless `save_report` is off. A page that fails is reported, and stops nothing."""
         if not self.args.save_report or not is_main_process():
-            return
+            return None
         try:
-            path = write_report(self.run_directory.path)
+            return write_report(self.run_directory.path)
         except Exception as error:  # whatever fonts, backends or records raise
             logger.warning(
                 "The page of the run in %r could not be written: %s: %s. The run is complete without it; "
@@ -244,8 +247,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 error,
                 self.args.output_dir,
             )
-        else:
-            announce(f"Report: {path}", with_bars=not self.args.disable_tqdm)
+            return None
 
     def capture(self) -> GradientStore:
         """The run's gradient store; the gradients are captured where the run does not hold them yet."""

@@ -40,6 +40,7 @@ def test_a_group_of_all_tasks_is_one_adapter_for_all_without_a_baseline_too(tmp_
     run.write(replace(grouping, **one, settings={"group_initialization": start}))
     run.write(EnsembleWeights({task: {"group_0": 1.0} for task in NAMES}))
     assert run_results(run).equals_baseline == expected
+    assert run_results(run).continues_baseline == (not expected)
     weighted = {"group_0": {**dict.fromkeys(NAMES, 1.0), "sums": 0.5}}
     run.write(replace(grouping, groups={"group_0": NAMES}, mixtures=weighted))
     assert not run_results(run).equals_baseline
