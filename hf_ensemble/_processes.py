@@ -49,10 +49,26 @@ def run_on_main(function: Callable[[], T]) -> T:
     return outcomes[0][0]
 
 
+def run_in_step(function: Callable[[], T]) -> list[T]:
+    """[`run_on_all`] for a `function` that communicates with other processes, as often on each.
+
+    Raises:
+        Whatever it raises on this process, which has to end then: the others wait for it.
+    """
+    return [function()] if PartialState().num_processes == 1 else gather_object([function()])
+
+
 def split_between_processes(items: list[T]) -> list[T]:
     """Every n-th item, beginning with this process's rank."""
     state = PartialState()
     return items[state.process_index :: state.num_processes]
+
+
+def even_share(count: int) -> list[int]:
+    """This process's positions among `count`: as many as every other's, for which the first ones are taken twice."""
+    state = PartialState()
+    each = -(-count // state.num_processes)
+    return [(state.process_index + i * state.num_processes) % count for i in range(each)]
 
 
 def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -14,9 +14,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._compat import package_versions
+from .._processes import even_share, run_in_step
 from ..errors import CaptureError
 from ..logging import get_logger
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
+from ..models.sharding import is_sharded
 from ..models.usage import FlopSamples, UsageCounter
 from ..store import (
     CapturedRows,
@@ -84,6 +86,8 @@ class CapturePass:
             mixed_precision=self.config.mixed_precision,
         )
         self.state = PartialState()
+        # Then processes share the rows of every batch; otherwise, the files.
+        self._in_step = is_sharded(model)
         # Rows whose moments are taken and rows that are captured go through the model alike.
         self._samples = FlopSamples()
         self._has_begun = False
@@ -99,15 +103,16 @@ class CapturePass:
         """Fill the stores in `folders`, resume them, or find them complete."""
         state = self.state
         with exclusive_writers(list(folders.values())) if state.is_main_process else nullcontext():
+            identity = model_identity(self.model)
             with state.main_process_first():
-                writers = self._writers(folders, shard_size, overwrite)
+                writers = self._writers(folders, identity, shard_size, overwrite)
             missing = writers.missing_shards()
             state.wait_for_everyone()
             if state.is_main_process:
                 writers.check_space()
             if self.config.preconditioner != "none":
                 self._set_preconditioner(writers)
-            mine = missing[state.process_index :: state.num_processes]
+            mine = missing if self._in_step else missing[state.process_index :: state.num_processes]
             self._capture_shards(writers, mine, disable_tqdm)
             if mine and self.extractor.unused:
                 named = ", ".join(self.extractor.unused[:5])
@@ -124,7 +129,9 @@ class CapturePass:
             logger.warning("%d examples with gradients that are not finite are excluded: %s.", len(excluded), named)
         return stores
 
-    def _writers(self, folders: Mapping[str, Path], shard_size: int, overwrite: bool) -> GradientStoreWriters:
+    def _writers(
+        self, folders: Mapping[str, Path], model: Mapping[str, Any], shard_size: int, overwrite: bool
+    ) -> GradientStoreWriters:
         tables = {split: sample.rows for split, sample in self.samples.items()}
         plan = [
             (split, task, example_id)
@@ -142,7 +149,7 @@ class CapturePass:
             data["num_rows"] = {split: dict(sample.num_rows) for split, sample in sampled.items()}
             settings = {ROW_LIMITS[split]: dict(sample.num_captured) for split, sample in sampled.items()}
             settings["capture_seed"] = self.config.capture_seed
-        identity = {"model": model_identity(self.model), "data": data}
+        identity = {"model": model, "data": data}
         writers = [
             GradientStoreWriter(
                 folders[name],
@@ -160,11 +167,16 @@ class CapturePass:
 
     def _set_preconditioner(self, writers: GradientStoreWriters) -> None:
         """Load the stores' preconditioner, which the main process computes first if there is none."""
-        if self.state.is_main_process:
+        is_main, scales = self.state.is_main_process, None
+        if is_main or self._in_step:
             scales = writers.preconditioner()
+            # Before the main process writes what the others look for.
+            if self._in_step:
+                self.state.wait_for_everyone()
             if scales is None:
                 computed = self._computed_preconditioner()
                 scales = {name: scale.cpu().numpy() for name, scale in computed.scales.items()}
+        if is_main:
             writers.write_preconditioner(scales)
         self.state.wait_for_everyone()
         self.extractor.preconditioner = Preconditioner(writers.preconditioner())
@@ -187,7 +199,7 @@ class CapturePass:
             with self._counted(usage, inputs):
                 self.extractor.add_second_moments(inputs, moments)
 
-        add = HalvingOnFullMemory(add_rows)
+        add = HalvingOnFullMemory(add_rows, self.model)
         with UsageCounter(self._samples) as usage, torch.random.fork_rng():
             for batch in self._batches(rows):
                 add([rows[position] for position in batch])
@@ -209,7 +221,7 @@ class CapturePass:
             with self._counted(usage, inputs):
                 return self.extractor(inputs)
 
-        extract = HalvingOnFullMemory(gradients)
+        extract = HalvingOnFullMemory(gradients, self.model)
         with (
             UsageCounter(self._samples) as usage,
             tqdm(total=total, desc="Capturing gradients", unit="example", disable=hidden) as progress,
@@ -218,21 +230,26 @@ class CapturePass:
             for shard in shards:
                 rows = [row_at(position) for position in writers.rows_of(shard)]
                 captured = self._capture_rows(extract, rows, progress)
-                writers.write_shard(shard, captured, exclude_non_finite=self.config.non_finite == "exclude")
+                if self.state.is_main_process or not self._in_step:
+                    writers.write_shard(shard, captured, exclude_non_finite=self.config.non_finite == "exclude")
 
     def _capture_rows(self, extract: HalvingOnFullMemory, rows: list[dict], progress: tqdm) -> CapturedRows:
         """Capture rows in batches of similar length, to save padding; results are in the order of the rows."""
-        batches = self._batches(rows)
+        processes = self.state.num_processes if self._in_step else 1
+        positions: list[int] = []
         parts: list[BatchGradients] = []
-        for batch in batches:
-            parts += extract([rows[position] for position in batch])
+        for batch in self._batches(rows, processes):
+            own = [batch[index] for index in even_share(len(batch))] if self._in_step else batch
+            parts += extract([rows[position] for position in own])
+            positions += own
             progress.update(len(batch))
-        back = np.argsort([position for batch in batches for position in batch])
-
-        def joined(name: str) -> np.ndarray:
-            return torch.cat([getattr(part, name) for part in parts]).numpy()[back]
-
-        return CapturedRows(joined("features"), joined("margin"), joined("loss"), joined("num_tokens"))
+        names = ("features", "margin", "loss", "num_tokens")
+        columns = [np.array(positions), *(torch.cat([getattr(part, name) for part in parts]).numpy() for name in names)]
+        if self._in_step:
+            columns = [np.concatenate(column) for column in zip(*run_in_step(lambda: columns))]
+        # A row that two processes have captured counts once.
+        _, first = np.unique(columns[0], return_index=True)
+        return CapturedRows(*(column[first] for column in columns[1:]))
 
     @contextmanager
     def _counted(self, usage: UsageCounter, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -241,9 +258,10 @@ class CapturePass:
             yield
         self._has_begun = True
 
-    def _batches(self, rows: list[dict]) -> list[list[int]]:
-        lengths = [len(row["input_ids"]) for row in rows]
-        return length_sorted_batches(lengths, self.config.batch_size, self.config.max_batch_tokens)
+    def _batches(self, rows: list[dict], processes: int = 1) -> list[list[int]]:
+        """Positions of the rows of each batch, which so many processes share."""
+        lengths, most = [len(row["input_ids"]) for row in rows], self.config.max_batch_tokens
+        return length_sorted_batches(lengths, self.config.batch_size * processes, most and most * processes)
 
     def _completed(self, recipe: TrainingRecipe | None) -> TrainingRecipe | None:
         """The recipe with the effective number of parameters and the input gain, which a preconditioner determines."""

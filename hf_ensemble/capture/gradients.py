@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from .._compat import keep_quantized_weights_in_place
+from .._processes import run_in_step
 from ..errors import CaptureError
 from ..models.answer_scorer import AnswerScorer, rows_without_answer
 from ..models.inputs import row_of
+from ..models.sharding import is_sharded
 from ..models.wrappers import evaluation_mode, unwrapped
 from ..tasks import TASK, AnswerScores, LabelSpace, pop_meta, score_answers
 from .autograd_check import Agreement, tolerance
@@ -43,6 +45,9 @@ class GradientExtractor:
     Hooks on linear layers (an adapter's A and B, a head) compute per-example gradients from a single backward pass over
     the batch. All other trainable parameters, and those whose hooks disagree with autograd on the first batch that uses
     them, take one forward and backward pass per example.
+
+    A base that is sharded over processes is run by all of them together: each has to be given as many batches as the
+    others, of as many examples.
 
     Args:
         model (`nn.Module`): model of which exactly the trainable parameters require gradients. Wrappers are removed.
@@ -79,6 +84,7 @@ class GradientExtractor:
         self.mixed_precision = mixed_precision
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         check_not_sharded(self.parameters)
+        self._in_step = is_sharded(model)
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         dims = projection_dim if isinstance(projection_dim, Sequence) else [projection_dim]
         seeds = seed if isinstance(seed, Sequence) else [seed] * len(dims)
@@ -204,6 +210,7 @@ class GradientExtractor:
         if self.fallback:
             single, used_singly = self._one_by_one(inputs, labels, tasks, objective, receive)
             found, used = found or single, used | used_singly
+        used = self._agreed(used)
         if self._used is None:
             check_used(self.model, self.parameters, used)
         self._used = used | (self._used or set())
@@ -233,6 +240,7 @@ class GradientExtractor:
             values = objective(margin)
             # Flat inputs are checked on every batch, since one row per example may be a coincidence.
             new = (unchecked[False] - state.fused) | (unchecked[True] & state.fused) | state.flat
+            new = self._agreed(new)
             to_check = [name for name in self.hooked if name in new]
             in_graph = [name for name in to_check if name not in state.fused]
             weighted = self._autograd(agreement.total(values), in_graph, retain_graph=True)
@@ -240,7 +248,8 @@ class GradientExtractor:
             summed = self._autograd(values.sum(), self.hooked)
         # The gradients of the layers' own forward, without which a fused one cannot be checked. Not for layers that
         # gave none, such as those of a part of the model that no batch uses: every batch would take another pass.
-        by_layers = [name for name in to_check if name in state.fused and name in summed]
+        delivered = self._agreed(set(summed)) if to_check else set()
+        by_layers = [name for name in to_check if name in state.fused and name in delivered]
         if by_layers:
             values = objective(self._scored(inputs, labels, tasks)[0])
             weighted |= self._autograd(agreement.total(values), by_layers)
@@ -248,7 +257,7 @@ class GradientExtractor:
         # The fused forward rounds differently, which accumulates over the layers.
         allowances = {name: 3 * allowed if name in state.fused else allowed for name in to_check}
         verdicts = {name: agreement.verdict(name, weighted.get(name), allowances[name]) for name in to_check}
-        wrong = state.unusable | {name for name, verdict in verdicts.items() if verdict is False}
+        wrong = self._agreed(state.unusable | {name for name, verdict in verdicts.items() if verdict is False})
         if wrong:
             # A fused layer falls back to hooks on its parts first, and to one pass per example after that.
             self.lora_hooks.disabled |= wrong & state.fused
@@ -258,6 +267,10 @@ class GradientExtractor:
             if verdict:
                 self._agreeing[size > 1, name in state.fused].add(name)
         return (margin.detach(), scores), set(summed)
+
+    def _agreed(self, names: set[str]) -> set[str]:
+        """The names that any process has found, where all run the model together: passes depend on them."""
+        return set().union(*run_in_step(lambda: names)) if self._in_step else names
 
     def _one_by_one(self, inputs, labels, tasks, objective, receive):
         """One pass per example: margin and scores of the batch, and the parameters used."""

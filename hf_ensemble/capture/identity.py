@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .._values import plain_values
+from ..models.sharding import whole_tensor
 
 _SAMPLES = 64
 # The source and version of an adapter do not change its gradients.
@@ -18,7 +19,8 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     """Name, revision, adapter configuration and weight fingerprints of a model.
 
     The trainable parameters (theta0) are hashed completely. All other tensors are hashed at 64 evenly spaced entries,
-    which is enough to detect another checkpoint and cheap for large models.
+    which is enough to detect another checkpoint and cheap for large models. Those of a sharded base are gathered one by
+    one, for which every process has to call this.
     """
     config = getattr(model, "config", None)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -51,7 +53,7 @@ def _adapter_configs(model: nn.Module) -> dict[str, Any]:
 def _hash(tensors: Mapping[str, torch.Tensor], samples: int | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().reshape(-1)
+        flat = whole_tensor(tensor.detach()).reshape(-1)
         if samples is not None and flat.numel() > samples:
             # Integer arithmetic: float32 cannot index the entries of a large embedding.
             flat = flat[torch.arange(samples, device=flat.device) * (flat.numel() - 1) // (samples - 1)]

@@ -18,7 +18,8 @@ def check_not_sharded(parameters: Mapping[str, nn.Parameter]) -> None:
     if sharded:
         raise CaptureError(
             f"{len(sharded)} trainable parameters are sharded over devices, among them {sharded[0]!r}, so no process "
-            "has their full gradients. Capture before the model is sharded, or on one device."
+            "has their full gradients. Leave the adapter out of the sharding (ignored_params of fully_shard), or "
+            "capture before the model is sharded."
         )
 
 

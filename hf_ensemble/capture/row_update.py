@@ -84,7 +84,7 @@ def row_update(
                 # Without a copy in float32: if memory ran out here, some sums would have the batch twice.
                 sums[name] += gradient
 
-    run = HalvingOnFullMemory(add)
+    run = HalvingOnFullMemory(add, model)
     precision = capture_precision(model, device, config["mixed_precision"])
     with UsageCounter() as usage, torch.random.fork_rng(), evaluation_mode(model), torch.enable_grad(), precision:
         for batch in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):

@@ -14,11 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .._processes import run_on_all, run_on_main
+from .._processes import run_in_step, run_on_all, run_on_main
 from ..errors import TaskError
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
 from ..models.inputs import is_encoder_decoder
 from ..models.precision import autocast
+from ..models.sharding import is_sharded
 from ..models.usage import UsageCounter
 from ..models.virtual_tokens import num_virtual_tokens
 from ..models.wrappers import evaluation_mode
@@ -146,7 +147,8 @@ class AnswerEvaluator:
         self, generate: Generate, questions: list[Question], max_new_tokens: int, bar: tqdm | None = None
     ) -> list[str]:
         """The generated text of each question, in their order; arguments as for [`score_tasks`]."""
-        parts = run_on_all(lambda: self._own_answers(generate, questions, max_new_tokens, bar))
+        run = run_in_step if is_sharded(self.model) else run_on_all
+        parts = run(lambda: self._own_answers(generate, questions, max_new_tokens, bar))
         found = {position: text for part in parts for position, text in part.items()}
         return [found[position] for position in range(len(questions))]
 
@@ -190,7 +192,9 @@ class AnswerEvaluator:
     ) -> dict[int, str]:
         """Texts of the questions that fall to this process, by position."""
         state = PartialState()
-        own = list(range(state.process_index, len(questions), state.num_processes))
+        # Answers end after different numbers of tokens: processes that share a model generate the same ones.
+        first, every = (0, 1) if is_sharded(self.model) else (state.process_index, state.num_processes)
+        own = list(range(first, len(questions), every))
         device, encoder_decoder = next(self.model.parameters()).device, is_encoder_decoder(self.model)
         settings = self._settings(max_new_tokens)
         found: dict[int, str] = {}
@@ -210,12 +214,12 @@ class AnswerEvaluator:
                 lengths.append(new.shape[1])
             found.update((position, self._text(tokens)) for position, tokens in zip(positions, new.tolist()))
 
-        run = HalvingOnFullMemory(answer)
+        run = HalvingOnFullMemory(answer, self.model)
         with UsageCounter() as usage, torch.random.fork_rng(), torch.no_grad(), evaluation_mode(self.model):
             for batch in self._batches([len(questions[position].prompt) for position in own]):
                 run([own[index] for index in batch])
                 if bar is not None:
-                    bar.update(len(batch) * state.num_processes)
+                    bar.update(len(batch) * every)
         return found
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:

@@ -10,11 +10,12 @@ from datasets import Dataset, Value
 from torch import nn
 from tqdm.auto import tqdm
 
-from .._processes import run_on_all
+from .._processes import even_share, run_in_step, run_on_all
 from ..capture import MarginKind, margins
 from ..errors import TaskError
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
 from ..models.precision import autocast
+from ..models.sharding import is_sharded
 from ..models.usage import FlopSamples, UsageCounter
 from ..models.wrappers import evaluation_mode
 from ..tasks import IGNORE_INDEX, TASK, AnswerScores, TaskCollator, pop_meta
@@ -113,9 +114,10 @@ class Evaluator:
                 f"No row of task {name!r} can be scored: expected labels, found hidden ones (-1) only. Use predict for "
                 "these rows, or evaluate rows with labels."
             )
-        parts = run_on_all(lambda: self._own_scores(scorer, rows, margin, bar, samples))
-        positions = np.concatenate([part[0] for part in parts])
-        order = np.argsort(positions)
+        run = run_in_step if is_sharded(self.model) else run_on_all
+        parts = run(lambda: self._own_scores(scorer, rows, margin, bar, samples))
+        # A sharded model may have run a row on two processes.
+        _, order = np.unique(np.concatenate([part[0] for part in parts]), return_index=True)
         return RowScores(*(np.concatenate([part[column] for part in parts])[order] for column in (1, 2, 3)))
 
     def _own_scores(
@@ -124,6 +126,8 @@ class Evaluator:
         """Position, loss, correctness and margin of the rows that fall to this process."""
         state = PartialState()
         own = list(range(state.process_index, len(rows), state.num_processes))
+        if is_sharded(self.model):
+            own = even_share(len(rows))
         device = next(self.model.parameters()).device
         found: list[tuple[np.ndarray, ...]] = []
 
@@ -138,7 +142,7 @@ class Evaluator:
             positions = np.array([position for position, _ in examples])
             found.append((positions, *(column.cpu().double().numpy() for column in columns)))
 
-        run = HalvingOnFullMemory(score)
+        run = HalvingOnFullMemory(score, self.model)
         usage = UsageCounter(samples)
         with usage, torch.random.fork_rng(), torch.no_grad(), evaluation_mode(self.model):
             lengths = [len(ids) for ids in rows.select(own)["input_ids"]] if own else []

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
 
 from ..logging import get_logger
+from .sharding import is_sharded
 
 logger = get_logger(__name__)
 
@@ -41,17 +43,20 @@ class HalvingOnFullMemory:
 
     Args:
         function (`Callable`): from a list of rows to a result.
+        model (`nn.Module`):
+            What the function runs. One that is sharded is run by all processes as often: rows are not halved then.
     """
 
-    def __init__(self, function: Callable[[list[Row]], Result]):
+    def __init__(self, function: Callable[[list[Row]], Result], model: nn.Module):
         self._function = function
+        self._is_sharded = is_sharded(model)
         self._most: int | None = None
 
     def __call__(self, rows: Sequence[Row]) -> list[Result]:
         """Results of consecutive pieces of the rows.
 
         Raises:
-            Whatever the function raises; out-of-memory errors only if a single row does not fit.
+            Whatever the function raises; out-of-memory errors if a single row does not fit, or the model is sharded.
         """
         results, waiting = [], [list(rows)]
         while waiting:
@@ -63,7 +68,7 @@ class HalvingOnFullMemory:
                 results.append(self._function(piece))
                 continue
             except Exception as error:
-                if len(piece) == 1 or not should_reduce_batch_size(error):
+                if self._is_sharded or len(piece) == 1 or not should_reduce_batch_size(error):
                     raise
             # Outside of the handler: the exception holds the tensors of the failed attempt.
             clear_device_cache(garbage_collection=True)

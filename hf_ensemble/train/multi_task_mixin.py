@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -32,8 +32,9 @@ from .inputs.balancing import check_loss_weighting, drawn_by
 from .inputs.best_metric import check_best_metric
 from .inputs.datasets import check_rows_and_arguments
 from .inputs.parent_arguments import check_parent_arguments
+from .inputs.sharding import check_whole, shard
 from .inputs.streams import as_table, interleaved
-from .inputs.supported import check_before_loading, check_loaded, set_padding
+from .inputs.supported import check_before_loading, check_kinds, check_loaded, set_padding
 from .inputs.used_models import mark_as_of_a_run
 from .model_state import ModelState
 
@@ -43,13 +44,6 @@ logger = get_logger(__name__)
 _RESERVED = ("mean", "overall")
 # For model cards, beside those of the parent.
 _TAG = "hf-ensemble"
-# Arguments of the constructors that have to be of some kind, or None.
-_KINDS: dict[str, tuple[type, ...]] = {
-    "peft_config": (PeftConfig,),
-    "callbacks": (list, tuple),
-    "processing_class": (PreTrainedTokenizerBase, ProcessorMixin),
-    "data_collator": (Callable,),
-}
 
 
 class MultiTaskMixin:
@@ -177,11 +171,7 @@ class MultiTaskMixin:
         check_single_answers(tasks)
         is_sft = issubclass(type(self), SFTTrainer)
         check_loss_weighting(args, tasks, given.get("compute_loss_func"), tasks.names, is_sft)
-        for name, kinds in _KINDS.items():
-            value = given[name]
-            if value is not None and not isinstance(value, kinds):
-                expected = " or ".join(kind.__name__ for kind in kinds)
-                raise ConfigurationError(f"Expected {name} to be a {expected}, found {value!r:.60}.")
+        check_kinds(given)
         check_before_loading(given["model"], given["peft_config"], type(self))
         reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith(BASELINE))
         if reserved:
@@ -200,6 +190,7 @@ class MultiTaskMixin:
             mark_as_of_a_run(self.model.peft_config[self.model.active_adapters[0]])
         forget_secrets_of(self.processing_class)
         check_loaded(self, tasks)
+        check_whole(self.model)
         self._draw_from(tasks, self.num_drawn_rows)
         self._adapter_trainer_kwargs = adapter_trainer_kwargs
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
@@ -224,6 +215,9 @@ class MultiTaskMixin:
             check_token_rows(self.model, rows)
         # This trainer never runs the model.
         self._model_state.restore()
+        if self._sharding is not None:
+            shard(self.model, self._sharding)
+            self._model_state.record()
         # The parent has set its own, which were put back.
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags([*getattr(self, "_tag_names", ()), _TAG])

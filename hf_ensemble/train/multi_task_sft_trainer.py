@@ -30,6 +30,7 @@ from .inputs.datasets import (
     the_one_dataset,
     with_held_out_rows,
 )
+from .inputs.sharding import without_sharding
 from .inputs.streams import balanced, interleaved, read_streams
 from .inputs.supported import check_quantization
 from .inputs.target_modules import target_modules_named, with_target_modules
@@ -153,6 +154,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         self._shown_rows = next(iter(tasks.values())).splits["train"]
         given |= {"train_dataset": self._shown_rows, "sampling_weights": tasks.sampling_weights}
         self._check_arguments(tasks, args, given)
+        given["args"], self._sharding = without_sharding(args)
         # Instances of optimizers are refused.
         del given["optimizers"]
         peft_config = given["peft_config"]

@@ -25,6 +25,7 @@ from .inputs.datasets import (
     the_one_dataset,
     with_held_out_rows,
 )
+from .inputs.sharding import without_sharding
 from .inputs.streams import balanced, interleaved, read_streams
 from .inputs.target_modules import target_modules_named, with_target_modules
 from .inputs.used_models import without_adapters_of_earlier_runs
@@ -94,6 +95,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         if has_adapter:
             checked = {"model": model, "processing_class": processing_class, "peft_config": peft_config}
             self._check_arguments(tasks, args, given | checked | {"optimizers": optimizers})
+            given["args"], self._sharding = without_sharding(args)
         elif not is_one:
             evaluated = tasks.names if tasks.has_split("validation") else ()
             check_loss_weighting(args, tasks, kwargs.get("compute_loss_func"), evaluated, is_sft=False)

@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
+from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
 from transformers.loss.loss_utils import fixed_cross_entropy
@@ -45,6 +47,9 @@ class TaskColumnsMixin:
         batch_tasks (`list[str]`): task of each row of the batch that the model is run on.
     """
 
+    # Of a run that shards its base.
+    _sharding: FullyShardedDataParallelPlugin | None = None
+
     def __init__(
         self,
         *args: Any,
@@ -59,10 +64,18 @@ class TaskColumnsMixin:
         self.batch_tasks: list[str] = []
         self.batch_ids: list[str] = []
         super().__init__(*args, **kwargs)
+        if self._sharding is not None:
+            # Over such a base `Trainer` averages the adapter's gradients itself; accelerate refuses it.
+            self.is_distributed_loading_by_transformers = True
         if has_tasks:
             if not isinstance(self.data_collator, TaskCollator):
                 self.data_collator = TaskCollator(self.data_collator)
             keep_quantized_weights_in_place(self.model)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        # What is to be sharded may not fit on a device, and what is sharded lies there.
+        if self._sharding is None:
+            super()._move_model_to_device(model, device)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

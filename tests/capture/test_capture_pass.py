@@ -55,7 +55,7 @@ def test_full_memory_halves_the_batch_from_then_on(caplog):
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return list(rows)
 
-    run = HalvingOnFullMemory(function)
+    run = HalvingOnFullMemory(function, torch.nn.Identity())
     with caplog.at_level(logging.WARNING):
         assert [row for part in run(range(10)) for row in part] == list(range(10))
     assert calls == [10, 5, 3, 2, 3, 2] and "10 rows at once do not fit" in caplog.text
@@ -69,13 +69,13 @@ def test_other_errors_and_single_rows_are_not_swallowed():
         raise ValueError("bad row")
 
     with pytest.raises(ValueError, match="bad row"):
-        HalvingOnFullMemory(fails)([1, 2])
+        HalvingOnFullMemory(fails, torch.nn.Identity())([1, 2])
 
     def too_large(rows):
         raise RuntimeError("CUDA out of memory.")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        HalvingOnFullMemory(too_large)([1, 2])
+        HalvingOnFullMemory(too_large, torch.nn.Identity())([1, 2])
 
 
 def test_a_pass_that_runs_out_of_memory_ends_with_the_same_store(tmp_path, monkeypatch):

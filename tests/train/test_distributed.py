@@ -45,6 +45,7 @@ sizes = {"a": (17, 17), "b": (5, 3), "c": (17, 11)}
 prompts = rows(lambda name, count, seed: toy.sum_rows(count, seed, "diff" if name == "b" else "sum"), sizes)
 texts = rows(lambda name, count, seed: toy.text_rows(count, seed, "book" if name == "b" else "film"), sizes)
 changes = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
+changes |= {"fsdp": True} if "fsdp" in sys.argv else {}
 sft = {"train_dataset": prompts, "peft_config": toy.lora(), "model": base}
 sft["answer_metrics"] = {"a": {"extract": "last_number", "max_new_tokens": 3}}
 trainer = EnsembleSFTTrainer(args=sft_config(f"{folder}/sft", num_groups=2, **changes), **sft)
@@ -156,19 +157,19 @@ def train(tmp_path_factory):
     base = toy.save_model(toy.llama(), home / "base")
     encoder = toy.save_model(toy.bert(2).bert, home / "encoder")
 
-    def run(processes):
-        folder = home / str(processes)
-        if processes not in done:
+    def run(processes, *options):
+        folder = home / "-".join([str(processes), *options])
+        if folder not in done:
             folder.mkdir()
-            launch(ROWS + TRAIN, processes, str(folder), base, encoder)
-            done.add(processes)
+            launch(ROWS + TRAIN, processes, str(folder), base, encoder, *options)
+            done.add(folder)
         return folder
 
     return run
 
 
-def reports_of(train, processes):
-    folder = train(processes)
+def reports_of(train, processes, *options):
+    folder = train(processes, *options)
     return folder, {
         name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
         for name in TRAINERS
@@ -226,6 +227,19 @@ def test_every_rank_makes_the_same_choices_and_they_are_those_of_one_process(tra
         losses = [key for key in one["metrics"] if key.endswith("loss")]
         found, expected = ([report["metrics"][key] for key in losses] for report in (own[0], one))
         assert np.allclose(found, expected, rtol=0.15), name
+
+
+@pytest.mark.slow
+def test_over_a_sharded_base_runs_are_those_of_processes_that_share_rows(train):
+    _, shared = reports_of(train, 2)
+    _, sharded = reports_of(train, 2, "fsdp")
+    for name in TRAINERS:
+        (found, other), expected = sharded[name], shared[name][0]
+        assert found == other, name
+        assert found["chosen"] == expected["chosen"]
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+        for task, weights in expected["weights"].items():
+            assert found["weights"][task] == pytest.approx(weights, abs=1e-4)
 
 
 def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path):

@@ -188,7 +188,7 @@ class AnswerCollector:
             with usage.batch(inputs, labels), autocast(device, self.mixed_precision):
                 return self.members.prompt_states(inputs, labels.to(device)).cpu()
 
-        run_halving = HalvingOnFullMemory(run)
+        run_halving = HalvingOnFullMemory(run, self.members)
         with UsageCounter() as usage:
             starts = range(0, len(chosen), self.batch_size)
             return torch.cat(
@@ -266,7 +266,7 @@ class AnswerCollector:
                     own = token_scores(logits, answers)[0] if self.log_probs_only else logits
                     values[member, numbers[tokens.cpu()]] = own.cpu()
 
-        run_halving = HalvingOnFullMemory(run)
+        run_halving = HalvingOnFullMemory(run, self.members)
         with UsageCounter() as usage:
             for batch in batches:
                 run_halving(batch)

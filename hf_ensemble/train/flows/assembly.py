@@ -10,6 +10,7 @@ from ...ensemble import EnsembleMember, PeftEnsembleModel
 from ...ensemble.saving.files import load_adapter
 from ...ensemble.weighting.fitting import WeightFit, fit_ensemble
 from ...ensemble.weighting.sampling import spread_sample
+from ...models.sharding import is_sharded
 from ...runs import EnsembleWeights
 from ...runs.systems import BASELINE
 from ...select import Grouping
@@ -97,9 +98,14 @@ class EnsembleAssembly:
         if args.ensemble_weights == "own_group" or len(candidates) < 2:
             return EnsembleWeights({task: {self.grouping.group_of(task): 1.0} for task in self.context.tasks})
         ensemble = self.ensemble(candidates, {})
-        # Each task is one process's: its weights are then those that a single process would find.
-        own = split_between_processes(list(self.context.tasks))
-        fits = [fit for part in run_on_all(lambda: self._fits(ensemble, own)) for fit in part]
+        tasks = list(self.context.tasks)
+        if is_sharded(self.context.model):
+            # All processes run the model, and fit the same weights.
+            fits = self._fits(ensemble, tasks)
+        else:
+            # Each task is one process's: its weights are then those that a single process would find.
+            own = split_between_processes(tasks)
+            fits = [fit for part in run_on_all(lambda: self._fits(ensemble, own)) for fit in part]
         found = EnsembleWeights({})
         for task in self.context.tasks:
             fit = next(fit for fit in fits if task in fit.tasks)

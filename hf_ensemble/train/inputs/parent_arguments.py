@@ -25,9 +25,6 @@ class Refusal:
 
 
 _FULL_EVAL = Refusal("it casts the base model, which all trainings share", "evaluate in mixed precision with bf16=True")
-_SHARDED = Refusal(
-    "gradients are captured of whole parameters", "share the rows among processes instead (DDP), or quantize the base"
-)
 REFUSED: dict[str, Refusal] = {
     "auto_find_batch_size": Refusal(
         "each training would find a batch size of its own, and predictions are of one batch size",
@@ -42,9 +39,14 @@ REFUSED: dict[str, Refusal] = {
     ),
     "bf16_full_eval": _FULL_EVAL,
     "fp16_full_eval": _FULL_EVAL,
-    "fsdp": _SHARDED,
-    "deepspeed": _SHARDED,
-    "parallelism_config": _SHARDED,
+    "deepspeed": Refusal(
+        "ZeRO shares out the adapter's parameters too, and gradients are captured of whole ones",
+        "set fsdp=True, which shards the base alone, or share the rows alone (DDP)",
+    ),
+    "parallelism_config": Refusal(
+        "rows are captured and scored whole, on one process each",
+        "set fsdp=True, which shards the base, or share the rows alone (DDP)",
+    ),
 }
 # Refused only beside `push_to_hub`, of which it says what to upload.
 _HUB_STRATEGY = Refusal(

@@ -2,12 +2,13 @@
 
 import difflib
 import importlib.util
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.utils.other import TrainableTokensWrapper
-from transformers import PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from trl import SFTTrainer
 
 from ...ensemble.adapter_kinds import adapter_obstacle
@@ -16,6 +17,23 @@ from ...ensemble.saving.files import base_reference
 from ...errors import ConfigurationError, EnsembleLoadError
 from ...models.inputs import is_encoder_decoder
 from ...tasks import RowFormat, TaskSet
+
+# Arguments of the constructors that have to be of some kind, or None.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "peft_config": (PeftConfig,),
+    "callbacks": (list, tuple),
+    "processing_class": (PreTrainedTokenizerBase, ProcessorMixin),
+    "data_collator": (Callable,),
+}
+
+
+def check_kinds(given: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` for arguments of a trainer, by name, that are of another kind than it takes."""
+    for name, kinds in _KINDS.items():
+        value = given[name]
+        if value is not None and not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ConfigurationError(f"Expected {name} to be a {expected}, found {value!r:.60}.")
 
 
 def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_class: type[Trainer]) -> None:

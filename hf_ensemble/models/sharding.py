@@ -1,0 +1,73 @@
+"""A frozen base whose parameters are sharded over the processes, with adapters that every process holds whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of the model are sharded over processes, which then have to run it together."""
+    # Those of a unit that is gathered at the moment look whole.
+    gathers = any(isinstance(module, FSDPModule) for module in model.modules())
+    return gathers or any(isinstance(parameter.data, DTensor) for parameter in model.parameters())
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the whole of a sharded one, for which every process has to call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_base(model: PeftModel, mesh: DeviceMesh, is_unit: Callable[[nn.Module], bool]) -> None:
+    """Shard the frozen parameters of a `PeftModel`'s base by FSDP2; adapters stay whole on every process.
+
+    So do those that are put on the model later, and modules of which adapters hold copies. Units are gathered while
+    they run: those that `is_unit` names, and what is left of the base's own parts (its body, its head). The base itself
+    is none, since PEFT calls its `forward`, which hooks do not see. Between passes all units are sharded: one that is
+    gathered on some processes alone would keep the others waiting.
+
+    Args:
+        model (`PeftModel`): equal on all processes. Parameters are moved to the mesh's device unit by unit.
+        mesh (`DeviceMesh`): the processes, in one dimension.
+        is_unit (`Callable`): whether a module is gathered by itself, such as a decoder layer.
+    """
+    base = model.get_base_model()
+    whole = {parameter for parameter in base.parameters() if parameter.requires_grad}
+    for module in base.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            whole.update(module.parameters())
+    options: dict[str, Any] = {"mesh": mesh, "ignored_params": whole, "reshard_after_forward": True}
+    for module in reversed(list(base.modules())):
+        if module is not base and is_unit(module):
+            fully_shard(module, **options)
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is not None and head.weight is embeddings.weight and head.weight not in whole:
+        # A parameter belongs to one unit, whose hooks see the body alone.
+        fully_shard([embeddings, head], **options)
+        head.register_forward_hook(_shard_until_backward)
+    for part in base.children():
+        if any(parameter not in whole and not isinstance(parameter.data, DTensor) for parameter in part.parameters()):
+            fully_shard(part, **options)
+    if mesh.device_type != "cpu":
+        device = torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+        # What belongs to no unit.
+        for tensor in (*whole, *base.buffers()):
+            tensor.data = tensor.data.to(device)
+
+
+def _shard_until_backward(head: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    """Forward hook of a head that is tied to the embeddings."""
+
+    def gather(gradient: torch.Tensor) -> torch.Tensor:
+        head.unshard()
+        return gradient
+
+    head.reshard()
+    if output.requires_grad:
+        output.register_hook(gather)

@@ -1,0 +1,139 @@
+"""`fsdp`: the base sharded over the processes, once for all trainings of a run."""
+
+import copy
+import os
+
+from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from peft import LoraConfig, PeftModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from transformers import TrainingArguments
+
+from ...errors import ConfigurationError
+from ...logging import get_logger
+from ...models.inputs import is_encoder_decoder
+from ...models.sharding import is_sharded, shard_base
+
+logger = get_logger(__name__)
+
+# What `accelerate launch` sets for a configuration with FSDP.
+_LAUNCHED = "ACCELERATE_USE_FSDP"
+
+
+def without_sharding(args: TrainingArguments) -> tuple[TrainingArguments, FullyShardedDataParallelPlugin | None]:
+    """The arguments without `fsdp`, and the sharding that they or `accelerate launch` ask for.
+
+    A run shards its model itself, before its first training: to accelerate, the processes share rows alone.
+
+    Raises:
+        `ConfigurationError`: for a sharding that a run cannot honour.
+    """
+    is_launched = bool(str_to_bool(os.environ.get(_LAUNCHED, "false")))
+    if not args.fsdp and not is_launched:
+        return args, None
+    if args.fsdp and args.fsdp_config.get("xla"):
+        raise _refusal("xla in fsdp_config", "it is not FSDP2", "leave it out")
+    given = args.fsdp_plugin_args or {}
+    if given.get("fsdp_version", int(os.environ.get("FSDP_VERSION", "1"))) != 2:
+        raise _refusal("version of fsdp_config", "FSDP1 flattens parameters", "set it to 2")
+    plugin = FullyShardedDataParallelPlugin(**given)
+    _check(plugin, args)
+    if args.world_size < 2:
+        raise _refusal(
+            "fsdp", "it shards a model over processes, and there is one", "start several (torchrun --nproc_per_node 2)"
+        )
+    os.environ[_LAUNCHED] = "false"
+    args = copy.copy(args)
+    args.fsdp, args.fsdp_config, args.fsdp_plugin_args = None, None, None
+    return args, plugin
+
+
+def _check(plugin: FullyShardedDataParallelPlugin, args: TrainingArguments) -> None:
+    whole = "set it to false: each process reads the base into its own memory and keeps its shard on the device"
+    for name, is_asked, because, instead in (
+        ("cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, "the other processes had no weights", whole),
+        (
+            "cpu_offload",
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "rows are put on the device of the first parameter",
+            "leave it out, and shard over more processes",
+        ),
+        (
+            "reshard_after_forward=False",
+            not plugin.reshard_after_forward,
+            "between passes every process has to hold its shard alone",
+            "leave it out",
+        ),
+        (
+            "activation_checkpointing in fsdp_config",
+            plugin.activation_checkpointing,
+            "its wrappers rename the adapter's parameters",
+            "set gradient_checkpointing=True in the arguments",
+        ),
+        (
+            "auto_wrap_policy SIZE_BASED_WRAP",
+            plugin.auto_wrap_policy is size_based_auto_wrap_policy,
+            "it gathers parts whose weights are read from outside",
+            "set TRANSFORMER_BASED_WRAP, by layers",
+        ),
+        ("ignored_modules", plugin.ignored_modules, "adapters alone stay whole", "leave it out"),
+        (
+            "fsdp beside even_batches=False",
+            not args.accelerator_config.even_batches,
+            "processes run a sharded model together, as often",
+            "leave that out",
+        ),
+    ):
+        if is_asked:
+            raise _refusal(name, because, instead)
+
+
+def check_whole(model: PeftModel) -> None:
+    """Raise `ConfigurationError` for a model that not every process holds whole."""
+    if is_sharded(model) or getattr(model.get_base_model(), "is_distributed_loading_by_transformers", False):
+        raise ConfigurationError(
+            "Expected a model that every process holds whole, found one that is split over processes already (tp_plan, "
+            "distributed_config, fully_shard). Load it without, and set fsdp=True: the run shards its base itself."
+        )
+
+
+def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Shard a loaded model's base as the plugin says.
+
+    Raises:
+        `ConfigurationError`: for bases and adapters with which that cannot be done.
+    """
+    base = model.get_base_model()
+    config = model.peft_config[model.active_adapters[0]]
+    rows_alone = "share the rows alone (DDP)"
+    for is_asked, because, instead in (
+        (is_encoder_decoder(model), "an encoder-decoder shares its embeddings among its parts", rows_alone),
+        (getattr(base, "quantization_method", None), "quantized weights are no tensors that can be cut", rows_alone),
+        (len(set(getattr(base, "hf_device_map", {}).values())) > 1, "device_map has spread the base", "leave that out"),
+        (not isinstance(config, LoraConfig), f"{config.peft_type} reads whole weights of the base", "use LoraConfig"),
+        (getattr(config, "use_dora", False), "use_dora reads whole weights of the base", "leave use_dora out"),
+        (
+            getattr(config, "target_parameters", None),
+            "target_parameters are a part of the base's parameters",
+            "name target_modules",
+        ),
+    ):
+        if is_asked:
+            raise _refusal("fsdp", because, instead)
+    state = PartialState()
+    plugin.set_auto_wrap_policy(base)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, base) or (lambda module: False)
+    if plugin.auto_wrap_policy is not None and not any(map(is_unit, base.modules())):
+        logger.warning(
+            "%s names no layers (_no_split_modules), so its whole body is gathered while it runs. Name their class in "
+            "transformer_layer_cls_to_wrap of fsdp_config.",
+            type(base).__name__,
+        )
+    shard_base(model, init_device_mesh(state.device.type, (state.num_processes,)), is_unit)
+
+
+def _refusal(name: str, because: str, instead: str) -> ConfigurationError:
+    return ConfigurationError(f"{name} cannot be honoured in a run of several trainings: {because}. Please {instead}.")

@@ -1,0 +1,71 @@
+"""Capture, scores and answers of a model whose frozen base is sharded over two processes."""
+
+import json
+import sys
+
+import numpy as np
+
+from helpers.processes import run_ranks
+from hf_ensemble.store import GradientStore
+
+CODE = """
+import json
+import sys
+import torch
+from accelerate import PartialState
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import DataCollatorForSeq2Seq
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from helpers import toy
+from helpers.captures import capture
+from hf_ensemble.evaluate import Evaluator
+from hf_ensemble.models.answer_scorer import AnswerScorer
+from hf_ensemble.models.sharding import shard_base
+from hf_ensemble.tasks import TaskCollator, TaskSet, encode
+
+folder, state, found = sys.argv[1], PartialState(cpu=True), {}
+rows = toy.sft_tasks(train=9, validation=3)
+tasks = TaskSet.from_datasets(rows)
+table = encode(tasks.table("validation"), toy.tokenizer(), tasks.row_format)
+collator = TaskCollator(DataCollatorForSeq2Seq(toy.tokenizer(), label_pad_token_id=-100))
+prompt = toy.tokenizer()("sum : 3 + 2 =", return_tensors="pt")
+for name, tied in (("tied", True), ("untied", False)):
+    model = toy.with_lora(toy.llama(tie_word_embeddings=tied))
+    if state.num_processes > 1:
+        mesh = init_device_mesh("cpu", (state.num_processes,))
+        shard_base(model, mesh, lambda module: isinstance(module, LlamaDecoderLayer))
+        # All of the base, and nothing of the adapter.
+        assert all(isinstance(own.data, DTensor) != own.requires_grad for own in model.parameters())
+    capture(f"{folder}/{name}", model, rows)
+    scores = Evaluator(model, collator, 2, disable_tqdm=True).score_rows(AnswerScorer(model), table)
+    if state.is_main_process:
+        # As saving does: no process may be left with a unit that others have to gather.
+        model.state_dict()
+    answer = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    found[name] = [scores.loss.tolist(), answer.tolist()]
+with open(f"{folder}/found-{state.process_index}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+def test_a_sharded_base_gives_what_one_process_finds(tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    two.mkdir()
+    for rank in run_ranks(CODE, 2, str(two)):
+        assert rank.returncode == 0, rank.stderr[-3000:]
+    one.mkdir()
+    monkeypatch.setattr(sys, "argv", ["-c", str(one)])
+    exec(compile(CODE, "<code>", "exec"), {})
+    expected = json.loads((one / "found-0.json").read_text())
+    found = [json.loads((two / f"found-{rank}.json").read_text()) for rank in range(2)]
+    for embeddings, (losses, answer) in expected.items():
+        own, other = GradientStore(one / embeddings), GradientStore(two / embeddings)
+        assert other.identity == own.identity
+        for split in ("train", "validation"):
+            for column in ("features", "margin"):
+                values = (getattr(store.table(split), column) for store in (other, own))
+                np.testing.assert_allclose(*values, atol=1e-5)
+        for rank in found:
+            np.testing.assert_allclose(rank[embeddings][0], losses, atol=1e-5)
+            assert rank[embeddings][1] == answer
