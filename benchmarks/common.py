@@ -8,7 +8,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +183,27 @@ def read_rows(path: Path) -> list[dict]:
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def drawn_tasks(
+    data: Path, folder: Path, limits: Mapping[str, int], seed: int, names: Sequence[str] | None = None
+) -> Path:
+    """Copy tasks with a seeded sample of the rows of each split; returns the folder.
+
+    Args:
+        data (`Path`): holds `NAME/SPLIT.jsonl`.
+        folder (`Path`): where the copies go.
+        limits (`dict[str, int]`): most rows of a task by split; those that are absent are copied whole.
+        seed (`int`): of the samples.
+        names (`Sequence[str]`, *optional*): which tasks; all by default.
+    """
+    for task in sorted(path for path in data.iterdir() if path.is_dir() and (names is None or path.name in names)):
+        for number, split in enumerate(SPLITS):
+            rows = read_rows(task / f"{split}.jsonl")
+            count = min(limits.get(split, len(rows)), len(rows))
+            order = np.random.default_rng([seed, number]).permutation(len(rows))
+            # Every label is among the rows.
+            firsts = {rows[index].get("label"): index for index in order[::-1]}
+            chosen = list(dict.fromkeys([*firsts.values(), *order]))[:count]
+            write_rows(folder / task.name / f"{split}.jsonl", [rows[index] for index in sorted(chosen)])
+    return folder

@@ -29,7 +29,7 @@ from hf_ensemble.select import DataSelector
 from hf_ensemble.train.comparison.adapters import loaded_adapters, train_widened
 from hf_ensemble.train.flows.capturing import gradients_at_baseline
 
-from ..common import SPLITS, machine, make_parser, read_rows, write_rows
+from ..common import drawn_tasks, machine, make_parser
 from ..trainers import flag_value, train_baseline, trainer_from_flags
 from .systems import Part, SystemBuilder, needs, parts_of, parts_without_choice
 
@@ -37,21 +37,6 @@ PLAN, EPOCHS = "plan.json", "epochs.json"
 # Rows of a task that weights are fitted to.
 VALIDATION_ROWS = 100
 MEMBER, TARGETS = "member", "targets"
-
-
-def drawn_tasks(data: Path, folder: Path, num_rows: int, seed: int) -> Path:
-    """Copies the tasks with a seeded sample of their training and validation rows, and all test rows."""
-    limits = {"train": num_rows, "validation": VALIDATION_ROWS}
-    for task in sorted(path for path in data.iterdir() if path.is_dir()):
-        for number, split in enumerate(SPLITS):
-            rows = read_rows(task / f"{split}.jsonl")
-            count = min(limits.get(split, len(rows)), len(rows))
-            order = np.random.default_rng([seed, number]).permutation(len(rows))
-            # Every label is among the rows.
-            firsts = {rows[index]["label"]: index for index in order[::-1]}
-            chosen = list(dict.fromkeys([*firsts.values(), *order]))[:count]
-            write_rows(folder / task.name / f"{split}.jsonl", [rows[index] for index in sorted(chosen)])
-    return folder
 
 
 def validation_curve(folder: Path, flags: list[str], max_epochs: int) -> list[float]:
@@ -237,7 +222,8 @@ def main() -> None:
     passed.add_argument("--data")
     flags = [*passed.parse_known_args(flags)[1], "--seed", str(own.seed)]
     if own.worker == 0 and not (own.folder / "tasks").is_dir():
-        drawn_tasks(data, own.folder / "tasks.part", own.rows, own.seed).rename(own.folder / "tasks")
+        limits = {"train": own.rows, "validation": VALIDATION_ROWS}
+        drawn_tasks(data, own.folder / "tasks.part", limits, own.seed).rename(own.folder / "tasks")
     if own.max_epochs and own.worker == 0 and not (own.folder / EPOCHS).exists():
         write_json(own.folder / EPOCHS, validation_curve(own.folder, flags, own.max_epochs))
     while not (own.folder / (EPOCHS if own.max_epochs else "tasks")).exists():
