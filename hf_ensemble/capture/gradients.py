@@ -21,7 +21,7 @@ from .linear_hooks import HookState, LinearHooks
 from .lora_hooks import LoraHooks
 from .margin import MarginKind, margins
 from .mixed_precision import capture_precision
-from .parameter_checks import check_not_sharded, check_used
+from .parameter_checks import check_not_sharded, check_units, check_used
 from .preconditioner import Preconditioner
 from .projection import SeededProjection
 
@@ -64,7 +64,8 @@ class GradientExtractor:
             `"bf16"` runs the model under autocast to bfloat16; margins, losses and sums of gradients stay float32.
 
     Raises:
-        `CaptureError`: when no parameter is trainable, or a trainable one is sharded over devices.
+        `CaptureError`: when no parameter is trainable, or a trainable one is sharded over devices; and for modules of a
+            sharded base that share a unit.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class GradientExtractor:
         self.mixed_precision = mixed_precision
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         check_not_sharded(self.parameters)
+        check_units(model)
         self._in_step = is_sharded(model)
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         dims = projection_dim if isinstance(projection_dim, Sequence) else [projection_dim]

@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import CaptureError
+from ..models.sharding import modules_sharded_together
 
 
 def check_not_sharded(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -20,6 +21,16 @@ def check_not_sharded(parameters: Mapping[str, nn.Parameter]) -> None:
             f"{len(sharded)} trainable parameters are sharded over devices, among them {sharded[0]!r}, so no process "
             "has their full gradients. Leave the adapter out of the sharding (ignored_params of fully_shard), or "
             "capture before the model is sharded."
+        )
+
+
+def check_units(model: nn.Module) -> None:
+    """Raise `CaptureError` for a base whose sharded modules do not have their weights in every backward."""
+    together = modules_sharded_together(model)
+    if together:
+        raise CaptureError(
+            f"Expected modules that fully_shard was given one by one, found several in one list: {together}. Shard "
+            "each by itself; distributed_config shards the head with the last norm, so load the model without it."
         )
 
 

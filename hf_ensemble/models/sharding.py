@@ -19,6 +19,20 @@ def is_sharded(model: nn.Module) -> bool:
     return gathers or any(isinstance(parameter.data, DTensor) for parameter in model.parameters())
 
 
+def modules_sharded_together(model: nn.Module) -> list[str]:
+    """Names of modules that `fully_shard` was given in one list, but for those of [`shard_base`].
+
+    A head that is run by itself, as scores of answers do, finds its weights freed in its backward: the process dies.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            together = module._get_fsdp_state()._modules
+            own = any(_shard_until_backward in other._forward_hooks.values() for other in together)
+            found += [name] if len(together) > 1 and not own else []
+    return found
+
+
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or the whole of a sharded one, for which every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -14,11 +14,14 @@ import sys
 import torch
 from accelerate import PartialState
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForSeq2Seq
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from helpers import toy
 from helpers.captures import capture
+from hf_ensemble.capture import GradientExtractor
+from hf_ensemble.errors import CaptureError
 from hf_ensemble.evaluate import Evaluator
 from hf_ensemble.models.answer_scorer import AnswerScorer
 from hf_ensemble.models.sharding import shard_base
@@ -44,6 +47,16 @@ for name, tied in (("tied", True), ("untied", False)):
         model.state_dict()
     answer = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     found[name] = [scores.loss.tolist(), answer.tolist()]
+if state.num_processes > 1:
+    model = toy.with_lora(toy.llama())
+    base, adapter = model.get_base_model(), {own for own in model.parameters() if own.requires_grad}
+    fully_shard([base.model.norm, base.lm_head], mesh=mesh, ignored_params=adapter)
+    try:
+        GradientExtractor(model, 16)
+    except CaptureError as error:
+        assert "base_model.model.model.norm" in str(error) and "base_model.model.lm_head" in str(error)
+    else:
+        raise AssertionError("its backward would read weights that are freed")
 with open(f"{folder}/found-{state.process_index}.json", "w") as file:
     json.dump(found, file)
 """

@@ -40,7 +40,7 @@ REFUSED: dict[str, Refusal] = {
     "bf16_full_eval": _FULL_EVAL,
     "fp16_full_eval": _FULL_EVAL,
     "deepspeed": Refusal(
-        "ZeRO shares out the adapter's parameters too, and gradients are captured of whole ones",
+        "ZeRO cuts the adapter's parameters too, and trainings begin, end and are captured at whole ones",
         "set fsdp=True, which shards the base alone, or share the rows alone (DDP)",
     ),
     "parallelism_config": Refusal(

@@ -107,13 +107,17 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin) -> None:
         `ConfigurationError`: for bases and adapters with which that cannot be done.
     """
     base = model.get_base_model()
-    config = model.peft_config[model.active_adapters[0]]
+    config, devices = model.peft_config[model.active_adapters[0]], getattr(base, "hf_device_map", None) or {}
     rows_alone = "share the rows alone (DDP)"
     for is_asked, because, instead in (
         (is_encoder_decoder(model), "an encoder-decoder shares its embeddings among its parts", rows_alone),
         (getattr(base, "quantization_method", None), "quantized weights are no tensors that can be cut", rows_alone),
-        (len(set(getattr(base, "hf_device_map", {}).values())) > 1, "device_map has spread the base", "leave that out"),
-        (not isinstance(config, LoraConfig), f"{config.peft_type} reads whole weights of the base", "use LoraConfig"),
+        (len(set(devices.values())) > 1, "device_map has spread the base", "leave that out"),
+        (
+            not isinstance(config, LoraConfig),
+            f"{config.peft_type.value} was not seen to work with it",
+            "use LoraConfig",
+        ),
         (getattr(config, "use_dora", False), "use_dora reads whole weights of the base", "leave use_dora out"),
         (
             getattr(config, "target_parameters", None),
