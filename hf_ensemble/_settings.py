@@ -146,3 +146,21 @@ def checked_mapping(what: str, value: Any, error: type[HfEnsembleError] = Config
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise error(f"Expected {what} as a dict by name, found {value!r:.80}.")
     return value
+
+
+def checked_shard(name: str, value: Any) -> tuple[int, int] | None:
+    """Index and number of shards, which may be given as text, `"0/8"` to `"7/8"`; `None` for all of it, also as `0/1`.
+
+    Raises:
+        `ConfigurationError`: for anything else.
+    """
+    if value is None:
+        return None
+    pair = value.split("/") if isinstance(value, str) else value
+    try:
+        index, count = map(int, pair)
+    except (TypeError, ValueError):
+        index, count = -1, 0
+    if not 0 <= index < count:
+        raise ConfigurationError(f"Expected {name} as INDEX/COUNT, 0/8 to 7/8 as array jobs count, found {value!r}.")
+    return None if count == 1 else (index, count)

@@ -50,6 +50,10 @@ class StoreError(HfEnsembleError, RuntimeError):
     """A gradient store is missing, unfinished or damaged."""
 
 
+class StoreLockedError(StoreError):
+    """Another process writes into a gradient store."""
+
+
 class StoreMismatchError(StoreError, ValueError):
     """A gradient store was made with another model, other data or another configuration."""
 
@@ -64,6 +68,10 @@ class RunMismatchError(HfEnsembleError, ValueError):
 
 class RunLockedError(HfEnsembleError, RuntimeError):
     """Another process works in the run directory."""
+
+
+class StageNotReadyError(HfEnsembleError, RuntimeError):
+    """A stage of a run needs others that are not done yet."""
 
 
 class EnsembleError(HfEnsembleError, ValueError):

@@ -20,8 +20,8 @@ def artefacts(folder: Path) -> dict[str, Any]:
     found = {}
     for top in ("run", "saved"):
         for path in sorted((folder / top).rglob("*")):
-            # A page shows times.
-            if path.is_file() and path.name != "report.html":
+            # A page shows times, and locks depend on which processes have shared the work.
+            if path.is_file() and path.name != "report.html" and path.suffix != ".lock":
                 found[path.relative_to(folder).as_posix()] = _content(path)
     return found
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .._settings import checked_path
+from .._settings import checked_path, checked_shard
 from ..errors import CaptureError, ConfigurationError
 from ..models.inputs import is_encoder_decoder
 from ..models.token_checks import check_token_rows
@@ -48,7 +48,8 @@ def capture_gradients(
     disable_tqdm: bool = False,
     recipe: TrainingRecipe | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-) -> GradientStore | dict[str, GradientStore]:
+    shard: tuple[int, int] | None = None,
+) -> GradientStore | dict[str, GradientStore] | None:
     """Capture the gradient features of training and validation examples: of all, or of a sample of each task's.
 
     `capture_rows` of [`CaptureConfig`] says how many; the store records how many rows a sample is of, and estimates are
@@ -78,17 +79,23 @@ def capture_gradients(
             parameters is filled in from the preconditioner.
         optimizer (`torch.optim.Optimizer`, *optional*):
             Adam or a related optimizer, whose second moments `preconditioner="optimizer"` uses.
+        shard (`tuple[int, int]`, *optional*):
+            Index and number of parts, of which this call captures one. Other processes may capture the other parts at
+            the same time, on other machines that share the folder; the store is then that of a single pass.
 
     Returns:
-        `GradientStore`: the finished store, or the stores by name with multiple configs.
+        `GradientStore`: the finished store, or the stores by name with multiple configs; `None` where other parts are
+        missing.
 
     Raises:
         `StoreMismatchError`: when the directory has a store of another model, other data or other settings.
         `StoreError`:
-            For gradients that are not finite, unless the settings exclude them; when another pass is writing into the
-            directory; and when the disk is too small for the store.
+            For gradients that are not finite, unless the settings exclude them; and when the disk is too small for the
+            store.
+        `StoreLockedError`: when another process is writing into the directory, or the same part of it.
         `CaptureError`: when the model has no trainable parameter, or a row no answer token.
-        `ConfigurationError`: for multiple configs that one pass cannot serve, and numbers of rows of unknown tasks.
+        `ConfigurationError`:
+            For multiple configs that one pass cannot serve, numbers of rows of unknown tasks, and a shard that is none.
 
     Example:
 
@@ -111,8 +118,9 @@ def capture_gradients(
         )
     capture = CapturePass(unwrapped(model), tasks, configs, encoded, data_collator, optimizer)
     folders = {name: checked_path("output_dir", output_dir) / name for name in configs}
-    stores = capture.run(folders, SHARD_SIZE, overwrite, disable_tqdm, recipe)
-    return stores if isinstance(config, Mapping) else stores[""]
+    shard = checked_shard("shard", shard)
+    stores = capture.run(folders, SHARD_SIZE, overwrite, disable_tqdm, recipe, shard)
+    return stores if stores is None or isinstance(config, Mapping) else stores[""]
 
 
 def _check_arguments(model: Any, tasks: Any, config: Any, processing_class: Any) -> None:

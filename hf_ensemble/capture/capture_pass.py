@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._compat import package_versions
-from .._processes import even_share, run_in_step
+from .._processes import even_share, run_in_step, run_on_main
 from ..errors import CaptureError
 from ..logging import get_logger
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
@@ -27,6 +27,7 @@ from ..store import (
     GradientStoreWriters,
     TrainingRecipe,
     exclusive_writers,
+    shared_records,
 )
 from ..tasks import EXAMPLE_ID, TASK, TaskCollator, TaskSet
 from ..tasks.rows import token_fingerprint
@@ -99,29 +100,39 @@ class CapturePass:
         overwrite: bool,
         disable_tqdm: bool,
         recipe: TrainingRecipe | None,
-    ) -> dict[str, GradientStore]:
-        """Fill the stores in `folders`, resume them, or find them complete."""
-        state = self.state
-        with exclusive_writers(list(folders.values())) if state.is_main_process else nullcontext():
+        shard: tuple[int, int] | None = None,
+    ) -> dict[str, GradientStore] | None:
+        """Fill the stores in `folders`, resume them, or find them complete; with `shard`, fill this part of them.
+
+        Returns `None` where parts that others fill are missing.
+        """
+        state, places = self.state, list(folders.values())
+        shares = shard is not None and state.is_main_process
+        with exclusive_writers(places, shard) if state.is_main_process else nullcontext():
             identity = model_identity(self.model)
-            with state.main_process_first():
-                writers = self._writers(folders, identity, shard_size, overwrite)
-            missing = writers.missing_shards()
-            state.wait_for_everyone()
-            if state.is_main_process:
-                writers.check_space()
-            if self.config.preconditioner != "none":
-                self._set_preconditioner(writers)
+            with shared_records(places) if shares else nullcontext():
+                with state.main_process_first():
+                    writers = self._writers(folders, identity, shard_size, overwrite, is_shared=shard is not None)
+                index, count = shard or (0, 1)
+                missing = [number for number in writers.missing_shards() if number % count == index]
+                state.wait_for_everyone()
+                if state.is_main_process:
+                    writers.check_space()
+                if self.config.preconditioner != "none":
+                    self._set_preconditioner(writers)
             mine = missing if self._in_step else missing[state.process_index :: state.num_processes]
             self._capture_shards(writers, mine, disable_tqdm)
             if mine and self.extractor.unused:
                 named = ", ".join(self.extractor.unused[:5])
                 logger.warning("No example depends on %s. Their features are zero.", named)
             state.wait_for_everyone()
-            if state.is_main_process:
-                coverage = {"hooked": self.extractor.hooked, "fallback": self.extractor.fallback}
-                writers.finish(self._completed(recipe), coverage=coverage, versions=package_versions())
-            state.wait_for_everyone()
+            with shared_records(places) if shares else nullcontext():
+                if run_on_main(lambda: shard is not None and bool(writers.missing_shards())):
+                    return None
+                if state.is_main_process:
+                    coverage = {"hooked": self.extractor.hooked, "fallback": self.extractor.fallback}
+                    writers.finish(self._completed(recipe), coverage=coverage, versions=package_versions())
+                state.wait_for_everyone()
         stores = {name: GradientStore(folder) for name, folder in folders.items()}
         excluded = next(iter(stores.values())).excluded
         if excluded and state.is_main_process:
@@ -130,7 +141,7 @@ class CapturePass:
         return stores
 
     def _writers(
-        self, folders: Mapping[str, Path], model: Mapping[str, Any], shard_size: int, overwrite: bool
+        self, folders: Mapping[str, Path], model: Mapping[str, Any], shard_size: int, overwrite: bool, is_shared: bool
     ) -> GradientStoreWriters:
         tables = {split: sample.rows for split, sample in self.samples.items()}
         plan = [
@@ -160,6 +171,7 @@ class CapturePass:
                 shard_size,
                 overwrite,
                 self.state.is_main_process,
+                is_shared,
             )
             for (name, config), projection in zip(self.configs.items(), self.extractor.projections)
         ]

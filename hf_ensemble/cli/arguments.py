@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._settings import check_at_least, check_one_of
+from .._settings import check_at_least, check_number, check_one_of, checked_shard
 from ..errors import ConfigurationError
+from ..runs.progress import check_stage
 from ..tasks.task import SPLITS
 
 _SIZES_HELP = "Numbers of tasks of the subsets, in turn; from one task to all by default."
@@ -152,9 +153,20 @@ def _check_sizes(sizes: list[int] | None) -> None:
 class TrainArguments(FlowArguments):
     """What `hf-ensemble train` takes beside a trainer's own arguments and trl's model arguments."""
 
-    group: str | None = field(
+    stage: str | None = field(
         default=None,
-        metadata={"help": "Train this group alone; its groups have to be there: --until groups makes them."},
+        metadata={
+            "help": "Run this stage alone, beside other processes with other stages, as `hf-ensemble status` lists "
+            "them: baseline, group, adapter:group_0, evaluation, ...; adapter and calibration are all of that kind."
+        },
+    )
+    shard: str | None = field(
+        default=None,
+        metadata={"help": "Of --stage gradients, calibration or adapter, this part: 0/8 to 7/8."},
+    )
+    wait: float = field(
+        default=0.0,
+        metadata={"help": "Seconds to wait for what --stage needs; without, the command ends with exit code 75."},
     )
     until: str = field(
         default="adapters",
@@ -167,11 +179,31 @@ class TrainArguments(FlowArguments):
     def __post_init__(self):
         super().__post_init__()
         check_one_of("until", self.until, ("groups", "adapters"))
-        if self.target is not None:
+        shard = checked_shard("shard", self.shard)
+        check_number("wait", self.wait, 0)
+        if self.stage is not None:
+            check_stage(self.stage, shard)
+        if self.stage is None and (self.shard is not None or self.wait):
+            raise ConfigurationError("Expected --stage beside --shard and --wait, found none. Name a stage.")
+        if self.target is not None and self.stage is None:
             raise ConfigurationError(
                 f"train is for the groups of an ensemble, and a selection trains once: found --target {self.target}. "
-                "Use hf-ensemble run."
+                "Use hf-ensemble run, or name one of its stages with --stage."
             )
+
+
+@dataclass
+class CaptureArguments(FlowArguments):
+    """What `hf-ensemble capture` takes beside a trainer's own arguments and trl's model arguments."""
+
+    shard: str | None = field(
+        default=None,
+        metadata={"help": "Capture this part of the rows, beside other processes with the others: 0/8 to 7/8."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        checked_shard("shard", self.shard)
 
 
 @dataclass

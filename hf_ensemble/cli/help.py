@@ -15,6 +15,7 @@ EXIT_CODES = {
     0: "done",
     1: "an error in one line: arguments, data, model or files",
     2: "no such command",
+    75: "other processes have to end first; the same command works later",
     130: "stopped by Ctrl-C",
     143: "stopped by SIGTERM; the same command goes on where it stopped",
 }

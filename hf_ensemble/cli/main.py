@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from .. import __version__
-from ..errors import HfEnsembleError
+from ..errors import HfEnsembleError, RunLockedError, StageNotReadyError, StoreLockedError
 from .command import COMMANDS, Command
 from .help import command_help, main_help, names_of
 from .stopping import Terminated, print_last_line, sigterm_as_interrupt
 from .wording import in_terminal
+
+# EX_TEMPFAIL of sysexits.h: the same command works later, so that a scheduler may start it again.
+TRY_AGAIN = 75
+_OF_OTHERS = (RunLockedError, StageNotReadyError, StoreLockedError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: 0 on success, 1 for an error of the user's input (printed in one line; `--debug` shows the traceback),
-        130 when interrupted, 143 when terminated. Without a known command it exits with 2.
+        75 when other processes have to end first, 130 when interrupted, 143 when terminated. Without a known command it
+        exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = set(argv)
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in given:
             raise
         print_last_line(f"hf-ensemble: {in_terminal(error, names_of(command))}")
-        return 1
+        return TRY_AGAIN if isinstance(error, _OF_OTHERS) else 1
     except KeyboardInterrupt as stop:
         print_last_line("hf-ensemble: stopped. Run the same command again to continue.")
         return 143 if isinstance(stop, Terminated) else 130

@@ -85,6 +85,13 @@ class ReportArguments:
 
 
 @dataclass
+class StatusArguments:
+    """What `hf-ensemble status` takes."""
+
+    run: str | None = field(default=None, metadata={"help": "The output_dir of a run; also without --run."})
+
+
+@dataclass
 class PushArguments:
     """What `hf-ensemble push` takes."""
 

@@ -7,6 +7,7 @@ from .directory import RunDirectory
 from .evaluation import EvaluatedRows, Evaluation, RowFigures
 from .example_rows import ExampleRows, ShownRow, TaskRows
 from .fidelity_report import FidelityReport, FirstOrderError, NoiseCeiling
+from .progress import StageProgress, run_progress
 from .records import (
     EnsembleWeights,
     Estimate,
@@ -43,12 +44,14 @@ __all__ = [
     "SelectionResult",
     "ShownRow",
     "StageCost",
+    "StageProgress",
     "StageRecord",
     "SystemCost",
     "TaskRecord",
     "TaskRows",
     "TasksRecord",
     "TrainedAdapter",
+    "run_progress",
     "run_results",
     "run_selector",
 ]

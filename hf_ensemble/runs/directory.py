@@ -1,7 +1,7 @@
 """The directory of a run: which stages are done, and who may work in it."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,12 @@ from .._compat import package_versions
 from .._files import named_differences, remove_leftovers
 from .._processes import run_on_main
 from .._records import Record
-from ..errors import RunMismatchError
+from ..errors import RunLockedError, RunMismatchError
 from ..logging import get_logger
 from . import layout
 from .costs import measured_cost
 from .files import RunFiles
-from .lock import exclusive_run
+from .lock import exclusive_record, exclusive_run, exclusive_stage, holder_of
 from .records import RunRecord, StageRecord
 
 logger = get_logger(__name__)
@@ -68,6 +68,7 @@ class RunDirectory(RunFiles):
 
         Raises:
             `RunMismatchError`: when a run of another configuration lies there; the message names each difference.
+            `RunLockedError`: with `overwrite`, when other processes work on stages of the run that lies there.
             `RecordError`: when the run's record is damaged.
         """
         run = cls(path)
@@ -76,6 +77,10 @@ class RunDirectory(RunFiles):
         return run
 
     def _opened(self, configuration: dict[str, Any], choices: dict[str, Any], overwrite: bool) -> RunRecord:
+        with exclusive_record(self.path):
+            return self._begun(configuration, choices, overwrite)
+
+    def _begun(self, configuration: dict[str, Any], choices: dict[str, Any], overwrite: bool) -> RunRecord:
         stages: dict[str, StageRecord] = {}
         if self.has(RunRecord):
             found = self.read(RunRecord)
@@ -88,6 +93,12 @@ class RunDirectory(RunFiles):
                     f"{str(self.path)!r} holds a run of another configuration: {'; '.join(basic + chosen)}. Choose "
                     "another output_dir, or set overwrite_run=True to redo the stages that depend on it."
                 )
+            if self.holders():
+                named = ", ".join(f"{name} ({holder})" for name, holder in self.holders().items())
+                raise RunLockedError(
+                    f"The run in {str(self.path)!r} cannot be started over while other processes work in it: {named}. "
+                    "Stop them, or choose another output_dir."
+                )
             self._delete(layout.CHOICE_ARTEFACTS if not basic else (*layout.CHOICE_ARTEFACTS, *layout.BASIC_ARTEFACTS))
             if not basic:
                 kept = found.stages.items()
@@ -98,7 +109,7 @@ class RunDirectory(RunFiles):
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """While open, no other process can work in the run; temporary files of killed ones are removed.
+        """While open, no other process can work in the run as a whole; temporary files of killed ones are removed.
 
         Raises:
             `RunLockedError`: when another process works in it.
@@ -108,21 +119,53 @@ class RunDirectory(RunFiles):
             yield
 
     @contextmanager
-    def training_locked(self, name: str) -> Iterator[None]:
-        """While open, no other process can train this adapter alone; others can be trained beside it.
+    def stage_locked(self, name: str) -> Iterator[None]:
+        """While open, no other process can work on this stage; others can work on other stages.
+
+        What other processes have recorded until then is known.
 
         Raises:
-            `RunLockedError`: when another process trains it.
+            `RunLockedError`: when another process works on it.
         """
         with ExitStack() as stack:
-            folder = self.path / layout.TRAINING / f".{name}"
-            run_on_main(lambda: stack.enter_context(exclusive_run(folder)) and None)
+            run_on_main(lambda: self._lock_stage(stack, name))
+            self.refresh()
             yield
+
+    def _lock_stage(self, stack: ExitStack, name: str) -> None:
+        # A process that opens the whole run sees the lock before it removes what killed ones have left.
+        with exclusive_record(self.path):
+            stack.enter_context(exclusive_stage(self.stage_lock(name), self.path, name))
+
+    def refresh(self) -> None:
+        """Take up what other processes have recorded of their stages."""
+        self._record = run_on_main(self._current)
+
+    def _current(self) -> RunRecord:
+        found = self.read(RunRecord)
+        if found.identity(with_choices=True) != self.record.identity(with_choices=True):
+            raise RunMismatchError(
+                f"Another process has started the run in {str(self.path)!r} over with another configuration. Start "
+                "this one again with that configuration, or choose another output_dir."
+            )
+        return found
+
+    def write_shared(self, record: Record) -> None:
+        """Write a record that every process writes which works in the run; on the main process."""
+        with exclusive_record(self.path):
+            self.write(record)
+
+    def holders(self) -> dict[str, str]:
+        """Which processes work on stages of the run, by stage as its lock names it."""
+        found = {lock.name: holder_of(lock) for lock in sorted((self.path / layout.LOCKS).glob("*"))}
+        return {name: holder for name, holder in found.items() if holder is not None}
 
     def _lock(self, stack: ExitStack) -> None:
         stack.enter_context(exclusive_run(self.path))
-        for folder in (self.path, *(self.path / name for name in layout.WRITTEN_FOLDERS)):
-            remove_leftovers(folder)
+        with exclusive_record(self.path):
+            if not self.holders():
+                for folder in (self.path, *(self.path / name for name in layout.WRITTEN_FOLDERS)):
+                    remove_leftovers(folder)
 
     def _delete(self, names: Iterable[str]) -> None:
         """Delete artefacts of stages, and nothing else that lies there.
@@ -155,23 +198,55 @@ class RunDirectory(RunFiles):
             name (`str`): name of the stage.
             kinds (`type[Record]`): records that the stage writes; without one of them it is run again.
         """
-        if self.is_done(name) and run_on_main(lambda: all(self.has(kind) for kind in kinds)):
-            logger.info("Stage %r is done already.", name)
-            if self.listener is not None:
+        with self.stage_locked(name):
+            if self.is_done(name) and run_on_main(lambda: all(self.has(kind) for kind in kinds)):
+                logger.info("Stage %r is done already.", name)
+                if self.listener is not None:
+                    self.listener.passed(name)
+                yield False
+                return
+            is_resumed = name in self.record.stages
+            self._record_stage(name, lambda known: StageRecord("begun"))
+            begun = None if self.listener is None else self.listener.begin(name)
+            with measured_cost() as meter:
+                yield True
+            if begun is not None and is_resumed:
+                # The time of what was made before is not known.
                 self.listener.passed(name)
-            yield False
-            return
-        is_resumed = name in self.record.stages
-        self._record_stage(name, StageRecord("begun"))
-        begun = None if self.listener is None else self.listener.begin(name)
-        with measured_cost() as meter:
-            yield True
-        if begun is not None and is_resumed:
-            # The time of what was made before is not known.
-            self.listener.passed(name)
-        elif begun is not None:
-            self.listener.end(name, begun)
-        self._record_stage(name, StageRecord("done", meter.cost, is_resumed))
+            elif begun is not None:
+                self.listener.end(name, begun)
+            self._record_stage(name, lambda known: StageRecord("done", meter.cost, is_resumed))
+
+    @contextmanager
+    def part_of_stage(self, name: str, shard: tuple[int, int], is_whole: Callable[[], bool]) -> Iterator[bool]:
+        """Yields whether a part of a stage has to be run, which other processes run other parts of at the same time.
+
+        Costs of the parts add up. There is no wall time of the stage.
+
+        Args:
+            name (`str`): name of the stage.
+            shard (`tuple[int, int]`): index and number of the parts.
+            is_whole (`Callable`): whether all parts are there; called when this one has ended.
+
+        Raises:
+            `RunLockedError`: when another process runs the same part.
+        """
+        index, count = shard
+        with self.stage_locked(f"{name}:{index}-of-{count}"):
+            if self.is_done(name):
+                yield False
+                return
+            self._record_stage(name, lambda known: known or StageRecord("begun", is_resumed=True))
+            with measured_cost() as meter:
+                yield True
+            whole = run_on_main(is_whole)
+
+            def added(known: StageRecord | None) -> StageRecord:
+                before = known or StageRecord("begun")
+                cost = meter.cost if before.cost is None else before.cost + meter.cost
+                return StageRecord("done" if whole else before.status, cost, is_resumed=True)
+
+            self._record_stage(name, added)
 
     @contextmanager
     def repeated(self, name: str, adds_up: bool = False) -> Iterator[None]:
@@ -184,13 +259,23 @@ class RunDirectory(RunFiles):
         """
         with measured_cost() as meter:
             yield
-        known = self.record.stages.get(name) if adds_up else None
-        cost = meter.cost if known is None or known.cost is None else known.cost + meter.cost
-        self._record_stage(name, StageRecord("done", cost))
 
-    def _record_stage(self, name: str, stage: StageRecord) -> None:
-        self._record = replace(self.record, stages={**self.record.stages, name: stage})
-        self.write(self._record)
+        def repeated(known: StageRecord | None) -> StageRecord:
+            has_cost = adds_up and known is not None and known.cost is not None
+            return StageRecord("done", known.cost + meter.cost if has_cost else meter.cost)
+
+        self._record_stage(name, repeated)
+
+    def _record_stage(self, name: str, change: Callable[[StageRecord | None], StageRecord]) -> None:
+        """Change what is known of a stage, beside what other processes record of theirs."""
+        self._record = run_on_main(lambda: self._recorded(name, change))
+
+    def _recorded(self, name: str, change: Callable[[StageRecord | None], StageRecord]) -> RunRecord:
+        with exclusive_record(self.path):
+            found = self._current()
+            record = replace(found, stages={**found.stages, name: change(found.stages.get(name))})
+            self.write(record)
+        return record
 
 
 def _remove(path: Path) -> None:

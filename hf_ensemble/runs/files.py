@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,6 +94,10 @@ class RunFiles:
         """One adapter of the ensemble."""
         return self.ensemble / ADAPTERS_FOLDER / name
 
+    def stage_lock(self, stage: str) -> Path:
+        """The lock of a stage."""
+        return self.path / layout.LOCKS / stage.replace(":", "-")
+
     def training(self, name: str) -> Path:
         """Checkpoints and logs of one training."""
         return self.path / layout.TRAINING / name
@@ -145,6 +151,20 @@ class RunFiles:
     def write_trained_adapter(self, trained: TrainedAdapter) -> None:
         if is_main_process():
             trained.save(self._training_record(trained.name), self._identity(TrainedAdapter))
+
+    def order_trainings(self, names: Sequence[str]) -> None:
+        """Let trainings count their steps one after the other, where processes have made them at the same time.
+
+        Args:
+            names (`Sequence[str]`): the trainings in their order; those that the run does not hold are passed over.
+        """
+        known = [own for own in map(self.trained_adapter, names) if own is not None and own.status == "done"]
+        if all(after.first_step >= own.first_step + own.global_step for own, after in pairwise(known)):
+            return
+        step = 0
+        for own in known:
+            self.write_trained_adapter(replace(own, first_step=step))
+            step += own.global_step
 
     def forget_training(self, name: str) -> None:
         """Drop the record of a training, on the main process, where something else takes its adapter's place."""

@@ -19,6 +19,8 @@ ADAPTER = "adapter"
 ENSEMBLE = "ensemble"
 COMPARED = "compared"
 TRAINING = "training"
+# Locks of the stages that processes work on.
+LOCKS = ".stages"
 SCORED_RUNS = "scored_runs"
 # What the names of trainings begin with whose adapters are made for their scores alone.
 SCORED_TRAINING = "scored-"
@@ -69,7 +71,7 @@ CHOICE_ARTEFACTS = (
     ENSEMBLE,
     ADAPTER,
 )
-CHOICE_STAGES = ("group", "select", "weights", "boosting", "adapter", "evaluation", "comparison")
+CHOICE_STAGES = ("calibration", "group", "select", "weights", "boosting", "adapter", "evaluation", "comparison")
 # What else a run over other rows or with another model does not share, the run's own record last.
 BASIC_ARTEFACTS = (
     GRADIENTS,

@@ -1,4 +1,4 @@
-"""The lock that keeps two processes from working in one run."""
+"""The locks that keep two processes from working in one run, or on one of its stages."""
 
 import os
 import socket
@@ -11,7 +11,9 @@ from filelock import FileLock, Timeout
 from .._files import read_json, write_json, writing
 from ..errors import RecordError, RunLockedError
 
-_LOCK, _HOLDER = ".run.lock", ".run.holder.json"
+_LOCK, _HOLDER, _RECORD_LOCK = ".run.lock", ".run.holder.json", ".record.lock"
+# Long enough for another process that only looks whether a lock is held.
+_SECONDS = 0.3
 
 
 @contextmanager
@@ -24,23 +26,74 @@ def exclusive_run(path: Path) -> Iterator[None]:
     Raises:
         `RunLockedError`: when another process works in the run.
     """
+    with _exclusive(path, f"in the run in {str(path)!r}", "choose another output_dir"):
+        yield
+
+
+@contextmanager
+def exclusive_stage(folder: Path, run: Path, name: str) -> Iterator[None]:
+    """The same of one stage of a run.
+
+    Args:
+        folder (`Path`): where the lock lies.
+        run (`Path`): the run's directory, for the message.
+        name (`str`): the stage.
+
+    Raises:
+        `RunLockedError`: when another process works on the stage.
+    """
+    with _exclusive(folder, f"in the run in {str(run)!r}, on {name}", "start another stage"):
+        yield
+
+
+@contextmanager
+def exclusive_record(path: Path) -> Iterator[None]:
+    """While open, no other process changes the record of the run in a directory; waits for one that does."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    # One lock per path in this process, so that a callback may evaluate while its trainer trains.
-    lock = FileLock(path / _LOCK, timeout=0, is_singleton=True)
+    lock = FileLock(path / _RECORD_LOCK, poll_interval=0.02, is_singleton=True)
+    with writing(path / _RECORD_LOCK):
+        lock.acquire()
     try:
-        with writing(path / _LOCK):
+        yield
+    finally:
+        lock.release()
+
+
+def holder_of(folder: Path) -> str | None:
+    """Which process holds the lock of a run or a stage; `None` where none does."""
+    # A process that was killed leaves its name behind, but not its lock.
+    if not (folder / _HOLDER).is_file():
+        return None
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return _holder(folder)
+    lock.release()
+    return None
+
+
+@contextmanager
+def _exclusive(folder: Path, where: str, otherwise: str) -> Iterator[None]:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    # One lock per path in this process, so that a callback may evaluate while its trainer trains.
+    lock = FileLock(folder / _LOCK, timeout=_SECONDS, poll_interval=0.02, is_singleton=True)
+    try:
+        with writing(folder / _LOCK):
             lock.acquire()
     except Timeout as error:
         raise RunLockedError(
-            f"Another process works in the run in {str(path)!r}: {_holder(path)}. Wait for it to finish, stop it, or "
-            "choose another output_dir."
+            f"Another process works {where}: {_holder(folder)}. Wait for it to finish, stop it, or {otherwise}."
         ) from error
     try:
-        write_json(path / _HOLDER, {"process": os.getpid(), "host": socket.gethostname()})
+        if lock.lock_counter == 1:
+            write_json(folder / _HOLDER, {"process": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
-        (path / _HOLDER).unlink(missing_ok=True)
+        if lock.lock_counter == 1:
+            (folder / _HOLDER).unlink(missing_ok=True)
         lock.release()
 
 

@@ -1,8 +1,8 @@
 """Gradient features on disk: a self-describing directory, written in shards and read in blocks."""
 
 from .features import Features, StoredFeatures, column_blocks, row_blocks, take_rows
-from .layout import has_every_file
-from .locks import exclusive_writers
+from .layout import has_every_file, num_shards
+from .locks import exclusive_writers, shared_records
 from .multi_writer import GradientStoreWriters
 from .reader import FeatureTable, GradientStore
 from .recipe import TrainingRecipe
@@ -19,7 +19,9 @@ __all__ = [
     "TrainingRecipe",
     "column_blocks",
     "exclusive_writers",
+    "num_shards",
     "row_blocks",
+    "shared_records",
     "take_rows",
     "has_every_file",
 ]

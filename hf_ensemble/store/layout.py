@@ -162,6 +162,18 @@ def has_every_file(folder: Path) -> bool:
     return manifest["status"] == "complete" and all(has_shard(folder, s) for s in range(manifest["num_shards"]))
 
 
+def num_shards(folder: Path) -> tuple[int, int]:
+    """How many shards of a store are complete, and how many there will be; zeros before it is begun.
+
+    Raises:
+        `StoreError`: for a damaged manifest.
+    """
+    if not (folder / MANIFEST).is_file():
+        return 0, 0
+    count = read_manifest(folder)["num_shards"]
+    return sum(has_shard(folder, shard) for shard in range(count)), count
+
+
 def read_preconditioner(folder: Path) -> dict[str, np.ndarray] | None:
     """Scales of every parameter's gradient, by name; `None` without a preconditioner.
 

@@ -18,6 +18,7 @@ from .layout import (
     PRECONDITIONER,
     check_file,
     marker_file,
+    num_shards,
     read_manifest,
     read_marker,
     read_preconditioner,
@@ -103,9 +104,10 @@ class GradientStore:
         self.folder = checked_path("the folder of the store", folder, StoreError)
         self.manifest = read_manifest(self.folder)
         if self.manifest["status"] != "complete":
+            there, count = num_shards(self.folder)
             raise StoreError(
-                f"The store in {str(folder)!r} is unfinished: its capture was interrupted. Run the same capture again "
-                "to resume it."
+                f"The store in {str(folder)!r} is unfinished: it has {there} of {count} shards. Wait for its capture, "
+                "or run the same capture again to resume it."
             )
         self._shards = range(self.manifest["num_shards"])
         if verify:

@@ -67,6 +67,7 @@ class GradientStoreWriter:
         shard_size (`int`, *optional*, defaults to 512): number of rows per shard.
         overwrite (`bool`, *optional*, defaults to `False`): delete an existing store with another identity.
         is_main_process (`bool`, *optional*, defaults to `True`): whether this process writes the manifest.
+        is_shared (`bool`, *optional*, defaults to `False`): whether others write other shards at the same time.
 
     Raises:
         `StoreMismatchError`: when the directory has a store with another identity; the differences are named.
@@ -82,12 +83,14 @@ class GradientStoreWriter:
         shard_size: int = 512,
         overwrite: bool = False,
         is_main_process: bool = True,
+        is_shared: bool = False,
     ):
         self.folder = Path(folder)
         self.plan = plan
         self.dim = dim
         self.dtype = stored_dtype(dtype)
         self.shard_size = shard_size
+        self.is_shared = is_shared
         self.manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -104,7 +107,8 @@ class GradientStoreWriter:
 
     def _begin(self, overwrite: bool) -> None:
         path = self.folder / MANIFEST
-        remove_leftovers(self.folder)
+        if not self.is_shared:
+            remove_leftovers(self.folder)
         if path.exists():
             differences = list(
                 named_differences(self._comparable(read_manifest(self.folder)), self._comparable(self.manifest))
@@ -256,6 +260,8 @@ class GradientStoreWriter:
         missing = self.missing_shards()
         if missing:
             raise StoreError(f"The store in {str(self.folder)!r} lacks the shards {missing[:10]}. Capture them first.")
+        # All that others wrote is in its place.
+        remove_leftovers(self.folder)
         self._write_manifest({**self.manifest, "status": "complete", **records, **self._updatable(recipe)})
 
     def _updatable(self, recipe: TrainingRecipe | None) -> dict[str, Any]:

@@ -89,33 +89,6 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
             self.flow.group()
             self.flow.train_groups()
 
-    def train_group(self, name: str) -> None:
-        """Train the adapter of one group, while other processes may train others.
-
-        The groups have to be made ([`group_tasks`]); [`train`] goes on once all processes have ended.
-
-        Args:
-            name (`str`): the group, such as `"group_0"`.
-
-        Raises:
-            `ConfigurationError`: for a run without groups, an unknown one, and `overwrite_run` in a process that has
-                not made the groups.
-            `RunLockedError`: when another process trains it.
-        """
-        if self.flow is None and self.args.overwrite_run:
-            raise ConfigurationError(
-                "Expected a run that is there, one group of which is trained beside the others; found "
-                "overwrite_run=True, which may start it over while other processes work in it. Leave it out.",
-                python="To start over, call group_tasks() with it first.",
-                terminal="To start over, make the groups first: hf-ensemble train --until groups --overwrite_run.",
-            )
-        self.open_run()
-        self.flow.start()
-        try:
-            self.flow.train_group(name)
-        finally:
-            self.flow.finish()
-
     def _is_trained(self) -> bool:
         return self.ensemble is not None
 

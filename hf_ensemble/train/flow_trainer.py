@@ -7,12 +7,14 @@ from typing import Any, Generic, TypeVar
 
 from transformers.trainer_utils import TrainOutput
 
-from .._processes import is_main_process
+from .._processes import is_main_process, run_on_main
+from .._settings import check_number, checked_shard
 from ..errors import ConfigurationError
 from ..evaluate import AnswerEvaluator, AnswerMetric, AnswerMetrics, Evaluator, metrics_by_task
 from ..logging import get_logger
 from ..publish import write_report
 from ..runs import RunDirectory, TasksRecord
+from ..runs.progress import EVALUATION, check_stage, stages_named, wait_for_needs
 from ..select import DataSelector
 from ..store import GradientStore
 from ..tasks import RowFormat
@@ -104,7 +106,8 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 self._run_choices(),
                 self.args.overwrite_run,
             )
-            run.write(TasksRecord.of(self.tasks, self.args.task_loss_weighting, self.args.card_examples))
+            tasks = TasksRecord.of(self.tasks, self.args.task_loss_weighting, self.args.card_examples)
+            run_on_main(lambda: run.write_shared(tasks))
             self.flow = self._make_flow(self._context(run))
         return self.flow.context.run
 
@@ -253,6 +256,61 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
         """The run's gradient store; the gradients are captured where the run does not hold them yet."""
         with self.working():
             return captured_gradients(self.flow.context, self.flow.training)
+
+    def run_stage(self, name: str, shard: tuple[int, int] | str | None = None, wait: float = 0.0) -> None:
+        """Run one stage of the run, while other processes may run others, on machines that share `output_dir`.
+
+        A process that was killed goes on where it stopped when it is started again. `hf-ensemble status` and
+        [`run_progress`] list the stages. The artefacts are those of [`train`] in a single process.
+
+        Args:
+            name (`str`):
+                The stage, such as `"baseline"` or `"adapter:group_0"`; `"adapter"` and `"calibration"` are all stages
+                of this kind, `"evaluation"` is what is left: weights, boosting steps and scores.
+            shard (`tuple[int, int]`, *optional*):
+                Index and number of parts, of which this process runs one: of the rows of gradients, or of the adapters
+                or calibrating fine-tunings.
+            wait (`float`, *optional*, defaults to 0.0): seconds to wait for what the stage needs.
+
+        Raises:
+            `StageNotReadyError`: when what the stage needs is not there after that time; it is named.
+            `RunLockedError` or `StoreLockedError`: when another process works on the stage.
+            `ConfigurationError`:
+                For an unknown stage, a shard of a stage without parts, and `overwrite_run` in a process that has not
+                begun the run.
+        """
+        shard = checked_shard("shard", shard)
+        check_stage(name, shard)
+        check_number("wait", wait, 0)
+        if self.flow is None and self.args.overwrite_run:
+            raise ConfigurationError(
+                "Expected a run that is there, one stage of which is run beside the others; found overwrite_run=True, "
+                "which may start it over while other processes work in it. Leave it out.",
+                python="To start over, call train() with it first.",
+                terminal="To start over, make the groups first: hf-ensemble train --until groups --overwrite_run.",
+            )
+        run = self.open_run()
+
+        def tell(text: str) -> None:
+            announce(text, with_bars=not self.args.disable_tqdm)
+
+        def ready(stage: str) -> None:
+            run_on_main(lambda: wait_for_needs(run, stage, wait, tell))
+
+        for stage in run_on_main(lambda: stages_named(run, name)):
+            ready(stage)
+        # Adapters are known once groups are chosen.
+        stages = run_on_main(lambda: stages_named(run, name, shard))
+        if name == EVALUATION:
+            self.train()
+            return
+        run.refresh()
+        self.flow.start()
+        try:
+            for stage in stages:
+                self.flow.run_stage(stage, shard)
+        finally:
+            self.flow.finish()
 
     def selector(self) -> DataSelector:
         """Predictions of trainings from the start, or from the meta-initialization of a selection.

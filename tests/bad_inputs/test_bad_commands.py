@@ -117,6 +117,25 @@ FLAGS = {
         "flag of a selection": (["--max_auxiliary", "1"], RUN, "Unknown arguments: --max_auxiliary"),
         "switch is text": (["--train_baseline", "perhaps"], RUN, "Truthy value expected: got perhaps"),
     },
+    "train": {
+        "stage is unknown": (["--stage", "groups"], RUN, r"stage has to be one of \('meta', .*, found 'groups'"),
+        "stage has no parts": (
+            ["--stage", "weights", "--shard", "0/2"],
+            RUN,
+            "weights has no parts, found shard=0/2",
+        ),
+        "shard is too large": (["--stage", "adapter", "--shard", "2/2"], RUN, "shard as INDEX/COUNT.*found '2/2'"),
+        "shard of no stage": (["--shard", "0/2"], RUN, "Expected --stage beside --shard and --wait, found none"),
+        "wait is negative": (["--stage", "group", "--wait", "-1"], RUN, "wait has to be a finite number of at least 0"),
+        "target without a stage": (["--target", "a"], RUN, "a selection trains once: found --target a"),
+    },
+    "capture": {
+        "shard is a word": (["--shard", "first"], RUN, "Expected shard as INDEX/COUNT, 0/8 to 7/8 .*found 'first'"),
+    },
+    "status": {
+        "nothing": ([], None, "Expected --run; see hf-ensemble status --help"),
+        "no run": (["--run", "{w}/data"], None, "Expected a run in .*found none. Name the output_dir of a run"),
+    },
     "fidelity": {
         "nothing": ([], None, "see hf-ensemble fidelity --help"),
         "no subsets": (["--fidelity_subsets", "0"], RUN, "fidelity_subsets has to be a positive integer, found 0"),

@@ -15,7 +15,7 @@ from filelock import FileLock
 from helpers import toy
 from helpers.captures import capture, causal_batch, relative_error
 from hf_ensemble.capture import CaptureConfig, GradientExtractor
-from hf_ensemble.errors import CaptureError, StoreError, StoreMismatchError
+from hf_ensemble.errors import CaptureError, ConfigurationError, StoreError, StoreLockedError, StoreMismatchError
 from hf_ensemble.models.batches import HalvingOnFullMemory, length_sorted_batches
 from hf_ensemble.store import GradientStore
 
@@ -108,10 +108,44 @@ def test_the_size_is_said_beforehand(tmp_path, caplog):
     assert "examples to capture into" in caplog.text and "MiB" in caplog.text
 
 
-def test_a_second_pass_into_one_directory_is_refused(tmp_path):
-    with FileLock(tmp_path / ".store.lock"), pytest.raises(StoreError, match="Another capture is writing"):
-        capture(tmp_path / "store")
+@pytest.mark.parametrize(("held", "own"), [("", None), (".1-of-3", None), ("", (0, 3)), (".0-of-3", (0, 3))])
+def test_a_second_pass_into_one_directory_is_refused(tmp_path, held, own):
+    with FileLock(tmp_path / f".store{held}.lock"), pytest.raises(StoreLockedError, match="Another capture is writing"):
+        capture(tmp_path / "store", shard=own)
     assert len(capture(tmp_path / "store")) > 0
+
+
+def test_parts_that_are_captured_side_by_side_make_the_store_of_one_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ensemble.capture.capture.SHARD_SIZE", 8)
+
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    capture(tmp_path / "whole", preconditioner="adam")
+    expected, folder = contents(tmp_path / "whole"), tmp_path / "store"
+    settings = {"folder": folder, "preconditioner": "adam"}
+    assert capture(**settings, shard=(2, 3)) is None
+    # As a killed part leaves them, and one that writes still.
+    (folder / "shard-00002.json").unlink()
+    (folder / ".shard-00000.json.x.tmp").write_text("{")
+    # Another part goes on beside it.
+    with FileLock(tmp_path / ".store.0-of-3.lock"):
+        assert capture(**settings, shard=(1, 3)) is None
+    assert (folder / ".shard-00000.json.x.tmp").exists()
+    assert capture(**settings, shard="0/3") is None
+    with pytest.raises(StoreError, match="unfinished: it has 11 of 12 shards"):
+        GradientStore(folder)
+    assert len(capture(**settings, shard=(2, 3))) == 90
+    assert contents(folder) == expected
+    # There is nothing left to do for a part that is started once more, nor for one of another number of parts.
+    assert len(capture(**settings, shard=(1, 3))) == len(capture(**settings, shard=(19, 20))) == 90
+    assert contents(folder) == expected
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", (-1, 2), (0, 0), "a/b", 3])
+def test_parts_are_counted_from_zero(tmp_path, shard):
+    with pytest.raises(ConfigurationError, match="Expected shard as INDEX/COUNT, 0/8 to 7/8"):
+        capture(tmp_path / "store", shard=shard)
 
 
 def broken_model():

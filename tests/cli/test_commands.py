@@ -21,7 +21,7 @@ from hf_ensemble.cli import arguments, choice_arguments, saved_arguments
 from hf_ensemble.cli.command import COMMANDS
 from hf_ensemble.cli.commands import push
 from hf_ensemble.cli.help import ALL, GENERAL, MOST_USED, groups_of
-from hf_ensemble.cli.main import main
+from hf_ensemble.cli.main import TRY_AGAIN, main
 from hf_ensemble.cli.options import options_of
 from hf_ensemble.cli.prompts import Prompt, prompts_of, texts_of
 from hf_ensemble.cli.saved_arguments import GenerateArguments
@@ -48,7 +48,7 @@ def world(tmp_path_factory):
     for name, words in {
         "capture": ["capture", *line],
         "groups": ["train", *line, "--until", "groups"],
-        "one": ["train", *line, "--group", "group_1"],
+        "one": ["train", *line, "--stage", "adapter:group_1"],
     }.items():
         made[name] = as_json([*words])
     trained = sorted(own.name for own in RunDirectory(folder / "run").trainings())
@@ -74,7 +74,7 @@ def test_stages_are_made_one_by_one(world):
     assert made["capture"]["rows"] == rows and made["capture"]["features"] == 64
     assert sorted(made["capture"]["tasks"]) == sorted(toy.sft_tasks())
     assert len(made["groups"]["groups"]) == 2 and made["groups"]["adapters"] == {}
-    assert list(made["one"]["adapters"]) == ["group_1"]
+    assert made["one"]["stage"] == "adapter:group_1"
     assert trained == ["baseline", "group_1"]
     results = made["run"]
     assert results["groups"] == made["groups"]["groups"] and set(results["scores"]) >= {"base", "baseline", "ensemble"}
@@ -85,19 +85,19 @@ def test_stages_are_made_one_by_one(world):
 def test_a_group_is_trained_by_one_process_alone(world, capsys):
     folder, line, _, _ = world
     # As another process holds it.
-    with FileLock(folder / "run" / "training" / ".group_1" / ".run.lock"):
-        assert main(["train", *line, "--group", "group_1"]) == 1
+    with FileLock(folder / "run" / ".stages" / "adapter-group_1" / ".run.lock"):
+        assert main(["train", *line, "--stage", "adapter:group_1"]) == TRY_AGAIN
         assert "Another process works in the run in" in capsys.readouterr().err
-        assert main(["train", *line, "--group", "group_0"]) == 0
+        assert main(["train", *line, "--stage", "adapter:group_0"]) == 0
         # Nor by one that trains all of them.
-        assert main(["train", *line]) == 1
-        assert "Another process works in the run in" in capsys.readouterr().err
-    assert main(["train", *line, "--group", "group_1"]) == 0
+        assert main(["train", *line]) == TRY_AGAIN
+        assert "on adapter:group_1: an unknown one" in capsys.readouterr().err
+    assert main(["train", *line, "--stage", "adapter", "--shard", "1/2"]) == 0
 
 
 def test_a_group_alone_starts_no_run_over(world, capsys):
     folder, line, _, _ = world
-    assert main(["train", *line, "--group", "group_1", "--num_groups", "1", "--overwrite_run"]) == 1
+    assert main(["train", *line, "--stage", "adapter", "--num_groups", "1", "--overwrite_run"]) == 1
     assert "hf-ensemble train --until groups --overwrite_run" in capsys.readouterr().err
     assert RunDirectory(folder / "run").trained_adapter("group_1").status == "done"
 
@@ -105,14 +105,25 @@ def test_a_group_alone_starts_no_run_over(world, capsys):
 def test_groups_alone_need_groups(world, tmp_path, capsys):
     _, line, _, _ = world
     other = [str(tmp_path / "new") if word.endswith("/run") else word for word in line]
-    assert main(["train", *other, "--group", "group_0"]) == 1
-    assert "has no groups yet. Make them first: hf-ensemble train --until groups" in capsys.readouterr().err
-    assert main(["train", *line, "--group", "group_9"]) == 1
-    assert "Unknown group 'group_9'; the groups are ['group_0', 'group_1']" in capsys.readouterr().err
+    assert main(["train", *other, "--stage", "adapter:group_0"]) == TRY_AGAIN
+    said = capsys.readouterr().err
+    assert "does not hold yet: group (waiting, needs gradients, baseline, gradients_at_baseline)" in said
+    assert "--wait SECONDS" in said
+    assert main(["train", *line, "--stage", "adapter:group_9"]) == 1
+    assert "Unknown stage 'adapter:group_9'; the stages are ['gradients', 'baseline'" in capsys.readouterr().err
     assert main(["train", *line, "--target", "sums"]) == 1
     assert "a selection trains once" in capsys.readouterr().err
     assert main(["eval", *other]) == 1
     assert "Expected a finished run in" in capsys.readouterr().err
+
+
+def test_status_lists_stages(world, tmp_path, capsys):
+    run = str(world[0] / "run")
+    found = {stage["name"]: stage for stage in as_json(["status", run])["stages"]}
+    assert list(found)[:2] == ["gradients", "baseline"] and "adapter:group_1" in found
+    assert {stage["status"] for stage in found.values()} == {"done"}
+    assert main(["status", str(tmp_path)]) == 1
+    assert "Expected a run in" in capsys.readouterr().err
 
 
 def test_choices_from_a_run(world, tmp_path):

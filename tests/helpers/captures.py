@@ -23,10 +23,10 @@ def causal_batch(padding_side, count=5):
     return rows, TaskCollator(pad)
 
 
-def capture(folder, model=None, rows=None, recipe=None, **changes):
+def capture(folder, model=None, rows=None, recipe=None, shard=None, **changes):
     config = CaptureConfig(**{"projection_dim": 64, "feature_dtype": "float32", "batch_size": 4, **changes})
     tasks = TaskSet.from_datasets(rows or toy.sft_tasks(train=24, validation=6))
     model = model or toy.with_lora(toy.llama())
     return capture_gradients(
-        model, tasks, config, folder, processing_class=toy.tokenizer(), disable_tqdm=True, recipe=recipe
+        model, tasks, config, folder, processing_class=toy.tokenizer(), disable_tqdm=True, recipe=recipe, shard=shard
     )

@@ -80,7 +80,7 @@ def test_a_kill_over_an_old_run_leaves_its_card(tmp_path, monkeypatch):
     assert (tmp_path / "ensemble" / "README.md").read_text() == "written by hand"
     RunDirectory.open(tmp_path, {"a": 1}, {"b": 3}, overwrite=True)
     left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(left) == ["ensemble/README.md", "run.json"]
+    assert sorted(left) == [".record.lock", "ensemble/README.md", "run.json"]
 
 
 def test_records_of_single_trainings_are_kept_by_name(tmp_path):

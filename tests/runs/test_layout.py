@@ -54,9 +54,9 @@ def test_what_a_changed_run_does_not_share_is_deleted(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     RunDirectory.open(tmp_path, {"a": 1}, {"b": 3}, overwrite=True)
-    assert left() == {*basic, "run.json"}
+    assert left() == {*basic, "run.json", ".record.lock"}
     RunDirectory.open(tmp_path, {"a": 2}, {"b": 3}, overwrite=True)
-    assert left() == {"run.json"}
+    assert left() == {"run.json", ".record.lock"}
     # A kill in between leaves the record that says what else lies there.
     assert layout.BASIC_ARTEFACTS[-1] == "run.json"
 

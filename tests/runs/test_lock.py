@@ -60,7 +60,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "ensemble" / "adapters" / ".group_0.w.tmp.old").mkdir()
     with RunDirectory(tmp_path).locked():
         found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found - {".run.lock", ".run.holder.json"} == {
+    assert found - {".run.lock", ".run.holder.json", ".record.lock"} == {
         "mine.txt",
         "ensemble/adapters/group_0/adapter_config.json",
         "notes/.draft.tmp",

@@ -22,9 +22,12 @@ PartialState(cpu=True)
 capture.SHARD_SIZE = 10
 tasks = TaskSet.from_datasets(toy.sft_tasks(train=17))
 config = CaptureConfig(projection_dim=32, batch_size=3)
-capture_gradients(
-    toy.with_lora(toy.llama()), tasks, config, sys.argv[1], processing_class=toy.tokenizer(), disable_tqdm=True
-)
+options = {"processing_class": toy.tokenizer(), "disable_tqdm": True}
+model = toy.with_lora(toy.llama())
+capture_gradients(model, tasks, config, sys.argv[1], **options)
+for shard in ("1/2", "0/2"):
+    store = capture_gradients(model, tasks, config, f"{sys.argv[1]}-in-parts", shard=shard, **options)
+    assert (store is None) == (shard == "1/2")
 """
 # Uneven tasks, one of fewer rows than there are processes.
 ROWS = """
@@ -193,8 +196,11 @@ def test_torchrun_writes_the_store_of_one_process(tmp_path):
     command += [str(script), str(tmp_path / "two")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("shard*")} for name in ("one", "two"))
-    assert len(one) == 21 and one == two
+    one, *others = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("shard*")}
+        for name in ("one", "two", "one-in-parts", "two-in-parts")
+    )
+    assert len(one) == 21 and others == [one] * 3
 
 
 @pytest.mark.slow

@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[2]
 def test_a_killed_run_leaves_what_a_whole_one_leaves(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kills.run", str(tmp_path / "kills"), "--flows", "ensemble"]
     # In the calibrating training, where there are checkpoints.
-    command += ["--kills", "1", "--stages", "group"]
+    command += ["--kills", "1", "--stages", "calibration:2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     (kill,) = json.loads((tmp_path / "kills.json").read_text())["flows"]["ensemble"]["kills"]
-    assert kill["stage"] == "group" and kill["differences"] == []
+    assert kill["stage"] == "calibration:2" and kill["differences"] == []
 
 
 def test_kills_go_around_the_stages_in_both_ways():

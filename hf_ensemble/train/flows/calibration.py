@@ -10,11 +10,13 @@ from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...estimate import ObservedRun
 from ...runs import ScoredRun, TrainedAdapter, run_selector
 from ...runs.layout import SCORED_TRAINING
+from ...runs.progress import CALIBRATION, calibration_stages
 from ...runs.systems import BASELINE
 from ...select import DataSelector, calibration_subsets
 from .adapter_training import AdapterTraining
 from .context import FlowContext
 from .evaluation import SystemEvaluation
+from .stages import FORWARD, TRAINING, Stage
 
 
 class Calibration:
@@ -149,13 +151,35 @@ class Calibration:
 
         Their adapters stay until [`discard`].
         """
+        for name in self.stages(count):
+            self.run_stage(name, count)
         subsets = calibration_subsets(self.context.tasks.names, count, self.context.args.seed)
-        return [
-            self.scored_run(
-                subset, description=f"Calibration run {number}/{len(subsets)}", keep_adapter=True
-            ).as_observed()
-            for number, subset in enumerate(subsets, start=1)
-        ]
+        return [self.scored_run(subset, keep_adapter=True).as_observed() for subset in subsets]
+
+    def stages(self, count: int) -> dict[str, list[str]]:
+        """The stages of these fine-tunings, but for what the run has anyway, and their tasks."""
+        args = self.context.args
+        given = {
+            "calibration_runs": count,
+            "seed": args.seed,
+            "train_baseline": getattr(args, "train_baseline", False),
+        }
+        return calibration_stages(self.context.tasks.names, given)
+
+    def announced(self, count: int, num_scored: int) -> list[Stage]:
+        """These stages, to be announced, with `num_scored` rows that each is scored on."""
+        work = {
+            name.partition(":")[2]: self.training.num_rows(subset) * TRAINING + num_scored * FORWARD
+            for name, subset in self.stages(count).items()
+        }
+        return [Stage(CALIBRATION, "calibration run", sum(work.values()), work)] if work else []
+
+    def run_stage(self, name: str, count: int) -> None:
+        """Make one of these fine-tunings, where the run does not hold it yet."""
+        stages = self.stages(count)
+        label = f"Calibration run {list(stages).index(name) + 1}/{len(stages)}"
+        with self.context.run.stage(name):
+            self.scored_run(stages[name], description=label, keep_adapter=True)
 
     def training_names(self, count: int) -> list[str]:
         """Names of the trainings that [`observed_runs`] makes, where nothing else has made them."""

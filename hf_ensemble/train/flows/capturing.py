@@ -7,38 +7,53 @@ from datasets import concatenate_datasets
 from ..._processes import run_on_main
 from ...capture import capture_gradients, optimizer_preconditioner, training_recipe
 from ...errors import RunMismatchError
+from ...runs.progress import AT_BASELINE, GRADIENTS
 from ...store import GradientStore, TrainingRecipe, has_every_file
 from .adapter_training import AdapterTraining
 from .context import FlowContext
 
-# Stage of a run whose groups go on from the adapter for all tasks.
-AT_BASELINE = "gradients_at_baseline"
 
-
-def captured_gradients(context: FlowContext, training: AdapterTraining) -> GradientStore:
+def captured_gradients(
+    context: FlowContext, training: AdapterTraining, shard: tuple[int, int] | None = None
+) -> GradientStore | None:
     """The run's gradient store, captured at theta0 where the run does not hold it yet.
+
+    Args:
+        context (`FlowContext`): what the run works on.
+        training (`AdapterTraining`): knows theta0.
+        shard (`tuple[int, int]`, *optional*):
+            Which part of how many is captured, beside other processes with the others; `None` is returned where some
+            are missing still.
 
     Raises:
         `RunMismatchError`: when it was captured elsewhere than where trainings begin.
     """
-    return _captured(context, training, "gradients", context.run.gradients, None)
+    return _captured(context, training, GRADIENTS, context.run.gradients, None, shard)
 
 
-def gradients_at_baseline(context: FlowContext, training: AdapterTraining) -> GradientStore:
+def gradients_at_baseline(
+    context: FlowContext, training: AdapterTraining, shard: tuple[int, int] | None = None
+) -> GradientStore | None:
     """The same at the adapter for all tasks, where trainings go on from it.
 
     Raises:
         `RunMismatchError`: when it was captured at another adapter.
     """
     run = context.run
-    return _captured(context, training, AT_BASELINE, run.baseline_gradients, run.baseline)
+    return _captured(context, training, AT_BASELINE, run.baseline_gradients, run.baseline, shard)
 
 
 def _captured(
-    context: FlowContext, training: AdapterTraining, stage: str, folder: Path, start: Path | None
-) -> GradientStore:
+    context: FlowContext,
+    training: AdapterTraining,
+    stage: str,
+    folder: Path,
+    start: Path | None,
+    shard: tuple[int, int] | None,
+) -> GradientStore | None:
     run, args = context.run, context.args
-    with run.stage(stage) as todo:
+    whole = run.stage(stage) if shard is None else run.part_of_stage(stage, shard, lambda: has_every_file(folder))
+    with whole as todo:
         # What was deleted from a finished store, because it was damaged, is captured again.
         if not todo and run_on_main(lambda: has_every_file(folder)):
             store = GradientStore(folder)
@@ -67,6 +82,7 @@ def _captured(
                     overwrite=args.overwrite_run,
                     disable_tqdm=bool(args.disable_tqdm),
                     recipe=_recipe(context, training),
+                    shard=shard,
                 )
         finally:
             training.reset()

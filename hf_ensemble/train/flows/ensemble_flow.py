@@ -9,11 +9,11 @@ from datasets import Dataset
 
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...ensemble import PeftEnsembleModel
-from ...errors import ConfigurationError
 from ...estimate import SubsetEstimator
 from ...evaluate import TaskScores
 from ...publish import renew_model_card
 from ...runs import Boosting, Costs, SystemCost, TrainedAdapter
+from ...runs.progress import ADAPTER, AT_BASELINE, BOOSTING, CALIBRATION, GRADIENTS, GROUP, WEIGHTS
 from ...runs.systems import BASELINE
 from ...select import DataSelector, Grouping
 from ..inputs.boosting import TRAINED_METHODS
@@ -22,7 +22,7 @@ from .adapter_training import AdapterTraining
 from .assembly import EnsembleAssembly
 from .boosting.stage import EnsembleBoosting, step_name
 from .calibration import Calibration
-from .capturing import AT_BASELINE, captured_gradients, gradients_at_baseline
+from .capturing import captured_gradients, gradients_at_baseline
 from .context import FlowContext
 from .evaluation import SystemEvaluation, flat_metrics
 from .group_trainings import GroupTrainings
@@ -53,7 +53,7 @@ class EnsembleFlow:
         self.groups = GroupTrainings(context, self.training, self.calibration, self.num_calibration_runs())
         self.ensemble: PeftEnsembleModel | None = None
         self.grouping: Grouping | None = None
-        self._adapters = Stage("adapter", "adapter")
+        self._adapters = Stage(ADAPTER, "adapter")
         self.costs: dict[str, SystemCost] = {}
 
     def stages(self) -> list[Stage]:
@@ -61,26 +61,26 @@ class EnsembleFlow:
         args, training = self.context.args, self.training
         rows = sum(map(len, self.context.eval_tables.values()))
         one = training.num_rows(self.context.tasks.names) * TRAINING
-        runs = self.num_calibration_runs() - int(args.train_baseline)
         # What groups cost is known once they are chosen: a partition trains on every row once, for a group's length.
         groups = self._group_length if args.compute_budget is None else args.compute_budget - float(args.train_baseline)
-        self._adapters = Stage("adapter", "adapter", one * max(groups, 0.0))
+        self._adapters = Stage(ADAPTER, "adapter", one * max(groups, 0.0))
         # A step is for the rows of one group, which are trained on, or scored by three adapters.
         step = one / 3 if args.boosting_method in TRAINED_METHODS else len(self.context.train_rows) / 3 * FORWARD
         boosting = args.boosting_steps * (step + 2 * rows * FORWARD)
         captured = self.context.num_captured_rows() * TRAINING
         goes_on = args.group_initialization == "baseline"
         found = [
-            Stage("gradients", "gradients", captured),
+            Stage(GRADIENTS, "gradients", captured),
             Stage(BASELINE, "one adapter for all", one + rows * FORWARD),
             *([Stage(AT_BASELINE, "gradients at the adapter for all", captured)] if goes_on else []),
-            Stage("group", "groups", runs * (one / 2 + rows * FORWARD)),
+            *self.calibration.announced(self.num_calibration_runs(), rows),
+            Stage(GROUP, "groups"),
             self._adapters,
-            Stage("weights", "weights", 3 * rows * FORWARD),
-            Stage("boosting", "boosting", boosting),
+            Stage(WEIGHTS, "weights", 3 * rows * FORWARD),
+            Stage(BOOSTING, "boosting", boosting),
             Stage(EVALUATION, "evaluation", 4 * rows * FORWARD),
         ]
-        runs_too = {BASELINE: args.train_baseline, "boosting": args.boosting_steps > 0}
+        runs_too = {BASELINE: args.train_baseline, BOOSTING: args.boosting_steps > 0}
         return [own for own in found if runs_too.get(own.name, True)]
 
     def start(self) -> None:
@@ -99,11 +99,7 @@ class EnsembleFlow:
         """Run every stage, and return the metrics of the evaluation."""
         self.group()
         self.train_groups()
-        with self.context.model_state.restored():
-            assembly = EnsembleAssembly(self.context, self.grouping)
-            self.ensemble = assembly.assemble()
-            if self.context.args.boosting_steps:
-                self.ensemble = self._boosting(assembly).run(self.ensemble)
+        self._assemble(with_boosting=self.context.args.boosting_steps > 0)
         begin_evaluation(self.context.run)
         return self.evaluate(self.context.eval_tables, "eval")
 
@@ -117,27 +113,46 @@ class EnsembleFlow:
         """Train the adapters of all groups."""
         self.grouping = self.groups.train(self.grouping, self._know_groups)
         self.calibration.discard(self.num_calibration_runs())
+        calibrating = self.calibration.training_names(self.num_calibration_runs())
+        names = [BASELINE, *calibrating, *self.grouping.groups]
+        run_on_main(lambda: self.context.run.order_trainings(names))
 
-    def train_group(self, name: str) -> None:
-        """Train the adapter of one group of a run whose groups are made; the run's record of stages is not touched.
+    def run_stage(self, name: str, shard: tuple[int, int] | None = None) -> None:
+        """Run one stage, whose needs are there, beside other processes with other stages.
+
+        Args:
+            name (`str`): the stage; `"evaluation"` is [`train`].
+            shard (`tuple[int, int]`, *optional*): which part of the gradients.
 
         Raises:
-            `ConfigurationError`:
-                For a run without groups, an unknown one, and one that is to be chosen anew before it is trained.
-            `RunLockedError`: when another process trains it.
+            `ConfigurationError`: for a group that is to be chosen anew before it is trained.
         """
-        run = self.context.run
-        if not run_on_main(lambda: run.has(Grouping)):
-            raise ConfigurationError(
-                f"The run in {str(run.path)!r} has no groups yet.",
-                python="Call group_tasks() first.",
-                terminal="Make them first: hf-ensemble train --until groups, with the same arguments.",
-            )
-        self.grouping = run_on_main(lambda: run.read(Grouping))
-        if name not in self.grouping.groups:
-            raise ConfigurationError(f"Unknown group {name!r}; the groups are {list(self.grouping.groups)}. Name one.")
-        self.groups.check_alone(self.grouping, name)
-        self.groups.train_group(self.grouping, name)
+        stage, _, part = name.partition(":")
+        if stage == GRADIENTS:
+            captured_gradients(self.context, self.training, shard)
+        elif stage == BASELINE:
+            self._train_baseline()
+        elif stage == AT_BASELINE:
+            gradients_at_baseline(self.context, self.training, shard)
+        elif stage == CALIBRATION:
+            self.calibration.run_stage(name, self.num_calibration_runs())
+        elif stage == GROUP:
+            self.group()
+        else:
+            self.grouping = run_on_main(lambda: self.context.run.read(Grouping))
+            if stage == ADAPTER:
+                self.groups.check_alone(self.grouping, part)
+                self.groups.train_group(self.grouping, part)
+            else:
+                self._assemble(with_boosting=stage == BOOSTING)
+
+    def _assemble(self, with_boosting: bool) -> None:
+        """Weigh the adapters, and add boosting steps."""
+        with self.context.model_state.restored():
+            assembly = EnsembleAssembly(self.context, self.grouping)
+            self.ensemble = assembly.assemble()
+            if with_boosting:
+                self.ensemble = self._boosting(assembly).run(self.ensemble)
 
     def _boosting(self, assembly: EnsembleAssembly) -> EnsembleBoosting:
         def estimator() -> SubsetEstimator:
@@ -147,15 +162,18 @@ class EnsembleFlow:
 
     def _prepare(self) -> None:
         """Make what all choices rest on: gradients at the start, the one adapter for all, and gradients there."""
-        run, args = self.context.run, self.context.args
         # What helps a target is asked of trainings from the start, also where groups go on from that adapter.
         captured_gradients(self.context, self.training)
-        if args.train_baseline:
-            with run.stage(BASELINE):
-                baseline = self.training.run(BASELINE, self.context.tasks.names, run.baseline)
-                self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
-        if args.group_initialization == "baseline":
+        if self.context.args.train_baseline:
+            self._train_baseline()
+        if self.context.args.group_initialization == "baseline":
             gradients_at_baseline(self.context, self.training)
+
+    def _train_baseline(self) -> None:
+        run = self.context.run
+        with run.stage(BASELINE):
+            baseline = self.training.run(BASELINE, self.context.tasks.names, run.baseline)
+            self.calibration.score_trained(baseline, run.baseline, "Evaluating baseline")
 
     def selector(self) -> DataSelector:
         """Predictions of trainings from the start."""

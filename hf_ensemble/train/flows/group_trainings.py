@@ -7,6 +7,7 @@ from ..._processes import run_on_main, wait_for_everyone
 from ...errors import ConfigurationError
 from ...estimate import ObservedRun
 from ...runs import Estimate, ScoredRun, TrainedAdapter, run_selector
+from ...runs.progress import ADAPTER, GROUP
 from ...select import DataSelector, Grouping
 from .adapter_training import AdapterTraining
 from .calibration import Calibration
@@ -50,8 +51,7 @@ class GroupTrainings:
         """
         run, done = self.context.run, set()
         while name := next((own for own in grouping.groups if own not in done), None):
-            with run.stage(f"adapter:{name}"):
-                trained = self.train_group(grouping, name)
+            trained = self.train_group(grouping, name)
             done.add(name)
             is_new = name != grouping.baseline_group and name not in grouping.settings["trained"]
             if is_new and self.is_sequential:
@@ -66,18 +66,20 @@ class GroupTrainings:
         left = [own for own in grouping.groups if own not in trained and own != grouping.baseline_group]
         if self.is_sequential and name in left[1:]:
             raise ConfigurationError(
-                f"{name} is chosen anew when {left[0]} is trained, and cannot be trained before it. Train {left[0]}, "
-                "or set sequential_groups=False for groups that are trained beside each other."
+                f"{name} is chosen anew when {left[0]} is trained, and cannot be trained before it. Train them in "
+                "turn, or set sequential_groups=False for groups that are trained beside each other.",
+                python="train_groups() does.",
+                terminal="hf-ensemble train --until adapters does.",
             )
 
     def train_group(self, grouping: Grouping, name: str) -> TrainedAdapter:
-        """Train the adapter of a group, or copy one that was trained alike.
+        """Train the adapter of a group, or copy one that was trained alike, beside other processes with other groups.
 
         Raises:
             `RunLockedError`: when another process trains it.
         """
         run, args, mixture = self.context.run, self.context.args, grouping.mixtures[name]
-        with run.training_locked(name):
+        with run.stage(f"{ADAPTER}:{name}"):
             if args.group_initialization == "baseline" and name != grouping.baseline_group:
                 start = {"start": run.baseline, "length": args.continued_length}
                 return self.training.run(name, mixture, run.member(name), **start)
@@ -86,9 +88,8 @@ class GroupTrainings:
 
     def chosen(self) -> Grouping:
         """The run's last choice; the first one is made by the fine-tunings that calibrate."""
-        run = self.context.run
-        with run.stage("group", Grouping, Estimate) as todo:
-            evidence = self._evidence({})
+        run, evidence = self.context.run, self._evidence({})
+        with run.stage(GROUP, Grouping, Estimate) as todo:
             if not todo:
                 return run_on_main(lambda: run.read(Grouping))
             return self._choose(evidence, {})
@@ -97,8 +98,9 @@ class GroupTrainings:
         """The choice that follows when a group's adapter was trained."""
         before = {own: ObservedRun(**run) for own, run in grouping.settings["trained"].items()}
         trained = {**before, name: scored.as_observed()}
-        with self.context.run.stage(f"group:{name}"):
-            return self._choose(self._evidence(trained), trained)
+        evidence = self._evidence(trained)
+        with self.context.run.stage(f"{GROUP}:{name}"):
+            return self._choose(evidence, trained)
 
     def _evidence(self, trained: Mapping[str, ObservedRun]) -> list[ObservedRun]:
         """Trainings that began where those of the groups begin."""

@@ -15,6 +15,7 @@ from ...estimate import ObservedRun, SubsetEstimator
 from ...evaluate import TaskScores
 from ...publish import renew_model_card
 from ...runs import Costs, SystemCost, TrainedAdapter, run_selector
+from ...runs.progress import ADAPTER, GRADIENTS, META, SELECT
 from ...select import DataSelector, Selection
 from ...store import GradientStore
 from ..task_trainer import TaskSFTTrainer, TaskTrainer
@@ -28,8 +29,6 @@ from .predictions import prediction_trainer
 from .stages import EVALUATION, FORWARD, TRAINING, Stage, begin_evaluation
 from .system_costs import system_cost
 
-META_INITIALIZATION = "meta"
-ADAPTER = "adapter"
 MAIN_SYSTEM = "selection"
 
 
@@ -59,22 +58,23 @@ class SelectionFlow:
         rows = sum(map(len, self.context.eval_tables.values()))
         one = self.training.num_rows(self.context.tasks.names) * TRAINING
         found = [
-            Stage(META_INITIALIZATION, "initialization", one),
-            Stage("gradients", "gradients", self.context.num_captured_rows() * TRAINING),
-            Stage("select", "selection", self.num_calibration_runs() * (one + rows * FORWARD)),
+            Stage(META, "initialization", one),
+            Stage(GRADIENTS, "gradients", self.context.num_captured_rows() * TRAINING),
+            *self.calibration.announced(self.num_calibration_runs(), rows),
+            Stage(SELECT, "selection"),
             # About half of the rows are kept.
             Stage(ADAPTER, "the final adapter", one / 2),
             Stage(EVALUATION, "evaluation", 2 * rows * FORWARD),
         ]
-        return [own for own in found if own.name != META_INITIALIZATION or self.context.args.meta_initialization]
+        return [own for own in found if own.name != META or self.context.args.meta_initialization]
 
     def start(self) -> None:
         """Settle theta0 before anything is captured or trained, by `meta_initialization` where it is asked for."""
         if self._is_started or not self.context.args.meta_initialization:
             return
         run = self.context.run
-        with run.stage(META_INITIALIZATION):
-            self.training.run(META_INITIALIZATION, self.context.tasks.names, run.meta_initialization)
+        with run.stage(META):
+            self.training.run(META, self.context.tasks.names, run.meta_initialization)
         self.training.start_from(run.meta_initialization)
         self._is_started = True
 
@@ -87,6 +87,16 @@ class SelectionFlow:
         """Run every stage, and return the metrics of the evaluation; the final adapter is left in the model."""
         run = self.context.run
         captured_gradients(self.context, self.training)
+        self._train_adapter()
+        self.calibration.discard(self.num_calibration_runs())
+        names = [META, *self.calibration.training_names(self.num_calibration_runs()), ADAPTER]
+        run_on_main(lambda: run.order_trainings(names))
+        self.training.load(run.adapter)
+        begin_evaluation(run)
+        return self.evaluate(self.context.eval_tables, "eval")
+
+    def _train_adapter(self) -> None:
+        run = self.context.run
         self.selection = self._select()
         with run.stage(ADAPTER):
             if self.calibration.reuse(self.selection.weights, ADAPTER, run.adapter) is None:
@@ -96,14 +106,26 @@ class SelectionFlow:
                 with writing(run.adapter):
                     self.context.processing_class.save_pretrained(run.adapter)
             wait_for_everyone()
-        self.calibration.discard(self.num_calibration_runs())
-        self.training.load(run.adapter)
-        begin_evaluation(run)
-        return self.evaluate(self.context.eval_tables, "eval")
+
+    def run_stage(self, name: str, shard: tuple[int, int] | None = None) -> None:
+        """Run one stage, whose needs are there, beside other processes with other stages.
+
+        Args:
+            name (`str`): the stage; `"evaluation"` is [`train`].
+            shard (`tuple[int, int]`, *optional*): which part of the gradients.
+        """
+        if name == GRADIENTS:
+            captured_gradients(self.context, self.training, shard)
+        elif name == SELECT:
+            self._select()
+        elif name == ADAPTER:
+            self._train_adapter()
+        elif name != META:
+            self.calibration.run_stage(name, self.num_calibration_runs())
 
     def trainings(self) -> list[TrainedAdapter]:
         """The finished trainings that the final adapter rests on, in the order of their steps."""
-        names = {META_INITIALIZATION, ADAPTER, *self.calibration.training_names(self.num_calibration_runs())}
+        names = {META, ADAPTER, *self.calibration.training_names(self.num_calibration_runs())}
         return [own for own in run_on_main(self.context.run.trainings) if own.name in names]
 
     def selector(self) -> DataSelector:
@@ -115,9 +137,8 @@ class SelectionFlow:
         return self.context.args.calibration_runs
 
     def _select(self) -> Selection:
-        run = self.context.run
-        with run.stage("select", Selection) as todo:
-            observed = self.calibration.observed_runs(self.num_calibration_runs())
+        run, observed = self.context.run, self.calibration.observed_runs(self.num_calibration_runs())
+        with run.stage(SELECT, Selection) as todo:
             if not todo:
                 return run_on_main(lambda: run.read(Selection))
             if self.context.args.selection_metric == "answers":
@@ -160,7 +181,7 @@ class SelectionFlow:
             self._costs["base"] = system_cost([], [], self.evaluation.forward)
             scores[MAIN_SYSTEM] = self.evaluation.score_current(tables, "Evaluating the final adapter")
         own = run_on_main(lambda: self.calibration.origin(ADAPTER, self.selection.weights))
-        names = (META_INITIALIZATION, own)
+        names = (META, own)
         trainings = [own for own in run_on_main(self.context.run.trainings) if own.name in names]
         self._costs[MAIN_SYSTEM] = system_cost(trainings, [self.context.run.adapter], self.evaluation.forward)
         return scores

@@ -1,0 +1,178 @@
+"""What examples/ starts on a cluster are commands that there are, each when what it needs is done."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from hf_ensemble.cli.arguments import TrainArguments
+from hf_ensemble.cli.parsing import parse
+from hf_ensemble.runs import RunDirectory, TaskRecord, TasksRecord
+from hf_ensemble.runs.progress import stage_needs
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PARTS = 3
+
+
+@pytest.fixture(scope="module")
+def needs(tmp_path_factory):
+    """The stages of a run with every stage that jobs are made of, and what each needs, by kind."""
+    found = {}
+    for name, choices in {
+        "on": {"group_initialization": "baseline", "calibration_runs": 1},
+        "fresh": {"group_initialization": "fresh", "calibration_runs": 3},
+    }.items():
+        configuration = {"arguments": {"seed": 0, "train_baseline": True}}
+        run = RunDirectory.open(tmp_path_factory.mktemp(name), configuration, choices)
+        task = TaskRecord({"train": 1}, {"train": "0"}, None, 1.0)
+        run.write(TasksRecord("x", "y", dict.fromkeys("abcdef", task)))
+        for stage, own in stage_needs(run).items():
+            kinds = {need.partition(":")[0] for need in own}
+            found.setdefault(stage.partition(":")[0], set()).update(kinds)
+    # Where they have no job of their own, the evaluation makes them.
+    return {stage: own for stage, own in found.items() if stage not in ("weights", "boosting")}
+
+
+def parsed(line):
+    """Stage and shard of a command line."""
+    words = line.split()
+    assert words[:2] == ["hf-ensemble", "train"] and "run.yaml" in line
+    kept = [word for word in words[2:] if "run.yaml" not in word and word != "--config"]
+    (arguments,), left = parse([TrainArguments], kept, command="train")
+    assert not left.line
+    return arguments.stage, arguments.shard
+
+
+def check(jobs, needs):
+    """Jobs as (stage, shard) with the stages that each waits for, themselves and through others."""
+    assert {stage for stage, _ in jobs} == set(needs)
+    for (stage, _), waited in jobs.items():
+        assert needs[stage] <= waited, stage
+    for stage in needs:
+        shards = [shard for own, shard in jobs if own == stage]
+        count = PARTS if stage in ("gradients", "gradients_at_baseline", "calibration", "adapter") else 1
+        expected = [f"{index}/{count}" for index in range(count)]
+        assert shards in (expected, [None] * (count == 1))
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Programs of a cluster that write down how they are called, one line each."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+
+    def make(name, answer="", status=0):
+        path = folder / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >> "$CALLS"\n{answer}\nexit {status}\n')
+        path.chmod(0o755)
+
+    def calls(name):
+        lines = (tmp_path / "calls").read_text().splitlines()
+        return [line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} ")]
+
+    return SimpleNamespace(make=make, calls=calls)
+
+
+def bash(script, *arguments, **environment):
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / script), *arguments], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_slurm_jobs_depend_on_what_they_need(programs, needs):
+    programs.make("sbatch", 'wc -l < "$CALLS"')
+    code, said = bash("slurm/submit.sh", "run.yaml", str(PARTS))
+    assert code == 0, said
+    jobs, stages = {}, {}
+    for number, line in enumerate(programs.calls("sbatch"), start=1):
+        *options, script, config, stage = line.split()
+        assert script.endswith("slurm/stage.sbatch") and config == "run.yaml"
+        given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+        waited = set()
+        for own in given.get("dependency", "afterok:").removeprefix("afterok:").split(":"):
+            waited |= stages.get(own, set())
+        stages[str(number)] = {stage, *waited}
+        if "array" in given:
+            assert given["array"] == f"0-{PARTS - 1}"
+        count = PARTS if "array" in given else 1
+        jobs |= {(stage, f"{index}/{count}" if count > 1 else None): waited for index in range(count)}
+    check(jobs, needs)
+
+
+@pytest.mark.parametrize(("status", "ends"), [(0, 0), (1, 1), (75, 0), (143, 0)])
+def test_a_slurm_job_is_the_command_and_is_requeued_where_it_has_to(programs, status, ends):
+    programs.make("srun", status=status)
+    programs.make("scontrol")
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_JOB_ID": "17"}
+    code, said = bash("slurm/stage.sbatch", "run.yaml", "gradients", **array)
+    assert code == ends, said
+    assert [parsed(line) for line in programs.calls("srun")] == [("gradients", "2/3")]
+    assert programs.calls("scontrol") == (["requeue 17"] if status in (75, 143) else [])
+    if not status:
+        assert bash("slurm/stage.sbatch", "run.yaml", "baseline")[0] == 0
+        assert parsed(programs.calls("srun")[-1]) == ("baseline", None)
+
+
+def test_kubernetes_jobs_are_applied_when_what_they_need_is_complete(programs, needs):
+    if subprocess.run(["bash", "-c", "command -v envsubst"], capture_output=True).returncode:
+        # Of gettext.
+        programs.make("envsubst", 'sed "s|\\$NAME|$NAME|; s|\\$STAGE|$STAGE|; s|\\$PARTS|$PARTS|; s|\\$IMAGE|$IMAGE|"')
+    programs.make("kubectl", '[ "$1" = apply ] && cat >> "$CALLS.yaml" && echo "---" >> "$CALLS.yaml"; true')
+    code, said = bash("kubernetes/submit.sh", str(PARTS), IMAGE="registry/image:1")
+    assert code == 0, said
+    applied = [own for own in yaml.safe_load_all(Path(os.environ["CALLS"] + ".yaml").read_text()) if own]
+    jobs, done, waiting = {}, set(), iter(applied)
+    for line in programs.calls("kubectl"):
+        if line.startswith("wait"):
+            named = {word.removeprefix("job/hf-ensemble-") for word in line.split() if word.startswith("job/")}
+            done |= {name.replace("-", "_") for name in named}
+            continue
+        job = next(waiting)
+        spec = job["spec"]
+        (container,) = spec["template"]["spec"]["containers"]
+        assert container["image"] == "registry/image:1" and spec["completionMode"] == "Indexed"
+        assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
+        count, command = spec["completions"], " ".join(container["command"])
+        for index in range(count):
+            stage, shard = parsed(command.replace("$(JOB_COMPLETION_INDEX)", str(index)))
+            assert job["metadata"]["name"] == f"hf-ensemble-{stage.replace('_', '-')}"
+            jobs[stage, shard] = set(done)
+    check(jobs, needs)
+
+
+def test_tasks_of_ray_wait_for_what_they_need(monkeypatch, needs):
+    ran = []
+
+    class Task:
+        """What Ray makes of a function; its results stand for the stages that they rest on."""
+
+        def __init__(self, function):
+            self.function = function
+
+        def remote(self, line, *needed):
+            stage, shard = parsed(" ".join(line))
+            assert self.function(line, *[None] * len(needed)) is None
+            waited = set().union(*needed)
+            ran.append(((stage, shard), waited))
+            return {stage, *waited}
+
+    ray = SimpleNamespace(init=lambda: None, get=lambda results: results, remote=lambda **options: Task)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(subprocess, "run", lambda line, check: line)
+    monkeypatch.setattr(sys, "argv", ["stages.py", "--config", "run.yaml", "--parts", str(PARTS)])
+    runpy.run_path(str(EXAMPLES / "ray" / "stages.py"), run_name="__main__")
+    check(dict(ran), needs)
+
+
+def test_every_folder_of_the_examples_is_listed():
+    listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {"slurm", "ray", "kubernetes"} and all(f"`{name}/`" in listed for name in folders)
