@@ -65,7 +65,7 @@ def split_between_processes(items: list[T]) -> list[T]:
 
 
 def even_share(count: int) -> list[int]:
-    """This process's positions among `count`: as many as every other's, for which the first ones are taken twice."""
+    """This process's positions among `count`: as many as every other's, for which some are taken twice."""
     state = PartialState()
     each = -(-count // state.num_processes)
     return [(state.process_index + i * state.num_processes) % count for i in range(each)]

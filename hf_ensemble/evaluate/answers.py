@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .._processes import run_in_step, run_on_all, run_on_main
+from .._processes import run_on_all, run_on_main
 from ..errors import TaskError
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
 from ..models.inputs import is_encoder_decoder
@@ -147,8 +147,11 @@ class AnswerEvaluator:
         self, generate: Generate, questions: list[Question], max_new_tokens: int, bar: tqdm | None = None
     ) -> list[str]:
         """The generated text of each question, in their order; arguments as for [`score_tasks`]."""
-        run = run_in_step if is_sharded(self.model) else run_on_all
-        parts = run(lambda: self._own_answers(generate, questions, max_new_tokens, bar))
+
+        def answer() -> dict[int, str]:
+            return self._own_answers(generate, questions, max_new_tokens, bar)
+
+        parts = [answer()] if is_sharded(self.model) else run_on_all(answer)
         found = {position: text for part in parts for position, text in part.items()}
         return [found[position] for position in range(len(questions))]
 
@@ -192,7 +195,7 @@ class AnswerEvaluator:
     ) -> dict[int, str]:
         """Texts of the questions that fall to this process, by position."""
         state = PartialState()
-        # Answers end after different numbers of tokens: processes that share a model generate the same ones.
+        # Answers end after different numbers of tokens: processes that run a model together generate the same ones.
         first, every = (0, 1) if is_sharded(self.model) else (state.process_index, state.num_processes)
         own = list(range(first, len(questions), every))
         device, encoder_decoder = next(self.model.parameters()).device, is_encoder_decoder(self.model)

@@ -10,7 +10,7 @@ from datasets import Dataset, Value
 from torch import nn
 from tqdm.auto import tqdm
 
-from .._processes import even_share, run_in_step, run_on_all
+from .._processes import run_on_all
 from ..capture import MarginKind, margins
 from ..errors import TaskError
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
@@ -30,7 +30,8 @@ class Evaluator:
 
     The batches are the evaluator's own: options of a training's dataloaders (dropped last batches, persistent workers,
     grouping by length) do not apply. Under a distributed launcher the processes share the rows, and each gets the
-    scores of all. The model's modes and the random state are left as they were.
+    scores of all; a sharded model is run by all of them on all rows. The model's modes and the random state are left as
+    they were.
 
     Args:
         model (`nn.Module`): what is put into evaluation mode and tells the device.
@@ -114,10 +115,12 @@ class Evaluator:
                 f"No row of task {name!r} can be scored: expected labels, found hidden ones (-1) only. Use predict for "
                 "these rows, or evaluate rows with labels."
             )
-        run = run_in_step if is_sharded(self.model) else run_on_all
-        parts = run(lambda: self._own_scores(scorer, rows, margin, bar, samples))
-        # A sharded model may have run a row on two processes.
-        _, order = np.unique(np.concatenate([part[0] for part in parts]), return_index=True)
+
+        def score() -> tuple[np.ndarray, ...]:
+            return self._own_scores(scorer, rows, margin, bar, samples)
+
+        parts = [score()] if is_sharded(self.model) else run_on_all(score)
+        order = np.argsort(np.concatenate([part[0] for part in parts]))
         return RowScores(*(np.concatenate([part[column] for part in parts])[order] for column in (1, 2, 3)))
 
     def _own_scores(
@@ -125,9 +128,9 @@ class Evaluator:
     ) -> tuple[np.ndarray, ...]:
         """Position, loss, correctness and margin of the rows that fall to this process."""
         state = PartialState()
-        own = list(range(state.process_index, len(rows), state.num_processes))
-        if is_sharded(self.model):
-            own = even_share(len(rows))
+        # How often a model runs depends on the rows: processes that run one together run it on the same ones.
+        first, every = (0, 1) if is_sharded(self.model) else (state.process_index, state.num_processes)
+        own = list(range(first, len(rows), every))
         device = next(self.model.parameters()).device
         found: list[tuple[np.ndarray, ...]] = []
 
@@ -149,7 +152,7 @@ class Evaluator:
             for batch in length_sorted_batches(lengths, self.batch_size):
                 run([(own[index], _without_none(rows[own[index]])) for index in batch])
                 if bar is not None:
-                    bar.update(len(batch) * state.num_processes)
+                    bar.update(len(batch) * every)
         return tuple(np.concatenate(column) for column in zip(*found)) if found else (np.zeros(0),) * 4
 
 

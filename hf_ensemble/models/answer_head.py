@@ -10,7 +10,9 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .._processes import run_in_step
 from ..tasks import IGNORE_INDEX, AnswerScores, token_scores
+from .sharding import is_sharded
 from .virtual_tokens import positions_before
 
 # Logits at once, in float32; a few copies of them live beside (their log-softmax and its gradient).
@@ -60,6 +62,7 @@ class AnswerHead:
         self.bodies = [part for part in (body, encoder) if part is not None]
         self.usable = body is not None and _output_layer(base) is not None
         self.width = head_width(base)
+        self._is_sharded = is_sharded(model)
 
     def __call__(self, inputs: Mapping[str, Any], labels: torch.Tensor, shift: bool) -> AnswerScores:
         """Scores of a batch.
@@ -119,7 +122,12 @@ class AnswerHead:
         with_gradient = torch.is_grad_enabled() and run.hidden.requires_grad
         log_probs, correct, slopes = [], [], []
         size = tokens_at_once(len(targets), run.width, run.hidden.device)
-        for states, tokens in zip(run.hidden.detach().split(size, dim=1), targets.split(size, dim=1)):
+        pieces = list(zip(run.hidden.detach().split(size, dim=1), targets.split(size, dim=1)))
+        count = len(pieces)
+        if self._is_sharded:
+            # Every process runs the head as often as the one with the longest answers.
+            pieces += pieces[-1:] * (max(run_in_step(lambda: count)) - count)
+        for states, tokens in pieces:
             states.requires_grad_(with_gradient)
             found, right = token_scores(self.logits(run, states), tokens.clamp(min=0))
             if with_gradient:
@@ -127,12 +135,12 @@ class AnswerHead:
                 slopes.append(torch.autograd.grad(found.sum(), states)[0])
             log_probs.append(found.detach())
             correct.append(right)
-        values = torch.cat(log_probs, dim=1)
+        values = torch.cat(log_probs[:count], dim=1)
         if with_gradient:
             # Zero, with the log-probabilities' gradient.
-            hidden = run.hidden
-            values = values + ((hidden - hidden.detach()).float() * torch.cat(slopes, dim=1).float()).sum(dim=-1)
-        return values, torch.cat(correct, dim=1)
+            hidden, slope = run.hidden, torch.cat(slopes[:count], dim=1)
+            values = values + ((hidden - hidden.detach()).float() * slope.float()).sum(dim=-1)
+        return values, torch.cat(correct[:count], dim=1)
 
 
 def head_width(base: nn.Module) -> int | None:

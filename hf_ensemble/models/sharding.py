@@ -16,7 +16,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of the model are sharded over processes, which then have to run it together."""
     # Those of a unit that is gathered at the moment look whole.
     gathers = any(isinstance(module, FSDPModule) for module in model.modules())
-    return gathers or any(isinstance(parameter.data, DTensor) for parameter in model.parameters())
+    return gathers or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def modules_sharded_together(model: nn.Module) -> list[str]:

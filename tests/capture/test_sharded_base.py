@@ -23,12 +23,18 @@ from helpers.captures import capture
 from hf_ensemble.capture import GradientExtractor
 from hf_ensemble.errors import CaptureError
 from hf_ensemble.evaluate import Evaluator
+from hf_ensemble.models import answer_head
 from hf_ensemble.models.answer_scorer import AnswerScorer
 from hf_ensemble.models.sharding import shard_base
 from hf_ensemble.tasks import TaskCollator, TaskSet, encode
 
 folder, state, found = sys.argv[1], PartialState(cpu=True), {}
 rows = toy.sft_tasks(train=9, validation=3)
+# Of a batch, one process has the short answers and the other one the long ones, whose tokens the head takes one by one.
+mixed = [{"prompt": "sum : 3 + 2 =", "completion": " 5"}, {"prompt": "2 =", "completion": " 5 yes 5 yes 5"}] * 4
+rows["mixed"] = {"train": mixed, "validation": mixed[:4]}
+if state.num_processes > 1:
+    answer_head.LOGITS_BYTES = 1
 tasks = TaskSet.from_datasets(rows)
 table = encode(tasks.table("validation"), toy.tokenizer(), tasks.row_format)
 collator = TaskCollator(DataCollatorForSeq2Seq(toy.tokenizer(), label_pad_token_id=-100))
@@ -40,7 +46,7 @@ for name, tied in (("tied", True), ("untied", False)):
         shard_base(model, mesh, lambda module: isinstance(module, LlamaDecoderLayer))
         # All of the base, and nothing of the adapter.
         assert all(isinstance(own.data, DTensor) != own.requires_grad for own in model.parameters())
-    capture(f"{folder}/{name}", model, rows)
+    capture(f"{folder}/{name}", model, rows, batch_size=2)
     scores = Evaluator(model, collator, 2, disable_tqdm=True).score_rows(AnswerScorer(model), table)
     if state.is_main_process:
         # As saving does: no process may be left with a unit that others have to gather.
