@@ -1,5 +1,6 @@
 """What running batches through a model takes: floating point operations and tokens."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -47,20 +48,26 @@ class Usage:
         self.seconds += other.seconds
 
 
-# Those of the work that is going on, outermost first.
-_OPEN: list[Usage] = []
+class _Open(threading.local):
+    """Usages of the work that goes on in a thread, outermost first."""
+
+    def __init__(self):
+        self.usages: list[Usage] = []
+
+
+_open = _Open()
 
 
 @contextmanager
 def measured_usage() -> Iterator[Usage]:
-    """While open, what [`UsageCounter`]s of this process count is added to the yielded usage, too."""
+    """While open, what [`UsageCounter`]s of this thread count is added to the yielded usage, too."""
     usage = Usage()
-    _OPEN.append(usage)
+    _open.usages.append(usage)
     try:
         yield usage
     finally:
         # By identity: another one may hold the same figures.
-        _OPEN[:] = [own for own in _OPEN if own is not usage]
+        _open.usages[:] = [own for own in _open.usages if own is not usage]
 
 
 class FlopSamples:
@@ -140,7 +147,7 @@ class UsageCounter:
 
     def __exit__(self, *error: Any) -> None:
         total = self.total()
-        for usage in _OPEN:
+        for usage in _open.usages:
             usage.add(total)
 
     def resume(self, usage: Usage) -> None:

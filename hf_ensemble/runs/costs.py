@@ -1,6 +1,5 @@
 """What a run's stages and systems cost."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -8,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from .._clock import work_seconds
 from .._processes import run_on_all
 from .._records import Record
 from ..models.usage import measured_usage
@@ -115,10 +115,10 @@ def measured_cost() -> Iterator[CostMeter]:
     than an earlier one does not show without it. `torch.cuda.max_memory_allocated` then says what was the most since
     the last measurement began. Measurements within each other are right, each of its own.
     """
-    meter, start = CostMeter(), time.perf_counter()
+    meter, start = CostMeter(), work_seconds()
     with _device_peak() as peaks, measured_usage() as usage:
         yield meter
-    seconds = time.perf_counter() - start + usage.seconds
+    seconds = work_seconds() - start + usage.seconds
     parts = run_on_all(lambda: (usage, peaks[-1], _peak_of_process()))
     # Keeping its random state initialises a device that a run on the CPU allocates nothing on.
     on_device = max(own for _, own, _ in parts)

@@ -51,7 +51,7 @@ def exclusive_record(path: Path) -> Iterator[None]:
     """While open, no other process changes the record of the run in a directory; waits for one that does."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / _RECORD_LOCK, poll_interval=0.02, is_singleton=True)
+    lock = FileLock(path / _RECORD_LOCK, poll_interval=0.02, is_singleton=True, thread_local=False)
     with writing(path / _RECORD_LOCK):
         lock.acquire()
     try:
@@ -78,8 +78,8 @@ def holder_of(folder: Path) -> str | None:
 def _exclusive(folder: Path, where: str, otherwise: str) -> Iterator[None]:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    # One lock per path in this process, so that a callback may evaluate while its trainer trains.
-    lock = FileLock(folder / _LOCK, timeout=_SECONDS, poll_interval=0.02, is_singleton=True)
+    # One lock per path in this process, so that a callback may evaluate while its trainer trains, in whichever thread.
+    lock = FileLock(folder / _LOCK, timeout=_SECONDS, poll_interval=0.02, is_singleton=True, thread_local=False)
     try:
         with writing(folder / _LOCK):
             lock.acquire()

@@ -186,6 +186,13 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
             "trained, and choose anew which mixtures are left to train, calibrated by it."
         },
     )
+    concurrent_groups: int = field(
+        default=1,
+        metadata={
+            "help": "Number of groups whose adapters are trained at once: each by its own trainer, with passes "
+            "through the base model that are shared. 1 trains one after the other."
+        },
+    )
     ensemble_weights: str = field(
         default="cross_validated",
         metadata={
@@ -201,6 +208,7 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
         check_one_of("ensemble_weights", self.ensemble_weights, WEIGHTINGS)
         check_flag("train_baseline", self.train_baseline)
         check_flag("sequential_groups", self.sequential_groups)
+        check_at_least("concurrent_groups", self.concurrent_groups, 1)
         self._resolve_groups()
         if self.group_initialization == "baseline" and not self.train_baseline:
             raise ConfigurationError(

@@ -20,6 +20,7 @@ from .inputs.boosting import BoostingSettings
 _UNCOMPARED = ("output_dir", "run_name", "project", "disable_tqdm", "overwrite_run", "local_rank", "report_to")
 # How many rows of streams are read: the rows themselves are compared.
 _UNCOMPARED += ("streaming_rows",)
+_UNCOMPARED += ("concurrent_groups",)
 _UNCOMPARED += ("per_device_eval_batch_size", "capture_batch_size", "capture_batch_tokens", "estimate_device")
 _UNCOMPARED += (
     "dataloader_num_workers",

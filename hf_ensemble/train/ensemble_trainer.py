@@ -1,6 +1,7 @@
 """Fine-tune on many datasets: group them, train one adapter per group, serve the weighted ensemble."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from .flows.boosting.stage import step_name
 from .flows.context import FlowContext
 from .flows.ensemble_flow import EnsembleFlow
 from .inputs.boosting import check_boosted_model, check_boosting_arguments
+from .inputs.concurrency import check_concurrency, check_concurrent_model
 from .inputs.supported import check_base_model
 from .inputs.used_models import check_adapter_names
 from .multi_task_sft_trainer import MultiTaskSFTTrainer
 from .multi_task_trainer import MultiTaskTrainer
+from .tracking import tracked_run
 
 
 class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
@@ -42,6 +45,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
         if not self.trains_directly:
             self._check_choice_by_answers()
             check_base_model(self.model)
+            check_concurrent_model(self.model, self.args)
             names = {BASELINE, *(f"group_{number}" for number in range(len(self.tasks) + 1))}
             if self.args.boosting_steps:
                 check_boosted_model(self.model, self.args)
@@ -51,6 +55,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
     def _check_arguments(self, tasks: TaskSet, args: TrainingArguments, given: Mapping[str, Any]) -> None:
         super()._check_arguments(tasks, args, given)
         args.check_tasks(len(tasks))
+        check_concurrency(args)
         check_boosting_arguments(args, given.get("compute_loss_func") is not None, bool(self._streams))
 
     def _check_choice_by_answers(self) -> None:
@@ -85,7 +90,9 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
 
     def train_groups(self) -> None:
         """Run the stages up to the adapters of all groups; [`train`] goes on from there."""
-        with self.working():
+        # A tracker that each training opened would be closed by the first of several at once.
+        together = tracked_run(self) if self.args.concurrent_groups > 1 else nullcontext()
+        with self.working(), together:
             self.flow.group()
             self.flow.train_groups()
 

@@ -238,6 +238,7 @@ class MultiTaskMixin:
         train_dataset: Dataset,
         eval_dataset: Mapping[str, Dataset],
         sampling_weights: Mapping[str, float],
+        model: PeftModel | None = None,
     ) -> Trainer:
         """A trainer for the active adapter, of this trainer's own class, as if it were the first on the model.
 
@@ -251,6 +252,7 @@ class MultiTaskMixin:
                 each task is drawn, and the stream is trained on.
             eval_dataset (`dict[str, Dataset]`): rows of tokens, by task.
             sampling_weights (`dict[str, float]`): relative weight of one row of each task.
+            model (`PeftModel`, *optional*): what it trains; this trainer's own model by default.
         """
         if self._streams:
             args = copy.copy(args)
@@ -260,7 +262,7 @@ class MultiTaskMixin:
         trainer.trains_directly = True
         self.adapter_trainer_class.__init__(
             trainer,
-            model=self.adapter_model,
+            model=self.adapter_model if model is None else model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=dict(eval_dataset),

@@ -5,7 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from transformers.trainer_utils import TrainOutput
 
+from .._clock import is_wall_time, work_seconds
 from .._processes import run_on_all
 from ..models.usage import FlopSamples, Usage, UsageCounter
 
@@ -35,7 +37,7 @@ class TrainingUsageMixin:
     def _inner_training_loop(self, *args: Any, **kwargs: Any):
         if not self.has_tasks:
             return super()._inner_training_loop(*args, **kwargs)
-        self._began = time.perf_counter()
+        self._began = work_seconds()
         is_compiled = bool(self.args.torch_compile)
         with UsageCounter(self.usage_samples, is_compiled) as self._usage, UsageCounter() as self._evaluation_usage:
             output = super()._inner_training_loop(*args, **kwargs)
@@ -45,8 +47,13 @@ class TrainingUsageMixin:
 
     def _so_far(self) -> Usage:
         usage = self._usage.total()
-        usage.seconds += time.perf_counter() - self._began
+        usage.seconds += work_seconds() - self._began
         return usage
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
+        if not is_wall_time():
+            start_time = time.time() - (work_seconds() - self._began)
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def training_step(self, model, inputs, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._usage is None:

@@ -130,6 +130,30 @@ BEFORE_LOADING = {
         "EarlyStoppingCallback cannot be honoured .* eval_strategy='no'",
     ),
     "more groups than tasks": (ENSEMBLES, {"num_groups": 3}, {}, "num_groups=3 is more than the 2 tasks. Lower it"),
+    "groups at once, chosen one after the other": (
+        ENSEMBLES,
+        {"concurrent_groups": 2, "sequential_groups": True},
+        {},
+        "concurrent_groups=2 does not go with sequential_groups=True.* Set concurrent_groups=1",
+    ),
+    "groups at once with noise": (
+        ENSEMBLES,
+        {"concurrent_groups": 2, "neftune_noise_alpha": 5.0},
+        {},
+        "concurrent_groups=2 does not go with neftune_noise_alpha=5.0, whose noise depends on",
+    ),
+    "groups at once, packed": (
+        ("ensemble sft",),
+        {"concurrent_groups": 2, "packing": True},
+        {},
+        "concurrent_groups=2 does not go with packing=True, whose rows are parts of one sequence",
+    ),
+    "groups at once, with steps in the backward pass": (
+        ENSEMBLES,
+        {"concurrent_groups": 2, "optim": "adalomo"},
+        {},
+        "concurrent_groups=2 does not go with optim='adalomo', which steps in the backward pass",
+    ),
     "more auxiliary tasks than tasks": (
         SELECTIONS,
         {"max_auxiliary": 3},

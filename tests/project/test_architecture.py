@@ -23,6 +23,7 @@ ORDER = [
     "_settings",
     "_compat",
     "_processes",
+    "_clock",
     "_card_drafts",
     "_cards",
     "_hub",

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ def test_a_second_process_is_refused_and_told_of_the_first(tmp_path, base_folder
         holder.wait()
         holder.stdin.close()
         holder.stdout.close()
+
+
+def test_another_thread_of_the_process_works_in_the_run_too(tmp_path):
+    def works():
+        with RunDirectory(tmp_path).locked():
+            return True
+
+    with RunDirectory(tmp_path).locked(), ThreadPoolExecutor() as pool:
+        assert pool.submit(works).result()
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):

@@ -79,6 +79,19 @@ def test_a_tracker_sees_one_run_whose_steps_go_on(tmp_path, base_folder, tracker
     assert "eval/mean_loss" in tracker.logged[-2][1] and "train/train_loss" in tracker.logged[-1][1]
 
 
+def test_trainings_at_once_are_one_run_too(tmp_path, base_folder, tracker):
+    options = {"concurrent_groups": 2, "train_baseline": False, "calibration_runs": 0, **CHANGES}
+    trainer = sft_trainer(tmp_path / "run", base_folder, report_to=["fake"], run_name="mine", **options)
+    trainer.train_groups()
+    assert tracker.names == ["mine"] and tracker.holder is None
+    run = trainer.run_directory
+    lengths = [run.trained_adapter(name).global_step for name in ("group_0", "group_1")]
+    for number, name in enumerate(("group_0", "group_1")):
+        own = [step for step, logs in tracker.logged if f"train/{name}/loss" in logs]
+        start = sum(lengths[:number])
+        assert own == list(range(start + 1, start + lengths[number] + 1))
+
+
 def test_steps_go_on_after_a_kill(tmp_path, base_folder, tracker, monkeypatch):
     def make():
         return sft_trainer(

@@ -1,6 +1,6 @@
 """All adapters of a batch in one forward of the base model, through stacked matrices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,41 +40,40 @@ def grouped_adapters(model: nn.Module, names: list[str], sizes: list[int], stack
     """
     ends = torch.tensor(sizes).cumsum(0).tolist()
     groups = [(name, slice(end - size, end)) for name, size, end in zip(names, sizes, ends)]
-    equal = len(set(sizes)) == 1
 
     def compute(layer: nn.Module, plain: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not torch.is_tensor(x) or x.shape[0] != ends[-1]:
             raise CannotFuseError(f"{type(layer).__name__} received other rows than the batch's.")
         if not is_stackable(layer, names):
             outputs = [
-                with_adapter(layer, name, plain, x[rows], *_of_rows(args, rows, ends[-1]), **kwargs)
+                with_adapter(layer, name, plain, x[rows], *of_rows(args, rows, ends[-1]), **kwargs)
                 for name, rows in groups
             ]
             return torch.cat(outputs)
         result = layer.base_layer(x, *args, **kwargs)
-        stack = stacks.of(layer, names, lambda: _stacked(layer, names))
+        stack = stacks.of(layer, names, lambda: stacked_adapters([(layer, name) for name in names]))
         if stack is None:
             return result
-        down, up = stack
-        x = layer._cast_input_dtype(x, down.dtype)
-        if equal:
-            return _add_batched(result, x, down, up)
-        parts = [x[rows] @ down[k] @ up[k] for k, (_, rows) in enumerate(groups)]
-        return (result + torch.cat(parts)).to(result.dtype)
+        return add_stacked(result, layer._cast_input_dtype(x, stack[0].dtype), stack, [rows for _, rows in groups])
 
     with replaced_forwards(model, compute):
         yield
 
 
-def _stacked(layer: LoraLayer, names: list[str]) -> Stack | None:
-    """A `(m, in, r)` and scaled B `(m, r, out)`, ranks padded with zeros; `None` where no adapter has the layer."""
-    held = [name for name in names if name in layer.lora_A]
+def stacked_adapters(adapters: Sequence[tuple[LoraLayer, str]]) -> Stack | None:
+    """A `(m, in, r)` and scaled B `(m, r, out)`, ranks padded with zeros; `None` where no adapter has its layer.
+
+    Args:
+        adapters (`Sequence[tuple[LoraLayer, str]]`): the layer that each adapter lies in, and its name there.
+    """
+    held = [(layer, name) for layer, name in adapters if name in layer.lora_A]
     if not held:
         return None
-    first_a, first_b = layer.lora_A[held[0]].weight, layer.lora_B[held[0]].weight
-    rank = max(layer.lora_A[name].weight.shape[0] for name in held)
+    layer, name = held[0]
+    first_a, first_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    rank = max(layer.lora_A[name].weight.shape[0] for layer, name in held)
     downs, ups = [], []
-    for name in names:
+    for layer, name in adapters:
         if name in layer.lora_A:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
         else:
@@ -83,6 +82,22 @@ def _stacked(layer: LoraLayer, names: list[str]) -> Stack | None:
         downs.append(nn.functional.pad(a, (0, 0, 0, missing)) if missing else a)
         ups.append(nn.functional.pad(b, (0, missing)) if missing else b)
     return torch.stack(downs).transpose(1, 2), torch.stack(ups).transpose(1, 2)
+
+
+def add_stacked(result: torch.Tensor, x: torch.Tensor, stack: Stack, groups: Sequence[slice]) -> torch.Tensor:
+    """A layer's output with what each adapter adds to its rows.
+
+    Args:
+        result (`torch.Tensor` of shape `(B, ..., out)`): of the layer without adapters; may be changed without grad.
+        x (`torch.Tensor` of shape `(B, ..., in)`): the layer's input, in the adapters' type.
+        stack (`Stack`): see [`stacked_adapters`].
+        groups (`Sequence[slice]`): the rows of each adapter, one after the other.
+    """
+    down, up = stack
+    if len({rows.stop - rows.start for rows in groups}) == 1:
+        return _add_batched(result, x, down, up)
+    parts = [x[rows] @ down[k] @ up[k] for k, rows in enumerate(groups)]
+    return (result + torch.cat(parts)).to(result.dtype)
 
 
 def _add_batched(result: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -95,5 +110,6 @@ def _add_batched(result: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: 
     return result
 
 
-def _of_rows(args: tuple, rows: slice, batch_size: int) -> tuple:
+def of_rows(args: tuple, rows: slice, batch_size: int) -> tuple:
+    """Further inputs of a layer, cut to some rows where they have one for each of the batch's."""
     return tuple(a[rows] if torch.is_tensor(a) and a.dim() and a.shape[0] == batch_size else a for a in args)

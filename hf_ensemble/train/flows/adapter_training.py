@@ -60,6 +60,13 @@ class AdapterTraining:
             if parameter.requires_grad
         }
 
+    def beside(self, context: FlowContext) -> "AdapterTraining":
+        """The same for a copy of the model, which is at theta0 too."""
+        other = type(self)(context)
+        other.ignore_keys_for_eval = self.ignore_keys_for_eval
+        other._is_trained_already, other._samples = self._is_trained_already, self._samples
+        return other
+
     def fingerprint(self, start: Path | None = None) -> str:
         """What records and gradient stores know theta0 by, or the parameters of a saved adapter."""
         if start is None:
@@ -106,15 +113,15 @@ class AdapterTraining:
             if name in self.theta0
         }
 
-    def num_steps(self, subset: Sequence[str]) -> int:
-        """Optimizer steps of a training on these tasks."""
+    def num_steps(self, subset: Sequence[str], length: float = 1.0) -> int:
+        """Optimizer steps of a training on these tasks, of a length in multiples of that of the arguments."""
         args, tasks = self.context.args, self.context.tasks
         if args.max_steps > 0:
-            return args.max_steps
+            return math.ceil(args.max_steps * length)
         rows = rows_per_epoch({task: tasks.sampling_weights[task] for task in subset}, self.context.num_drawn_rows())
         whole = math.floor if args.dataloader_drop_last else math.ceil
         batches = max(whole(rows / (args.train_batch_size * args.world_size)), 1)
-        return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+        return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs * length)
 
     def num_rows(self, subset: Sequence[str]) -> float:
         """Rows that a training on these tasks draws, about: its steps are as full as they can be."""
@@ -130,6 +137,7 @@ class AdapterTraining:
         start: Path | None = None,
         length: float = 1.0,
         loss: StepLoss | None = None,
+        first_step: int | None = None,
     ) -> TrainedAdapter:
         """Train on a subset or mixture of the tasks and save the adapter; a finished training is read instead.
 
@@ -143,13 +151,14 @@ class AdapterTraining:
             start (`Path`, *optional*): a saved adapter to begin at; theta0 by default.
             length (`float`, *optional*, defaults to 1.0): epochs or steps, in multiples of those of the arguments.
             loss (`StepLoss`, *optional*): what a boosting step is trained on; the trainer's own loss by default.
+            first_step (`int`, *optional*): steps that the run's log counts before it; those of all begun by default.
         """
         run, args = self.context.run, self.context.args
         weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
         origin = self.fingerprint(start)
         seed = args.seed if seed is None else seed
         wanted = TrainedAdapter(name, weights, seed, origin, length=length, loss=loss.identity if loss else "own")
-        begun, checkpoint = run_on_main(lambda: self._begun(wanted, folder))
+        begun, checkpoint = run_on_main(lambda: self._begun(wanted, folder, first_step))
         if begun.status == "done":
             return begun
         self.reset()
@@ -196,7 +205,7 @@ class AdapterTraining:
             self.reset()
         return trained
 
-    def _begun(self, wanted: TrainedAdapter, folder: Path) -> tuple[TrainedAdapter, str | None]:
+    def _begun(self, wanted: TrainedAdapter, folder: Path, first_step: int | None) -> tuple[TrainedAdapter, str | None]:
         """The training, finished or begun, and the checkpoint that it goes on from; decided by the main process."""
         run = self.context.run
         known, work = run.trained_adapter(wanted.name), run.training(wanted.name)
@@ -207,7 +216,8 @@ class AdapterTraining:
         if not same:
             # Those of another mixture or starting point.
             remove_checkpoints(work)
-        begun = replace(wanted, first_step=known.first_step if same else run.num_steps())
+        first_step = run.num_steps() if first_step is None else first_step
+        begun = replace(wanted, first_step=known.first_step if same else first_step)
         run.write_trained_adapter(begun)
         return begun, last_whole_checkpoint(work)
 

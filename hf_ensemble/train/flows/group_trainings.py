@@ -1,6 +1,7 @@
-"""The choice of groups, and the training of their adapters, one after the other."""
+"""The choice of groups, and the training of their adapters, one after the other or several at once."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..._processes import run_on_main, wait_for_everyone
@@ -9,6 +10,7 @@ from ...estimate import ObservedRun
 from ...runs import Estimate, ScoredRun, TrainedAdapter, run_selector
 from ...runs.progress import ADAPTER, GROUP
 from ...select import DataSelector, Grouping
+from ..concurrent.trainings import run_concurrently
 from .adapter_training import AdapterTraining
 from .calibration import Calibration
 from .context import FlowContext
@@ -50,6 +52,8 @@ class GroupTrainings:
             on_choice (`Callable`): is called with each later choice before anything is trained by it.
         """
         run, done = self.context.run, set()
+        if self.context.args.concurrent_groups > 1:
+            self._train_concurrently(grouping)
         while name := next((own for own in grouping.groups if own not in done), None):
             trained = self.train_group(grouping, name)
             done.add(name)
@@ -72,19 +76,53 @@ class GroupTrainings:
                 terminal="hf-ensemble train --until adapters does.",
             )
 
-    def train_group(self, grouping: Grouping, name: str) -> TrainedAdapter:
+    def train_group(
+        self,
+        grouping: Grouping,
+        name: str,
+        training: AdapterTraining | None = None,
+        first_step: int | None = None,
+    ) -> TrainedAdapter:
         """Train the adapter of a group, or copy one that was trained alike, beside other processes with other groups.
+
+        Args:
+            grouping (`Grouping`): the choice of groups.
+            name (`str`): the group.
+            training (`AdapterTraining`, *optional*): trains it; the run's own by default.
+            first_step (`int`, *optional*): steps that the run's log counts before it; those of all begun by default.
 
         Raises:
             `RunLockedError`: when another process trains it.
         """
-        run, args, mixture = self.context.run, self.context.args, grouping.mixtures[name]
+        run, mixture = self.context.run, grouping.mixtures[name]
+        training = training or self.training
         with run.stage(f"{ADAPTER}:{name}"):
-            if args.group_initialization == "baseline" and name != grouping.baseline_group:
-                start = {"start": run.baseline, "length": args.continued_length}
-                return self.training.run(name, mixture, run.member(name), **start)
-            known = self.calibration.reuse(mixture, name, run.member(name))
-            return self.training.run(name, mixture, run.member(name)) if known is None else known
+            if self._goes_on(grouping, name):
+                start = {"start": run.baseline, "length": self.context.args.continued_length}
+                return training.run(name, mixture, run.member(name), first_step=first_step, **start)
+            known = self._copied(grouping, name)
+            return training.run(name, mixture, run.member(name), first_step=first_step) if known is None else known
+
+    def _copied(self, grouping: Grouping, name: str) -> TrainedAdapter | None:
+        """The training that a group's adapter was copied from, where the run has made the same one."""
+        return self.calibration.reuse(grouping.mixtures[name], name, self.context.run.member(name))
+
+    def _goes_on(self, grouping: Grouping, name: str) -> bool:
+        """Whether a group's training begins at the adapter for all tasks."""
+        return self.context.args.group_initialization == "baseline" and name != grouping.baseline_group
+
+    def _train_concurrently(self, grouping: Grouping) -> None:
+        """Train the adapters of several groups at once, but for those that are copied."""
+        run, args, jobs = self.context.run, self.context.args, []
+        names = [name for name in grouping.groups if not run.is_done(f"{ADAPTER}:{name}")]
+        names = [name for name in names if self._goes_on(grouping, name) or self._copied(grouping, name) is None]
+        begun = [own.first_step for own in map(run.trained_adapter, names) if own is not None]
+        first_step = min(begun, default=run.num_steps())
+        for name in names:
+            jobs.append(partial(self.train_group, grouping, name, first_step=first_step))
+            length = args.continued_length if self._goes_on(grouping, name) else 1.0
+            first_step += self.training.num_steps(grouping.trained_on(name), length)
+        run_concurrently(self.training, jobs, args.concurrent_groups)
 
     def chosen(self) -> Grouping:
         """The run's last choice; the first one is made by the fine-tunings that calibrate."""

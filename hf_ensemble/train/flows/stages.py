@@ -1,13 +1,13 @@
 """Which stage of a run begins, and about how long the run will take."""
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tqdm.auto import tqdm
 
+from ..._clock import work_seconds
 from ..._processes import is_main_process
 from ..._text import counted
 from ...logging import get_logger
@@ -57,7 +57,7 @@ class StageAnnouncer:
         self,
         stages: Sequence[Stage],
         say: Callable[[str], None],
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = work_seconds,
     ):
         self.stages = list(stages)
         self._say = say

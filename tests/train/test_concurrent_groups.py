@@ -1,0 +1,321 @@
+"""Adapters that are trained at once equal those that are trained one after the other."""
+
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
+
+from helpers import architectures, toy
+from helpers.trainers import sft_trainer, text_trainer, without_speed
+from hf_ensemble import EnsembleSFTTrainer
+from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.models.usage import FlopSamples
+from hf_ensemble.runs.systems import BASELINE
+from hf_ensemble.train.concurrent import turns
+from hf_ensemble.train.concurrent.copies import sharing_frozen
+from hf_ensemble.train.concurrent.shared_pass import SharedPass
+from hf_ensemble.train.concurrent.trainings import run_concurrently
+from hf_ensemble.train.inputs.concurrency import check_concurrent_model
+
+# Rows of each task, in batches of 4 that are accumulated by two: an epoch of a ends with a single one of two rows.
+ROWS = {"a": 10, "b": 4, "c": 3, "d": 8}
+OPTIONS = {
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 0.3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 3,
+    "learning_rate": 2e-3,
+    "logging_strategy": "steps",
+    "logging_steps": 10,
+}
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Number of trainings in each shared pass."""
+    counts = []
+
+    def counted(calls):
+        counts.append(len(calls))
+        return SharedPass(calls)
+
+    monkeypatch.setattr(turns, "SharedPass", counted)
+    return counts
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """No batch's operations are counted, for which trainings run the first ones alone."""
+    monkeypatch.setattr(FlopSamples, "wants", lambda self, shape: False)
+
+
+def sft(folder, **options):
+    rows = {
+        task: {"train": toy.sum_rows(n, n, "sum" if n % 3 else "diff"), "validation": toy.sum_rows(4, 9)}
+        for task, n in ROWS.items()
+    }
+    return sft_trainer(folder / "run", toy.save_model(toy.llama(), folder / "base"), rows, **OPTIONS, **options)
+
+
+def text(folder, **options):
+    rows = {
+        task: {"train": toy.text_rows(n, n, noun), "validation": toy.text_rows(4, 9, noun)}
+        for (task, n), noun in zip(ROWS.items(), ("film", "book", "song", "film"))
+    }
+    toy.save_model(toy.bert(2), folder / "base")
+    return text_trainer(folder / "run", str(folder / "base"), rows, head="linear", **OPTIONS, **options)
+
+
+def trained(trainer, num_at_once, names=tuple(ROWS), forgets=True):
+    """Weights and records of adapters that are trained on one task each."""
+    run, training = trainer.run_directory, trainer.flow.training
+    for name in names if forgets else ():
+        run.forget_training(name)
+
+    def job(name, own):
+        return own.run(name, [name], run.path / str(num_at_once) / name)
+
+    if num_at_once == 1:
+        records = [job(name, training) for name in names]
+    else:
+        records = run_concurrently(training, [partial(job, name) for name in names], num_at_once)
+    folders = [run.path / str(num_at_once) / name for name in names]
+    return [load_file(folder / "adapter_model.safetensors") for folder in folders], records
+
+
+def assert_equal_trainings(one, other, tolerance=1e-5):
+    for (weights, others), (record, known) in zip(zip(one[0], other[0]), zip(one[1], other[1])):
+        assert weights.keys() == others.keys()
+        assert max(float((weights[key] - others[key]).abs().max()) for key in weights) <= tolerance
+        timed = ("seconds", "files", "first_step")
+        plain, found = ({k: v for k, v in vars(own).items() if k not in timed} for own in (record, known))
+        for entry, same in zip(plain.pop("log_history"), found.pop("log_history"), strict=True):
+            assert without_speed(entry) == pytest.approx(without_speed(same), abs=tolerance)
+        for name in ("training_loss", "distance"):
+            assert plain.pop(name) == pytest.approx(found.pop(name), abs=tolerance)
+        assert plain == found
+
+
+@pytest.mark.parametrize("make", [sft, text])
+def test_trainings_at_once_equal_separate_ones(make, tmp_path, passes):
+    # 50 steps of a; the others end before.
+    trainer = make(tmp_path, num_train_epochs=25)
+    with trainer.working():
+        at_once = trained(trainer, 4)
+        separate = trained(trainer, 1)
+    assert [own.global_step for own in at_once[1]] == [50, 25, 25, 25]
+    assert {2, 4} <= set(passes) and len(passes) >= 40
+    assert_equal_trainings(separate, at_once)
+
+
+CHECKPOINTING = {"gradient_checkpointing": None, "activation_checkpointing": True}
+EVALUATIONS = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        CHECKPOINTING | EVALUATIONS | {"load_best_model_at_end": True},
+        CHECKPOINTING | {"activation_checkpointing_kwargs": {"use_reentrant": True}, "bf16": True},
+    ],
+    ids=["evaluations", "bf16"],
+)
+def test_whatever_a_training_does_it_does_at_once_too(options, tmp_path, passes):
+    trainer = sft(tmp_path, max_steps=4, **options)
+    with trainer.working():
+        separate, at_once = trained(trainer, 1, ("a", "d")), trained(trainer, 2, ("a", "d"))
+    assert passes and set(passes) == {2}
+    assert_equal_trainings(separate, at_once, 2e-3 if "bf16" in options else 1e-5)
+
+
+def passed_through(model, ids, mask, turn=None):
+    """Logits of rows and the adapter's gradients, by the model alone or in its turn."""
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(backward=lambda loss: loss.backward()))
+    if turn is not None:
+        turn.share_backbone(model)
+        turn.share_backward(trainer)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    real = logits[mask.bool()] if logits.dim() == 3 else logits
+    trainer.accelerator.backward(real.square().mean())
+    gradients = [own.grad for own in model.parameters() if own.requires_grad]
+    model.zero_grad()
+    return [real.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def assert_passes_equal(model, passes, tolerance):
+    """Three copies of a model give the same alone and at once, for rows of different numbers, lengths and padding."""
+    copies = [sharing_frozen(model.train()) for _ in range(3)]
+    frozen = {own.data_ptr() for own in model.parameters() if not own.requires_grad}
+    masks = [torch.ones(size, length, dtype=torch.long) for size, length in ((2, 5), (2, 7), (1, 4))]
+    masks[0][1, 3:] = 0
+    rows = [(torch.randint(3, 40, mask.shape) * mask, mask) for mask in masks]
+    for own in copies:
+        assert frozen == {value.data_ptr() for value in own.parameters() if not value.requires_grad}
+        architectures.move(own)
+    alone = [passed_through(own, *given) for own, given in zip(copies, rows)]
+    at_once = turns.Turns(3).run([partial(passed_through, own, *given) for own, given in zip(copies, rows)])
+    assert passes == [3]
+    for expected, found in zip(alone, at_once):
+        assert any(gradient.any() for gradient in expected[1:])
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+KINDS = ("lora_b_bias", "lora_embedding", "dora_embedding", "save_norm", "new_tokens", "loha", "vera", "oft", "ia3")
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [(name, "lora") for name in architectures.MODELS if name != "t5"] + [("llama", kind) for kind in KINDS],
+)
+def test_a_shared_pass_equals_passes_of_their_own(name, adapter, passes):
+    base = architectures.model(name, **dict.fromkeys(DROPOUTS, 0.0)).double()
+    assert_passes_equal(architectures.adapted(base, name, adapter), passes, 1e-6)
+
+
+def test_dropout_of_adapters_is_that_of_their_layers(passes):
+    config = architectures.ADAPTERS["save_norm"]("llama")
+    # All of it, so that it is the same whatever is drawn.
+    config.lora_dropout = 1.0
+    assert_passes_equal(get_peft_model(architectures.model("llama").double(), config), passes, 1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_is_shared(bits, tmp_path, passes):
+    toy.llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+    model = get_peft_model(base, toy.lora())
+    with torch.no_grad():
+        # It then keeps more of a quantized weight.
+        model(torch.ones(1, 1, dtype=torch.long))
+    assert_passes_equal(model, passes, 1e-4)
+
+
+class Interrupts(TrainerCallback):
+    """Ends the process, as it were, in one training."""
+
+    def __init__(self, task, step):
+        self.task, self.step = task, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(self.task) and state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_trainings_that_were_killed_go_on_from_their_checkpoints(tmp_path, passes, uncounted):
+    trainer = sft(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    interrupts = Interrupts("d", 3)
+    with trainer.working():
+        separate = trained(trainer, 1, ("a", "d"))
+        trainer.add_callback(interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            trained(trainer, 2, ("a", "d"))
+        trainer.remove_callback(interrupts)
+        run = trainer.run_directory
+        assert [run.trained_adapter(name).status for name in "ad"] == ["training", "training"]
+        count = len(passes)
+        again = trained(trainer, 2, ("a", "d"), forgets=False)
+    # a has made 4 steps until then, and d goes on from its second one.
+    assert count == 6 and len(passes) - count == 3
+    assert_equal_trainings(separate, again)
+
+
+def test_a_run_trains_its_groups_at_once(tmp_path, passes):
+    base = toy.save_model(toy.llama(), tmp_path / "base")
+    trainer = sft_trainer(tmp_path / "run", base, num_groups=2, concurrent_groups=2, max_steps=6)
+    began = time.perf_counter()
+    trainer.train_groups()
+    passed = time.perf_counter() - began
+    assert passes
+    run, mixtures = trainer.run_directory, trainer.grouping.mixtures
+    records = [run.trained_adapter(name) for name in (BASELINE, *mixtures)]
+    # The log counts the steps of one training after those of the other.
+    assert [record.first_step for record in records] == [0, 6, 12]
+    assert trainer.state.global_step == 18
+    # Each training counts its own time and operations, and so does its stage.
+    costs = [run.record.stages[f"adapter:{name}"].cost for name in mixtures]
+    assert sum(cost.seconds for cost in costs) < passed
+    for record, cost in zip(records[1:], costs):
+        # Rows are looked at before and after, too.
+        assert record.tokens <= cost.tokens <= 3 * record.tokens
+        assert record.seconds <= cost.seconds and record.flops <= cost.flops
+    with trainer.working():
+        for name, mixture in mixtures.items():
+            trainer.flow.training.run("alone", mixture, tmp_path / name)
+            one, other = (
+                load_file(folder / "adapter_model.safetensors") for folder in (run.member(name), tmp_path / name)
+            )
+            assert max(float((one[key] - other[key]).abs().max()) for key in one) <= 1e-5
+
+
+class GoesBackwardAlone(EnsembleSFTTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        loss.backward()
+        return loss.detach()
+
+
+def test_a_loss_that_goes_backward_alone_is_refused(tmp_path, monkeypatch, uncounted):
+    monkeypatch.setattr("helpers.trainers.EnsembleSFTTrainer", GoesBackwardAlone)
+    trainer = sft(tmp_path, max_steps=4)
+    with trainer.working():
+        with pytest.raises(ConfigurationError, match=r"Expected self.accelerator.backward\(loss\)"):
+            trained(trainer, 2)
+        # The model is as it was.
+        assert trainer.flow.training.distance() == 0
+
+
+def test_a_base_that_cannot_be_shared_is_run_by_each_training(tmp_path, monkeypatch, uncounted, caplog):
+    trainer = sft(tmp_path, max_steps=2)
+    # Outputs of which there is one for each layer.
+    trainer.model.config.output_hidden_states = True
+    with trainer.working():
+        separate, at_once = trained(trainer, 1, ("a", "d")), trained(trainer, 2, ("a", "d"))
+    assert_equal_trainings(separate, at_once, 0)
+    assert [record.getMessage() for record in caplog.records if "without sharing" in record.getMessage()] == [
+        "Trainings run at once without sharing passes through the base model: A BaseModelOutputWithPast of "
+        "['hidden_states', 'last_hidden_state'] cannot be taken apart by rows."
+    ]
+
+
+def test_models_and_devices_that_cannot_be_shared_are_refused():
+    t5, config = architectures.MODELS["t5"]
+    one = SimpleNamespace(concurrent_groups=2, world_size=1, n_gpu=1)
+    for model, args, message in (
+        (t5(config), one, "a T5ForConditionalGeneration, which has no part below its head"),
+        (toy.llama(), SimpleNamespace(**{**vars(one), "world_size": 3}), "3 processes or GPUs"),
+    ):
+        model = SimpleNamespace(get_base_model=lambda model=model: model)
+        with pytest.raises(ConfigurationError, match=f"concurrent_groups=2 does not go with {message}"):
+            check_concurrent_model(model, args)
+    check_concurrent_model(SimpleNamespace(get_base_model=toy.llama), one)
+
+
+def test_the_error_of_one_training_ends_all(tmp_path):
+    begun, ended = [], []
+
+    def job(name, turn):
+        begun.append(name)
+        try:
+            if name == "fails":
+                raise ValueError("of its own")
+            turn.waits_for_backward = True
+            turn._wait()
+        except Exception:
+            ended.append(f"{name} as an error")
+            raise
+        finally:
+            ended.append(name)
+
+    with pytest.raises(ValueError, match="of its own"):
+        turns.Turns(2).run([partial(job, name) for name in ("waits", "fails", "never begins")])
+    assert begun == ["waits", "fails"]
+    assert ended == ["fails as an error", "fails", "waits"]
