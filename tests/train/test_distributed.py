@@ -35,6 +35,7 @@ import json, sys
 from helpers import toy
 from helpers.trainers import sft_config, split, text_trainer, without_speed
 from hf_ensemble import *
+from hf_ensemble.models import answer_head
 
 folder, base, encoder = sys.argv[1:4]
 
@@ -48,7 +49,10 @@ sizes = {"a": (17, 17), "b": (5, 3), "c": (17, 11)}
 prompts = rows(lambda name, count, seed: toy.sum_rows(count, seed, "diff" if name == "b" else "sum"), sizes)
 texts = rows(lambda name, count, seed: toy.text_rows(count, seed, "book" if name == "b" else "film"), sizes)
 changes = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
-changes |= {"fsdp": True} if "fsdp" in sys.argv else {}
+if "fsdp" in sys.argv:
+    changes["fsdp"] = True
+    # As with a large vocabulary: how often the head runs depends on the rows.
+    answer_head.LOGITS_BYTES = 1
 sft = {"train_dataset": prompts, "peft_config": toy.lora(), "model": base}
 sft["answer_metrics"] = {"a": {"extract": "last_number", "max_new_tokens": 3}}
 trainer = EnsembleSFTTrainer(args=sft_config(f"{folder}/sft", num_groups=2, **changes), **sft)
@@ -69,6 +73,9 @@ def report(name, trainer):
     # Times are each process's own.
     metrics = without_speed(trainer.train().metrics)
     ensemble = getattr(trainer, "ensemble", None)
+    if name == "ensemble_sft":
+        asked = {task: own["validation"] for task, own in prompts.items()}
+        metrics |= without_speed(trainer.predict(asked).metrics)
     chosen = trainer.grouping.groups if ensemble else trainer.selection.tasks
     with open(f"{folder}/{name}-{trainer.args.process_index}.json", "w") as file:
         json.dump({"metrics": metrics, "chosen": chosen, "weights": ensemble.weights if ensemble else {}}, file)

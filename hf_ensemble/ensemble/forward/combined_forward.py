@@ -11,6 +11,7 @@ from torch import nn
 from ...errors import EnsembleError
 from ...models.answer_head import AnswerHead, head_width, tokens_at_once
 from ...models.inputs import is_encoder_decoder
+from ...models.sharding import is_sharded
 from ...tasks import AnswerScores, restrict_to_labels, score_answers
 from .answers import MemberAnswers
 from .cache import EnsembleCache, cache_maker
@@ -56,7 +57,7 @@ class CombinedForward:
         """Combined logits `(B, T, V)` or `(B, num_labels)`, and the cache for the next call.
 
         Without gradients no more than these logits exist: where those of all members would be large, they are combined
-        a few tokens at a time.
+        a few tokens at a time, unless the base is sharded: its processes have to run it as often, whatever their rows.
 
         Args:
             weights (`torch.Tensor` of shape `(B, members)`): weight of each adapter for each row.
@@ -85,6 +86,8 @@ class CombinedForward:
         ids = inputs.get("input_ids" if self.shift else "decoder_input_ids")
         width = head_width(self.base)
         if torch.is_grad_enabled() or ids is None or width is None or inputs.get("logits_to_keep") is not None:
+            return False
+        if is_sharded(self.base):
             return False
         return tokens_at_once(int((weights != 0).sum()), width, weights.device) < ids.shape[1]
 
