@@ -2,11 +2,12 @@
 
     python examples/ray/stages.py --config run.yaml --parts 8
 
-Install Ray on the cluster beside the library: `pip install "ray[default]"`. `output_dir` in the configuration has to be
-a folder that all of its machines share.
+Install Ray on the cluster beside the library: `pip install "ray[default]"`. The working directory, and `output_dir` in
+the configuration, have to be folders that all of its machines share.
 """
 
 import argparse
+import os
 import subprocess
 
 
@@ -15,9 +16,9 @@ def command(config: str, stage: str, index: int = 0, parts: int = 1) -> list[str
     return ["hf-ensemble", "train", "--config", config, "--stage", stage, "--shard", f"{index}/{parts}"]
 
 
-def run(line: list[str], *needs: None) -> None:
-    """Run a command; Ray starts it when the results of the tasks in `needs` are there."""
-    subprocess.run(line, check=True)
+def run(line: list[str], folder: str, *needs: None) -> None:
+    """Run a command in a folder; Ray starts it when the results of the tasks in `needs` are there."""
+    subprocess.run(line, check=True, cwd=folder)
 
 
 def main() -> None:
@@ -33,7 +34,8 @@ def main() -> None:
     task = ray.remote(num_gpus=arguments.gpus, max_retries=3, retry_exceptions=True)(run)
 
     def stage(name: str, parts: int = 1, needs: list = ()) -> list:
-        return [task.remote(command(arguments.config, name, index, parts), *needs) for index in range(parts)]
+        lines = [command(arguments.config, name, index, parts) for index in range(parts)]
+        return [task.remote(line, os.getcwd(), *needs) for line in lines]
 
     gradients = stage("gradients", arguments.parts)
     baseline = stage("baseline")

@@ -157,16 +157,16 @@ def test_tasks_of_ray_wait_for_what_they_need(monkeypatch, needs):
         def __init__(self, function):
             self.function = function
 
-        def remote(self, line, *needed):
+        def remote(self, line, folder, *needed):
             stage, shard = parsed(" ".join(line))
-            assert self.function(line, *[None] * len(needed)) is None
+            assert self.function(line, folder, *[None] * len(needed)) is None
             waited = set().union(*needed)
             ran.append(((stage, shard), waited))
             return {stage, *waited}
 
     ray = SimpleNamespace(init=lambda: None, get=lambda results: results, remote=lambda **options: Task)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr(subprocess, "run", lambda line, check: line)
+    monkeypatch.setattr(subprocess, "run", lambda line, check, cwd: line)
     monkeypatch.setattr(sys, "argv", ["stages.py", "--config", "run.yaml", "--parts", str(PARTS)])
     runpy.run_path(str(EXAMPLES / "ray" / "stages.py"), run_name="__main__")
     check(dict(ran), needs)
