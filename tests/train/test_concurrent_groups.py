@@ -1,6 +1,7 @@
 """Adapters that are trained at once equal those that are trained one after the other."""
 
 import time
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -179,6 +180,13 @@ def test_a_shared_pass_equals_passes_of_their_own(name, adapter, passes):
     assert_passes_equal(architectures.adapted(base, name, adapter), passes, 1e-6)
 
 
+def test_adapters_of_experts_are_run_by_each_training(passes, caplog):
+    # Experts receive tokens of any rows.
+    model = architectures.adapted(architectures.model("mixtral").double(), "mixtral", "experts")
+    assert_passes_equal(model, passes, 1e-6)
+    assert "without sharing passes through the base model: The forward of ParamWrapper" in caplog.text
+
+
 def test_dropout_of_adapters_is_that_of_their_layers(passes):
     config = architectures.ADAPTERS["save_norm"]("llama")
     # All of it, so that it is the same whatever is drawn.
@@ -286,17 +294,23 @@ def test_a_base_that_cannot_be_shared_is_run_by_each_training(tmp_path, monkeypa
     ]
 
 
-def test_models_and_devices_that_cannot_be_shared_are_refused():
-    t5, config = architectures.MODELS["t5"]
-    one = SimpleNamespace(concurrent_groups=2, world_size=1, n_gpu=1)
-    for model, args, message in (
-        (t5(config), one, "a T5ForConditionalGeneration, which has no part below its head"),
-        (toy.llama(), SimpleNamespace(**{**vars(one), "world_size": 3}), "3 processes or GPUs"),
-    ):
-        model = SimpleNamespace(get_base_model=lambda model=model: model)
-        with pytest.raises(ConfigurationError, match=f"concurrent_groups=2 does not go with {message}"):
-            check_concurrent_model(model, args)
-    check_concurrent_model(SimpleNamespace(get_base_model=toy.llama), one)
+@pytest.mark.parametrize(
+    ("name", "changes", "device_map", "message"),
+    [
+        ("t5", {}, {"": 0}, "a T5ForConditionalGeneration, which has no part below its head"),
+        ("llama", {"world_size": 3}, {}, "3 processes or GPUs"),
+        ("llama", {"n_gpu": 2}, {}, "2 processes or GPUs"),
+        ("llama", {}, {"model": 0, "lm_head": 1}, "a model that is spread over several devices"),
+        ("llama", {}, {"": 0}, None),
+    ],
+)
+def test_models_and_devices_that_cannot_be_shared_are_refused(name, changes, device_map, message):
+    base = architectures.model(name)
+    model = SimpleNamespace(get_base_model=lambda: base, hf_device_map=device_map)
+    args = SimpleNamespace(**{"concurrent_groups": 2, "world_size": 1, "n_gpu": 1, **changes})
+    refused = pytest.raises(ConfigurationError, match=f"concurrent_groups=2 does not go with {message}")
+    with nullcontext() if message is None else refused:
+        check_concurrent_model(model, args)
 
 
 def test_the_error_of_one_training_ends_all(tmp_path):
