@@ -110,6 +110,7 @@ with open(folder / "found.json", "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_twelve_jobs_in_any_order_three_of_them_killed_end_as_one_run(tmp_path):
     done = run_python(JOBS, str(ROOT), str(tmp_path), "0", folder=ROOT / "tests")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
