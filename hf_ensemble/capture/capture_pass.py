@@ -272,8 +272,8 @@ class CapturePass:
 
     def _batches(self, rows: list[dict], processes: int = 1) -> list[list[int]]:
         """Positions of the rows of each batch, which so many processes share."""
-        lengths, most = [len(row["input_ids"]) for row in rows], self.config.max_batch_tokens
-        return length_sorted_batches(lengths, self.config.batch_size * processes, most and most * processes)
+        lengths = [len(row["input_ids"]) for row in rows]
+        return length_sorted_batches(lengths, self.config.batch_size, self.config.max_batch_tokens, processes)
 
     def _completed(self, recipe: TrainingRecipe | None) -> TrainingRecipe | None:
         """The recipe with the effective number of parameters and the input gain, which a preconditioner determines."""

@@ -15,21 +15,24 @@ Row = TypeVar("Row")
 Result = TypeVar("Result")
 
 
-def length_sorted_batches(lengths: Sequence[int], max_rows: int, max_tokens: int | None = None) -> list[list[int]]:
+def length_sorted_batches(
+    lengths: Sequence[int], max_rows: int, max_tokens: int | None = None, processes: int = 1
+) -> list[list[int]]:
     """Positions of rows in batches of similar length, the shortest first.
 
     Args:
         lengths (`Sequence[int]`): number of tokens of each row.
-        max_rows (`int`): largest number of rows in a batch.
-        max_tokens (`int`, *optional*): largest number of tokens, padding included; a longer row is a batch alone.
+        max_rows (`int`): largest number of rows that one process takes of a batch.
+        max_tokens (`int`, *optional*):
+            Largest number of tokens that one process takes of a batch, padding included; it takes a longer row alone.
+        processes (`int`, *optional*, defaults to 1): number of processes that share the rows of every batch.
     """
     batches: list[list[int]] = []
     for position in sorted(range(len(lengths)), key=lengths.__getitem__):
         # Rows come in ascending order: the newest is what the batch is padded to.
-        fits = batches and len(batches[-1]) < max_rows
-        if fits and max_tokens is not None:
-            fits = (len(batches[-1]) + 1) * lengths[position] <= max_tokens
-        if fits:
+        length, each = lengths[position], -(-(len(batches[-1]) + 1) // processes) if batches else 0
+        has_room = max_tokens is None or each * length <= max(max_tokens, length)
+        if batches and each <= max_rows and has_room:
             batches[-1].append(position)
         else:
             batches.append([position])

@@ -95,7 +95,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         if has_adapter:
             checked = {"model": model, "processing_class": processing_class, "peft_config": peft_config}
             self._check_arguments(tasks, args, given | checked | {"optimizers": optimizers})
-            given["args"], self._sharding = without_sharding(args)
+            given["args"], self._sharding = without_sharding(args, model, peft_config)
         elif not is_one:
             evaluated = tasks.names if tasks.has_split("validation") else ()
             check_loss_weighting(args, tasks, kwargs.get("compute_loss_func"), evaluated, is_sft=False)

@@ -1,6 +1,7 @@
 """Ordinary trainers over a token table of several tasks, whose rows carry `task` and `example_id`."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..tasks import (
     restrict_to_labels,
 )
 from ..tasks.columns import ROW_LENGTHS
+from .inputs.sharding import as_not_launched, stop_averaging
 from .losses.task_loss_mixin import TaskLossMixin
 from .resumed_training import ResumedTrainingMixin
 from .task_evaluation import TaskEvaluationMixin
@@ -71,6 +73,17 @@ class TaskColumnsMixin:
             if not isinstance(self.data_collator, TaskCollator):
                 self.data_collator = TaskCollator(self.data_collator)
             keep_quantized_weights_in_place(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with nullcontext() if self._sharding is None else as_not_launched():
+            super().create_accelerator_and_postprocess()
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any):
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if self._sharding is not None:
+                stop_averaging(self.model)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         # What is to be sharded may not fit on a device, and what is sharded lies there.

@@ -3,6 +3,7 @@
 import pytest
 import transformers
 from datasets import Dataset, DatasetDict
+from peft import IA3Config, LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
@@ -153,6 +154,31 @@ BEFORE_LOADING = {
         {"concurrent_groups": 2, "optim": "adalomo"},
         {},
         "concurrent_groups=2 does not go with optim='adalomo', which steps in the backward pass",
+    ),
+    "a sharded base, in one process": (ANY, {"fsdp": True}, {}, "^fsdp cannot be honoured .* there is one. Please"),
+    "a sharded base of FSDP1": (
+        ANY,
+        {"fsdp": True, "fsdp_config": {"version": 1}},
+        {},
+        "^version of fsdp_config cannot be honoured .* set it to 2",
+    ),
+    "a sharded base on CPUs": (
+        ANY,
+        {"fsdp": True, "fsdp_config": {"cpu_offload": True}},
+        {},
+        "^cpu_offload cannot be honoured .* shard over more processes",
+    ),
+    "a sharded base and DoRA": (
+        ANY,
+        {"fsdp": True},
+        {"peft_config": LoraConfig(use_dora=True)},
+        "^fsdp cannot be honoured .* use_dora reads whole weights",
+    ),
+    "a sharded base and another adapter": (
+        ANY,
+        {"fsdp": True},
+        {"peft_config": IA3Config()},
+        "^fsdp cannot be honoured .* IA3 was not seen to work with it. Please use LoraConfig",
     ),
     "more auxiliary tasks than tasks": (
         SELECTIONS,

@@ -37,6 +37,19 @@ def test_batches_hold_every_row_once_within_their_limits(max_rows, max_tokens):
         assert len(batch) == max_rows or (max_tokens is not None and size > max_tokens)
 
 
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_no_process_exceeds_its_limits(processes):
+    lengths = np.random.default_rng(0).integers(1, 60, 200).tolist()
+    batches = length_sorted_batches(lengths, 4, 50, processes)
+    assert sorted(position for batch in batches for position in batch) == list(range(200))
+    for batch in batches:
+        each, longest = -(-len(batch) // processes), max(lengths[position] for position in batch)
+        assert each <= 4 and (each * longest <= 50 or each == 1)
+    assert any(len(batch) == 4 * processes for batch in batches)
+    # Rows above the limit are one process's each.
+    assert length_sorted_batches([60] * 5, 4, 50, processes)[0] == list(range(min(processes, 5)))
+
+
 def test_a_token_budget_changes_no_feature(tmp_path):
     plain = capture(tmp_path / "plain")
     packed = capture(tmp_path / "packed", batch_size=64, max_batch_tokens=50)

@@ -4,6 +4,7 @@ import json
 import sys
 
 import numpy as np
+from accelerate import PartialState
 
 from helpers.processes import run_ranks
 from hf_ensemble.store import GradientStore
@@ -75,6 +76,8 @@ def test_a_sharded_base_gives_what_one_process_finds(tmp_path, monkeypatch):
         assert rank.returncode == 0, rank.stderr[-3000:]
     one.mkdir()
     monkeypatch.setattr(sys, "argv", ["-c", str(one)])
+    # The code's own, which later tests do not find.
+    monkeypatch.setattr(PartialState, "_shared_state", {})
     exec(compile(CODE, "<code>", "exec"), {})
     expected = json.loads((one / "found-0.json").read_text())
     found = [json.loads((two / f"found-{rank}.json").read_text()) for rank in range(2)]

@@ -252,6 +252,13 @@ def test_pieces_are_as_large_as_the_device_takes(monkeypatch):
     assert all(known and set(known) == {ensemble.device} for known in asked.values())
 
 
+@torch.no_grad()
+def test_modules_are_not_walked_for_every_token_that_is_generated(monkeypatch):
+    monkeypatch.setattr(forward.combined_forward, "is_sharded", lambda model: pytest.fail("all modules were walked"))
+    ensemble = PeftEnsembleModel(make(llama(), KINDS["ranks and scalings"]), NAMES, POSITIVE)
+    ensemble(answers()[0]["input_ids"], task=TASKS)
+
+
 @pytest.mark.parametrize("combination", ["logits", "log_probs", "probs", "weights"])
 def test_the_loss_alone(combination, small):
     model = make(llama(), KINDS["ranks and scalings"])

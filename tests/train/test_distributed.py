@@ -72,6 +72,8 @@ TRAIN = """
 def report(name, trainer):
     # Times are each process's own.
     metrics = without_speed(trainer.train().metrics)
+    # None is left that would communicate in a backward pass of one's own.
+    assert not any(own._post_accumulate_grad_hooks for own in trainer.model.parameters())
     ensemble = getattr(trainer, "ensemble", None)
     if name == "ensemble_sft":
         asked = {task: own["validation"] for task, own in prompts.items()}

@@ -1,17 +1,19 @@
 """What of `fsdp` a run honours, and what it refuses before the model is loaded."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig, VeraConfig, get_peft_model
+from transformers import Trainer
 
 from helpers import toy
 from helpers.trainers import sft_config, sft_trainer
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.models import batches
-from hf_ensemble.train.inputs.sharding import check_whole, shard, without_sharding
+from hf_ensemble.train.inputs.sharding import check_whole, shard, stop_averaging, without_sharding
 
 LAUNCHED = "ACCELERATE_USE_FSDP"
 
@@ -35,10 +37,37 @@ def test_trainings_are_given_arguments_without_fsdp(two_processes, tmp_path):
 def test_fsdp_of_the_launcher_is_honoured(two_processes, tmp_path, monkeypatch):
     for name, value in {LAUNCHED: "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}.items():
         monkeypatch.setenv(name, value)
-    args, plugin = without_sharding(sft_config(tmp_path))
+    _, plugin = without_sharding(sft_config(tmp_path))
     assert plugin.auto_wrap_policy is None
-    # To accelerate, the trainings are those of processes that share rows.
-    assert os.environ[LAUNCHED] == "false" and without_sharding(args)[1] is None
+
+
+def test_fsdp_of_the_launcher_is_there_for_the_next_run(two_processes, tmp_path, base_folder, monkeypatch):
+    for name, value in {LAUNCHED: "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    sharded = []
+    monkeypatch.setattr("hf_ensemble.train.multi_task_mixin.shard", lambda model, plugin: sharded.append(model))
+    for folder in ("first", "second"):
+        trainer = sft_trainer(tmp_path / folder, base_folder)
+        # To accelerate, the trainings are those of processes that share rows.
+        assert getattr(trainer.accelerator.state, "fsdp_plugin", None) is None
+        assert sharded.pop() is trainer.model and os.environ[LAUNCHED] == "true"
+
+
+def test_gradients_are_averaged_while_a_training_goes_on(monkeypatch):
+    model = toy.with_lora(toy.llama())
+    parameters = [own for own in model.parameters() if own.requires_grad]
+    seen = []
+    parameters[0].register_post_accumulate_grad_hook(seen.append)
+    for name, value in {"is_available": True, "is_initialized": True, "get_world_size": 2, "broadcast": None}.items():
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *args, value=value, **kwargs: value)
+    for _ in range(2):
+        Trainer._sync_replicated_trainable_parameters(SimpleNamespace(), model)
+        assert all(own._post_accumulate_grad_hooks for own in parameters)
+        stop_averaging(model)
+    # One that is left would ask the trainer for its accelerator.
+    ids = torch.tensor([[3, 4, 5]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert len(seen) == 1 and all(own.grad is not None for own in parameters)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +109,13 @@ def test_one_process_has_nothing_to_shard_over(tmp_path, base_folder):
         ),
     ],
 )
-def test_adapters_that_read_the_base_are_refused(make, because):
+def test_adapters_that_read_the_base_are_refused(make, because, two_processes, tmp_path):
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     with pytest.raises(ConfigurationError, match=f"^fsdp cannot be honoured .*{because}"):
         shard(make(), plugin)
+    # Once it is asked for: the base may take long to load.
+    with pytest.raises(ConfigurationError, match=f"^fsdp cannot be honoured .*{because}"):
+        without_sharding(sft_config(tmp_path, fsdp=True), "base", make().peft_config["default"])
 
 
 def test_models_that_are_split_already_are_refused():

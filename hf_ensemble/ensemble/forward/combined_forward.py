@@ -87,9 +87,9 @@ class CombinedForward:
         width = head_width(self.base)
         if torch.is_grad_enabled() or ids is None or width is None or inputs.get("logits_to_keep") is not None:
             return False
-        if is_sharded(self.base):
-            return False
-        return tokens_at_once(int((weights != 0).sum()), width, weights.device) < ids.shape[1]
+        # Whether the base is sharded takes a walk over its modules: asked last.
+        most = tokens_at_once(int((weights != 0).sum()), width, weights.device)
+        return most < ids.shape[1] and not is_sharded(self.base)
 
     def scores(
         self,

@@ -2,20 +2,24 @@
 
 import copy
 import os
+from contextlib import AbstractContextManager
+from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment, str_to_bool
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ...errors import ConfigurationError
 from ...logging import get_logger
 from ...models.inputs import is_encoder_decoder
 from ...models.sharding import is_sharded, shard_base
+from .supported import names_encoder_decoder
 
 logger = get_logger(__name__)
 
@@ -23,10 +27,17 @@ logger = get_logger(__name__)
 _LAUNCHED = "ACCELERATE_USE_FSDP"
 
 
-def without_sharding(args: TrainingArguments) -> tuple[TrainingArguments, FullyShardedDataParallelPlugin | None]:
+def without_sharding(
+    args: TrainingArguments, model: Any = None, peft_config: PeftConfig | None = None
+) -> tuple[TrainingArguments, FullyShardedDataParallelPlugin | None]:
     """The arguments without `fsdp`, and the sharding that they or `accelerate launch` ask for.
 
     A run shards its model itself, before its first training: to accelerate, the processes share rows alone.
+
+    Args:
+        args (`TrainingArguments`): the arguments, which stay as they are.
+        model (`str` or `nn.Module`, *optional*): the model that the trainer is given, which need not be loaded yet.
+        peft_config (`PeftConfig`, *optional*): the adapter that it is asked for.
 
     Raises:
         `ConfigurationError`: for a sharding that a run cannot honour.
@@ -41,14 +52,32 @@ def without_sharding(args: TrainingArguments) -> tuple[TrainingArguments, FullyS
         raise _refusal("version of fsdp_config", "FSDP1 flattens parameters", "set it to 2")
     plugin = FullyShardedDataParallelPlugin(**given)
     _check(plugin, args)
+    _check_model(model, peft_config)
     if args.world_size < 2:
         raise _refusal(
             "fsdp", "it shards a model over processes, and there is one", "start several (torchrun --nproc_per_node 2)"
         )
-    os.environ[_LAUNCHED] = "false"
     args = copy.copy(args)
     args.fsdp, args.fsdp_config, args.fsdp_plugin_args = None, None, None
     return args, plugin
+
+
+def as_not_launched() -> AbstractContextManager[None]:
+    """While open, an `Accelerator` that is built knows nothing of the sharding that `accelerate launch` asks for."""
+    return patch_environment(**{_LAUNCHED: "false"})
+
+
+def stop_averaging(model: nn.Module) -> None:
+    """Take off the hooks by which `Trainer` averages the gradients of parameters that every process holds whole.
+
+    They communicate at every backward pass, also of a process that runs the model alone once its training is over.
+    """
+    averaging = Trainer._sync_replicated_trainable_parameters.__qualname__
+    for parameter in model.parameters():
+        if vars(parameter).pop("_replicated_grad_hook_registered", False):
+            hooks = parameter._post_accumulate_grad_hooks
+            for key in [key for key, hook in hooks.items() if hook.__qualname__.startswith(averaging)]:
+                del hooks[key]
 
 
 def _check(plugin: FullyShardedDataParallelPlugin, args: TrainingArguments) -> None:
@@ -106,16 +135,35 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin) -> None:
     Raises:
         `ConfigurationError`: for bases and adapters with which that cannot be done.
     """
-    base = model.get_base_model()
-    config, devices = model.peft_config[model.active_adapters[0]], getattr(base, "hf_device_map", None) or {}
+    _check_model(model)
+    base, state = model.get_base_model(), PartialState()
+    plugin.set_auto_wrap_policy(base)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, base) or (lambda module: False)
+    if plugin.auto_wrap_policy is not None and not any(map(is_unit, base.modules())):
+        logger.warning(
+            "%s names no layers (_no_split_modules), so its whole body is gathered while it runs. Name their class in "
+            "transformer_layer_cls_to_wrap of fsdp_config.",
+            type(base).__name__,
+        )
+    shard_base(model, init_device_mesh(state.device.type, (state.num_processes,)), is_unit)
+
+
+def _check_model(model: Any, config: PeftConfig | None = None) -> None:
+    """Refuse a base, which need not be loaded yet, and an adapter, the model's own by default."""
+    base = model
+    if isinstance(model, PeftModel):
+        base, config = model.get_base_model(), config or model.peft_config[model.active_adapters[0]]
+    devices = getattr(base, "hf_device_map", None) or {}
+    kind = config and config.peft_type
+    is_pair = names_encoder_decoder(base) if isinstance(base, str) else base is not None and is_encoder_decoder(base)
     rows_alone = "share the rows alone (DDP)"
     for is_asked, because, instead in (
-        (is_encoder_decoder(model), "an encoder-decoder shares its embeddings among its parts", rows_alone),
+        (is_pair, "an encoder-decoder shares its embeddings among its parts", rows_alone),
         (getattr(base, "quantization_method", None), "quantized weights are no tensors that can be cut", rows_alone),
         (len(set(devices.values())) > 1, "device_map has spread the base", "leave that out"),
         (
-            not isinstance(config, LoraConfig),
-            f"{config.peft_type.value} was not seen to work with it",
+            config is not None and not isinstance(config, LoraConfig),
+            f"{getattr(kind, 'value', kind)} was not seen to work with it",
             "use LoraConfig",
         ),
         (getattr(config, "use_dora", False), "use_dora reads whole weights of the base", "leave use_dora out"),
@@ -127,16 +175,6 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin) -> None:
     ):
         if is_asked:
             raise _refusal("fsdp", because, instead)
-    state = PartialState()
-    plugin.set_auto_wrap_policy(base)
-    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, base) or (lambda module: False)
-    if plugin.auto_wrap_policy is not None and not any(map(is_unit, base.modules())):
-        logger.warning(
-            "%s names no layers (_no_split_modules), so its whole body is gathered while it runs. Name their class in "
-            "transformer_layer_cls_to_wrap of fsdp_config.",
-            type(base).__name__,
-        )
-    shard_base(model, init_device_mesh(state.device.type, (state.num_processes,)), is_unit)
 
 
 def _refusal(name: str, because: str, instead: str) -> ConfigurationError:
