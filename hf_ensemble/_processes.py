@@ -49,6 +49,24 @@ def run_on_main(function: Callable[[], T]) -> T:
     return outcomes[0][0]
 
 
+def run_on_main_first(function: Callable[[], T]) -> T:
+    """Call `function` on the main process, and when that is done on the others; each gets its own result.
+
+    `function` must not communicate with other processes.
+
+    Raises:
+        Whatever it raises on the main process, on all of them; what it raises on another, on that one.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return function()
+    result, error = _outcome(function) if state.is_main_process else (None, None)
+    errors = [(None, error)]
+    broadcast_object_list(errors, from_process=0)
+    _raise_first(errors)
+    return result if state.is_main_process else function()
+
+
 def run_in_step(function: Callable[[], T]) -> list[T]:
     """[`run_on_all`] for a `function` that communicates with other processes, as often on each.
 

@@ -1,7 +1,7 @@
 """One pass of a model over the rows of all tasks, which fills one or more gradient stores."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._compat import package_versions
-from .._processes import even_share, run_in_step, run_on_main
+from .._processes import even_share, run_in_step, run_on_all, run_on_main, run_on_main_first
 from ..errors import CaptureError
 from ..logging import get_logger
 from ..models.batches import HalvingOnFullMemory, length_sorted_batches
@@ -108,31 +108,34 @@ class CapturePass:
         """
         state, places = self.state, list(folders.values())
         shares = shard is not None and state.is_main_process
-        with exclusive_writers(places, shard) if state.is_main_process else nullcontext():
+        with ExitStack() as held:
+            # Errors of the main process, which locks and writes, are raised on all: none waits for it in vain.
+            run_on_main(lambda: held.enter_context(exclusive_writers(places, shard)))
             identity = model_identity(self.model)
             with shared_records(places) if shares else nullcontext():
-                with state.main_process_first():
-                    writers = self._writers(folders, identity, shard_size, overwrite, is_shared=shard is not None)
+                writers = run_on_main_first(
+                    lambda: self._writers(folders, identity, shard_size, overwrite, is_shared=shard is not None)
+                )
                 index, count = shard or (0, 1)
                 missing = [number for number in writers.missing_shards() if number % count == index]
+                # Nobody writes before all have looked.
                 state.wait_for_everyone()
-                if state.is_main_process:
-                    writers.check_space()
+                run_on_main(writers.check_space)
                 if self.config.preconditioner != "none":
                     self._set_preconditioner(writers)
             mine = missing if self._in_step else missing[state.process_index :: state.num_processes]
-            self._capture_shards(writers, mine, disable_tqdm)
+            # Over a sharded base the processes communicate while they capture.
+            together = run_in_step if self._in_step else run_on_all
+            together(lambda: self._capture_shards(writers, mine, disable_tqdm))
             if mine and self.extractor.unused:
                 named = ", ".join(self.extractor.unused[:5])
                 logger.warning("No example depends on %s. Their features are zero.", named)
-            state.wait_for_everyone()
             with shared_records(places) if shares else nullcontext():
                 if run_on_main(lambda: shard is not None and bool(writers.missing_shards())):
                     return None
-                if state.is_main_process:
-                    coverage = {"hooked": self.extractor.hooked, "fallback": self.extractor.fallback}
-                    writers.finish(self._completed(recipe), coverage=coverage, versions=package_versions())
-                state.wait_for_everyone()
+                coverage = {"hooked": self.extractor.hooked, "fallback": self.extractor.fallback}
+                finished = {"coverage": coverage, "versions": package_versions()}
+                run_on_main(lambda: writers.finish(self._completed(recipe), **finished))
         stores = {name: GradientStore(folder) for name, folder in folders.items()}
         excluded = next(iter(stores.values())).excluded
         if excluded and state.is_main_process:

@@ -100,10 +100,10 @@ def _of_ensemble(
             return f"{adapters} move{s} the base model's loss {means}, {noise}.{though} {untried}"
         return f"{adapters} lower{s} the base model's loss on {share}, {means}{worse}. {untried}"
     if gain.is_clear and gain.value < 0 and continues_baseline:
-        return (
-            f"One adapter is enough for these {len(tasks)} datasets: the one for all, trained further, lowers the loss "
-            f"on {share}, {means}{worse}."
-        )
+        lowers = f"trained further, lowers the loss on {share}, {means}"
+        if clearly_worse:
+            return f"The adapter for all, {lowers}{worse}."
+        return f"One adapter is enough for these {len(tasks)} datasets: the one for all, {lowers}."
     if gain.is_clear and gain.value < 0:
         return f"{adapters} lower{s} the loss on {share}, {means}{worse}."
     if gain.is_clear:

@@ -152,7 +152,7 @@ def test_dashes_do_as_well_as_underscores(tmp_path):
 def test_one_file_serves_every_command(tmp_path, caplog):
     """What another command has is left out, and said; what none has is refused."""
     path = tmp_path / "c.yaml"
-    of_all = {"target": "sums", "split": "train", "group": "group_0", "baselines": ["all"], "num_repeated": 1}
+    of_all = {"target": "sums", "split": "train", "stage": "adapter", "baselines": ["all"], "num_repeated": 1}
     path.write_text(
         yaml.safe_dump(
             {**of_all, "answer_metrics": "-1", "lora_r": 4, "num_groups": 2, "store": "run"}, sort_keys=False
@@ -160,7 +160,7 @@ def test_one_file_serves_every_command(tmp_path, caplog):
     )
     (own,), _ = parse([FidelityArguments], ["--config", str(path)], command="fidelity")
     assert (own.target, own.num_repeated, own.answer_metrics) == ("sums", 1, "-1")
-    expected = f"{path} has for others: split, group, baselines, lora_r, num_groups, store."
+    expected = f"{path} has for others: split, stage, baselines, lora_r, num_groups, store."
     assert caplog.messages == [f"hf-ensemble fidelity leaves out what {expected}"]
     path.write_text("num_repeatd: 1\nlora_r: 4\n")
     with pytest.raises(ConfigurationError, match=r"Unknown arguments: --num_repeatd, in .*yaml. Did .*--num_repeated"):

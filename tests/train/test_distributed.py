@@ -11,6 +11,7 @@ import pytest
 
 from helpers import toy
 from helpers.processes import run_python, run_ranks
+from hf_ensemble.store.locks import exclusive_writers
 
 CAPTURE = """
 import sys
@@ -210,6 +211,12 @@ def test_torchrun_writes_the_store_of_one_process(tmp_path):
         for name in ("one", "two", "one-in-parts", "two-in-parts")
     )
     assert len(one) == 21 and others == [one] * 3
+
+
+def test_what_the_main_process_finds_wrong_with_a_store_ends_all(tmp_path):
+    with exclusive_writers([tmp_path / "store"]):
+        ranks = run_ranks(CAPTURE, 2, str(tmp_path / "store"), timeout=60)
+    assert all(rank.returncode == 1 and "Another capture is writing" in rank.stderr for rank in ranks)
 
 
 @pytest.mark.slow
