@@ -1,6 +1,7 @@
 """What the settings dataclasses of all stages share, and the checks of single values."""
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import inf, isfinite
 from numbers import Integral, Real
@@ -156,11 +157,11 @@ def checked_shard(name: str, value: Any) -> tuple[int, int] | None:
     """
     if value is None:
         return None
-    pair = value.split("/") if isinstance(value, str) else value
-    try:
-        index, count = map(int, pair)
-    except (TypeError, ValueError):
-        index, count = -1, 0
+    index, count = -1, 0
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+/[0-9]+", value):
+        index, count = map(int, value.split("/"))
+    elif isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(own, Integral) for own in value):
+        index, count = map(int, value)
     if not 0 <= index < count:
         raise ConfigurationError(f"Expected {name} as INDEX/COUNT, 0/8 to 7/8 as array jobs count, found {value!r}.")
     return None if count == 1 else (index, count)

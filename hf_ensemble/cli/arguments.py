@@ -185,6 +185,11 @@ class TrainArguments(FlowArguments):
             check_stage(self.stage, shard)
         if self.stage is None and (self.shard is not None or self.wait):
             raise ConfigurationError("Expected --stage beside --shard and --wait, found none. Name a stage.")
+        if self.stage is not None and self.until != "adapters":
+            raise ConfigurationError(
+                f"Expected --stage or --until, found --stage {self.stage} and --until {self.until}. Leave --until out: "
+                "a stage runs alone."
+            )
         if self.target is not None and self.stage is None:
             raise ConfigurationError(
                 f"train is for the groups of an ensemble, and a selection trains once: found --target {self.target}. "

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from .._records import Record
 from ..errors import RunLockedError, RunMismatchError
 from ..logging import get_logger
 from . import layout
-from .costs import measured_cost
+from .costs import StageCost, measured_cost
 from .files import RunFiles
 from .lock import exclusive_record, exclusive_run, exclusive_stage, holder_of
 from .records import RunRecord, StageRecord
@@ -206,7 +207,8 @@ class RunDirectory(RunFiles):
                 yield False
                 return
             is_resumed = name in self.record.stages
-            self._record_stage(name, lambda known: StageRecord("begun"))
+            # What parts of it took that are there is kept.
+            self._begin_stage(name, lambda known: StageRecord("begun", _cost_so_far(known)))
             begun = None if self.listener is None else self.listener.begin(name)
             with measured_cost() as meter:
                 yield True
@@ -215,7 +217,7 @@ class RunDirectory(RunFiles):
                 self.listener.passed(name)
             elif begun is not None:
                 self.listener.end(name, begun)
-            self._record_stage(name, lambda known: StageRecord("done", meter.cost, is_resumed))
+            self._record_stage(name, lambda known: StageRecord("done", _cost_so_far(known, meter.cost), is_resumed))
 
     @contextmanager
     def part_of_stage(self, name: str, shard: tuple[int, int], is_whole: Callable[[], bool]) -> Iterator[bool]:
@@ -229,14 +231,14 @@ class RunDirectory(RunFiles):
             is_whole (`Callable`): whether all parts are there; called when this one has ended.
 
         Raises:
-            `RunLockedError`: when another process runs the same part.
+            `RunLockedError`: when another process runs the same part, the whole stage, or a part of another number.
         """
         index, count = shard
         with self.stage_locked(f"{name}:{index}-of-{count}"):
             if self.is_done(name):
                 yield False
                 return
-            self._record_stage(name, lambda known: known or StageRecord("begun", is_resumed=True))
+            self._begin_stage(name, lambda known: known or StageRecord("begun", is_resumed=True), count)
             with measured_cost() as meter:
                 yield True
             whole = run_on_main(is_whole)
@@ -266,6 +268,32 @@ class RunDirectory(RunFiles):
 
         self._record_stage(name, repeated)
 
+    def _begin_stage(
+        self, name: str, change: Callable[[StageRecord | None], StageRecord], count: int | None = None
+    ) -> None:
+        """[`_record_stage`] where no other process works on the same files: `count` is the number of parts."""
+
+        def begun() -> RunRecord:
+            # Each looks for the others with its own lock held.
+            with exclusive_record(self.path):
+                self._check_parts(name, count)
+                return self._recorded(name, change)
+
+        self._record = run_on_main(begun)
+
+    def _check_parts(self, name: str, count: int | None) -> None:
+        whole = self.stage_lock(name)
+        others = sorted(whole.parent.glob(f"{escape(whole.name)}-*-of-*"))
+        if count is not None:
+            others = [whole, *(lock for lock in others if not lock.name.endswith(f"-of-{count}"))]
+        for lock in others:
+            if (holder := holder_of(lock)) is not None:
+                own = name if count is None else f"one of {count} parts of {name}"
+                raise RunLockedError(
+                    f"Another process works in the run in {str(self.path)!r}, on {lock.name}: {holder}; {own} has some "
+                    "of the same rows. Wait for it to finish, stop it, or give all parts one count."
+                )
+
     def _record_stage(self, name: str, change: Callable[[StageRecord | None], StageRecord]) -> None:
         """Change what is known of a stage, beside what other processes record of theirs."""
         self._record = run_on_main(lambda: self._recorded(name, change))
@@ -276,6 +304,12 @@ class RunDirectory(RunFiles):
             record = replace(found, stages={**found.stages, name: change(found.stages.get(name))})
             self.write(record)
         return record
+
+
+def _cost_so_far(known: StageRecord | None, more: StageCost | None = None) -> StageCost | None:
+    """What a stage that was begun has taken, with what is added."""
+    before = None if known is None or known.status == "done" else known.cost
+    return more if before is None else before if more is None else before + more
 
 
 def _remove(path: Path) -> None:

@@ -6,14 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from .._files import read_json, write_json, writing
+from .._files import read_json, write_json
+from .._locks import held, is_held
 from ..errors import RecordError, RunLockedError
 
 _LOCK, _HOLDER, _RECORD_LOCK = ".run.lock", ".run.holder.json", ".record.lock"
-# Long enough for another process that only looks whether a lock is held.
-_SECONDS = 0.3
 
 
 @contextmanager
@@ -49,52 +46,32 @@ def exclusive_stage(folder: Path, run: Path, name: str) -> Iterator[None]:
 @contextmanager
 def exclusive_record(path: Path) -> Iterator[None]:
     """While open, no other process changes the record of the run in a directory; waits for one that does."""
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / _RECORD_LOCK, poll_interval=0.02, is_singleton=True, thread_local=False)
-    with writing(path / _RECORD_LOCK):
-        lock.acquire()
-    try:
+    with held(path / _RECORD_LOCK, is_shared_by_threads=True):
         yield
-    finally:
-        lock.release()
 
 
 def holder_of(folder: Path) -> str | None:
     """Which process holds the lock of a run or a stage; `None` where none does."""
     # A process that was killed leaves its name behind, but not its lock.
-    if not (folder / _HOLDER).is_file():
-        return None
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        return _holder(folder)
-    lock.release()
-    return None
+    return _holder(folder) if (folder / _HOLDER).is_file() and is_held(folder / _LOCK) else None
 
 
 @contextmanager
 def _exclusive(folder: Path, where: str, otherwise: str) -> Iterator[None]:
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    # One lock per path in this process, so that a callback may evaluate while its trainer trains, in whichever thread.
-    lock = FileLock(folder / _LOCK, timeout=_SECONDS, poll_interval=0.02, is_singleton=True, thread_local=False)
-    try:
-        with writing(folder / _LOCK):
-            lock.acquire()
-    except Timeout as error:
-        raise RunLockedError(
+    def refused() -> RunLockedError:
+        return RunLockedError(
             f"Another process works {where}: {_holder(folder)}. Wait for it to finish, stop it, or {otherwise}."
-        ) from error
-    try:
-        if lock.lock_counter == 1:
-            write_json(folder / _HOLDER, {"process": os.getpid(), "host": socket.gethostname()})
-        yield
-    finally:
-        if lock.lock_counter == 1:
-            (folder / _HOLDER).unlink(missing_ok=True)
-        lock.release()
+        )
+
+    # One lock per path in this process, so that a callback may evaluate while its trainer trains, in whichever thread.
+    with held(folder / _LOCK, refused, is_shared_by_threads=True) as lock:
+        try:
+            if lock.lock_counter == 1:
+                write_json(folder / _HOLDER, {"process": os.getpid(), "host": socket.gethostname()})
+            yield
+        finally:
+            if lock.lock_counter == 1:
+                (folder / _HOLDER).unlink(missing_ok=True)
 
 
 def _holder(path: Path) -> str:

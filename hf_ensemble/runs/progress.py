@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .._processes import run_on_main
 from .._settings import check_one_of
 from ..errors import ConfigurationError, StageNotReadyError
 from ..select import Grouping, calibration_subsets
 from ..store import num_shards
 from .directory import RunDirectory
+from .lock import holder_of
 from .records import RunRecord, TasksRecord
 from .systems import BASELINE
 
@@ -60,8 +62,7 @@ def stage_needs(run: RunDirectory) -> dict[str, list[str]]:
 
     Adapters are known once groups are chosen; until then `"adapter"` stands for them.
     """
-    record, names = run.record, list(run.read(TasksRecord).tasks)
-    arguments = {**record.configuration.get("arguments", {}), **record.choices}
+    record, names, arguments = run.record, list(run.read(TasksRecord).tasks), _arguments(run)
     has_baseline = bool(arguments.get("train_baseline"))
     calibrating = list(calibration_stages(names, arguments))
     if "target" in arguments:
@@ -78,6 +79,29 @@ def stage_needs(run: RunDirectory) -> dict[str, list[str]]:
     if arguments.get("boosting_steps"):
         needs[BOOSTING] = [WEIGHTS]
     return needs | {EVALUATION: adapters}
+
+
+def _arguments(run: RunDirectory) -> dict[str, Any]:
+    """The trainer's arguments that the run's results depend on."""
+    return {**run.record.configuration.get("arguments", {}), **run.record.choices}
+
+
+def _is_sequential(run: RunDirectory) -> bool:
+    """Whether each group is chosen when the one before it is trained."""
+    arguments = _arguments(run)
+    return arguments.get("grouping_method") == "mixtures" and bool(arguments.get("sequential_groups"))
+
+
+def check_alone(run: RunDirectory, name: str, shard: tuple[int, int] | None) -> None:
+    """Raise `ConfigurationError` for a part of the adapters in a run that chooses each group after the one before."""
+    if name.partition(":")[0] == ADAPTER and (name != ADAPTER or shard is not None) and _is_sequential(run):
+        found = name if shard is None else f"shard={shard[0]}/{shard[1]}"
+        raise ConfigurationError(
+            f"With sequential_groups=True each group is chosen anew when the one before it is trained, so that one "
+            f"process trains them in turn; found {found}.",
+            python="Call run_stage('adapter') without a shard.",
+            terminal="Use --stage adapter without --shard.",
+        )
 
 
 def calibration_stages(names: Sequence[str], arguments: dict[str, Any]) -> dict[str, list[str]]:
@@ -115,6 +139,9 @@ def stages_named(run: RunDirectory, name: str, shard: tuple[int, int] | None = N
         if name in (META, BASELINE, AT_BASELINE, CALIBRATION, BOOSTING):
             return []
         raise ConfigurationError(f"Unknown stage {name!r}; the stages are {known}. Name one.")
+    if name == ADAPTER and _is_sequential(run):
+        # Whoever trains the first one goes on with those that are chosen after it.
+        return found[:1]
     if shard is None or name in (GRADIENTS, AT_BASELINE):
         return found
     index, count = shard
@@ -133,6 +160,9 @@ def run_progress(run: RunDirectory) -> list[StageProgress]:
     # What other processes have recorded since.
     run = RunDirectory(run.path)
     holders = run.holders()
+    # What an evaluation has not as a stage of its own is made by a process that works in the run as a whole.
+    if (whole := holder_of(run.path)) is not None:
+        holders[run.stage_lock(EVALUATION).name] = whole
     return [_progress(run, name, needs, holders) for name, needs in stage_needs(run).items()]
 
 
@@ -143,7 +173,7 @@ def _progress(run: RunDirectory, name: str, needs: Sequence[str], holders: dict[
     lock = run.stage_lock(name).name
     # Those of its parts, too.
     details = [holder for own, holder in holders.items() if own == lock or own.startswith(f"{lock}-")]
-    is_running = bool(details)
+    is_running = bool(details) and not (name == EVALUATION and missing)
     stores = {GRADIENTS: run.gradients, AT_BASELINE: run.baseline_gradients}
     if name in stores:
         there, count = num_shards(stores[name])
@@ -175,20 +205,28 @@ def wait_for_needs(run: RunDirectory, name: str, seconds: float, tell: Callable[
         `StageNotReadyError`: when something is missing after that time; every stage is named with how far it is.
     """
     end, told = time.monotonic() + seconds, ""
-    while True:
-        needs = stage_needs(RunDirectory(run.path)).get(name, ())
-        missing = [own for own in run_progress(run) if own.name in needs and own.status != "done"]
-        if not missing:
-            return
-        named = ", ".join(map(str, missing))
+
+    def looked() -> str:
+        missing = _missing(run, name)
         left = end - time.monotonic()
-        if left <= 0:
+        if missing and left <= 0:
             raise StageNotReadyError(
-                f"{name} needs what the run in {str(run.path)!r} does not hold yet: {named}.",
+                f"{name} needs what the run in {str(run.path)!r} does not hold yet: {missing}.",
                 python="Run these stages first, or pass wait=SECONDS.",
                 terminal="Run these stages first, or pass --wait SECONDS; the same command works when they are done.",
             )
-        if named != told:
-            tell(f"{name} waits for {named}")
-            told = named
-        time.sleep(min(left, _SECONDS))
+        if missing and missing != told:
+            tell(f"{name} waits for {missing}")
+        if missing:
+            time.sleep(min(left, _SECONDS))
+        return missing
+
+    # One look at a time: the other processes of a job give up on a collective that takes as long as the whole wait.
+    while told := run_on_main(looked):
+        pass
+
+
+def _missing(run: RunDirectory, name: str) -> str:
+    """What a stage needs and the run does not hold, each with how far it is."""
+    needs = stage_needs(RunDirectory(run.path)).get(name, ())
+    return ", ".join(str(own) for own in run_progress(run) if own.name in needs and own.status != "done")

@@ -1,16 +1,14 @@
 """Locks that keep two captures from writing the same shards of a store."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from .._files import writing
+from .._locks import held, is_held
 from ..errors import StoreLockedError
 
-# Long enough for another process that only looks whether a lock is held.
-_SECONDS = 0.3
 _SHARD = "{}-of-{}"
 
 
@@ -29,12 +27,17 @@ def exclusive_writers(folders: Sequence[Path], shard: tuple[int, int] | None = N
     """
     with ExitStack() as stack:
         for folder in map(Path, folders):
-            stack.enter_context(_held(folder, "" if shard is None else _SHARD.format(*shard), _SECONDS))
+            name = "" if shard is None else _SHARD.format(*shard)
+            stack.enter_context(held(_lock_file(folder, name), partial(_locked, folder)))
             # Whoever locks the whole store looks for parts and the other way round, each with its own lock held.
             parts = folder.parent.glob(f".{folder.name}.{_SHARD.format('*', '*')}.lock")
-            others = parts if shard is None else [_lock_file(folder)]
-            if any(map(_is_held, others)):
-                raise _locked(folder)
+            if shard is not None:
+                # Shards are shared out by the number of parts: those of other numbers have some of the same.
+                parts = [path for path in parts if not path.name.endswith(f"{_SHARD.format('', shard[1])}.lock")]
+                parts.append(_lock_file(folder))
+            for path in parts:
+                if is_held(path):
+                    raise _locked(folder, path, shard)
         yield
 
 
@@ -46,24 +49,8 @@ def shared_records(folders: Sequence[Path]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(_held(Path(folder), "records", -1))
+            stack.enter_context(held(_lock_file(Path(folder), "records")))
         yield
-
-
-@contextmanager
-def _held(folder: Path, name: str, timeout: float) -> Iterator[None]:
-    path = _lock_file(folder, name)
-    lock = FileLock(path, timeout=timeout, poll_interval=0.02)
-    try:
-        with writing(path):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-    except Timeout as error:
-        raise _locked(folder) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _lock_file(folder: Path, name: str = "") -> Path:
@@ -71,17 +58,13 @@ def _lock_file(folder: Path, name: str = "") -> Path:
     return folder.with_name(f".{folder.name}.{name}.lock" if name else f".{folder.name}.lock")
 
 
-def _is_held(path: Path) -> bool:
-    lock = FileLock(path, timeout=_SECONDS, poll_interval=0.02)
-    try:
-        lock.acquire()
-    except Timeout:
-        return True
-    lock.release()
-    return False
-
-
-def _locked(folder: Path) -> StoreLockedError:
+def _locked(folder: Path, other: Path | None = None, shard: tuple[int, int] | None = None) -> StoreLockedError:
+    found = None if other is None else re.search(r"\.(\d+)-of-(\d+)\.lock$", other.name)
+    if found is not None and shard is not None:
+        return StoreLockedError(
+            f"Another capture is writing part {found[1]}/{found[2]} of {str(folder)!r}, and this one is part "
+            f"{shard[0]}/{shard[1]}, which has some of the same rows. Give all parts one count, or wait for it to end."
+        )
     return StoreLockedError(
         f"Another capture is writing into {str(folder)!r}. Wait for it to finish, or choose another directory."
     )

@@ -14,7 +14,7 @@ from ..evaluate import AnswerEvaluator, AnswerMetric, AnswerMetrics, Evaluator, 
 from ..logging import get_logger
 from ..publish import write_report
 from ..runs import RunDirectory, TasksRecord
-from ..runs.progress import EVALUATION, check_stage, stages_named, wait_for_needs
+from ..runs.progress import EVALUATION, check_alone, check_stage, stages_named, wait_for_needs
 from ..select import DataSelector
 from ..store import GradientStore
 from ..tasks import RowFormat
@@ -276,8 +276,8 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             `StageNotReadyError`: when what the stage needs is not there after that time; it is named.
             `RunLockedError` or `StoreLockedError`: when another process works on the stage.
             `ConfigurationError`:
-                For an unknown stage, a shard of a stage without parts, and `overwrite_run` in a process that has not
-                begun the run.
+                For an unknown stage, a shard of a stage without parts, one of the groups of a run with
+                `sequential_groups`, and `overwrite_run` in a process that has not begun the run.
         """
         shard = checked_shard("shard", shard)
         check_stage(name, shard)
@@ -287,18 +287,16 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 "Expected a run that is there, one stage of which is run beside the others; found overwrite_run=True, "
                 "which may start it over while other processes work in it. Leave it out.",
                 python="To start over, call train() with it first.",
-                terminal="To start over, make the groups first: hf-ensemble train --until groups --overwrite_run.",
+                terminal="To start over, delete output_dir first.",
             )
         run = self.open_run()
 
         def tell(text: str) -> None:
             announce(text, with_bars=not self.args.disable_tqdm)
 
-        def ready(stage: str) -> None:
-            run_on_main(lambda: wait_for_needs(run, stage, wait, tell))
-
+        run_on_main(lambda: check_alone(run, name, shard))
         for stage in run_on_main(lambda: stages_named(run, name)):
-            ready(stage)
+            wait_for_needs(run, stage, wait, tell)
         # Adapters are known once groups are chosen.
         stages = run_on_main(lambda: stages_named(run, name, shard))
         if name == EVALUATION:

@@ -127,6 +127,11 @@ FLAGS = {
         "shard is too large": (["--stage", "adapter", "--shard", "2/2"], RUN, "shard as INDEX/COUNT.*found '2/2'"),
         "shard of no stage": (["--shard", "0/2"], RUN, "Expected --stage beside --shard and --wait, found none"),
         "wait is negative": (["--stage", "group", "--wait", "-1"], RUN, "wait has to be a finite number of at least 0"),
+        "stage and last stage": (
+            ["--stage", "group", "--until", "groups"],
+            RUN,
+            "Expected --stage or --until, found --stage group and --until groups",
+        ),
         "target without a stage": (["--target", "a"], RUN, "a selection trains once: found --target a"),
     },
     "capture": {

@@ -121,7 +121,9 @@ def test_the_size_is_said_beforehand(tmp_path, caplog):
     assert "examples to capture into" in caplog.text and "MiB" in caplog.text
 
 
-@pytest.mark.parametrize(("held", "own"), [("", None), (".1-of-3", None), ("", (0, 3)), (".0-of-3", (0, 3))])
+@pytest.mark.parametrize(
+    ("held", "own"), [("", None), (".1-of-3", None), ("", (0, 3)), (".0-of-3", (0, 3)), (".0-of-2", (1, 3))]
+)
 def test_a_second_pass_into_one_directory_is_refused(tmp_path, held, own):
     with FileLock(tmp_path / f".store{held}.lock"), pytest.raises(StoreLockedError, match="Another capture is writing"):
         capture(tmp_path / "store", shard=own)

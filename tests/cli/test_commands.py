@@ -98,7 +98,7 @@ def test_a_group_is_trained_by_one_process_alone(world, capsys):
 def test_a_group_alone_starts_no_run_over(world, capsys):
     folder, line, _, _ = world
     assert main(["train", *line, "--stage", "adapter", "--num_groups", "1", "--overwrite_run"]) == 1
-    assert "hf-ensemble train --until groups --overwrite_run" in capsys.readouterr().err
+    assert "To start over, delete output_dir first." in capsys.readouterr().err
     assert RunDirectory(folder / "run").trained_adapter("group_1").status == "done"
 
 

@@ -19,6 +19,7 @@ ORDER = [
     "_text",
     "_values",
     "_files",
+    "_locks",
     "_records",
     "_settings",
     "_compat",

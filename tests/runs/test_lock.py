@@ -1,6 +1,8 @@
 """Two processes, killed processes, damaged files."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from filelock import FileLock
 
 from helpers import toy
 from helpers.trainers import sft_trainer
-from hf_ensemble.errors import RecordError, RunLockedError
+from hf_ensemble.errors import RecordError, RunLockedError, WriteError
 from hf_ensemble.runs import RunDirectory
+from hf_ensemble.runs.lock import exclusive_record
 from hf_ensemble.train.flows.checkpoints import last_whole_checkpoint, seal_checkpoint
 
 HOLD = """
@@ -53,6 +57,27 @@ def test_another_thread_of_the_process_works_in_the_run_too(tmp_path):
 
     with RunDirectory(tmp_path).locked(), ThreadPoolExecutor() as pool:
         assert pool.submit(works).result()
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, reason):
+    def flock(file, operation):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(WriteError, match=r"without file locks \(flock\): .*Lustre with -o flock and NFS as version 4"):
+        RunDirectory.open(tmp_path / "run", {}, {})
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_who_waits_for_long_says_what_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ensemble._locks._TOLD_AFTER", 0.05)
+    other, told = FileLock(tmp_path / ".record.lock"), []
+    other.acquire()
+    monkeypatch.setattr("hf_ensemble._locks.logger.warning", lambda *said: (told.append(said), other.release()))
+    with exclusive_record(tmp_path):
+        pass
+    assert told == [("Waiting for another process, which holds the lock %s.", tmp_path / ".record.lock")]
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):

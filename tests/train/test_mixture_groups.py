@@ -1,7 +1,6 @@
 """Runs whose groups are mixtures, or go on from the adapter for all tasks."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from hf_ensemble import EnsembleConfig, PeftEnsembleModel, SelectionSFTConfig, S
 from hf_ensemble._files import checksums
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.runs import Costs, EnsembleWeights, Estimate, run_selector
+from hf_ensemble.runs.progress import run_progress
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
 from hf_ensemble.store import GradientStore
 from hf_ensemble.train.flows.calibration import Calibration
@@ -63,9 +63,6 @@ def test_each_adapter_that_is_trained_calibrates_the_choice_of_the_next(sequenti
             # What was trained stays.
             assert choice.mixtures[name] == run.trained_adapter(name).mixture == grouping.mixtures[name]
             assert run.scored_run(choice.mixtures[name], 42, theta0).as_observed() in observed
-    with pytest.raises(ConfigurationError, match="group_9 is chosen anew when group_0 is trained"):
-        first = choices[0][1]
-        trainer.flow.groups.check_alone(replace(first, groups={**first.groups, "group_9": []}), "group_9")
     # Tasks are assigned by what was measured.
     losses = {
         name: run.scored_run(grouping.mixtures[name], 42, theta0).as_observed().losses for name in grouping.groups
@@ -74,6 +71,24 @@ def test_each_adapter_that_is_trained_calibrates_the_choice_of_the_next(sequenti
         assert grouping.group_of(task) == min(losses, key=lambda name: losses[name][task])
     assert Grouping.load(run.where(Grouping)) == grouping
     assert DataSelector.for_choice(run.gradients, grouping).repeat(grouping) == grouping
+
+
+def test_one_job_trains_the_groups_of_a_sequential_run_in_turn(sequential, tmp_path, monkeypatch):
+    whole, _, base = sequential
+    trainer = sft_trainer(tmp_path, base, **MIXTURES)
+    trainer.group_tasks()
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_ensemble.train.task_trainer.TaskSFTTrainer.train", lambda *_, **__: pytest.fail("trained"))
+        for name, shard in [("adapter:group_0", None), ("adapter", (0, 2))]:
+            with pytest.raises(ConfigurationError, match=r"one process trains them in turn.*run_stage\('adapter'\)"):
+                trainer.run_stage(name, shard)
+    trainer.run_stage("adapter")
+    run = trainer.run_directory
+    assert run.read(Grouping) == whole.run_directory.read(Grouping)
+    for name in run.read(Grouping).groups:
+        own, expected = (each.member(name) / "adapter_model.safetensors" for each in (run, whole.run_directory))
+        assert own.read_bytes() == expected.read_bytes()
+    assert {stage.name: stage.status for stage in run_progress(run)}["evaluation"] == "ready"
 
 
 def test_adapters_are_trained_on_their_mixtures_within_the_budget(sequential):

@@ -2,15 +2,19 @@
 
 import json
 import os
+import socket
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from helpers import toy
 from helpers.processes import run_python
 from helpers.trainers import sft_config, sft_trainer, split
 from hf_ensemble import SelectionSFTConfig, SelectionSFTTrainer
+from hf_ensemble._settings import checked_shard
 from hf_ensemble.errors import ConfigurationError, RunLockedError, RunMismatchError, StageNotReadyError
 from hf_ensemble.runs import (
     RunDirectory,
@@ -22,6 +26,7 @@ from hf_ensemble.runs import (
     run_progress,
 )
 from hf_ensemble.runs.progress import stage_needs, stages_named, wait_for_needs
+from hf_ensemble.select import Grouping
 
 ROOT = Path(__file__).parents[2]
 # One process imports everything and makes the trainer; each job is forked from it, so that only stages take time.
@@ -178,6 +183,31 @@ def test_progress_tells_what_is_done_running_interrupted_and_missing(tmp_path):
         run_progress(RunDirectory(tmp_path / "other"))
 
 
+def test_an_evaluation_is_running_where_a_process_works_in_the_whole_run(tmp_path):
+    run = begun(tmp_path)
+    run.write(
+        Grouping(
+            {"group_0": ["a"]},
+            {},
+            "direct",
+            task_names=["a"],
+            affinity=[],
+            predicted_loss={},
+            cost=1.0,
+            summary="",
+            settings={},
+        )
+    )
+    with run.locked():
+        assert run_progress(run)[-1].status == "waiting"
+        for name in ("gradients", "baseline", "group", "adapter:group_0"):
+            with run.stage(name):
+                pass
+        found = run_progress(run)[-1]
+    assert found == StageProgress("evaluation", "running", [], f"process {os.getpid()} on {socket.gethostname()}")
+    assert run_progress(run)[-1] == StageProgress("evaluation", "ready")
+
+
 def test_waiting_names_what_is_missing_and_ends_when_it_is_there(tmp_path, monkeypatch):
     run, told = begun(tmp_path), []
     with pytest.raises(StageNotReadyError, match=r"group needs .*: gradients \(ready\), baseline \(ready\)\."):
@@ -192,6 +222,23 @@ def test_waiting_names_what_is_missing_and_ends_when_it_is_there(tmp_path, monke
     monkeypatch.setattr("hf_ensemble.runs.progress.time.sleep", sleep)
     wait_for_needs(run, "group", 60, told.append)
     assert told == ["group waits for gradients (ready), baseline (ready)", "group waits for baseline (ready)"]
+
+
+def test_other_processes_of_a_job_wait_for_one_look_at_a_time(tmp_path, monkeypatch):
+    run, looks = begun(tmp_path), []
+
+    def on_main(look):
+        looks.append(None)
+        if len(looks) == 2:
+            for name in ("gradients", "baseline"):
+                with RunDirectory(tmp_path).stage(name):
+                    pass
+        return look()
+
+    monkeypatch.setattr("hf_ensemble.runs.progress.run_on_main", on_main)
+    monkeypatch.setattr("hf_ensemble.runs.progress.time.sleep", lambda seconds: None)
+    wait_for_needs(run, "group", 60, str)
+    assert len(looks) == 2
 
 
 def test_names_stand_for_stages_and_shards_for_every_nth(tmp_path):
@@ -226,6 +273,39 @@ def test_processes_record_their_stages_beside_each_other(tmp_path):
     RunDirectory.open(tmp_path, {"arguments": {"seed": 1}}, {}, overwrite=True)
     with pytest.raises(RunMismatchError, match="Another process has started the run in .* over"), first.stage("group"):
         pass
+
+
+def test_what_takes_the_same_rows_is_refused_and_keeps_what_others_have_recorded(tmp_path):
+    run, other = begun(tmp_path), RunDirectory(tmp_path)
+
+    def part(run, shard):
+        return run.part_of_stage("gradients", shard, lambda: False)
+
+    def recorded():
+        return RunDirectory(tmp_path).record.stages["gradients"]
+
+    with part(run, (0, 2)):
+        pass
+    cost, holder = recorded().cost, f"process {os.getpid()} on"
+    with part(run, (1, 2)), part(other, (0, 2)):
+        for work in (other.stage("gradients"), part(other, (1, 3))):
+            with pytest.raises(RunLockedError, match=f"gradients-0-of-2: {holder} .*give all parts one count"), work:
+                pass
+        assert recorded().cost == cost
+    cost = recorded().cost
+    with other.stage("gradients"), pytest.raises(RunLockedError, match=f"on gradients: {holder}"), part(run, (0, 2)):
+        pass
+    whole = recorded()
+    assert whole.status == "done" and whole.cost.seconds >= cost.seconds > 0
+    # Parts that come late find it done.
+    with part(other, (1, 3)) as todo:
+        assert not todo
+
+
+@pytest.mark.parametrize("shard", [(0.9, 8), (0, 8.0), "0/8/2", "-1/8", (0,), 3])
+def test_parts_are_whole_numbers(shard):
+    with pytest.raises(ConfigurationError, match="Expected shard as INDEX/COUNT"):
+        checked_shard("shard", shard)
 
 
 def test_steps_of_trainings_that_were_made_side_by_side_count_on(tmp_path):
@@ -264,9 +344,11 @@ def test_a_selection_is_made_by_its_stages(tmp_path, base_folder, monkeypatch):
     with pytest.raises(StageNotReadyError, match=r"gradients needs .* meta \(ready\)"):
         first.run_stage("gradients", (0, 2))
     first.run_stage("meta")
-    for name, shard in [("calibration", "1/2"), ("gradients", (0, 2)), ("adapter", "1/2")]:
-        with pytest.raises(StageNotReadyError) if name == "adapter" else nullcontext():
-            second.run_stage(name, shard)
+    # Jobs that begin at it read it at the same time.
+    with FileLock(tmp_path / "run" / ".stages" / "meta" / ".run.lock"):
+        for name, shard in [("calibration", "1/2"), ("gradients", (0, 2)), ("adapter", "1/2")]:
+            with pytest.raises(StageNotReadyError) if name == "adapter" else nullcontext():
+                second.run_stage(name, shard)
     for name, shard in [("gradients", (1, 2)), ("calibration:1", None), ("select", None), ("adapter", None)]:
         first.run_stage(name, shard)
     assert {stage.name for stage in run_progress(first.run_directory) if stage.status != "done"} == {"evaluation"}
@@ -288,9 +370,15 @@ def test_weights_and_boosting_steps_are_stages(tmp_path, base_folder):
         StageNotReadyError, match=r"weights needs .* adapter:group_0 \(ready\), adapter:group_1 \(ready\)"
     ):
         own.run_stage("weights")
+    run = own.run_directory
     for name in ("adapter", "weights", "boosting"):
-        assert own.run_directory.record.stages.get(name) is None
+        assert run.record.stages.get(name) is None
         own.run_stage(name)
+        if name == "adapter":
+            expected = [(known.name, known.first_step) for known in run.trainings()]
+            # As if another job had made it at the same time.
+            run.write_trained_adapter(replace(run.trained_adapter("group_1"), first_step=0))
+    assert [(known.name, known.first_step) for known in run.trainings()] == expected
     other = trainer(tmp_path / "run")
     other.run_stage("evaluation")
     assert files(tmp_path / "run") == files(tmp_path / "whole")

@@ -113,8 +113,13 @@ class EnsembleFlow:
         """Train the adapters of all groups."""
         self.grouping = self.groups.train(self.grouping, self._know_groups)
         self.calibration.discard(self.num_calibration_runs())
+        self._order_trainings()
+
+    def _order_trainings(self) -> None:
+        """Let the steps of trainings that were made side by side count on."""
         calibrating = self.calibration.training_names(self.num_calibration_runs())
-        names = [BASELINE, *calibrating, *self.grouping.groups]
+        steps = map(step_name, range(self.context.args.boosting_steps))
+        names = [BASELINE, *calibrating, *self.grouping.groups, *steps]
         run_on_main(lambda: self.context.run.order_trainings(names))
 
     def run_stage(self, name: str, shard: tuple[int, int] | None = None) -> None:
@@ -123,9 +128,6 @@ class EnsembleFlow:
         Args:
             name (`str`): the stage; `"evaluation"` is [`train`].
             shard (`tuple[int, int]`, *optional*): which part of the gradients.
-
-        Raises:
-            `ConfigurationError`: for a group that is to be chosen anew before it is trained.
         """
         stage, _, part = name.partition(":")
         if stage == GRADIENTS:
@@ -140,10 +142,13 @@ class EnsembleFlow:
             self.group()
         else:
             self.grouping = run_on_main(lambda: self.context.run.read(Grouping))
-            if stage == ADAPTER:
-                self.groups.check_alone(self.grouping, part)
+            if stage == ADAPTER and self.groups.is_sequential:
+                self.train_groups()
+            elif stage == ADAPTER:
                 self.groups.train_group(self.grouping, part)
             else:
+                # Boosting steps count on from the adapters'.
+                self._order_trainings()
                 self._assemble(with_boosting=stage == BOOSTING)
 
     def _assemble(self, with_boosting: bool) -> None:

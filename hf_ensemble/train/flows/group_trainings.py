@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 from ..._processes import run_on_main, wait_for_everyone
-from ...errors import ConfigurationError
 from ...estimate import ObservedRun
 from ...runs import Estimate, ScoredRun, TrainedAdapter, run_selector
 from ...runs.progress import ADAPTER, GROUP
@@ -63,18 +62,6 @@ class GroupTrainings:
                 grouping = self._chosen_again(grouping, name, scored)
                 on_choice(grouping)
         return grouping
-
-    def check_alone(self, grouping: Grouping, name: str) -> None:
-        """Raise `ConfigurationError` where other groups have to be trained before this one."""
-        trained = grouping.settings["trained"] if self.is_sequential else {}
-        left = [own for own in grouping.groups if own not in trained and own != grouping.baseline_group]
-        if self.is_sequential and name in left[1:]:
-            raise ConfigurationError(
-                f"{name} is chosen anew when {left[0]} is trained, and cannot be trained before it. Train them in "
-                "turn, or set sequential_groups=False for groups that are trained beside each other.",
-                python="train_groups() does.",
-                terminal="hf-ensemble train --until adapters does.",
-            )
 
     def train_group(
         self,

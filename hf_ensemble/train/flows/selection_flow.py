@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -73,7 +73,10 @@ class SelectionFlow:
         if self._is_started or not self.context.args.meta_initialization:
             return
         run = self.context.run
-        with run.stage(META):
+        run.refresh()
+        # One that is done is only read: jobs that begin at it do not keep each other out.
+        is_there = run.is_done(META) and run_on_main(run.meta_initialization.is_dir)
+        with nullcontext() if is_there else run.stage(META):
             self.training.run(META, self.context.tasks.names, run.meta_initialization)
         self.training.start_from(run.meta_initialization)
         self._is_started = True
