@@ -1,7 +1,6 @@
 """Adapters that are trained at once equal those that are trained one after the other."""
 
 import time
-from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
 from helpers import architectures, toy
 from helpers.trainers import sft_trainer, text_trainer, without_speed
 from hf_ensemble import EnsembleSFTTrainer
+from hf_ensemble._files import write_folder_atomically
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.models.usage import FlopSamples
 from hf_ensemble.runs.systems import BASELINE
@@ -21,7 +21,7 @@ from hf_ensemble.train.concurrent import turns
 from hf_ensemble.train.concurrent.copies import sharing_frozen
 from hf_ensemble.train.concurrent.shared_pass import SharedPass
 from hf_ensemble.train.concurrent.trainings import run_concurrently
-from hf_ensemble.train.inputs.concurrency import check_concurrent_model
+from hf_ensemble.train.flows import calibration
 
 # Rows of each task, in batches of 4 that are accumulated by two: an epoch of a ends with a single one of two rows.
 ROWS = {"a": 10, "b": 4, "c": 3, "d": 8}
@@ -136,7 +136,7 @@ def test_whatever_a_training_does_it_does_at_once_too(options, tmp_path, passes)
 
 def passed_through(model, ids, mask, turn=None):
     """Logits of rows and the adapter's gradients, by the model alone or in its turn."""
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(backward=lambda loss: loss.backward()))
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(backward=lambda loss: loss.backward()), training_step=None)
     if turn is not None:
         turn.share_backbone(model)
         turn.share_backward(trainer)
@@ -217,6 +217,35 @@ class Interrupts(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def test_random_numbers_of_shared_passes_are_those_of_the_seed(tmp_path, passes, uncounted, monkeypatch):
+    monkeypatch.setattr("helpers.toy.lora", partial(toy.lora, lora_dropout=0.5))
+    trainer = sft(tmp_path, max_steps=2)
+    found = []
+    with trainer.working():
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            found.append(trained(trainer, 2, ("a", "d")))
+            assert torch.equal(torch.get_rng_state(), before)
+    assert set(passes) == {2}
+    assert_equal_trainings(*found)
+
+
+def test_an_adapter_is_copied_once(tmp_path, monkeypatch):
+    copies = []
+
+    def counted(folder, *args):
+        copies.append(folder.name)
+        return write_folder_atomically(folder, *args)
+
+    monkeypatch.setattr(calibration, "write_folder_atomically", counted)
+    base = toy.save_model(toy.llama(), tmp_path / "base")
+    # One group of all tasks, whose adapter is that for all.
+    trainer = sft_trainer(tmp_path / "run", base, num_groups=1, concurrent_groups=2, max_steps=1)
+    trainer.train_groups()
+    assert copies == ["group_0"]
+
+
 def test_trainings_that_were_killed_go_on_from_their_checkpoints(tmp_path, passes, uncounted):
     trainer = sft(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
     interrupts = Interrupts("d", 3)
@@ -273,10 +302,14 @@ class GoesBackwardAlone(EnsembleSFTTrainer):
 
 def test_a_loss_that_goes_backward_alone_is_refused(tmp_path, monkeypatch, uncounted):
     monkeypatch.setattr("helpers.trainers.EnsembleSFTTrainer", GoesBackwardAlone)
-    trainer = sft(tmp_path, max_steps=4)
+    monkeypatch.setitem(OPTIONS, "gradient_accumulation_steps", 1)
+    trainer = sft(tmp_path, max_steps=1)
     with trainer.working():
         with pytest.raises(ConfigurationError, match=r"Expected self.accelerator.backward\(loss\)"):
-            trained(trainer, 2)
+            trained(trainer, 2, ("a", "d"))
+        # No adapter that was not trained counts as trained.
+        run = trainer.run_directory
+        assert [run.trained_adapter(name).status for name in "ad"] == ["training", "training"]
         # The model is as it was.
         assert trainer.flow.training.distance() == 0
 
@@ -292,44 +325,3 @@ def test_a_base_that_cannot_be_shared_is_run_by_each_training(tmp_path, monkeypa
         "Trainings run at once without sharing passes through the base model: A BaseModelOutputWithPast of "
         "['hidden_states', 'last_hidden_state'] cannot be taken apart by rows."
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "device_map", "message"),
-    [
-        ("t5", {}, {"": 0}, "a T5ForConditionalGeneration, which has no part below its head"),
-        ("llama", {"world_size": 3}, {}, "3 processes or GPUs"),
-        ("llama", {"n_gpu": 2}, {}, "2 processes or GPUs"),
-        ("llama", {}, {"model": 0, "lm_head": 1}, "a model that is spread over several devices"),
-        ("llama", {}, {"": 0}, None),
-    ],
-)
-def test_models_and_devices_that_cannot_be_shared_are_refused(name, changes, device_map, message):
-    base = architectures.model(name)
-    model = SimpleNamespace(get_base_model=lambda: base, hf_device_map=device_map)
-    args = SimpleNamespace(**{"concurrent_groups": 2, "world_size": 1, "n_gpu": 1, **changes})
-    refused = pytest.raises(ConfigurationError, match=f"concurrent_groups=2 does not go with {message}")
-    with nullcontext() if message is None else refused:
-        check_concurrent_model(model, args)
-
-
-def test_the_error_of_one_training_ends_all(tmp_path):
-    begun, ended = [], []
-
-    def job(name, turn):
-        begun.append(name)
-        try:
-            if name == "fails":
-                raise ValueError("of its own")
-            turn.waits_for_backward = True
-            turn._wait()
-        except Exception:
-            ended.append(f"{name} as an error")
-            raise
-        finally:
-            ended.append(name)
-
-    with pytest.raises(ValueError, match="of its own"):
-        turns.Turns(2).run([partial(job, name) for name in ("waits", "fails", "never begins")])
-    assert begun == ["waits", "fails"]
-    assert ended == ["fails as an error", "fails", "waits"]

@@ -1,5 +1,6 @@
 """What TensorBoard and other trackers see of a run's trainings."""
 
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,17 @@ class Tracker(TrainerCallback):
     saved: list[int] = []
     names: list[str] = []
     holder = None
+    # Where trackio keeps its run.
+    run = ContextVar("run", default=None)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if Tracker.holder is None:
             Tracker.holder = self
+            Tracker.run.set(self)
             Tracker.names.append(args.run_name)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        assert Tracker.holder is not None
+        assert None is not Tracker.holder is Tracker.run.get()
         Tracker.logged.append((state.global_step, integrations.rewrite_logs(logs)))
 
     def on_save(self, args, state, control, **kwargs):

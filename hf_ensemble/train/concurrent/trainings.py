@@ -30,7 +30,7 @@ def run_concurrently(
     """
     # A copy is made of the model as no trainer has prepared it.
     with training.context.model_state.restored():
-        return Turns(num_at_once).run([partial(_in_turn, training, job) for job in jobs])
+        return Turns(num_at_once, training.context.args.seed).run([partial(_in_turn, training, job) for job in jobs])
 
 
 def _in_turn(training: AdapterTraining, job: Callable[[AdapterTraining], T], turn: Turn) -> T:

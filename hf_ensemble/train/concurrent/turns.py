@@ -1,5 +1,6 @@
 """Trainings that take turns, so that their passes through the base model can be made at once."""
 
+import contextvars
 import functools
 import inspect
 import threading
@@ -8,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from ..._clock import count_by
 from ...ensemble.forward.adapter_layers import CannotFuseError
@@ -55,7 +57,9 @@ class Turn:
         self._go = threading.Semaphore(0)
         self._state = ProcessState()
         self._seconds, self._since = 0.0, None
-        threading.Thread(target=self._run, name="training", daemon=True).start()
+        # What is open for this thread, such as a tracker's run, is open for the training.
+        run = contextvars.copy_context().run
+        threading.Thread(target=run, args=(self._run,), name="training", daemon=True).start()
 
     @property
     def is_waiting(self) -> bool:
@@ -76,6 +80,8 @@ class Turn:
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._turns.is_abandoned:
+                raise _AbandonedError
             inputs = {name: value for name, value in (dict(zip(names, args)) | kwargs).items() if value is not None}
             # For losses, which are computed above the backbone.
             inputs.pop("num_items_in_batch", None)
@@ -97,7 +103,7 @@ class Turn:
 
     def share_backward(self, trainer: Trainer) -> None:
         """Let the backward passes of a trainer be shared with other trainings."""
-        plain = trainer.accelerator.backward
+        plain, step = trainer.accelerator.backward, trainer.training_step
 
         def backward(loss: torch.Tensor, **kwargs: Any) -> None:
             plain(loss, **kwargs)
@@ -105,7 +111,14 @@ class Turn:
                 self.waits_for_backward = True
                 self._wait()
 
-        trainer.accelerator.backward = backward
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = step(*args, **kwargs)
+            # Before the optimizer steps.
+            self._check_went_backward()
+            return loss
+
+        trainer.accelerator.backward, trainer.training_step = backward, training_step
 
     def _check_went_backward(self) -> None:
         """Refuse a loss whose gradients did not reach the adapter."""
@@ -125,8 +138,8 @@ class Turn:
             self._turns.handed_back.acquire()
         finally:
             self._seconds, self._since = self.clock(), None
-        self._state = ProcessState()
-        own.restore()
+            self._state = ProcessState()
+            own.restore()
 
     def _wait(self) -> None:
         self._turns.handed_back.release()
@@ -154,10 +167,12 @@ class Turns:
 
     Args:
         num_at_once (`int`): trainings that are begun and not ended, at most.
+        seed (`int`): of the random numbers in passes that are shared, those of dropout.
     """
 
-    def __init__(self, num_at_once: int):
+    def __init__(self, num_at_once: int, seed: int = 0):
         self.num_at_once = num_at_once
+        self.seed = seed
         self.handed_back = threading.Semaphore(0)
         self.is_abandoned = False
         # Until a pass has turned out not to be one of rows.
@@ -166,7 +181,9 @@ class Turns:
     def run(self, jobs: Sequence[Callable[[Turn], T]]) -> list[T]:
         """Run trainings to their ends; where one fails, the others end where they are, and its error is raised."""
         turns: list[Turn] = []
+        before = ProcessState()
         try:
+            set_seed(self.seed)
             while len(turns) < len(jobs) or any(not own.is_done for own in turns):
                 open_turns = [own for own in turns if not own.is_done]
                 while len(turns) < len(jobs) and len(open_turns) < self.num_at_once:
@@ -179,8 +196,15 @@ class Turns:
                             raise own.error
                 if all(own.is_waiting for own in open_turns):
                     self._serve(open_turns)
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                error.add_note(f"{self.num_at_once} trainings run at once: lower concurrent_groups.")
+            raise
         finally:
-            self._abandon(turns)
+            try:
+                self._abandon(turns)
+            finally:
+                before.restore()
         return [own.result for own in turns]
 
     def _abandon(self, turns: Sequence[Turn]) -> None:
@@ -191,23 +215,29 @@ class Turns:
                 own.resume()
 
     def _serve(self, turns: Sequence[Turn]) -> None:
-        """Make the passes that trainings wait for, forward ones first: then all can go backward at once."""
+        """Make the passes that trainings wait for: back where all rows of a pass have gone backward, else forward.
+
+        Trainings whose calls are unlike the others' then make as many passes as these.
+        """
         calling = [own for own in turns if own.call is not None]
+        unfinished = {shared for own in calling for shared, _ in own.passes}
+        finished = dict.fromkeys(shared for own in turns for shared, _ in own.passes if shared not in unfinished)
+        served = [own for own in turns if any(shared in finished for shared, _ in own.passes)] or calling
         begun = time.perf_counter()
-        if calling:
-            self._forward(calling)
-        else:
-            for shared in dict.fromkeys(shared for own in turns for shared, _ in own.passes):
+        if finished:
+            for shared in finished:
                 shared.backward()
+        else:
+            self._forward(calling)
         seconds = time.perf_counter() - begun
-        served = calling or turns
         total = sum(own.num_tokens for own in served)
         for own in served:
             own.add_seconds(seconds * own.num_tokens / total)
-            if calling:
-                own.call = None
+            if finished:
+                own.passes = [(shared, number) for shared, number in own.passes if shared not in finished]
+                own.waits_for_backward = bool(own.passes)
             else:
-                own.waits_for_backward, own.passes = False, []
+                own.call = None
 
     def _forward(self, calling: Sequence[Turn]) -> None:
         """Share a pass among the calls that can; each of the others is made by its own training."""

@@ -109,6 +109,10 @@ class Calibration:
             wait_for_everyone()
         return known
 
+    def is_known(self, mixture: Mapping[str, float], folder: Path) -> bool:
+        """Whether [`reuse`] would copy an adapter."""
+        return run_on_main(lambda: self._same_training(mixture, folder)) is not None
+
     def _same_training(self, mixture: Mapping[str, float], copy: Path) -> tuple[TrainedAdapter, Path] | None:
         """The record of the same training, and where its adapter lies: in its own place or in that of a copy."""
         for known, place in self._alike(mixture):

@@ -87,12 +87,12 @@ class GroupTrainings:
             if self._goes_on(grouping, name):
                 start = {"start": run.baseline, "length": self.context.args.continued_length}
                 return training.run(name, mixture, run.member(name), first_step=first_step, **start)
-            known = self._copied(grouping, name)
+            known = self.calibration.reuse(mixture, name, run.member(name))
             return training.run(name, mixture, run.member(name), first_step=first_step) if known is None else known
 
-    def _copied(self, grouping: Grouping, name: str) -> TrainedAdapter | None:
-        """The training that a group's adapter was copied from, where the run has made the same one."""
-        return self.calibration.reuse(grouping.mixtures[name], name, self.context.run.member(name))
+    def _is_known(self, grouping: Grouping, name: str) -> bool:
+        """Whether the run has made the same training, so that its adapter is copied."""
+        return self.calibration.is_known(grouping.mixtures[name], self.context.run.member(name))
 
     def _goes_on(self, grouping: Grouping, name: str) -> bool:
         """Whether a group's training begins at the adapter for all tasks."""
@@ -102,7 +102,7 @@ class GroupTrainings:
         """Train the adapters of several groups at once, but for those that are copied."""
         run, args, jobs = self.context.run, self.context.args, []
         names = [name for name in grouping.groups if not run.is_done(f"{ADAPTER}:{name}")]
-        names = [name for name in names if self._goes_on(grouping, name) or self._copied(grouping, name) is None]
+        names = [name for name in names if self._goes_on(grouping, name) or not self._is_known(grouping, name)]
         begun = [own.first_step for own in map(run.trained_adapter, names) if own is not None]
         first_step = min(begun, default=run.num_steps())
         for name in names:

@@ -17,18 +17,22 @@ _REFUSED = {
     "neftune_noise_alpha": "whose noise depends on the length of the longest row beside",
     "activation_offloading": "which follows the activations of one training",
 }
+# Trackers with a run for each thread.
+_OF_A_THREAD = ("mlflow", "dagshub")
 # Optimizers that step in the backward pass.
 _IN_BACKWARD = ("lomo", "layerwise")
 
 
 def check_concurrency(args: TrainingArguments) -> None:
-    """Refuse arguments that groups cannot be trained at once with.
+    """Refuse arguments, and numbers of processes, that groups cannot be trained at once with.
 
     Raises:
         `ConfigurationError`: which names the argument.
     """
     if args.concurrent_groups == 1:
         return
+    if args.world_size > 1:
+        _refuse(f"{args.world_size} processes, on each of which other trainings would wait", args)
     if args.grouping_method == "mixtures" and args.sequential_groups:
         _refuse("sequential_groups=True, which chooses each group anew after the one before is trained", args)
     for name, reason in _REFUSED.items():
@@ -40,10 +44,13 @@ def check_concurrency(args: TrainingArguments) -> None:
     optimizer = getattr(args.optim, "value", str(args.optim))
     if any(part in optimizer for part in _IN_BACKWARD):
         _refuse(f"optim={optimizer!r}, which steps in the backward pass", args)
+    for name in args.report_to:
+        if name in _OF_A_THREAD:
+            _refuse(f"report_to={name!r}, which has a run of its own in each thread", args)
 
 
 def check_concurrent_model(model: PeftModel, args: TrainingArguments) -> None:
-    """Refuse models that several trainings cannot share, and several devices.
+    """Refuse models that several trainings cannot share, and several GPUs.
 
     Args:
         model (`PeftModel`): the model with its adapter.
@@ -54,9 +61,8 @@ def check_concurrent_model(model: PeftModel, args: TrainingArguments) -> None:
     """
     if args.concurrent_groups == 1:
         return
-    if args.world_size > 1 or args.n_gpu > 1:
-        count = max(args.world_size, args.n_gpu)
-        _refuse(f"{count} processes or GPUs, on each of which other trainings would wait", args)
+    if args.n_gpu > 1:
+        _refuse(f"{args.n_gpu} GPUs in one process, on each of which a copy of the model would run", args)
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         _refuse("a model that is spread over several devices", args)
     if backbone_of(model) is None:

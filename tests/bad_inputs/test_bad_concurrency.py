@@ -1,0 +1,52 @@
+"""What groups cannot be trained at once with is refused by name."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from helpers import architectures
+from helpers.trainers import sft_config
+from hf_ensemble.errors import ConfigurationError
+from hf_ensemble.train.inputs.concurrency import check_concurrency, check_concurrent_model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"padding_free": True}, "padding_free=True, whose rows are parts of one sequence"),
+        ({"torch_compile": True}, "torch_compile=True, whose graphs hold"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True, which replaces layers"),
+        ({"activation_offloading": True}, "activation_offloading=True, which follows the activations"),
+        ({"world_size": 3}, "3 processes, on each of which other trainings would wait"),
+        ({"report_to": ["mlflow"]}, "report_to='mlflow', which has a run of its own in each thread"),
+        ({"report_to": ["tensorboard", "dagshub"]}, "report_to='dagshub', which"),
+        # Whole rows that were cut to one length.
+        ({"packing": True, "packing_strategy": "wrapped"}, None),
+        ({"report_to": ["trackio"]}, None),
+    ],
+)
+def test_arguments_are_refused(tmp_path, changes, message):
+    known = vars(sft_config(tmp_path, concurrent_groups=2)) | {"world_size": 1}
+    refused = pytest.raises(
+        ConfigurationError, match=f"concurrent_groups=2 does not go with {message}.* Set concurrent"
+    )
+    with nullcontext() if message is None else refused:
+        check_concurrency(SimpleNamespace(**known | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "device_map", "message"),
+    [
+        ("t5", 1, {"": 0}, "a T5ForConditionalGeneration, which has no part below its head"),
+        ("llama", 2, {}, "2 GPUs in one process"),
+        ("llama", 1, {"model": 0, "lm_head": 1}, "a model that is spread over several devices"),
+        ("llama", 1, {"": 0}, None),
+    ],
+)
+def test_models_and_devices_are_refused(name, num_gpus, device_map, message):
+    base = architectures.model(name)
+    model = SimpleNamespace(get_base_model=lambda: base, hf_device_map=device_map)
+    refused = pytest.raises(ConfigurationError, match=f"concurrent_groups=2 does not go with {message}")
+    with nullcontext() if message is None else refused:
+        check_concurrent_model(model, SimpleNamespace(concurrent_groups=2, n_gpu=num_gpus))
