@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
@@ -27,14 +28,16 @@ _TOLD_AFTER = 10.0
 
 @contextmanager
 def held(
-    path: Path, refused: Callable[[], Exception] | None = None, is_shared_by_threads: bool = False
+    path: Path, refused: Callable[[], Exception] | None = None, again: Literal["thread", "process"] | None = None
 ) -> Iterator[FileLock]:
     """While open, no other process holds a lock. The lock of a killed process is released at once.
 
     Args:
         path (`Path`): the lock's file; its folder is created where it does not exist.
         refused (`Callable`, *optional*): makes the error for a lock that another process holds; it is waited for else.
-        is_shared_by_threads (`bool`, *optional*, defaults to `False`): whether this process may hold it several times.
+        again (`str`, *optional*):
+            Who may take the lock once more while holding it: a `"thread"`, or the `"process"` in whichever thread.
+            Nobody by default.
 
     Raises:
         `WriteError`: where the file cannot be written, and on a file system without locks.
@@ -42,7 +45,7 @@ def held(
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     check_file_locks(path.parent)
-    lock = FileLock(path, poll_interval=_POLL, is_singleton=is_shared_by_threads, thread_local=False)
+    lock = FileLock(path, poll_interval=_POLL, is_singleton=again is not None, thread_local=again == "thread")
     try:
         with writing(path):
             lock.acquire(timeout=_TOLD_AFTER if refused is None else _REFUSED_AFTER)

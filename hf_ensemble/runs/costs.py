@@ -93,8 +93,9 @@ def figure_with_prefix(value: float, unit: str = "") -> str:
     return f"{value:.{digits}f} {prefix}{unit}".rstrip()
 
 
-# Largest device memory of each open measurement, up to where the counter was reset last.
-_PEAKS: list[int] = []
+# Largest device memory of each open measurement, up to where the counter was reset last. Those of trainings that take
+# turns overlap.
+_PEAKS: dict[object, int] = {}
 
 
 class CostMeter:
@@ -135,16 +136,16 @@ def measured_cost() -> Iterator[CostMeter]:
 @contextmanager
 def _device_peak() -> Iterator[list[int]]:
     """Yields a list that ends with the largest device memory, in bytes, when it is closed."""
-    found: list[int] = []
+    found, key = [], object()
     if torch.cuda.is_initialized():
         before = torch.cuda.max_memory_allocated()
-        _PEAKS[:] = [max(own, before) for own in _PEAKS]
+        _PEAKS.update({own: max(peak, before) for own, peak in _PEAKS.items()})
         torch.cuda.reset_peak_memory_stats()
-    _PEAKS.append(0)
+    _PEAKS[key] = 0
     try:
         yield found
     finally:
-        own = _PEAKS.pop()
+        own = _PEAKS.pop(key)
         found.append(max(own, torch.cuda.max_memory_allocated()) if torch.cuda.is_initialized() else own)
 
 

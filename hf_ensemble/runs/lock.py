@@ -45,8 +45,8 @@ def exclusive_stage(folder: Path, run: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def exclusive_record(path: Path) -> Iterator[None]:
-    """While open, no other process changes the record of the run in a directory; waits for one that does."""
-    with held(path / _RECORD_LOCK, is_shared_by_threads=True):
+    """While open, no other process or thread changes the record of the run in a directory; waits for one that does."""
+    with held(path / _RECORD_LOCK, again="thread"):
         yield
 
 
@@ -64,7 +64,7 @@ def _exclusive(folder: Path, where: str, otherwise: str) -> Iterator[None]:
         )
 
     # One lock per path in this process, so that a callback may evaluate while its trainer trains, in whichever thread.
-    with held(folder / _LOCK, refused, is_shared_by_threads=True) as lock:
+    with held(folder / _LOCK, refused, again="process") as lock:
         try:
             if lock.lock_counter == 1:
                 write_json(folder / _HOLDER, {"process": os.getpid(), "host": socket.gethostname()})

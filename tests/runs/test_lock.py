@@ -80,6 +80,24 @@ def test_who_waits_for_long_says_what_for(tmp_path, monkeypatch):
     assert told == [("Waiting for another process, which holds the lock %s.", tmp_path / ".record.lock")]
 
 
+def test_threads_of_a_process_change_a_record_one_after_the_other(tmp_path):
+    events = []
+
+    def changes():
+        events.append("waits")
+        with exclusive_record(tmp_path):
+            events.append("changes")
+
+    with ThreadPoolExecutor() as pool:
+        with exclusive_record(tmp_path), exclusive_record(tmp_path):
+            other = pool.submit(changes)
+            with pytest.raises(TimeoutError):
+                other.result(timeout=0.2)
+            events.append("is done")
+        other.result(timeout=10)
+    assert events == ["waits", "is done", "changes"]
+
+
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     left = [
         ".run.json.abc.tmp",

@@ -10,7 +10,7 @@ from helpers.trainers import sft_trainer
 from hf_ensemble import collect_results
 from hf_ensemble.publish import write_model_card
 from hf_ensemble.runs import Costs, RunDirectory
-from hf_ensemble.runs.costs import figure_with_prefix
+from hf_ensemble.runs.costs import figure_with_prefix, measured_cost
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 # trl's head adds up its gradient in place, for which torch's counter has no formula of its own.
@@ -121,3 +121,19 @@ def test_figures_have_the_prefix_of_their_thousands():
     figures = [figure_with_prefix(value) for value in values]
     assert figures == ["0", "7", "999", "1.00 k", "1.23 k", "12.3 k", "123 k", "10.0 M", "3.20 T", "5000 E"]
     assert figure_with_prefix(2.5e9, "B") == "2.50 GB"
+
+
+def test_measurements_that_overlap_have_their_own_peaks(monkeypatch):
+    """Those of trainings that take turns do not end in the order in which they began."""
+    memory = {"peak": 0}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: memory.update(peak=0))
+    first, second = measured_cost(), measured_cost()
+    of_first = first.__enter__()
+    memory["peak"] = 100
+    of_second = second.__enter__()
+    memory["peak"] = 10
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert (of_first.cost.peak_memory, of_second.cost.peak_memory) == (100, 10)
