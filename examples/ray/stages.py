@@ -9,6 +9,11 @@ the configuration, have to be folders that all of its machines share.
 import argparse
 import os
 import subprocess
+import time
+
+# The exit code of a command before which others have to end, and the seconds until it is tried again.
+NOT_READY = 75
+PAUSE = 60
 
 
 def command(config: str, stage: str, index: int = 0, parts: int = 1) -> list[str]:
@@ -18,7 +23,10 @@ def command(config: str, stage: str, index: int = 0, parts: int = 1) -> list[str
 
 def run(line: list[str], folder: str, *needs: None) -> None:
     """Run a command in a folder; Ray starts it when the results of the tasks in `needs` are there."""
-    subprocess.run(line, check=True, cwd=folder)
+    while (code := subprocess.run(line, check=False, cwd=folder).returncode) == NOT_READY:
+        time.sleep(PAUSE)
+    if code:
+        raise subprocess.CalledProcessError(code, line)
 
 
 def main() -> None:
@@ -30,8 +38,8 @@ def main() -> None:
     import ray
 
     ray.init()
-    # A task whose machine was lost is started again, and goes on where it stopped.
-    task = ray.remote(num_gpus=arguments.gpus, max_retries=3, retry_exceptions=True)(run)
+    # A task whose machine was lost is started again, and goes on where it stopped; one whose command has failed is not.
+    task = ray.remote(num_gpus=arguments.gpus, max_retries=3)(run)
 
     def stage(name: str, parts: int = 1, needs: list = ()) -> list:
         lines = [command(arguments.config, name, index, parts) for index in range(parts)]

@@ -2,13 +2,15 @@
 # A whole run as jobs, each of which starts when what it needs is done: ./submit.sh CONFIG [PARTS]
 set -euo pipefail
 config=$1
-array=--array=0-$((${2:-8} - 1))
+parts=${2:-8}
+array=--array=0-$((parts - 1))
 script=$(dirname "$0")/stage.sbatch
 
 submit() { # STAGE [OPTIONS OF SBATCH]
   local stage=$1
   shift
-  sbatch --parsable --job-name="$stage" "$@" "$script" "$config" "$stage"
+  # Jobs whose dependency has failed are cancelled.
+  sbatch --parsable --job-name="$stage" --kill-on-invalid-dep=yes "$@" "$script" "$config" "$stage" "$parts"
 }
 
 gradients=$(submit gradients "$array")

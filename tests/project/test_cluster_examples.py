@@ -1,9 +1,11 @@
 """What examples/ starts on a cluster are commands that there are, each when what it needs is done."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,8 +95,10 @@ def test_slurm_jobs_depend_on_what_they_need(programs, needs):
     assert code == 0, said
     jobs, stages = {}, {}
     for number, line in enumerate(programs.calls("sbatch"), start=1):
-        *options, script, config, stage = line.split()
-        assert script.endswith("slurm/stage.sbatch") and config == "run.yaml"
+        *options, script, config, stage, parts = line.split()
+        assert script.endswith("slurm/stage.sbatch") and config == "run.yaml" and parts == str(PARTS)
+        # One whose dependency has failed does not wait for ever.
+        assert "--kill-on-invalid-dep=yes" in options
         given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
         waited = set()
         for own in given.get("dependency", "afterok:").removeprefix("afterok:").split(":"):
@@ -111,30 +115,63 @@ def test_slurm_jobs_depend_on_what_they_need(programs, needs):
 def test_a_slurm_job_is_the_command_and_is_requeued_where_it_has_to(programs, status, ends):
     programs.make("srun", status=status)
     programs.make("scontrol")
-    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_JOB_ID": "17"}
+    # One task of an array has the id of the array.
+    array = {
+        "SLURM_ARRAY_JOB_ID": "17",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SLURM_ARRAY_TASK_COUNT": "3",
+        "SLURM_JOB_ID": "17",
+    }
     code, said = bash("slurm/stage.sbatch", "run.yaml", "gradients", **array)
     assert code == ends, said
-    assert [parsed(line) for line in programs.calls("srun")] == [("gradients", "2/3")]
-    assert programs.calls("scontrol") == (["requeue 17"] if status in (75, 143) else [])
-    if not status:
-        assert bash("slurm/stage.sbatch", "run.yaml", "baseline")[0] == 0
-        assert parsed(programs.calls("srun")[-1]) == ("baseline", None)
+    assert bash("slurm/stage.sbatch", "run.yaml", "baseline", SLURM_JOB_ID="20")[0] == ends
+    assert [parsed(line) for line in programs.calls("srun")] == [("gradients", "2/3"), ("baseline", None)]
+    assert programs.calls("scontrol") == (["requeue 17_2", "requeue 20"] if status in (75, 143) else [])
 
 
-def test_kubernetes_jobs_are_applied_when_what_they_need_is_complete(programs, needs):
+def test_some_parts_of_a_slurm_array_are_submitted_again(programs):
+    programs.make("srun")
+    array = {
+        "SLURM_ARRAY_JOB_ID": "17",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_TASK_COUNT": "1",
+        "SLURM_JOB_ID": "17",
+    }
+    assert bash("slurm/stage.sbatch", "run.yaml", "gradients", "8", **array)[0] == 0
+    assert [parsed(line) for line in programs.calls("srun")] == [("gradients", "3/8")]
+
+
+@pytest.fixture
+def kubernetes(programs):
+    """Writes kubectl, which keeps the Jobs that it makes and answers with their conditions, and runs submit.sh."""
     if subprocess.run(["bash", "-c", "command -v envsubst"], capture_output=True).returncode:
         # Of gettext.
-        programs.make("envsubst", 'sed "s|\\$NAME|$NAME|; s|\\$STAGE|$STAGE|; s|\\$PARTS|$PARTS|; s|\\$IMAGE|$IMAGE|"')
-    programs.make("kubectl", '[ "$1" = apply ] && cat >> "$CALLS.yaml" && echo "---" >> "$CALLS.yaml"; true')
-    code, said = bash("kubernetes/submit.sh", str(PARTS), IMAGE="registry/image:1")
+        programs.make(
+            "envsubst",
+            'sed "s|\\$NAME|$NAME|; s|\\$STAGE|$STAGE|; s|\\$PARTS|$PARTS|; s|\\$IMAGE|$IMAGE|; s|\\$CONFIG|$CONFIG|"',
+        )
+    programs.make("sleep")
+
+    def submitted(answer, **environment):
+        made = 'create) cat >> "$CALLS.yaml"; echo "---" >> "$CALLS.yaml" ;;'
+        programs.make("kubectl", f"case $1 in {made} get) {answer} ;; esac")
+        own = {"IMAGE": "registry/image:1", "RUN": "first", **environment}
+        return bash("kubernetes/submit.sh", "run.yaml", str(PARTS), **own)
+
+    return submitted
+
+
+def test_kubernetes_jobs_are_made_when_what_they_need_is_complete(programs, kubernetes, needs):
+    # Each Job is asked for twice.
+    code, said = kubernetes('[ $(grep -c "get job $3 " "$CALLS") = 1 ] || echo SuccessCriteriaMet Complete')
     assert code == 0, said
     applied = [own for own in yaml.safe_load_all(Path(os.environ["CALLS"] + ".yaml").read_text()) if own]
-    jobs, done, waiting = {}, set(), iter(applied)
+    jobs, asked, waiting = {}, [], iter(applied)
     for line in programs.calls("kubectl"):
-        if line.startswith("wait"):
-            named = {word.removeprefix("job/hf-ensemble-") for word in line.split() if word.startswith("job/")}
-            done |= {name.replace("-", "_") for name in named}
+        if line.startswith("get"):
+            asked.append(line.split()[2].removeprefix("first-").replace("-", "_"))
             continue
+        done = {stage for stage in asked if asked.count(stage) >= 2}
         job = next(waiting)
         spec = job["spec"]
         (container,) = spec["template"]["spec"]["containers"]
@@ -143,9 +180,17 @@ def test_kubernetes_jobs_are_applied_when_what_they_need_is_complete(programs, n
         count, command = spec["completions"], " ".join(container["command"])
         for index in range(count):
             stage, shard = parsed(command.replace("$(JOB_COMPLETION_INDEX)", str(index)))
-            assert job["metadata"]["name"] == f"hf-ensemble-{stage.replace('_', '-')}"
-            jobs[stage, shard] = set(done)
+            assert job["metadata"]["name"] == f"first-{stage.replace('_', '-')}"
+            jobs[stage, shard] = done
     check(jobs, needs)
+
+
+def test_kubernetes_jobs_end_at_one_that_has_failed_and_need_an_image(programs, kubernetes):
+    code, said = kubernetes("echo FailureTarget Failed", RUN="")
+    assert code == 1 and re.search(r"hf-ensemble-\d{8}-\d{6}-baseline has failed: kubectl logs", said)
+    assert len([line for line in programs.calls("kubectl") if line.startswith("create")]) == 3
+    code, said = kubernetes("echo Complete", IMAGE="")
+    assert code and "Expected the image" in said and len(programs.calls("kubectl")) == 4
 
 
 def test_tasks_of_ray_wait_for_what_they_need(monkeypatch, needs):
@@ -164,12 +209,36 @@ def test_tasks_of_ray_wait_for_what_they_need(monkeypatch, needs):
             ran.append(((stage, shard), waited))
             return {stage, *waited}
 
-    ray = SimpleNamespace(init=lambda: None, get=lambda results: results, remote=lambda **options: Task)
+    def remote(max_retries, retry_exceptions=False, **options):
+        # Of a lost machine, not of a command that fails.
+        assert max_retries and not retry_exceptions
+        return Task
+
+    ray = SimpleNamespace(init=lambda: None, get=lambda results: results, remote=remote)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr(subprocess, "run", lambda line, check, cwd: line)
+    monkeypatch.setattr(subprocess, "run", lambda line, check, cwd: subprocess.CompletedProcess(line, 0))
     monkeypatch.setattr(sys, "argv", ["stages.py", "--config", "run.yaml", "--parts", str(PARTS)])
     runpy.run_path(str(EXAMPLES / "ray" / "stages.py"), run_name="__main__")
     check(dict(ran), needs)
+
+
+def test_a_task_of_ray_tries_again_after_a_pause_what_was_too_early(monkeypatch):
+    run = runpy.run_path(str(EXAMPLES / "ray" / "stages.py"))["run"]
+    codes, pauses = [75, 75, 0, 75, 1], []
+
+    def ended(line, check, cwd):
+        code = codes.pop(0)
+        if check and code:
+            raise subprocess.CalledProcessError(code, line)
+        return subprocess.CompletedProcess(line, code)
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    run(["hf-ensemble"], ".")
+    assert codes == [75, 1] and len(pauses) == 2 and min(pauses) >= 10
+    with pytest.raises(subprocess.CalledProcessError):
+        run(["hf-ensemble"], ".")
+    assert not codes
 
 
 def test_every_folder_of_the_examples_is_listed():
