@@ -361,7 +361,7 @@ def test_a_selection_is_made_by_its_stages(tmp_path, base_folder, monkeypatch):
 def test_weights_and_boosting_steps_are_stages(tmp_path, base_folder):
     def trainer(folder):
         settings = {"num_groups": 2, "num_train_epochs": 1, "projection_dim": None, "boosting_steps": 1}
-        return sft_trainer(folder, base_folder, **settings)
+        return sft_trainer(folder, base_folder, save_report=False, **settings)
 
     trainer(tmp_path / "whole").train()
     own = trainer(tmp_path / "run")
