@@ -154,7 +154,9 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         self._shown_rows = next(iter(tasks.values())).splits["train"]
         given |= {"train_dataset": self._shown_rows, "sampling_weights": tasks.sampling_weights}
         self._check_arguments(tasks, args, given)
-        given["args"], self._sharding = without_sharding(args, model, given["peft_config"])
+        given["args"], self._sharding = without_sharding(
+            args, model, given["peft_config"], given["quantization_config"]
+        )
         # Instances of optimizers are refused.
         del given["optimizers"]
         peft_config = given["peft_config"]

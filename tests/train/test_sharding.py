@@ -135,6 +135,14 @@ def test_a_base_that_is_quantized_or_spread_is_refused():
             shard(model, plugin)
 
 
+def test_a_base_that_is_to_be_quantized_is_refused(two_processes, tmp_path):
+    asked = {"load_in_8bit": True}
+    for quantization, loading in ((asked, {}), (None, {"quantization_config": asked})):
+        args = sft_config(tmp_path, fsdp=True, model_init_kwargs=loading)
+        with pytest.raises(ConfigurationError, match="^fsdp cannot be honoured .*quantized weights"):
+            without_sharding(args, "base", toy.lora(), quantization)
+
+
 def test_processes_that_run_a_model_together_do_not_halve_batches(monkeypatch):
     calls = []
 

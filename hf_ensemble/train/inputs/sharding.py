@@ -28,7 +28,7 @@ _LAUNCHED = "ACCELERATE_USE_FSDP"
 
 
 def without_sharding(
-    args: TrainingArguments, model: Any = None, peft_config: PeftConfig | None = None
+    args: TrainingArguments, model: Any = None, peft_config: PeftConfig | None = None, quantization_config: Any = None
 ) -> tuple[TrainingArguments, FullyShardedDataParallelPlugin | None]:
     """The arguments without `fsdp`, and the sharding that they or `accelerate launch` ask for.
 
@@ -38,6 +38,7 @@ def without_sharding(
         args (`TrainingArguments`): the arguments, which stay as they are.
         model (`str` or `nn.Module`, *optional*): the model that the trainer is given, which need not be loaded yet.
         peft_config (`PeftConfig`, *optional*): the adapter that it is asked for.
+        quantization_config (*optional*): how it is asked to quantize the model, unless the arguments say so.
 
     Raises:
         `ConfigurationError`: for a sharding that a run cannot honour.
@@ -52,7 +53,8 @@ def without_sharding(
         raise _refusal("version of fsdp_config", "FSDP1 flattens parameters", "set it to 2")
     plugin = FullyShardedDataParallelPlugin(**given)
     _check(plugin, args)
-    _check_model(model, peft_config)
+    loading = getattr(args, "model_init_kwargs", None) or {}
+    _check_model(model, peft_config, bool(quantization_config or loading.get("quantization_config")))
     if args.world_size < 2:
         raise _refusal(
             "fsdp", "it shards a model over processes, and there is one", "start several (torchrun --nproc_per_node 2)"
@@ -148,18 +150,19 @@ def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin) -> None:
     shard_base(model, init_device_mesh(state.device.type, (state.num_processes,)), is_unit)
 
 
-def _check_model(model: Any, config: PeftConfig | None = None) -> None:
+def _check_model(model: Any, config: PeftConfig | None = None, is_quantized: bool = False) -> None:
     """Refuse a base, which need not be loaded yet, and an adapter, the model's own by default."""
     base = model
     if isinstance(model, PeftModel):
         base, config = model.get_base_model(), config or model.peft_config[model.active_adapters[0]]
     devices = getattr(base, "hf_device_map", None) or {}
+    is_quantized = is_quantized or bool(getattr(base, "quantization_method", None))
     kind = config and config.peft_type
     is_pair = names_encoder_decoder(base) if isinstance(base, str) else base is not None and is_encoder_decoder(base)
     rows_alone = "share the rows alone (DDP)"
     for is_asked, because, instead in (
         (is_pair, "an encoder-decoder shares its embeddings among its parts", rows_alone),
-        (getattr(base, "quantization_method", None), "quantized weights are no tensors that can be cut", rows_alone),
+        (is_quantized, "quantized weights are no tensors that can be cut", rows_alone),
         (len(set(devices.values())) > 1, "device_map has spread the base", "leave that out"),
         (
             config is not None and not isinstance(config, LoraConfig),
