@@ -1,12 +1,14 @@
 """From flags to a trainer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import TrainingArguments
 from trl import ModelConfig, get_quantization_config
 
 from ..errors import ConfigurationError
@@ -45,8 +47,19 @@ class Started:
     trainer: Trainers
 
 
-def started(kind: type[DataArguments], argv: Sequence[str], command: str) -> Started:
+def started(
+    kind: type[DataArguments],
+    argv: Sequence[str],
+    command: str,
+    check: Callable[[Any, TrainingArguments], None] | None = None,
+) -> Started:
     """The trainer that the flags of a command ask for.
+
+    Args:
+        kind (`type[DataArguments]`): the command's own arguments.
+        argv (`Sequence[str]`): the flags.
+        command (`str`): the command, for errors.
+        check (`Callable`, *optional*): takes the command's arguments and the trainer's before the model is loaded.
 
     Raises:
         `ConfigurationError`: when data, model or output folder is not given.
@@ -63,7 +76,16 @@ def started(kind: type[DataArguments], argv: Sequence[str], command: str) -> Sta
         )
     target = getattr(arguments, "target", None)
     metrics = answer_metrics(getattr(arguments, "answer_metrics", None))
-    trainer = build_trainer(model_arguments, tasks, remaining, target, metrics, command, arguments.max_validation_rows)
+    trainer = build_trainer(
+        model_arguments,
+        tasks,
+        remaining,
+        target,
+        metrics,
+        command,
+        arguments.max_validation_rows,
+        None if check is None else partial(check, arguments),
+    )
     return Started(arguments, trainer)
 
 
@@ -75,6 +97,7 @@ def build_trainer(
     answer_metrics: AnswerMetrics = None,
     command: str = "run",
     max_held_out: int | None = None,
+    check: Callable[[TrainingArguments], None] | None = None,
 ) -> Trainers:
     """The trainer for these tasks and this model: ensemble or selection, over trl's trainer or transformers'.
 
@@ -86,6 +109,7 @@ def build_trainer(
         answer_metrics (`str` or `dict`, *optional*): see [`EnsembleTrainer`].
         command (`str`, *optional*, defaults to `"run"`): the command, for errors.
         max_held_out (`int`, *optional*): maximum number of rows that are held out of a task.
+        check (`Callable`, *optional*): takes the trainer's arguments before anything is loaded.
 
     Raises:
         `HfEnsembleError`: for arguments that the trainer does not take.
@@ -107,6 +131,8 @@ def build_trainer(
     if not words.name("output_dir"):
         # The parents have a default, which another run may have taken.
         needed(command, output_dir=None)
+    if check is not None:
+        check(args)
     if max_held_out is not None:
         tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed, max_held_out)
     args.model_init_kwargs = {**_loading_arguments(model_arguments), **(args.model_init_kwargs or {})}

@@ -192,6 +192,19 @@ def _is_done(run: RunDirectory, name: str) -> bool:
     return run.is_done(f"{EVALUATION}:eval" if name == EVALUATION else name)
 
 
+def wait_for_stage(
+    run: RunDirectory, name: str, shard: tuple[int, int] | None, seconds: float, tell: Callable[[str], None]
+) -> None:
+    """[`wait_for_needs`] of all stages that a name stands for.
+
+    Raises:
+        `ConfigurationError`: for an unknown stage, and for a part of one that has no parts in this run.
+    """
+    run_on_main(lambda: check_alone(run, name, shard))
+    for stage in run_on_main(lambda: stages_named(run, name)):
+        wait_for_needs(run, stage, seconds, tell)
+
+
 def wait_for_needs(run: RunDirectory, name: str, seconds: float, tell: Callable[[str], None]) -> None:
     """Return when everything that a stage needs is done.
 

@@ -14,7 +14,7 @@ from ..evaluate import AnswerEvaluator, AnswerMetric, AnswerMetrics, Evaluator, 
 from ..logging import get_logger
 from ..publish import write_report
 from ..runs import RunDirectory, TasksRecord
-from ..runs.progress import EVALUATION, check_alone, check_stage, stages_named, wait_for_needs
+from ..runs.progress import EVALUATION, check_stage, stages_named, wait_for_stage
 from ..select import DataSelector
 from ..store import GradientStore
 from ..tasks import RowFormat
@@ -294,9 +294,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
         def tell(text: str) -> None:
             announce(text, with_bars=not self.args.disable_tqdm)
 
-        run_on_main(lambda: check_alone(run, name, shard))
-        for stage in run_on_main(lambda: stages_named(run, name)):
-            wait_for_needs(run, stage, wait, tell)
+        wait_for_stage(run, name, shard, wait, tell)
         # Adapters are known once groups are chosen.
         stages = run_on_main(lambda: stages_named(run, name, shard))
         if name == EVALUATION:

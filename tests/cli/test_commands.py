@@ -102,13 +102,18 @@ def test_a_group_alone_starts_no_run_over(world, capsys):
     assert RunDirectory(folder / "run").trained_adapter("group_1").status == "done"
 
 
-def test_groups_alone_need_groups(world, tmp_path, capsys):
+def test_groups_alone_need_groups(world, tmp_path, capsys, monkeypatch):
     _, line, _, _ = world
     other = [str(tmp_path / "new") if word.endswith("/run") else word for word in line]
     assert main(["train", *other, "--stage", "adapter:group_0"]) == TRY_AGAIN
     said = capsys.readouterr().err
     assert "does not hold yet: group (waiting, needs gradients, baseline, gradients_at_baseline)" in said
     assert "--wait SECONDS" in said
+    # Now that the run is there, before a model is loaded.
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_ensemble.cli.trainers.EnsembleSFTTrainer", lambda **_: pytest.fail("loaded"))
+        assert main(["train", *other, "--stage", "adapter:group_0"]) == TRY_AGAIN
+    assert "does not hold yet: group (waiting" in capsys.readouterr().err
     assert main(["train", *line, "--stage", "adapter:group_9"]) == 1
     assert "Unknown stage 'adapter:group_9'; the stages are ['gradients', 'baseline'" in capsys.readouterr().err
     assert main(["train", *line, "--target", "sums"]) == 1

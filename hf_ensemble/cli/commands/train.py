@@ -3,9 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...runs import Results
-from ...runs.progress import EVALUATION
+from transformers import TrainingArguments
+
+from ..._settings import checked_shard
+from ...runs import Results, RunDirectory, RunRecord, TasksRecord
+from ...runs.progress import EVALUATION, wait_for_stage
 from ...train import collect_results
+from ...train.configuration import choices_of
+from ...train.flows.stages import announce
 from ..arguments import TrainArguments
 from ..tables import console
 from ..trainers import Started, started
@@ -23,7 +28,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | Results:
         `StageNotReadyError`: when what a stage needs is not there.
         `HfEnsembleError`: for bad arguments, tasks or models, and for an unknown stage.
     """
-    begun = started(TrainArguments, argv, "train")
+    begun = started(TrainArguments, argv, "train", _wait)
     arguments, trainer = begun.arguments, begun.trainer
     if arguments.stage is not None:
         return _stage(begun)
@@ -37,6 +42,20 @@ def main(argv: Sequence[str]) -> dict[str, Any] | Results:
     for name, tasks in grouping.groups.items():
         out.print(f"{name}: {', '.join(tasks)} ({adapters.get(name, 'not trained yet')})", soft_wrap=True)
     return {"run": str(run.path), "groups": grouping.groups, "adapters": adapters}
+
+
+def _wait(arguments: TrainArguments, args: TrainingArguments) -> None:
+    """Wait for what a stage needs before rows are tokenized and the model is loaded, in a run that others have begun.
+
+    The trainer waits in one that nobody has begun, and refuses one of other choices.
+    """
+    run = RunDirectory(args.output_dir)
+    if arguments.stage is None or args.overwrite_run or not (run.has(RunRecord) and run.has(TasksRecord)):
+        return
+    if any(run.record.choices.get(key) != value for key, value in choices_of(args).items() if key != "target"):
+        return
+    shard = checked_shard("shard", arguments.shard)
+    wait_for_stage(run, arguments.stage, shard, arguments.wait, lambda text: announce(text, not args.disable_tqdm))
 
 
 def _stage(begun: Started) -> dict[str, Any] | Results:
