@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..._processes import run_on_main
 from ..._settings import checked_shard
 from ...runs import Results, RunDirectory, RunRecord, TasksRecord
 from ...runs.progress import EVALUATION, wait_for_stage
@@ -50,9 +51,13 @@ def _wait(arguments: TrainArguments, args: TrainingArguments) -> None:
     The trainer waits in one that nobody has begun, and refuses one of other choices.
     """
     run = RunDirectory(args.output_dir)
-    if arguments.stage is None or args.overwrite_run or not (run.has(RunRecord) and run.has(TasksRecord)):
-        return
-    if any(run.record.choices.get(key) != value for key, value in choices_of(args).items() if key != "target"):
+
+    def is_begun() -> bool:
+        if not (run.has(RunRecord) and run.has(TasksRecord)):
+            return False
+        return all(run.record.choices.get(key) == value for key, value in choices_of(args).items() if key != "target")
+
+    if arguments.stage is None or args.overwrite_run or not run_on_main(is_begun):
         return
     shard = checked_shard("shard", arguments.shard)
     wait_for_stage(run, arguments.stage, shard, arguments.wait, lambda text: announce(text, not args.disable_tqdm))
