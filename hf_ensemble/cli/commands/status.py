@@ -27,9 +27,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     needed("status", run=arguments.run)
     stages = run_progress(RunDirectory(arguments.run))
     table = Table(title=f"Stages of {arguments.run}")
-    for name in ("stage", "status", "needs", ""):
-        table.add_column(name)
-    for stage in stages:
-        table.add_row(stage.name, stage.status, ", ".join(stage.needs), stage.detail)
+    rows = [(stage.name, stage.status, ", ".join(stage.needs), stage.detail) for stage in stages]
+    for name, column in zip(("stage", "status", "needs", "detail"), zip(*rows)):
+        # A run that has ended needs nothing.
+        if any(column):
+            table.add_column(name)
+    for row in zip(*filter(any, zip(*rows))):
+        table.add_row(*row)
     console().print(table)
     return {"run": arguments.run, "stages": [asdict(stage) for stage in stages]}
