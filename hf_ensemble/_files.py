@@ -125,6 +125,17 @@ def remove_leftovers(folder: Path) -> None:
         _remove(path)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, as far as others can see whole or not at all.
+
+    What a process leaves of it that is killed here has another name, see [`remove_leftovers`].
+    """
+    if folder.is_dir():
+        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        os.replace(folder, work / folder.name)
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .._cards import CARD, render, update_card_file
+from .._files import remove_leftovers
 from ..ensemble.saving.card import (
     adapter_loading,
     adapter_metadata,
@@ -137,6 +138,7 @@ def _selection_parts(run: RunDirectory, repo_id: str | None, folder: Path) -> Ca
 def _draw(data: RunCardData, folder: Path, choice: Any, drawings: Mapping[str, Callable[[Path], Any]]) -> None:
     """Draw the pictures and name those that were drawn: one that cannot be (fonts, backends) costs no card."""
     assets, report = folder / ASSETS, data.fidelity
+    remove_leftovers(assets)
     steps = dict(drawings)
     if report is not None:
         steps["fidelity"] = lambda path: fidelity_picture(report, path)

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import tempfile
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from helpers import toy
 from helpers.trainers import sft_trainer
-from hf_ensemble._files import write_folder_atomically, write_json, writing
+from hf_ensemble._files import remove_folder, remove_leftovers, write_folder_atomically, write_json, writing
 from hf_ensemble.ensemble.saving.files import save_adapter
 from hf_ensemble.errors import HfEnsembleError, WriteError
 from hf_ensemble.runs import RunDirectory
@@ -22,6 +23,20 @@ def failing(number):
         raise OSError(number, os.strerror(number))
 
     return fail
+
+
+def test_a_folder_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("1")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", failing(errno.EINTR))
+        with pytest.raises(OSError):
+            remove_folder(tmp_path / "adapter")
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".adapter.")
+    remove_leftovers(tmp_path)
+    remove_folder(tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_named_with_need_and_room(tmp_path, monkeypatch):

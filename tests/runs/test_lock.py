@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from helpers import toy
 from helpers.trainers import sft_trainer
+from hf_ensemble import write_model_card
 from hf_ensemble.errors import RecordError, RunLockedError, WriteError
 from hf_ensemble.runs import RunDirectory
 from hf_ensemble.runs.lock import exclusive_record
@@ -119,6 +120,20 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
         "notes/.draft.tmp",
     }
     assert [path.name for path in (tmp_path / "ensemble" / "adapters").iterdir()] == ["group_0"]
+
+
+def test_what_a_process_left_that_was_killed_while_it_cleaned_up_is_removed(finished):
+    trainer, _, _ = finished
+    run = trainer.run_directory
+    left = run.training("baseline") / "checkpoint-3" / "optimizer.pt"
+    picture = run.ensemble / "assets" / ".affinity.png.v.tmp"
+    for path in (left, picture):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    known = run.trained_adapter("baseline")
+    assert trainer.flow.training.run("baseline", known.mixture, run.baseline) == known
+    write_model_card(run.path)
+    assert not left.parent.exists() and not picture.exists()
 
 
 @pytest.mark.parametrize("name", ["baseline", "ensemble/adapters/group_0"])

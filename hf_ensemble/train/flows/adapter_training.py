@@ -212,6 +212,8 @@ class AdapterTraining:
         same = wanted.continues(known)
         if same and known.status == "done" and folder.exists():
             known.check_files(folder)
+            # A process that was killed may have left some.
+            remove_checkpoints(work)
             return known, None
         if not same:
             # Those of another mixture or starting point.

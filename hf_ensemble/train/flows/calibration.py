@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..._files import checksums, write_folder_atomically
+from ..._files import checksums, remove_folder, write_folder_atomically
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...estimate import ObservedRun
 from ...runs import ScoredRun, TrainedAdapter, run_selector
@@ -147,7 +147,7 @@ class Calibration:
 
     def _remove(self, folder: Path) -> None:
         if is_main_process():
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
         wait_for_everyone()
 
     def observed_runs(self, count: int) -> list[ObservedRun]:

@@ -4,7 +4,6 @@ Boosting comes after the weights, not before them: a step's residuals and its ow
 is served. Weights that were fitted afterwards would change both.
 """
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ...._files import checksums
+from ...._files import checksums, remove_folder
 from ...._records import digest_of
 from ....capture import parameter_update, row_update
 from ....ensemble import EnsembleMember, PeftEnsembleModel
@@ -123,7 +122,7 @@ class EnsembleBoosting:
         """Delete the adapters of steps that were not kept."""
         names = [step.name for step in boosting.steps if not step.kept] + [START] * (not boosting.kept)
         for name in names:
-            shutil.rmtree(self.context.run.member(name), ignore_errors=True)
+            remove_folder(self.context.run.member(name))
 
     def _worst(self, ensemble: PeftEnsembleModel, boosting: Boosting) -> str | None:
         """The group or task with the highest training loss, of those whose last step was kept."""
