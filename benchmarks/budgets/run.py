@@ -1,6 +1,6 @@
 """What accuracy does each way to train reach for what it costs?
 
-    python -m benchmarks.budgets.run OUTPUT --folders short-150=OUT/short-150-* long-150=OUT/long-150-*
+    python -m benchmarks.budgets.run OUTPUT --folders short-150=OUT/short-150-0 short-150=OUT/short-150-1
 
 FOLDERS are those of `benchmarks.budgets.train`, of one recipe and several seeds each; a system's figures are over the
 seeds that have finished it, and so is what it is compared with. Tasks are served by the adapter that was made for them,

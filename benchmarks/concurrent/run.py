@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_ensemble import EnsembleConfig, EnsembleSFTConfig, EnsembleSFTTrainer, EnsembleTrainer
-from hf_ensemble.train.concurrent.trainings import run_concurrently
+from hf_ensemble.train.flows.adapter_training import run_concurrently
 
 from ..common import add_machine_flags, clock, make_parser, shape_of, write_results
 from ..skills import tokenizer

@@ -11,7 +11,8 @@ def table(results: dict) -> str:
     lines = [
         f"LoRA of rank {shape['rank']} on every linear layer, rows of {few} to {many} tokens, {shape['steps']} steps, "
         f"{shape['repetitions']} repetitions; {machine['device']}, {machine['threads']} thread(s). Median seconds "
-        "of all trainings; the last column is the largest difference of weights that were trained in the two ways.",
+        "of CPU time of all trainings; how many times as fast is the median of the ratios of a turn, and the last "
+        "column the largest difference of weights that were trained in the two ways.",
         "",
     ]
     header = ("model", "rows in a step", "adapters", "one after the other", "at once", "times as fast", "difference")

@@ -30,7 +30,7 @@ _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 
 def make_trainer(flow: str, folder: Path) -> EnsembleSFTTrainer | SelectionSFTTrainer:
-    """A trainer whose run has every stage: packing, dropout, checkpoints, calibration, evaluations."""
+    """A trainer with packing, dropout, checkpoints, calibration and evaluations; its groups start again."""
     settings = {
         "output_dir": str(folder / "run"),
         "projection_dim": 64,

@@ -162,7 +162,9 @@ class TrainArguments(FlowArguments):
     )
     shard: str | None = field(
         default=None,
-        metadata={"help": "Of --stage gradients, calibration or adapter, this part: 0/8 to 7/8."},
+        metadata={
+            "help": "Of --stage gradients, gradients_at_baseline, calibration or adapter, this part: 0/8 to 7/8."
+        },
     )
     wait: float = field(
         default=0.0,

@@ -208,7 +208,7 @@ class RunDirectory(RunFiles):
                 return
             is_resumed = name in self.record.stages
             # What parts of it took that are there is kept.
-            self._begin_stage(name, lambda known: StageRecord("begun", _cost_so_far(known)))
+            self._begin_stage(name, lambda known: StageRecord("begun", _cost_of_begun(known)))
             begun = None if self.listener is None else self.listener.begin(name)
             with measured_cost() as meter:
                 yield True
@@ -217,7 +217,9 @@ class RunDirectory(RunFiles):
                 self.listener.passed(name)
             elif begun is not None:
                 self.listener.end(name, begun)
-            self._record_stage(name, lambda known: StageRecord("done", _cost_so_far(known, meter.cost), is_resumed))
+            self._record_stage(
+                name, lambda known: StageRecord("done", _total(_cost_of_begun(known), meter.cost), is_resumed)
+            )
 
     @contextmanager
     def part_of_stage(self, name: str, shard: tuple[int, int], is_whole: Callable[[], bool]) -> Iterator[bool]:
@@ -245,8 +247,8 @@ class RunDirectory(RunFiles):
 
             def added(known: StageRecord | None) -> StageRecord:
                 before = known or StageRecord("begun")
-                cost = meter.cost if before.cost is None else before.cost + meter.cost
-                return StageRecord("done" if whole else before.status, cost, is_resumed=True)
+                status = "done" if whole else before.status
+                return StageRecord(status, _total(before.cost, meter.cost), is_resumed=True)
 
             self._record_stage(name, added)
 
@@ -263,8 +265,7 @@ class RunDirectory(RunFiles):
             yield
 
         def repeated(known: StageRecord | None) -> StageRecord:
-            has_cost = adds_up and known is not None and known.cost is not None
-            return StageRecord("done", known.cost + meter.cost if has_cost else meter.cost)
+            return StageRecord("done", _total(known.cost if adds_up and known else None, meter.cost))
 
         self._record_stage(name, repeated)
 
@@ -306,10 +307,13 @@ class RunDirectory(RunFiles):
         return record
 
 
-def _cost_so_far(known: StageRecord | None, more: StageCost | None = None) -> StageCost | None:
-    """What a stage that was begun has taken, with what is added."""
-    before = None if known is None or known.status == "done" else known.cost
-    return more if before is None else before if more is None else before + more
+def _cost_of_begun(known: StageRecord | None) -> StageCost | None:
+    """What a stage has taken that was begun and is not done."""
+    return None if known is None or known.status == "done" else known.cost
+
+
+def _total(before: StageCost | None, more: StageCost) -> StageCost:
+    return more if before is None else before + more
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 from .._locks import held, is_held
@@ -30,7 +31,7 @@ def exclusive_writers(folders: Sequence[Path], shard: tuple[int, int] | None = N
             name = "" if shard is None else _SHARD.format(*shard)
             stack.enter_context(held(_lock_file(folder, name), partial(_locked, folder)))
             # Whoever locks the whole store looks for parts and the other way round, each with its own lock held.
-            parts = folder.parent.glob(f".{folder.name}.{_SHARD.format('*', '*')}.lock")
+            parts = folder.parent.glob(f".{escape(folder.name)}.{_SHARD.format('*', '*')}.lock")
             if shard is not None:
                 # Shards are shared out by the number of parts: those of other numbers have some of the same.
                 parts = [path for path in parts if not path.name.endswith(f"{_SHARD.format('', shard[1])}.lock")]

@@ -20,8 +20,8 @@ from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.train.concurrent import turns
 from hf_ensemble.train.concurrent.copies import sharing_frozen
 from hf_ensemble.train.concurrent.shared_pass import SharedPass
-from hf_ensemble.train.concurrent.trainings import run_concurrently
 from hf_ensemble.train.flows import calibration
+from hf_ensemble.train.flows.adapter_training import run_concurrently
 
 # Rows of each task, in batches of 4 that are accumulated by two: an epoch of a ends with a single one of two rows.
 ROWS = {"a": 10, "b": 4, "c": 3, "d": 8}

@@ -1,10 +1,12 @@
-"""Training one adapter after another from one starting point, each by an ordinary trainer."""
+"""Training adapters from one starting point, one after another or several at once, each by an ordinary trainer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -21,9 +23,12 @@ from ...models.usage import FlopSamples
 from ...runs import TrainedAdapter
 from ...tasks import TASK
 from ...tasks.sampling import rows_per_epoch
+from ..concurrent.copies import sharing_frozen
+from ..concurrent.turns import Turn, Turns
 from ..credentials import arguments_without_secrets
 from ..inputs.best_metric import metric_of_training
 from ..losses.step_loss import StepLoss
+from ..model_state import ModelState
 from ..tracking import closed_after_error, report_as_part_of_run
 from ..training_usage import usage_fields
 from .bars import label_bars
@@ -32,6 +37,8 @@ from .context import FlowContext
 from .kept_adapter import kept_adapter
 from .learning import LearningCheck
 from .run_log import plain_log
+
+T = TypeVar("T")
 
 
 class AdapterTraining:
@@ -253,3 +260,35 @@ class AdapterTraining:
 def rows_of(table: Dataset, weights: Mapping[str, float]) -> Dataset:
     """The rows of the tasks with a weight."""
     return table.select([i for i, task in enumerate(table[TASK]) if weights.get(task, 0.0) > 0])
+
+
+def run_concurrently(
+    training: AdapterTraining, jobs: Sequence[Callable[[AdapterTraining], T]], num_at_once: int
+) -> list[T]:
+    """Train several adapters at once, in passes through the base model that they share.
+
+    Each training is what it would be alone: a trainer with its own rows, optimizer, schedule, clipping, callbacks and
+    checkpoints. Where one fails the others end where they are; made again, they go on from their checkpoints.
+
+    Args:
+        training (`AdapterTraining`): of the model, which stays at theta0.
+        jobs (`Sequence[Callable]`): each trains with what it is passed, which trains a copy of the model.
+        num_at_once (`int`): trainings that have begun and not ended, at most.
+    """
+    # A copy is made of the model as no trainer has prepared it.
+    with training.context.model_state.restored():
+        return Turns(num_at_once, training.context.args.seed).run([partial(_in_turn, training, job) for job in jobs])
+
+
+def _in_turn(training: AdapterTraining, job: Callable[[AdapterTraining], T], turn: Turn) -> T:
+    context = training.context
+    model = sharing_frozen(context.model)
+    turn.share_backbone(model)
+
+    def make_trainer(*args: Any, **kwargs: Any) -> Trainer:
+        trainer = context.make_trainer(*args, model=model, **kwargs)
+        turn.share_backward(trainer)
+        return trainer
+
+    own = replace(context, model=model, model_state=ModelState(model), make_trainer=make_trainer)
+    return job(training.beside(own))

@@ -9,8 +9,7 @@ from ...estimate import ObservedRun
 from ...runs import Estimate, ScoredRun, TrainedAdapter, run_selector
 from ...runs.progress import ADAPTER, GROUP
 from ...select import DataSelector, Grouping
-from ..concurrent.trainings import run_concurrently
-from .adapter_training import AdapterTraining
+from .adapter_training import AdapterTraining, run_concurrently
 from .calibration import Calibration
 from .context import FlowContext
 from .example_rows import keep_example_rows

@@ -44,7 +44,7 @@ REFUSED: dict[str, Refusal] = {
         "set fsdp=True, which shards the base alone, or share the rows alone (DDP)",
     ),
     "parallelism_config": Refusal(
-        "rows are captured and scored whole, on one process each",
+        "each row is captured and scored by a single process",
         "set fsdp=True, which shards the base, or share the rows alone (DDP)",
     ),
 }
