@@ -52,6 +52,14 @@ def base_folder(tmp_path):
     return toy.save_model(toy.llama(), tmp_path / "base")
 
 
+@pytest.fixture
+def two_processes(monkeypatch):
+    """To the arguments of a run, it is made by two processes, which the launcher did not ask to shard the base."""
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "false")
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished ensemble run."""

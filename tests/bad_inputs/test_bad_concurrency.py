@@ -1,12 +1,13 @@
 """What groups cannot be trained at once with is refused by name."""
 
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
-from helpers import architectures
-from helpers.trainers import sft_config
+from helpers import architectures, toy
+from helpers.trainers import sft_config, sft_trainer, text_trainer
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.train.inputs.concurrency import check_concurrency, check_concurrent_model
 
@@ -14,6 +15,10 @@ from hf_ensemble.train.inputs.concurrency import check_concurrency, check_concur
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"grouping_method": "mixtures", "sequential_groups": True}, "sequential_groups=True, which chooses"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0, whose noise depends on"),
+        ({"optim": "adalomo"}, "optim='adalomo', which steps in the backward pass"),
+        ({"packing": True}, "packing=True, whose rows are parts of one sequence"),
         ({"padding_free": True}, "padding_free=True, whose rows are parts of one sequence"),
         ({"torch_compile": True}, "torch_compile=True, whose graphs hold"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True, which replaces layers"),
@@ -33,6 +38,15 @@ def test_arguments_are_refused(tmp_path, changes, message):
     )
     with nullcontext() if message is None else refused:
         check_concurrency(SimpleNamespace(**known | changes))
+
+
+TEXTS = {task: {split: toy.text_rows(4, 1) for split in ("train", "validation")} for task in "ab"}
+
+
+@pytest.mark.parametrize("make", [sft_trainer, partial(text_trainer, tasks=TEXTS)], ids=["sft", "text"])
+def test_trainers_refuse_them_before_the_model_is_loaded(make, tmp_path):
+    with pytest.raises(ConfigurationError, match="concurrent_groups=2 does not go with optim='adalomo'"):
+        make(tmp_path, "no/such-model", concurrent_groups=2, optim="adalomo")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 from datasets import Dataset, DatasetDict
-from peft import IA3Config, LoraConfig
+from peft import IA3Config
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
@@ -131,49 +131,7 @@ BEFORE_LOADING = {
         "EarlyStoppingCallback cannot be honoured .* eval_strategy='no'",
     ),
     "more groups than tasks": (ENSEMBLES, {"num_groups": 3}, {}, "num_groups=3 is more than the 2 tasks. Lower it"),
-    "groups at once, chosen one after the other": (
-        ENSEMBLES,
-        {"concurrent_groups": 2, "sequential_groups": True},
-        {},
-        "concurrent_groups=2 does not go with sequential_groups=True.* Set concurrent_groups=1",
-    ),
-    "groups at once with noise": (
-        ENSEMBLES,
-        {"concurrent_groups": 2, "neftune_noise_alpha": 5.0},
-        {},
-        "concurrent_groups=2 does not go with neftune_noise_alpha=5.0, whose noise depends on",
-    ),
-    "groups at once, packed": (
-        ("ensemble sft",),
-        {"concurrent_groups": 2, "packing": True},
-        {},
-        "concurrent_groups=2 does not go with packing=True, whose rows are parts of one sequence",
-    ),
-    "groups at once, with steps in the backward pass": (
-        ENSEMBLES,
-        {"concurrent_groups": 2, "optim": "adalomo"},
-        {},
-        "concurrent_groups=2 does not go with optim='adalomo', which steps in the backward pass",
-    ),
     "a sharded base, in one process": (ANY, {"fsdp": True}, {}, "^fsdp cannot be honoured .* there is one. Please"),
-    "a sharded base of FSDP1": (
-        ANY,
-        {"fsdp": True, "fsdp_config": {"version": 1}},
-        {},
-        "^version of fsdp_config cannot be honoured .* set it to 2",
-    ),
-    "a sharded base on CPUs": (
-        ANY,
-        {"fsdp": True, "fsdp_config": {"cpu_offload": True}},
-        {},
-        "^cpu_offload cannot be honoured .* shard over more processes",
-    ),
-    "a sharded base and DoRA": (
-        ANY,
-        {"fsdp": True},
-        {"peft_config": LoraConfig(use_dora=True)},
-        "^fsdp cannot be honoured .* use_dora reads whole weights",
-    ),
     "a sharded base and another adapter": (
         ANY,
         {"fsdp": True},
