@@ -6,10 +6,12 @@ once and is forked; what reads the environment when it is imported (huggingface_
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from tempfile import TemporaryDirectory
@@ -50,12 +52,15 @@ class PythonProcess:
         given = (code, list(arguments), dict(environment or os.environ), str(folder or Path.cwd()), self._streams.name)
         self._process = _CONTEXT.Process(target=_run, args=given)
         self._process.start()
-        self.pid = self._process.pid
-        self.terminate, self.kill = self._process.terminate, self._process.kill
 
-    def poll(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
-        return self._process.exitcode
+    def kill(self) -> None:
+        """End it, and the processes that it has started, where it has not ended by itself."""
+        if self._process.exitcode is None:
+            # One that has only just begun has no group of its own yet.
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
+            self._process.join()
 
     def wait(self, timeout: float = 280) -> CompletedProcess:
         """Wait for its end; where that does not come, it is killed and `subprocess.TimeoutExpired` is raised.
@@ -79,7 +84,7 @@ def run_python(code: str, *arguments: str, timeout: float = 280, **options) -> C
 def run_ranks(code: str, count: int, *arguments: str, timeout: float = 280) -> list[CompletedProcess]:
     """Run `code` in `count` processes that torch.distributed finds to be ranks of one world, as torchrun starts them.
 
-    None is stopped because another failed.
+    None is stopped because another failed; all that run still are killed where the time is over.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -88,12 +93,16 @@ def run_ranks(code: str, count: int, *arguments: str, timeout: float = 280) -> l
     environments = [{**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     end = time.monotonic() + timeout
     processes = [PythonProcess(code, *arguments, environment=environment) for environment in environments]
-    return [process.wait(max(end - time.monotonic(), 1)) for process in processes]
+    try:
+        return [process.wait(max(end - time.monotonic(), 1)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def _run(code: str, arguments: list[str], environment: dict[str, str], folder: str, streams: str) -> None:
     """What the process does."""
-    # Its children end with it where the whole group is stopped.
+    # What it starts is killed with it.
     os.setsid()
     for number, name in enumerate(_STREAMS, 1):
         os.dup2(os.open(f"{streams}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

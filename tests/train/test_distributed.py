@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from helpers import toy
 from helpers.processes import run_python, run_ranks
@@ -67,6 +68,14 @@ def failing(self, *args, **kwargs):
     return score(self, *args, **kwargs)
 AnswerScorer.__call__ = failing
 trainer.train()
+"""
+HANGING = """
+import fcntl, os, subprocess, sys, time
+held = open(f"{sys.argv[1]}/{os.environ['RANK']}", "w")
+fcntl.flock(held, fcntl.LOCK_EX)
+# Held until both have ended.
+subprocess.Popen(["sleep", "60"], pass_fds=[held.fileno()])
+time.sleep(60)
 """
 # All four trainers.
 TRAIN = """
@@ -270,3 +279,12 @@ def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path):
     ranks = run_ranks(ROWS + FAILING, 2, str(tmp_path), base, "", timeout=120)
     assert all(rank.returncode == 1 and "ValueError: no such luck on rank 1" in rank.stderr for rank in ranks)
     assert "Raised by process 1." in ranks[0].stderr
+
+
+def test_ranks_that_hang_are_killed_with_what_they_have_started(tmp_path):
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_ranks(HANGING, 2, str(tmp_path), timeout=1.5)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+    for rank in range(2):
+        with FileLock(tmp_path / str(rank), timeout=10):
+            pass
