@@ -46,6 +46,25 @@ def test_a_group_of_all_tasks_is_one_adapter_for_all_without_a_baseline_too(tmp_
     assert not run_results(run).equals_baseline
 
 
+@pytest.mark.parametrize(
+    ("groups", "weights"),
+    [
+        (2, {"group_0": 0.5, "group_1": 0.5}),
+        (2, {"group_0": 1.0}),
+        (1, {"baseline": 1.0}),
+        (1, {"baseline": 0.5, "group_0": 0.5}),
+    ],
+)
+def test_what_continues_the_baseline_is_no_one_adapter_beside_another(tmp_path, groups, weights):
+    run = ensemble_run(tmp_path)
+    grouping = run.read(Grouping)
+    names = list(grouping.groups)[:groups]
+    own = {"groups": dict.fromkeys(names, NAMES), "mixtures": {name: grouping.mixtures[name] for name in names}}
+    run.write(replace(grouping, **own, settings={"group_initialization": "baseline"}))
+    run.write(EnsembleWeights(dict.fromkeys(NAMES, weights)))
+    assert not run_results(run).continues_baseline
+
+
 def test_names_and_notes_in_the_table_of_a_comparison_are_text():
     scores = {"sums": TaskScores(1.0, 0.5, 4, {"a|b": 0.25, "<i>": 0.5})}
     systems = {
