@@ -4,6 +4,7 @@ import contextvars
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,18 +86,26 @@ def test_a_training_sees_what_is_open_where_it_was_begun():
     assert turns.Turns(2).run([lambda turn: run.get()] * 2) == ["open", "open"]
 
 
+def goes_forward(turn, masks="attention_mask", num_tokens=3):
+    """As far as others see of it."""
+    inputs = dict.fromkeys(("input_ids", masks), torch.ones(1, 3))
+    turn.call = turns.BackboneCall(None, None, inputs, ("cpu", False, torch.float32))
+    turn.num_tokens = num_tokens
+    turn._wait()
+
+
+def goes_backward(turn):
+    if turn.passes:
+        turn.waits_for_backward = True
+        turn._wait()
+
+
 def takes_steps(name, num_steps, num_forward, masks, events, turn):
-    """Trains, as far as others see of it."""
     for _ in range(num_steps):
         for _ in range(num_forward):
-            inputs = dict.fromkeys(("input_ids", masks), torch.ones(1, 3))
-            turn.call = turns.BackboneCall(None, None, inputs, ("cpu", False, torch.float32))
-            turn.num_tokens = 3
-            turn._wait()
+            goes_forward(turn, masks)
             events.append(name)
-        if turn.passes:
-            turn.waits_for_backward = True
-            turn._wait()
+        goes_backward(turn)
 
 
 class Joint:
@@ -131,6 +140,58 @@ def test_a_pass_goes_back_when_all_of_its_trainings_have(events):
     numbers = {"a": 1, "b": 2}
     turns.Turns(2).run([partial(takes_steps, name, 2, n, "attention_mask", events) for name, n in numbers.items()])
     assert events == ["a", "b", "b", "backward"] * 2
+
+
+def test_each_training_draws_the_random_numbers_of_its_own_seed(monkeypatch):
+    shared = []
+
+    def draws_for_all(calls):
+        shared.append(torch.rand(1).item())
+        return Joint(len(calls), [])
+
+    def draws(seed, turn):
+        torch.manual_seed(seed)
+        found = []
+        for _ in range(2):
+            goes_forward(turn)
+            found.append(torch.rand(1).item())
+            goes_backward(turn)
+        return found
+
+    def drawn(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.rand(1, generator=generator).item() for _ in range(2)]
+
+    monkeypatch.setattr(turns, "SharedPass", draws_for_all)
+    assert turns.Turns(2, seed=5).run([partial(draws, 3), partial(draws, 4)]) == [drawn(3), drawn(4)]
+    assert shared == drawn(5)
+
+
+def test_the_seconds_of_shared_passes_are_shared_by_tokens(monkeypatch):
+    now = 0.0
+
+    def passes(seconds):
+        nonlocal now
+        now += seconds
+
+    class Slow(Joint):
+        def __init__(self, calls):
+            super().__init__(len(calls), [])
+            passes(4.0)
+
+        def backward(self):
+            passes(8.0)
+
+    def takes_a_step(num_tokens, own_seconds, turn):
+        goes_forward(turn, num_tokens=num_tokens)
+        passes(own_seconds)
+        goes_backward(turn)
+        return turn.clock()
+
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(turns, "SharedPass", Slow)
+    # A quarter of 12 seconds and one of its own; three quarters and two.
+    assert turns.Turns(2).run([partial(takes_a_step, 1, 1.0), partial(takes_a_step, 3, 2.0)]) == [4.0, 11.0]
 
 
 def test_memory_that_runs_out_names_what_to_lower():
