@@ -15,8 +15,9 @@ from hf_ensemble import (
     TaskSet,
     TrainingRecipe,
 )
+from hf_ensemble._settings import checked_shard
 from hf_ensemble.capture import capture_gradients
-from hf_ensemble.errors import HfEnsembleError
+from hf_ensemble.errors import ConfigurationError, HfEnsembleError
 from hf_ensemble.select import GroupingSettings, SelectionSettings
 
 NAN, INF = float("nan"), float("inf")
@@ -188,3 +189,12 @@ def test_captures_are_refused(bad, tmp_path):
     arguments, options, message = CAPTURES[bad]
     with pytest.raises(HfEnsembleError, match=message):
         capture_gradients(*arguments(), output_dir=tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "shard", ["3/3", "-1/8", "0/8/2", "1", "a/b", 3, (0,), (0, 0), (-1, 2), (0.9, 8), (0, 8.0)], ids=repr
+)
+def test_parts_are_whole_numbers_that_are_counted_from_zero(shard):
+    with pytest.raises(ConfigurationError, match="Expected shard as INDEX/COUNT, 0/8 to 7/8 .*found") as refused:
+        checked_shard("shard", shard)
+    assert str(refused.value).endswith(f"found {shard!r}.")

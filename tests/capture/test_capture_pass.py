@@ -15,7 +15,7 @@ from filelock import FileLock
 from helpers import toy
 from helpers.captures import capture, causal_batch, relative_error
 from hf_ensemble.capture import CaptureConfig, GradientExtractor
-from hf_ensemble.errors import CaptureError, ConfigurationError, StoreError, StoreLockedError, StoreMismatchError
+from hf_ensemble.errors import CaptureError, StoreError, StoreLockedError, StoreMismatchError
 from hf_ensemble.models.batches import HalvingOnFullMemory, length_sorted_batches
 from hf_ensemble.store import GradientStore
 
@@ -155,12 +155,6 @@ def test_parts_that_are_captured_side_by_side_make_the_store_of_one_pass(tmp_pat
     # There is nothing left to do for a part that is started once more, nor for one of another number of parts.
     assert len(capture(**settings, shard=(1, 3))) == len(capture(**settings, shard=(19, 20))) == 90
     assert contents(folder) == expected
-
-
-@pytest.mark.parametrize("shard", ["3/3", "1", (-1, 2), (0, 0), "a/b", 3])
-def test_parts_are_counted_from_zero(tmp_path, shard):
-    with pytest.raises(ConfigurationError, match="Expected shard as INDEX/COUNT, 0/8 to 7/8"):
-        capture(tmp_path / "store", shard=shard)
 
 
 def broken_model():

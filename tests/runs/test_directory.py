@@ -1,14 +1,17 @@
-"""Runs that are opened, resumed, changed, or damaged."""
+"""Runs that are opened, resumed, changed, damaged, or worked in by several processes."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
+from threading import Thread
 
 import numpy as np
 import pytest
 
+from helpers.begun_runs import begun
 from helpers.trainers import sft_trainer
-from hf_ensemble.errors import RecordError, RunMismatchError
+from hf_ensemble.errors import RecordError, RunLockedError, RunMismatchError
 from hf_ensemble.evaluate import TaskScores
 from hf_ensemble.runs import (
     Estimate,
@@ -168,3 +171,99 @@ def test_a_damaged_run_record_stops_a_run_before_anything_is_lost(tmp_path, base
     with pytest.raises(RecordError, match=r"run\.json"):
         sft_trainer(tmp_path / "run", base_folder).open_run()
     assert (tmp_path / "run" / "run.json").read_text() == '{"format": "hf_ensem'
+
+
+def test_what_processes_record_at_the_same_time_is_kept(tmp_path, monkeypatch):
+    first, second = begun(tmp_path), RunDirectory(tmp_path)
+    write, waiting, beside = RunDirectory.write, ["gradients", "calibration:2"], []
+
+    def record(name):
+        with second.stage(name):
+            pass
+
+    def slow(run, own):
+        # Another process begins to record once this one has read what it adds to.
+        if run is first:
+            beside.append(Thread(target=record, args=(waiting.pop(0),)))
+            beside[-1].start()
+            beside[-1].join(0.2)
+        write(run, own)
+
+    monkeypatch.setattr(RunDirectory, "write", slow)
+    with first.stage("baseline"):
+        pass
+    for thread in beside:
+        thread.join()
+    stages = RunDirectory(tmp_path).record.stages
+    assert {name: stage.status for name, stage in stages.items()} == dict.fromkeys(
+        ("baseline", "gradients", "calibration:2"), "done"
+    )
+
+
+def test_processes_record_their_stages_beside_each_other(tmp_path):
+    first, second = begun(tmp_path), RunDirectory(tmp_path)
+    with first.stage("baseline"), second.stage("gradients"):
+        pass
+    with first.part_of_stage("gradients_at_baseline", (0, 2), lambda: False) as todo:
+        assert todo
+    cost = second.read(RunRecord).stages["gradients_at_baseline"].cost
+    with second.part_of_stage("gradients_at_baseline", (1, 2), lambda: True) as todo:
+        assert todo
+    record = RunDirectory(tmp_path).record
+    assert {name: stage.status for name, stage in record.stages.items()} == dict.fromkeys(
+        ("baseline", "gradients", "gradients_at_baseline"), "done"
+    )
+    whole = record.stages["gradients_at_baseline"]
+    assert whole.cost.seconds >= cost.seconds and RunDirectory(tmp_path).seconds("gradients_at_baseline") is None
+    with second.part_of_stage("gradients_at_baseline", (1, 2), lambda: True) as todo:
+        assert not todo
+    # One that starts over ends the others before they write what is not theirs.
+    RunDirectory.open(tmp_path, {"arguments": {"seed": 1}}, {}, overwrite=True)
+    with pytest.raises(RunMismatchError, match="Another process has started the run in .* over"), first.stage("group"):
+        pass
+
+
+def test_what_takes_the_same_rows_is_refused_and_keeps_what_others_have_recorded(tmp_path):
+    run, other = begun(tmp_path), RunDirectory(tmp_path)
+
+    def part(run, shard):
+        return run.part_of_stage("gradients", shard, lambda: False)
+
+    def recorded():
+        return RunDirectory(tmp_path).record.stages["gradients"]
+
+    with part(run, (0, 2)):
+        pass
+    cost, holder = recorded().cost, f"process {os.getpid()} on"
+    with part(run, (1, 2)), part(other, (0, 2)):
+        for work in (other.stage("gradients"), part(other, (1, 3))):
+            with pytest.raises(RunLockedError, match=f"gradients-0-of-2: {holder} .*give all parts one count"), work:
+                pass
+        assert recorded().cost == cost
+    cost = recorded().cost
+    with other.stage("gradients"), pytest.raises(RunLockedError, match=f"on gradients: {holder}"), part(run, (0, 2)):
+        pass
+    whole = recorded()
+    assert whole.status == "done" and whole.cost.seconds >= cost.seconds > 0
+    # Parts that come late find it done.
+    with part(other, (1, 3)) as todo:
+        assert not todo
+
+
+def test_steps_of_trainings_that_were_made_side_by_side_count_on(tmp_path):
+    run = begun(tmp_path)
+    for name, first in [("baseline", 0), ("group_0", 5), ("group_1", 5)]:
+        run.write_trained_adapter(TrainedAdapter(name, {"a": 1.0}, 0, "f", first, "done", global_step=5))
+    run.order_trainings(["baseline", "scored-x", "group_0", "group_1"])
+    assert [(own.name, own.first_step) for own in run.trainings()] == [("baseline", 0), ("group_0", 5), ("group_1", 10)]
+    # Those that were made in turn are left as they are.
+    run.write_trained_adapter(TrainedAdapter("group_1", {"a": 1.0}, 0, "f", 30, "done", global_step=5))
+    run.order_trainings(["baseline", "group_0", "group_1"])
+    assert run.trained_adapter("group_1").first_step == 30
+
+
+def test_a_run_is_not_started_over_while_others_work_in_it(tmp_path):
+    run = begun(tmp_path)
+    with run.stage_locked("baseline"), pytest.raises(RunLockedError, match="started over .*: baseline \\(process"):
+        RunDirectory.open(tmp_path, {"arguments": {"seed": 1}}, {}, overwrite=True)
+    RunDirectory.open(tmp_path, {"arguments": {"seed": 1}}, {}, overwrite=True)
