@@ -4,9 +4,14 @@ import json
 import sys
 
 import numpy as np
+import pytest
+import torch
 from accelerate import PartialState
 
+from helpers import toy
+from helpers.captures import causal_batch
 from helpers.processes import run_ranks
+from hf_ensemble.capture import GradientExtractor
 from hf_ensemble.store import GradientStore
 
 CODE = """
@@ -91,3 +96,26 @@ def test_a_sharded_base_gives_what_one_process_finds(tmp_path, monkeypatch):
         for rank in found:
             np.testing.assert_allclose(rank[embeddings][0], losses, atol=1e-5)
             assert rank[embeddings][1] == answer
+
+
+@pytest.mark.parametrize("when", ["new", "wrong"])
+def test_processes_that_run_a_model_together_make_the_same_passes(when, monkeypatch):
+    """Hooks that are new to another process are checked, and wrong ones disabled there, too: both take a pass more."""
+    model, told, forwards = toy.with_lora(toy.llama()), [], []
+    rows, collator = causal_batch("right")
+    monkeypatch.setattr("hf_ensemble.capture.gradients.is_sharded", lambda model: True)
+    extractor = GradientExtractor(model, 16)
+    expected, name = extractor(collator(rows)), extractor.hooked[0]
+    model.register_forward_hook(lambda *_: forwards.append(None))
+    extractor(collator(rows))
+    alone = len(forwards)
+
+    def beside_another(function):
+        # What processes tell each other of a batch none of whose hooks is new, until they differ.
+        told.append({0: "new", 1: "wrong"}.get(len(told)))
+        return [function(), {name} if told[-1] == when else set()]
+
+    monkeypatch.setattr("hf_ensemble.capture.gradients.run_in_step", beside_another)
+    found = extractor(collator(rows))
+    assert len(forwards) == 3 * alone and (name in extractor.lora_hooks.disabled) is (when == "wrong")
+    assert torch.allclose(found.features, expected.features, atol=1e-5)
