@@ -1,5 +1,7 @@
 """Generated gradient features: tasks that help and harm each other."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from hf_ensemble.estimate import ObservedRun
@@ -23,6 +25,18 @@ def world(rows=40, dim=60, seed=0, tokens=False):
         return FeatureTable(features.astype(np.float32), margin.astype(np.float32), task, NAMES, ids, num_tokens)
 
     return table(rows), table(rows)
+
+
+def sample_of(table, rows):
+    """The table of these rows alone, a sample of all of them."""
+    arrays = {name: getattr(table, name) for name in ("features", "margin", "task", "example_id", "num_tokens")}
+    own = {name: None if values is None else values[rows] for name, values in arrays.items()}
+    return replace(table, **own, task_sizes=table.num_captured)
+
+
+def first_rows(table, counts):
+    """A sample of the first rows of each task, as many as `counts` says."""
+    return sample_of(table, np.concatenate([np.flatnonzero(table.task == k)[:n] for k, n in enumerate(counts)]))
 
 
 SIX_NAMES = ("a", "b", "c", "d", "e", "f")
