@@ -4,15 +4,11 @@ import pytest
 import torch
 
 from helpers import toy
-from helpers.captures import capture, relative_error
+from helpers.captures import capture, contents, relative_error
 from hf_ensemble.capture import CaptureConfig, GradientExtractor, Preconditioner
 from hf_ensemble.errors import CaptureError, ConfigurationError, StoreError, StoreMismatchError
 from hf_ensemble.store import GradientStore
 from hf_ensemble.tasks import TaskSet, data_collator_for, encode
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from helpers import toy
-from helpers.captures import capture, causal_batch, relative_error
+from helpers.captures import capture, causal_batch, contents, relative_error
 from hf_ensemble.capture import CaptureConfig, GradientExtractor
 from hf_ensemble.errors import CaptureError, StoreError, StoreLockedError, StoreMismatchError
 from hf_ensemble.models.batches import HalvingOnFullMemory, length_sorted_batches
@@ -132,9 +132,6 @@ def test_a_second_pass_into_one_directory_is_refused(tmp_path, held, own):
 
 def test_parts_that_are_captured_side_by_side_make_the_store_of_one_pass(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_ensemble.capture.capture.SHARD_SIZE", 8)
-
-    def contents(folder):
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     capture(tmp_path / "whole", preconditioner="adam")
     expected, folder = contents(tmp_path / "whole"), tmp_path / "store"

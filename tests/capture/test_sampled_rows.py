@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from helpers import toy
-from helpers.captures import capture
+from helpers.captures import capture, contents
 from helpers.trainers import sft_config, sft_trainer
 from hf_ensemble import CaptureConfig, DataSelector, EnsembleSFTConfig, GradientCaptureCallback, TaskSet
 from hf_ensemble.capture.row_sample import sample_rows, sampled_positions
@@ -14,10 +14,6 @@ from hf_ensemble.errors import ConfigurationError, StoreMismatchError
 from hf_ensemble.store import GradientStore, GradientStoreWriter
 
 IDS = [f"row {number}" for number in range(1000)]
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_a_sample_has_the_labels_in_their_shares_and_does_not_depend_on_the_order():
@@ -51,7 +47,7 @@ def test_a_limit_may_be_one_of_a_task():
 def test_a_task_within_the_limit_is_captured_whole(tmp_path):
     capture(tmp_path / "all")
     capture(tmp_path / "limited", capture_rows=24, capture_validation_rows={"sums": 6}, capture_seed=3)
-    assert files(tmp_path / "all") == files(tmp_path / "limited")
+    assert contents(tmp_path / "all") == contents(tmp_path / "limited")
 
 
 def test_a_store_of_a_sample(tmp_path, monkeypatch):
@@ -81,7 +77,7 @@ def test_a_store_of_a_sample(tmp_path, monkeypatch):
         patch.setattr(GradientStoreWriter, "write_shard", killed)
         capture(tmp_path / "killed", **limits)
     capture(tmp_path / "killed", **limits)
-    assert files(tmp_path / "killed") == files(tmp_path / "some")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "some")
     for changes, message in (
         ({}, r"config.capture_rows: found \{'sums': 10\}, expected None"),
         ({**limits, "capture_rows": {"sums": 11}}, "config.capture_rows.sums: found 10, expected 11"),

@@ -11,6 +11,11 @@ def relative_error(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def contents(folder):
+    """Every file of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def causal_batch(padding_side, count=5):
     tokenizer = toy.tokenizer(padding_side)
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from helpers.begun_runs import begun
 from hf_ensemble.cli.arguments import TrainArguments
 from hf_ensemble.cli.parsing import parse
-from hf_ensemble.runs import RunDirectory, TaskRecord, TasksRecord
 from hf_ensemble.runs.progress import stage_needs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -29,11 +29,7 @@ def needs(tmp_path_factory):
         "on": {"group_initialization": "baseline", "calibration_runs": 1},
         "fresh": {"group_initialization": "fresh", "calibration_runs": 3},
     }.items():
-        configuration = {"arguments": {"seed": 0, "train_baseline": True}}
-        run = RunDirectory.open(tmp_path_factory.mktemp(name), configuration, choices)
-        task = TaskRecord({"train": 1}, {"train": "0"}, None, 1.0)
-        run.write(TasksRecord("x", "y", dict.fromkeys("abcdef", task)))
-        for stage, own in stage_needs(run).items():
+        for stage, own in stage_needs(begun(tmp_path_factory.mktemp(name), choices)).items():
             kinds = {need.partition(":")[0] for need in own}
             found.setdefault(stage.partition(":")[0], set()).update(kinds)
     # Where they have no job of their own, the evaluation makes them.
