@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test browser style docs clean
+.PHONY: demo test browser deepspeed style docs clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-ensemble demo
@@ -15,6 +15,10 @@ test: $(STAMP)
 # What the tests of the page of a run need beside Chromium; without it `make test` skips them.
 browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+
+# What the tests of bases that DeepSpeed cuts need; without it `make test` skips them.
+deepspeed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
 
 style: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,9 @@ import transformers
 from helpers import toy
 from helpers.trainers import sft_trainer
 
+if not torch.accelerator.is_available():
+    # DeepSpeed says on stdout that it finds none when accelerate imports it, in whichever test that is.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 datasets.disable_progress_bars()
 transformers.logging.disable_progress_bar()
 
@@ -55,7 +58,7 @@ def base_folder(tmp_path):
 @pytest.fixture
 def two_processes(monkeypatch):
     """To the arguments of a run, it is made by two processes, which the launcher did not ask to shard the base."""
-    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.setenv(name, "false")
     monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
 

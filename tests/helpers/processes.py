@@ -4,6 +4,7 @@ Importing torch, scikit-learn and bitsandbytes takes longer than what most of th
 once and is forked; what reads the environment when it is imported (huggingface_hub and all above it) is not among them.
 """
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,8 @@ _PRELOADED = [
     "scipy.stats",
     "sklearn.cluster",
     "sklearn.neural_network",
+    # Where it is installed, accelerate imports it to take wrappers off a model.
+    *(["deepspeed"] if importlib.util.find_spec("deepspeed") else []),
 ]
 _STREAMS = ("stdout", "stderr")
 _CONTEXT = multiprocessing.get_context("forkserver")
