@@ -24,7 +24,9 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     """
     config = getattr(model, "config", None)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    frozen = {name: t for name, t in model.state_dict().items() if torch.is_tensor(t) and name not in trainable}
+    # The parameters themselves: a copy does not know that ZeRO-3 has cut it.
+    state = model.state_dict(keep_vars=True)
+    frozen = {name: t for name, t in state.items() if torch.is_tensor(t) and name not in trainable}
     return {
         "name": getattr(config, "_name_or_path", None) or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
@@ -53,10 +55,11 @@ def _adapter_configs(model: nn.Module) -> dict[str, Any]:
 def _hash(tensors: Mapping[str, torch.Tensor], samples: int | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
-        flat = whole_tensor(tensor.detach()).reshape(-1)
+        whole = whole_tensor(tensor)
+        flat = whole.reshape(-1)
         if samples is not None and flat.numel() > samples:
             # Integer arithmetic: float32 cannot index the entries of a large embedding.
             flat = flat[torch.arange(samples, device=flat.device) * (flat.numel() - 1) // (samples - 1)]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(whole.shape)}".encode())
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import CaptureError
 from ..models.sharding import modules_sharded_together
+from ..models.zero_sharding import cut_elsewhere
 
 
 def check_not_sharded(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -31,6 +32,13 @@ def check_units(model: nn.Module) -> None:
         raise CaptureError(
             f"Expected modules that fully_shard was given one by one, found several in one list: {together}. Shard "
             "each by itself; distributed_config shards the head with the last norm, so load the model without it."
+        )
+    cut = cut_elsewhere(model)
+    if cut:
+        raise CaptureError(
+            f"Expected a base that FSDP2 shards, or that a trainer with deepspeed has loaded; found {len(cut)} "
+            f"parameters that DeepSpeed has cut, among them {cut[0]!r}. Load the model before deepspeed is configured, "
+            "and give the arguments with deepspeed to a trainer of hf_ensemble."
         )
 
 

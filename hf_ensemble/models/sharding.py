@@ -11,12 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from .zero_sharding import cut_base, gathered, is_cut
+
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of the model are sharded over processes, which then have to run it together."""
     # Those of a unit that is gathered at the moment look whole.
     gathers = any(isinstance(module, FSDPModule) for module in model.modules())
-    return gathers or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return gathers or any(isinstance(own, DTensor) or is_cut(own) for own in model.parameters())
 
 
 def modules_sharded_together(model: nn.Module) -> list[str]:
@@ -34,7 +36,11 @@ def modules_sharded_together(model: nn.Module) -> list[str]:
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or the whole of a sharded one, for which every process has to call this."""
+    """The tensor itself, or the whole of a sharded one, for which every process has to call this.
+
+    Of one that ZeRO-3 has cut, this has to be the parameter itself.
+    """
+    tensor = gathered(tensor) if is_cut(tensor) else tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -51,11 +57,7 @@ def shard_base(model: PeftModel, mesh: DeviceMesh, is_unit: Callable[[nn.Module]
         mesh (`DeviceMesh`): the processes, in one dimension.
         is_unit (`Callable`): whether a module is gathered by itself, such as a decoder layer.
     """
-    base = model.get_base_model()
-    whole = {parameter for parameter in base.parameters() if parameter.requires_grad}
-    for module in base.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            whole.update(module.parameters())
+    base, whole = model.get_base_model(), whole_parameters(model)
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": whole, "reshard_after_forward": True}
     for module in reversed(list(base.modules())):
         if module is not base and is_unit(module):
@@ -70,9 +72,36 @@ def shard_base(model: PeftModel, mesh: DeviceMesh, is_unit: Callable[[nn.Module]
             fully_shard(part, **options)
     if mesh.device_type != "cpu":
         device = torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
-        # What belongs to no unit.
-        for tensor in (*whole, *base.buffers()):
-            tensor.data = tensor.data.to(device)
+        _move_whole(model, device)
+
+
+def shard_base_by_zero(model: PeftModel, device: torch.device, is_unit: Callable[[nn.Module], bool]) -> None:
+    """Shard the frozen parameters of a `PeftModel`'s base by ZeRO-3 of DeepSpeed, as [`shard_base`] does by FSDP2.
+
+    Args:
+        model (`PeftModel`): equal on all processes.
+        device (`torch.device`): of this process.
+        is_unit (`Callable`): whether a module is gathered by itself, such as a decoder layer.
+    """
+    cut_base(model, whole_parameters(model), is_unit)
+    _move_whole(model, device)
+
+
+def whole_parameters(model: PeftModel) -> set[nn.Parameter]:
+    """Parameters of a base that stay whole: adapters, modules of which they hold copies, what is trained, scalars."""
+    base, prefix = model.get_base_model(), model.base_model.prefix
+    named = base.named_parameters()
+    whole = {own for name, own in named if own.requires_grad or prefix in name or own.dim() == 0}
+    for module in base.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            whole.update(module.parameters())
+    return whole
+
+
+def _move_whole(model: PeftModel, device: torch.device) -> None:
+    """Put what belongs to no unit on a device."""
+    for tensor in (*whole_parameters(model), *model.get_base_model().buffers()):
+        tensor.data = tensor.data.to(device)
 
 
 def _shard_until_backward(head: nn.Module, inputs: Any, output: torch.Tensor) -> None:

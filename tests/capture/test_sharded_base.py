@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from helpers import toy
 from helpers.captures import causal_batch
+from helpers.deepspeed import needs_deepspeed
 from helpers.processes import run_ranks
 from hf_ensemble.capture import GradientExtractor
 from hf_ensemble.store import GradientStore
@@ -31,10 +32,12 @@ from hf_ensemble.errors import CaptureError
 from hf_ensemble.evaluate import Evaluator
 from hf_ensemble.models import answer_head
 from hf_ensemble.models.answer_scorer import AnswerScorer
-from hf_ensemble.models.sharding import shard_base
+from hf_ensemble.models.sharding import shard_base, shard_base_by_zero
+from hf_ensemble.models.zero_sharding import is_cut
 from hf_ensemble.tasks import TaskCollator, TaskSet, encode
 
-folder, state, found = sys.argv[1], PartialState(cpu=True), {}
+folder, by, state, found = sys.argv[1], sys.argv[2], PartialState(cpu=True), {}
+is_layer = lambda module: isinstance(module, LlamaDecoderLayer)
 rows = toy.sft_tasks(train=9, validation=3)
 # Of a batch, one process has the short answers and the other one the long ones, whose tokens the head takes one by one.
 mixed = [{"prompt": "sum : 3 + 2 =", "completion": " 5"}, {"prompt": "2 =", "completion": " 5 yes 5 yes 5"}] * 4
@@ -47,11 +50,18 @@ collator = TaskCollator(DataCollatorForSeq2Seq(toy.tokenizer(), label_pad_token_
 prompt = toy.tokenizer()("sum : 3 + 2 =", return_tensors="pt")
 for name, tied in (("tied", True), ("untied", False)):
     model = toy.with_lora(toy.llama(tie_word_embeddings=tied))
-    if state.num_processes > 1:
+    if by == "fsdp":
         mesh = init_device_mesh("cpu", (state.num_processes,))
-        shard_base(model, mesh, lambda module: isinstance(module, LlamaDecoderLayer))
+        shard_base(model, mesh, is_layer)
         # All of the base, and nothing of the adapter.
         assert all(isinstance(own.data, DTensor) != own.requires_grad for own in model.parameters())
+    if by == "zero":
+        sizes = [own.numel() for own in model.parameters()]
+        shard_base_by_zero(model, state.device, is_layer)
+        for size, own in zip(sizes, model.parameters()):
+            assert own.requires_grad != is_cut(own)
+            # Of an odd number, half of one more.
+            assert own.requires_grad or (own.numel() == 0 and own.ds_tensor.numel() == (size + 1) // 2)
     capture(f"{folder}/{name}", model, rows, batch_size=2)
     scores = Evaluator(model, collator, 2, disable_tqdm=True).score_rows(AnswerScorer(model), table)
     if state.is_main_process:
@@ -59,7 +69,7 @@ for name, tied in (("tied", True), ("untied", False)):
         model.state_dict()
     answer = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     found[name] = [scores.loss.tolist(), answer.tolist()]
-if state.num_processes > 1:
+if by == "fsdp":
     model = toy.with_lora(toy.llama())
     base, adapter = model.get_base_model(), {own for own in model.parameters() if own.requires_grad}
     fully_shard([base.model.norm, base.lm_head], mesh=mesh, ignored_params=adapter)
@@ -74,13 +84,14 @@ with open(f"{folder}/found-{state.process_index}.json", "w") as file:
 """
 
 
-def test_a_sharded_base_gives_what_one_process_finds(tmp_path, monkeypatch):
+@pytest.mark.parametrize("by", ["fsdp", pytest.param("zero", marks=needs_deepspeed)])
+def test_a_sharded_base_gives_what_one_process_finds(by, tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()
-    for rank in run_ranks(CODE, 2, str(two)):
+    for rank in run_ranks(CODE, 2, str(two), by):
         assert rank.returncode == 0, rank.stderr[-3000:]
     one.mkdir()
-    monkeypatch.setattr(sys, "argv", ["-c", str(one)])
+    monkeypatch.setattr(sys, "argv", ["-c", str(one), "none"])
     # The code's own, which later tests do not find.
     monkeypatch.setattr(PartialState, "_shared_state", {})
     exec(compile(CODE, "<code>", "exec"), {})
