@@ -22,6 +22,7 @@ from ..select import GroupingSettings, SelectionSettings
 from ..select.settings import GROUPING_METHODS
 from .inputs.balancing_arguments import ORDERS_OF_DRAWN_ROWS, BalancingArguments
 from .inputs.boosting import BoostingSettings
+from .inputs.sharding import check_deepspeed_installed
 from .inputs.trackers import check_trackers
 
 logger = get_logger(__name__)
@@ -104,6 +105,8 @@ class RunArguments(BalancingArguments, FeatureSettings):
         check_flag("save_report", self.save_report)
         check_flag("card_examples", self.card_examples)
         check_flag("overwrite_run", self.overwrite_run)
+        if self.deepspeed:
+            check_deepspeed_installed()
         if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
             # trl would refuse these arguments on a machine without an accelerator.
             logger.warning_once(

@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 from helpers import toy
+from helpers.deepspeed import needs_deepspeed
 from helpers.processes import run_python, run_ranks
 from hf_ensemble.store.locks import exclusive_writers
 
@@ -38,6 +39,7 @@ from helpers import toy
 from helpers.trainers import sft_config, split, text_trainer, without_speed
 from hf_ensemble import *
 from hf_ensemble.models import answer_head
+from hf_ensemble.models.sharding import is_sharded
 
 folder, base, encoder = sys.argv[1:4]
 
@@ -51,8 +53,9 @@ sizes = {"a": (17, 17), "b": (5, 3), "c": (17, 11)}
 prompts = rows(lambda name, count, seed: toy.sum_rows(count, seed, "diff" if name == "b" else "sum"), sizes)
 texts = rows(lambda name, count, seed: toy.text_rows(count, seed, "book" if name == "b" else "film"), sizes)
 changes = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
-if "fsdp" in sys.argv:
-    changes["fsdp"] = True
+if "fsdp" in sys.argv or "deepspeed" in sys.argv:
+    zero = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}
+    changes |= {"fsdp": True} if "fsdp" in sys.argv else {"deepspeed": zero}
     # As with a large vocabulary: how often the head runs depends on the rows.
     answer_head.LOGITS_BYTES = 1
 sft = {"train_dataset": prompts, "peft_config": toy.lora(), "model": base}
@@ -82,6 +85,7 @@ TRAIN = """
 def report(name, trainer):
     # Times are each process's own.
     metrics = without_speed(trainer.train().metrics)
+    assert is_sharded(trainer.model) == bool({"fsdp", "deepspeed"} & set(sys.argv))
     # None is left that would communicate in a backward pass of one's own.
     assert not any(own._post_accumulate_grad_hooks for own in trainer.model.parameters())
     ensemble = getattr(trainer, "ensemble", None)
@@ -261,9 +265,10 @@ def test_every_rank_makes_the_same_choices_and_they_are_those_of_one_process(tra
 
 
 @pytest.mark.slow
-def test_over_a_sharded_base_runs_are_those_of_processes_that_share_rows(train):
+@pytest.mark.parametrize("by", ["fsdp", pytest.param("deepspeed", marks=needs_deepspeed)])
+def test_over_a_sharded_base_runs_are_those_of_processes_that_share_rows(by, train):
     _, shared = reports_of(train, 2)
-    _, sharded = reports_of(train, 2, "fsdp")
+    _, sharded = reports_of(train, 2, by)
     for name in TRAINERS:
         (found, other), expected = sharded[name], shared[name][0]
         assert found == other, name

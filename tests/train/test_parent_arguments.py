@@ -54,7 +54,7 @@ USED = words("""
 # What the run itself uses, and each training otherwise or not at all.
 USED_BY_RUN = words("""
     output_dir push_to_hub hub_model_id hub_token hub_private_repo hub_revision hub_strategy model_init_kwargs
-    chat_template_path dataset_kwargs dataset_text_field metric_for_best_model fsdp fsdp_config
+    chat_template_path dataset_kwargs dataset_text_field metric_for_best_model fsdp fsdp_config deepspeed
 """)
 # Of no consequence here, for the reason given.
 IRRELEVANT = {
@@ -73,7 +73,6 @@ REFUSED_VALUES = {
     "resume_from_checkpoint": ("out/checkpoint-5", "resumes by itself"),
     "bf16_full_eval": (True, "casts the base model"),
     "fp16_full_eval": (True, "casts the base model"),
-    "deepspeed": ({"zero_optimization": {"stage": 3}}, "DDP"),
     "parallelism_config": (SimpleNamespace(tp_size=2), "DDP"),
 }
 TRAINERS = {

@@ -39,10 +39,6 @@ REFUSED: dict[str, Refusal] = {
     ),
     "bf16_full_eval": _FULL_EVAL,
     "fp16_full_eval": _FULL_EVAL,
-    "deepspeed": Refusal(
-        "ZeRO cuts the adapter's parameters too, and trainings begin, end and are captured at whole ones",
-        "set fsdp=True, which shards the base alone, or share the rows alone (DDP)",
-    ),
     "parallelism_config": Refusal(
         "each row is captured and scored by a single process",
         "set fsdp=True, which shards the base, or share the rows alone (DDP)",

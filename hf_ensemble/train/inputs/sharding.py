@@ -1,12 +1,20 @@
-"""`fsdp`: the base sharded over the processes, once for all trainings of a run."""
+"""`fsdp` and `deepspeed`: the base sharded over the processes, once for all trainings of a run."""
 
 import copy
+import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment, str_to_bool
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    patch_environment,
+    str_to_bool,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
@@ -14,23 +22,30 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ...errors import ConfigurationError
 from ...logging import get_logger
 from ...models.inputs import is_encoder_decoder
-from ...models.sharding import is_sharded, shard_base
+from ...models.sharding import is_sharded, shard_base, shard_base_by_zero
+from .deepspeed_config import check_deepspeed_config
+from .refusal import refusal
 from .supported import names_encoder_decoder
 
 logger = get_logger(__name__)
 
-# What `accelerate launch` sets for a configuration with FSDP.
+# How a run is asked to shard its base.
+Sharding = FullyShardedDataParallelPlugin | DeepSpeedPlugin
+
+# What `accelerate launch` sets for a configuration with FSDP, and for one with DeepSpeed.
 _LAUNCHED = "ACCELERATE_USE_FSDP"
+_LAUNCHED_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 
 
 def without_sharding(
     args: TrainingArguments, model: Any = None, peft_config: PeftConfig | None = None, quantization_config: Any = None
-) -> tuple[TrainingArguments, FullyShardedDataParallelPlugin | None]:
-    """The arguments without `fsdp`, and the sharding that they or `accelerate launch` ask for.
+) -> tuple[TrainingArguments, Sharding | None]:
+    """The arguments without `fsdp` and `deepspeed`, and the sharding that they or `accelerate launch` ask for.
 
     A run shards its model itself, before its first training: to accelerate, the processes share rows alone.
 
@@ -44,29 +59,37 @@ def without_sharding(
         `ConfigurationError`: for a sharding that a run cannot honour.
     """
     is_launched = bool(str_to_bool(os.environ.get(_LAUNCHED, "false")))
-    if not args.fsdp and not is_launched:
+    has_fsdp, sharding = bool(args.fsdp or is_launched), args.deepspeed_plugin
+    if not has_fsdp and sharding is None:
         return args, None
-    if args.fsdp and args.fsdp_config.get("xla"):
-        raise _refusal("xla in fsdp_config", "it is not FSDP2", "leave it out")
-    given = args.fsdp_plugin_args or {}
-    if given.get("fsdp_version", int(os.environ.get("FSDP_VERSION", "1"))) != 2:
-        raise _refusal("version of fsdp_config", "FSDP1 flattens parameters", "set it to 2")
-    plugin = FullyShardedDataParallelPlugin(**given)
-    _check(plugin, args)
+    # Arguments with deepspeed tell transformers to cut each model while it is loaded. The run cuts its base itself.
+    unset_hf_deepspeed_config()
+    if has_fsdp and sharding is not None:
+        raise refusal("deepspeed beside fsdp", "each shards the base", "leave one of them out")
+    if has_fsdp:
+        sharding = _fsdp_plugin(args)
+    else:
+        _check_deepspeed(args)
+    name = _name(sharding)
+    if not args.accelerator_config.even_batches:
+        because = "processes run a sharded model together, as often"
+        raise refusal(f"{name} beside even_batches=False", because, "leave that out")
     loading = getattr(args, "model_init_kwargs", None) or {}
-    _check_model(model, peft_config, bool(quantization_config or loading.get("quantization_config")))
+    _check_model(name, model, peft_config, bool(quantization_config or loading.get("quantization_config")))
     if args.world_size < 2:
-        raise _refusal(
-            "fsdp", "it shards a model over processes, and there is one", "start several (torchrun --nproc_per_node 2)"
+        raise refusal(
+            name, "it shards a model over processes, and there is one", "start several (torchrun --nproc_per_node 2)"
         )
     args = copy.copy(args)
     args.fsdp, args.fsdp_config, args.fsdp_plugin_args = None, None, None
-    return args, plugin
+    if not has_fsdp:
+        _forget_deepspeed(args)
+    return args, sharding
 
 
 def as_not_launched() -> AbstractContextManager[None]:
     """While open, an `Accelerator` that is built knows nothing of the sharding that `accelerate launch` asks for."""
-    return patch_environment(**{_LAUNCHED: "false"})
+    return patch_environment(**{_LAUNCHED: "false", _LAUNCHED_DEEPSPEED: "false"})
 
 
 def stop_averaging(model: nn.Module) -> None:
@@ -82,7 +105,13 @@ def stop_averaging(model: nn.Module) -> None:
                 del hooks[key]
 
 
-def _check(plugin: FullyShardedDataParallelPlugin, args: TrainingArguments) -> None:
+def _fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin:
+    if args.fsdp and args.fsdp_config.get("xla"):
+        raise refusal("xla in fsdp_config", "it is not FSDP2", "leave it out")
+    given = args.fsdp_plugin_args or {}
+    if given.get("fsdp_version", int(os.environ.get("FSDP_VERSION", "1"))) != 2:
+        raise refusal("version of fsdp_config", "FSDP1 flattens parameters", "set it to 2")
+    plugin = FullyShardedDataParallelPlugin(**given)
     whole = "set it to false: each process reads the base into its own memory and keeps its shard on the device"
     for name, is_asked, because, instead in (
         ("cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, "the other processes had no weights", whole),
@@ -111,15 +140,46 @@ def _check(plugin: FullyShardedDataParallelPlugin, args: TrainingArguments) -> N
             "set TRANSFORMER_BASED_WRAP, by layers",
         ),
         ("ignored_modules", plugin.ignored_modules, "adapters alone stay whole", "leave it out"),
-        (
-            "fsdp beside even_batches=False",
-            not args.accelerator_config.even_batches,
-            "processes run a sharded model together, as often",
-            "leave that out",
-        ),
     ):
         if is_asked:
-            raise _refusal(name, because, instead)
+            raise refusal(name, because, instead)
+    return plugin
+
+
+def _check_deepspeed(args: TrainingArguments) -> None:
+    check_deepspeed_installed()
+    check_deepspeed_config(args)
+    if args.torch_compile:
+        because = "hooks gather the base while it runs"
+        raise refusal("deepspeed beside torch_compile", because, "leave one of them out")
+    # What the process computes on is settled once, when DeepSpeed is imported.
+    from deepspeed.accelerator import get_accelerator
+
+    found = get_accelerator().device_name()
+    if found != args.device.type:
+        raise refusal(
+            "deepspeed",
+            f"DeepSpeed computes on {found!r}, and the arguments on {args.device.type!r}",
+            f"set the environment variable DS_ACCELERATOR={args.device.type}",
+        )
+
+
+def check_deepspeed_installed() -> None:
+    """Raise `ConfigurationError` where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise refusal(
+            "deepspeed", "the package is not installed", "run pip install 'hf-ensemble[deepspeed]', or set fsdp=True"
+        )
+
+
+def _forget_deepspeed(args: TrainingArguments) -> None:
+    args.deepspeed, args.deepspeed_plugin = None, None
+    vars(args).pop("hf_deepspeed_config", None)
+    if args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
+        # The state says so as long as it lives; the processes stay connected.
+        del args._setup_devices
+        with as_not_launched():
+            args._setup_devices  # noqa: B018
 
 
 def check_whole(model: PeftModel) -> None:
@@ -127,30 +187,47 @@ def check_whole(model: PeftModel) -> None:
     if is_sharded(model) or getattr(model.get_base_model(), "is_distributed_loading_by_transformers", False):
         raise ConfigurationError(
             "Expected a model that every process holds whole, found one that is split over processes already (tp_plan, "
-            "distributed_config, fully_shard). Load it without, and set fsdp=True: the run shards its base itself."
+            "distributed_config, fully_shard, or loaded while arguments with deepspeed were there). Load it without, "
+            "and set fsdp=True or deepspeed: the run shards its base itself."
         )
 
 
-def shard(model: PeftModel, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Shard a loaded model's base as the plugin says.
+def shard(model: PeftModel, sharding: Sharding) -> None:
+    """Shard a loaded model's base as it is asked for.
 
     Raises:
         `ConfigurationError`: for bases and adapters with which that cannot be done.
     """
-    _check_model(model)
+    _check_model(_name(sharding), model)
     base, state = model.get_base_model(), PartialState()
-    plugin.set_auto_wrap_policy(base)
-    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, base) or (lambda module: False)
-    if plugin.auto_wrap_policy is not None and not any(map(is_unit, base.modules())):
-        logger.warning(
-            "%s names no layers (_no_split_modules), so its whole body is gathered while it runs. Name their class in "
-            "transformer_layer_cls_to_wrap of fsdp_config.",
-            type(base).__name__,
-        )
+    if isinstance(sharding, DeepSpeedPlugin):
+        names = set(getattr(base, "_no_split_modules", None) or ())
+        is_unit = lambda module: type(module).__name__ in names
+        _warn_without_units(base, is_unit, "Without them only parts of it could be gathered one after the other.")
+        shard_base_by_zero(model, state.device, is_unit)
+        return
+    sharding.set_auto_wrap_policy(base)
+    is_unit = fsdp2_prepare_auto_wrap_policy(sharding, base) or (lambda module: False)
+    if sharding.auto_wrap_policy is not None:
+        _warn_without_units(base, is_unit, "Name their class in transformer_layer_cls_to_wrap of fsdp_config.")
     shard_base(model, init_device_mesh(state.device.type, (state.num_processes,)), is_unit)
 
 
-def _check_model(model: Any, config: PeftConfig | None = None, is_quantized: bool = False) -> None:
+def _warn_without_units(base: nn.Module, is_unit: Callable[[nn.Module], bool], instead: str) -> None:
+    if not any(map(is_unit, base.modules())):
+        logger.warning(
+            "%s names no layers (_no_split_modules), so its whole body is gathered while it runs. %s",
+            type(base).__name__,
+            instead,
+        )
+
+
+def _name(sharding: Sharding) -> str:
+    """The argument that asks for it."""
+    return "deepspeed" if isinstance(sharding, DeepSpeedPlugin) else "fsdp"
+
+
+def _check_model(name: str, model: Any, config: PeftConfig | None = None, is_quantized: bool = False) -> None:
     """Refuse a base, which need not be loaded yet, and an adapter, the model's own by default."""
     base = model
     if isinstance(model, PeftModel):
@@ -177,8 +254,4 @@ def _check_model(model: Any, config: PeftConfig | None = None, is_quantized: boo
         ),
     ):
         if is_asked:
-            raise _refusal("fsdp", because, instead)
-
-
-def _refusal(name: str, because: str, instead: str) -> ConfigurationError:
-    return ConfigurationError(f"{name} cannot be honoured in a run of several trainings: {because}. Please {instead}.")
+            raise refusal(name, because, instead)
