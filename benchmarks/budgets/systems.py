@@ -1,7 +1,7 @@
 """Trainings, and the systems that are made of them, at several training budgets."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -103,7 +103,7 @@ class SystemBuilder:
         found += [self._mixtures(budget, has_baseline=True) for budget in FRESH_BUDGETS]
         found += [self._per_task(), self._partition(), self._random(), self._clusters(), self._seeds(2), self._wider(2)]
         found += [self._mixtures(2.0, has_baseline=False), *self._merged()]
-        return [*found, self._continued(3.0)]
+        return [*found, self._continued(3.0), self._wide_and_continued(2.0)]
 
     def _for_all(self, length: float) -> System:
         part = Part(self.all.mixture, length=length, cost=length)
@@ -126,6 +126,12 @@ class SystemBuilder:
         grouping = selector.group(None, "mixtures", compute_budget=budget, group_initialization="baseline")
         label = f"one for all, then mixtures, at {budget:g}"
         return self._of_grouping(label, grouping, selector.estimator, length, goes_on=True)
+
+    def _wide_and_continued(self, budget: float) -> System:
+        """The mixtures of `_continued`, of twice the rank, from an adapter for all tasks of that rank on."""
+        system = self._continued(budget)
+        parts = [replace(part, widening=2) for part in system.parts]
+        return System(f"one for all, then mixtures, twice as wide, at {budget:g}", parts, system.own)
 
     def _mixtures(self, budget: float, has_baseline: bool) -> System:
         grouping = self.selector.group(None, "mixtures", compute_budget=budget, has_baseline=has_baseline)
@@ -208,5 +214,7 @@ def parts_of(systems: Sequence[System]) -> dict[str, Part]:
 
 
 def needs(part: Part, parts: Mapping[str, Part]) -> list[str]:
-    """Names of the parts that a part is made of."""
+    """Names of the parts that a part is made of, or begins at."""
+    if part.goes_on and part.widening > 1:
+        return [name for name, own in parts.items() if own == Part(own.mixture, widening=part.widening)]
     return [name for name in part.mixture if name in parts] if part.merging else []

@@ -6,7 +6,8 @@ FLAGS are those of `hf-ensemble fidelity`, without `--output_dir`. With `--max_e
 that after which the validation loss of one adapter for all tasks stops falling. The first process draws the tasks'
 rows, trains the adapter for all tasks, captures the gradients and lists the trainings; it and any number of processes
 with other `--worker` numbers then take one training after another from the list. What is finished is not made again;
-of a killed process, delete the training's file in OUT/claims.
+of a killed process, delete the training's file in OUT/claims. `--systems` trains some systems alone, each by its label
+in the results.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from hf_ensemble.train.flows.capturing import gradients_at_baseline
 
 from ..common import drawn_tasks, machine, make_parser
 from ..trainers import flag_value, train_baseline, trainer_from_flags
-from .systems import Part, SystemBuilder, needs, parts_of, parts_without_choice
+from .systems import ONE_FOR_ALL, Part, SystemBuilder, needs, parts_of, parts_without_choice
 
 PLAN, EPOCHS = "plan.json", "epochs.json"
 # Rows of a task that weights are fitted to.
@@ -60,10 +61,11 @@ class Worker:
         folder (`Path`): of the study; shared by all processes.
         number (`int`): of this process; 0 plans.
         flags (`list[str]`): those of the trainer.
+        wanted (`list[str]`, *optional*): labels of the systems to train beside one adapter for all; all by default.
     """
 
-    def __init__(self, folder: Path, number: int, flags: list[str]):
-        self.folder = folder
+    def __init__(self, folder: Path, number: int, flags: list[str], wanted: list[str] | None = None):
+        self.folder, self.wanted = folder, wanted
         flags = [*flags, "--data", str(folder / "tasks"), "--output_dir", str(folder / f"run-{number}")]
         self.trainer, self.tasks = trainer_from_flags(flags)
         self.trainer.open_run()
@@ -95,6 +97,11 @@ class Worker:
             return run_selector(run, list(trainer.tasks), count, [], continued_length=length)
 
         systems = SystemBuilder(trainer.selector(), going_on, trainer.args.seed)()
+        if self.wanted is not None:
+            known = [one.label for one in systems]
+            if unknown := [label for label in self.wanted if label not in known]:
+                raise SystemExit(f"--systems: there is no {unknown[0]!r}. Known systems: {', '.join(known)}.")
+            systems = [one for one in systems if one.label in {ONE_FOR_ALL, *self.wanted}]
         chosen = time.time()
         parts = parts_of(systems)
         plan = {
@@ -124,7 +131,8 @@ class Worker:
         while not (self.baseline / "adapter_config.json").exists():
             time.sleep(1)
         with self.trainer.working():
-            self._make_all(parts_without_choice(list(self.trainer.tasks), self.trainer.args.seed))
+            if self.wanted is None:
+                self._make_all(parts_without_choice(list(self.trainer.tasks), self.trainer.args.seed))
             while not (self.folder / PLAN).exists():
                 time.sleep(1)
             plan = json.loads((self.folder / PLAN).read_text())
@@ -164,7 +172,7 @@ class Worker:
             return self.baseline
         options = {
             "seed": context.args.seed + 1000 * part.seed,
-            "start": self.baseline if part.goes_on else None,
+            "start": self._start_of(part),
             "length": part.length,
         }
         if part.widening > 1:
@@ -172,6 +180,13 @@ class Worker:
         else:
             self.flow.training.run(part.name, part.mixture, folder, **options)
         return folder
+
+    def _start_of(self, part: Part) -> Path | None:
+        """The adapter for all tasks that a training goes on from, of the training's own rank."""
+        if not part.goes_on:
+            return None
+        wide = Part(dict.fromkeys(self.trainer.tasks, 1.0), widening=part.widening)
+        return self.baseline if part.widening == 1 else self.folder / "parts" / wide.name
 
     def _merge(self, part: Part, folder: Path) -> Path:
         model, names = self.flow.context.model, {name: f"merged_{name}" for name in part.mixture}
@@ -216,6 +231,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are drawn and of the trainings")
     parser.add_argument("--max_epochs", type=int, help="choose the number of epochs up to this one")
     parser.add_argument("--worker", type=int, default=0, help="number of this process")
+    parser.add_argument("--systems", nargs="+", metavar="LABEL", help="train these beside one adapter for all")
     own, flags = parser.parse_known_args()
     data = Path(flag_value(flags, "--data"))
     passed = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -231,7 +247,7 @@ def main() -> None:
     if own.max_epochs:
         curve = json.loads((own.folder / EPOCHS).read_text())
         flags += ["--num_train_epochs", str(int(np.argmin(curve)) + 1)]
-    worker = Worker(own.folder, own.worker, flags)
+    worker = Worker(own.folder, own.worker, flags, own.systems)
     if own.worker == 0 and not (own.folder / PLAN).exists():
         worker.plan()
     worker.work()
