@@ -28,7 +28,8 @@ class LossCalibration:
 
         calibrated loss = base * exp(-factor * f * (1 + curvature) / (1 + curvature * |f| / u))
 
-    Losses that rise (f < 0) take the common factor. The order of subsets by the loss of one task is preserved.
+    times `level`. Losses that rise (f < 0) take the common factor. The order of subsets by the loss of one task is
+    preserved.
 
     Args:
         base (`np.ndarray` of shape `(T,)`): losses at the linearization point.
@@ -37,6 +38,8 @@ class LossCalibration:
         factor (`np.ndarray` of shape `(T,)`): each task's own factor, for losses that fall.
         common (`float`): common factor of all tasks.
         curvature (`float`): how much further than in proportion short trainings move.
+        level (`np.ndarray` of shape `(T,)` or `float`, *optional*, defaults to 1.0):
+            Ratio of the loss of all validation rows to that of the captured ones, in the observed runs.
     """
 
     base: np.ndarray
@@ -44,6 +47,7 @@ class LossCalibration:
     factor: np.ndarray
     common: float
     curvature: float
+    level: np.ndarray | float = 1.0
 
     @classmethod
     def fit(
@@ -96,13 +100,24 @@ class LossCalibration:
     def __call__(self, loss: np.ndarray) -> np.ndarray:
         """Calibrated losses from the surrogate's losses, `(..., T)`."""
         move = _move(self.base, loss)
-        return self.base * np.exp(-self._factors(move) * _bent(move, self.unit, self.curvature))
+        return self.level * self.base * np.exp(-self._factors(move) * _bent(move, self.unit, self.curvature))
 
     def slope(self, loss: np.ndarray) -> np.ndarray:
         """Derivatives of the calibrated losses with respect to the surrogate's, `(..., T)`."""
         move = _move(self.base, loss)
         bend = (1 + self.curvature) / (1 + self.curvature * np.abs(move) / self.unit) ** 2
         return self(loss) * self._factors(move) * bend / np.maximum(loss, _MIN_LOSS)
+
+    def of_all_rows(self, captured: np.ndarray, true: np.ndarray) -> "LossCalibration":
+        """The same with the level of runs' losses over all validation rows, by a ratio estimate (Cochran 1977, 6.2).
+
+        Args:
+            captured (`np.ndarray` of shape `(R, T)`): observed losses of the captured rows; NaN where unknown.
+            true (`np.ndarray` of shape `(R, T)`): those of all rows.
+        """
+        known = np.isfinite(captured) & np.isfinite(true)
+        sums = [np.where(known, losses, 0.0).sum(axis=0) for losses in (true, captured)]
+        return replace(self, level=np.where(sums[1] > 0, sums[0] / np.maximum(sums[1], _MIN_LOSS), 1.0))
 
     def around(self, base: np.ndarray) -> "LossCalibration":
         """The same for other validation rows, with these losses `(T,)` at the linearization point."""
@@ -111,7 +126,9 @@ class LossCalibration:
     def by_task(self, task_names: Sequence[str]) -> dict[str, Any]:
         """The calibration as JSON values."""
         factor = dict(zip(task_names, self.factor.tolist(), strict=True))
-        return {"curvature": self.curvature, "common_factor": self.common, "factor": factor}
+        values = {"curvature": self.curvature, "common_factor": self.common, "factor": factor}
+        level = np.broadcast_to(self.level, len(task_names))
+        return values if (level == 1).all() else {**values, "level": dict(zip(task_names, level.tolist()))}
 
     def _factors(self, move: np.ndarray) -> np.ndarray:
         return np.where(move > 0, self.factor, self.common)

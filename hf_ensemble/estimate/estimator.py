@@ -89,6 +89,8 @@ class SubsetEstimator(LinearizedTraining):
         self.observed_runs = tuple(observed_runs)
         self.interval = IntervalWidth()
         self.calibration: LossCalibration | None = None
+        # Optimum of a run whose loss over all validation rows of a task is known, by the task's index.
+        self._anchors: dict[int, np.ndarray] = {}
         self.regularization: Regularization = choose_regularization(
             lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss,
             self.task_names,
@@ -97,10 +99,17 @@ class SubsetEstimator(LinearizedTraining):
         )
         if self.observed_runs:
             mixtures, losses = losses_of(self.observed_runs, self.task_names)
+            # What moves the losses is seen on the rows that predictions are for.
+            captured = losses_of(self.observed_runs, self.task_names, of_captured=True)[1]
             everything = self.predict(np.ones((1, len(self.task_names)))).loss[0]
-            predicted, _, displacement = self._validation.outcomes(self.predict(mixtures).coefficients)
-            self.calibration, left_out = LossCalibration.fit(self.base_loss(), everything, predicted, losses)
-            self.interval = IntervalWidth.fit(left_out, displacement, losses)
+            optima = self.predict(mixtures).coefficients
+            predicted, _, displacement = self._validation.outcomes(optima)
+            calibration, left_out = LossCalibration.fit(self.base_loss(), everything, predicted, captured)
+            self.calibration = calibration.of_all_rows(captured, losses)
+            self.interval = IntervalWidth.fit(left_out, displacement, captured)
+            for optimum, run in zip(optima.astype(np.float64), self.observed_runs):
+                for name in set(run.captured_losses) & set(self.task_names):
+                    self._anchors.setdefault(self.task_names.index(name), optimum)
 
     def predict_subsets(self, subsets: Iterable[Iterable[str] | Mapping[str, float]]) -> Prediction:
         """Predict the outcomes of subsets of task names, or of mixtures as dicts from name to weight.
@@ -201,7 +210,7 @@ class SubsetEstimator(LinearizedTraining):
             prediction (`Prediction`): predictions of this estimator.
         """
         rows = self._train, self.counts, self._validation, self._validation_sizes
-        noise = SamplingNoise(*rows, self.loss_at, self._slopes_at)
+        noise = SamplingNoise(*rows, self.loss_at, self._slopes_at, self._anchors)
         l2 = self._penalties(prediction.mixtures, self.regularization.l2_scale)
         sampled = prediction.mixtures * self.sampling_weights
         optima = zip(prediction.coefficients, l2, sampled, np.isfinite(prediction.loss))
@@ -220,7 +229,7 @@ class SubsetEstimator(LinearizedTraining):
             "num_components": self.reduction.components.shape[1],
             "sampling_weights": dict(zip(self.task_names, self.sampling_weights.tolist())),
             "task_loss_weighting": self.task_loss_weighting,
-            "observed_runs": [{"mixture": dict(run.mixture), "losses": dict(run.losses)} for run in self.observed_runs],
+            "observed_runs": [run.as_dict() for run in self.observed_runs],
             "recipe": None if self._recipe is None else asdict(self._recipe),
             "length": self.length,
             "l2_scale": self.regularization.l2_scale,

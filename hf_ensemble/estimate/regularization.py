@@ -1,7 +1,7 @@
 """Fits the constant of the surrogate's penalty."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isnan
 from typing import Literal
 
@@ -13,7 +13,10 @@ from ..errors import EstimationError
 from ..logging import get_logger
 from .mixtures import mixture_weights
 
-_GRID = np.logspace(-3, 3, 25)
+# Values of c are 10 ** (step / 4): those of the first steps, then more for as long as the last one is the best, up to a
+# limit. A training that goes through a small part of a million rows has a c far above that of one through a thousand.
+_PER_DECADE = 4
+_FIRST_STEPS, _LAST_STEP = range(-12, 13), 36
 # Losses are divided by at least this.
 _MIN_LOSS = 1e-12
 
@@ -27,6 +30,9 @@ class ObservedRun:
     Args:
         mixture (`dict[str, float]`): weight of each task's rows in training.
         losses (`dict[str, float]`): mean validation loss of each evaluated task; NaN where it is unknown.
+        captured_losses (`dict[str, float]`, *optional*):
+            The same over the captured rows, of tasks whose validation rows were not all captured. Predictions are
+            calibrated by these, and predicted losses are then multiplied by the ratio of both.
 
     Raises:
         `EstimationError`: for weights and losses that are no numbers, or negative, and for a mixture without a task.
@@ -34,15 +40,23 @@ class ObservedRun:
 
     mixture: Mapping[str, float]
     losses: Mapping[str, float]
+    captured_losses: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         for name, weight in checked_mapping("the mixture of an observed run", self.mixture, EstimationError).items():
             check_number(f"The weight of {name!r} in an observed run", weight, 0, error=EstimationError)
         if not any(self.mixture.values()):
             raise EstimationError(f"Expected an observed run on at least one task, found the mixture {self.mixture}.")
-        for name, loss in checked_mapping("the losses of an observed run", self.losses, EstimationError).items():
-            if not (isinstance(loss, float) and isnan(loss)):
-                check_number(f"The loss of {name!r} in an observed run", loss, 0, error=EstimationError)
+        for argument in ("losses", "captured_losses"):
+            where = f"the {argument} of an observed run"
+            for name, loss in checked_mapping(where, getattr(self, argument), EstimationError).items():
+                if not (isinstance(loss, float) and isnan(loss)):
+                    check_number(f"The loss of {name!r} in {where}", loss, 0, error=EstimationError)
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """The arguments as JSON values; those that are empty are left out."""
+        known = {name: dict(getattr(self, name)) for name in ("mixture", "losses", "captured_losses")}
+        return {name: values for name, values in known.items() if values or name != "captured_losses"}
 
 
 @dataclass(frozen=True)
@@ -60,14 +74,23 @@ class Regularization:
     criterion: float
 
 
-def losses_of(runs: Sequence[ObservedRun], task_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def losses_of(
+    runs: Sequence[ObservedRun], task_names: Sequence[str], of_captured: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Mixtures and losses of runs, both `(S, T)`; unknown losses are NaN.
+
+    Args:
+        runs (`Sequence[ObservedRun]`): fine-tunings with known losses.
+        task_names (`Sequence[str]`): task names.
+        of_captured (`bool`, *optional*, defaults to `False`):
+            Whether losses are those of the captured validation rows, where a run has them.
 
     Raises:
         `EstimationError`: for runs without a known task or a finite loss.
     """
     mixtures = np.array([mixture_weights(run.mixture, task_names) for run in runs])
-    losses = np.array([[run.losses.get(name, np.nan) for name in task_names] for run in runs], dtype=np.float64)
+    known = [{**run.losses, **run.captured_losses} if of_captured else run.losses for run in runs]
+    losses = np.array([[own.get(name, np.nan) for name in task_names] for own in known], dtype=np.float64)
     if not np.isfinite(losses).any():
         raise EstimationError(
             f"Expected observed runs with a finite loss of the tasks {list(task_names)}, found no finite loss of them."
@@ -98,7 +121,7 @@ def choose_regularization(
     """
     evidence = "observed_runs" if observed_runs else "replay" if replayed_runs else "validation_loss"
     if evidence != "validation_loss":
-        mixtures, truth = losses_of(observed_runs or replayed_runs, task_names)
+        mixtures, truth = losses_of(observed_runs or replayed_runs, task_names, of_captured=True)
 
         def criterion(loss: np.ndarray) -> float:
             return float(np.nanmean(np.abs(loss - truth) / np.maximum(truth, _MIN_LOSS)))
@@ -112,15 +135,20 @@ def choose_regularization(
     def evaluate(scale: float) -> float:
         return criterion(predict_loss(mixtures, scale))
 
-    values = [evaluate(scale) for scale in _GRID]
-    best = int(np.argmin(values))
-    if best in (0, len(_GRID) - 1):
+    values = {step: evaluate(_scale_at(step)) for step in _FIRST_STEPS}
+    while (best := min(values, key=values.__getitem__)) == max(values) < _LAST_STEP:
+        values |= {step: evaluate(_scale_at(step)) for step in range(best + 1, best + 1 + _PER_DECADE)}
+    if best in (min(values), max(values)):
         logger.warning(
             "The fitted penalty constant is at the edge of its search range (c = %.3g), so predicted losses are not "
             "reliable. Pass the losses of a fine-tuning as an ObservedRun.",
-            _GRID[best],
+            _scale_at(best),
         )
-    low, high = np.log(_GRID[max(best - 1, 0)]), np.log(_GRID[min(best + 1, len(_GRID) - 1)])
+    low, high = (np.log(_scale_at(np.clip(step, min(values), max(values)))) for step in (best - 1, best + 1))
     refined = minimize_scalar(lambda log_scale: evaluate(np.exp(log_scale)), bounds=(low, high), method="bounded")
-    value, scale = min((float(refined.fun), float(np.exp(refined.x))), (values[best], float(_GRID[best])))
+    value, scale = min((float(refined.fun), float(np.exp(refined.x))), (values[best], _scale_at(best)))
     return Regularization(scale, evidence, value)
+
+
+def _scale_at(step: int) -> float:
+    return float(10.0 ** (step / _PER_DECADE))

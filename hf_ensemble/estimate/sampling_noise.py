@@ -1,6 +1,6 @@
 """The noise of predictions from samples of rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -32,8 +32,10 @@ class SamplingNoise:
 
     The noise of a loss L is the root of the mean of (L(w + dw) - L(w))^2, which holds its variance and the square of
     its bias, plus (1 - n / N) s^2 / n for its own n of N validation rows with losses of variance s^2, times the squared
-    slope of the calibration. It is unknown where a single one of several rows was captured. Samples that are stratified
-    by label have less noise. The penalty is taken as given, which a calibration run settles.
+    slope of the calibration. Where an observed run's loss over all N rows is known, to which predictions are in
+    proportion, s^2 is the variance of the residuals l_i(w) - L(w) / L(w0) l_i(w0) from the losses at this run's optimum
+    w0, a ratio estimate (Cochran 1977, 6.3). It is unknown where a single one of several rows was captured. Samples
+    that are stratified by label have less noise. The penalty is taken as given, which a calibration run settles.
 
     H and S_k are taken from at most 8,000 rows of a mixture.
 
@@ -46,6 +48,9 @@ class SamplingNoise:
         slopes_at (`Callable`):
             From an optimum `(k,)` and a mask `(T,)` to the slopes of predicted losses in the mean losses of the rows,
             `(T,)`.
+        anchors (`dict[int, np.ndarray]`, *optional*):
+            By the index of a task, the optimum `(k,)` of a run whose loss over all of the task's validation rows is
+            known.
     """
 
     def __init__(
@@ -56,9 +61,10 @@ class SamplingNoise:
         validation_sizes: np.ndarray,
         loss_at: Callable[[np.ndarray, np.ndarray], np.ndarray],
         slopes_at: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        anchors: Mapping[int, np.ndarray] | None = None,
     ):
         self._problem, self._sizes, self._loss_at, self._slopes_at = problem, sizes, loss_at, slopes_at
-        self._validation, self._validation_sizes = validation, validation_sizes
+        self._validation, self._validation_sizes, self._anchors = validation, validation_sizes, dict(anchors or {})
 
     def of(self, w: np.ndarray, l2: float, mixture: np.ndarray, needed: np.ndarray) -> np.ndarray:
         """Noise of the losses at an optimum, `(T,)`, in nats; NaN where it is not needed or not known.
@@ -75,7 +81,8 @@ class SamplingNoise:
         variance = np.full(len(needed), np.nan)
         variance[needed] = np.square(losses[1:, needed] - losses[0, needed]).mean(axis=0)
         slopes = self._slopes_at(w, needed)
-        return np.sqrt(variance + slopes**2 * self._validation.loss_variance(w, self._validation_sizes, needed))
+        of_rows = self._validation.loss_variance(w, self._validation_sizes, needed, self._anchors)
+        return np.sqrt(variance + slopes**2 * of_rows)
 
     def _moves(self, w: np.ndarray, l2: float, mixture: np.ndarray) -> np.ndarray:
         """Draws of dw, `(pairs, k)`; a single one where it is zero, or not known."""

@@ -1,6 +1,7 @@
 """The rows whose losses are predicted."""
 
 import copy
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -73,18 +74,25 @@ class ValidationRows:
         names = (self._names[index] for index in self.task)
         return dict(zip(zip(names, self._ids.tolist()), self.margins(w).tolist()))
 
-    def loss_variance(self, w: np.ndarray, sizes: np.ndarray, needed: np.ndarray) -> np.ndarray:
+    def loss_variance(
+        self, w: np.ndarray, sizes: np.ndarray, needed: np.ndarray, anchors: Mapping[int, np.ndarray]
+    ) -> np.ndarray:
         """Variance of each task's mean loss at w, as that of all its rows `(T,)`, of which these are a sample, `(T,)`.
 
-        (1 - n / N) s^2 / n with the variance s^2 of the n captured rows' losses; zero where they are all N rows, NaN
-        where it is one of several.
+        (1 - n / N) s^2 / n with the variance s^2 of the n captured rows' losses, or of their residuals from those at an
+        optimum by the task's index, see [`SamplingNoise`]; zero where they are all N rows, NaN where it is one of
+        several.
         """
         found = np.zeros(len(sizes))
         for index in np.flatnonzero(needed):
             rows = self.task == index
             count = int(rows.sum())
             if count < sizes[index]:
-                losses = np.logaddexp(0.0, -(self.margin[rows] + self.features[rows] @ w))
+                margin, x = self.margin[rows], self.features[rows]
+                losses = np.logaddexp(0.0, -(margin + x @ w))
+                if index in anchors:
+                    known = np.logaddexp(0.0, -(margin + x @ anchors[index]))
+                    losses = losses - known * (losses.mean() / max(known.mean(), np.finfo(float).tiny))
                 variance = losses.var(ddof=1) if count > 1 else np.nan
                 found[index] = (1 - count / sizes[index]) * variance / count
         return found

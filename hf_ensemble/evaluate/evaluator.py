@@ -109,7 +109,7 @@ class Evaluator:
                 f"No row of task {name!r} is left to evaluate: every answer was truncated. Raise max_length, or pass "
                 "rows with shorter prompts."
             )
-        rows = _with_answers(rows)
+        rows = with_answers(rows)
         if not len(rows):
             raise TaskError(
                 f"No row of task {name!r} can be scored: expected labels, found hidden ones (-1) only. Use predict for "
@@ -156,7 +156,7 @@ class Evaluator:
         return tuple(np.concatenate(column) for column in zip(*found)) if found else (np.zeros(0),) * 4
 
 
-def _with_answers(rows: Dataset) -> Dataset:
+def with_answers(rows: Dataset) -> Dataset:
     """The rows but those whose class is hidden."""
     if not isinstance(rows.features.get("labels"), Value):
         return rows

@@ -214,6 +214,8 @@ class ScoredRun(Record):
         distance (`float`): Euclidean norm of the trained parameters' move away from theta0.
         theta0 (`str`): fingerprint of the parameters that the training began at.
         length (`float`): its epochs or steps, in multiples of those of the arguments.
+        captured_losses (`dict[str, float]`):
+            Mean validation loss of the rows that gradients are captured of, for tasks that have more.
     """
 
     format = "hf_ensemble.scored_run"
@@ -226,6 +228,7 @@ class ScoredRun(Record):
     distance: float
     theta0: str
     length: float = 1.0
+    captured_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def subset(self) -> list[str]:
@@ -234,7 +237,7 @@ class ScoredRun(Record):
 
     def as_observed(self) -> ObservedRun:
         """The evidence that an estimate takes."""
-        return ObservedRun(self.mixture, {task: own.loss for task, own in self.scores.items()})
+        return ObservedRun(self.mixture, {task: own.loss for task, own in self.scores.items()}, self.captured_losses)
 
 
 @dataclass(frozen=True)

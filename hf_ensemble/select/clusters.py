@@ -54,8 +54,8 @@ def split_into_clusters(
             raise ConfigurationError(
                 f"Gradients of {captured} of the {size} training rows of {name!r} are captured, and the other rows "
                 "belong to no cluster.",
-                python=f"Capture all of them: make capture_rows a dict without {name!r}, which then has no limit.",
-                terminal=f"Capture all of them: make --capture_rows JSON without {name!r}, which then has no limit.",
+                python=f"Capture all of them: capture_rows=None, or a dict by task without {name!r}.",
+                terminal=f"Capture all of them: --capture_rows null, or JSON by task without {name!r}.",
             )
     names: list[str] = []
     sizes: list[int] = []
@@ -104,7 +104,10 @@ def split_into_clusters(
 
 def runs_by_cluster(runs: Sequence[ObservedRun], names: Sequence[str]) -> list[ObservedRun]:
     """Observed runs on whole tasks, with each task's values repeated for its clusters."""
-    return [ObservedRun(values_by_cluster(run.mixture, names), values_by_cluster(run.losses, names)) for run in runs]
+    return [
+        ObservedRun(**{argument: values_by_cluster(values, names) for argument, values in run.as_dict().items()})
+        for run in runs
+    ]
 
 
 def values_by_cluster(by_task: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

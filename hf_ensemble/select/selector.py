@@ -134,7 +134,7 @@ class DataSelector:
             list(dict.fromkeys(task_of(name) for name in known["task_names"])),
             known["num_components"],
             [
-                ObservedRun(values_by_task(run["mixture"]), values_by_task(run["losses"]))
+                ObservedRun(**{argument: values_by_task(values) for argument, values in run.items()})
                 for run in known["observed_runs"]
             ],
             values_by_task(known["sampling_weights"]),

@@ -184,7 +184,7 @@ def group_tasks(
         "num_candidates": num_candidates,
         "subset_size": subset_size,
         "has_baseline": has_baseline,
-        "trained": {name: {"mixture": dict(run.mixture), "losses": dict(run.losses)} for name, run in runs.items()},
+        "trained": {name: run.as_dict() for name, run in runs.items()},
         "targets": None if targets is None else weights,
         "seed": seed,
     }
@@ -239,7 +239,7 @@ def _as_runs(
 def _as_run(name: str, run: ObservedRun | Mapping[str, Any]) -> ObservedRun:
     if isinstance(run, ObservedRun):
         return run
-    if not isinstance(run, Mapping) or set(run) != {"mixture", "losses"}:
+    if not isinstance(run, Mapping) or set(run) - {"captured_losses"} != {"mixture", "losses"}:
         raise ConfigurationError(
             f"Expected trained[{name!r}] as an ObservedRun, or a dict of its mixture and losses, found {run!r:.80}."
         )

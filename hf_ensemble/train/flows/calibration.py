@@ -5,14 +5,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ..._files import checksums, remove_folder, write_folder_atomically
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
+from ...capture.row_sample import sample_rows
 from ...estimate import ObservedRun
+from ...evaluate import TaskScores
+from ...evaluate.evaluator import with_answers
 from ...runs import ScoredRun, TrainedAdapter, run_selector
 from ...runs.layout import SCORED_TRAINING
 from ...runs.progress import CALIBRATION, calibration_stages
 from ...runs.systems import BASELINE
 from ...select import DataSelector, calibration_subsets
+from ...tasks import EXAMPLE_ID
 from .adapter_training import AdapterTraining
 from .context import FlowContext
 from .evaluation import SystemEvaluation
@@ -79,10 +85,22 @@ class Calibration:
             trained.distance,
             trained.theta0,
             trained.length,
+            self._captured_losses(scores),
         )
         self.context.run.write_scored_run(scored)
         wait_for_everyone()
         return scored
+
+    def _captured_losses(self, scores: Mapping[str, TaskScores]) -> dict[str, float]:
+        """Mean loss of the validation rows that gradients are captured of, for tasks that have more."""
+        config, found = self.context.args.capture_config(), {}
+        for task, own in scores.items():
+            rows = self.context.eval_tables[task]
+            sample = sample_rows(rows, config.row_limit("validation"), config.capture_seed)
+            if sample.num_rows:
+                is_captured = np.isin(with_answers(rows)[EXAMPLE_ID][:], sample.rows[EXAMPLE_ID][:])
+                found[task] = float(own.rows.loss[is_captured].mean())
+        return found
 
     def _known(self, mixture: Mapping[str, float], seed: int, theta0: str, length: float = 1.0) -> ScoredRun | None:
         """What the run holds of a fine-tuning of a length that began at theta0."""
