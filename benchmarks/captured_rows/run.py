@@ -5,7 +5,8 @@
 A world of tasks in a few topics is generated, as gradient features and margins of every row. The truth is the
 surrogate's solution from all rows in these features. Predictions are made as always from what a capture keeps of them:
 a random projection, of all rows or of a sample of each task's, calibrated by the true losses of one training on all
-tasks.
+tasks. How far trainings go, `--penalty`, decides how much of the rows' noise they learn: by default they lower the
+losses of their tasks as much as those of the instruction tasks of the fidelity study do.
 """
 
 import time
@@ -43,12 +44,19 @@ def world(arguments, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return features / norm, 1.5 * rng.normal(size=tasks * rows), np.repeat(np.arange(tasks), rows)
 
 
-def true_losses(train, validation, mixtures: np.ndarray, penalty: float) -> np.ndarray:
-    """Losses `(S, T)` of the solutions from all rows, whose trainings are as long as their rows."""
+def true_optima(train, mixtures: np.ndarray, penalty: float) -> np.ndarray:
+    """Solutions `(S, dim)` from all rows, whose trainings are as long as their rows."""
     problem = SurrogateProblem(*train)
-    l2 = penalty / (mixtures @ problem.counts)
-    w = problem.solve(mixtures, l2).coefficients
-    return predicted_outcomes(*validation, mixtures.shape[1], w)[0]
+    return problem.solve(mixtures, penalty / (mixtures @ problem.counts)).coefficients
+
+
+def observed_run(names: tuple[str, ...], validation, kept: FeatureTable, w: np.ndarray) -> ObservedRun:
+    """The training on all tasks, with its losses of all validation rows and of those that are captured."""
+    rows = np.sort(kept.example_id.astype(int))
+    parts = [validation, tuple(array[rows] for array in validation)]
+    losses = [predicted_outcomes(*part, len(names), w[None])[0][0] for part in parts]
+    every, captured = (dict(zip(names, own.tolist())) for own in losses)
+    return ObservedRun(dict.fromkeys(names, 1.0), every, {} if kept.task_sizes is None else captured)
 
 
 def captured(rows, names: tuple[str, ...], projection: np.ndarray, count: int | None, seed: int) -> FeatureTable:
@@ -84,12 +92,12 @@ def main() -> None:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--tasks", type=int, default=50)
     parser.add_argument("--rows", type=int, default=20_000, help="training rows of a task")
-    parser.add_argument("--validation_rows", type=int, default=2_000, help="validation rows of a task")
+    parser.add_argument("--validation_rows", type=int, default=100, help="validation rows of a task")
     parser.add_argument("--dim", type=int, default=64, help="dimensions of the true gradients")
     parser.add_argument("--captured_dim", type=int, default=256, help="features of a captured row")
-    parser.add_argument("--counts", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--counts", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--seeds", type=int, default=2, help="samples of each size")
-    parser.add_argument("--penalty", type=float, default=30.0, help="c of the true solutions")
+    parser.add_argument("--penalty", type=float, default=3000.0, help="c of the true solutions")
     parser.add_argument("--capture_cost", type=float, default=0.98, help="of a row, in training steps on a row")
     add_machine_flags(parser)
     arguments = parser.parse_args()
@@ -98,8 +106,8 @@ def main() -> None:
     names = tuple(f"task_{index}" for index in range(arguments.tasks))
     subsets = [random_subsets(10, arguments.tasks, size, seed=size) for size in _SIZES if size < arguments.tasks]
     mixtures = np.concatenate([np.ones((1, arguments.tasks)), *subsets]).astype(float)
-    true = true_losses(train, validation, mixtures, arguments.penalty)
-    run = ObservedRun(dict.fromkeys(names, 1.0), dict(zip(names, true[0].tolist())))
+    optima = true_optima(train, mixtures, arguments.penalty)
+    true = predicted_outcomes(*validation, arguments.tasks, optima)[0]
     base = predicted_outcomes(*validation, arguments.tasks, np.zeros((1, arguments.dim)))[0]
     projection = np.random.default_rng(3).normal(size=(arguments.dim, arguments.captured_dim)).astype(np.float32)
     projection /= np.sqrt(arguments.captured_dim)
@@ -109,20 +117,23 @@ def main() -> None:
         **shape_of(arguments, "counts"),
         "mixtures": len(mixtures) - 1,
         "mean_loss": {"base": float(base.mean()), "trained": float(true[1:].mean())},
+        "mean_move": float(np.log(base / true[1:])[mixtures[1:] > 0].mean()),
         "lines": kept.get("lines", []),
     }
     known = {(line["train"], line["validation"], line["seed"]) for line in results["lines"]}
-    for both in (None, *[pair for n in arguments.counts for pair in ((n, None), (n, n))]):
+    pairs = [(n, own) for n in arguments.counts for own in (None, n) if own is None or own < arguments.validation_rows]
+    for both in (None, *pairs):
         for seed in range(1 if both is None else arguments.seeds):
             of_train, of_validation = both or (None, None)
             if (of_train, of_validation, seed) in known:
                 continue
             begun = time.perf_counter()
+            held_out = captured(validation, names, projection, of_validation, seed)
             estimator = SubsetEstimator(
                 captured(train, names, projection, of_train, seed),
-                captured(validation, names, projection, of_validation, seed),
+                held_out,
                 num_components=arguments.dim,
-                observed_runs=[run],
+                observed_runs=[observed_run(names, validation, held_out, optima[0])],
             )
             line = {"train": of_train, "validation": of_validation, "seed": seed}
             line |= measured(estimator, mixtures[1:], true[1:])

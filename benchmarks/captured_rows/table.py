@@ -38,8 +38,9 @@ def table(results: dict) -> str:
     lines = [
         f"{results['tasks']} tasks of {results['rows']:,} training and {results['validation_rows']:,} validation rows; "
         f"{results['mixtures']} subsets of 1 to 25 tasks, whose mean loss is {results['mean_loss']['trained']:.3f} "
-        f"({results['mean_loss']['base']:.3f} before). Means over {results['seeds']} samples of each size. The cost is "
-        "that of the capture in epochs of training on all tasks, where capturing a row costs "
+        f"({results['mean_loss']['base']:.3f} before). The loss of a task that is trained on falls to "
+        f"{np.exp(-results['mean_move']):.0%}, in the geometric mean. Means over {results['seeds']} samples of each "
+        "size. The cost is that of the capture in epochs of training on all tasks, where capturing a row costs "
         f"{results['capture_cost']:g} times as much as training on it (`benchmarks/capture`): of training rows, and of "
         "both.",
         "",
@@ -51,6 +52,7 @@ def table(results: dict) -> str:
 def draw(results: dict, path: str) -> None:
     """Error by the number of captured rows."""
     found = means(results)
+    counts = sorted({train for train, _ in found if train})
     with drawing(Path(path), (5.2, 3.4)) as axes:
         for color, label, both in ((BLUE, "training rows", False), (ORANGE, "training and validation rows", True)):
             own = {
@@ -58,11 +60,15 @@ def draw(results: dict, path: str) -> None:
                 for (train, validation), values in found.items()
                 if train and (validation == train) == both
             }
+            if not own:
+                continue
             errors = [100 * values["error"] for values in own.values()]
             axes.plot(list(own), errors, color=color, marker="o", markersize=4, linewidth=1.2, label=label)
         axes.axhline(100 * found[None, None]["error"], color=GREY, linewidth=1.0, linestyle="--", label="all rows")
         axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.set_xlabel("captured rows of a task")
         axes.set_ylabel("mean relative error of the loss, %")
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)

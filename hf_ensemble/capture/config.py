@@ -23,6 +23,8 @@ MIXED_PRECISIONS = ("no", "bf16")
 # that no task exceeds make the same store.
 _NOT_IN_IDENTITY = ("batch_size", "max_batch_tokens", "capture_rows", "capture_validation_rows", "capture_seed")
 # By split, the setting that limits the rows of a task.
+# Rows of a task, training and validation ones: more hardly better predictions where trainings go as far as most do.
+DEFAULT_ROWS = 512
 ROW_LIMITS = {"train": "capture_rows", "validation": "capture_validation_rows"}
 # Settings that may differ between the stores of one pass: all of them are made from the same gradients.
 _PER_STORE = ("projection_dim", "projection_seed", "feature_dtype")
@@ -68,7 +70,7 @@ class FeatureSettings(Settings):
     )
 
     capture_rows: int | str | dict | None = field(
-        default=None,
+        default=DEFAULT_ROWS,
         metadata={
             "help": "Most training rows of a task that gradients are captured of, or JSON by task: "
             "'{\"gsm8k\": 2000}'. Of a task with more, a sample that is stratified by label stands for all of them; "
@@ -76,7 +78,7 @@ class FeatureSettings(Settings):
         },
     )
     capture_validation_rows: int | str | dict | None = field(
-        default=None,
+        default=DEFAULT_ROWS,
         metadata={"help": "The same for validation rows, whose mean is the predicted loss."},
     )
     capture_seed: int = field(default=0, metadata={"help": "Seed of the samples of rows that are captured."})

@@ -12,6 +12,7 @@ from hf_ensemble.capture.row_sample import sample_rows, sampled_positions
 from hf_ensemble.cli.parsing import parse
 from hf_ensemble.errors import ConfigurationError, StoreMismatchError
 from hf_ensemble.store import GradientStore, GradientStoreWriter
+from hf_ensemble.tasks import EXAMPLE_ID
 
 IDS = [f"row {number}" for number in range(1000)]
 
@@ -97,7 +98,7 @@ def test_choices_from_a_sample(tmp_path):
     assert all(len(own) == 10 for own in scores.scores.values())
     assert scores.num_without_score() == dict.fromkeys(names, 14)
     assert f"the {10 * len(names)} rows that were captured, of {24 * len(names)}, more often" in scores.summary
-    message = "10 of the 24 training rows of 'sums' are captured.*make capture_rows a dict without 'sums'"
+    message = "10 of the 24 training rows of 'sums' are captured.*capture_rows=None, or a dict by task without 'sums'"
     with pytest.raises(ConfigurationError, match=message):
         DataSelector.from_store(store, clusters={"sums": 2})
     # Rows that are asked for by name stand for themselves.
@@ -158,3 +159,33 @@ def test_a_run_captures_a_sample(tmp_path):
     # The replayed training has the steps of one on all rows.
     assert len(store.recipe.learning_rates) == -(-12 * len(store.task_names) // 4)
     assert sft_config(tmp_path, capture_rows=5).num_captured_rows("train", {"a": 3, "b": 9}) == 8
+
+
+def test_a_calibrating_run_knows_its_losses_of_the_captured_rows(tmp_path):
+    """Predictions are calibrated by these, and are at the level of all rows."""
+    base, tasks = toy.save_model(toy.llama(), tmp_path / "base"), toy.sft_tasks()
+    limits = {"capture_validation_rows": dict.fromkeys(list(tasks)[1:], 4), "capture_seed": 3}
+    trainer = sft_trainer(tmp_path / "run", base, tasks, calibration_runs=1, num_groups=2, num_train_epochs=1, **limits)
+    trainer.train()
+    run = trainer.run_directory
+    (observed,) = trainer.selector().estimator.observed_runs
+    assert set(observed.captured_losses) == set(limits["capture_validation_rows"])
+    table, calibration = GradientStore(run.gradients).table("validation"), trainer.selector().estimator.calibration
+    with trainer.working():
+        context = trainer.flow.context
+        ids = {name: table.example_id[table.task == place] for place, name in enumerate(table.task_names)}
+        rows = {name: [row for row in context.eval_tables[name] if row[EXAMPLE_ID] in ids[name]] for name in ids}
+        assert {len(own) for own in list(rows.values())[1:]} == {4}
+        captured = trainer.flow.evaluation.score_adapter(
+            run.baseline, {name: Dataset.from_list(own) for name, own in rows.items()}, "Scoring", has_metrics=False
+        )
+    for place, name in enumerate(table.task_names):
+        loss = observed.captured_losses.get(name, observed.losses[name])
+        assert loss == pytest.approx(captured[name].loss, rel=1e-5)
+        assert calibration.level[place] == pytest.approx(observed.losses[name] / loss)
+
+
+def test_what_is_captured_where_nothing_is_said():
+    assert CaptureConfig().capture_rows == CaptureConfig().capture_validation_rows == 512
+    assert CaptureConfig().num_captured_rows("train", {"a": 600, "b": 500}) == 1012
+    assert CaptureConfig(capture_rows=None).num_captured_rows("train", {"a": 600, "b": 500}) == 1100
