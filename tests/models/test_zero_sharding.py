@@ -8,6 +8,7 @@ from helpers.processes import run_ranks
 pytestmark = needs_deepspeed
 
 CODE = """
+import deepspeed
 import torch
 from accelerate import PartialState
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -45,6 +46,8 @@ for tied in (True, False):
     whole, model = make(), make()
     weights = [own.clone() for own in frozen(model)]
     shard_base_by_zero(model, state.device, is_layer)
+    # Nothing is compiled first, for minutes.
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None
     assert is_sharded(model) and not gathered(model)
     assert all(torch.equal(whole_tensor(own), weight) for own, weight in zip(frozen(model), weights))
     number = whole.num_parameters(exclude_embeddings=True) - sum(own.numel() for own in trained(whole).values())
@@ -113,7 +116,6 @@ handle.remove()
 assert loss_of(model).item() == loss.item()
 """
 REFUSED = """
-import deepspeed
 from hf_ensemble.capture import GradientExtractor
 from hf_ensemble.errors import CaptureError, ConfigurationError
 from hf_ensemble.train.inputs.sharding import check_whole
