@@ -123,6 +123,10 @@ class LossCalibration:
         """The same for other validation rows, with these losses `(T,)` at the linearization point."""
         return replace(self, base=np.maximum(base, _MIN_LOSS))
 
+    def of_tasks(self, tasks: np.ndarray) -> "LossCalibration":
+        """The same for the tasks in a mask `(T,)` alone."""
+        return replace(self, base=self.base[tasks], unit=self.unit[tasks], factor=self.factor[tasks])
+
     def by_task(self, task_names: Sequence[str]) -> dict[str, Any]:
         """The calibration as JSON values."""
         factor = dict(zip(task_names, self.factor.tolist(), strict=True))

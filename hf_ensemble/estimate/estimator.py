@@ -183,7 +183,7 @@ class SubsetEstimator(LinearizedTraining):
         loss, accuracy, displacement = self._validation.outcomes(coefficients, needed)
         interval = IntervalWidth() if as_surrogate else self.interval
         if self.calibration is not None and not as_surrogate:
-            loss = self.calibration(loss)
+            loss = self._calibrated(loss, needed)
 
         def ends(own: Prediction) -> tuple[np.ndarray, np.ndarray]:
             is_noisy = self._is_sampled and np.isfinite(interval.level)
@@ -280,7 +280,14 @@ class SubsetEstimator(LinearizedTraining):
     def loss_at(self, coefficients: np.ndarray, needed: np.ndarray | None = None) -> np.ndarray:
         """Predicted losses `(S, T)` at optima `(S, k)`; NaN outside a mask `(S, T)`. See [`Prediction`]."""
         loss = self._validation.outcomes(coefficients, needed)[0]
-        return loss if self.calibration is None else self.calibration(loss)
+        return loss if self.calibration is None else self._calibrated(loss, needed)
+
+    def _calibrated(self, loss: np.ndarray, needed: np.ndarray | None) -> np.ndarray:
+        """Calibrated losses `(S, T)`; where few tasks are needed, the others' are left alone."""
+        if needed is None or (asked := needed.any(axis=0)).mean() > 0.5:
+            return self.calibration(loss)
+        loss[:, asked] = self.calibration.of_tasks(asked)(loss[:, asked])
+        return loss
 
     def _slopes_at(self, w: np.ndarray, needed: np.ndarray) -> np.ndarray:
         """Slope of each predicted loss in the surrogate's at an optimum `(k,)`, `(T,)`; 0 outside a mask `(T,)`."""

@@ -1,5 +1,7 @@
 """Losses and accuracies of every task for given surrogate coefficients."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -7,6 +9,8 @@ import torch
 _CHUNK = 8_000_000
 # Number of (mixture, row) pairs from which on they are summed up.
 _SUMMARIZED = 500_000
+# Maximum number of features of tasks that are multiplied at once.
+_JOINED = 2_000_000
 
 
 def predicted_outcomes(
@@ -39,25 +43,72 @@ def predicted_outcomes(
     m, w = (torch.from_numpy(np.ascontiguousarray(array, dtype=coefficients.dtype)) for array in (margin, coefficients))
     edges = np.searchsorted(task, np.arange(num_tasks + 1))
     outcomes = np.full((3, len(w), num_tasks), np.nan)
+    counts = np.full(num_tasks, len(w)) if needed is None else needed.sum(axis=0)
+    # Rows of a product are shorter than coefficients: it is cheaper to leave some mixtures out afterwards.
+    dense = 2 * counts > len(w)
+    for tasks in _joined(np.flatnonzero(dense), edges, x.shape[1], len(w)):
+        rows = _rows_of(tasks, edges)
+        own, starts = x[rows].to(w.dtype), np.append(0, np.cumsum(edges[tasks + 1] - edges[tasks])[:-1])
+        for part in range(0, len(w), chunk := max(1, _CHUNK // len(own))):
+            move = w[part : part + chunk] @ own.T
+            outcomes[:, part : part + chunk, tasks] = _means(move, m[rows], starts, edges[tasks + 1] - edges[tasks])
+    if needed is not None:
+        outcomes[:, ~needed] = np.nan
+    _add_sparse(x, m, w, edges, np.flatnonzero(~dense & (counts > 0)), needed, outcomes)
+    return outcomes[0], outcomes[1], outcomes[2]
+
+
+def _joined(tasks: np.ndarray, edges: np.ndarray, width: int, num_mixtures: int) -> Iterator[np.ndarray]:
+    """The tasks in parts of at most `_JOINED` features and `_CHUNK` pairs with a mixture, or single ones."""
+    most = min(_JOINED // max(1, width), _CHUNK // max(1, num_mixtures))
+    ends = np.cumsum(edges[tasks + 1] - edges[tasks])
+    first = 0
+    while first < len(tasks):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield tasks[first:last]
+        first = last
+
+
+def _rows_of(tasks: np.ndarray, edges: np.ndarray) -> slice | torch.Tensor:
+    """Rows of tasks in ascending order; a slice where they follow each other."""
+    if tasks[-1] - tasks[0] == len(tasks) - 1:
+        return slice(int(edges[tasks[0]]), int(edges[tasks[-1] + 1]))
+    return torch.from_numpy(np.concatenate([np.arange(edges[task], edges[task + 1]) for task in tasks]))
+
+
+def _means(move: torch.Tensor, margin: torch.Tensor, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Outcomes `(3, s, t)` of tasks whose rows begin at `starts` `(t,)`, from x.w `(s, n)`, which is overwritten."""
+    z = move + margin
+    values = (-torch.nn.functional.logsigmoid(z), (z > 0).to(z.dtype), move.square_())
+    means = np.stack([np.add.reduceat(value.numpy(), starts, axis=1) / counts for value in values])
+    means[2] = np.sqrt(means[2])
+    return means
+
+
+def _add_sparse(
+    x: torch.Tensor,
+    m: torch.Tensor,
+    w: torch.Tensor,
+    edges: np.ndarray,
+    asked: np.ndarray,
+    needed: np.ndarray | None,
+    outcomes: np.ndarray,
+) -> None:
+    """Write the outcomes of tasks that few mixtures need."""
     moves: list[tuple[int, np.ndarray, torch.Tensor]] = []
     pairs = 0
-    for index, (first, last) in enumerate(zip(edges[:-1], edges[1:])):
-        rows = np.arange(len(w)) if needed is None else np.flatnonzero(needed[:, index])
-        chunk = max(1, _CHUNK // (last - first))
-        for start in range(0, len(rows), chunk):
+    for index in asked.tolist():
+        rows, first, last = needed[:, index].nonzero()[0], edges[index], edges[index + 1]
+        own = x[first:last].to(w.dtype).T
+        for start in range(0, len(rows), chunk := max(1, _CHUNK // (last - first))):
             part = rows[start : start + chunk]
-            own = x[first:last].to(w.dtype).T
-            # Rows of the product are shorter than coefficients: it is cheaper to leave some out afterwards.
-            move = (
-                (w @ own)[part] if len(w) // 2 < len(part) < len(w) else (w if len(part) == len(w) else w[part]) @ own
-            )
-            moves.append((index, part, move))
-            pairs += move.numel()
+            moves.append((index, part, w[part] @ own))
+            pairs += len(part) * (last - first)
             if pairs >= _SUMMARIZED:
                 _summarize(moves, m, edges, outcomes)
                 moves, pairs = [], 0
     _summarize(moves, m, edges, outcomes)
-    return outcomes[0], outcomes[1], outcomes[2]
 
 
 def _summarize(

@@ -17,12 +17,15 @@ import torch
 
 from ..errors import EstimationError
 from .solver.newton import TaskRows, WeightedRows, approach, joined, mean_square, minimize
-from .solver.toggling import toggled_optima
+from .solver.toggling import StackedTasks, listed_changes, toggled_optima
 
 # Maximum number of (mixture, row) pairs with a weight in memory at once, at about 30 bytes each.
 _CHUNK = 8_000_000
-# Maximum number of features of tasks that are joined, which is a copy; a task with an eighth of it is fast by itself.
+# Maximum number of features of tasks that are joined. It is a copy where these do not follow each other, and a task
+# with an eighth of it is fast by itself.
 _JOINED = 2_000_000
+# Maximum number of features of tasks that are filled up to the same number of rows and kept.
+_STACKED = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -92,19 +95,27 @@ class SurrogateProblem:
                 *(array.split(self.counts.tolist()) for array in (x, single, m)), weights
             )
         ]
+        self._edges = np.concatenate([[0], np.cumsum(self.counts)])
+        squares = torch.stack([rows.mean_square for rows in self._tasks])
+        self._rows = TaskRows(x, single, squares, m, None if row_weights is None else u)
         self._device = x.device
+        self._stacked: StackedTasks | None = None
 
     def truncated(self, num_components: int) -> "SurrogateProblem":
         """The same rows in their first components alone."""
         other = copy.copy(self)
         other.num_components = min(num_components, self.num_components)
-        other._tasks = [rows.truncated(other.num_components) for rows in self._tasks]
+        rows = other._rows = self._rows.first_components(other.num_components)
+        other._tasks = [
+            rows.part(slice(first, last), squares)
+            for first, last, squares in zip(self._edges[:-1], self._edges[1:], rows.mean_square)
+        ]
+        other._stacked = None
         return other
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features `(n, k)`, margins and task of every row `(n,)`, sorted by task."""
-        features = torch.cat([rows.given for rows in self._tasks]).cpu().numpy()
-        margin = torch.cat([rows.margin for rows in self._tasks]).cpu().numpy()
+        features, margin = self._rows.given.cpu().numpy(), self._rows.margin.cpu().numpy()
         return features, margin, np.repeat(np.arange(len(self.counts)), self.counts)
 
     def some_rows(self, task: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -184,18 +195,37 @@ class SurrogateProblem:
             new_l2 (`np.ndarray` of shape `(C,)`): penalty of each changed mixture.
         """
         signed = np.where(mixture[tasks] > 0, -mixture[tasks], weights)
-        total = float(mixture @ self.totals)
+        total, point = float(mixture @ self.totals), torch.from_numpy(w.copy()).to(self._device)
         row_weights = torch.from_numpy(mixture[None].astype(np.float32)).to(self._device)
+        if self._is_stackable(tasks):
+            # Those of all tasks are found: no rows are copied for them, as they would be for some.
+            sign, penalties = np.zeros(len(self.counts)), np.full(len(self.counts), l2)
+            sign[tasks], penalties[tasks] = signed, new_l2
+            changes, totals = self._stacked.changes(sign, point), total + sign * self.totals
+        else:
+            changed = [(self._tasks[index], float(weight)) for index, weight in zip(tasks, signed)]
+            changes, totals, penalties = listed_changes(changed, point), total + signed * self.totals[tasks], new_l2
         found = toggled_optima(
             [(block.rows, block.weight[0]) for block in self._blocks(row_weights)],
-            [(self._tasks[index], float(weight)) for index, weight in zip(tasks, signed)],
+            changes,
             total,
-            torch.from_numpy(total + signed * self.totals[tasks]).to(self._device),
+            torch.from_numpy(totals).to(self._device),
             l2,
-            torch.from_numpy(new_l2.copy()).to(self._device),
-            torch.from_numpy(w.copy()).to(self._device),
+            torch.from_numpy(penalties.copy()).to(self._device),
+            point,
         )
-        return found.cpu().numpy()
+        return (found[tasks] if len(penalties) > len(tasks) else found).cpu().numpy()
+
+    def _is_stackable(self, tasks: np.ndarray) -> bool:
+        """Whether changes by these tasks, most of all, are found from the rows of all tasks filled up to one length."""
+        longest, count = int(self.counts.max()), len(self.counts)
+        if 2 * len(np.unique(tasks)) < count or len(np.unique(tasks)) < len(tasks):
+            return False
+        if longest * count > min(2 * self.counts.sum(), _STACKED // max(1, self.num_components)):
+            return False
+        if self._stacked is None:
+            self._stacked = StackedTasks.of(self._tasks, self._rows.single)
+        return True
 
     def derivatives(
         self, mixture: np.ndarray, w: np.ndarray, l2: float, tasks: np.ndarray | None = None
@@ -261,7 +291,7 @@ class SurrogateProblem:
         """Rows of the tasks with a weight, in the precision of `weights` `(S, T)`, at w or at the start w = 0."""
         blocks = []
         for tasks in self._alike(weights > 0):
-            rows = joined([self._tasks[task] for task in tasks])
+            rows = self._joined(tasks)
             using = weights[:, tasks[0]].nonzero()[:, 0]
             weight = weights[using][:, tasks]
             if len(tasks) > 1:
@@ -274,24 +304,34 @@ class SurrogateProblem:
             blocks.append(WeightedRows(rows, using, weight, z))
         return blocks
 
+    def _joined(self, tasks: list[int]) -> TaskRows:
+        """The rows of tasks in ascending order as those of one; copied where these do not follow each other."""
+        if len(tasks) == 1 or tasks[-1] - tasks[0] >= len(tasks):
+            return joined([self._tasks[task] for task in tasks])
+        first, last = tasks[0], tasks[-1] + 1
+        counts = torch.from_numpy(self.counts[first:last]).to(self._rows.mean_square)
+        squares = counts @ self._rows.mean_square[first:last] / counts.sum()
+        return self._rows.part(slice(self._edges[first], self._edges[last]), squares)
+
     def _alike(self, used: torch.Tensor) -> list[list[int]]:
         """Tasks that the same mixtures use `(S, T)`, together up to `_JOINED` features: products of many rows are fast.
 
         Tasks without rows and those that no mixture uses are left out.
         """
-        open_lists: dict[bytes, list[int]] = {}
+        open_lists: dict[bytes, tuple[list[int], int]] = {}
         found = []
         patterns = used.T.cpu().numpy()
         for task in np.flatnonzero(patterns.any(axis=1)[: len(self.counts)] & (self.counts > 0)).tolist():
-            key, size = patterns[task].tobytes(), self.counts[task] * self.num_components
-            own = open_lists.get(key)
-            if size > _JOINED // 8:
-                found.append([task])
-            elif own is None or self.counts[own].sum() * self.num_components + size > _JOINED:
-                open_lists[key] = [task]
-                found.append(open_lists[key])
-            else:
+            key, size = patterns[task].tobytes(), int(self.counts[task]) * self.num_components
+            own, joined_size = open_lists.get(key, ([], 0))
+            # A list of tasks that follow each other is no copy.
+            follows = own and own[-1] == task - 1 and own[-1] - own[0] == len(own) - 1
+            if own and joined_size + size <= _JOINED and (follows or size <= _JOINED // 8):
                 own.append(task)
+            else:
+                own, joined_size = [task], 0
+                found.append(own)
+            open_lists[key] = own, joined_size + size
         return found
 
 

@@ -85,8 +85,8 @@ class ValidationRows:
         """
         found = np.zeros(len(sizes))
         for index in np.flatnonzero(needed):
-            rows = self.task == index
-            count = int(rows.sum())
+            rows = slice(*np.searchsorted(self.task, (index, index + 1)))
+            count = int(rows.stop - rows.start)
             if count < sizes[index]:
                 margin, x = self.margin[rows], self.features[rows]
                 losses = np.logaddexp(0.0, -(margin + x @ w))
@@ -101,8 +101,8 @@ class ValidationRows:
         """Standard error over the rows of weighted scores at optima `(S, k)` minus those at one `(k,)`, `(S,)`."""
         variance = np.zeros(len(coefficients))
         for index in np.flatnonzero(weights):
-            rows = self.task == index
+            rows = slice(*np.searchsorted(self.task, (index, index + 1)))
             z = self.margin[rows] + np.vstack([coefficients, reference]) @ self.features[rows].T
             scores = (z > 0).astype(np.float64) if metric == "accuracy" else np.logaddexp(0.0, -z)
-            variance += weights[index] ** 2 * (scores[:-1] - scores[-1]).var(axis=1) / rows.sum()
+            variance += weights[index] ** 2 * (scores[:-1] - scores[-1]).var(axis=1) / (rows.stop - rows.start)
         return np.sqrt(variance)

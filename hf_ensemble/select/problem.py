@@ -89,6 +89,7 @@ class SelectionProblem:
         self.estimator = estimator
         self.names = estimator.task_names
         self.targets = target_weights(target, estimator)
+        self._goal = mixture_weights(self.targets, self.names)
         self.settings = settings or SelectionSettings()
         self.settings.check_tasks(len(self.names))
         if include is None:
@@ -112,7 +113,7 @@ class SelectionProblem:
             "max_examples": estimator.counts,
             "max_tokens": estimator.token_counts,
         }
-        is_auxiliary = mixture_weights(self.targets, self.names) == 0
+        is_auxiliary = self._goal == 0
         self._limits = [(costs[name] * is_auxiliary, limit) for name, limit in self.settings.budgets().items()]
         if not self.fits(self.required):
             raise ConfigurationError(
@@ -171,7 +172,7 @@ class SelectionProblem:
 
     def _needed(self, count: int) -> np.ndarray:
         """Mask of the targets, for `count` subsets."""
-        return np.repeat((mixture_weights(self.targets, self.names) > 0)[None], count, axis=0)
+        return np.repeat((self._goal > 0)[None], count, axis=0)
 
     def _values(self, prediction: Prediction) -> np.ndarray:
         measure = 1.0 - prediction.accuracy if self.settings.selection_metric == "accuracy" else prediction.loss
@@ -179,8 +180,7 @@ class SelectionProblem:
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
         """Weighted sum over the targets of values `(..., T)`; those of other tasks may be NaN."""
-        goal = mixture_weights(self.targets, self.names)
-        return np.where(goal > 0, values, 0.0) @ goal
+        return np.where(self._goal > 0, values, 0.0) @ self._goal
 
     def close_calls(self, scored: SubsetScores, best: int) -> np.ndarray:
         """Subsets that cannot be distinguished from the best one, as a mask `(S,)`.
@@ -189,9 +189,8 @@ class SelectionProblem:
         validation rows, so other validation rows might have preferred them; see [`SubsetEstimator.score_spread`].
         """
         coefficients = scored.prediction.coefficients
-        goal = mixture_weights(self.targets, self.names)
         predicted = "accuracy" if self.settings.selection_metric == "accuracy" else "loss"
-        spread = self.estimator.score_spread(coefficients, coefficients[best], goal, predicted)
+        spread = self.estimator.score_spread(coefficients, coefficients[best], self._goal, predicted)
         close = scored.value - scored.value[best] <= _CLOSE * spread + _ROUNDING
         close[best] = False
         return close

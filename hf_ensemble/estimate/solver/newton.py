@@ -71,10 +71,15 @@ class TaskRows:
             return weights @ self.single
         return sum(weights[:, part] @ features for part, features in self.parts())
 
-    def truncated(self, num_components: int) -> "TaskRows":
-        """The same rows in their first components."""
+    def part(self, rows: slice, mean_square: torch.Tensor) -> "TaskRows":
+        """Some of the rows, which are not copied, with the mean of their squares `(k,)`."""
+        weight = None if self.weight is None else self.weight[rows]
+        return TaskRows(self.given[rows], self.single[rows], mean_square, self.margin[rows], weight)
+
+    def first_components(self, num_components: int) -> "TaskRows":
+        """The same rows in their first components; the mean squares may be those of several tasks."""
         given = self.given[:, :num_components].contiguous()
-        return replace(self, given=given, single=given.float(), mean_square=self.mean_square[:num_components])
+        return replace(self, given=given, single=given.float(), mean_square=self.mean_square[..., :num_components])
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
         """Multiply values `(..., n)` by the row weights."""

@@ -8,6 +8,7 @@ the ridge is thus a preconditioner with which conjugate gradients take a few ste
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,11 +18,13 @@ from .newton import TaskRows
 _STEPS = 2
 # Maximum number of features of changed tasks that are copied next to each other.
 _FILLED = 4_000_000
+# Number of features that are gone through twice while they are in the processor's cache.
+_CACHED = 1_000_000
 
 
 def toggled_optima(
     base: list[tuple[TaskRows, torch.Tensor]],
-    changed: list[tuple[TaskRows, float]],
+    changes: list["Changes"],
     total: float,
     totals: torch.Tensor,
     l2: float,
@@ -32,7 +35,7 @@ def toggled_optima(
 
     Args:
         base (`list[tuple[TaskRows, torch.Tensor]]`): rows of the known mixture and their weights, `(n,)` or `(1,)`.
-        changed (`list[tuple[TaskRows, float]]`): the task of each change, and its weight, negative where it is removed.
+        changes (`list[Changes]`): the changes' parts at w, in order.
         total (`float`): weighted number of rows of the known mixture.
         totals (`torch.Tensor` of shape `(C,)`): the same of the changed mixtures.
         l2 (`float`): penalty of the known mixture.
@@ -51,12 +54,11 @@ def toggled_optima(
         (known / total).double() + (ridge + jitter) * torch.eye(len(w), dtype=torch.float64, device=w.device)
     )
     inverse = torch.cholesky_inverse(factor.float())
-    parts = [_Part.of(changed, part, w) for part in _slices(changed)]
     # At the optimum, the known tasks' gradients add up to minus the penalty's.
-    gradient = (torch.cat([part.gradient for part in parts]) - ridge * total * w) / totals + 2 * new_l2 * w
+    gradient = (torch.cat([part.gradient for part in changes]) - ridge * total * w) / totals + 2 * new_l2 * w
 
     def product(v: torch.Tensor) -> torch.Tensor:
-        own = torch.cat([part.product(v[part.changes]) for part in parts])
+        own = torch.cat([part.product(v[part.places]) for part in changes])
         return own.addmm_(v, known) / totals + 2 * new_l2 * v
 
     step, residual = torch.zeros_like(gradient), -gradient
@@ -75,27 +77,70 @@ def toggled_optima(
 
 
 @dataclass
-class _Part:
-    """Some of the changes: rows `(c, n, k)` of their tasks, filled up with zeros, and their parts at w."""
+class Changes:
+    """Some of the changes: rows `(c, n, k)` of their tasks, filled up with zeros, and their parts at a point w."""
 
-    changes: slice
+    places: slice
     rows: torch.Tensor
     curvature: torch.Tensor
     gradient: torch.Tensor
 
     @classmethod
-    def of(cls, changed: list[tuple[TaskRows, float]], changes: slice, w: torch.Tensor) -> "_Part":
-        tasks = [rows for rows, _ in changed[changes]]
-        rows = _filled([task.single for task in tasks])
-        margin = _filled([task.margin.float() for task in tasks])
-        weight = _filled([task.weighted(torch.ones_like(task.margin)).float() for task in tasks])
+    def at(
+        cls,
+        w: torch.Tensor,
+        places: slice,
+        rows: torch.Tensor,
+        margin: torch.Tensor,
+        weight: torch.Tensor,
+        sign: torch.Tensor,
+    ) -> "Changes":
+        """From margins and weights of the rows `(c, n)`, and weights of their tasks `(c,)`, negative if removed."""
         wrong = torch.sigmoid(-(margin + rows @ w))
-        slope = weight * wrong * torch.tensor([[sign] for _, sign in changed[changes]], device=w.device)
-        return cls(changes, rows, slope * (1 - wrong), -_sums(slope, rows))
+        slope = weight * wrong * sign.unsqueeze(1)
+        return cls(places, rows, slope * (1 - wrong), -_sums(slope, rows))
 
     def product(self, v: torch.Tensor) -> torch.Tensor:
         """Hessians of the changes times v `(c, k)`."""
         return _sums((self.rows @ v.unsqueeze(2)).squeeze(2) * self.curvature, self.rows)
+
+
+def listed_changes(changed: list[tuple[TaskRows, float]], w: torch.Tensor) -> list[Changes]:
+    """Changes by tasks with these weights, negative where they are removed, at w `(k,)`."""
+    w, found = w.float(), []
+    for places in _slices(changed):
+        tasks = [rows for rows, _ in changed[places]]
+        rows = _filled([task.single for task in tasks])
+        margin = _filled([task.margin.float() for task in tasks])
+        weight = _filled([task.weighted(torch.ones_like(task.margin)).float() for task in tasks])
+        sign = torch.tensor([sign for _, sign in changed[places]], device=w.device)
+        found.append(Changes.at(w, places, rows, margin, weight, sign))
+    return found
+
+
+@dataclass
+class StackedTasks:
+    """All tasks' rows `(T, n, k)`, filled up with zeros, with their margins and weights `(T, n)`, float32."""
+
+    rows: torch.Tensor
+    margin: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def of(cls, tasks: list[TaskRows], single: torch.Tensor) -> "StackedTasks":
+        """From the tasks and their features `(n, k)`, one after the other; copied where the tasks' sizes differ."""
+        weights = [task.weighted(torch.ones_like(task.margin)).float() for task in tasks]
+        is_even = len({len(task.margin) for task in tasks}) == 1
+        shape = (len(tasks), -1, single.shape[1])
+        rows = single.view(shape) if is_even else _filled([task.single for task in tasks])
+        return cls(rows, _filled([task.margin.float() for task in tasks]), _filled(weights))
+
+    def changes(self, sign: np.ndarray, w: torch.Tensor) -> list[Changes]:
+        """Changes by every task with the weights `sign` `(T,)`, at w `(k,)`."""
+        w, sign = w.float(), torch.from_numpy(sign).float().to(w.device)
+        step = max(1, _CACHED // max(1, self.rows[0].numel()))
+        places = [slice(start, start + step) for start in range(0, len(self.rows), step)]
+        return [Changes.at(w, own, self.rows[own], self.margin[own], self.weight[own], sign[own]) for own in places]
 
 
 def _slices(changed: list[tuple[TaskRows, float]]) -> Iterator[slice]:
