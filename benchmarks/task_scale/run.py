@@ -32,9 +32,11 @@ def world(tasks: int, rows: int, dim: int) -> tuple[FeatureTable, FeatureTable, 
 
     def features() -> FeatureTable:
         task = np.repeat(np.arange(tasks), rows)
-        values = (rng.normal(size=(len(task), dim)) + means[task]) * np.arange(1, dim + 1) ** -0.5
+        values, spectrum = np.empty((len(task), dim), dtype=np.float32), np.arange(1, dim + 1) ** -0.5
+        for own in np.array_split(np.arange(len(task)), tasks):
+            values[own] = (rng.normal(size=(len(own), dim)) + means[task[own]]) * spectrum
         ids = np.arange(len(task)).astype(str)
-        return FeatureTable(values.astype(np.float32), 1.5 * rng.normal(size=len(task)), task, names, ids)
+        return FeatureTable(values, 1.5 * rng.normal(size=len(task)), task, names, ids)
 
     train, validation = features(), features()
     losses = np.bincount(validation.task, np.logaddexp(0, -validation.margin)) / rows

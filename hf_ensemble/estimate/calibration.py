@@ -125,7 +125,8 @@ class LossCalibration:
 
     def of_tasks(self, tasks: np.ndarray) -> "LossCalibration":
         """The same for the tasks in a mask `(T,)` alone."""
-        return replace(self, base=self.base[tasks], unit=self.unit[tasks], factor=self.factor[tasks])
+        level = np.broadcast_to(self.level, self.base.shape)[tasks]
+        return replace(self, base=self.base[tasks], unit=self.unit[tasks], factor=self.factor[tasks], level=level)
 
     def by_task(self, task_names: Sequence[str]) -> dict[str, Any]:
         """The calibration as JSON values."""

@@ -1,7 +1,7 @@
 """`SubsetEstimator`: predicts fine-tuning outcomes from gradient features."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,10 @@ from .regularization import ObservedRun, Regularization, choose_regularization, 
 from .sampling_noise import SamplingNoise
 from .sensitivity import LossSensitivity
 from .validation_rows import ValidationRows
+
+# From this number of training or validation rows on, c is searched for with approximate losses, about where those of so
+# many rows are best.
+_MOST_FITTED, _ROUGHLY_FITTED = 50_000, 20_000
 
 
 class SubsetEstimator(LinearizedTraining):
@@ -91,25 +95,47 @@ class SubsetEstimator(LinearizedTraining):
         self.calibration: LossCalibration | None = None
         # Optimum of a run whose loss over all validation rows of a task is known, by the task's index.
         self._anchors: dict[int, np.ndarray] = {}
-        self.regularization: Regularization = choose_regularization(
-            lambda mixtures, l2_scale: self.predict(mixtures, l2_scale).loss,
-            self.task_names,
-            self.observed_runs,
-            [] if self._replayed is None else [self._replayed_run(self._replayed)],
-        )
+        self.regularization: Regularization = self._fitted_regularization()
         if self.observed_runs:
             mixtures, losses = losses_of(self.observed_runs, self.task_names)
             # What moves the losses is seen on the rows that predictions are for.
             captured = losses_of(self.observed_runs, self.task_names, of_captured=True)[1]
-            everything = self.predict(np.ones((1, len(self.task_names)))).loss[0]
-            optima = self.predict(mixtures).coefficients
+            together = self.predict(np.ones((1, len(self.task_names))))
+            is_together = (mixtures == 1).all(axis=1)
+            optima = np.repeat(together.coefficients, len(mixtures), axis=0)
+            if not is_together.all():
+                optima[~is_together] = self.predict(mixtures[~is_together]).coefficients
             predicted, _, displacement = self._validation.outcomes(optima)
-            calibration, left_out = LossCalibration.fit(self.base_loss(), everything, predicted, captured)
+            calibration, left_out = LossCalibration.fit(self.base_loss(), together.loss[0], predicted, captured)
             self.calibration = calibration.of_all_rows(captured, losses)
             self.interval = IntervalWidth.fit(left_out, displacement, captured)
             for optimum, run in zip(optima.astype(np.float64), self.observed_runs):
                 for name in set(run.captured_losses) & set(self.task_names):
                     self._anchors.setdefault(self.task_names.index(name), optimum)
+
+    def _fitted_regularization(self) -> Regularization:
+        """c from what there is; of many rows, from the losses of some where it is about."""
+        replayed = [] if self._replayed is None else [self._replayed_run(self._replayed)]
+        if self.num_rows <= _MOST_FITTED:
+
+            def predicted(mixtures: np.ndarray, l2_scale: float) -> np.ndarray:
+                return self.predict(mixtures, l2_scale).loss
+
+            return choose_regularization(predicted, self.task_names, self.observed_runs, replayed)
+        exact, rough = (own._approximate_loss() for own in (self, self.sampled(_ROUGHLY_FITTED)))
+        return choose_regularization(exact, self.task_names, self.observed_runs, replayed, rough)
+
+    def _approximate_loss(self) -> Callable[[np.ndarray, float], np.ndarray]:
+        """Losses `(S, T)` of mixtures `(S, T)` for a c, in float32, each time from the optima of the time before."""
+        last: np.ndarray | None = None
+
+        def loss(mixtures: np.ndarray, l2_scale: float) -> np.ndarray:
+            nonlocal last
+            penalties = self._penalties(mixtures, l2_scale)
+            last = self._train.approached(mixtures * self.sampling_weights, penalties, last)
+            return self._validation.outcomes(last)[0]
+
+        return loss
 
     def predict_subsets(self, subsets: Iterable[Iterable[str] | Mapping[str, float]]) -> Prediction:
         """Predict the outcomes of subsets of task names, or of mixtures as dicts from name to weight.
@@ -259,6 +285,35 @@ class SubsetEstimator(LinearizedTraining):
         """The same estimator in its first principal components alone: less exact, and faster by about their share."""
         other = super().truncated(num_components)
         other._validation = self._validation.truncated(num_components)
+        return other
+
+    @property
+    def num_rows(self) -> int:
+        """Number of captured training rows, or of validation rows if these are more."""
+        return max(len(self.training_ids), len(self._validation))
+
+    def sampled(self, most_rows: int, seed: int = 0) -> "SubsetEstimator":
+        """The same estimator with mixtures predicted from at most so many rows of all tasks, or itself with no more.
+
+        It is for searches among many mixtures. An equal number of training rows of each task, and of validation rows,
+        is drawn, see [`sampled_rows`]; tasks with fewer have all of theirs. Lengths of trainings, the penalty and the
+        calibration's factors are those of all rows, which the sample stands for, and so are [`task_gradients`].
+        Optima are found in float32, and intervals do not allow for the sample.
+
+        Args:
+            most_rows (`int`): number of training rows, and of validation rows.
+            seed (`int`, *optional*, defaults to 0): seed of the sample.
+        """
+        if self.num_rows <= most_rows:
+            return self
+        other = copy.copy(self)
+        other._train, other._validation = (
+            self._train.sampled(most_rows, seed),
+            self._validation.sampled(most_rows, seed),
+        )
+        other._is_sampled, other._is_rough = False, True
+        if self.calibration is not None:
+            other.calibration = self.calibration.around(other.base_loss())
         return other
 
     def halves(self, seed: int = 0) -> tuple["SubsetEstimator", "SubsetEstimator"]:

@@ -71,6 +71,8 @@ class LinearizedTraining:
             self.token_counts = np.rint(tokens).astype(int)
         self.sampling_weights = mixture_weights({**dict.fromkeys(names, 1.0), **sampling_weights}, names)
         self.length = length
+        # Whether optima are those of float32.
+        self._is_rough = False
         recipe = self._recipe = None if recipe is None else recipe.of_length(length)
         self.reduction = FeatureReduction.fit(train.features, num_components, device, _COMPONENT_ROWS)
         reduced = self.reduction.apply(train.features)
@@ -135,9 +137,13 @@ class LinearizedTraining:
     def _solved(
         self, mixtures: np.ndarray, l2_scale: float | np.ndarray, initial: np.ndarray | None = None
     ) -> SurrogateSolution:
-        """Optima of mixtures `(S, T)`, searched from `initial` `(S, k)`."""
-        sampled = mixtures * self.sampling_weights
-        return self._train.solve(sampled, self._penalties(mixtures, l2_scale), initial=initial)
+        """Optima of mixtures `(S, T)`, searched from `initial` `(S, k)`; float32 where they are rough."""
+        sampled, penalties = mixtures * self.sampling_weights, self._penalties(mixtures, l2_scale)
+        if not self._is_rough:
+            return self._train.solve(sampled, penalties, initial=initial)
+        start = None if initial is None else initial.astype(np.float32)
+        unknown = np.full(len(mixtures), np.nan)
+        return SurrogateSolution(self._train.approached(sampled, penalties, start), unknown, unknown)
 
     def _toggled(
         self, subset: np.ndarray, tasks: np.ndarray, mixtures: np.ndarray, l2_scale: float, optimum: np.ndarray | None

@@ -19,6 +19,8 @@ _PER_DECADE = 4
 _FIRST_STEPS, _LAST_STEP = range(-12, 13), 36
 # Losses are divided by at least this.
 _MIN_LOSS = 1e-12
+# Accuracy of log(c) where evaluating it takes long.
+_ROUGH = 1e-3
 
 logger = get_logger(__name__)
 
@@ -103,6 +105,7 @@ def choose_regularization(
     task_names: Sequence[str],
     observed_runs: Sequence[ObservedRun] = (),
     replayed_runs: Sequence[ObservedRun] = (),
+    rough_loss: Callable[[np.ndarray, float], np.ndarray] | None = None,
 ) -> Regularization:
     """Fit c.
 
@@ -115,6 +118,9 @@ def choose_regularization(
         task_names (`Sequence[str]`): task names.
         observed_runs (`Sequence[ObservedRun]`, *optional*): fine-tunings with known losses.
         replayed_runs (`Sequence[ObservedRun]`, *optional*): trainings of the linearized model.
+        rough_loss (`Callable`, *optional*):
+            The same as `predict_loss` at less expense, to find about where c is. By default the whole range is searched
+            by `predict_loss`.
 
     Raises:
         `EstimationError`: for runs without a known task or loss.
@@ -135,9 +141,12 @@ def choose_regularization(
     def evaluate(scale: float) -> float:
         return criterion(predict_loss(mixtures, scale))
 
-    values = {step: evaluate(_scale_at(step)) for step in _FIRST_STEPS}
-    while (best := min(values, key=values.__getitem__)) == max(values) < _LAST_STEP:
-        values |= {step: evaluate(_scale_at(step)) for step in range(best + 1, best + 1 + _PER_DECADE)}
+    if rough_loss is None:
+        values, options = _over_range(evaluate), {}
+    else:
+        roughly = _over_range(lambda scale: criterion(rough_loss(mixtures, scale)))
+        values, options = _descended(evaluate, min(roughly, key=roughly.__getitem__)), {"xatol": _ROUGH}
+    best = min(values, key=values.__getitem__)
     if best in (min(values), max(values)):
         logger.warning(
             "The fitted penalty constant is at the edge of its search range (c = %.3g), so predicted losses are not "
@@ -145,9 +154,32 @@ def choose_regularization(
             _scale_at(best),
         )
     low, high = (np.log(_scale_at(np.clip(step, min(values), max(values)))) for step in (best - 1, best + 1))
-    refined = minimize_scalar(lambda log_scale: evaluate(np.exp(log_scale)), bounds=(low, high), method="bounded")
+    refined = minimize_scalar(
+        lambda log_scale: evaluate(np.exp(log_scale)), bounds=(low, high), method="bounded", options=options
+    )
     value, scale = min((float(refined.fun), float(np.exp(refined.x))), (values[best], _scale_at(best)))
     return Regularization(scale, evidence, value)
+
+
+def _over_range(evaluate: Callable[[float], float]) -> dict[int, float]:
+    """Values by step over the whole range, which goes on for as long as its last step is the best."""
+    values = {step: evaluate(_scale_at(step)) for step in _FIRST_STEPS}
+    while (best := min(values, key=values.__getitem__)) == max(values) < _LAST_STEP:
+        values |= {step: evaluate(_scale_at(step)) for step in range(best + 1, best + 1 + _PER_DECADE)}
+    return values
+
+
+def _descended(evaluate: Callable[[float], float], start: int) -> dict[int, float]:
+    """Values by step, downhill from a step to one whose neighbours are higher, or the end of the range."""
+    best, values = start, {start: evaluate(_scale_at(start))}
+    while True:
+        for step in (best - 1, best + 1):
+            if step not in values and _FIRST_STEPS[0] <= step <= _LAST_STEP:
+                values[step] = evaluate(_scale_at(step))
+        lowest = min(values, key=values.__getitem__)
+        if lowest == best:
+            return values
+        best = lowest
 
 
 def _scale_at(step: int) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import EstimationError
+from .search_rows import sampled_rows
 from .solver.newton import TaskRows, WeightedRows, approach, joined, mean_square, minimize
 from .solver.toggling import StackedTasks, listed_changes, toggled_optima
 
@@ -24,6 +25,8 @@ _CHUNK = 8_000_000
 # Maximum number of features of tasks that are joined. It is a copy where these do not follow each other, and a task
 # with an eighth of it is fast by itself.
 _JOINED = 2_000_000
+# Target gradient norm of approximate optima, and maximum number of steps to them.
+_NEAR_ENOUGH, _MAX_APPROACH = 1e-6, 50
 # Maximum number of features of tasks that are filled up to the same number of rows and kept.
 _STACKED = 50_000_000
 
@@ -113,6 +116,17 @@ class SurrogateProblem:
         other._stacked = None
         return other
 
+    def sampled(self, most_rows: int, seed: int = 0) -> "SurrogateProblem":
+        """The same from some rows of each task, whose weights add up to those of all its rows; see [`sampled_rows`]."""
+        task = np.repeat(np.arange(len(self.counts)), self.counts)
+        kept = sampled_rows(task, self._rows.margin.cpu().numpy(), most_rows, seed)
+        there = torch.from_numpy(kept).to(self._device)
+        weight = np.ones(len(kept)) if self._rows.weight is None else self._rows.weight[there].cpu().numpy()
+        task = task[kept]
+        weight *= (self.totals / np.bincount(task, weight))[task]
+        features, margin = self._rows.given[there].cpu().numpy(), self._rows.margin[there].cpu().numpy()
+        return SurrogateProblem(features, margin, task, self._device, weight)
+
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features `(n, k)`, margins and task of every row `(n,)`, sorted by task."""
         features, margin = self._rows.given.cpu().numpy(), self._rows.margin.cpu().numpy()
@@ -181,6 +195,24 @@ class SurrogateProblem:
         ]
         return SurrogateSolution(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
+    def approached(self, mixtures: np.ndarray, l2: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+        """Approximate optima of mixtures `(S, T)`, `(S, k)`, from the steps in float32 that [`solve`] begins with.
+
+        Args:
+            mixtures (`np.ndarray` of shape `(S, T)`): weight of a row of each task, none of them empty.
+            l2 (`np.ndarray` of shape `(S,)`): ridge penalty of each mixture.
+            start (`np.ndarray` of shape `(S, k)`, *optional*): float32 coefficients to start from. Zero by default.
+        """
+        row_weights = mixtures / (mixtures @ self.totals)[:, None]
+        found = []
+        for part in _chunks((mixtures > 0) @ self.counts):
+            weights = torch.from_numpy(row_weights[part]).float().to(self._device)
+            ridge = 2 * torch.from_numpy(l2[part].copy()).float().to(self._device).unsqueeze(1)
+            w = None if start is None else torch.from_numpy(start[part].copy()).to(self._device)
+            blocks = self._blocks(weights, w)
+            found.append(approach(blocks, ridge, _NEAR_ENOUGH, _MAX_APPROACH, w)[0].cpu().numpy())
+        return np.concatenate(found)
+
     def toggled(
         self, mixture: np.ndarray, w: np.ndarray, l2: float, tasks: np.ndarray, weights: np.ndarray, new_l2: np.ndarray
     ) -> np.ndarray:
@@ -218,10 +250,11 @@ class SurrogateProblem:
 
     def _is_stackable(self, tasks: np.ndarray) -> bool:
         """Whether changes by these tasks, most of all, are found from the rows of all tasks filled up to one length."""
-        longest, count = int(self.counts.max()), len(self.counts)
+        longest, count, total = int(self.counts.max()), len(self.counts), int(self.counts.sum())
         if 2 * len(np.unique(tasks)) < count or len(np.unique(tasks)) < len(tasks):
             return False
-        if longest * count > min(2 * self.counts.sum(), _STACKED // max(1, self.num_components)):
+        # Tasks of the same size are not copied.
+        if longest * count > min(2 * total, max(total, _STACKED // max(1, self.num_components))):
             return False
         if self._stacked is None:
             self._stacked = StackedTasks.of(self._tasks, self._rows.single)
@@ -300,7 +333,7 @@ class SurrogateProblem:
             if w is None:
                 z = rows.margin.to(weights.dtype).repeat(len(using), 1)
             else:
-                z = rows.margin + rows.products(w[using])
+                z = rows.margin.to(w.dtype) + rows.products(w[using])
             blocks.append(WeightedRows(rows, using, weight, z))
         return blocks
 

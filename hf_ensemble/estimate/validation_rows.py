@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import EstimationError
 from ..store import FeatureTable
 from .outcomes import predicted_outcomes
+from .search_rows import sampled_rows
 
 
 class ValidationRows:
@@ -41,6 +42,10 @@ class ValidationRows:
         """The rows of the tasks in a mask `(T,)`."""
         return self._of_rows(tasks[self.task])
 
+    def sampled(self, most_rows: int, seed: int = 0) -> "ValidationRows":
+        """Some rows of each task; see [`sampled_rows`]."""
+        return self._of_rows(sampled_rows(self.task, self.margin, most_rows, seed))
+
     def halves(self, seed: int = 0) -> tuple["ValidationRows", "ValidationRows"]:
         """Two random halves of each task's rows; a task's only row is in both."""
         generator = np.random.default_rng(seed)
@@ -64,6 +69,9 @@ class ValidationRows:
         return predicted_outcomes(
             self.features, self.margin, self.task, len(self._names), np.atleast_2d(coefficients), needed
         )
+
+    def __len__(self) -> int:
+        return len(self.task)
 
     def margins(self, w: np.ndarray) -> np.ndarray:
         """Margin m_i + x_i.w of every row, `(n,)`."""

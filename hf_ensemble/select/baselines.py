@@ -3,7 +3,7 @@
 They select without predicted scores; the estimator only predicts the outcome of what they selected.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.neural_network import MLPRegressor
@@ -19,6 +19,8 @@ from .subsets import random_subsets
 
 # Random subsets that a learned predictor ranks.
 _NUM_CANDIDATES = 10_000
+# Random subsets that are averaged where searches look at a sample of rows.
+_FEW_RANDOM = 4
 
 
 def all_tasks(problem: SelectionProblem) -> Selection:
@@ -28,17 +30,12 @@ def all_tasks(problem: SelectionProblem) -> Selection:
 
 def targets_alone(problem: SelectionProblem) -> Selection:
     """The required tasks alone, or the targets where no task is required."""
-    required = problem.required.any()
-    targets = mixture_weights(problem.targets, problem.names) > 0
-    return _chosen(problem, "alone", problem.required if required else problem.optional & targets, {})
+    return _chosen(problem, "alone", _alone(problem), {})
 
 
 def random_selection(problem: SelectionProblem, size: int, seed: int = 0) -> Selection:
     """`size` random tasks."""
-    optional = np.flatnonzero(problem.optional)
-    drawn = np.zeros(len(problem.names), dtype=bool)
-    drawn[optional] = random_subsets(len(optional), size, 1, seed)[0] > 0
-    return _chosen(problem, "random", drawn, {}, {"size": size, "seed": seed})
+    return _chosen(problem, "random", _drawn(problem, size, seed), {}, {"size": size, "seed": seed})
 
 
 def mean_cosines(train: FeatureTable, validation: FeatureTable) -> np.ndarray:
@@ -131,24 +128,41 @@ def predicted_baselines(
     problem: SelectionProblem, size: int, similarity: np.ndarray | None = None, num_random: int = 20
 ) -> dict[str, float]:
     """Predicted loss of the targets with each baseline that needs no further data; random ones are averaged."""
-    found: dict[str, float] = {}
-
-    def add(name: str, choose: Callable[[], Selection]) -> None:
-        found[name] = choose().path[-1]["predicted_loss"]
-
-    add("all", lambda: all_tasks(problem))
-    add("alone", lambda: targets_alone(problem))
-    if 0 < size < problem.optional.sum():
-        losses = [random_selection(problem, size, seed).path[-1]["predicted_loss"] for seed in range(num_random)]
-        found["random"] = float(np.mean(losses))
+    optional = np.flatnonzero(problem.optional)
+    masks = {"all": problem.optional, "alone": _alone(problem)}
+    if 0 < size < len(optional):
+        num_random = min(num_random, _FEW_RANDOM) if problem.has_many_rows else num_random
+        masks |= {f"random {seed}": _drawn(problem, size, seed) for seed in range(num_random)}
         if similarity is not None:
-            add("gradient_similarity", lambda: similarity_selection(problem, size, similarity))
-    return found
+            alike = _ranked(problem, -similarity @ mixture_weights(problem.targets, problem.names))[:size]
+            masks["gradient_similarity"] = np.isin(np.arange(len(problem.names)), alike)
+    losses = dict(zip(masks, problem.losses(np.stack(list(masks.values())) | problem.required).tolist()))
+    found = {name: loss for name, loss in losses.items() if not name.startswith("random ")}
+    random = [loss for name, loss in losses.items() if name not in found]
+    return found if not random else {**found, "random": float(np.mean(random))}
+
+
+def _alone(problem: SelectionProblem) -> np.ndarray:
+    targets = mixture_weights(problem.targets, problem.names) > 0
+    return problem.required if problem.required.any() else problem.optional & targets
+
+
+def _drawn(problem: SelectionProblem, size: int, seed: int) -> np.ndarray:
+    """`size` random tasks, as a mask `(T,)`."""
+    optional = np.flatnonzero(problem.optional)
+    drawn = np.zeros(len(problem.names), dtype=bool)
+    drawn[optional] = random_subsets(len(optional), size, 1, seed)[0] > 0
+    return drawn
+
+
+def _ranked(problem: SelectionProblem, scores: np.ndarray) -> list[int]:
+    """The optional tasks, lowest scores `(T,)` first."""
+    return sorted(np.flatnonzero(problem.optional), key=lambda index: scores[index])
 
 
 def _nearest(problem: SelectionProblem, size: int, scores: np.ndarray, method: str) -> Selection:
     """The optional tasks with the lowest scores `(T,)`."""
-    ranked = sorted(np.flatnonzero(problem.optional), key=lambda index: scores[index])
+    ranked = _ranked(problem, scores)
     chosen = np.zeros(len(problem.names), dtype=bool)
     chosen[ranked[:size]] = True
     return _chosen(

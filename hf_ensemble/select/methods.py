@@ -11,6 +11,7 @@ from ..errors import ConfigurationError
 from .baselines import all_tasks, predicted_baselines, random_selection, similarity_selection, targets_alone
 from .mixture import optimize_mixture
 from .problem import SelectionProblem
+from .sampled_search import greedy_selection
 from .searches import (
     backward_selection,
     exhaustive_selection,
@@ -94,14 +95,17 @@ def select_tasks(
         selection = verified_selection(problem, verify, **options)
     elif method in _SEARCHES:
         check_options(_SEARCHES[method], options, f"method={method!r}")
-        selection = _SEARCHES[method](problem, **options)
+        if method in ("forward", "backward"):
+            selection = greedy_selection(problem, _SEARCHES[method])
+        else:
+            selection = _SEARCHES[method](problem, **options)
     else:
         size = options.pop("size", problem.settings.max_auxiliary)
         check_at_least("size", size, 0, optional=True)
         check_options(random_selection if method == "random" else similarity_selection, options, f"method={method!r}")
         if size is None:
             # As many as an unrestricted search selects.
-            size = len(forward_selection(problem).tasks) - int(problem.required.sum())
+            size = len(greedy_selection(problem, forward_selection).tasks) - int(problem.required.sum())
         if method == "random":
             selection = random_selection(problem, size, **options)
         elif similarity is None:

@@ -15,6 +15,7 @@ from ..estimate.mixtures import mixture_weights
 from .baselines import predicted_baselines
 from .choice import Choice, calibration_note, with_provenance
 from .problem import SelectionProblem, Targets, target_weights
+from .sampled_search import greedy_selection
 from .searches import forward_selection
 
 # Tasks with a smaller weight are dropped.
@@ -109,7 +110,7 @@ def optimize_mixture(
         return np.minimum(kept / kept.max(), upper) if kept.any() else start
 
     problem = SelectionProblem(estimator, targets)
-    chosen = forward_selection(problem).tasks
+    chosen = greedy_selection(problem, forward_selection).tasks
     subsets = [np.minimum(mixture_weights(tasks, names), upper) for tasks in (chosen, names)]
     subsets = [subset for subset in subsets if subset.any()]
     losses = [predicted(subset) for subset in subsets]

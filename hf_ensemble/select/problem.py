@@ -1,5 +1,6 @@
 """What a selection has to solve: targets, a metric, required and excluded tasks, and a budget."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,9 +126,23 @@ class SelectionProblem:
         return {
             "include": self._include,
             "exclude": self._exclude,
+            "search_rows": self.settings.search_rows,
             **self.settings.metric_arguments(),
             **self.settings.budgets(),
         }
+
+    @property
+    def has_many_rows(self) -> bool:
+        """Whether there are more rows than searches look at."""
+        most = self.settings.search_rows
+        return most is not None and self.estimator.num_rows > most
+
+    def for_search(self) -> "SelectionProblem":
+        """The same problem on the rows that searches look at."""
+        other = copy.copy(self)
+        if self.has_many_rows:
+            other.estimator = self.estimator.sampled(self.settings.search_rows)
+        return other
 
     def fits(self, mask: np.ndarray) -> bool:
         """Whether a subset `(T,)` is within the budget."""
@@ -141,6 +156,10 @@ class SelectionProblem:
         """Predicted scores of subsets `(S, T)`."""
         prediction = self.estimator.predict(np.asarray(masks, dtype=np.float64), needed=self._needed(len(masks)))
         return SubsetScores(self._values(prediction), prediction)
+
+    def losses(self, masks: np.ndarray) -> np.ndarray:
+        """Predicted loss of the targets for subsets `(S, T)`, `(S,)`."""
+        return self._sum(self.score(masks).prediction.loss)
 
     def score_toggled(self, mask: np.ndarray, tasks: np.ndarray, optimum: np.ndarray | None = None) -> SubsetScores:
         """Scores of a subset `(T,)` with one task more, or less where it has the task, for each task `(C,)`.
@@ -160,15 +179,29 @@ class SelectionProblem:
         estimated, known = value.copy(), np.zeros(len(tasks), dtype=bool)
         rows = np.argsort(estimated, kind="stable")[:_NUM_PREDICTED]
         while len(rows):
-            needed, start = self._needed(len(rows)), prediction.coefficients[rows]
-            exact = self.estimator.predict(masks[rows].astype(np.float64), needed=needed, initial=start)
-            for name in ("loss", "accuracy", "displacement", "coefficients", "gradient_norm"):
-                getattr(prediction, name)[rows] = getattr(exact, name)
-            value[rows] = self._values(exact)
+            value[rows] = self._take_exact(prediction, masks[rows], rows)
             known[rows] = True
             error = np.abs(value[known] - estimated[known]).max()
             rows = np.flatnonzero(~known & (estimated <= value[known].min() + 3 * error))
         return SubsetScores(value, prediction, bool(known.all()))
+
+    def estimate_toggled(self, mask: np.ndarray, tasks: np.ndarray, optimum: np.ndarray) -> SubsetScores:
+        """[`score_toggled`] by estimates alone, but for the few that may be the best by these."""
+        prediction = self.estimator.predict_toggled(mask, tasks, self._needed(len(tasks)), optimum)
+        value = self._values(prediction)
+        rows = np.argsort(value, kind="stable")[:_NUM_PREDICTED]
+        masks = np.repeat(np.asarray(mask, dtype=bool)[None], len(rows), axis=0)
+        masks[np.arange(len(rows)), np.asarray(tasks)[rows]] ^= True
+        value[rows] = self._take_exact(prediction, masks, rows)
+        return SubsetScores(value, prediction, is_exact=False)
+
+    def _take_exact(self, prediction: Prediction, masks: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Scores of the subsets `masks` `(s, T)`, whose predictions replace the estimates in `rows` `(s,)`."""
+        needed, start = self._needed(len(rows)), prediction.coefficients[rows]
+        exact = self.estimator.predict(masks.astype(np.float64), needed=needed, initial=start)
+        for name in ("loss", "accuracy", "displacement", "coefficients", "gradient_norm"):
+            getattr(prediction, name)[rows] = getattr(exact, name)
+        return self._values(exact)
 
     def _needed(self, count: int) -> np.ndarray:
         """Mask of the targets, for `count` subsets."""

@@ -27,7 +27,7 @@ from .methods import select_tasks
 from .mixture import Mixture, optimize_mixture
 from .problem import SelectionProblem, Targets
 from .selection import Selection
-from .settings import GroupingSettings, SelectionSettings
+from .settings import SEARCH_ROWS, GroupingSettings, SelectionSettings
 from .verified_search import Verify
 
 AnyChoice = TypeVar("AnyChoice", bound=Choice)
@@ -165,6 +165,7 @@ class DataSelector:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         metric: str = "loss",
+        search_rows: int | None = SEARCH_ROWS,
         verified_candidates: int = 3,
         max_verified: int | None = None,
         verify: Verify | None = None,
@@ -188,6 +189,10 @@ class DataSelector:
             exclude (`Sequence[str]`, *optional*): tasks that must not be selected.
             metric (`str`, *optional*, defaults to `"loss"`):
                 Metric to optimize: predicted `"loss"` or `"accuracy"`, or `"answers"`, which `verify` measures.
+            search_rows (`int`, *optional*, defaults to 50,000):
+                Training rows of all tasks together, and validation rows, that `"forward"` and `"backward"` look at.
+                Where there are more they look at an equal number of each task, and what they come to is predicted from
+                all rows, see [`sampled_selection`]. `None` for all rows.
             verified_candidates, max_verified, verify:
                 With `metric="answers"`, see [`verified_selection`]: candidates of each step and in all that are
                 verified, and the function that does it. [`SelectionSFTTrainer`] passes one that generates answers.
@@ -197,7 +202,7 @@ class DataSelector:
             `ConfigurationError`: for unknown names, budgets that cannot be met, and what a method does not support.
         """
         settings = SelectionSettings(
-            method, max_auxiliary, max_examples, max_tokens, metric, verified_candidates, max_verified
+            method, max_auxiliary, max_examples, max_tokens, metric, verified_candidates, max_verified, search_rows
         )
         problem = SelectionProblem(self.estimator, target, settings, include, exclude)
         return select_tasks(problem, self.similarity, verify, **options)
@@ -242,6 +247,7 @@ class DataSelector:
         affinity_subsets: int = 400,
         compute_budget: float | None = None,
         group_initialization: str = "fresh",
+        search_rows: int | None = SEARCH_ROWS,
         **options: Any,
     ) -> Grouping:
         """Group the tasks for one adapter per group.
@@ -263,6 +269,10 @@ class DataSelector:
             group_initialization (`str`, *optional*, defaults to `"fresh"`):
                 Where their trainings begin: `"fresh"`, or `"baseline"`, where the adapter for all tasks has ended. The
                 gradients have to be captured there, and [`from_store`]'s `length` is how long trainings go on.
+            search_rows (`int`, *optional*, defaults to 50,000):
+                Training rows of all tasks together, and validation rows, that the search looks at. Where there are more
+                it looks at an equal number of each task, and the losses of what it comes to are predicted from all
+                rows. `None` for all rows.
             options: further arguments of [`group_tasks`].
 
         Raises:
@@ -278,6 +288,7 @@ class DataSelector:
             affinity_subsets,
             compute_budget,
             group_initialization,
+            search_rows=search_rows,
         )
         return group_tasks(self.estimator, settings, **options)
 

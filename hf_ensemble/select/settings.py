@@ -18,6 +18,8 @@ SELECTION_METHODS = (
     "gradient_similarity",
 )
 SELECTION_METRICS = ("loss", "accuracy", "answers")
+# Rows that searches look at; see benchmarks/search_rows.
+SEARCH_ROWS = 50_000
 GROUP_INITIALIZATIONS = ("fresh", "baseline")
 GROUPING_METHODS = ("mixtures", "direct", "spectral", "semidefinite", "coclustering")
 
@@ -65,11 +67,21 @@ class SelectionSettings(Settings):
         },
     )
 
+    search_rows: int | None = field(
+        default=SEARCH_ROWS,
+        metadata={
+            "help": "Training rows of all tasks together, and validation rows, that a search looks at: where there are "
+            "more, it looks at an equal number of each task, and what it comes to is predicted from all rows. By "
+            f"default {SEARCH_ROWS:,}; null for all rows."
+        },
+    )
+
     def __post_init__(self):
         check_one_of("selection_method", self.selection_method, SELECTION_METHODS)
         check_one_of("selection_metric", self.selection_metric, SELECTION_METRICS)
         for name in ("max_auxiliary", "max_examples", "max_tokens"):
             check_at_least(name, getattr(self, name), 0, optional=True)
+        check_at_least("search_rows", self.search_rows, 1, optional=True)
         check_at_least("verified_candidates", self.verified_candidates, 1)
         check_at_least("max_verified", self.max_verified, 1, optional=True)
         if self.selection_metric == "answers" and self.selection_method != "forward":
@@ -86,7 +98,12 @@ class SelectionSettings(Settings):
 
     def select_arguments(self) -> dict[str, Any]:
         """Keyword arguments for [`DataSelector.select`]."""
-        return {"method": self.selection_method, **self.metric_arguments(), **self.budgets()}
+        return {
+            "method": self.selection_method,
+            "search_rows": self.search_rows,
+            **self.metric_arguments(),
+            **self.budgets(),
+        }
 
     def metric_arguments(self) -> dict[str, Any]:
         """The metric, and how candidates are verified where it is one of generated answers."""
@@ -149,6 +166,15 @@ class GroupingSettings(Settings):
         },
     )
 
+    search_rows: int | None = field(
+        default=SEARCH_ROWS,
+        metadata={
+            "help": "Training rows of all tasks together, and validation rows, that a search looks at: where there are "
+            "more, it looks at an equal number of each task, and what it comes to is predicted from all rows. By "
+            f"default {SEARCH_ROWS:,}; null for all rows."
+        },
+    )
+
     def __post_init__(self):
         check_one_of("grouping_method", self.grouping_method, GROUPING_METHODS)
         check_one_of("group_initialization", self.group_initialization, GROUP_INITIALIZATIONS)
@@ -166,6 +192,7 @@ class GroupingSettings(Settings):
             )
         for name in ("num_groups", "max_groups"):
             check_at_least(name, getattr(self, name), 1, optional=True)
+        check_at_least("search_rows", self.search_rows, 1, optional=True)
         check_at_least("affinity_subsets", self.affinity_subsets, 1)
         check_number("group_cost", self.group_cost, 0)
         check_flag("overlapping_groups", self.overlapping_groups)
@@ -182,6 +209,7 @@ class GroupingSettings(Settings):
             "affinity_subsets": self.affinity_subsets,
             "compute_budget": self.compute_budget,
             "group_initialization": self.group_initialization,
+            "search_rows": self.search_rows,
         }
 
     def check_tasks(self, num_tasks: int) -> None:

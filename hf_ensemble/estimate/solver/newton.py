@@ -157,22 +157,27 @@ class WeightedRows:
 
 
 def approach(
-    blocks: list[WeightedRows], ridge: torch.Tensor, tolerance: float, max_iterations: int
+    blocks: list[WeightedRows],
+    ridge: torch.Tensor,
+    tolerance: float,
+    max_iterations: int,
+    start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move from w = 0 to a point near the optimum, in float32, for `S` mixtures.
+    """Move from w = 0 or a start to a point near the optimum, in float32, for `S` mixtures.
 
     The last step is not checked, as [`minimize`] starts from the result.
 
     Args:
-        blocks (`list[WeightedRows]`): tasks used by any of the mixtures, in float32, with z at w = 0.
+        blocks (`list[WeightedRows]`): tasks used by any of the mixtures, in float32, with z at the start.
         ridge (`torch.Tensor` of shape `(S, 1)`): strength of the penalty, float32.
         tolerance (`float`): target gradient norm.
         max_iterations (`int`): maximum number of Newton steps.
+        start (`torch.Tensor` of shape `(S, k)`, *optional*): float32 coefficients to start from. Zero by default.
 
     Returns:
         `tuple`: coefficients `(S, k)` and numbers of Newton steps `(S,)`.
     """
-    w = ridge.new_zeros(len(ridge), blocks[0].rows.single.shape[1])
+    w = ridge.new_zeros(len(ridge), blocks[0].rows.single.shape[1]) if start is None else start
     value = _objective(blocks, w, ridge)
     solution, steps = w.clone(), torch.zeros(len(w), dtype=torch.long, device=w.device)
     left = torch.arange(len(w), device=w.device)

@@ -17,7 +17,7 @@ from .group_losses import EstimatedGroups, GroupLosses
 from .mixture_groups import mixture_groups
 from .partition_groups import partition_groups
 
-# Number of random partitions in the baseline.
+# Number of random partitions in the baseline; a single one where searches look at a sample of rows.
 _NUM_RANDOM = 10
 # Above this number of tasks, the affinity beside mixtures is predicted in few components.
 _MANY, _FEW_COMPONENTS = 100, 50
@@ -171,15 +171,17 @@ def group_tasks(
             "group_initialization='baseline' begins at the adapter for all tasks, and none is trained. Set "
             "train_baseline=True, or group_initialization='fresh'."
         )
+    rough = estimator if settings.search_rows is None else estimator.sampled(settings.search_rows)
     losses = GroupLosses(EstimatedGroups(estimator))
-    affinity, spread = _affinity(estimator, settings, subset_size, seed)
+    searched = losses if rough is estimator else GroupLosses(EstimatedGroups(rough))
+    affinity, spread = _affinity(rough, settings, subset_size, seed)
     if settings.grouping_method == "mixtures":
         goal = np.array([weights.get(name, 0.0) for name in names])
         goal /= goal.sum()
-        found = mixture_groups(estimator, losses, settings, goal, num_candidates, has_baseline, runs, seed)
+        found = mixture_groups(estimator, rough, searched, settings, goal, num_candidates, has_baseline, runs, seed)
     else:
         scaled = affinity / spread[:, None]
-        found = partition_groups(estimator, losses, scaled, settings, num_candidates, has_baseline, seed)
+        found = partition_groups(estimator, losses, searched, scaled, settings, num_candidates, has_baseline, seed)
     options = {
         "num_candidates": num_candidates,
         "subset_size": subset_size,
@@ -202,17 +204,17 @@ def group_tasks(
         baseline_group=None if found.baseline is None else found.names[found.baseline],
         cost_curve=found.cost_curve,
         expected_loss=found.expected_loss,
-        baselines=_baselines(losses, len(names), len(found.mixtures), seed),
+        baselines=_baselines(losses, len(names), len(found.mixtures), seed, _NUM_RANDOM if rough is estimator else 1),
         summary=found.summary,
         settings=with_provenance({**settings.group_arguments(), **options}, estimator),
     )
 
 
-def _baselines(losses: GroupLosses, num_tasks: int, num_groups: int, seed: int) -> dict[str, float]:
+def _baselines(losses: GroupLosses, num_tasks: int, num_groups: int, seed: int, num_random: int) -> dict[str, float]:
     """Mean losses of uninformed partitions; the mean over several random ones."""
     generator = np.random.default_rng(seed)
     # Sizes differ by one at most.
-    random = [generator.permutation(np.arange(num_tasks) % num_groups) for _ in range(_NUM_RANDOM)]
+    random = [generator.permutation(np.arange(num_tasks) % num_groups) for _ in range(num_random)]
     return {
         "one group": losses.of_partition(np.zeros(num_tasks, dtype=int)) / num_tasks,
         "one per task": losses.of_partition(np.arange(num_tasks)) / num_tasks,

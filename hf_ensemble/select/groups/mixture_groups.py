@@ -15,7 +15,7 @@ from .adapters_at_hand import AdaptersAtHand
 from .direct_search import add_helpers, merge_path
 from .found_groups import FoundGroups
 from .group_losses import GroupLosses, group_masks
-from .mixture_search import MixturePool, MixtureSet, search_mixtures
+from .mixture_search import MixturePool, MixtureSet, predicted_sets, search_mixtures
 from .mixture_steps import MixtureSteps
 from .optimism import CLOSE, CostPoint, SetComparison, cost_points
 
@@ -30,6 +30,7 @@ _MAX_ITERATIONS = 8
 
 def mixture_groups(
     estimator: SubsetEstimator,
+    rough: SubsetEstimator,
     group_losses: GroupLosses,
     settings: GroupingSettings,
     goal: np.ndarray,
@@ -38,7 +39,11 @@ def mixture_groups(
     trained: Mapping[str, ObservedRun],
     seed: int,
 ) -> FoundGroups:
-    """Search for mixtures; the arguments are those of [`group_tasks`], and `goal` `(T,)` weighs the tasks' losses."""
+    """Search for mixtures; the arguments are those of [`group_tasks`], and `goal` `(T,)` weighs the tasks' losses.
+
+    `rough` and `group_losses` are what the search looks at. Where these are of a sample of rows, the losses of what it
+    comes to are predicted from all rows.
+    """
     size = len(estimator.task_names)
     most = settings.num_groups or settings.max_groups or min(_MAX_MIXTURES, size)
     at_hand = AdaptersAtHand.of(estimator, trained, has_baseline, settings.group_initialization == "baseline")
@@ -52,9 +57,11 @@ def mixture_groups(
     clusters = _cluster_starts(estimator, counts, seed)
     starts = clusters
     if size <= _MAX_MERGED:
-        starts = _merge_starts(estimator, group_losses, counts, num_candidates)
-    sets = search(estimator, at_hand, starts)
-    points = cost_points(estimator, at_hand, sets, goal, lambda own, hand: search(own, hand, clusters))
+        starts = _merge_starts(rough, group_losses, counts, num_candidates)
+    sets = search(rough, at_hand if rough is estimator else at_hand.on(rough), starts)
+    if rough is not estimator:
+        sets = predicted_sets(estimator, at_hand, sets, goal)
+    points = cost_points(estimator, rough, at_hand, sets, goal, lambda own, hand: search(own, hand, clusters))
     place = _chosen(estimator, at_hand, sets, points, goal, settings)
     return _found(estimator, at_hand, sets[place], points, points[place], goal)
 

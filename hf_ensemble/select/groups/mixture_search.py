@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...estimate import SubsetEstimator
+from .adapters_at_hand import AdaptersAtHand
 from .facility_location import FacilityLocation
 from .mixture_steps import MixtureSteps
 
@@ -61,9 +62,18 @@ class MixturePool:
             Loss of each task with adapters that are trained anyway, or already, and that may serve tasks at no further
             cost.
         max_mixtures (`int`): maximum number of mixtures that are trained besides.
+        is_empty (`bool`, *optional*, defaults to `False`):
+            Whether there is nothing to choose from at first, in place of each task alone and all of them.
     """
 
-    def __init__(self, estimator: SubsetEstimator, goal: np.ndarray, at_hand: np.ndarray, max_mixtures: int):
+    def __init__(
+        self,
+        estimator: SubsetEstimator,
+        goal: np.ndarray,
+        at_hand: np.ndarray,
+        max_mixtures: int,
+        is_empty: bool = False,
+    ):
         self._estimator, self.goal, self._max_mixtures = estimator, goal, max_mixtures
         self._sampling = estimator.sampling_weights / estimator.sampling_weights.max()
         size = len(goal)
@@ -73,8 +83,9 @@ class MixturePool:
         self._at_hand = at_hand
         if len(at_hand):
             self._sets.append([])
-        self.add(np.eye(size))
-        self.add(self._sampling[None])
+        if not is_empty:
+            self.add(np.eye(size))
+            self.add(self._sampling[None])
 
     @property
     def together(self) -> np.ndarray:
@@ -123,6 +134,10 @@ class MixturePool:
         sets = [self._serving(np.array(taken, dtype=int)) for taken in self._sets]
         sets = [one for one in sets if np.isfinite(one.loss).all()]
         return pareto([one for one in sets if budget is None or one.cost <= budget + 1e-9], self.goal)
+
+    def served_by(self, weights: np.ndarray) -> MixtureSet:
+        """A set of mixtures of the pool, `(m, T)`."""
+        return self._serving(np.array([self._places[row.tobytes()] for row in weights], dtype=int))
 
     def _serving(self, taken: np.ndarray) -> MixtureSet:
         # An adapter at hand is taken where it is as good as a new one.
@@ -203,3 +218,17 @@ def pareto(sets: Iterable[MixtureSet], goal: np.ndarray) -> list[MixtureSet]:
         if not front or goal @ one.loss < goal @ front[-1].loss - 1e-9:
             front.append(one)
     return front
+
+
+def predicted_sets(
+    estimator: SubsetEstimator, at_hand: AdaptersAtHand, sets: Sequence[MixtureSet], goal: np.ndarray
+) -> list[MixtureSet]:
+    """Sets that were found by other predictions, with these, each task served by what is best for it by these.
+
+    Mixtures that serve no task any more are left out, and so are sets that another one now betters.
+    """
+    known = {row.tobytes(): row for one in sets for row in one.weights}
+    pool = MixturePool(estimator, goal, at_hand.losses, len(goal), is_empty=True)
+    if known:
+        pool.add(np.stack(list(known.values())))
+    return pareto([pool.served_by(one.weights) for one in sets], goal)

@@ -91,7 +91,12 @@ class SetComparison:
 
 
 def cost_points(
-    estimator: SubsetEstimator, at_hand: AdaptersAtHand, sets: Sequence[MixtureSet], goal: np.ndarray, search: Search
+    estimator: SubsetEstimator,
+    rough: SubsetEstimator,
+    at_hand: AdaptersAtHand,
+    sets: Sequence[MixtureSet],
+    goal: np.ndarray,
+    search: Search,
 ) -> list[CostPoint]:
     """What each set is worth, without what the search has made of noise.
 
@@ -101,6 +106,7 @@ def cost_points(
 
     Args:
         estimator (`SubsetEstimator`): makes the predictions.
+        rough (`SubsetEstimator`): makes those that the search looks at, from all rows or a sample.
         at_hand (`AdaptersAtHand`): adapters that serve tasks besides.
         sets (`Sequence[MixtureSet]`): found on all rows, by cost.
         goal (`np.ndarray` of shape `(T,)`): weight of each task's loss.
@@ -110,7 +116,7 @@ def cost_points(
     together = estimator.predict(np.ones((1, len(goal))))
     optimum = at_hand.one_for_all_optimum(together)
     loss_together = float(goal @ at_hand.one_for_all_loss(together))
-    optimism = np.maximum.accumulate(np.maximum(_optimism(estimator, at_hand, sets, goal, search), 0.0))
+    optimism = np.maximum.accumulate(np.maximum(_optimism(rough, at_hand, sets, goal, search), 0.0))
     points = []
     for one, own in zip(sets, optimism):
         loss = float(goal @ one.loss)

@@ -12,7 +12,8 @@ from .found_groups import FoundGroups
 from .group_losses import GroupLosses, group_masks
 from .partition import coclustering, semidefinite_partition, spectral_partition
 
-# Number of partitions on the merge path, those with the least loss, that are improved when the number is chosen.
+# Number of partitions on the merge path, those with the least loss, that are improved when the number is chosen: one
+# where the search looks at a sample of rows, of which as many are then predicted from all rows.
 _NUM_IMPROVED = 3
 # Maximum number of candidate numbers of groups for the methods that partition the affinity matrix: a semidefinite
 # program over a hundred tasks takes seconds.
@@ -22,15 +23,25 @@ _MAX_COUNTS = {"spectral": 30, "coclustering": 30, "semidefinite": 8}
 def partition_groups(
     estimator: SubsetEstimator,
     group_losses: GroupLosses,
+    searched: GroupLosses,
     affinity: np.ndarray,
     settings: GroupingSettings,
     num_candidates: int,
     has_baseline: bool,
     seed: int,
 ) -> FoundGroups:
-    """The best partition; the arguments are those of [`group_tasks`]."""
+    """The best partition; the arguments are those of [`group_tasks`].
+
+    `searched` are the losses that the search looks at. Where these are of a sample of rows, the best partitions by them
+    are predicted from all rows.
+    """
     names, directions = estimator.task_names, estimator.task_gradients()
-    partitions = _partitions(group_losses, affinity, directions, settings, num_candidates, seed)
+    is_sampled = searched is not group_losses
+    partitions = _partitions(searched, affinity, directions, settings, num_candidates, seed, is_sampled)
+    if is_sampled:
+        price = settings.group_cost * len(names)
+        totals = [searched.of_partition(*partition) + price * len(partition[1]) for partition in partitions]
+        partitions = [partitions[place] for place in np.argsort(totals, kind="stable")[:_NUM_IMPROVED]]
     losses = [group_losses.of_partition(labels, trained) / len(names) for labels, trained in partitions]
     sizes = [len(trained) for _, trained in partitions]
     best = int(np.argmin([loss + settings.group_cost * size for loss, size in zip(losses, sizes)]))
@@ -39,7 +50,7 @@ def partition_groups(
         curve[str(size)] = min(loss, curve.get(str(size), np.inf))
     labels, trained = partitions[best]
     if settings.overlapping_groups:
-        trained = add_helpers(group_losses, labels, trained, directions, num_candidates)
+        trained = add_helpers(searched, labels, trained, directions, num_candidates)
     num_helpers = int((trained & ~group_masks(labels)).sum())
     summary = _summary(settings, sizes[best], losses[best], len(losses))
     if num_helpers:
@@ -75,13 +86,16 @@ def _partitions(
     settings: GroupingSettings,
     num_candidates: int,
     seed: int,
+    is_sampled: bool,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Candidate partitions: labels `(T,)` and what each group trains on, `(G, T)`."""
     method = settings.grouping_method
     max_groups = settings.max_groups or len(affinity)
     counts = [settings.num_groups] if settings.num_groups is not None else _counts(max_groups, method)
     if method == "direct":
-        found = _direct_partitions(losses, affinity, directions, counts, settings.group_cost, num_candidates, seed)
+        improved = 1 if is_sampled else _NUM_IMPROVED
+        price = settings.group_cost * len(affinity)
+        found = _direct_partitions(losses, affinity, directions, counts, price, num_candidates, seed, improved)
     elif method == "coclustering":
         return [coclustering(affinity, count, seed) for count in counts]
     elif method == "spectral":
@@ -106,20 +120,20 @@ def _direct_partitions(
     affinity: np.ndarray,
     directions: np.ndarray,
     counts: Sequence[int],
-    group_cost: float,
+    price: float,
     num_candidates: int,
     seed: int,
+    num_improved: int,
 ) -> list[np.ndarray]:
     """Merge partitions, one per number of groups; the best are improved, from there and from spectral clusters."""
     path = {
         labels.max() + 1: (labels, loss)
         for labels, loss in merge_path(losses, directions, num_candidates, min_groups=min(counts))
     }
-    price = group_cost * len(affinity)
     found = []
     for rank, count in enumerate(sorted(counts, key=lambda count: path[count][1] + price * count)):
         labels = path[count][0]
-        if rank < _NUM_IMPROVED:
+        if rank < num_improved:
             starts = [labels, spectral_partition(affinity, count, seed)]
             labels = min(
                 (improve_partition(losses, start, directions, num_candidates) for start in starts),
