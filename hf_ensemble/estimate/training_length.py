@@ -77,8 +77,10 @@ class TrainingLength:
         residual = row_weights * np.exp(-np.logaddexp(0.0, np.asarray(margin, dtype=np.float64)))
         # Sums over each task's rows of the weighted loss gradients and of their squared norms.
         self._gradients = np.empty((len(self._counts), features.shape[1]))
+        edges = np.concatenate([[0], np.cumsum(given)])
+        is_sorted = not (np.diff(task) < 0).any()
         for index in range(len(self._counts)):
-            own = task == index
+            own = slice(*edges[index : index + 2]) if is_sorted else task == index
             self._gradients[index] = residual[own] @ features[own] * per_row[index]
         self._squares = np.bincount(task, residual**2 * squared_norms) * per_row
         self._all = sampling_weights[None]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import EstimationError
-from ..store import FeatureTable
+from ..store import FeatureTable, row_blocks
 from .outcomes import predicted_outcomes
 from .search_rows import sampled_rows
 
@@ -23,10 +23,10 @@ class ValidationRows:
     """
 
     def __init__(self, table: FeatureTable, features: np.ndarray):
-        if not np.isfinite(features).all():
+        if not all(np.isfinite(block).all() for _, block in row_blocks(features)):
             raise EstimationError("Expected finite validation features, found NaN or infinity. Capture them again.")
         order = np.argsort(table.task, kind="stable")
-        self.features = features[order]
+        self.features = features[order] if (np.diff(table.task) < 0).any() else features
         self.margin = table.margin[order].astype(np.float64)
         self.task = table.task[order]
         self._ids = table.example_id[order]

@@ -18,7 +18,7 @@ SELECTION_METHODS = (
     "gradient_similarity",
 )
 SELECTION_METRICS = ("loss", "accuracy", "answers")
-# Rows that searches look at; see benchmarks/search_rows.
+# Rows that searches look at: 50 of each of a thousand tasks, see benchmarks/search_rows.
 SEARCH_ROWS = 50_000
 GROUP_INITIALIZATIONS = ("fresh", "baseline")
 GROUPING_METHODS = ("mixtures", "direct", "spectral", "semidefinite", "coclustering")

@@ -69,6 +69,7 @@ GROUP = {
     "cost is text": ({"group_cost": "x"}, "group_cost has to be a finite number"),
     "overlap is text": ({"overlapping_groups": "no"}, "overlapping_groups has to be True or False"),
     "no subsets": ({"affinity_subsets": 0}, "affinity_subsets has to be a positive integer"),
+    "no row to search in": ({"search_rows": 0}, "search_rows has to be a positive integer or None"),
     "no candidates": ({"num_candidates": 0}, "num_candidates has to be a positive integer"),
     "subset size is 0": ({"subset_size": 0}, "subset_size has to be a positive integer or None"),
     "seed is negative": ({"seed": -1}, "seed has to be an integer of at least 0"),

@@ -42,6 +42,7 @@ SELECTION = {
     "max_auxiliary": ["2", -1, 1.5, True, NAN],
     "max_examples": ["2", -1, INF],
     "max_tokens": ["2", -1],
+    "search_rows": ["20000", 0, -1, 1.5, True],
 }
 GROUPING = {
     "grouping_method": ["kmeans", None],
@@ -50,6 +51,7 @@ GROUPING = {
     "group_cost": ["0.1", -0.1, NAN, INF, None, True],
     "overlapping_groups": ["yes", 1, None],
     "affinity_subsets": ["20", 0, None],
+    "search_rows": ["20000", 0, NAN, True],
 }
 RUN = {
     "capture_batch_size": ["8", 0],

@@ -88,6 +88,6 @@ def test_settings_are_what_the_selector_takes():
     selection = selector.select("a", **settings.select_arguments())
     assert selection.method == "backward" and len(selection.auxiliary) <= 1
     own = {key: value for key, value in selection.settings.items() if key not in ("estimator", "include", "exclude")}
-    assert own == {"metric": "accuracy", "max_auxiliary": 1, "max_examples": 500}
+    assert own == {"metric": "accuracy", "max_auxiliary": 1, "max_examples": 500, "search_rows": 50_000}
     grouping = selector.group(**GroupingSettings(2, grouping_method="spectral", affinity_subsets=20).group_arguments())
     assert len(grouping.groups) == 2 and grouping.method == "spectral" and grouping.settings["affinity_subsets"] == 20
