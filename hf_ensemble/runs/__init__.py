@@ -9,6 +9,8 @@ from .example_rows import ExampleRows, ShownRow, TaskRows
 from .fidelity_report import FidelityReport, FirstOrderError, NoiseCeiling
 from .progress import StageProgress, run_progress
 from .records import (
+    Concurrency,
+    ConcurrencyTrial,
     EnsembleWeights,
     Estimate,
     RunRecord,
@@ -27,6 +29,8 @@ __all__ = [
     "BoostingStep",
     "ComparedSystem",
     "Comparison",
+    "Concurrency",
+    "ConcurrencyTrial",
     "Costs",
     "EnsembleWeights",
     "Estimate",

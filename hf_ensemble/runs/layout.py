@@ -8,7 +8,7 @@ from .costs import Costs
 from .evaluation import EvaluatedRows, Evaluation
 from .example_rows import ExampleRows
 from .fidelity_report import FidelityReport
-from .records import EnsembleWeights, Estimate, RunRecord, TasksRecord
+from .records import Concurrency, EnsembleWeights, Estimate, RunRecord, TasksRecord
 from .results import Results
 from .systems import BASELINE
 
@@ -38,6 +38,7 @@ RECORDS: dict[type[Record], str] = {
     ExampleRows: "example_rows.json",
     Estimate: f"{ESTIMATES}/estimate.json",
     EnsembleWeights: f"{ESTIMATES}/weights.json",
+    Concurrency: f"{ESTIMATES}/concurrency.json",
     Boosting: f"{ESTIMATES}/boosting.json",
     FidelityReport: f"{ESTIMATES}/fidelity.json",
     Evaluation: "evaluation.json",
@@ -53,6 +54,7 @@ CHOICE_RECORDS: tuple[type[Record], ...] = (
     Grouping,
     Selection,
     Estimate,
+    Concurrency,
     EnsembleWeights,
     Boosting,
     ExampleRows,

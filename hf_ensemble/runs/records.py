@@ -1,5 +1,6 @@
 """What the files of a run hold."""
 
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -285,6 +286,43 @@ class Estimate(Record):
             predicted_loss={group: dict(zip(names, row)) for group, row in zip(grouping.groups, losses.tolist())},
             left_out=effects_of_leaving_out(estimator),
         )
+
+
+@dataclass(frozen=True)
+class ConcurrencyTrial:
+    """Passes of several groups at once, and those of the same groups one after the other.
+
+    Args:
+        num_at_once (`int`): number of groups.
+        seconds (`list[float]`): of each round at once, a pass forward and backward of every group.
+        seconds_alone (`list[float]`): of each round one after the other.
+    """
+
+    num_at_once: int
+    seconds: list[float]
+    seconds_alone: list[float]
+
+    @property
+    def speed_up(self) -> float:
+        """How many times as fast the passes are at once, by the medians of the rounds."""
+        return statistics.median(self.seconds_alone) / statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Concurrency(Record):
+    """How many groups `concurrent_groups="auto"` trains at once, and why.
+
+    Args:
+        num_at_once (`int`): number of groups; 1 trains one after the other.
+        reason (`str`): what decided.
+        trials (`list[ConcurrencyTrial]`): what was measured.
+    """
+
+    format = "hf_ensemble.concurrency"
+
+    num_at_once: int
+    reason: str
+    trials: list[ConcurrencyTrial] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

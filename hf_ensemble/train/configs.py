@@ -27,6 +27,7 @@ from .inputs.trackers import check_trackers
 
 logger = get_logger(__name__)
 
+AUTO = "auto"
 HEADS = ("auto", "label_similarity", "linear")
 WEIGHTINGS = ("cross_validated", "fitted", "own_group", "answers")
 # LoRA needs about ten times the learning rate of full fine-tuning.
@@ -189,11 +190,13 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
             "trained, and choose anew which mixtures are left to train, calibrated by it."
         },
     )
-    concurrent_groups: int = field(
+    # With None among the types the parser takes texts; as a value it is refused.
+    concurrent_groups: int | str | None = field(
         default=1,
         metadata={
             "help": "Number of groups whose adapters are trained at once: each by its own trainer, with passes "
-            "through the base model that are shared. 1 trains one after the other."
+            "through the base model that are shared. 1 trains one after the other; 'auto' measures on the groups' "
+            "first batches whether several at once are faster, and how many."
         },
     )
     ensemble_weights: str = field(
@@ -211,7 +214,7 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
         check_one_of("ensemble_weights", self.ensemble_weights, WEIGHTINGS)
         check_flag("train_baseline", self.train_baseline)
         check_flag("sequential_groups", self.sequential_groups)
-        check_at_least("concurrent_groups", self.concurrent_groups, 1)
+        self.concurrent_groups = _checked_concurrency(self.concurrent_groups)
         self._resolve_groups()
         if self.group_initialization == "baseline" and not self.train_baseline:
             raise ConfigurationError(
@@ -309,6 +312,16 @@ class SelectionConfig(ClassifierArguments, SelectionArguments, TrainingArguments
 @dataclass
 class SelectionSFTConfig(SelectionArguments, SFTConfig):
     """`SFTConfig` of [`SelectionSFTTrainer`]."""
+
+
+def _checked_concurrency(value: int | str) -> int | str:
+    """A number of groups, which may be given as text, as on a command line, or `"auto"`."""
+    if value == AUTO:
+        return value
+    found = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise ConfigurationError(f"concurrent_groups has to be a positive integer or 'auto', found {value!r}.")
+    return found
 
 
 def as_config(args: TrainingArguments, config_class: type[Config]) -> Config:

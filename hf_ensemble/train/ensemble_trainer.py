@@ -91,7 +91,7 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
     def train_groups(self) -> None:
         """Run the stages up to the adapters of all groups; [`train`] goes on from there."""
         # A tracker that each training opened would be closed by the first of several at once.
-        together = tracked_run(self) if self.args.concurrent_groups > 1 else nullcontext()
+        together = tracked_run(self) if self.args.concurrent_groups != 1 else nullcontext()
         with self.working(), together:
             self.flow.group()
             self.flow.train_groups()

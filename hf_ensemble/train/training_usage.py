@@ -23,19 +23,21 @@ class TrainingUsageMixin:
 
     Attributes:
         usage_samples (`FlopSamples`): what is known of this training's batches.
+        counts_usage (`bool`): whether to count.
         training_usage (`list[Usage]`, *optional*): what the training took on each process, without its evaluations;
             there once it is over.
     """
 
     has_tasks: bool
     usage_samples: FlopSamples | None = None
+    counts_usage: bool = True
     training_usage: list[Usage] | None = None
     _usage: UsageCounter | None = None
     _evaluation_usage: UsageCounter | None = None
     _began: float = 0.0
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any):
-        if not self.has_tasks:
+        if not (self.has_tasks and self.counts_usage):
             return super()._inner_training_loop(*args, **kwargs)
         self._began = work_seconds()
         is_compiled = bool(self.args.torch_compile)

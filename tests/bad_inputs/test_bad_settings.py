@@ -76,7 +76,7 @@ RUN = {
 ENSEMBLE = {
     "train_baseline": ["no", 0, None],
     "sequential_groups": ["no", 0, None],
-    "concurrent_groups": [0, "2", None, True],
+    "concurrent_groups": [0, "0", "-2", "all", None, True, 2.0],
     "ensemble_weights": ["x", None],
     "boosting_steps": ["1", -1, None, True],
     "boosting_method": ["lasso", None],

@@ -19,7 +19,7 @@ from hf_ensemble.runs.progress import run_progress
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
 from hf_ensemble.store import GradientStore
 from hf_ensemble.train.flows.calibration import Calibration
-from hf_ensemble.train.flows.group_trainings import GroupTrainings
+from hf_ensemble.train.flows.groups.trainings import GroupTrainings
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
 
 MIXTURES = {

@@ -176,7 +176,7 @@ class AdapterTraining:
             with self.context.model_state.restored():
                 is_new = start is None and loss is None and not self._is_trained_already
                 learning = LearningCheck(self.context, rows) if is_new else None
-                trainer = self._trainer(begun, rows)
+                trainer = self.make_trainer(begun, rows)
                 # What runs beside a boosting step takes operations, too.
                 trainer.usage_samples = self._samples if loss is None else FlopSamples()
                 attached = loss.attached(trainer) if loss else nullcontext()
@@ -230,7 +230,14 @@ class AdapterTraining:
         run.write_trained_adapter(begun)
         return begun, last_whole_checkpoint(work)
 
-    def _trainer(self, begun: TrainedAdapter, rows: Dataset) -> Trainer:
+    def make_trainer(self, begun: TrainedAdapter, rows: Dataset, **changes: Any) -> Trainer:
+        """An ordinary trainer for a training.
+
+        Args:
+            begun (`TrainedAdapter`): the training.
+            rows (`Dataset`): of its tasks, see [`rows_of`].
+            changes (`dict`): arguments that differ from those of the run.
+        """
         # A training reports its arguments to trackers and needs no login.
         args = arguments_without_secrets(self.context.args)
         if begun.seed != args.seed:
@@ -245,6 +252,8 @@ class AdapterTraining:
         own = [task for task, weight in begun.mixture.items() if weight > 0]
         args.metric_for_best_model = metric_of_training(args.metric_for_best_model, self.context.tasks, own)
         sampling = self.context.tasks.sampling_weights
+        for argument, value in changes.items():
+            setattr(args, argument, value)
         trainer = self.context.make_trainer(
             args,
             rows,

@@ -25,7 +25,7 @@ from .calibration import Calibration
 from .capturing import captured_gradients, gradients_at_baseline
 from .context import FlowContext
 from .evaluation import SystemEvaluation, flat_metrics
-from .group_trainings import GroupTrainings
+from .groups.trainings import GroupTrainings
 from .predictions import prediction_trainer
 from .stages import EVALUATION, FORWARD, TRAINING, Stage, begin_evaluation
 from .system_costs import system_cost

@@ -1,12 +1,11 @@
 """Trainings of several groups at once, and what they do not go with: refused before anything is trained."""
 
-from typing import NoReturn
-
 from peft import PeftModel
 from transformers import TrainingArguments
 
 from ...errors import ConfigurationError
 from ..concurrent.turns import backbone_of
+from ..configs import AUTO
 
 # Arguments that turn on what a shared pass cannot be made with.
 _REFUSED = {
@@ -27,26 +26,10 @@ def check_concurrency(args: TrainingArguments) -> None:
     """Refuse arguments, and numbers of processes, that groups cannot be trained at once with.
 
     Raises:
-        `ConfigurationError`: which names the argument.
+        `ConfigurationError`: which names the argument; not with `concurrent_groups="auto"`, which is 1 then.
     """
-    if args.concurrent_groups == 1:
-        return
-    if args.world_size > 1:
-        _refuse(f"{args.world_size} processes, on each of which other trainings would wait", args)
-    if args.grouping_method == "mixtures" and args.sequential_groups:
-        _refuse("sequential_groups=True, which chooses each group anew after the one before is trained", args)
-    for name, reason in _REFUSED.items():
-        value = getattr(args, name, None)
-        # Whole rows that were cut to one length.
-        has_rows = name == "packing" and value and args.packing_strategy == "wrapped"
-        if value and not has_rows:
-            _refuse(f"{name}={value!r}, {reason}", args)
-    optimizer = getattr(args.optim, "value", str(args.optim))
-    if any(part in optimizer for part in _IN_BACKWARD):
-        _refuse(f"optim={optimizer!r}, which steps in the backward pass", args)
-    for name in args.report_to:
-        if name in _OF_A_THREAD:
-            _refuse(f"report_to={name!r}, which has a run of its own in each thread", args)
+    if args.concurrent_groups not in (1, AUTO):
+        _refuse(obstacle_of_arguments(args), args)
 
 
 def check_concurrent_model(model: PeftModel, args: TrainingArguments) -> None:
@@ -57,21 +40,48 @@ def check_concurrent_model(model: PeftModel, args: TrainingArguments) -> None:
         args (`TrainingArguments`): the trainer's arguments, once it has settled its devices.
 
     Raises:
-        `ConfigurationError`: which names what was found.
+        `ConfigurationError`: which names what was found; not with `concurrent_groups="auto"`, which is 1 then.
     """
-    if args.concurrent_groups == 1:
-        return
+    if args.concurrent_groups not in (1, AUTO):
+        _refuse(obstacle_of_model(model, args), args)
+
+
+def obstacle_of_arguments(args: TrainingArguments) -> str | None:
+    """What among the arguments groups cannot be trained at once with, and why."""
+    if args.world_size > 1:
+        return f"{args.world_size} processes, on each of which other trainings would wait"
+    if args.grouping_method == "mixtures" and args.sequential_groups:
+        return "sequential_groups=True, which chooses each group anew after the one before is trained"
+    for name, reason in _REFUSED.items():
+        value = getattr(args, name, None)
+        # Whole rows that were cut to one length.
+        has_rows = name == "packing" and value and args.packing_strategy == "wrapped"
+        if value and not has_rows:
+            return f"{name}={value!r}, {reason}"
+    optimizer = getattr(args.optim, "value", str(args.optim))
+    if any(part in optimizer for part in _IN_BACKWARD):
+        return f"optim={optimizer!r}, which steps in the backward pass"
+    for name in args.report_to:
+        if name in _OF_A_THREAD:
+            return f"report_to={name!r}, which has a run of its own in each thread"
+    return None
+
+
+def obstacle_of_model(model: PeftModel, args: TrainingArguments) -> str | None:
+    """What of the model and its devices groups cannot be trained at once with, and why."""
     if args.n_gpu > 1:
-        _refuse(f"{args.n_gpu} GPUs in one process, on each of which a copy of the model would run", args)
+        return f"{args.n_gpu} GPUs in one process, on each of which a copy of the model would run"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        _refuse("a model that is spread over several devices", args)
+        return "a model that is spread over several devices"
     if backbone_of(model) is None:
         kind = type(model.get_base_model()).__name__
-        _refuse(f"a {kind}, which has no part below its head that trainings could share", args)
+        return f"a {kind}, which has no part below its head that trainings could share"
+    return None
 
 
-def _refuse(what: str, args: TrainingArguments) -> NoReturn:
-    raise ConfigurationError(
-        f"concurrent_groups={args.concurrent_groups} does not go with {what}. Set concurrent_groups=1 to train "
-        "one group after the other."
-    )
+def _refuse(obstacle: str | None, args: TrainingArguments) -> None:
+    if obstacle is not None:
+        raise ConfigurationError(
+            f"concurrent_groups={args.concurrent_groups} does not go with {obstacle}. Set concurrent_groups=1 to "
+            "train one group after the other."
+        )

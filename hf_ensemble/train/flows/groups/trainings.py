@@ -4,15 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ..._processes import run_on_main, wait_for_everyone
-from ...estimate import ObservedRun
-from ...runs import Estimate, ScoredRun, TrainedAdapter, run_selector
-from ...runs.progress import ADAPTER, GROUP
-from ...select import DataSelector, Grouping
-from .adapter_training import AdapterTraining, run_concurrently
-from .calibration import Calibration
-from .context import FlowContext
-from .example_rows import keep_example_rows
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from ...._processes import run_on_main, wait_for_everyone
+from ....estimate import ObservedRun
+from ....runs import Estimate, ScoredRun, TrainedAdapter, run_selector
+from ....runs.progress import ADAPTER, GROUP
+from ....select import DataSelector, Grouping
+from ...configs import AUTO
+from ..adapter_training import AdapterTraining, run_concurrently
+from ..calibration import Calibration
+from ..context import FlowContext
+from ..example_rows import keep_example_rows
+from .concurrency import groups_at_once, lower_concurrency
 
 
 class GroupTrainings:
@@ -50,7 +54,7 @@ class GroupTrainings:
             on_choice (`Callable`): is called with each later choice before anything is trained by it.
         """
         run, done = self.context.run, set()
-        if self.context.args.concurrent_groups > 1:
+        if self.context.args.concurrent_groups != 1:
             self._train_concurrently(grouping)
         while name := next((own for own in grouping.groups if own not in done), None):
             trained = self.train_group(grouping, name)
@@ -98,17 +102,46 @@ class GroupTrainings:
         return self.context.args.group_initialization == "baseline" and name != grouping.baseline_group
 
     def _train_concurrently(self, grouping: Grouping) -> None:
-        """Train the adapters of several groups at once, but for those that are copied."""
-        run, args, jobs = self.context.run, self.context.args, []
-        names = [name for name in grouping.groups if not run.is_done(f"{ADAPTER}:{name}")]
-        names = [name for name in names if self._goes_on(grouping, name) or not self._is_known(grouping, name)]
-        begun = [own.first_step for own in map(run.trained_adapter, names) if own is not None]
+        """Train the adapters of several groups at once, but for those that are copied.
+
+        Where the run has found out how many and memory runs out after all, half as many go on from their checkpoints.
+        """
+        args = self.context.args
+        while True:
+            steps = self._steps_left(grouping)
+            mixtures = {name: grouping.mixtures[name] for name in steps}
+            at_once = groups_at_once(self.training, mixtures, sum(steps.values()) * args.gradient_accumulation_steps)
+            if at_once == 1:
+                return
+            try:
+                run_concurrently(self.training, self._jobs(grouping, steps), at_once)
+                return
+            except Exception as error:
+                if args.concurrent_groups != AUTO or not should_reduce_batch_size(error):
+                    raise
+            # Outside of the handler: the exception holds the tensors of the trainings.
+            clear_device_cache(garbage_collection=True)
+            lower_concurrency(self.context, at_once)
+
+    def _steps_left(self, grouping: Grouping) -> dict[str, int]:
+        """The groups that are not trained yet and not copied, with the optimizer steps of each."""
+        run, steps = self.context.run, {}
+        for name in grouping.groups:
+            goes_on = self._goes_on(grouping, name)
+            if not run.is_done(f"{ADAPTER}:{name}") and (goes_on or not self._is_known(grouping, name)):
+                length = self.context.args.continued_length if goes_on else 1.0
+                steps[name] = self.training.num_steps(grouping.trained_on(name), length)
+        return steps
+
+    def _jobs(self, grouping: Grouping, steps: Mapping[str, int]) -> list[Callable[[AdapterTraining], TrainedAdapter]]:
+        """Trainings of these groups, each of which the run's log counts after those before."""
+        run, jobs = self.context.run, []
+        begun = [own.first_step for own in map(run.trained_adapter, steps) if own is not None]
         first_step = min(begun, default=run.num_steps())
-        for name in names:
+        for name, count in steps.items():
             jobs.append(partial(self.train_group, grouping, name, first_step=first_step))
-            length = args.continued_length if self._goes_on(grouping, name) else 1.0
-            first_step += self.training.num_steps(grouping.trained_on(name), length)
-        run_concurrently(self.training, jobs, args.concurrent_groups)
+            first_step += count
+        return jobs
 
     def chosen(self) -> Grouping:
         """The run's last choice; the first one is made by the fine-tunings that calibrate."""

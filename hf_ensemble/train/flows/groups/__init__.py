@@ -1,0 +1,1 @@
+"""The groups of an ensemble: which are trained, one after the other or how many at once."""
