@@ -9,6 +9,7 @@ from ..common import markdown_table
 HEADER = (
     "seed",
     "method",
+    "rows of a task",
     "steps kept / made",
     "worst group's training loss",
     "its validation loss",
@@ -26,7 +27,7 @@ def table(results: dict) -> str:
         "The worst group is the one with the highest training loss before the first step. Its training and validation "
         "loss are those before and after the steps that were kept for it. The accuracy as weights is that of one "
         "forward with the adapters' deltas added up in the weights. Operations are those of all steps, in percent of "
-        "those of all trainings.",
+        "those of all trainings. Trainings that go on are from the adapter that the steps without training begin at.",
     ]
     for suite, own in results["suites"].items():
         cells = [row for world in own["worlds"] for row in _rows(world)]
@@ -50,7 +51,7 @@ def _rows(world: Mapping) -> list[Sequence[object]]:
         return [*means, as_weights, *(scores(own, everything, measure) for measure in ("loss", "accuracy"))]
 
     rows: list[Sequence[object]] = [
-        (world["seed"], "without steps", "-", "-", "-", *cells(world["before"], "-"), "-"),
+        (world["seed"], "without steps", "-", "-", "-", "-", *cells(world["before"], "-"), "-"),
     ]
     for own in world["methods"]:
         made, kept = own["steps"], [step for step in own["steps"] if step["kept"]]
@@ -60,15 +61,20 @@ def _rows(world: Mapping) -> list[Sequence[object]]:
             for name in ("training_loss", "validation_loss")
         ]
         share = sum(step["flops"] for step in made) / world["training_flops"]
-        weights = scores(own["after_as_weights"], worst, "accuracy")
+        weights = scores(own["after_as_weights"], worst, "accuracy") if mine else "-"
         rows.append(
             (
                 world["seed"],
                 own["method"],
+                own.get("step_rows") or "all",
                 f"{len(kept)} / {len(made)}",
                 *losses,
                 *cells(own["after"], weights),
                 f"{share:.1%}",
             )
         )
+    for own in next((own["continued"] for own in world["methods"] if own.get("continued")), ()):
+        validation = f"{own['validation_loss']:.4f} to {own['validation_loss_after']:.4f}"
+        label, share = f"trained on, {own['length']:g} of a training", own["flops"] / world["training_flops"]
+        rows.append((world["seed"], label, "all", "-", "-", validation, *cells(own["after"], "-"), f"{share:.1%}"))
     return rows
