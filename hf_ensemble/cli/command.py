@@ -135,7 +135,7 @@ COMMANDS = [
     ),
     Command(
         "export",
-        "write one adapter for each task, and the line that serves them with vLLM",
+        "write one adapter for each task, for vLLM and LoRAX, and the line that serves them with vLLM",
         ".commands.export",
         "hf-ensemble export --ensemble run/ensemble --output_dir served",
         (("Export", ("cli.saved_arguments:ExportArguments",)), ("Ensemble", ("cli.saved_arguments:SavedArguments",))),

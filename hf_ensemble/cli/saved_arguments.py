@@ -71,9 +71,11 @@ class ExportArguments(SavedArguments):
     output_dir: str = field(default="served", metadata={"help": "Where the adapters go, a folder for each task."})
     tasks: list[str] | None = field(default=None, metadata={"help": "Tasks to serve; all by default."})
     rank: int | None = field(default=None, metadata={"help": "Largest rank of an adapter; exact by default."})
+    num_shards: int = field(default=1, metadata={"help": "GPUs that LoRAX shards the base model over."})
 
     def __post_init__(self):
         check_at_least("rank", self.rank, 1, optional=True)
+        check_at_least("num_shards", self.num_shards, 1)
 
 
 @dataclass

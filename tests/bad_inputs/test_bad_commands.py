@@ -236,6 +236,9 @@ FLAGS = {
     "merge": {
         "method is unknown": (["--method", "mean"], [], "method has to be one of .*'ties'.*found 'mean'"),
     },
+    "export": {
+        "shards are 0": (["--num_shards", "0"], [], "num_shards has to be a positive integer, found 0"),
+    },
     "demo": {
         "settings without a file": (["--config"], [], "--config takes a YAML file"),
         "seed is text": (["--seed", "x"], [], r"argument --seed\S*: invalid int value: 'x'"),

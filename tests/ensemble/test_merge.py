@@ -91,6 +91,14 @@ def test_merged_adapter_beside_the_members(model, batch):
     assert torch.allclose(alone(**batch).logits, expected, atol=1e-5)
 
 
+def test_an_adapter_names_the_base_that_its_members_do_not_name(tmp_path):
+    path = toy.save_model(llama(), tmp_path / "base")
+    model = make(AutoModelForCausalLM.from_pretrained(path), KINDS["targets"])
+    assert {config.base_model_name_or_path for config in model.peft_config.values()} == {None}
+    assert ensemble_of(model).merge("x").config.base_model_name_or_path == str(path)
+    assert ensemble_of(make(llama(), KINDS["targets"])).merge("x").config.base_model_name_or_path is None
+
+
 def test_merged_adapters_have_one_rank_and_short_names(model):
     merged = ensemble_of(model).merge("x")
     assert (merged.rank, merged.config.lora_alpha) == (14, 14) and not merged.config.rank_pattern
@@ -100,6 +108,18 @@ def test_merged_adapters_have_one_rank_and_short_names(model):
     }  # fmt: skip
     some = make(llama(), [{"target_modules": ["layers.1.self_attn.q_proj"]}] * 3)
     assert ensemble_of(some).merge("x").config.target_modules == {"model.layers.1.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize("kind", ["ranks and scalings", "embeddings"])
+@torch.no_grad()
+def test_a_padded_adapter_computes_the_same(kind, batch):
+    merged = ensemble_of(make(llama(), KINDS[kind])).merge("x")
+    wide = merged.padded(32)
+    assert (wide.rank, wide.config.lora_alpha) == (32, 32) and (merged.rank, merged.config.r) != (32, 32)
+    expected = merged.add_to(llama())(**batch).logits
+    assert torch.allclose(wide.add_to(llama())(**batch).logits, expected, atol=1e-6)
+    with pytest.raises(EnsembleError, match=f"rank has to be an integer of at least {merged.rank}, found 1"):
+        merged.padded(1)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 13])

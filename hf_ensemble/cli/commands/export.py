@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...ensemble.saving.export import export_for_vllm
+from ...ensemble.saving.export import export_for_servers
 from ..arguments import needed
 from ..parsing import parse
 from ..saved import loaded_ensemble
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     """Write the adapters and the line that serves them.
 
     Returns:
-        `dict`: folder of each task's adapter, the largest rank and the command.
+        `dict`: folder of each task's adapter, the largest rank, the command, and what LoRAX would leave out.
 
     Raises:
         `HfEnsembleError`: for bad arguments and ensembles, and for adapters that vLLM does not serve.
@@ -23,11 +23,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     (arguments,), _ = parse([ExportArguments], argv, command="export")
     needed("export", ensemble=arguments.ensemble)
     ensemble = loaded_ensemble(arguments, "export")
-    export = export_for_vllm(ensemble, arguments.output_dir, arguments.tasks, arguments.rank)
+    export = export_for_servers(ensemble, arguments.output_dir, arguments.tasks, arguments.rank, arguments.num_shards)
     console().print(f"{export.command}\nThe same: sh {export.script}", soft_wrap=True)
+    for task, obstacles in export.lorax_obstacles.items():
+        console().print(f"LoRAX would leave out of {task!r}: {', '.join(obstacles)}.", soft_wrap=True)
     return {
         "adapters": export.adapters,
         "max_lora_rank": export.max_lora_rank,
         "command": export.command,
         "script": export.script,
+        "lorax_obstacles": export.lorax_obstacles,
     }

@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,20 @@ class MergedAdapter:
     def vllm_obstacles(self) -> list[str]:
         """Why vLLM would refuse the adapter or compute it wrongly; empty if it serves it."""
         return vllm_obstacles(self.config)
+
+    def padded(self, rank: int) -> "MergedAdapter":
+        """The same change of the weights with matrices of a larger rank, the new entries zero and the scaling 1.
+
+        Raises:
+            `EnsembleError`: for a rank below the adapter's.
+        """
+        check_at_least("rank", rank, self.rank, error=EnsembleError)
+        state = dict(self.state_dict)
+        for key in self.state_dict:
+            if ".lora_A." in key or key.endswith(".lora_embedding_A"):
+                other = key.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_A", ".lora_embedding_B")
+                state[key], state[other] = padded(state[key], state[other], rank)
+        return replace(self, config=replace(self.config, r=rank, lora_alpha=rank), state_dict=state)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the two files of a plain PEFT adapter, for `PeftModel.from_pretrained`, and its model card."""
@@ -187,11 +201,13 @@ def merge_adapters(
     for path, parameters in saved.items():
         state.update({f"base_model.model.{path}.{key}": value for key, value in parameters.items()})
     warn_of_requantization(model, used)
-    config = _config(model, next(iter(used)), list(wanted), sorted(saved), cap)
     try:
         base = base_reference(model)
     except EnsembleLoadError:
         base = None  # of a kind that its card cannot show code for
+    config = _config(model, next(iter(used)), list(wanted), sorted(saved), cap)
+    if base is not None and not config.base_model_name_or_path:
+        config.base_model_name_or_path, config.revision = base.name_or_path or None, base.revision
     return MergedAdapter(config, state, used, method, relative_error, errors, base)
 
 

@@ -1,4 +1,4 @@
-"""An ensemble as adapters for a server: one for each task, and the line that serves them."""
+"""An ensemble as adapters for vLLM and LoRAX: one for each task, and the line that serves them."""
 
 import json
 import re
@@ -10,50 +10,61 @@ from pathlib import Path
 from torch import nn
 
 from ..._files import write_atomically
-from ..._settings import checked_names, checked_path
+from ..._settings import check_at_least, checked_names, checked_path
 from ...errors import EnsembleError
 from ...models.inputs import is_encoder_decoder
 from ..members import BaseModelReference
+from .lorax import lorax_obstacles, lorax_rank
 
 _SCRIPT = "serve.sh"
 
 
 @dataclass(frozen=True)
-class VllmExport:
-    """What vLLM serves in place of an ensemble: one adapter for each task.
+class ServerExport:
+    """What a server serves in place of an ensemble: one adapter for each task.
 
     Args:
         adapters (`dict[str, str]`): folder of each task's adapter.
-        max_lora_rank (`int`): the least that holds them all.
-        command (`str`): the line that serves them.
+        max_lora_rank (`int`): vLLM's least that holds them all.
+        command (`str`): the line that serves them with vLLM.
         script (`str`): the file with that line.
+        lorax_obstacles (`dict[str, list[str]]`):
+            why LoRAX would leave out parts of a task's adapter; tasks whose adapter it computes are not listed.
     """
 
     adapters: dict[str, str]
     max_lora_rank: int
     command: str
     script: str
+    lorax_obstacles: dict[str, list[str]]
 
 
-def export_for_vllm(
-    ensemble: nn.Module, folder: str | Path, tasks: Sequence[str] | None = None, rank: int | None = None
-) -> VllmExport:
+def export_for_servers(
+    ensemble: nn.Module,
+    folder: str | Path,
+    tasks: Sequence[str] | None = None,
+    rank: int | None = None,
+    num_shards: int = 1,
+) -> ServerExport:
     """Merge the adapters of each task, and write the line that serves them with vLLM.
 
-    A merged adapter is what the combination `weights` computes, see [`PeftEnsembleModel.merge`]. Its folder is called
-    after the task, with a dash in place of whatever does not belong in the name of a folder.
+    A merged adapter is what the combination `weights` computes, see [`PeftEnsembleModel.merge`], filled up with zeros
+    to a rank that LoRAX computes right, see `lorax_rank`. Its folder is called after the task, with a dash in place of
+    whatever does not belong in the name of a folder.
 
     Args:
         ensemble (`PeftEnsembleModel`): an ensemble of a causal language model.
         folder (`str` or `Path`): gets a folder for each task, and `serve.sh`.
         tasks (`Sequence[str]`, *optional*): the tasks; all by default.
-        rank (`int`, *optional*): largest rank of an adapter; exact by default.
+        rank (`int`, *optional*): largest rank of an adapter before it is filled up; exact by default.
+        num_shards (`int`, *optional*, defaults to 1): GPUs that LoRAX shards the base model over.
 
     Raises:
         `EnsembleError`: for classifiers, encoder-decoders, bases without a name and unknown tasks, and for adapters
             that vLLM would refuse or compute wrongly.
     """
     target = checked_path("the folder to export into", folder, EnsembleError)
+    check_at_least("num_shards", num_shards, 1, error=EnsembleError)
     base = _served_base(ensemble)
     names = list(ensemble.weights) if tasks is None else checked_names("tasks", tasks, ensemble.weights, EnsembleError)
     if not names and ensemble.weights:
@@ -64,11 +75,14 @@ def export_for_vllm(
     if not names:
         raise EnsembleError("Expected an ensemble with weights by task, found none. Save it with weights.")
     merged = {task: ensemble.merge(task, rank) for task in names}
+    merged = {task: adapter.padded(lorax_rank(adapter.rank, num_shards)) for task, adapter in merged.items()}
     obstacles = {task: own for task, adapter in merged.items() if (own := adapter.vllm_obstacles())}
     if obstacles:
         raise EnsembleError(f"vLLM would not serve these adapters: {obstacles}. Set rank, or load them in Python.")
     adapters = {task: str(target / name) for task, name in _folder_names(names).items()}
     for task, adapter in merged.items():
+        # LoRAX compares it with the model that it serves.
+        adapter.config.base_model_name_or_path, adapter.config.revision = base.name_or_path, base.revision
         adapter.save_pretrained(adapters[task])
     largest = max(adapter.vllm_rank for adapter in merged.values())
     parts = ["vllm", "serve", base.name_or_path, *(["--revision", base.revision] if base.revision else [])]
@@ -76,16 +90,20 @@ def export_for_vllm(
     command = shlex.join([*parts, *(_module(task, path) for task, path in adapters.items())])
     script = target / _SCRIPT
     write_atomically(script, lambda file: file.write(f"{command}\n".encode()))
-    return VllmExport(adapters, largest, command, str(script))
+    modules = [path for path, _ in ensemble.model.get_base_model().named_modules()]
+    ignored = {task: own for task, adapter in merged.items() if (own := lorax_obstacles(adapter.state_dict, modules))}
+    return ServerExport(adapters, largest, command, str(script), ignored)
 
 
 def _served_base(ensemble: nn.Module) -> BaseModelReference:
     """The base that vLLM loads by its name."""
     if not ensemble.can_generate():
-        raise EnsembleError("vLLM serves adapters of language models, found a classifier. Load it in Python instead.")
+        raise EnsembleError(
+            "Expected an ensemble of a causal language model to export, found a classifier. Load it in Python instead."
+        )
     if is_encoder_decoder(ensemble.model):
         raise EnsembleError(
-            "vLLM serves adapters of causal language models, found the encoder-decoder "
+            "Expected an ensemble of a causal language model to export, found the encoder-decoder "
             f"{type(ensemble.model.get_base_model()).__name__}. Load it in Python instead."
         )
     base = ensemble.base_model_reference
@@ -113,7 +131,7 @@ def _folder_names(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def _module(task: str, path: str) -> str:
-    """An entry of `--lora-modules`, which is JSON where name or path hold what would part them."""
-    if any(mark in task + path for mark in "=,"):
+    """An entry of `--lora-modules`, which is JSON where it would be parted elsewhere or taken for an option."""
+    if any(mark in task + path for mark in "=,") or task.startswith("-"):
         return json.dumps({"name": task, "path": path}, ensure_ascii=False)
     return f"{task}={path}"

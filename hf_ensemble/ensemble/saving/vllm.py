@@ -22,6 +22,7 @@ def vllm_obstacles(config: PeftConfig) -> list[str]:
         obstacles.append("DoRA")
     if config.bias != "none" or config.lora_bias:
         obstacles.append("biases")
+    # vLLM 0.33 reads them, 0.28 passed over them.
     if config.rank_pattern or config.alpha_pattern:
         obstacles.append("different ranks or scalings (rank_pattern, alpha_pattern)")
     if config.trainable_token_indices or config.target_parameters:
