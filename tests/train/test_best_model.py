@@ -138,7 +138,8 @@ def test_a_training_is_the_parents_on_the_same_rows(tmp_path, base_folder, chang
     if "load_best_model_at_end" in changes:
         assert trained.best_step == plain.state.best_global_step and trained.best_metric == plain.state.best_metric
     else:
-        assert len(set(metric_by_step(log, "learning_rate").values())) > 2
+        # How often the metric moves the rate is a matter of last digits, which processors differ in.
+        assert len(set(metric_by_step(log, "learning_rate").values())) > 1
 
 
 KILLS = {

@@ -121,7 +121,7 @@ def test_each_training_is_given_the_arguments_that_are_used(tmp_path, base_folde
     trainer = sft_trainer(tmp_path / "run", base_folder, data_seed=3, run_name="mine", save_total_limit=2)
     trainer.open_run()
     begun = TrainedAdapter("x", {"sums": 1.0}, trainer.args.seed, theta0="")
-    inner = trainer.flow.training._trainer(begun, trainer.train_dataset)
+    inner = trainer.flow.training.make_trainer(begun, trainer.train_dataset)
     assert {name: getattr(inner.args, name) for name in USED} == {name: getattr(trainer.args, name) for name in USED}
     assert not inner.args.push_to_hub and inner.args.output_dir.endswith("training/x")
 

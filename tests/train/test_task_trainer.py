@@ -65,7 +65,7 @@ def test_sampling_weights_reach_the_sampler(tmp_path, base_folder):
     assert abs(sum(shares) / len(shares) - 0.6) < 0.06
     trainer.open_run()
     begun = TrainedAdapter("x", {"diffs": 1.0, "sums": 0.5}, trainer.args.seed, theta0="")
-    inner = trainer.flow.training._trainer(begun, trainer.train_dataset)
+    inner = trainer.flow.training.make_trainer(begun, trainer.train_dataset)
     assert inner.sampling_weights == {"diffs": 3.0, "sums": 0.5}
     store = trainer.capture()
     estimator = trainer.selector().estimator
