@@ -14,6 +14,7 @@ import transformers
 
 from helpers import toy
 from helpers.trainers import sft_trainer
+from hf_ensemble.models.usage import FlopSamples
 
 if not torch.accelerator.is_available():
     # DeepSpeed says on stdout that it finds none when accelerate imports it, in whichever test that is.
@@ -82,3 +83,9 @@ def pytest_collection_modifyitems(items):
             # The keywords would also hold the names of the folders above.
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """No batch's operations are counted, for which trainings run the first ones alone."""
+    monkeypatch.setattr(FlopSamples, "wants", lambda self, shape: False)

@@ -98,12 +98,13 @@ class SystemBuilder:
     def __call__(self) -> list[System]:
         """All systems, those first that the others are compared with."""
         found = [self._for_all(length) for length in LENGTHS]
-        found += [self._continued(budget) for budget in BUDGETS]
+        continued = {budget: self._continued(budget) for budget in (*BUDGETS, 3.0)}
+        found += [continued[budget] for budget in BUDGETS]
         found += [self._finetuned(budget) for budget in BUDGETS]
         found += [self._mixtures(budget, has_baseline=True) for budget in FRESH_BUDGETS]
         found += [self._per_task(), self._partition(), self._random(), self._clusters(), self._seeds(2), self._wider(2)]
         found += [self._mixtures(2.0, has_baseline=False), *self._merged()]
-        return [*found, self._continued(3.0), self._wide_and_continued(2.0)]
+        return [*found, continued[3.0], self._wide(continued[2.0], "one for all, then mixtures, twice as wide, at 2")]
 
     def _for_all(self, length: float) -> System:
         part = Part(self.all.mixture, length=length, cost=length)
@@ -127,11 +128,9 @@ class SystemBuilder:
         label = f"one for all, then mixtures, at {budget:g}"
         return self._of_grouping(label, grouping, selector.estimator, length, goes_on=True)
 
-    def _wide_and_continued(self, budget: float) -> System:
-        """The mixtures of `_continued`, of twice the rank, from an adapter for all tasks of that rank on."""
-        system = self._continued(budget)
-        parts = [replace(part, widening=2) for part in system.parts]
-        return System(f"one for all, then mixtures, twice as wide, at {budget:g}", parts, system.own)
+    def _wide(self, system: System, label: str) -> System:
+        """A system's adapters with twice the rank; those that go on begin at an adapter for all tasks of that rank."""
+        return System(label, [replace(part, widening=2) for part in system.parts], system.own)
 
     def _mixtures(self, budget: float, has_baseline: bool) -> System:
         grouping = self.selector.group(None, "mixtures", compute_budget=budget, has_baseline=has_baseline)

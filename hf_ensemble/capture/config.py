@@ -22,9 +22,9 @@ MIXED_PRECISIONS = ("no", "bf16")
 # Settings that do not change the features. Which rows are left out has a place of its own in a store's identity: limits
 # that no task exceeds make the same store.
 _NOT_IN_IDENTITY = ("batch_size", "max_batch_tokens", "capture_rows", "capture_validation_rows", "capture_seed")
-# By split, the setting that limits the rows of a task.
-# Rows of a task, training and validation ones: more hardly better predictions where trainings go as far as most do.
+# Training rows of a task, and validation rows: more hardly better predictions, see benchmarks/captured_rows.
 DEFAULT_ROWS = 512
+# By split, the setting that limits the rows of a task.
 ROW_LIMITS = {"train": "capture_rows", "validation": "capture_validation_rows"}
 # Settings that may differ between the stores of one pass: all of them are made from the same gradients.
 _PER_STORE = ("projection_dim", "projection_seed", "feature_dtype")

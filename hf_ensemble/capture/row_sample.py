@@ -12,6 +12,7 @@ from datasets import Dataset, Value
 from .._settings import check_at_least, checked_mapping, checked_names
 from ..errors import ConfigurationError
 from ..tasks import EXAMPLE_ID, TASK
+from ..tasks.sampling import systematic_positions
 
 # Rows of a task: a number for each task, one by task, or all of them.
 RowLimit = int | Mapping[str, int | None] | None
@@ -116,9 +117,7 @@ def sampled_positions(ids: Sequence[str], labels: np.ndarray, size: int, key: st
     hashes = [_hash(f"{key}\n{example}") for example in ids]
     order = np.array(sorted(range(len(ids)), key=lambda row: (labels[row], hashes[row])), dtype=int)
     start = int.from_bytes(_hash(key), "big") / 2**64
-    # Two draws are at least one row apart, so none is drawn twice.
-    drawn = np.floor((np.arange(size) + start) * (len(ids) / size)).astype(int)
-    return np.sort(order[np.minimum(drawn, len(ids) - 1)])
+    return np.sort(order[systematic_positions(len(ids), size, start)])
 
 
 def _hash(text: str) -> bytes:

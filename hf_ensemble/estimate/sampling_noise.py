@@ -48,7 +48,7 @@ class SamplingNoise:
         slopes_at (`Callable`):
             From an optimum `(k,)` and a mask `(T,)` to the slopes of predicted losses in the mean losses of the rows,
             `(T,)`.
-        anchors (`dict[int, np.ndarray]`, *optional*):
+        anchors (`dict[int, np.ndarray]`):
             By the index of a task, the optimum `(k,)` of a run whose loss over all of the task's validation rows is
             known.
     """
@@ -61,10 +61,10 @@ class SamplingNoise:
         validation_sizes: np.ndarray,
         loss_at: Callable[[np.ndarray, np.ndarray], np.ndarray],
         slopes_at: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        anchors: Mapping[int, np.ndarray] | None = None,
+        anchors: Mapping[int, np.ndarray],
     ):
         self._problem, self._sizes, self._loss_at, self._slopes_at = problem, sizes, loss_at, slopes_at
-        self._validation, self._validation_sizes, self._anchors = validation, validation_sizes, dict(anchors or {})
+        self._validation, self._validation_sizes, self._anchors = validation, validation_sizes, anchors
 
     def of(self, w: np.ndarray, l2: float, mixture: np.ndarray, needed: np.ndarray) -> np.ndarray:
         """Noise of the losses at an optimum, `(T,)`, in nats; NaN where it is not needed or not known.

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ..tasks.sampling import systematic_positions
+
 
 def sampled_rows(task: np.ndarray, margin: np.ndarray, most: int, seed: int = 0) -> np.ndarray:
     """At most `most` rows, ascending, as many of each task as there are or an equal number; at least one of each.
@@ -23,7 +25,7 @@ def sampled_rows(task: np.ndarray, margin: np.ndarray, most: int, seed: int = 0)
     drawn = []
     for first, last, start in zip(edges[:-1], edges[1:], generator.random(len(counts))):
         count, own = int(last - first), min(quota, int(last - first))
-        places = np.minimum(np.floor((np.arange(own) + start) * (count / own)).astype(int), count - 1)
+        places = systematic_positions(count, own, start)
         order = np.argsort(margin[first:last], kind="stable") if own < count else np.arange(count)
         drawn.append(first + np.sort(order[places]))
     return np.concatenate(drawn)

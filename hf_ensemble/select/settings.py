@@ -24,6 +24,16 @@ GROUP_INITIALIZATIONS = ("fresh", "baseline")
 GROUPING_METHODS = ("mixtures", "direct", "spectral", "semidefinite", "coclustering")
 
 
+def search_rows_field() -> Any:
+    """The dataclass field of how many rows searches look at."""
+    help_text = (
+        "Training rows of all tasks together, and validation rows, that a search looks at: where there are more, it "
+        "looks at an equal number of each task, and what it comes to is predicted from all rows. By default "
+        f"{SEARCH_ROWS:,}; null for all rows."
+    )
+    return field(default=SEARCH_ROWS, metadata={"help": help_text})
+
+
 @dataclass
 class SelectionSettings(Settings):
     """How auxiliary tasks are selected for a target.
@@ -67,14 +77,7 @@ class SelectionSettings(Settings):
         },
     )
 
-    search_rows: int | None = field(
-        default=SEARCH_ROWS,
-        metadata={
-            "help": "Training rows of all tasks together, and validation rows, that a search looks at: where there are "
-            "more, it looks at an equal number of each task, and what it comes to is predicted from all rows. By "
-            f"default {SEARCH_ROWS:,}; null for all rows."
-        },
-    )
+    search_rows: int | None = search_rows_field()
 
     def __post_init__(self):
         check_one_of("selection_method", self.selection_method, SELECTION_METHODS)
@@ -166,14 +169,7 @@ class GroupingSettings(Settings):
         },
     )
 
-    search_rows: int | None = field(
-        default=SEARCH_ROWS,
-        metadata={
-            "help": "Training rows of all tasks together, and validation rows, that a search looks at: where there are "
-            "more, it looks at an equal number of each task, and what it comes to is predicted from all rows. By "
-            f"default {SEARCH_ROWS:,}; null for all rows."
-        },
-    )
+    search_rows: int | None = search_rows_field()
 
     def __post_init__(self):
         check_one_of("grouping_method", self.grouping_method, GROUPING_METHODS)

@@ -43,6 +43,20 @@ def row_weights(
     return {task: weight / heaviest for task, weight in found.items()}
 
 
+def systematic_positions(count: int, size: int, start: float) -> np.ndarray:
+    """Places of a systematic sample among ordered rows, ascending: every count/size-th from a start on, `(size,)`.
+
+    Where the start is uniform in [0, 1), each row is drawn with the same probability (Cochran 1977, chapter 8).
+
+    Args:
+        count (`int`): number of rows.
+        size (`int`): number of rows to draw, at most `count`; none is drawn twice.
+        start (`float`): in [0, 1).
+    """
+    # Rounding may carry the last draw beyond the rows.
+    return np.minimum(np.floor((np.arange(size) + start) * (count / size)).astype(int), count - 1)
+
+
 def epoch_length(mixtures: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Number of rows in one epoch of each mixture: sum_k a_k n_k / max_k a_k.
 

@@ -14,16 +14,21 @@ ALL = dict.fromkeys(NAMES, 1.0)
 CAPTURED = dict(zip(NAMES, (0.55, 0.6, 0.62, 0.5)))
 
 
-def of_first_rows(table, count):
+def first_rows(table, count):
     """The first rows of each task, a sample of the table's."""
-    kept = np.concatenate([np.flatnonzero(table.task == task)[:count] for task in range(len(table.task_names))])
+    return sample_of(table, [np.flatnonzero(table.task == task)[:count] for task in range(len(table.task_names))])
+
+
+def sample_of(table, rows):
+    """A table of some rows of each task, which knows how many there are."""
+    kept = np.sort(np.concatenate(rows))
     arrays = {name: getattr(table, name)[kept] for name in ("features", "margin", "task", "example_id")}
     return replace(table, **arrays, num_tokens=None, task_sizes=table.num_captured)
 
 
 def test_fits_are_to_the_captured_rows_and_predictions_at_the_level_of_all():
     train, validation = world(rows=60)
-    sampled = of_first_rows(validation, 20)
+    sampled = first_rows(validation, 20)
     levels = np.array([1.3, 0.8, 1.0, 1.1])
     losses = {name: CAPTURED[name] * level for name, level in zip(NAMES, levels)}
     runs = [ObservedRun(ALL, losses, CAPTURED), ObservedRun({"a": 1.0}, {"b": 0.66}, {"b": 0.6 / 0.8})]
@@ -50,14 +55,14 @@ def test_fits_are_to_the_captured_rows_and_predictions_at_the_level_of_all():
 def test_a_task_whose_level_no_run_knows_keeps_its_own():
     train, validation = world(rows=60)
     runs = [ObservedRun(ALL, CAPTURED, {"a": 0.5}), ObservedRun(ALL, {"b": float("nan")}, {"b": 0.6})]
-    level = SubsetEstimator(train, of_first_rows(validation, 20), observed_runs=runs).calibration.level
+    level = SubsetEstimator(train, first_rows(validation, 20), observed_runs=runs).calibration.level
     assert level == pytest.approx([1.1, 1.0, 1.0, 1.0])
 
 
 @pytest.mark.filterwarnings("error")
 def test_noise_is_that_of_residuals_from_the_run():
     train, validation = world(rows=60)
-    sampled = of_first_rows(validation, 20)
+    sampled = first_rows(validation, 20)
     runs = [ObservedRun({"d": 1.0}, {"a": 0.7}), ObservedRun(ALL, CAPTURED, {"a": 0.5, "c": 0.6})]
     estimator = SubsetEstimator(train, sampled, observed_runs=runs)
     together, alone = estimator.predict_subsets([NAMES, ["b"]]).coefficients
@@ -86,11 +91,8 @@ def test_predictions_from_samples_are_nearer_and_as_far_off_as_they_say():
     errors = {"level": [], "no level": []}
     noises = []
     for _ in range(10):
-        kept = np.sort(
-            np.concatenate([rng.choice(np.flatnonzero(validation.task == t), 40, replace=False) for t in range(6)])
-        )
-        arrays = {name: getattr(validation, name)[kept] for name in ("features", "margin", "task", "example_id")}
-        sampled = replace(validation, **arrays, num_tokens=None, task_sizes=validation.num_captured)
+        kept = [rng.choice(np.flatnonzero(validation.task == task), 40, replace=False) for task in range(6)]
+        sampled = sample_of(validation, kept)
         own = predicted_outcomes(
             full.reduction.apply(sampled.features), sampled.margin, sampled.task, 6, w.coefficients
         )[0][0]
@@ -113,7 +115,7 @@ def test_choices_know_the_losses_of_captured_rows(tmp_path):
     assert run.as_dict()["captured_losses"] == {"a": 0.45}
     assert set(ObservedRun({"a": 1.0}, {"a": 0.5}).as_dict()) == {"mixture", "losses"}
     train, validation = world(rows=60)
-    estimator = SubsetEstimator(train, of_first_rows(validation, 20), observed_runs=[run])
+    estimator = SubsetEstimator(train, first_rows(validation, 20), observed_runs=[run])
     grouping = DataSelector(estimator).group(2)
     assert grouping.provenance["observed_runs"] == [run.as_dict()]
     mixtures = DataSelector(estimator).group(2, "mixtures", compute_budget=2.0, trained={"group_0": run})

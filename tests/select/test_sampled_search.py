@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.select import DataSelector
+from hf_ensemble.select import DataSelector, sampled_search, searches
 from hf_ensemble.store import FeatureTable
 
 
@@ -58,10 +58,8 @@ def test_a_search_in_samples_reports_what_all_rows_say(selector, method, asked):
     assert selector.repeat(found).tasks == found.tasks and found.settings["search_rows"] == 500
 
 
-def test_a_search_stops_where_all_rows_say_so(selector, monkeypatch):
+def test_a_search_stops_where_all_rows_say_so(selector):
     # However far a search in samples goes, the subset on its path that is best by all rows is taken.
-    from hf_ensemble.select import sampled_search, searches
-
     order = [f"t{task}" for task in (0, 3, 6, 9, 1, 2, 4, 5, 7, 8, 10, 11)]
 
     def too_far(problem):
@@ -74,6 +72,39 @@ def test_a_search_stops_where_all_rows_say_so(selector, monkeypatch):
     losses = selector.estimator.predict_subsets(prefixes).loss[:, column]
     assert found.path[-1]["predicted_loss"] <= losses.min() + 1e-7
     assert set(prefixes[int(np.argmin(losses))]) <= set(found.tasks)
+
+
+def test_one_more_step_is_made_from_all_rows(selector):
+    names = list(selector.estimator.task_names)
+    problem = sampled_search.SelectionProblem(selector.estimator, "t0")
+
+    def losses(subsets):
+        return selector.estimator.predict_subsets(subsets).loss[:, 0]
+
+    def too_short(problem):
+        return searches.make_selection(problem, "forward", ["t0"], {}, [{"predicted_loss": 0.0}])
+
+    others = names[1:]
+    best = others[int(np.argmin(losses([["t0", name] for name in others])))]
+    found = sampled_search.sampled_selection(problem, too_short)
+    start, step = found.path
+    assert found.tasks == ["t0", best] and step["added"] == best and set(found.scores) == set(others)
+    assert step["predicted_loss"] == pytest.approx(losses([["t0", best]])[0], rel=1e-3)
+    assert step["predicted_loss"] < start["predicted_loss"] == pytest.approx(losses([["t0"]])[0], abs=1e-7)
+    assert best not in step["close_calls"] and set(step["close_calls"]) < set(others)
+
+    def without(*left_out):
+        return [name for name in names if name not in left_out]
+
+    def too_long(problem):
+        return searches.make_selection(problem, "backward", names, {}, [{"predicted_loss": 0.0}])
+
+    best = others[int(np.argmin(losses([without(name) for name in others])))]
+    found = sampled_search.sampled_selection(problem, too_long)
+    assert sorted(found.tasks) == sorted(without(best)) and found.path[-1]["removed"] == best
+    # What removing a task costs.
+    gained = losses([names])[0] - losses([without(best)])[0]
+    assert found.scores[best] == pytest.approx(gained, rel=0.05) and gained > 0
 
 
 @pytest.mark.parametrize("method", ["direct", "spectral"])

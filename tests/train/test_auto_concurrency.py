@@ -12,7 +12,6 @@ from transformers import BertModel, LlamaModel, TrainerCallback
 from helpers import toy
 from helpers.trainers import sft_trainer, text_trainer
 from hf_ensemble.cli.parsing import parse
-from hf_ensemble.models.usage import FlopSamples
 from hf_ensemble.runs import Concurrency
 from hf_ensemble.train import EnsembleConfig, EnsembleSFTConfig
 from hf_ensemble.train.flows.groups import concurrency
@@ -57,12 +56,6 @@ def clock(monkeypatch):
     for backbone in (LlamaModel, BertModel):
         clock.watch(monkeypatch, backbone)
     return clock
-
-
-@pytest.fixture
-def uncounted(monkeypatch):
-    """No batch's operations are counted, for which trainings run the first ones alone."""
-    monkeypatch.setattr(FlopSamples, "wants", lambda self, shape: False)
 
 
 def sft(folder, **options):

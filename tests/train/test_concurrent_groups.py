@@ -15,7 +15,6 @@ from helpers.trainers import sft_trainer, text_trainer, without_speed
 from hf_ensemble import EnsembleSFTTrainer
 from hf_ensemble._files import write_folder_atomically
 from hf_ensemble.errors import ConfigurationError
-from hf_ensemble.models.usage import FlopSamples
 from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.train.concurrent import turns
 from hf_ensemble.train.concurrent.copies import sharing_frozen
@@ -47,12 +46,6 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(turns, "SharedPass", counted)
     return counts
-
-
-@pytest.fixture
-def uncounted(monkeypatch):
-    """No batch's operations are counted, for which trainings run the first ones alone."""
-    monkeypatch.setattr(FlopSamples, "wants", lambda self, shape: False)
 
 
 def sft(folder, **options):

@@ -1,20 +1,16 @@
 """What of `deepspeed` a run honours."""
 
-import os
-
 import pytest
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from helpers.deepspeed import ZERO, needs_deepspeed
-from helpers.trainers import sft_config, sft_trainer
+from helpers.trainers import sft_config
 from hf_ensemble.train.inputs.sharding import without_sharding
 
 pytestmark = needs_deepspeed
 
-LAUNCHED = "ACCELERATE_USE_DEEPSPEED"
 # As in the documentation of transformers.
 USUAL = {
     "fp16": {"enabled": "auto", "loss_scale": 0},
@@ -65,20 +61,3 @@ def test_to_accelerate_the_processes_share_rows(two_processes, tmp_path):
     own, _ = without_sharding(args)
     assert own.distributed_state.distributed_type is DistributedType.NO and own.device == device
     assert args.distributed_state.distributed_type is DistributedType.NO
-
-
-def test_deepspeed_of_the_launcher_is_there_for_the_next_run(two_processes, tmp_path, base_folder, monkeypatch):
-    for name, value in {LAUNCHED: "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}.items():
-        monkeypatch.setenv(name, value)
-    sharded, launched, make = [], [], Trainer.create_accelerator_and_postprocess
-
-    def recorded(trainer):
-        launched.append(os.environ[LAUNCHED])
-        make(trainer)
-
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", recorded)
-    monkeypatch.setattr("hf_ensemble.train.multi_task_mixin.shard", lambda model, sharding: sharded.append(model))
-    for folder in ("first", "second"):
-        trainer = sft_trainer(tmp_path / folder, base_folder)
-        assert launched.pop() == "false" and not launched
-        assert sharded.pop() is trainer.model and os.environ[LAUNCHED] == "true"

@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer
 
 from helpers import toy
+from helpers.deepspeed import needs_deepspeed
 from helpers.trainers import sft_config, sft_trainer
 from hf_ensemble.models import batches
 from hf_ensemble.train.inputs.sharding import stop_averaging, without_sharding
@@ -31,22 +32,33 @@ def test_fsdp_of_the_launcher_is_honoured(two_processes, tmp_path, monkeypatch):
     assert plugin.auto_wrap_policy is None
 
 
-def test_fsdp_of_the_launcher_is_there_for_the_next_run(two_processes, tmp_path, base_folder, monkeypatch):
-    for name, value in {LAUNCHED: "true", "FSDP_VERSION": "2"}.items():
+@pytest.mark.parametrize(
+    ("launched_by", "setting"),
+    [
+        (LAUNCHED, ("FSDP_VERSION", "2")),
+        pytest.param(
+            "ACCELERATE_USE_DEEPSPEED", ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3"), marks=needs_deepspeed, id="deepspeed"
+        ),
+    ],
+)
+def test_sharding_of_the_launcher_is_there_for_the_next_run(
+    launched_by, setting, two_processes, tmp_path, base_folder, monkeypatch
+):
+    for name, value in ((launched_by, "true"), setting):
         monkeypatch.setenv(name, value)
     sharded, launched, make = [], [], Trainer.create_accelerator_and_postprocess
 
     def recorded(trainer):
-        launched.append(os.environ[LAUNCHED])
+        launched.append(os.environ[launched_by])
         make(trainer)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", recorded)
-    monkeypatch.setattr("hf_ensemble.train.multi_task_mixin.shard", lambda model, plugin: sharded.append(model))
+    monkeypatch.setattr("hf_ensemble.train.multi_task_mixin.shard", lambda model, sharding: sharded.append(model))
     for folder in ("first", "second"):
         trainer = sft_trainer(tmp_path / folder, base_folder)
         # To accelerate, the trainings are those of processes that share rows.
         assert launched.pop() == "false" and not launched
-        assert sharded.pop() is trainer.model and os.environ[LAUNCHED] == "true"
+        assert sharded.pop() is trainer.model and os.environ[launched_by] == "true"
 
 
 def test_gradients_are_averaged_while_a_training_goes_on(monkeypatch):
