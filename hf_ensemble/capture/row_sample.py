@@ -35,10 +35,10 @@ def checked_limit(name: str, value: Any) -> RowLimit:
             ) from error
     if not isinstance(value, Mapping):
         check_at_least(name, value, _LEAST, optional=True)
-        return value
+        return None if value is None else int(value)
     for task, limit in checked_mapping(name, value).items():
         check_at_least(f"{name} of {task!r}", limit, _LEAST, optional=True)
-    return dict(value)
+    return {task: None if limit is None else int(limit) for task, limit in value.items()}
 
 
 def check_limited_tasks(name: str, limit: RowLimit, tasks: Sequence[str]) -> None:

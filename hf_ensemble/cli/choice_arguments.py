@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from .._settings import check_at_least, check_device
 from ..select import GroupingSettings, SelectionSettings
+from ..select.settings import SEARCH_ROWS, SEARCH_ROWS_HELP
 
 
 @dataclass
@@ -56,6 +57,7 @@ class MixtureArguments(ChoiceArguments):
         },
     )
     max_iterations: int = field(default=100, metadata={"help": "Maximum number of iterations of the search."})
+    search_rows: int | None = field(default=SEARCH_ROWS, metadata=SEARCH_ROWS_HELP)
 
 
 @dataclass

@@ -89,7 +89,7 @@ def _nulls(parser: HfArgumentParser, classes: Sequence[type], argv: list[str]) -
     hints = {name: hint for own in classes for name, hint in get_type_hints(own).items()}
     known = {flag: action for action in parser._actions for flag in action.option_strings}
     kept: list[str] = []
-    for word in argv:
+    for word in _split_nulls(argv):
         action = known.get(kept[-1]) if kept and word == "null" else None
         if action is None:
             kept.append(word)
@@ -101,6 +101,15 @@ def _nulls(parser: HfArgumentParser, classes: Sequence[type], argv: list[str]) -
         else:
             kept.pop()
     return kept
+
+
+def _split_nulls(argv: list[str]) -> list[str]:
+    """`--name=null` as two words."""
+    words: list[str] = []
+    for word in argv:
+        is_null = word.startswith("--") and word.endswith("=null")
+        words += [word.removesuffix("=null"), "null"] if is_null else [word]
+    return words
 
 
 def _none_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:

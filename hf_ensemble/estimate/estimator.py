@@ -110,7 +110,7 @@ class SubsetEstimator(LinearizedTraining):
             self.calibration = calibration.of_all_rows(captured, losses)
             self.interval = IntervalWidth.fit(left_out, displacement, captured)
             for optimum, run in zip(optima.astype(np.float64), self.observed_runs):
-                for name in set(run.captured_losses) & set(self.task_names):
+                for name in set(self.task_names) & run.tasks_with_level():
                     self._anchors.setdefault(self.task_names.index(name), optimum)
 
     def _fitted_regularization(self) -> Regularization:

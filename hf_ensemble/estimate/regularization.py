@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isnan
+from math import isfinite, isnan
 from typing import Literal
 
 import numpy as np
@@ -55,9 +55,19 @@ class ObservedRun:
                 if not (isinstance(loss, float) and isnan(loss)):
                     check_number(f"The loss of {name!r} in {where}", loss, 0, error=EstimationError)
 
+    def tasks_with_level(self) -> set[str]:
+        """Tasks whose losses over all validation rows and over the captured ones are both known."""
+        whole, captured = (
+            {name for name, loss in losses.items() if isfinite(loss)} for losses in (self.losses, self.captured_losses)
+        )
+        return whole & captured
+
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """The arguments as JSON values; those that are empty are left out."""
-        known = {name: dict(getattr(self, name)) for name in ("mixture", "losses", "captured_losses")}
+        """The arguments as JSON values; unknown losses are left out."""
+        known = {
+            name: {task: value for task, value in getattr(self, name).items() if isfinite(value)}
+            for name in ("mixture", "losses", "captured_losses")
+        }
         return {name: values for name, values in known.items() if values or name != "captured_losses"}
 
 
@@ -91,8 +101,11 @@ def losses_of(
         `EstimationError`: for runs without a known task or a finite loss.
     """
     mixtures = np.array([mixture_weights(run.mixture, task_names) for run in runs])
-    known = [{**run.losses, **run.captured_losses} if of_captured else run.losses for run in runs]
-    losses = np.array([[own.get(name, np.nan) for name in task_names] for own in known], dtype=np.float64)
+    whole, captured = (
+        np.array([[own.get(name, np.nan) for name in task_names] for own in known], dtype=np.float64)
+        for known in ([run.losses for run in runs], [run.captured_losses for run in runs])
+    )
+    losses = np.where(np.isfinite(captured), captured, whole) if of_captured else whole
     if not np.isfinite(losses).any():
         raise EstimationError(
             f"Expected observed runs with a finite loss of the tasks {list(task_names)}, found no finite loss of them."

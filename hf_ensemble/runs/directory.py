@@ -85,13 +85,15 @@ class RunDirectory(RunFiles):
         stages: dict[str, StageRecord] = {}
         if self.has(RunRecord):
             found = self.read(RunRecord)
-            basic = list(named_differences(found.configuration, configuration))
+            before, after = _without_capture(found.configuration), _without_capture(configuration)
+            basic, captured = (list(named_differences(*pair)) for pair in zip(before, after))
             chosen = list(named_differences(found.choices, choices))
-            if not basic and not chosen:
+            if not basic and not captured and not chosen:
                 return found
             if not overwrite:
+                named = "; ".join([*basic, *captured, *chosen])
                 raise RunMismatchError(
-                    f"{str(self.path)!r} holds a run of another configuration: {'; '.join(basic + chosen)}. Choose "
+                    f"{str(self.path)!r} holds a run of another configuration: {named}. Choose "
                     "another output_dir, or set overwrite_run=True to redo the stages that depend on it."
                 )
             if self.holders():
@@ -100,10 +102,13 @@ class RunDirectory(RunFiles):
                     f"The run in {str(self.path)!r} cannot be started over while other processes work in it: {named}. "
                     "Stop them, or choose another output_dir."
                 )
-            self._delete(layout.CHOICE_ARTEFACTS if not basic else (*layout.CHOICE_ARTEFACTS, *layout.BASIC_ARTEFACTS))
+            gone, again = layout.CHOICE_ARTEFACTS, layout.CHOICE_STAGES
+            if basic or captured:
+                gone, again = (*gone, *layout.CAPTURE_ARTEFACTS), (*again, *layout.CAPTURE_STAGES)
+            self._delete((*gone, *layout.BASIC_ARTEFACTS) if basic else gone)
             if not basic:
                 kept = found.stages.items()
-                stages = {name: stage for name, stage in kept if name.split(":")[0] not in layout.CHOICE_STAGES}
+                stages = {name: stage for name, stage in kept if name.split(":")[0] not in again}
         record = RunRecord(configuration, choices, package_versions(), stages)
         self.write(record)
         return record
@@ -322,3 +327,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _without_capture(configuration: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """What trainings depend on, and what gradients alone do."""
+    trained = dict(configuration)
+    return trained, trained.pop("capture", {})

@@ -74,15 +74,15 @@ CHOICE_ARTEFACTS = (
     ADAPTER,
 )
 CHOICE_STAGES = ("calibration", "group", "select", "weights", "boosting", "adapter", "evaluation", "comparison")
+# What else depends on how gradients are captured, and of which rows, and the stages that make it. Scored runs hold the
+# losses of the captured rows.
+CAPTURE_ARTEFACTS = (GRADIENTS, BASELINE_GRADIENTS, ESTIMATES, SCORED_RUNS)
+CAPTURE_STAGES = ("gradients", "gradients_at_baseline")
 # What else a run over other rows or with another model does not share, the run's own record last.
 BASIC_ARTEFACTS = (
-    GRADIENTS,
-    BASELINE_GRADIENTS,
-    ESTIMATES,
     BASELINE,
     META_INITIALIZATION,
     TRAINING,
-    SCORED_RUNS,
     RECORDS[TasksRecord],
     RECORDS[RunRecord],
 )

@@ -83,7 +83,8 @@ def stage_needs(run: RunDirectory) -> dict[str, list[str]]:
 
 def _arguments(run: RunDirectory) -> dict[str, Any]:
     """The trainer's arguments that the run's results depend on."""
-    return {**run.record.configuration.get("arguments", {}), **run.record.choices}
+    configuration = run.record.configuration
+    return {**configuration.get("arguments", {}), **configuration.get("capture", {}), **run.record.choices}
 
 
 def _is_sequential(run: RunDirectory) -> bool:

@@ -37,7 +37,7 @@ class RunRecord(Record):
     """What a run was configured with, and which of its stages are done.
 
     Args:
-        configuration (`dict`): what every stage depends on.
+        configuration (`dict`): what every stage depends on; under `"capture"`, what trainings do not.
         choices (`dict`): what only the choice of groups or tasks, and the stages after it, depend on.
         versions (`dict[str, str]`): packages that decide the result.
         stages (`dict[str, StageRecord]`): the stages begun so far.

@@ -29,8 +29,17 @@ def all_tasks(problem: SelectionProblem) -> Selection:
 
 
 def targets_alone(problem: SelectionProblem) -> Selection:
-    """The required tasks alone, or the targets where no task is required."""
-    return _chosen(problem, "alone", _alone(problem), {})
+    """The required tasks alone, or the targets where no task is required.
+
+    Raises:
+        `ConfigurationError`: where the targets are excluded, and no task is required.
+    """
+    alone = _alone(problem)
+    if not alone.any():
+        raise ConfigurationError(
+            f"method='alone' trains on the targets {list(problem.targets)}, which are excluded. Do not exclude them."
+        )
+    return _chosen(problem, "alone", alone, {})
 
 
 def random_selection(problem: SelectionProblem, size: int, seed: int = 0) -> Selection:
@@ -130,6 +139,8 @@ def predicted_baselines(
     """Predicted loss of the targets with each baseline that needs no further data; random ones are averaged."""
     optional = np.flatnonzero(problem.optional)
     masks = {"all": problem.optional, "alone": _alone(problem)}
+    if not masks["alone"].any():
+        del masks["alone"]
     if 0 < size < len(optional):
         num_random = min(num_random, _FEW_RANDOM) if problem.has_many_rows else num_random
         masks |= {f"random {seed}": _drawn(problem, size, seed) for seed in range(num_random)}

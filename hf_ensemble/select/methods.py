@@ -32,24 +32,30 @@ def mixture_selection(problem: SelectionProblem, caps: float = 1.0) -> Selection
         caps (`float`, *optional*, defaults to 1.0): maximum weight of a row of an auxiliary task; a target's is 1.
 
     Raises:
-        `ConfigurationError`: for budgets other than `max_auxiliary`, required tasks besides the targets, and metrics
-            other than the loss.
+        `ConfigurationError`: for budgets other than `max_auxiliary`, required tasks besides the targets, excluded
+            targets, and metrics other than the loss.
     """
     check_number("caps", caps, 0, 1)
     estimator, names, targets = problem.estimator, problem.names, problem.targets
     required = set(problem.names_of(problem.required)) - set(targets)
+    without = [name for name in targets if not (problem.required | problem.optional)[names.index(name)]]
+    if without:
+        raise ConfigurationError(
+            f"method='mixture' gives the targets a weight, and {without} are excluded. Do not exclude them, or use "
+            "another method."
+        )
     if problem.settings.selection_metric != "loss" or required or set(problem.settings.budgets()) - {"max_auxiliary"}:
         raise ConfigurationError(
             "method='mixture' minimizes the loss under max_auxiliary and exclude; it supports no other metric, budget "
             "or include. Select the tasks by another method, then weight them with DataSelector.mixture."
         )
     allowed = {name: caps * float(optional or name in targets) for name, optional in zip(names, problem.optional)}
-    mixture = optimize_mixture(estimator, targets, allowed)
+    mixture = optimize_mixture(estimator, targets, allowed, search_rows=problem.settings.search_rows)
     auxiliary = sorted(set(mixture.probabilities) - set(targets), key=mixture.probabilities.get, reverse=True)
     limit = problem.settings.max_auxiliary
     if limit is not None and len(auxiliary) > limit:
         kept = dict.fromkeys(names, 0.0) | {name: allowed[name] for name in auxiliary[:limit]}
-        mixture = optimize_mixture(estimator, targets, kept)
+        mixture = optimize_mixture(estimator, targets, kept, search_rows=problem.settings.search_rows)
         auxiliary = [task for task in auxiliary if task in mixture.weights]
     tasks = [*(target for target in targets if target in mixture.weights), *auxiliary]
     sampling_weights = dict(zip(names, estimator.sampling_weights))

@@ -17,6 +17,7 @@ from .choice import Choice, calibration_note, with_provenance
 from .problem import SelectionProblem, Targets, target_weights
 from .sampled_search import greedy_selection
 from .searches import forward_selection
+from .settings import SEARCH_ROWS, SelectionSettings
 
 # Tasks with a smaller weight are dropped.
 _MIN_WEIGHT = 1e-3
@@ -63,6 +64,7 @@ def optimize_mixture(
     targets: Targets,
     caps: float | Mapping[str, float] = 1.0,
     max_iterations: int = 100,
+    search_rows: int | None = SEARCH_ROWS,
 ) -> Mixture:
     """Find the sampling weights with the least predicted loss of the targets.
 
@@ -77,6 +79,9 @@ def optimize_mixture(
         caps (`float` or `dict[str, float]`, *optional*, defaults to 1.0):
             Maximum weight of a row of any auxiliary task, or of the tasks named; 0 leaves a task out. Targets have 1.
         max_iterations (`int`, *optional*, defaults to 100): maximum number of L-BFGS-B iterations.
+        search_rows (`int`, *optional*, defaults to 50,000):
+            Training rows of all tasks together, and validation rows, that the search for the subset looks at, see
+            [`DataSelector.select`]; the weights are found from all rows. `None` for all rows.
 
     Raises:
         `ConfigurationError`: for unknown tasks, target weights that are not positive, caps outside [0, 1], and an
@@ -109,7 +114,7 @@ def optimize_mixture(
         kept = np.where(found.x < _MIN_WEIGHT, 0.0, found.x)
         return np.minimum(kept / kept.max(), upper) if kept.any() else start
 
-    problem = SelectionProblem(estimator, targets)
+    problem = SelectionProblem(estimator, targets, SelectionSettings(search_rows=search_rows))
     chosen = greedy_selection(problem, forward_selection).tasks
     subsets = [np.minimum(mixture_weights(tasks, names), upper) for tasks in (chosen, names)]
     subsets = [subset for subset in subsets if subset.any()]
@@ -124,7 +129,11 @@ def optimize_mixture(
         f"The predicted validation loss of {', '.join(targets)} is {loss:.4f} with these weights, and "
         f"{losses[first]:.4f} with the best subset, which has {counted(len(subset), 'task')}."
     )
-    arguments = {"caps": caps if isinstance(caps, float | int) else dict(caps), "max_iterations": max_iterations}
+    arguments = {
+        "caps": caps if isinstance(caps, float | int) else dict(caps),
+        "max_iterations": max_iterations,
+        "search_rows": search_rows,
+    }
     return Mixture(
         targets,
         {name: float(weight) for name, weight in zip(names, weights) if weight},

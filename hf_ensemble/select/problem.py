@@ -93,13 +93,15 @@ class SelectionProblem:
         self._goal = mixture_weights(self.targets, self.names)
         self.settings = settings or SelectionSettings()
         self.settings.check_tasks(len(self.names))
-        if include is None:
+        is_default = include is None
+        if is_default:
             include = () if len(self.targets) == len(self.names) > 1 else tuple(self.targets)
         include = self._include = checked_names("tasks to include", include, self.names)
         exclude = self._exclude = checked_names("tasks to exclude", exclude, self.names)
         both = sorted(set(include) & set(exclude))
         if both:
-            raise ConfigurationError(f"The tasks {both} are both included and excluded. Drop them from one of the two.")
+            advice = "Targets are included unless include says otherwise: include=[]" if is_default else "Drop them"
+            raise ConfigurationError(f"The tasks {both} are both included and excluded. {advice}.")
         self.required = mixture_weights(include, self.names) > 0
         self.optional = ~self.required & ~(mixture_weights(exclude, self.names) > 0)
         if not (self.required | self.optional).any():
@@ -119,6 +121,12 @@ class SelectionProblem:
         if not self.fits(self.required):
             raise ConfigurationError(
                 f"The required tasks exceed the budget {self.settings.budgets()}. Raise it, or include fewer tasks."
+            )
+        self.fits_alone = self.optional & np.array([self.fits(one) for one in np.eye(len(self.names), dtype=bool)])
+        if not self.required.any() and not self.fits_alone.any():
+            raise ConfigurationError(
+                f"None of the tasks {self.names_of(self.optional)} is within the budget {self.settings.budgets()}. "
+                "Raise it."
             )
 
     def arguments(self) -> dict[str, Any]:

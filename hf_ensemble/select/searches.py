@@ -63,7 +63,7 @@ def backward_selection(problem: SelectionProblem) -> Selection:
     best, optimum = float(scored.value[0]), scored.prediction.coefficients[0]
     path = [{"added": ", ".join(problem.names_of(chosen)), **problem.path_entry(scored, 0), "close_calls": []}]
     while True:
-        candidates = np.flatnonzero(problem.optional & chosen)
+        candidates = np.flatnonzero(problem.optional & chosen & ~_last_that_fits(problem, chosen))
         if not len(candidates) or chosen.sum() == 1:
             break
         scored = problem.score_toggled(chosen, candidates, optimum)
@@ -85,6 +85,12 @@ def backward_selection(problem: SelectionProblem) -> Selection:
     return make_selection(problem, "backward", [*problem.names_of(problem.required), *kept], scores, path)
 
 
+def _last_that_fits(problem: SelectionProblem, chosen: np.ndarray) -> np.ndarray:
+    """The task without which no part of a subset `(T,)` is within the budget, if there is one, as a mask `(T,)`."""
+    left = chosen & problem.fits_alone
+    return left if not problem.required.any() and left.sum() == 1 else np.zeros_like(chosen)
+
+
 def exhaustive_selection(problem: SelectionProblem) -> Selection:
     """The best of all subsets within the budget.
 
@@ -93,7 +99,9 @@ def exhaustive_selection(problem: SelectionProblem) -> Selection:
     """
     optional = np.flatnonzero(problem.optional)
     limit = problem.settings.max_auxiliary
-    max_size = len(optional) if limit is None else min(len(optional), limit)
+    # Targets that need not be trained on are no auxiliary tasks.
+    free = sum(problem.names[i] in problem.targets for i in optional)
+    max_size = len(optional) if limit is None else min(len(optional), limit + free)
     total = sum(comb(len(optional), size) for size in range(max_size + 1))
     if total > _MAX_SUBSETS:
         raise ConfigurationError(
@@ -164,7 +172,7 @@ def random_ensemble_selection(
             order.append(problem.names[optional[rank]])
     if not chosen.any():
         # There has to be something to train on.
-        chosen = _with(chosen, optional[ranks[0]])
+        chosen = _with(chosen, next(optional[rank] for rank in ranks if problem.fits_alone[optional[rank]]))
         order = problem.names_of(chosen)
     scored = problem.score(chosen[None])
     path = [{"added": ", ".join(order), **problem.path_entry(scored, 0), "close_calls": []}]

@@ -20,18 +20,13 @@ SELECTION_METHODS = (
 SELECTION_METRICS = ("loss", "accuracy", "answers")
 # Rows that searches look at: 50 of each of a thousand tasks, see benchmarks/search_rows.
 SEARCH_ROWS = 50_000
+SEARCH_ROWS_HELP = {
+    "help": "Training rows of all tasks together, and validation rows, that a search looks at: where there are more, "
+    "it looks at an equal number of each task, and what it comes to is predicted from all rows. By default "
+    f"{SEARCH_ROWS:,}; null for all rows."
+}
 GROUP_INITIALIZATIONS = ("fresh", "baseline")
 GROUPING_METHODS = ("mixtures", "direct", "spectral", "semidefinite", "coclustering")
-
-
-def search_rows_field() -> Any:
-    """The dataclass field of how many rows searches look at."""
-    help_text = (
-        "Training rows of all tasks together, and validation rows, that a search looks at: where there are more, it "
-        "looks at an equal number of each task, and what it comes to is predicted from all rows. By default "
-        f"{SEARCH_ROWS:,}; null for all rows."
-    )
-    return field(default=SEARCH_ROWS, metadata={"help": help_text})
 
 
 @dataclass
@@ -77,7 +72,7 @@ class SelectionSettings(Settings):
         },
     )
 
-    search_rows: int | None = search_rows_field()
+    search_rows: int | None = field(default=SEARCH_ROWS, metadata=SEARCH_ROWS_HELP)
 
     def __post_init__(self):
         check_one_of("selection_method", self.selection_method, SELECTION_METHODS)
@@ -169,7 +164,7 @@ class GroupingSettings(Settings):
         },
     )
 
-    search_rows: int | None = search_rows_field()
+    search_rows: int | None = field(default=SEARCH_ROWS, metadata=SEARCH_ROWS_HELP)
 
     def __post_init__(self):
         check_one_of("grouping_method", self.grouping_method, GROUPING_METHODS)

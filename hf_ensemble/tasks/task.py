@@ -131,10 +131,10 @@ def _plain_columns(rows: Dataset) -> Dataset:
         label = rows.features.get(column)
         if isinstance(label, Value) and label.dtype == "bool":
             rows = rows.cast_column(column, Value("int64"))
-    for column in ("label", "text", "label_text", "prompt", "completion"):
+    for column in ("label", "labels", "text", "label_text", "prompt", "completion"):
         feature = rows.features.get(column)
         if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype in _OTHER_WIDTHS):
-            rows = rows.cast_column(column, Value("int64" if column == "label" else "string"))
+            rows = rows.cast_column(column, Value("int64" if column in ("label", "labels") else "string"))
     return rows
 
 

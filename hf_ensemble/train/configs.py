@@ -59,8 +59,9 @@ class RunArguments(BalancingArguments, FeatureSettings):
     streaming_rows: int = field(
         default=1000,
         metadata={
-            "help": "Number of first rows of a streaming dataset that gradients are captured of, and at most evaluated "
-            "on. The share validation_fraction of them is held out where there are no evaluation rows."
+            "help": "Number of first rows of a streaming dataset that stand for it: gradients are captured of them, or "
+            "of capture_rows of them, and evaluations see no more. The share validation_fraction of them is held out "
+            "where there are no evaluation rows."
         },
     )
     save_report: bool = field(

@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 
 from .._values import identity_of
 from ..capture import model_identity
+from ..capture.config import ROW_LIMITS, FeatureSettings
+from ..capture.row_sample import num_captured
 from ..select import GroupingSettings, SelectionSettings
 from ..tasks import TaskSet
 from ..tasks.rows import token_fingerprint
@@ -39,6 +41,8 @@ _CHOICES = {
     own.name for settings in (GroupingSettings, SelectionSettings, BoostingSettings) for own in fields(settings)
 }
 _CHOICES |= {"num_components", "ensemble_weights", "calibration_runs", "sequential_groups"}
+# Arguments that only the gradients, and what is made from them, depend on.
+_CAPTURE = {own.name for own in fields(FeatureSettings)}
 # `TrainingArguments.to_dict` hides every value with such a name; these are tokens of the vocabulary.
 _TEXT_TOKENS = ("eos_token", "pad_token")
 
@@ -51,7 +55,9 @@ def configuration_of(
     trainer_class: type,
     trainer_arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What every stage of a run depends on. Credentials among the arguments are left out.
+    """What every stage of a run depends on, and under `"capture"` what the gradients depend on beside.
+
+    Credentials among the arguments are left out.
 
     Args:
         model (`PeftModel`): at theta0.
@@ -66,7 +72,8 @@ def configuration_of(
     arguments = {
         key: value
         for key, value in args.to_dict().items()
-        if key in deciding or (key not in (*_UNCOMPARED, *_CHOICES) and not key.startswith(_UNCOMPARED_PREFIXES))
+        if key in deciding
+        or (key not in (*_UNCOMPARED, *_CHOICES, *_CAPTURE) and not key.startswith(_UNCOMPARED_PREFIXES))
     }
     arguments |= {key: getattr(args, key) for key in _TEXT_TOKENS if key in arguments}
     return {
@@ -76,8 +83,21 @@ def configuration_of(
         "tokens": token_fingerprint(rows),
         "sampling_weights": tasks.sampling_weights,
         "arguments": json_values(arguments),
+        "capture": json_values(_capture_of(tasks, args)),
         "trainer_arguments": json_values({key: trainer_arguments.get(key) for key in _TRAINER_ARGUMENTS}),
     }
+
+
+def _capture_of(tasks: TaskSet, args: TrainingArguments) -> dict[str, Any]:
+    """What gradients depend on beside; limits of rows that no task exceeds make no difference."""
+    found = {name: getattr(args, name) for name in sorted(_CAPTURE) if hasattr(args, name)}
+    limited = False
+    for split, name in ROW_LIMITS.items():
+        sizes = {task: len(rows) for task, rows in tasks.split(split).items()}
+        captured = {task: num_captured(getattr(args, name), task, size) for task, size in sizes.items()}
+        found[name] = {task: count for task, count in captured.items() if count < sizes[task]}
+        limited = limited or bool(found[name])
+    return found if limited else {name: value for name, value in found.items() if name != "capture_seed"}
 
 
 def choices_of(args: TrainingArguments) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Stores of samples of rows: which rows, what the store records, and when it is another store."""
 
+import json
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -43,6 +45,12 @@ def test_a_limit_may_be_one_of_a_task():
     assert found.num_rows == {"a": 9} and found.num_captured == {"a": 4}
     assert [list(found.rows["task"]).count(task) for task in "abc"] == [4, 9, 3]
     assert sample_rows(rows, {"a": None}).rows is rows and sample_rows(rows, 9).rows is rows
+
+
+def test_limits_are_what_json_holds():
+    config = CaptureConfig(capture_rows=np.int64(10), capture_validation_rows={"a": np.int64(5), "b": None})
+    assert json.loads(json.dumps(vars(config)["capture_rows"])) == 10
+    assert json.dumps(config.capture_validation_rows) == '{"a": 5, "b": null}'
 
 
 def test_a_task_within_the_limit_is_captured_whole(tmp_path):

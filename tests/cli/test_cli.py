@@ -9,6 +9,7 @@ from helpers import toy
 from helpers.architectures import MODELS
 from helpers.task_files import flags, write_rows, write_tasks
 from hf_ensemble.cli.arguments import FidelityArguments, FlowArguments
+from hf_ensemble.cli.choice_arguments import SelectArguments
 from hf_ensemble.cli.command import COMMANDS
 from hf_ensemble.cli.demo import flow
 from hf_ensemble.cli.demo.flow import DemoResults
@@ -174,6 +175,8 @@ def test_null_is_none_for_numbers_and_the_default_elsewhere():
     (own,), rest = parse([FidelityArguments], argv, True)
     assert own.tasks is None and own.fidelity_subsets == 20 and rest == Words(argv[:4])
     (config,), _ = parse([EnsembleSFTConfig], [*rest.line, "--use_cpu", "true", "--bf16", "false"])
+    (joined,), _ = parse([SelectArguments], ["--store", "s", "--target", "a", "--search_rows=null"])
+    assert joined.search_rows is None
     assert config.projection_dim is None and config.report_to == EnsembleSFTConfig(use_cpu=True, bf16=False).report_to
 
 

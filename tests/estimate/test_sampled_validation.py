@@ -80,6 +80,23 @@ def test_noise_is_that_of_residuals_from_the_run():
         assert noise[1, task] == pytest.approx(slopes[task] * np.sqrt((1 - 20 / 60) * variance / 20), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("losses", "captured"),
+    [({"d": 0.5}, CAPTURED), (CAPTURED, {"d": 0.5, "a": float("nan")})],
+    ids=["whole", "captured"],
+)
+def test_where_either_loss_is_unknown_there_is_no_level_and_no_less_noise(losses, captured):
+    train, validation = world(rows=60)
+    sampled = first_rows(validation, 20)
+    own, same = (
+        SubsetEstimator(train, sampled, observed_runs=[run])
+        for run in (ObservedRun(ALL, losses, captured), ObservedRun(ALL, CAPTURED))
+    )
+    assert own.calibration.level.tolist() == [1.0, 1.0, 1.0, 1.0]
+    noise, expected = (one.sampling_noise(one.predict_subsets([NAMES]))[0] for one in (own, same))
+    assert noise[:3] == pytest.approx(expected[:3], rel=1e-9) and noise[3] < 1e-6 < expected[3]
+
+
 def test_predictions_from_samples_are_nearer_and_as_far_off_as_they_say():
     """With the level of a run, and without it, over many samples of validation rows."""
     train, validation = six_tasks(rows=120)

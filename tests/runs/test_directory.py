@@ -250,6 +250,26 @@ def test_what_takes_the_same_rows_is_refused_and_keeps_what_others_have_recorded
         assert not todo
 
 
+def test_gradients_of_other_rows_keep_what_was_trained(tmp_path):
+    def opened(rows, **options):
+        configuration = {"arguments": {"seed": 0}, "capture": {"capture_rows": {"a": rows}}}
+        return RunDirectory.open(tmp_path, configuration, {"num_groups": 1}, **options)
+
+    kept, gone = ("baseline", "training"), ("gradients", "gradients_at_baseline", "estimate", "ensemble")
+    run = opened(5)
+    for name in ("gradients", "baseline", "meta", "group", "adapter:group_0"):
+        with run.stage(name):
+            pass
+    for name in (*kept, *gone):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "file").write_text("")
+    with pytest.raises(RunMismatchError, match="configuration: capture_rows.a: found 5, expected 9"):
+        opened(9)
+    again = opened(9, overwrite=True)
+    assert set(again.record.stages) == {"baseline", "meta"} and again.record.configuration["capture"]
+    assert [(tmp_path / name).exists() for name in (*kept, *gone)] == [True, True, False, False, False, False]
+
+
 def test_steps_of_trainings_that_were_made_side_by_side_count_on(tmp_path):
     run = begun(tmp_path)
     for name, first in [("baseline", 0), ("group_0", 5), ("group_1", 5)]:

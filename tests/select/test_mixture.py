@@ -28,6 +28,23 @@ def selector():
     return DataSelector(SubsetEstimator(*world()))
 
 
+@pytest.mark.parametrize("asked", [500, 60, None])
+def test_the_search_looks_at_as_many_rows_as_it_is_told(selector, asked, monkeypatch):
+    sampled, looked_at = SubsetEstimator.sampled, []
+
+    def recorded(estimator, most_rows, seed=0):
+        looked_at.append(most_rows)
+        return sampled(estimator, most_rows, seed)
+
+    monkeypatch.setattr(SubsetEstimator, "sampled", recorded)
+    mixture = selector.mixture("a", search_rows=asked)
+    selection = selector.select("a", "mixture", search_rows=asked)
+    # There are 160 rows.
+    assert looked_at == ([60, 60] if asked == 60 else [])
+    assert mixture.settings["search_rows"] == selection.settings["search_rows"] == asked
+    assert selector.repeat(mixture).weights == mixture.weights
+
+
 @pytest.mark.parametrize("tokens", [False, True], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("runs", [[], RUNS], ids=["no runs", "runs"])
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -11,12 +11,13 @@ from hf_ensemble.errors import ConfigurationError, HfEnsembleError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
 from hf_ensemble.select.groups import mixture_groups
+from hf_ensemble.select.groups.adapters_at_hand import AdaptersAtHand
 from hf_ensemble.select.groups.facility_location import FacilityLocation
 from hf_ensemble.select.groups.optimism import CostPoint
 from hf_ensemble.store import FeatureTable
 
 
-def circle(size=6, rows=12, dim=40, seed=0, turn=1.0, start=None, **options):
+def circle(size=6, rows=12, dim=40, seed=0, turn=1.0, start=None, runs=(), **options):
     """Tasks around a circle: each helps its neighbours and contradicts those opposite, so that there are no blocks.
 
     With `start`, the features are those of a linear model at these parameters.
@@ -35,7 +36,7 @@ def circle(size=6, rows=12, dim=40, seed=0, turn=1.0, start=None, **options):
         return FeatureTable(features.astype(np.float32), margin.astype(np.float32), task, names, ids)
 
     if start is not None:
-        return SubsetEstimator(table(rows), table(60), **options)
+        return SubsetEstimator(table(rows), table(60), observed_runs=runs, **options)
     run = ObservedRun({"task_0": 1.0, "task_1": 1.0}, {"task_0": 0.45})
     return SubsetEstimator(table(rows), table(60), observed_runs=[run], **options)
 
@@ -357,3 +358,19 @@ def test_of_targets_only_their_losses_count(estimator):
     assert set(found.trained_on(found.group_of("task_0"))).isdisjoint({"task_3"})
     with pytest.raises(ConfigurationError, match="weigh the losses of mixtures"):
         selector.group(2, targets="task_0")
+
+
+def test_the_adapter_for_all_is_compared_at_the_level_of_what_goes_on_from_it():
+    names = [f"task_{index}" for index in range(6)]
+    estimator = circle(start=np.zeros(40))
+    predicted = estimator.predict(np.ones((1, 6))).loss[0]
+    run = ObservedRun(dict.fromkeys(names, 1.0), dict(zip(names, 1.2 * predicted)), dict(zip(names, predicted)))
+    leveled = circle(start=np.zeros(40), runs=[run])
+    assert leveled.calibration.level == pytest.approx(np.full(6, 1.2))
+    found = AdaptersAtHand.of(leveled, {}, has_baseline=True, starts_at_baseline=True)
+    assert found.losses[-1] == pytest.approx(1.2 * leveled.base_loss(), rel=1e-6)
+    assert found.on(leveled).losses == pytest.approx(found.losses, rel=1e-12)
+    grouping = DataSelector(leveled).group(2, "mixtures", group_initialization="baseline", affinity_subsets=10)
+    if grouping.baseline_group is not None:
+        row = list(grouping.groups).index(grouping.baseline_group)
+        assert predicted_losses(leveled, grouping)[row] == pytest.approx(1.2 * leveled.base_loss(), rel=1e-6)

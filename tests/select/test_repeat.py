@@ -32,6 +32,14 @@ def stores(tmp_path_factory):
     return store, capture(folder / "other", projection_seed=1)
 
 
+def test_losses_that_are_unknown_stay_so(stores, tmp_path):
+    store, _ = stores
+    runs = [ObservedRun({"sums": 1.0, "diffs": 1.0}, {"sums": 2.0, "diffs": float("nan")}, {"diffs": float("nan")})]
+    DataSelector.from_store(store, None, 20, runs).select("sums", max_auxiliary=1).save(tmp_path / "choice.json")
+    choice = Selection.load(tmp_path / "choice.json")
+    assert DataSelector.for_choice(store, choice).repeat(choice) == choice
+
+
 @pytest.mark.parametrize("kind", CHOICES)
 def test_a_choice_is_made_again_from_its_file(stores, tmp_path, kind):
     store, other = stores

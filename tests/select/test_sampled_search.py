@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from helpers.feature_tables import RUNS, SIX_NAMES, six_tasks
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
-from hf_ensemble.select import DataSelector, sampled_search, searches
+from hf_ensemble.select import DataSelector, predicted_losses, sampled_search, searches
 from hf_ensemble.store import FeatureTable
 
 
@@ -120,6 +121,22 @@ def test_partitions_from_samples_are_predicted_from_all_rows(selector, method):
     exact = selector.group(method=method, search_rows=None)
     assert mean < 1.02 * exact.predicted_loss[str(len(exact.groups))]
     assert selector.repeat(found).groups == found.groups
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_helpers_from_samples_help_by_all_rows(seed):
+    train, validation = six_tasks(rows=200, dim=60, seed=seed)
+    estimator = SubsetEstimator(train, validation, observed_runs=RUNS)
+    groups = [
+        DataSelector(estimator).group(3, overlapping_groups=overlap, search_rows=90, affinity_subsets=40)
+        for overlap in (False, True)
+    ]
+    names = list(SIX_NAMES)
+    assert groups[0].groups == groups[1].groups
+    losses = [predicted_losses(estimator, own) for own in groups]
+    for row, tasks in enumerate(groups[0].groups.values()):
+        own = [names.index(task) for task in tasks]
+        assert losses[1][row, own].sum() <= losses[0][row, own].sum() + 1e-9
 
 
 def test_mixtures_from_samples_are_predicted_from_all_rows(selector):

@@ -143,7 +143,11 @@ def test_baselines_stand_beside_every_result(selector, estimator):
         ({"target": []}, "at least one target"),
         ({"target": {"a": -1.0}}, "weight of the target 'a' has to be a finite number above 0"),
         ({"target": "a", "include": ["z"]}, r"Unknown tasks to include \['z'\]"),
-        ({"target": "a", "include": ["b"], "exclude": ["b"]}, "both included and excluded"),
+        ({"target": "a", "include": ["b"], "exclude": ["b"]}, "both included and excluded. Drop them"),
+        ({"target": "a", "exclude": ["a"]}, "Targets are included unless include says otherwise: include=\\[\\]"),
+        ({"target": "a", "include": [], "exclude": ["a"], "max_examples": 5}, "None of the tasks .* within the budget"),
+        ({"target": "a", "include": [], "exclude": ["a"], "method": "alone"}, "which are excluded"),
+        ({"target": "a", "include": [], "exclude": ["a"], "method": "mixture"}, "gives the targets a weight"),
         ({"target": "a", "metric": "f1"}, "metric has to be one of"),
         ({"target": "a", "include": ["a", "b", "c"], "max_auxiliary": 1}, "exceed the budget {'max_auxiliary': 1}"),
         ({"target": None, "exclude": NAMES}, "nothing is left"),
@@ -157,6 +161,22 @@ def test_baselines_stand_beside_every_result(selector, estimator):
 def test_what_cannot_be_asked_is_refused(selector, asked, message):
     with pytest.raises(ConfigurationError, match=message):
         selector.select(**asked)
+
+
+@pytest.mark.parametrize("method", ["forward", "backward", "exhaustive", "random_ensemble", "all", "random"])
+def test_a_target_that_is_not_trained_on_is_served_by_others(selector, method):
+    found = selector.select("a", method, max_auxiliary=3, include=[], exclude=["a"])
+    assert found.tasks and "a" not in found.tasks and "alone" not in found.baselines
+    assert found.path[-1]["predicted_loss"] > 0
+
+
+@pytest.mark.parametrize("method", ["forward", "backward", "exhaustive", "random_ensemble"])
+def test_what_nothing_has_to_be_in_keeps_to_the_budget(selector, method):
+    # The target is the only task that costs nothing; without it, only the smallest task is within the budget.
+    assert selector.select("d", method, max_auxiliary=0, include=[]).tasks == ["d"]
+    asked = {"include": [], "exclude": ["d"], "max_examples": 32}
+    options = {"threshold": -1.0} if method == "random_ensemble" else {}
+    assert selector.select("d", method, **asked, **options).tasks == ["a"]
 
 
 def test_tokens_have_to_be_known():

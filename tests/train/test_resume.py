@@ -146,26 +146,48 @@ def test_a_training_goes_on_from_its_last_whole_checkpoint_and_from_no_other(tmp
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
-def test_overwriting_starts_over(tmp_path, base_folder):
-    first = sft_trainer(tmp_path / "run", base_folder, num_groups=1, num_train_epochs=1)
-    first.train()
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the trainings."""
+    train, names = TaskSFTTrainer.train, []
+
+    def recorded(trainer, *args, **kwargs):
+        names.append(Path(trainer.args.output_dir).name)
+        return train(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(TaskSFTTrainer, "train", recorded)
+    return names
+
+
+def test_overwriting_starts_over(tmp_path, base_folder, trained):
+    options = {"num_groups": 1, "num_train_epochs": 1}
+    sft_trainer(tmp_path / "run", base_folder, **options).train()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    second = sft_trainer(
-        tmp_path / "run", base_folder, num_groups=1, num_train_epochs=1, margin="mean_log_odds", overwrite_run=True
-    )
-    second.train()
-    assert GradientStore(tmp_path / "run" / "gradients").identity["config"]["margin"] == "mean_log_odds"
+    sft_trainer(tmp_path / "run", base_folder, **options, learning_rate=1e-3, overwrite_run=True).train()
+    assert trained == 2 * ["baseline", "group_0"]
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
-def test_another_choice_of_groups_keeps_gradients_and_baseline(tmp_path, base_folder, monkeypatch):
+def test_gradients_that_are_captured_otherwise_keep_the_adapter_for_all(tmp_path, base_folder, trained):
+    options = {"num_groups": 1, "num_train_epochs": 1}
+    sft_trainer(tmp_path / "run", base_folder, **options).train()
+    # No task has so many rows.
+    sft_trainer(tmp_path / "run", base_folder, **options, capture_rows=1000, capture_seed=1).train()
+    assert trained == ["baseline", "group_0"]
+    other = {"margin": "mean_log_odds", "capture_rows": 4, "overwrite_run": True}
+    again = sft_trainer(tmp_path / "run", base_folder, **options, **other)
+    again.train()
+    assert trained == ["baseline", "group_0", "group_0"]
+    store = GradientStore(tmp_path / "run" / "gradients")
+    assert store.identity["config"]["margin"] == "mean_log_odds"
+    assert store.num_rows("train") == 4 * len(again.tasks)
+
+
+def test_another_choice_of_groups_keeps_gradients_and_baseline(tmp_path, base_folder, trained, monkeypatch):
     sft_trainer(tmp_path / "run", base_folder, num_groups=1, num_train_epochs=1).train()
     with pytest.raises(RunMismatchError, match="num_groups: found 1, expected 2"):
         sft_trainer(tmp_path / "run", base_folder, num_groups=2, num_train_epochs=1).train()
-    train, trained = TaskSFTTrainer.train, []
-    monkeypatch.setattr(
-        TaskSFTTrainer, "train", lambda self, *a, **k: (trained.append(Path(self.args.output_dir).name), train(self))[1]
-    )
+    trained.clear()
     monkeypatch.setattr(
         "hf_ensemble.train.flows.capturing.capture_gradients", lambda *a, **k: pytest.fail("captured again")
     )

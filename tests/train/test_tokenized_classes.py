@@ -81,6 +81,8 @@ def test_classes_are_known_by_their_column():
     named = rows["films"].cast_column("label", ClassLabel(names=["bad", "good"]))
     tasks = TaskSet.from_datasets({"films": named, "books": rows["books"]})
     assert tasks.labels_are_classes and tasks.table("train")["labels"][:4] == rows["films"]["label"][:]
+    renamed = TaskSet.from_datasets({"films": named.rename_column("label", "labels")})
+    assert renamed.labels_are_classes and renamed.table("train")["labels"][:] == rows["films"]["label"][:]
     answers = rows["films"].remove_columns("label").map(lambda row: {"labels": row["input_ids"]})
     assert not TaskSet.from_datasets({"films": answers}).labels_are_classes
 

@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> Mixture:
     (arguments,), _ = parse([MixtureArguments], argv, command="mixture")
     caps = {} if arguments.caps is None else {"caps": _caps(arguments.caps)}
     selector = selector_of(arguments)
-    mixture = selector.mixture(arguments.target, max_iterations=arguments.max_iterations, **caps)
+    options = {"max_iterations": arguments.max_iterations, "search_rows": arguments.search_rows}
+    mixture = selector.mixture(arguments.target, **options, **caps)
     out = console()
     out.print(_table(mixture))
     save_choice(mixture, arguments.output_dir, out)

@@ -48,7 +48,7 @@ class AdaptersAtHand:
 
         Once groups were trained, the one for all tasks has its measured loss too, where it is among the estimator's
         observed runs: what was measured is compared with what was measured. Where trainings begin at it, its losses are
-        those of the captured rows.
+        predicted as theirs are: those of the captured rows, at the level of all rows where one is known.
         """
         names = list(estimator.task_names)
         size = len(names)
@@ -62,7 +62,8 @@ class AdaptersAtHand:
             prediction = estimator.predict(mixtures)
             optima, predicted = prediction.coefficients, prediction.loss
             if starts_at_baseline and has_baseline:
-                optima[-1], predicted[-1] = 0.0, estimator.base_loss()
+                optima[-1] = 0.0
+                predicted[-1] = estimator.loss_at(optima[-1:])[0]
         losses = predicted.copy()
         for row, run in enumerate(trained.values()):
             losses[row] = _measured(run, names, losses[row])

@@ -95,7 +95,8 @@ def predicted_losses(estimator: SubsetEstimator, grouping: Grouping) -> np.ndarr
     """
     losses = estimator.predict_subsets(list(grouping.mixtures.values())).loss
     if grouping.settings["group_initialization"] == "baseline" and grouping.baseline_group is not None:
-        losses[list(grouping.groups).index(grouping.baseline_group)] = estimator.base_loss()
+        start = np.zeros((1, estimator.reduction.components.shape[1]))
+        losses[list(grouping.groups).index(grouping.baseline_group)] = estimator.loss_at(start)[0]
     return losses
 
 

@@ -50,7 +50,11 @@ def partition_groups(
         curve[str(size)] = min(loss, curve.get(str(size), np.inf))
     labels, trained = partitions[best]
     if settings.overlapping_groups:
-        trained = add_helpers(searched, labels, trained, directions, num_candidates)
+        helped = add_helpers(searched, labels, trained, directions, num_candidates)
+        # What helps by the rows that searches look at has to help by all of them.
+        masks = group_masks(labels)
+        gains = group_losses(masks, helped) < group_losses(masks, trained)
+        trained = np.where(gains[:, None], helped, trained)
     num_helpers = int((trained & ~group_masks(labels)).sum())
     summary = _summary(settings, sizes[best], losses[best], len(losses))
     if num_helpers:
