@@ -295,18 +295,71 @@ class GoesBackwardAlone(EnsembleSFTTrainer):
         return loss.detach()
 
 
-def test_a_loss_that_goes_backward_alone_is_refused(tmp_path, monkeypatch, uncounted):
-    monkeypatch.setattr("helpers.trainers.EnsembleSFTTrainer", GoesBackwardAlone)
+class GoesBackwardTwice(EnsembleSFTTrainer):
+    """Through one forward pass."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss, retain_graph=True)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class GoesBackwardByPass(EnsembleSFTTrainer):
+    """Through each of two forward passes."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        losses = [self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch) for _ in range(2)]
+        for loss in losses:
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (GoesBackwardAlone, r"Expected self.accelerator.backward\(loss\)"),
+        (GoesBackwardTwice, "Expected one backward pass .* Add up the losses"),
+        (GoesBackwardByPass, "Expected one backward pass .* Add up the losses"),
+    ],
+)
+def test_gradients_that_would_be_lost_are_refused(kind, message, tmp_path, monkeypatch, uncounted):
+    monkeypatch.setattr("helpers.trainers.EnsembleSFTTrainer", kind)
     monkeypatch.setitem(OPTIONS, "gradient_accumulation_steps", 1)
     trainer = sft(tmp_path, max_steps=1)
     with trainer.working():
-        with pytest.raises(ConfigurationError, match=r"Expected self.accelerator.backward\(loss\)"):
+        with pytest.raises(ConfigurationError, match=message):
             trained(trainer, 2, ("a", "d"))
         # No adapter that was not trained counts as trained.
         run = trainer.run_directory
         assert [run.trained_adapter(name).status for name in "ad"] == ["training", "training"]
         # The model is as it was.
         assert trainer.flow.training.distance() == 0
+
+
+class AddsLosses(EnsembleSFTTrainer):
+    """Of two forward passes, one after the other and together."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        loss = sum(self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch) for _ in range(2))
+        self.accelerator.backward(loss, retain_graph=True)
+        return loss.detach()
+
+
+def test_a_step_may_go_forward_several_times(tmp_path, monkeypatch, passes, uncounted):
+    monkeypatch.setattr("helpers.trainers.EnsembleSFTTrainer", AddsLosses)
+    trainer = sft(tmp_path, max_steps=2)
+    with trainer.working():
+        separate, at_once = trained(trainer, 1, ("a", "d")), trained(trainer, 2, ("a", "d"))
+    assert set(passes) == {2}
+    assert_equal_trainings(separate, at_once)
 
 
 def test_a_base_that_cannot_be_shared_is_run_by_each_training(tmp_path, monkeypatch, uncounted, caplog):

@@ -78,7 +78,7 @@ class SharedPass:
             self.outputs.append(type(found)(**parts))
 
     def has_gradients(self, number: int) -> bool:
-        """Whether a training has gone backward to what it got."""
+        """Whether a training has gone backward to what it got, since that was last taken through the base."""
         return any(part.grad is not None for part in self._parts[number].values())
 
     def backward(self) -> None:
@@ -96,7 +96,10 @@ class SharedPass:
             gradients.append(gradient)
         if wholes:
             torch.autograd.backward(wholes, gradients)
-        self._whole, self._parts = {}, []
+        self._whole, self._layers = {}, {}
+        for parts in self._parts:
+            for part in parts.values():
+                part.grad = None
 
     @contextmanager
     def _replacing(self, module: nn.Module) -> Iterator[None]:

@@ -50,6 +50,8 @@ class Turn:
         self.output: Any = None
         self.waits_for_backward = False
         self.passes: list[tuple[SharedPass, int]] = []
+        # Those of its step whose gradients have been taken through the base.
+        self.gone_back: list[tuple[SharedPass, int]] = []
         # Of its last call, padding included.
         self.num_tokens = 0
         self._job: Callable[[Turn], Any] | None = job
@@ -116,6 +118,7 @@ class Turn:
             loss = step(*args, **kwargs)
             # Before the optimizer steps.
             self._check_went_backward()
+            self.gone_back = []
             return loss
 
         trainer.accelerator.backward, trainer.training_step = backward, training_step
@@ -126,6 +129,12 @@ class Turn:
             raise ConfigurationError(
                 "Expected self.accelerator.backward(loss) in the trainer's training_step, found loss.backward(), "
                 "which trainings that share passes cannot wait for. Call the former, or set concurrent_groups=1."
+            )
+        if any(own.has_gradients(number) for own, number in self.gone_back):
+            raise ConfigurationError(
+                "Expected one backward pass after the forward passes in the trainer's training_step, found another one "
+                "to where they had gone back already: trainings that share passes take gradients through the base "
+                "once. Add up the losses and call self.accelerator.backward on their sum, or set concurrent_groups=1."
             )
 
     def resume(self) -> None:
@@ -158,7 +167,7 @@ class Turn:
             self.error = error
         finally:
             # Its model and its trainer are not needed any more.
-            self.is_done, self._job, self.passes = True, None, []
+            self.is_done, self._job, self.passes, self.gone_back = True, None, [], []
             self._turns.handed_back.release()
 
 
@@ -234,6 +243,7 @@ class Turns:
         for own in served:
             own.add_seconds(seconds * own.num_tokens / total)
             if finished:
+                own.gone_back += [(shared, number) for shared, number in own.passes if shared in finished]
                 own.passes = [(shared, number) for shared, number in own.passes if shared not in finished]
                 own.waits_for_backward = bool(own.passes)
             else:
