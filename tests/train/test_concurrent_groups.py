@@ -373,3 +373,45 @@ def test_a_base_that_cannot_be_shared_is_run_by_each_training(tmp_path, monkeypa
         "Trainings run at once without sharing passes through the base model: A BaseModelOutputWithPast of "
         "['hidden_states', 'last_hidden_state'] cannot be taken apart by rows."
     ]
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_hooks_see_the_rows_of_their_own_training(kind, tmp_path, passes, uncounted, caplog):
+    trainer = sft(tmp_path, max_steps=2)
+    seen = []
+
+    def look(module, *given):
+        if module.training:
+            tensors = given[0] if isinstance(given[0], tuple) else given[:1]
+            seen.append(len(tensors[0]))
+
+    part = trainer.model.get_base_model().model.layers[1].mlp
+    getattr(part, f"register_{kind}_hook")(look)
+    with trainer.working():
+        separate = trained(trainer, 1, ("a", "d"))
+        alone, seen[:] = sorted(seen), []
+        at_once = trained(trainer, 2, ("a", "d"))
+    assert alone and sorted(seen) == alone and not passes
+    assert_equal_trainings(separate, at_once, 0)
+    warned = [record.getMessage() for record in caplog.records if "without sharing" in record.getMessage()]
+    assert len(warned) == 1 and warned[0].endswith(
+        "layers.1.mlp has a hook, which would be called for the rows of all or for none."
+    )
+
+
+def test_hooks_of_the_libraries_and_above_the_base_are_left_alone(tmp_path, passes, uncounted):
+    trainer = sft(tmp_path, max_steps=2)
+    base, seen = trainer.model.get_base_model(), []
+    base.enable_input_require_grads()
+    # Before the run, so that transformers has put its hooks on all layers.
+    base(torch.ones(1, 1, dtype=torch.long), output_hidden_states=True)
+    assert base.model.layers[0]._forward_hooks and base.model.embed_tokens._forward_hooks
+
+    def look(module, inputs, output):
+        if module.training:
+            seen.append(len(output.last_hidden_state))
+
+    base.model.register_forward_hook(look)
+    with trainer.working():
+        trained(trainer, 2, ("a", "d"))
+    assert passes and set(passes) == {2} and max(seen) == 4

@@ -16,6 +16,9 @@ from ...ensemble.forward.fused import add_stacked, of_rows, stacked_adapters
 # What a backbone returns for each row, with and without tokens.
 _OUTPUTS = ("last_hidden_state", "pooler_output")
 _CHECKPOINTING = "_gradient_checkpointing_func"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Whose hooks are on models of any training, and take all rows alike.
+_LIBRARIES = {"transformers", "peft", "bitsandbytes"}
 
 
 @dataclass
@@ -171,6 +174,24 @@ def can_share(calls: Sequence[BackboneCall]) -> bool:
             if is_tensor != torch.is_tensor(first.inputs[name]) or not (is_tensor or value == first.inputs[name]):
                 return False
     return "attention_mask" in first.inputs or len({call.shape[1] for call in calls}) == 1
+
+
+def hooked_part(backbone: nn.Module) -> str | None:
+    """The name of a part with a hook of its own, which would see all rows of a shared pass, or none; `None` without.
+
+    Those of the backbone itself see what each training passes in and gets.
+    """
+    for name, module in backbone.named_modules():
+        if module is not backbone and any(_is_own(hook) for kind in _HOOKS for hook in getattr(module, kind).values()):
+            return name
+    return None
+
+
+def _is_own(hook: Callable) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    # Builtins have none.
+    return str(hook.__module__).partition(".")[0] not in _LIBRARIES
 
 
 def _joined_inputs(calls: Sequence[BackboneCall]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ...ensemble.forward.adapter_layers import CannotFuseError
 from ...errors import ConfigurationError
 from ...logging import get_logger
 from .process_state import ProcessState
-from .shared_pass import BackboneCall, SharedPass, can_share
+from .shared_pass import BackboneCall, SharedPass, can_share, hooked_part
 
 logger = get_logger(__name__)
 
@@ -91,6 +91,10 @@ class Turn:
             is_counted = _get_current_dispatch_mode() is not None
             is_trained = backbone.training and torch.is_grad_enabled()
             if not is_trained or is_counted or "input_ids" not in inputs or not self._turns.shares:
+                return plain(*args, **kwargs)
+            hooked = hooked_part(backbone)
+            if hooked is not None:
+                self._turns.stop_sharing(f"{hooked} has a hook, which would be called for the rows of all or for none.")
                 return plain(*args, **kwargs)
             self._check_went_backward()
             kind = inputs["input_ids"].device.type
@@ -184,7 +188,7 @@ class Turns:
         self.seed = seed
         self.handed_back = threading.Semaphore(0)
         self.is_abandoned = False
-        # Until a pass has turned out not to be one of rows.
+        # Until a pass has turned out not to be one of rows alone.
         self.shares = True
 
     def run(self, jobs: Sequence[Callable[[Turn], T]]) -> list[T]:
@@ -215,6 +219,11 @@ class Turns:
             finally:
                 before.restore()
         return [own.result for own in turns]
+
+    def stop_sharing(self, reason: str) -> None:
+        """From now on each training runs the base itself."""
+        logger.warning("Trainings run at once without sharing passes through the base model: %s", reason)
+        self.shares = False
 
     def _abandon(self, turns: Sequence[Turn]) -> None:
         """End the trainings that have not ended."""
@@ -260,8 +269,7 @@ class Turns:
             try:
                 shared = SharedPass([own.call for own in alike])
             except CannotFuseError as error:
-                logger.warning("Trainings run at once without sharing passes through the base model: %s", error)
-                self.shares = False
+                self.stop_sharing(str(error))
                 return
             for number, own in enumerate(alike):
                 own.output = shared.outputs[number]
