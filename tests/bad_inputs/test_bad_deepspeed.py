@@ -31,7 +31,7 @@ def zero(**changes):
         (zero(zero_quantized_weights=True), "zero_quantized_weights", "leave it out"),
         (zero(zero_hpz_partition_size=2), "zero_hpz_partition_size", "leave it out"),
         (zero(stage3_leaf_modules=["X"]), "stage3_leaf_modules", "leave it out"),
-        (ZERO | {"fp16": {"enabled": True}}, "fp16", "bf16=True"),
+        (ZERO | {"fp16": {"enabled": True}}, "fp16", "enabled to 'auto', and bf16=True"),
         (ZERO | {"optimizer": {"type": "Lion"}}, "optimizer", "leave it out"),
         (ZERO | {"optimizer": OPTIMIZER | {"params": {"torch_adam": True}}}, "optimizer", "leave it out"),
         (ZERO | {"scheduler": SCHEDULER | {"type": "OneCycle"}}, "scheduler", "leave it out"),

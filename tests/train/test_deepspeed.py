@@ -42,10 +42,13 @@ USUAL = {
 }
 
 
-@pytest.mark.parametrize("config", [ZERO, USUAL])
-def test_trainings_are_given_arguments_without_deepspeed(config, two_processes, tmp_path):
-    args = sft_config(tmp_path, deepspeed=config, lr_scheduler_type="linear")
+@pytest.mark.parametrize(
+    ("config", "precision"), [(ZERO, {}), (USUAL, {}), (USUAL, {"fp16": True}), (USUAL, {"bf16": True})]
+)
+def test_trainings_are_given_arguments_without_deepspeed(config, precision, two_processes, tmp_path):
+    args = sft_config(tmp_path, deepspeed=config, lr_scheduler_type="linear", **precision)
     own, sharding = without_sharding(args)
+    assert (own.fp16, own.bf16) == (bool(precision.get("fp16")), bool(precision.get("bf16")))
     assert (own.deepspeed, own.deepspeed_plugin) == (None, None) and not hasattr(own, "hf_deepspeed_config")
     assert args.deepspeed == config and sharding is args.deepspeed_plugin
     # No model is cut while it is loaded.

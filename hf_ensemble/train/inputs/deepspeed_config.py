@@ -61,7 +61,10 @@ _SCHEDULERS = {"warmuplr": "constant_with_warmup", "warmupdecaylr": "linear", "w
 _REASONS = {
     "offload_param": ("rows are put on the device of the first parameter", "shard over more processes"),
     "offload_optimizer": ("an adapter's optimizer is small, and each training has its own", _LEAVE_OUT),
-    "fp16": ("DeepSpeed would cast the base and scale losses by itself", "set bf16=True or fp16=True in the arguments"),
+    "fp16": (
+        "DeepSpeed would cast the base and scale losses by itself",
+        "set its enabled to 'auto', and bf16=True or fp16=True in the arguments",
+    ),
     **dict.fromkeys(
         ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
         ("captured gradients are those of the base's own weights", _LEAVE_OUT),
@@ -94,7 +97,8 @@ def check_deepspeed_config(args: TrainingArguments) -> None:
             "set it to 3, or leave deepspeed out",
         )
     refused = [*_refused_sections(given.config, args), *_not_off(zero, _ZERO_TUNING | {"stage"})]
-    if filled.is_true("fp16.enabled"):
+    # "auto" is what the arguments say, and trainings of a run scale losses by those.
+    if given.get_value("fp16.enabled") != "auto" and given.is_true("fp16.enabled"):
         refused.append("fp16")
     if refused:
         raise refusal(f"{refused[0]} in deepspeed", *_REASONS.get(refused[0], _OTHER))
