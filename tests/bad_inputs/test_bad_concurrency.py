@@ -1,10 +1,12 @@
 """What groups cannot be trained at once with is refused by name."""
 
+import threading
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers import architectures, toy
 from helpers.trainers import sft_config, sft_trainer, text_trainer
@@ -59,8 +61,27 @@ def test_trainers_refuse_them_before_the_model_is_loaded(make, tmp_path):
     ],
 )
 def test_models_and_devices_are_refused(name, num_gpus, device_map, message):
-    base = architectures.model(name)
-    model = SimpleNamespace(get_base_model=lambda: base, hf_device_map=device_map)
+    model = architectures.adapted(architectures.model(name), name, "lora")
+    model.hf_device_map = device_map
     refused = pytest.raises(ConfigurationError, match=f"concurrent_groups=2 does not go with {message}")
     with nullcontext() if message is None else refused:
         check_concurrent_model(model, SimpleNamespace(concurrent_groups=2, n_gpu=num_gpus))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "named"),
+    [
+        (threading.Lock(), "cannot pickle '_thread.lock' object"),
+        (torch.ones(1, requires_grad=True) * 2, "Only Tensors created explicitly"),
+    ],
+    ids=["lock", "activation"],
+)
+def test_a_model_that_cannot_be_copied_is_refused_by_the_constructor(attribute, named, tmp_path):
+    base = toy.llama()
+    base.model.layers[0].own = attribute
+    options = {"processing_class": toy.tokenizer(), "concurrent_groups": 2}
+    with pytest.raises(ConfigurationError, match=f"does not go with a model that cannot be copied: {named}") as caught:
+        sft_trainer(tmp_path, base, **options)
+    assert ".." not in str(caught.value) and str(caught.value).endswith("train one group after the other.")
+    # It is trained one group after the other.
+    sft_trainer(tmp_path, base, **options | {"concurrent_groups": "auto"})

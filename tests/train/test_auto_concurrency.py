@@ -1,6 +1,7 @@
 """A run that finds out by itself how many groups to train at once, and is otherwise what it would be."""
 
 import inspect
+import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -190,15 +191,25 @@ def test_trainings_that_are_too_short_are_not_measured(tmp_path, clock, monkeypa
     assert "too short" in trainer.run_directory.read(Concurrency).reason
 
 
-def test_what_groups_cannot_be_trained_at_once_with_is_said_once(tmp_path, clock, caplog):
-    trainer = sft(tmp_path / "run", concurrent_groups="auto", neftune_noise_alpha=5.0)
+@pytest.mark.parametrize(
+    ("options", "attribute", "obstacle"),
+    [
+        (
+            {"neftune_noise_alpha": 5.0},
+            None,
+            "neftune_noise_alpha=5.0, whose noise depends on the length of the longest row beside",
+        ),
+        ({}, threading.Lock(), "a model that cannot be copied: cannot pickle '_thread.lock' object"),
+    ],
+    ids=["argument", "model"],
+)
+def test_what_groups_cannot_be_trained_at_once_with_is_said_once(options, attribute, obstacle, tmp_path, clock, caplog):
+    trainer = sft(tmp_path / "run", concurrent_groups="auto", **options)
+    trainer.model.own = attribute
     with caplog.at_level("INFO"):
         trainer.train_groups()
     said = [record.getMessage() for record in caplog.records if "Training one group" in record.getMessage()]
-    assert said == [
-        "Training one group after the other: training several at once does not go with neftune_noise_alpha=5.0, "
-        "whose noise depends on the length of the longest row beside"
-    ]
+    assert said == [f"Training one group after the other: training several at once does not go with {obstacle}"]
     assert not trainer.run_directory.has(Concurrency) and max(clock.passes) == BATCH
 
 

@@ -4,6 +4,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from ...errors import ConfigurationError
+from ..concurrent.copies import sharing_frozen
 from ..concurrent.turns import backbone_of
 from ..configs import AUTO
 
@@ -76,6 +77,11 @@ def obstacle_of_model(model: PeftModel, args: TrainingArguments) -> str | None:
     if backbone_of(model) is None:
         kind = type(model.get_base_model()).__name__
         return f"a {kind}, which has no part below its head that trainings could share"
+    try:
+        # What each training gets; an attribute of the model may refuse it in any way.
+        sharing_frozen(model)
+    except Exception as error:
+        return f"a model that cannot be copied: {str(error).rstrip('.')}"
     return None
 
 
