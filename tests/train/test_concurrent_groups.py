@@ -287,6 +287,33 @@ def test_a_run_trains_its_groups_at_once(tmp_path, passes):
             assert max(float((one[key] - other[key]).abs().max()) for key in one) <= 1e-5
 
 
+class EndsEarly(TrainerCallback):
+    """Ends one group's training at its second step, and the process when the next has begun."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith("group_1") and state.global_step == 2:
+            control.should_training_stop = True
+        if args.output_dir.endswith("group_2"):
+            raise KeyboardInterrupt
+
+
+def test_groups_that_were_not_begun_are_counted_after_those_that_were(tmp_path, uncounted):
+    options = {"num_groups": 4, "train_baseline": False, "calibration_runs": 0, "max_steps": 4, "concurrent_groups": 2}
+    first = sft(tmp_path, **options)
+    first.add_callback(EndsEarly())
+    with pytest.raises(KeyboardInterrupt):
+        first.train_groups()
+    groups = [f"group_{number}" for number in range(4)]
+    run = first.run_directory
+    assert list(first.grouping.groups) == groups
+    known = [run.trained_adapter(name) for name in groups[:3]]
+    assert [(own.status, own.first_step) for own in known] == [("training", 0), ("done", 4), ("training", 8)]
+    assert run.trained_adapter(groups[3]) is None
+    second = sft(tmp_path, **options)
+    second.train_groups()
+    assert [second.run_directory.trained_adapter(name).first_step for name in groups] == [0, 4, 8, 12]
+
+
 class GoesBackwardAlone(EnsembleSFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()

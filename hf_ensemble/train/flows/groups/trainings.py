@@ -134,13 +134,21 @@ class GroupTrainings:
         return steps
 
     def _jobs(self, grouping: Grouping, steps: Mapping[str, int]) -> list[Callable[[AdapterTraining], TrainedAdapter]]:
-        """Trainings of these groups, each of which the run's log counts after those before."""
-        run, jobs = self.context.run, []
-        begun = [own.first_step for own in map(run.trained_adapter, steps) if own is not None]
-        first_step = min(begun, default=run.num_steps())
+        """Trainings of these groups, each of which the run's log counts after those before.
+
+        One that has been begun keeps its steps, and those that have not come after all of these.
+        """
+        run, jobs, begun = self.context.run, [], {}
+        for name in steps:
+            known = run.trained_adapter(name)
+            if known is not None and known.mixture == grouping.mixtures[name]:
+                begun[name] = known.first_step
+        next_step = max([run.num_steps(), *(first_step + steps[name] for name, first_step in begun.items())])
         for name, count in steps.items():
+            first_step = begun.get(name, next_step)
+            if name not in begun:
+                next_step += count
             jobs.append(partial(self.train_group, grouping, name, first_step=first_step))
-            first_step += count
         return jobs
 
     def chosen(self) -> Grouping:
