@@ -17,12 +17,13 @@ from transformers import (
 )
 
 from helpers import ensembles, toy
+from helpers.devices import DEVICES
 from helpers.member_kinds import KINDS, NAMES, llama, make
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble._compat import keep_quantized_weights_in_place
 from hf_ensemble.ensemble.merging import task_vectors
 from hf_ensemble.ensemble.merging.deltas import lora_modules
-from hf_ensemble.ensemble.merging.low_rank import truncated
+from hf_ensemble.ensemble.merging.low_rank import truncated, truncated_matrix
 from hf_ensemble.errors import EnsembleError
 
 WEIGHTS = {"first": 0.5, "second": 0.75, "third": -0.25}
@@ -286,6 +287,43 @@ def test_dare_leaves_every_random_state_alone(method, model, monkeypatch):
     state = torch.random.get_rng_state()
     ensemble_of(model).merge("x", method=method)
     assert not seeded and torch.equal(state, torch.random.get_rng_state())
+
+
+class WithoutDouble(torch.Tensor):
+    """On the CPU, what a tensor of a device without float64 is."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.double:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        result = super().__torch_function__(function, types, args, kwargs)
+        return result.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else result
+
+
+@pytest.mark.parametrize("method", ["tsv", "knots"])
+def test_a_device_without_float64_leaves_it_to_the_cpu(method):
+    torch.manual_seed(0)
+    plain, weights = [torch.randn(12, 10) for _ in range(2)], torch.tensor([0.5, 0.5])
+    there = [delta.as_subclass(WithoutDouble) for delta in plain]
+    with pytest.raises(TypeError):
+        there[0].double()
+    found = getattr(task_vectors, method)(there, weights.as_subclass(WithoutDouble))
+    assert torch.equal(torch.Tensor(found), getattr(task_vectors, method)(plain, weights))
+    for own, expected in (
+        (truncated_matrix(there[0], 3), truncated_matrix(plain[0], 3)),
+        (truncated(there[0], there[1].T, 3), truncated(plain[0], plain[1].T, 3)),
+    ):
+        assert all(torch.equal(x, y) for x, y in zip(own[:2], expected[:2])) and own[2:] == expected[2:]
+        assert {own[0].dtype, own[1].dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["sum", "tsv", "knots"])
+def test_merging_on_a_device_stays_there(model, device, method):
+    expected = ensemble_of(model).merge("x", rank=5, method=method)
+    merged = ensemble_of(model.to(device)).merge("x", rank=5, method=method)
+    assert {value.device.type for value in merged.state_dict.values()} == {device}
+    assert merged.relative_error == pytest.approx(expected.relative_error, rel=1e-3)
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5])

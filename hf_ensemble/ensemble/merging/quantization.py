@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 
 from ...logging import get_logger
 from .deltas import adapter_delta, base_weight, lora_modules
+from .low_rank import in_double
 
 logger = get_logger(__name__)
 
@@ -32,8 +33,8 @@ def warn_of_requantization(model: PeftModel, weights: Mapping[str, float]) -> fl
         bits.add(kind)
         total = sum(weights[name] * delta.matrix() for name, delta in deltas.items())
         wanted = base_weight(layer) + total
-        rounding += float(((_rounded(layer, wanted) - wanted).double() ** 2).sum())
-        change += float((total.double() ** 2).sum())
+        rounding += float((in_double(_rounded(layer, wanted) - wanted) ** 2).sum())
+        change += float((in_double(total) ** 2).sum())
     if not bits or not change:
         return None
     ratio = (rounding / change) ** 0.5

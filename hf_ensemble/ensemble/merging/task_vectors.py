@@ -13,6 +13,7 @@ from peft.utils import merge_utils
 
 from ..._settings import check_at_least, check_number
 from ...errors import EnsembleError
+from .low_rank import in_double
 
 Deltas = Sequence[torch.Tensor]
 
@@ -83,13 +84,13 @@ def tsv(deltas: Deltas, weights: torch.Tensor) -> torch.Tensor:
     kept = max(1, min(deltas[0].shape) // len(deltas))
     left, values, right = [], [], []
     for weight, delta in zip(weights * len(deltas), deltas):
-        u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
+        u, s, vt = torch.linalg.svd(in_double(delta), full_matrices=False)
         size = min(kept, max(int((s > s[0] * 1e-6).sum()), 1))
         left.append(u[:, :size])
-        values.append(weight.double() * s[:size])
+        values.append(in_double(weight) * s[:size])
         right.append(vt[:size].T)
     merged = _orthogonal(torch.cat(left, 1)) * torch.cat(values) @ _orthogonal(torch.cat(right, 1)).T
-    return merged.to(deltas[0].dtype)
+    return merged.to(deltas[0].dtype).to(deltas[0].device)
 
 
 def knots(deltas: Deltas, weights: torch.Tensor, density: float = 0.2) -> torch.Tensor:
@@ -99,8 +100,9 @@ def knots(deltas: Deltas, weights: torch.Tensor, density: float = 0.2) -> torch.
     The basis U is that of the singular vectors of the changes side by side; each change is U (U^T D), of which TIES
     merges the second factors.
     """
-    values, basis = torch.linalg.eigh(sum((delta.double() @ delta.double().T) for delta in deltas))
-    basis = basis[:, values > values.max() * 1e-12].to(deltas[0].dtype)
+    doubled = map(in_double, deltas)
+    values, basis = torch.linalg.eigh(sum(delta @ delta.T for delta in doubled))
+    basis = basis[:, values > values.max() * 1e-12].to(deltas[0].dtype).to(deltas[0].device)
     return basis @ ties([basis.T @ delta for delta in deltas], weights, density)
 
 
