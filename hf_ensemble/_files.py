@@ -119,6 +119,41 @@ def write_atomically(path: Path, write: Callable[[Any], None], size: int | None 
             raise
 
 
+def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files that belong together into a folder, which may hold others.
+
+    All are written beside their places first. A crash leaves the old ones, the new ones, or a folder without the last,
+    which should be the one without which nobody reads the others.
+
+    Args:
+        folder (`Path`): the folder.
+        files (`dict[str, bytes]`): the files' contents by name.
+
+    Raises:
+        `WriteError`: when the disk is full, and for a path that cannot be written.
+    """
+    last = list(files)[-1]
+    with writing(folder / last, sum(map(len, files.values()))):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f".{last}.*.tmp"):
+            _remove(left)
+        work = Path(tempfile.mkdtemp(dir=folder, prefix=f".{last}.", suffix=".tmp"))
+    try:
+        for name, content in files.items():
+            with writing(folder / name, len(content)), (work / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(work / name, 0o644)
+        with writing(folder / last):
+            (folder / last).unlink(missing_ok=True)
+        for name in files:
+            with writing(folder / name):
+                os.replace(work / name, folder / name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders of a process that was killed while it wrote into a folder."""
     for path in [*folder.glob(".*.tmp"), *folder.glob(".*.tmp.old")]:

@@ -123,6 +123,64 @@ def test_a_padded_adapter_computes_the_same(kind, batch):
         merged.padded(1)
 
 
+@pytest.mark.parametrize(
+    "kind, tied",
+    [
+        ("ranks and scalings", False),
+        ("ranks and scalings", True),
+        ("embeddings", False),
+        ("output layer", False),
+        ("saved modules", False),
+    ],
+)
+@torch.no_grad()
+def test_new_embeddings_of_a_resized_vocabulary_are_written(kind, tied, tmp_path):
+    base = toy.save_model(llama(tie_word_embeddings=tied), tmp_path / "base")
+    resized = AutoModelForCausalLM.from_pretrained(base)
+    tokens = resized.config.vocab_size + 3
+    torch.manual_seed(5)
+    resized.resize_token_embeddings(tokens, mean_resizing=False)
+    ensemble = ensemble_of(make(resized, KINDS[kind]))
+    ids = torch.tensor([[tokens - 1, 5, tokens - 2, 7]])
+    expected = ensemble(ids, task="x").logits
+    merged = ensemble.merge("x")
+    assert "a resized vocabulary" in merged.vllm_obstacles()
+    merged.save_pretrained(tmp_path / "merged")
+
+    def larger():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+        return model
+
+    stock = PeftModel.from_pretrained(larger(), tmp_path / "merged").eval()
+    assert torch.allclose(stock(ids).logits, expected, atol=1e-5)
+    assert torch.allclose(merged.add_to(larger())(ids).logits, expected, atol=1e-5)
+    alone = PeftEnsembleModel.from_adapters(base, {"a": tmp_path / "merged"})
+    assert torch.allclose(alone(ids, routing="default").logits, expected, atol=1e-5)
+    # On the smaller base it is refused instead of computing something else.
+    small = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(EnsembleError, match=rf"{tokens} tokens, found one of {tokens - 3}. Call .*\({tokens}, mean"):
+        merged.add_to(small)
+    assert not hasattr(small, "peft_config")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(small, tmp_path / "merged")
+    # The card's code makes it fit, and offers no server.
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"base.resize_token_embeddings({tokens}, mean_resizing=False)" in card and "vllm" not in card
+
+
+@torch.no_grad()
+def test_a_merged_adapter_of_a_resized_base_stands_beside_the_members(tmp_path):
+    resized = AutoModelForCausalLM.from_pretrained(toy.save_model(llama(), tmp_path))
+    resized.resize_token_embeddings(resized.config.vocab_size + 3, mean_resizing=False)
+    model = make(resized, KINDS["ranks and scalings"])
+    ensemble = ensemble_of(model)
+    ids = torch.tensor([[resized.config.vocab_size - 1, 5]])
+    expected = ensemble(ids, task="x").logits
+    ensemble.merge("x").add_to(model, "merged")
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [1, 5, 13])
 @torch.no_grad()
 def test_stated_error_of_a_truncated_merge_is_the_measured_one(model, rank):

@@ -11,7 +11,14 @@ import torch
 
 from helpers import toy
 from helpers.trainers import sft_trainer
-from hf_ensemble._files import remove_folder, remove_leftovers, write_folder_atomically, write_json, writing
+from hf_ensemble._files import (
+    remove_folder,
+    remove_leftovers,
+    write_folder_atomically,
+    write_json,
+    write_together,
+    writing,
+)
 from hf_ensemble.ensemble.saving.files import save_adapter
 from hf_ensemble.errors import HfEnsembleError, WriteError
 from hf_ensemble.runs import RunDirectory
@@ -47,6 +54,27 @@ def test_a_full_disk_is_named_with_need_and_room(tmp_path, monkeypatch):
         write_json(tmp_path / "run.json", ["x" * 300_000])
     assert not list(tmp_path.iterdir())
     assert issubclass(WriteError, OSError) and issubclass(WriteError, HfEnsembleError)
+
+
+def test_files_that_belong_together_are_never_of_two_writings(tmp_path, monkeypatch):
+    write_together(tmp_path / "adapter", {"weights": b"1", "config": b"1"})
+    (tmp_path / "adapter" / "notes").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(errno.ENOSPC))
+        with pytest.raises(WriteError, match="adapter/weights' cannot be written: No space left"):
+            write_together(tmp_path / "adapter", {"weights": b"2", "config": b"2"})
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    assert files == {"weights": b"1", "config": b"1", "notes": b""}
+    # What a killed process left is gone with the next writing.
+    (tmp_path / "adapter" / ".config.x.tmp").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing(errno.EACCES))
+        with pytest.raises(WriteError, match="adapter/weights' cannot be written"):
+            write_together(tmp_path / "adapter", {"weights": b"2", "config": b"2"})
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["notes", "weights"]
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="'.*file' is a file where a folder has to be"):
+        write_together(tmp_path / "file", {"weights": b"2", "config": b"2"})
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])

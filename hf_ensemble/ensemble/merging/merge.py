@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ..._cards import CARD, render, update_card_file
-from ..._files import write_atomically
+from ..._files import write_together
 from ..._hub import Repository
 from ..._settings import check_at_least, check_one_of, check_options, checked_path
 from ...errors import EnsembleError, EnsembleLoadError
@@ -25,6 +25,7 @@ from ..saving.ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..saving.files import base_reference
 from ..saving.pushing import push_adapter
 from ..saving.vllm import vllm_obstacles, vllm_rank
+from ..saving.vocabulary import resized_embeddings, saved_vocabulary
 from . import task_vectors
 from .deltas import AdapterDelta, adapter_delta, lora_modules, saved_modules
 from .low_rank import padded, truncated, truncated_matrix
@@ -53,7 +54,8 @@ class MergedAdapter:
 
     Args:
         config (`LoraConfig`): `adapter_config.json`.
-        state_dict (`dict[str, torch.Tensor]`): `adapter_model.safetensors`, in float32.
+        state_dict (`dict[str, torch.Tensor]`): `adapter_model.safetensors`, in float32; with it the embeddings of a
+            base whose vocabulary was resized, in the base's precision.
         weights (`dict[str, float]`): weight of each merged adapter.
         method (`str`): merging method.
         relative_error (`float`): |merged - exact| / |exact| over all modules together, in the Frobenius norm, where
@@ -81,7 +83,12 @@ class MergedAdapter:
 
     def vllm_obstacles(self) -> list[str]:
         """Why vLLM would refuse the adapter or compute it wrongly; empty if it serves it."""
-        return vllm_obstacles(self.config)
+        return vllm_obstacles(self.config, self._vocabulary is not None)
+
+    @property
+    def _vocabulary(self) -> int | None:
+        """Tokens of a base whose vocabulary was resized."""
+        return saved_vocabulary({key: value.shape for key, value in self.state_dict.items()}, self.config)
 
     def padded(self, rank: int) -> "MergedAdapter":
         """The same change of the weights with matrices of a larger rank, the new entries zero and the scaling 1.
@@ -98,7 +105,14 @@ class MergedAdapter:
         return replace(self, config=replace(self.config, r=rank, lora_alpha=rank), state_dict=state)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the two files of a plain PEFT adapter, for `PeftModel.from_pretrained`, and its model card."""
+        """Write the two files of a plain PEFT adapter, for `PeftModel.from_pretrained`, and its model card.
+
+        An adapter that is there is replaced; where that is interrupted, the folder holds it or the new one whole, or no
+        `adapter_config.json`, without which it is none. Other files of the folder stay.
+
+        Raises:
+            `WriteError`: where the folder cannot be written.
+        """
         folder = checked_path("the folder to save into", folder, EnsembleError)
         tensors = {key: value.contiguous() for key, value in self.state_dict.items()}
         weights = save(tensors, metadata={"format": "pt"})
@@ -106,8 +120,7 @@ class MergedAdapter:
             self.config.save_pretrained(work)
             text = (Path(work) / ADAPTER_CONFIG).read_bytes()
         # The configuration comes last, as it makes the folder an adapter.
-        write_atomically(folder / ADAPTER_WEIGHTS, lambda file: file.write(weights))
-        write_atomically(folder / ADAPTER_CONFIG, lambda file: file.write(text))
+        write_together(folder, {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: text})
         with reporting_failed_card(folder):
             update_card_file(folder / CARD, *self._card(folder))
 
@@ -141,8 +154,14 @@ class MergedAdapter:
         """Add the adapter to a base model or a `PeftModel`, frozen and active.
 
         Raises:
-            `EnsembleError`: if the model already has an adapter of this name.
+            `EnsembleError`: if the model already has an adapter of this name, and where it lacks tokens of the resized
+                vocabulary that the adapter was made with.
         """
+        if self._vocabulary is not None and self._vocabulary != (own := model.get_input_embeddings().weight.shape[0]):
+            raise EnsembleError(
+                f"Expected a model with the adapter's vocabulary of {self._vocabulary} tokens, found one of {own}. "
+                f"Call model.resize_token_embeddings({self._vocabulary}, mean_resizing=False) first."
+            )
         if isinstance(model, PeftModel):
             if name in model.peft_config:
                 raise EnsembleError(f"The model already has an adapter {name!r}: pass another name.")
@@ -200,6 +219,7 @@ def merge_adapters(
     state, errors, relative_error = _factors(wanted, cap, embeddings)
     for path, parameters in saved.items():
         state.update({f"base_model.model.{path}.{key}": value for key, value in parameters.items()})
+    state.update(resized_embeddings(model, list(used)))
     warn_of_requantization(model, used)
     try:
         base = base_reference(model)

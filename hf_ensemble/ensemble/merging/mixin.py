@@ -4,6 +4,7 @@ from typing import Any
 
 from ...errors import EnsembleError
 from ..saving.vllm import vllm_obstacles
+from ..saving.vocabulary import is_resized
 from .merge import MergedAdapter, merge_adapters
 
 
@@ -40,4 +41,5 @@ class MergingMixin:
 
     def vllm_obstacles(self) -> dict[str, list[str]]:
         """For each adapter, why vLLM would refuse it or compute it wrongly; an empty list where it serves it."""
-        return {name: vllm_obstacles(self.model.peft_config[name]) for name in self.adapter_names}
+        resized = is_resized(self.model.get_base_model())
+        return {name: vllm_obstacles(self.model.peft_config[name], resized) for name in self.adapter_names}

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
+from safetensors import safe_open
 
 from ..._cards import CARD, render, update_card_file
 from ...logging import get_logger
 from ..members import BaseModelReference
-from .ensemble_config import ADAPTERS_FOLDER, SavedEnsembleConfig
+from .ensemble_config import ADAPTER_WEIGHTS, ADAPTERS_FOLDER, SavedEnsembleConfig
 from .vllm import vllm_obstacles, vllm_rank
+from .vocabulary import saved_vocabulary
 
 logger = get_logger(__name__)
 
@@ -55,6 +57,7 @@ class Loading:
         merged_rank (`dict[str, int]`): rank of each task's merged adapter; empty where adapters cannot be merged.
         has_labels (`bool`): whether the ensemble names the classifier's outputs.
         is_served_by_vllm (`bool`): whether vLLM serves the merged or only adapter.
+        vocabulary (`int`, *optional*): tokens of the base, where its vocabulary was resized.
     """
 
     load_from: str
@@ -67,6 +70,7 @@ class Loading:
     merged_rank: Mapping[str, int] = field(default_factory=dict)
     has_labels: bool = False
     is_served_by_vllm: bool = False
+    vocabulary: int | None = None
     max_new_tokens: int = _MAX_NEW_TOKENS
 
     @property
@@ -126,9 +130,9 @@ def ensemble_loading(
     tasks = list(config.weights) or [""]
     ranks = {task: _merged_rank(config.weights.get(task, config.default_weights), configs) for task in tasks}
     can_merge = all(rank is not None for rank in ranks.values())
-    is_served = (
-        can_merge and base.auto_class == "AutoModelForCausalLM" and not any(map(vllm_obstacles, configs.values()))
-    )
+    vocabularies = {name: _vocabulary(folder / ADAPTERS_FOLDER / name, config) for name, config in configs.items()}
+    obstacles = [vllm_obstacles(config, vocabularies[name] is not None) for name, config in configs.items()]
+    is_served = can_merge and base.auto_class == "AutoModelForCausalLM" and not any(obstacles)
     return Loading(
         load_from=repo_id or card_path(folder),
         is_on_hub=repo_id is not None,
@@ -140,6 +144,7 @@ def ensemble_loading(
         merged_rank=ranks if can_merge else {},
         has_labels=config.label_space is not None,
         is_served_by_vllm=is_served and max(ranks.values()) <= 512,
+        vocabulary=next((own for own in vocabularies.values() if own is not None), None),
     )
 
 
@@ -152,7 +157,8 @@ def adapter_loading(
 ) -> Loading:
     """How one plain adapter in a folder is loaded; its configuration is read from there unless it is given."""
     config = config or _adapter_config(folder)
-    is_served = base.auto_class == "AutoModelForCausalLM" and not vllm_obstacles(config)
+    vocabulary = _vocabulary(folder, config)
+    is_served = base.auto_class == "AutoModelForCausalLM" and not vllm_obstacles(config, vocabulary is not None)
     return Loading(
         load_from=repo_id or card_path(folder),
         is_on_hub=repo_id is not None,
@@ -162,6 +168,7 @@ def adapter_loading(
         examples=examples,
         merged_rank={"": config.r} if is_served else {},
         is_served_by_vllm=is_served,
+        vocabulary=vocabulary,
     )
 
 
@@ -186,6 +193,15 @@ def _public_reference(base: BaseModelReference) -> BaseModelReference:
 
 def _adapter_config(folder: Path) -> PeftConfig:
     return PeftConfig.from_pretrained(str(folder))
+
+
+def _vocabulary(folder: Path, config: PeftConfig) -> int | None:
+    """Tokens of the base that a saved adapter was trained on, where its vocabulary was resized."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        return None
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a dict
+    return saved_vocabulary(shapes, config)
 
 
 def has_head(folder: Path) -> bool:

@@ -87,7 +87,7 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
             if _is_tied_in_name_only(model, name):
                 config["ensure_weight_tying"] = False
             write_json(target / ADAPTER_CONFIG, config)
-            embeddings = resized_embeddings(model, name)
+            embeddings = resized_embeddings(model, [name])
             if embeddings:
                 tensors = {**load_file(source / ADAPTER_WEIGHTS), **embeddings}
                 save_file(tensors, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -11,11 +11,17 @@ def vllm_rank(config: LoraConfig) -> int | None:
     return next((rank for rank in VLLM_RANKS if rank >= config.r), None)
 
 
-def vllm_obstacles(config: PeftConfig) -> list[str]:
-    """Why vLLM would refuse an adapter or compute it wrongly; empty if it serves it."""
+def vllm_obstacles(config: PeftConfig, is_resized: bool = False) -> list[str]:
+    """Why vLLM would refuse an adapter or compute it wrongly; empty if it serves it.
+
+    Args:
+        config (`PeftConfig`): the adapter's.
+        is_resized (`bool`, *optional*, defaults to `False`):
+            Whether the base has another vocabulary than its checkpoint, which vLLM would load.
+    """
+    obstacles = ["a resized vocabulary"] if is_resized else []
     if not isinstance(config, LoraConfig):
-        return [f"an adapter of type {config.peft_type.value}"]
-    obstacles = []
+        return [f"an adapter of type {config.peft_type.value}", *obstacles]
     if config.modules_to_save:
         obstacles.append(f"modules_to_save {sorted(config.modules_to_save)}")
     if config.use_dora:

@@ -1,10 +1,11 @@
 """Embeddings of a base model whose vocabulary was resized: they travel in the adapters' files, as PEFT has it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
@@ -15,33 +16,33 @@ from .adapter_tensors import PREFIX, embedding_layers, plain_module, split_key
 from .untrusted import checked_file
 
 
-def resized_embeddings(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+def resized_embeddings(model: PeftModel, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Embeddings and output layer of the base model, by the names under which PEFT reads them beside an adapter.
 
     Without them no one could load an adapter whose base got new tokens. Those that the adapter has a copy of its own
     of are left out.
 
     Args:
-        model (`PeftModel`): holds the adapter.
-        name (`str`): the adapter's name.
+        model (`PeftModel`): holds the adapters.
+        names (`Sequence[str]`): the adapter's name; of a merged one, those that it is merged from.
 
     Returns:
         `dict[str, torch.Tensor]`: empty where the vocabulary is that of the base model's checkpoint.
     """
     base = model.get_base_model()
-    if not _is_resized(base):
+    if not is_resized(base):
         return {}
     paths = {module: path for path, module in base.named_modules()}
     tensors: dict[str, torch.Tensor] = {}
     found: set[int] = set()
     for layer in embedding_layers(base):
-        if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
+        if isinstance(layer, ModulesToSaveWrapper) and any(name in layer.modules_to_save for name in names):
             continue
         module = plain_module(base, paths[layer])
         for key, value in module.state_dict(keep_vars=True).items():
             if id(value) not in found:  # tied ones once
                 found.add(id(value))
-                tensors[f"{PREFIX}{paths[layer]}.{_inner_path(layer, name)}{key}"] = value.detach()
+                tensors[f"{PREFIX}{paths[layer]}.{_inner_path(layer, names)}{key}"] = value.detach()
     return tensors
 
 
@@ -94,16 +95,38 @@ def _embeddings_of(path: Path, base: nn.Module, layers: list[nn.Module]) -> Iter
         return  # The check of the adapter names what is wrong.
 
 
-def _inner_path(layer: nn.Module, name: str) -> str:
+def _inner_path(layer: nn.Module, names: Sequence[str]) -> str:
     """Where PEFT keeps the plain module within the adapter's layers, once it is loaded alone."""
-    if isinstance(layer, TrainableTokensWrapper) and name in layer._get_available_adapters():
-        return "token_adapter.base_layer."
-    if isinstance(layer, BaseTunerLayer) and name in layer._get_available_adapters():
-        return "base_layer."
-    return ""
+    if not isinstance(layer, (TrainableTokensWrapper, BaseTunerLayer)):
+        return ""
+    if not set(names) & set(layer._get_available_adapters()):
+        return ""
+    return "token_adapter.base_layer." if isinstance(layer, TrainableTokensWrapper) else "base_layer."
 
 
-def _is_resized(base: nn.Module) -> bool:
+def saved_vocabulary(shapes: Mapping[str, Sequence[int]], config: PeftConfig) -> int | None:
+    """The number of tokens of the embeddings that an adapter's file holds beside its own tensors.
+
+    Args:
+        shapes (`dict[str, Sequence[int]]`): shapes of the file's tensors by name.
+        config (`PeftConfig`): the adapter's.
+
+    Returns:
+        `int`, *optional*: `None` where the file holds no embeddings of a resized base.
+    """
+    saved = tuple(getattr(config, "modules_to_save", None) or ())
+    for key, shape in shapes.items():
+        path, part = split_key(key)
+        if part or not key.startswith(PREFIX) or not key.endswith(".weight") or len(shape) != 2:
+            continue
+        ancestors = accumulate(path.removesuffix(".weight").split("."), "{}.{}".format)
+        if not any(ancestor.endswith(saved) for ancestor in ancestors):
+            return shape[0]
+    return None
+
+
+def is_resized(base: nn.Module) -> bool:
+    """Whether a base model has another vocabulary than the checkpoint that it was loaded from."""
     config = getattr(base, "config", None)
     name = getattr(config, "_name_or_path", None)
     if not name or not hasattr(base, "get_input_embeddings"):
