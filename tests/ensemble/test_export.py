@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,126 @@ def test_what_is_not_served_is_refused_before_anything_is_written(base, model, t
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigurationError, match="takes no \\['branch'\\]"):
         ensemble_of(model, ["x"]).merge("x").push_to_hub("user/x", branch="dev")
+
+
+def test_the_base_that_is_served_is_the_loaded_one(model, base, tmp_path):
+    """Not the one that the ensemble was saved with, which may be gone."""
+    ensemble_of(model, ["x"]).save_pretrained(tmp_path / "saved")
+    moved = toy.save_model(llama(), tmp_path / "moved")
+    ensemble = PeftEnsembleModel.from_pretrained(tmp_path / "saved", base_model=moved)
+    exported = export_for_servers(ensemble, tmp_path / "served")
+    served = str(Path(moved).resolve())
+    assert shlex.split(exported.command)[:4] == ["vllm", "serve", served, "--enable-lora"]
+    assert PeftConfig.from_pretrained(exported.adapters["x"]).base_model_name_or_path == served
+    # Each name has its own revision.
+    ensemble.model.get_base_model().config._commit_hash = "loaded"
+    for saved, revision in ((base, "loaded"), (served, "saved")):
+        ensemble.base_model_reference = replace(
+            ensemble.base_model_reference, name_or_path=str(saved), revision="saved"
+        )
+        line = shlex.split(export_for_servers(ensemble, tmp_path / "served").command)
+        assert line[:5] == ["vllm", "serve", served, "--revision", revision]
+
+
+def test_paths_are_absolute(model, tmp_path, monkeypatch):
+    """vLLM takes relative ones, from another folder, for repositories of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    exported = export_for_servers(ensemble_of(model, ["x"]), "served")
+    folder = (tmp_path / "served").resolve()
+    assert exported.adapters == {"x": str(folder / "x")} and exported.script == str(folder / "serve.sh")
+    assert f"x={folder / 'x'}" in shlex.split((folder / "serve.sh").read_text())
+    # The card names no path of the machine.
+    assert "'served/x'" in (folder / "x" / "README.md").read_text().replace('"', "'")
+
+
+def test_a_task_has_its_folder_whichever_are_exported(model, tmp_path):
+    ensemble = ensemble_of(model, ["a b", "a-b"])
+    both = export_for_servers(ensemble, tmp_path)
+    first = (tmp_path / "a-b" / "adapter_model.safetensors").read_bytes()
+    second = export_for_servers(ensemble, tmp_path, tasks=["a-b"])
+    assert both.adapters == {"a b": str(tmp_path / "a-b"), "a-b": str(tmp_path / "a-b-2")}
+    assert second.adapters == {"a-b": both.adapters["a-b"]}
+    assert (tmp_path / "a-b" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_long_names_of_tasks_are_cut(model, tmp_path):
+    tasks = ["x" * 300, "x" * 301, "字" * 300, "字" * 301, "x" * 100]
+    exported = export_for_servers(ensemble_of(model, tasks), tmp_path)
+    names = [Path(path).name for path in exported.adapters.values()]
+    assert names[0] == "x" * 100 and names[1] == f"{names[0]}-2" and names[4] == f"{names[0]}-3"
+    assert len(set(names)) == len(tasks) and all(len(name.encode()) < 220 for name in names)
+    for task, path in exported.adapters.items():
+        PeftConfig.from_pretrained(path)
+        assert task in exported.command
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_an_interrupted_export_leaves_no_mixture(base, tmp_path, monkeypatch, step):
+    """Neither an old configuration beside new tensors, nor a line that serves old adapters beside new ones."""
+
+    def ensemble_with(rank):
+        return ensemble_of(make(type(llama()).from_pretrained(base), [{"r": rank}] * 3), ["x", "y"])
+
+    export_for_servers(ensemble_with(3), tmp_path)
+    (tmp_path / "x" / "README.md").write_text("Mine.\n")
+    (tmp_path / "x" / "notes").touch()
+    replaced, replace_file = [], os.replace
+
+    def interrupted(source, target):
+        replaced.append(Path(target).name)
+        if len(replaced) > step:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_for_servers(ensemble_with(20), tmp_path)
+    assert not (tmp_path / "serve.sh").exists()
+    for folder in (tmp_path / "x", tmp_path / "y"):
+        assert not list(folder.glob(".*"))
+        if (folder / "adapter_config.json").exists():
+            rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+            tensors = load_file(folder / "adapter_model.safetensors")
+            assert {value.shape[0] for key, value in tensors.items() if ".lora_A." in key} == {rank}
+    exported = export_for_servers(ensemble_with(20), tmp_path)
+    assert exported.max_lora_rank == 32 and Path(exported.script).is_file()
+    assert "Mine." in (tmp_path / "x" / "README.md").read_text() and (tmp_path / "x" / "notes").exists()
+
+
+@pytest.mark.parametrize("count, options", [(1, ["1"]), (4, ["4"]), (9, ["4", "--max-cpu-loras", "9"])])
+def test_vllm_reserves_memory_for_few_adapters_at_once(model, tmp_path, count, options):
+    exported = export_for_servers(ensemble_of(model, [f"t{number}" for number in range(count)]), tmp_path)
+    line = shlex.split(exported.command)
+    assert line[line.index("--max-loras") + 1 : line.index("--lora-modules")] == options
+    assert len(line) - line.index("--lora-modules") - 1 == count
+
+
+def test_a_resized_vocabulary_is_refused_until_its_base_is_saved(base, tmp_path):
+    resized = type(llama()).from_pretrained(base)
+    resized.resize_token_embeddings(resized.config.vocab_size + 3, mean_resizing=False)
+    ensemble = ensemble_of(make(resized, [{"r": 1}] * 3), ["x"])
+    tokens = resized.config.vocab_size
+    with pytest.raises(EnsembleError, match=f"resized to {tokens} tokens. Save the resized base.*base_model=FOLDER"):
+        export_for_servers(ensemble, tmp_path / "served")
+    assert not (tmp_path / "served").exists()
+    assert ensemble.vllm_obstacles() == dict.fromkeys(NAMES, ["a resized vocabulary"])
+    ensemble.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert card.count(f"base.resize_token_embeddings({tokens}, mean_resizing=False)") == 2 and "vllm" not in card
+    # What it says works.
+    batch = ensembles.prompts()
+    batch["input_ids"][:, -1] = tokens - 1
+    with torch.no_grad():
+        expected = ensemble(**batch, task="x").logits
+        ensemble.model.unload().save_pretrained(tmp_path / "base")
+        again = PeftEnsembleModel.from_pretrained(tmp_path / "saved", base_model=str(tmp_path / "base"))
+        assert torch.allclose(again(**batch, task="x").logits, expected, atol=1e-6)
+        exported = export_for_servers(again, tmp_path / "served")
+        assert shlex.split(exported.command)[2] == str((tmp_path / "base").resolve())
+        stock = type(llama()).from_pretrained(tmp_path / "base")
+        served = PeftModel.from_pretrained(stock, exported.adapters["x"]).eval()
+        assert torch.allclose(served(**batch).logits, expected, atol=1e-5)
 
 
 def test_a_base_that_the_ensemble_does_not_name_is_the_one_it_was_loaded_with(base, tmp_path):

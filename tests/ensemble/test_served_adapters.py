@@ -128,6 +128,7 @@ def test_vllm_reads_the_command_as_it_is_meant(base, folder, tmp_path):
     parser.add_argument("--enable-lora", action="store_true")
     parser.add_argument("--max-lora-rank", type=int)
     parser.add_argument("--max-loras", type=int)
+    parser.add_argument("--max-cpu-loras", type=int)
     parser.add_argument("--lora-modules", nargs="+", action=cli_args.LoRAParserAction)
     read = parser.parse_args(words[2:])
     assert {own.name: own.path for own in read.lora_modules} == exported.adapters
