@@ -192,7 +192,7 @@ class RunFiles:
         """What the run's own records of a kind carry; `None` for the run's record itself and where there is none."""
         if kind is RunRecord or (self._record is None and not self.has(RunRecord)):
             return None
-        return self.record.identity(with_choices=kind in layout.CHOICE_RECORDS)
+        return self.record.identity(kind in layout.CHOICE_RECORDS, kind not in layout.TRAINED_RECORDS)
 
     def _training_record(self, name: str) -> Path:
         return self.path / layout.TRAINING / f"{name}.json"

@@ -8,7 +8,7 @@ from .costs import Costs
 from .evaluation import EvaluatedRows, Evaluation
 from .example_rows import ExampleRows
 from .fidelity_report import FidelityReport
-from .records import Concurrency, EnsembleWeights, Estimate, RunRecord, TasksRecord
+from .records import Concurrency, EnsembleWeights, Estimate, RunRecord, TasksRecord, TrainedAdapter
 from .results import Results
 from .systems import BASELINE
 
@@ -64,6 +64,8 @@ CHOICE_RECORDS: tuple[type[Record], ...] = (
     Comparison,
     Results,
 )
+# Records that stay what they are however gradients are captured.
+TRAINED_RECORDS: tuple[type[Record], ...] = (TasksRecord, TrainedAdapter)
 # Everything in the run that depends on the choice, and the stages that make it.
 CHOICE_ARTEFACTS = (
     *(RECORDS[kind] for kind in CHOICE_RECORDS),

@@ -55,10 +55,11 @@ class RunRecord(Record):
         """What each finished stage took."""
         return {name: stage.cost for name, stage in self.stages.items() if stage.cost is not None}
 
-    def identity(self, with_choices: bool) -> str:
+    def identity(self, with_choices: bool, with_capture: bool = True) -> str:
         """What tells the files of this run from those of others: a digest of the configuration, and of the choices."""
         data = self.to_dict()
-        return digest_of([data["configuration"], data["choices"] if with_choices else None])[:32]
+        configuration = {key: own for key, own in data["configuration"].items() if with_capture or key != "capture"}
+        return digest_of([configuration, data["choices"] if with_choices else None])[:32]
 
 
 @dataclass(frozen=True)

@@ -164,20 +164,21 @@ def test_overwriting_starts_over(tmp_path, base_folder, trained):
     sft_trainer(tmp_path / "run", base_folder, **options).train()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     sft_trainer(tmp_path / "run", base_folder, **options, learning_rate=1e-3, overwrite_run=True).train()
-    assert trained == 2 * ["baseline", "group_0"]
+    # One group is the adapter for all tasks.
+    assert trained == ["baseline", "baseline"]
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_gradients_that_are_captured_otherwise_keep_the_adapter_for_all(tmp_path, base_folder, trained):
-    options = {"num_groups": 1, "num_train_epochs": 1}
+    options = {"num_groups": 2, "num_train_epochs": 1}
     sft_trainer(tmp_path / "run", base_folder, **options).train()
     # No task has so many rows.
     sft_trainer(tmp_path / "run", base_folder, **options, capture_rows=1000, capture_seed=1).train()
-    assert trained == ["baseline", "group_0"]
+    assert trained == ["baseline", "group_0", "group_1"]
     other = {"margin": "mean_log_odds", "capture_rows": 4, "overwrite_run": True}
     again = sft_trainer(tmp_path / "run", base_folder, **options, **other)
     again.train()
-    assert trained == ["baseline", "group_0", "group_0"]
+    assert trained[3:] == ["group_0", "group_1"]
     store = GradientStore(tmp_path / "run" / "gradients")
     assert store.identity["config"]["margin"] == "mean_log_odds"
     assert store.num_rows("train") == 4 * len(again.tasks)
