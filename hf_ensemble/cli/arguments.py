@@ -87,8 +87,9 @@ class CompareArguments(FlowArguments):
     baselines: list[str] = field(
         default_factory=lambda: ["all"],
         metadata={
-            "help": "What the ensemble is compared with: all, or some of longer, wider, per_task, finetuned, "
-            "random_groups, gradient_clusters, average, task_arithmetic, ties, tsv, knots, lorahub, arrow, seeds."
+            "help": "What the ensemble is compared with: all, or some of scaled, longer, longer_scaled, wider, "
+            "per_task, finetuned, random_groups, gradient_clusters, average, task_arithmetic, ties, tsv, knots, "
+            "lorahub, arrow, seeds."
         },
     )
     finetuned_length: float = field(

@@ -56,6 +56,7 @@ def test_every_system_is_scored_and_costed(compared):
     ratio = costs["ensemble"].training_flops / costs["baseline"].training_flops
     steps = known["baseline"].global_step
     assert 1.3 < ratio < 2
+    assert costs["scaled"].trainings == ["baseline"] and costs["longer_scaled"].trainings == costs["longer"].trainings
     for name in ("longer", "wider"):
         assert known[f"compared-{name}"].global_step == math.ceil(ratio * steps), name
     for task in tasks:
@@ -66,6 +67,7 @@ def test_every_system_is_scored_and_costed(compared):
     stored = {"per_task": 3, "finetuned": 3, "seeds": 2, "wider": 2, "longer": 1, "average": 3, "random_groups": 2}
     assert {name: costs[name].stored_parameters / one for name in stored} == stored
     assert costs["seeds"].inference_flops == pytest.approx(2 * costs["longer"].inference_flops)
+    assert found.systems["scaled"].search_flops > 0
     assert found.systems["lorahub"].search_flops > 0 < found.systems["task_arithmetic"].search_flops
 
 
@@ -107,6 +109,33 @@ def test_the_model_is_left_as_the_run_left_it(compared):
     left = [name for name, _ in trainer.ensemble.model.named_modules() if "compared" in name or "arrow" in name]
     assert left == []
     trainer.evaluate()
+
+
+def test_one_adapter_is_scaled_as_the_ensemble_is(compared):
+    trainer, found, _ = compared
+    maker = BaselineComparison(trainer)._maker()
+    with trainer.working():
+        made = maker.make("scaled")
+    assert made.scales and set(made.scales) <= set(trainer.tasks)
+    flow = trainer.flow
+    # Validation rows are what the scales were fitted to: they do no worse there.
+    assert found.split == "eval"
+    for task in trainer.tasks:
+        losses = [found.systems[name].scores[task].loss for name in ("scaled", "baseline")]
+        assert losses[0] <= losses[1] + 1e-6
+        assert (losses[0] < losses[1] - 1e-6) == (task in made.scales)
+    # The same logits, times the scale.
+    task = next(iter(made.scales))
+    with trainer.working(), adapters.loaded_adapters(flow, made.together) as members:
+        ensemble = PeftEnsembleModel(flow.context.model, members, scales=made.scales)
+        ensemble.weights = {task: {"scaled": 1.0}}
+        batch = flow.context.data_collator([flow.context.eval_tables[task][0]])
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            scaled = ensemble(**inputs, task=task).logits
+            ensemble.scales = {}
+            plain = ensemble(**inputs, task=task).logits
+    assert torch.allclose(scaled, made.scales[task] * plain, atol=1e-5)
 
 
 def test_the_average_is_the_mean_of_the_tasks_changes(compared):
@@ -191,7 +220,7 @@ def test_a_wider_adapter_is_scaled_as_the_narrow_one_in_every_layer(use_rslora):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"baselines": "best"}, r"Expected baselines to be 'all' or some of \['longer'.*found \['best'\]"),
+        ({"baselines": "best"}, r"Expected baselines to be 'all' or some of \['scaled', 'longer'.*found \['best'\]"),
         ({"baselines": []}, "Expected baselines to be 'all'"),
         ({"continued_length": 0}, "continued_length"),
         ({"num_groups": 1}, "num_groups"),
@@ -210,7 +239,9 @@ def test_systems_that_the_adapters_do_not_allow_are_named(tmp_path):
         BaselineComparison(trainer, ["per_task", "ties"])
     allowed = BaselineComparison(trainer)
     assert set(allowed.left_out) == {"wider", "average", "task_arithmetic", "ties", "tsv", "knots", "lorahub", "arrow"}
-    assert allowed.names == ["longer", "per_task", "finetuned", "random_groups", "gradient_clusters", "seeds"]
+    assert allowed.names == [
+        *("scaled", "longer", "longer_scaled", "per_task", "finetuned", "random_groups", "gradient_clusters", "seeds")
+    ]
     without = text_trainer(tmp_path / "other", toy.bert(4), toy.text_tasks(), train_baseline=False)
     with pytest.raises(ConfigurationError, match="train_baseline=False does not train"):
         BaselineComparison(without)

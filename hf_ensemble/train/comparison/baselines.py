@@ -9,7 +9,9 @@ from ...tasks import TaskSet
 
 # Name of each system, and whether it needs plain LoRA adapters.
 _NEEDS_LORA = {
+    "scaled": False,
     "longer": False,
+    "longer_scaled": False,
     "wider": True,
     "per_task": False,
     "finetuned": False,

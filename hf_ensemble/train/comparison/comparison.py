@@ -36,7 +36,9 @@ class BaselineComparison:
 
     | name | system |
     |---|---|
+    | `scaled` | one adapter for all, its logits scaled for each task as the ensemble's are |
     | `longer` | one adapter for all, trained as long as the ensemble's adapters together |
+    | `longer_scaled` | the same, its logits scaled |
     | `wider` | the same, of a rank that stores as much as the ensemble |
     | `per_task` | one adapter per task |
     | `finetuned` | one adapter for all, then continued on each task (MTL-FT) |
@@ -189,9 +191,11 @@ class BaselineComparison:
         self, name: str, made: MadeSystem, tables: Mapping[str, Dataset]
     ) -> tuple[dict[str, TaskScores], Usage]:
         flow = self.trainer.flow
-        if name == "seeds":
+        if made.together and name != "arrow":
             with loaded_adapters(flow, made.together) as members:
-                ensemble = PeftEnsembleModel(flow.context.model, members, label_space=flow.context.label_space)
+                ensemble = PeftEnsembleModel(
+                    flow.context.model, members, label_space=flow.context.label_space, scales=made.scales
+                )
                 equal = dict.fromkeys(members, 1.0 / len(members))
                 ensemble.weights = {task: dict(equal) for task in tables}
                 return flow.evaluation.score_ensemble(ensemble, tables), flow.evaluation.forward

@@ -16,6 +16,7 @@ from ...ensemble.weighting.sampling import spread_sample
 from ...models.usage import measured_usage
 from ...runs import SystemCost, TrainedAdapter
 from ...runs.systems import BASELINE
+from ..flows.assembly import fit_task
 from ..flows.ensemble_flow import EnsembleFlow
 from ..flows.evaluation import ensemble_scorer
 from .adapters import loaded_adapters, train_widened
@@ -36,6 +37,7 @@ class MadeSystem:
     Args:
         serving (`dict[str, Path]`): the adapter's folder, by task; empty where several adapters run together.
         together (`dict[str, Path]`): adapters by name that all tasks share.
+        scales (`dict[str, float]`): what their logits are multiplied by, by task.
         trainings (`list[TrainedAdapter]`): where they come from.
         search_flops (`float`): operations of a search for weights.
         note (`str`): what was chosen.
@@ -43,6 +45,7 @@ class MadeSystem:
 
     serving: Mapping[str, Path] = field(default_factory=dict)
     together: Mapping[str, Path] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
     trainings: Sequence[TrainedAdapter] = ()
     search_flops: float = 0.0
     note: str = ""
@@ -104,6 +107,24 @@ class SystemMaker:
     def _longer(self) -> MadeSystem:
         trained = self._trained("longer", self.names, length=self.training_ratio)
         return self._for_all("longer", [trained], f"{self.training_ratio:.2f} times as long")
+
+    def _scaled(self) -> MadeSystem:
+        return self._with_scales(self.run.baseline, run_on_main(lambda: self.run.trained_adapter(BASELINE)))
+
+    def _longer_scaled(self) -> MadeSystem:
+        made = self._longer()
+        return self._with_scales(made.folders[0], made.trainings[0])
+
+    def _with_scales(self, folder: Path, trained: TrainedAdapter) -> MadeSystem:
+        """One adapter, its logits scaled for each task as those of the ensemble are."""
+        context, together = self.flow.context, {"scaled": folder}
+        with measured_usage() as usage, loaded_adapters(self.flow, together) as members:
+            ensemble = PeftEnsembleModel(context.model, members, label_space=context.label_space)
+            fits = [fit_task(context, ensemble, task, {"scaled": 1.0}) for task in self.names]
+        scales = {task: scale for fit in fits for task, scale in fit.scales.items()}
+        values = [scales.get(task, 1.0) for task in self.names]
+        note = f"logits times {min(values):.2f} to {max(values):.2f}, by task, fitted to evaluation rows"
+        return MadeSystem(together=together, scales=scales, trainings=[trained], search_flops=usage.flops, note=note)
 
     def _wider(self) -> MadeSystem:
         factor, folder = max(len(self.flow.ensemble.adapter_names), 2), self.run.compared("wider")

@@ -148,23 +148,8 @@ class EnsembleAssembly:
         return candidates[max(found, key=found.get)], found
 
     def _fits(self, ensemble: PeftEnsembleModel, tasks: list[str]) -> list[WeightFit]:
-        args = self.context.args
-        return [
-            fit_ensemble(
-                ensemble,
-                {task: self.context.eval_tables[task]},
-                data_collator=self.context.data_collator,
-                batch_size=args.per_device_eval_batch_size,
-                min_weight=_MIN_WEIGHT,
-                max_values=_WEIGHT_VALUES,
-                max_rows=_WEIGHT_ROWS,
-                seed=args.seed,
-                mixed_precision=self.context.mixed_precision,
-                cross_validate=args.ensemble_weights != "fitted",
-                own_adapters={task: {self.grouping.group_of(task): 1.0}},
-            )
-            for task in tasks
-        ]
+        own = {task: {self.grouping.group_of(task): 1.0} for task in tasks}
+        return [fit_task(self.context, ensemble, task, own[task]) for task in tasks]
 
     def _load(self, members: list[EnsembleMember]) -> None:
         """Put the members' adapters on the run's model, beside its own.
@@ -186,3 +171,21 @@ class EnsembleAssembly:
                 load_adapter(model, folder, member.name)
                 mark_as_of_a_run(model.peft_config[member.name])
                 self._loaded[member.name] = model.peft_config[member.name]
+
+
+def fit_task(context: FlowContext, ensemble: PeftEnsembleModel, task: str, own: Mapping[str, float]) -> WeightFit:
+    """Weights and scale of a run's task, fitted to its evaluation rows; `own` are those they are shrunk towards."""
+    args = context.args
+    return fit_ensemble(
+        ensemble,
+        {task: context.eval_tables[task]},
+        data_collator=context.data_collator,
+        batch_size=args.per_device_eval_batch_size,
+        min_weight=_MIN_WEIGHT,
+        max_values=_WEIGHT_VALUES,
+        max_rows=_WEIGHT_ROWS,
+        seed=args.seed,
+        mixed_precision=context.mixed_precision,
+        cross_validate=args.ensemble_weights != "fitted",
+        own_adapters={task: own},
+    )
