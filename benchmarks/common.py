@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hf_ensemble._compat import package_versions
+from hf_ensemble.evaluate import RowScores
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "validation", "test")
@@ -136,6 +137,22 @@ def _wrapped(command: str, width: int = 110) -> str:
             lines.append("   ")
         lines[-1] = f"{lines[-1]} {part}" if lines[-1] else part
     return "\n".join(lines)
+
+
+def rows_over_seeds(made: Sequence[Mapping[str, RowScores]]) -> dict[str, RowScores]:
+    """Mean scores of each row over the seeds, by task."""
+
+    def mean(values: Callable[[RowScores], np.ndarray], task: str) -> np.ndarray:
+        return np.mean([values(one[task]) for one in made], axis=0)
+
+    return {
+        task: RowScores(
+            mean(lambda rows: rows.loss, task),
+            mean(lambda rows: rows.correct, task),
+            metrics={name: mean(lambda rows, name=name: rows.metrics[name], task) for name in own.metrics},
+        )
+        for task, own in made[0].items()
+    }
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
 
-from hf_ensemble import EnsembleSFTConfig, EnsembleSFTTrainer
+from hf_ensemble import EnsembleSFTTrainer
 from hf_ensemble.ensemble import EnsembleMember, PeftEnsembleModel
 from hf_ensemble.ensemble.weighting.added_member import added_member
 from hf_ensemble.estimate import LINEAR_METHODS
@@ -38,9 +37,9 @@ from hf_ensemble.train.flows.boosting.held_out import added_answers
 from hf_ensemble.train.flows.boosting.stage import EnsembleBoosting
 from hf_ensemble.train.inputs.boosting import TRAINED_METHODS
 
-from ..chain_of_thought.run import pretrained
 from ..common import make_parser, read_results, shape_of, write_results
 from ..skills import CORRUPTED, SKILLS, rows
+from ..skills_trainer import pretrained, skills_ensemble
 from ..trainers import trainer_from_flags
 from .at_adapters import BoostingAtAdapters
 from .table import table
@@ -54,31 +53,9 @@ def skills_trainer(settings, seed: int) -> tuple[EnsembleSFTTrainer, Mapping[str
         split: {name: rows(name, count, f"{split}{seed}") for name in names}
         for split, count in (("train", settings.rows), ("validation", 100), ("test", 200))
     }
-    args = EnsembleSFTConfig(
-        output_dir=str(Path(settings.output_dir) / f"skills-{seed}"),
-        projection_dim=None,
-        num_groups=settings.num_groups,
-        num_train_epochs=settings.epochs,
-        learning_rate=1e-3,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=100,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        seed=seed,
-    )
-    trainer = EnsembleSFTTrainer(
-        model=str(base),
-        args=args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    return trainer, splits["test"]
+    test = splits.pop("test")
+    folder, options = Path(settings.output_dir) / f"skills-{seed}", {"num_groups": settings.num_groups}
+    return skills_ensemble(base, folder, seed, splits, num_train_epochs=settings.epochs, **options), test
 
 
 class Boosted:

@@ -21,7 +21,7 @@ from hf_ensemble.ensemble.weighting.cross_validation import cross_validated_weig
 from hf_ensemble.ensemble.weighting.objectives import fit_objective
 from hf_ensemble.evaluate import RowScores, system_intervals
 
-from ..common import make_parser, write_results
+from ..common import make_parser, rows_over_seeds, write_results
 from .picture import draw
 from .systems import ONE_FOR_ALL
 from .table import table
@@ -123,14 +123,6 @@ def served(outputs: Outputs, system: dict, seed: int) -> dict[str, Served]:
     return found
 
 
-def over_seeds(rows: list[dict[str, RowScores]]) -> dict[str, RowScores]:
-    """Mean scores of each row over the seeds."""
-    return {
-        task: RowScores(np.mean([one[task].loss for one in rows], 0), np.mean([one[task].correct for one in rows], 0))
-        for task in rows[0]
-    }
-
-
 def of_recipe(folders: list[Path]) -> dict:
     """Every system, over the seeds that have finished it."""
     seeds = [Outputs(folder) for folder in folders]
@@ -170,7 +162,7 @@ def of_recipe(folders: list[Path]) -> dict:
 def _scores(seeds: list[dict[str, dict[str, Served]]], label: str, way: str) -> dict:
     """Of a system that is served in one way, and its differences from one adapter for all of the same seeds."""
     found = [one[label][way] for one in seeds]
-    scores, reference = (over_seeds(rows) for rows in zip(*[(one[label][way].rows, _plain(one)) for one in seeds]))
+    scores, reference = (rows_over_seeds(rows) for rows in zip(*[(one[label][way].rows, _plain(one)) for one in seeds]))
     differences = system_intervals({"system": scores, "reference": reference}, "reference")["system"].mean_difference
     accuracies = [[one.rows[task].correct.mean() for task in scores] for one in found]
     return {

@@ -12,7 +12,6 @@ trainings are kept in OUT, so that a killed study can be resumed.
 """
 
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,66 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, disable_progress_bars
-from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from datasets import concatenate_datasets, disable_progress_bars
 
-from hf_ensemble import AnswerMetric, SelectionSFTConfig, SelectionSFTTrainer
+from hf_ensemble import SelectionSFTConfig, SelectionSFTTrainer
 from hf_ensemble.select import Selection, SelectionProblem, mean_cosines
 from hf_ensemble.select.baselines import similarity_selection
 from hf_ensemble.store import FeatureTable
 from hf_ensemble.tasks import EXAMPLE_ID, TASK, pop_meta
 
 from ..common import make_parser, shape_of, write_results
-from ..models import train_from_scratch
-from ..skills import ARITHMETIC, CORRUPTED, SKILLS, TARGET, rows, tokenizer, unreliable
+from ..skills import CORRUPTED, SKILLS, TARGET, rows
+from ..skills_trainer import METRIC, pretrained, skills_arguments, skills_lora
 from .table import table
 
 TEST_ROWS = 150
-METRIC = AnswerMetric("the_answer_is", "exact_match", max_new_tokens=24)
-
-
-def pretrained(folder: Path, count: int, seed: int = 0) -> Path:
-    """The base model, after one epoch on rows of every skill, most of them wrong."""
-    if (folder / "config.json").exists():
-        return folder
-    set_seed(seed)
-    generator, tokens = random.Random(seed), tokenizer()
-    # Calculation is the hardest to learn: two thirds of what is read.
-    names = [name for name in SKILLS if name not in CORRUPTED] + 2 * list(ARITHMETIC)
-    read = [unreliable(names[index % len(names)], generator) for index in range(count)]
-    encoded = tokens([row["prompt"] + row["completion"] + tokens.eos_token for row in read], padding=True)
-    ids, mask = np.array(encoded["input_ids"]), np.array(encoded["attention_mask"])
-    data = {"input_ids": ids, "attention_mask": mask, "labels": np.where(mask == 1, ids, -100)}
-    config = LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        pad_token_id=tokens.pad_token_id,
-        bos_token_id=tokens.eos_token_id,
-        eos_token_id=tokens.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    with tempfile.TemporaryDirectory() as scratch:
-        train_from_scratch(
-            model,
-            Dataset.from_dict({name: values.tolist() for name, values in data.items()}),
-            scratch,
-            per_device_train_batch_size=64,
-            num_train_epochs=1,
-            learning_rate=2e-3,
-            logging_steps=200,
-            disable_tqdm=True,
-            seed=seed,
-        )
-    model.save_pretrained(folder)
-    tokens.save_pretrained(folder)
-    return folder
 
 
 def make_trainer(base: Path, folder: Path, settings, seed: int) -> SelectionSFTTrainer:
@@ -91,29 +44,17 @@ def make_trainer(base: Path, folder: Path, settings, seed: int) -> SelectionSFTT
     sizes = {name: settings.validation_rows if name == TARGET else 8 for name in SKILLS}
     validation = {name: rows(name, size, f"validation{seed}") for name, size in sizes.items()}
     args = SelectionSFTConfig(
-        output_dir=str(folder),
-        projection_dim=None,
+        **skills_arguments(folder, seed) | {"learning_rate": settings.learning_rate},
         calibration_runs=settings.calibration_runs,
         max_auxiliary=settings.max_auxiliary,
         num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=100,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        seed=seed,
     )
     return SelectionSFTTrainer(
         model=str(base),
         args=args,
         train_dataset=train,
         eval_dataset=validation,
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=skills_lora(),
         target=TARGET,
         answer_metrics=METRIC,
     )

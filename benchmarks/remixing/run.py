@@ -23,7 +23,7 @@ from datasets import Dataset
 from hf_ensemble._files import write_json
 from hf_ensemble.evaluate import RowScores, system_intervals
 
-from ..common import drawn_tasks, make_parser, shape_of, write_results
+from ..common import drawn_tasks, make_parser, rows_over_seeds, shape_of, write_results
 from ..trainers import flag_value, trainer_from_flags
 from .mixers import DoReMiProxy, FixedShares, GradientMixture, OnlineDataMixing, proportional_shares
 from .table import table
@@ -126,7 +126,7 @@ def of_goal(goal: str, seeds: Sequence[Seed], ways: Sequence[str], tasks: Sequen
     """Figures of each way for a goal, over the seeds, and its paired differences from two of the ways."""
     made = {way: [seed.made(way, goal) for seed in seeds] for way in ways}
     counted = list(tasks) if goal == ALL else [goal]
-    rows = {way: {name: over_seeds(own, name) for name in counted} for way, own in made.items()}
+    rows = {way: rows_over_seeds([test_scores(one, counted) for one in own]) for way, own in made.items()}
     against = {other: system_intervals(rows, other) for other in (PROPORTIONAL, STATIC)}
     found = {}
     for way, own in made.items():
@@ -152,10 +152,9 @@ def sampled(rows: Dataset, count: int) -> Dataset:
     return rows.select(np.sort(order[:count]))
 
 
-def over_seeds(made: Sequence[dict], task: str) -> RowScores:
-    """Mean scores of each test row of a task over the seeds."""
-    own = [one["test"][task] for one in made]
-    return RowScores(*(np.mean([one[name] for one in own], axis=0) for name in ("loss", "correct")))
+def test_scores(one: dict, tasks: Sequence[str]) -> dict[str, RowScores]:
+    """Scores of the test rows of some tasks."""
+    return {task: RowScores(*(np.array(one["test"][task][name]) for name in ("loss", "correct"))) for task in tasks}
 
 
 def mean_over_tasks(rows: dict, tasks: Sequence[str], name: str) -> float:

@@ -1,0 +1,38 @@
+"""A Markdown table of systems beside an ensemble."""
+
+from hf_ensemble.runs.systems import system_name
+
+from ..common import markdown_table, mean_and_deviation
+
+
+def table(results: dict) -> str:
+    systems = results["systems"]
+    figures = list(dict.fromkeys(name for own in systems for name in own["figures"]))
+    header = ["system", "training cost", "stored parameters"]
+    header += [word for name in figures for word in (name.replace("_", " "), "difference")]
+    rows = [_row(own, figures) for own in systems]
+    shape = results["shape"]
+    count = len(shape["seeds"])
+    seeds = "one seed" if count == 1 else f"{count} seeds (± standard deviation)"
+    lines = [
+        f"Means over {seeds} and the {results['split']} rows of "
+        f"{len(systems[0]['tasks'])} tasks, {shape['rows']} training rows each. The training cost, in operations, and "
+        "the stored parameters are in multiples of those of one adapter for all, from which differences are, with 95 % "
+        f"intervals over rows. The ensemble may cost {shape['budget']:g}, and has "
+        f"{' / '.join(str(count) for count in results['groups'])} groups.",
+        "",
+        *markdown_table(header, rows),
+    ]
+    for name, why in results["left_out"].items():
+        lines += ["", f"Left out: {system_name(name)}. {why}"]
+    return "\n".join(lines) + "\n"
+
+
+def _row(own: dict, figures: list[str]) -> list[str]:
+    cells = [system_name(own["system"]), f"{own['training_cost']:.2f}", f"{own['stored_parameters']:.1f}"]
+    for name in figures:
+        values = own["figures"].get(name)
+        cells.append("-" if values is None else mean_and_deviation(values) if len(values) > 1 else f"{values[0]:.3f}")
+        found = own["differences"].get(name)
+        cells.append("-" if found is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(*found))
+    return cells
