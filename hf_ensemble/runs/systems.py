@@ -12,7 +12,7 @@ SYSTEM_NAMES = {
     "selection": "selection",
     "scaled": "one adapter for all, logits scaled",
     "longer": "one adapter for all, as long as the ensemble",
-    "longer_scaled": "the same, logits scaled",
+    "longer_scaled": "one adapter for all, as long as the ensemble, logits scaled",
     "wider": "one adapter for all, of higher rank",
     "per_task": "one adapter per task",
     "finetuned": "one adapter for all, then each task",
