@@ -55,8 +55,8 @@ def test_a_mixture_is_trained_with_its_weights(tmp_path, base_folder, monkeypatc
     tasks = toy.sft_tasks()
     found = methods.optimize_mixture
 
-    def with_a_half(estimator, target, caps):
-        mixture = found(estimator, target, caps)
+    def with_a_half(estimator, target, caps, **options):
+        mixture = found(estimator, target, caps, **options)
         (target,) = target
         other = next(name for name in tasks if name != target)
         return replace(mixture, weights={target: 1.0, other: 0.5}, probabilities={target: 0.7, other: 0.3})
