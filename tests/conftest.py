@@ -74,6 +74,12 @@ def finished(tmp_path_factory):
     return trainer, output, base
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    # A test that ran out of time may have been stopped where gradients were off.
+    torch.set_grad_enabled(True)
+
+
 def pytest_collection_modifyitems(items):
     # Files with long tests come first: workers end together where the last tests are short.
     long = {item.path for item in items if item.get_closest_marker("slow") is not None}

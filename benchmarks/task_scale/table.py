@@ -47,8 +47,7 @@ def table(results: dict) -> str:
         "is the expected one. The memory is that of the whole process. Before each choice, the features are reduced "
         "and the predictions calibrated: "
         + ", ".join(f"{_made(made[key])} for {key[0]:,} tasks of {key[1]:,} rows" for key in sorted(made))
-        + ". Lines with CPU seconds, which are the sum over threads, were measured while other jobs kept both cores "
-        "busy: their seconds are upper bounds.",
+        + ". CPU seconds are the sum over threads.",
         "",
     ]
     return "\n".join([*lines, *markdown_table(header, rows)]) + "\n"

@@ -200,6 +200,7 @@ def test_world_is_the_same_for_a_seed_and_its_families_contradict_each_other():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_demo_keeps_its_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(flow.torch, "set_num_threads", lambda count: None)
     assert main(["demo", "--output_dir", str(tmp_path / "demo"), "--fidelity_subsets", "2"]) == 0
