@@ -15,6 +15,8 @@ import transformers
 from helpers import toy
 from helpers.trainers import sft_trainer
 from hf_ensemble.models.usage import FlopSamples
+from hf_ensemble.train.concurrent import turns
+from hf_ensemble.train.concurrent.shared_pass import SharedPass
 
 if not torch.accelerator.is_available():
     # DeepSpeed says on stdout that it finds none when accelerate imports it, in whichever test that is.
@@ -95,3 +97,16 @@ def pytest_collection_modifyitems(items):
 def uncounted(monkeypatch):
     """No batch's operations are counted, for which trainings run the first ones alone."""
     monkeypatch.setattr(FlopSamples, "wants", lambda self, shape: False)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Number of trainings in each shared pass."""
+    counts = []
+
+    def counted(calls):
+        counts.append(len(calls))
+        return SharedPass(calls)
+
+    monkeypatch.setattr(turns, "SharedPass", counted)
+    return counts

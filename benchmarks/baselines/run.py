@@ -16,7 +16,7 @@ import numpy as np
 from datasets import disable_progress_bars
 
 from hf_ensemble.evaluate import system_intervals
-from hf_ensemble.runs import Comparison, RunDirectory
+from hf_ensemble.runs import Comparison, RunDirectory, TasksRecord
 from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.select import Grouping
 from hf_ensemble.train import BaselineComparison
@@ -119,6 +119,7 @@ def main() -> None:
         "shape": shape_of(settings, "output_dir", "data"),
         "split": comparisons[0].split,
         "groups": [len(run.read(Grouping).groups) for run in runs],
+        "train_rows": {name: own.num_rows["train"] for name, own in runs[0].read(TasksRecord).tasks.items()},
         "systems": summary(comparisons),
         "left_out": comparisons[0].left_out,
     }

@@ -11,15 +11,15 @@ def table(results: dict) -> str:
     header = ["system", "training cost", "stored parameters"]
     header += [word for name in figures for word in (name.replace("_", " "), "difference")]
     rows = [_row(own, figures) for own in systems]
-    shape = results["shape"]
+    shape, tasks = results["shape"], results["train_rows"]
     count = len(shape["seeds"])
     seeds = "one seed" if count == 1 else f"{count} seeds (± standard deviation)"
+    sizes = " or ".join(str(size) for size in sorted(set(tasks.values())))
     lines = [
-        f"Means over {seeds} and the {results['split']} rows of "
-        f"{len(systems[0]['tasks'])} tasks, {shape['rows']} training rows each. The training cost, in operations, and "
-        "the stored parameters are in multiples of those of one adapter for all, from which differences are, with 95 % "
-        f"intervals over rows. The ensemble may cost {shape['budget']:g}, and has "
-        f"{' / '.join(str(count) for count in results['groups'])} groups.",
+        f"Means over {seeds} and the {results['split']} rows of {len(tasks)} tasks of {sizes} training rows. The "
+        "training cost, in operations, and the stored parameters are in multiples of those of one adapter for all, "
+        "from which differences are, with 95 % intervals over rows. The ensemble may cost "
+        f"{shape['budget']:g}, and has {' / '.join(str(count) for count in results['groups'])} groups.",
         "",
         *markdown_table(header, rows),
     ]

@@ -100,7 +100,9 @@ class SelectionProblem:
         exclude = self._exclude = checked_names("tasks to exclude", exclude, self.names)
         both = sorted(set(include) & set(exclude))
         if both:
-            advice = "Targets are included unless include says otherwise: include=[]" if is_default else "Drop them"
+            advice = "Drop them from one of the two"
+            if is_default:
+                advice = "Targets are included unless include says otherwise: include=[]"
             raise ConfigurationError(f"The tasks {both} are both included and excluded. {advice}.")
         self.required = mixture_weights(include, self.names) > 0
         self.optional = ~self.required & ~(mixture_weights(exclude, self.names) > 0)

@@ -90,14 +90,15 @@ def configuration_of(
 
 def _capture_of(tasks: TaskSet, args: TrainingArguments) -> dict[str, Any]:
     """What gradients depend on beside; limits of rows that no task exceeds make no difference."""
-    found = {name: getattr(args, name) for name in sorted(_CAPTURE) if hasattr(args, name)}
-    limited = False
+    found = {name: getattr(args, name) for name in sorted(_CAPTURE)}
     for split, name in ROW_LIMITS.items():
         sizes = {task: len(rows) for task, rows in tasks.split(split).items()}
-        captured = {task: num_captured(getattr(args, name), task, size) for task, size in sizes.items()}
+        captured = {task: num_captured(found[name], task, size) for task, size in sizes.items()}
         found[name] = {task: count for task, count in captured.items() if count < sizes[task]}
-        limited = limited or bool(found[name])
-    return found if limited else {name: value for name, value in found.items() if name != "capture_seed"}
+    if not any(found[name] for name in ROW_LIMITS.values()):
+        # Nothing is drawn.
+        del found["capture_seed"]
+    return found
 
 
 def choices_of(args: TrainingArguments) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def test_figures_are_those_of_the_comparisons(run, tmp_path):
             assert scores["loss"] == pytest.approx(
                 np.mean([one.systems[name].scores[task].loss for one in made]), rel=1e-5
             )
+    assert set(results["train_rows"].values()) == {6}
     losses = {name: np.mean(own["figures"]["loss"]) for name, own in of_system.items()}
     difference, low, high = of_system["ensemble"]["differences"]["loss"]
     assert difference == pytest.approx(losses["ensemble"] - losses[BASELINE], abs=1e-5) and low <= difference <= high

@@ -370,7 +370,8 @@ def test_the_adapter_for_all_is_compared_at_the_level_of_what_goes_on_from_it():
     found = AdaptersAtHand.of(leveled, {}, has_baseline=True, starts_at_baseline=True)
     assert found.losses[-1] == pytest.approx(1.2 * leveled.base_loss(), rel=1e-6)
     assert found.on(leveled).losses == pytest.approx(found.losses, rel=1e-12)
-    grouping = DataSelector(leveled).group(2, "mixtures", group_initialization="baseline", affinity_subsets=10)
-    if grouping.baseline_group is not None:
-        row = list(grouping.groups).index(grouping.baseline_group)
-        assert predicted_losses(leveled, grouping)[row] == pytest.approx(1.2 * leveled.base_loss(), rel=1e-6)
+    # Nothing but it is within the budget.
+    options = {"compute_budget": 1.0, "group_initialization": "baseline", "affinity_subsets": 10}
+    grouping = DataSelector(leveled).group(2, "mixtures", **options)
+    assert list(grouping.groups) == [grouping.baseline_group]
+    assert predicted_losses(leveled, grouping)[0] == pytest.approx(1.2 * leveled.base_loss(), rel=1e-6)

@@ -143,7 +143,7 @@ def test_baselines_stand_beside_every_result(selector, estimator):
         ({"target": []}, "at least one target"),
         ({"target": {"a": -1.0}}, "weight of the target 'a' has to be a finite number above 0"),
         ({"target": "a", "include": ["z"]}, r"Unknown tasks to include \['z'\]"),
-        ({"target": "a", "include": ["b"], "exclude": ["b"]}, "both included and excluded. Drop them"),
+        ({"target": "a", "include": ["b"], "exclude": ["b"]}, "both included and excluded. Drop them from one"),
         ({"target": "a", "exclude": ["a"]}, "Targets are included unless include says otherwise: include=\\[\\]"),
         ({"target": "a", "include": [], "exclude": ["a"], "max_examples": 5}, "None of the tasks .* within the budget"),
         ({"target": "a", "include": [], "exclude": ["a"], "method": "alone"}, "which are excluded"),

@@ -191,7 +191,10 @@ class BaselineComparison:
         self, name: str, made: MadeSystem, tables: Mapping[str, Dataset]
     ) -> tuple[dict[str, TaskScores], Usage]:
         flow = self.trainer.flow
-        if made.together and name != "arrow":
+        if name == "arrow":
+            with loaded_adapters(flow, made.together) as members:
+                return self._routed(members, tables), flow.evaluation.forward
+        if made.together:
             with loaded_adapters(flow, made.together) as members:
                 ensemble = PeftEnsembleModel(
                     flow.context.model, members, label_space=flow.context.label_space, scales=made.scales
@@ -199,9 +202,6 @@ class BaselineComparison:
                 equal = dict.fromkeys(members, 1.0 / len(members))
                 ensemble.weights = {task: dict(equal) for task in tables}
                 return flow.evaluation.score_ensemble(ensemble, tables), flow.evaluation.forward
-        if name == "arrow":
-            with loaded_adapters(flow, made.together) as members:
-                return self._routed(members, tables), flow.evaluation.forward
         scores, forward = {}, Usage()
         for folder in made.folders:
             own = {task: rows for task, rows in tables.items() if made.serving[task] == folder}
