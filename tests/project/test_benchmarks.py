@@ -22,6 +22,7 @@ RESULTS = sorted(BENCHMARKS.glob("*/*.json"))
 STUDIES = sorted({path.parent.name for path in RESULTS})
 SCRIPTS = [f"benchmarks.{study}.run" for study in STUDIES] + [
     "benchmarks.inputs.corrupt_tasks",
+    "benchmarks.inputs.lettered_choices",
     "benchmarks.inputs.small_llama",
     "benchmarks.tables",
 ]
