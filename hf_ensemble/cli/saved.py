@@ -24,8 +24,17 @@ def loaded_ensemble(arguments: SavedArguments, command: str) -> PeftEnsembleMode
 
 
 def tokenizer_of(arguments: SavedArguments, ensemble: PeftEnsembleModel, name: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that is named, the one beside the ensemble, or the base model's."""
-    folder = local_folder(arguments.ensemble, arguments.revision, None)
-    own = str(folder) if (folder / "tokenizer_config.json").is_file() else ensemble.base_model_reference.name_or_path
+    """The tokenizer that is named, the one beside the ensemble, or that of the base model that was loaded."""
+    base, folder = ensemble.base_model_reference, local_folder(str(arguments.ensemble), arguments.revision, None)
+    if name:
+        source, revision = name, None
+    elif (folder / "tokenizer_config.json").is_file():
+        # Of a repository, `folder` lacks what is not JSON, such as chat templates.
+        source, revision = str(arguments.ensemble), arguments.revision
+    elif arguments.base_model:
+        source, revision = arguments.base_model, None
+    else:
+        source, revision = base.name_or_path, base.revision
     # Answers follow the prompts directly.
-    return AutoTokenizer.from_pretrained(name or own, padding_side="left" if ensemble.can_generate() else "right")
+    side = "left" if ensemble.can_generate() else "right"
+    return AutoTokenizer.from_pretrained(source, revision=revision, padding_side=side)
