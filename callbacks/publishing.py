@@ -20,7 +20,7 @@ from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..models.wrappers import unwrapped
 from ..publish import card_metadata
-from ..publish.training_card import base_of, training_card
+from ..publish.training_card import base_of, training_card, training_metadata
 from ..tasks import TaskSet
 
 logger = get_logger(__name__)
@@ -164,7 +164,7 @@ class PushToHubCallback(ModelCardCallback):
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
             base = base_of(model)
-            card: CardParts = {"base_model": base.name_or_path}, "# Model"
+            card: CardParts = training_metadata(model), "# Model"
             with reporting_failed_card(folder):
                 card = self._card(model, args, state, folder, repo_id)
             local_card = Path(args.output_dir) / CARD

@@ -92,7 +92,6 @@ def main() -> None:
         learning_rate=2e-3,
         weight_decay=0.05,
         logging_steps=100,
-        bf16=True,
         seed=0,
     )
     model.save_pretrained(arguments.output_dir)

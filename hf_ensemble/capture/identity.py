@@ -1,6 +1,7 @@
 """Identity of a model: what its gradients depend on, as comparable JSON values."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,13 +28,19 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     # The parameters themselves: a copy does not know that ZeRO-3 has cut it.
     state = model.state_dict(keep_vars=True)
     frozen = {name: t for name, t in state.items() if torch.is_tensor(t) and name not in trainable}
+    name = getattr(config, "_name_or_path", None) or type(model).__name__
     return {
-        "name": getattr(config, "_name_or_path", None) or type(model).__name__,
+        # Elsewhere, a relative path could be taken for a name on the Hub.
+        "name": f"./{name}" if _is_relative_folder(name) else name,
         "revision": getattr(config, "_commit_hash", None),
         "adapter": _adapter_configs(model),
         "theta0": parameter_fingerprint(trainable),
         "base_weights": _hash(frozen, samples=_SAMPLES),
     }
+
+
+def _is_relative_folder(name: str) -> bool:
+    return not os.path.isabs(name) and not name.startswith(".") and os.path.isdir(name)
 
 
 def parameter_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 from .._files import remove_leftovers
 from ..errors import ConfigurationError
 from ..publish import draw_choice
-from ..runs import RunDirectory, run_selector
+from ..runs import RunDirectory, RunRecord, run_selector
 from ..select import Choice, DataSelector
 from .choice_arguments import ChoiceArguments
 
@@ -25,11 +25,16 @@ def selector_of(
             For trainings of this length that go on from the adapter for all tasks: gradients are those at this adapter.
 
     Raises:
-        `ConfigurationError`: without a store.
+        `ConfigurationError`: without a store, and for an `output_dir` that holds a run.
         `HfEnsembleError`: for a damaged store or run.
     """
     if arguments.store is None:
         raise ConfigurationError("Expected --store FOLDER: captured gradients, or the output_dir of a run.")
+    if RunDirectory(arguments.output_dir).has(RunRecord):
+        raise ConfigurationError(
+            f"Expected another folder than a run's own, whose choice would be overwritten, as --output_dir; found "
+            f"{arguments.output_dir!r}."
+        )
     run = RunDirectory(arguments.store)
     own = run.gradients if continued_length is None else run.baseline_gradients
     options = {

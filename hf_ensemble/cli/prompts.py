@@ -37,7 +37,7 @@ def prompts_of(arguments: GenerateArguments) -> list[Prompt]:
     """The prompts of the flags, of a file, or of stdin.
 
     Raises:
-        `ConfigurationError`: without prompts, and for rows that hold none.
+        `ConfigurationError`: without prompts, and for blank ones and rows that hold none.
         `TaskError`: for a file that cannot be read.
     """
     if arguments.prompts is not None and arguments.file is not None:
@@ -49,6 +49,11 @@ def prompts_of(arguments: GenerateArguments) -> list[Prompt]:
         prompts = [] if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().splitlines()
     if not prompts:
         raise ConfigurationError("Expected --prompts TEXT ..., --file FILE, or lines on stdin; found none.")
+    for number, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise ConfigurationError(
+                f"Expected a text in every prompt, found none in prompt {number} (counted from 0)."
+            )
     return [Prompt(prompt, arguments.task) for prompt in prompts]
 
 
@@ -74,7 +79,7 @@ def _content(value: Any, number: int, file: str) -> str | list[dict[str, Any]]:
             messages.pop()
         if messages:
             return messages
-    elif value is not None and str(value):
+    elif value is not None and str(value).strip():
         return str(value)
     raise ConfigurationError(
         f"{file!r}, row {number} (counted from 0): expected a text, or messages with a role and a content, found "

@@ -37,4 +37,7 @@ def tokenizer_of(arguments: SavedArguments, ensemble: PeftEnsembleModel, name: s
         source, revision = base.name_or_path, base.revision
     # Answers follow the prompts directly.
     side = "left" if ensemble.can_generate() else "right"
-    return AutoTokenizer.from_pretrained(source, revision=revision, padding_side=side)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side=side)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer

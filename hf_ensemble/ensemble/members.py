@@ -27,6 +27,8 @@ class BaseModelReference:
         num_labels (`int`, *optional*): number of outputs of a classification head that the checkpoint lacks.
         pad_token_id (`int`, *optional*): padding token of a classifier, which its checkpoint may lack.
         label_head (`LabelHead`, *optional*): the labels' texts, where they are the head of an encoder without one.
+        labels (`list[str]`, *optional*): what a classifier's outputs are called, where they have names.
+        problem_type (`str`, *optional*): a classifier's, which its loss depends on.
     """
 
     name_or_path: str
@@ -35,6 +37,8 @@ class BaseModelReference:
     num_labels: int | None = None
     pad_token_id: int | None = None
     label_head: LabelHead | None = None
+    labels: list[str] | None = None
+    problem_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,13 @@ def check_scales(scales: Mapping[str, float], where: str = "") -> None:
     for task, scale in checked_mapping("the scales by task", scales, EnsembleError).items():
         if not isinstance(scale, Real) or isinstance(scale, bool) or not isfinite(scale) or scale <= 0:
             raise EnsembleError(f"{prefix} the scale of {task!r} to be a finite number above 0, found {scale!r}.")
+
+
+def plain_numbers(values: Mapping[str, Real]) -> dict[str, float]:
+    """Weights or scales as floats: other numbers, such as NumPy's, could not be saved."""
+    return {name: float(value) for name, value in values.items()}
+
+
+def plain_weights(weights: Mapping[str, Mapping[str, Real]]) -> dict[str, dict[str, float]]:
+    """Weights by task as floats."""
+    return {task: plain_numbers(row) for task, row in weights.items()}

@@ -29,6 +29,8 @@ from .members import (
     check_members,
     check_scales,
     check_weights,
+    plain_numbers,
+    plain_weights,
     standing_alone,
 )
 from .merging.mixin import MergingMixin
@@ -116,10 +118,10 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
         check_weights(weights or {}, self.adapter_names)
         check_weights({"default": default_weights}, self.adapter_names)
         self.model = model
-        self.weights = {task: dict(row) for task, row in (weights or {}).items()}
-        self.default_weights = dict(default_weights)
+        self.weights = plain_weights(weights or {})
+        self.default_weights = plain_numbers(default_weights)
         check_scales(scales or {})
-        self.scales = dict(scales or {})
+        self.scales = plain_numbers(scales or {})
         check_router(router, len(alone))
         self.router = router
         self.label_space = label_space

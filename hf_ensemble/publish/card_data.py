@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..ensemble.members import BaseModelReference
-from ..ensemble.saving.card import has_head, public_name
+from ..ensemble.saving.auto_classes import CLASSIFIER
+from ..ensemble.saving.card import public_name, saved_auto_class
 from ..ensemble.saving.ensemble_config import SavedEnsembleConfig
 from ..evaluate import TaskScores
 from ..runs import (
@@ -211,10 +212,10 @@ class SelectionCardData(RunCardData):
         """
         data = cls(**_shared(run, ["adapter"]), selection=run.read(Selection))
         model = run.record.configuration["model"]
-        auto_class = "AutoModelForCausalLM"
-        if data.row_format is RowFormat.CLASSIFICATION:
+        auto_class = saved_auto_class(folder or run.adapter)
+        if data.row_format is RowFormat.CLASSIFICATION and auto_class != CLASSIFIER:
             # An encoder whose head are the labels' texts has no auto class, and no trained head.
-            auto_class = "AutoModelForSequenceClassification" if has_head(folder or run.adapter) else ""
+            auto_class = ""
         data.base_model = BaseModelReference(
             model["name"] or "", model["revision"], auto_class, num_labels=data.num_labels if auto_class else None
         )

@@ -1,5 +1,6 @@
 """The model card of one plain training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from transformers import TrainerState, TrainingArguments
 
 from .._cards import render
 from .._compat import package_versions
+from .._values import plain_values
 from ..ensemble.members import BaseModelReference
+from ..ensemble.saving.auto_classes import auto_class_of
 from ..ensemble.saving.card import adapter_loading, adapter_metadata, model_loading, public_name
-from ..ensemble.saving.files import auto_class_of
+from ..ensemble.saving.files import base_reference
 from ..ensemble.saving.pushing import CardParts
 from ..tasks import TaskSet
 from ..tasks.presentation import example_prompt, hub_datasets
@@ -56,8 +59,7 @@ def training_card(
     else:
         loading = model_loading(folder, base, examples, repo_id)
     sources = [] if tasks is None else [name for task in tasks.values() for name in hub_datasets(task.splits.values())]
-    kind = ("peft", "adapter") if is_adapter else ("transformers", "finetune")
-    metadata = adapter_metadata(base, ["hf-ensemble"], *kind)
+    metadata = training_metadata(model)
     if sources:
         metadata["datasets"] = list(dict.fromkeys(sources))
     body = render(
@@ -73,12 +75,23 @@ def training_card(
     return metadata, body
 
 
+def training_metadata(model: nn.Module) -> dict[str, Any]:
+    """Metadata of the card: what the model is, and of which base."""
+    kind = ("peft", "adapter") if isinstance(model, PeftModel) else ("transformers", "finetune")
+    return adapter_metadata(base_of(model), ["hf-ensemble"], *kind)
+
+
 def base_of(model: nn.Module) -> BaseModelReference:
     """Base model of an adapter, or what a model was loaded from; with no auto class where there is none for it."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    auto_class = auto_class_of(inner)
+    if isinstance(model, PeftModel) and auto_class is not None:
+        base = base_reference(model)
+        # An encoder whose head are the labels' texts has no auto class.
+        return base if base.label_head is None else replace(base, auto_class="")
     name = getattr(getattr(inner, "config", None), "_name_or_path", None) or ""
     revision = getattr(getattr(inner, "config", None), "_commit_hash", None)
-    return BaseModelReference(name, revision, auto_class_of(inner) or "")
+    return BaseModelReference(name, revision, auto_class or "")
 
 
 def results_by_task(state: TrainerState, tasks: TaskSet | None) -> dict[str, dict[str, float]]:
@@ -99,4 +112,5 @@ def results_by_task(state: TrainerState, tasks: TaskSet | None) -> dict[str, dic
 
 
 def _shown(value: Any) -> Any:
+    value = plain_values(value, other=str)
     return public_name(value) if isinstance(value, str) else value

@@ -7,12 +7,16 @@ import torch
 from rich.text import Text
 
 from ...ensemble import PeftEnsembleModel
+from ...logging import get_logger
+from ...tasks.encoding import length_limit
 from ..arguments import needed
 from ..parsing import parse
 from ..prompts import prompts_of, texts_of
 from ..saved import loaded_ensemble, tokenizer_of
 from ..saved_arguments import GenerateArguments
 from ..tables import console
+
+logger = get_logger(__name__)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -31,10 +35,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     tokenizer = tokenizer_of(arguments, ensemble, arguments.tokenizer)
     texts, are_chats = texts_of(prompts, tokenizer, arguments.chat)
     tasks = [own.task for own in prompts]
+    options: dict[str, Any] = {"padding": True, "return_tensors": "pt", "add_special_tokens": not are_chats}
+    if not ensemble.can_generate():
+        options |= {"truncation": True, "max_length": _longest_text(texts, tokenizer, ensemble)}
     answers: list[str] = []
     for start in range(0, len(prompts), arguments.batch_size):
         part = slice(start, start + arguments.batch_size)
-        batch = tokenizer(texts[part], padding=True, return_tensors="pt", add_special_tokens=not are_chats)
+        batch = tokenizer(texts[part], **options)
         answers += _answers(ensemble, tokenizer, batch.to(ensemble.device), tasks[part], arguments)
     out = console()
     for own, answer in zip(prompts, answers):
@@ -42,6 +49,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         out.print(line, soft_wrap=True)
     found = zip(prompts, answers)
     return {"answers": [{"prompt": own.content, "task": own.task, "answer": answer} for own, answer in found]}
+
+
+def _longest_text(texts: Sequence[str], tokenizer: Any, ensemble: PeftEnsembleModel) -> int | None:
+    """Tokens after which a classifier's texts are cut off, as in training; says how many are."""
+    limit = length_limit(tokenizer) or getattr(ensemble.config, "max_position_embeddings", None)
+    if limit is not None and (long := sum(len(ids) > limit for ids in tokenizer(list(texts))["input_ids"])):
+        logger.warning(
+            "%d of %d texts are cut off after %d tokens, the most that the model reads.", long, len(texts), limit
+        )
+    return limit
 
 
 @torch.no_grad()

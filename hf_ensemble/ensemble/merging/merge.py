@@ -175,7 +175,12 @@ class MergedAdapter:
 
 @torch.no_grad()
 def merge_adapters(
-    model: PeftModel, weights: Mapping[str, float], rank: int | None = None, method: str = "sum", **options: Any
+    model: PeftModel,
+    weights: Mapping[str, float],
+    rank: int | None = None,
+    method: str = "sum",
+    base_model: BaseModelReference | None = None,
+    **options: Any,
 ) -> MergedAdapter:
     """Merge a model's adapters, see [`PeftEnsembleModel.merge`].
 
@@ -185,6 +190,8 @@ def merge_adapters(
         rank (`int`, *optional*): largest rank. By default the sum of the adapters' ranks, which is exact for `sum` and
             `lines`; the results of the other methods have a higher rank.
         method (`str`): one of [`METHODS`].
+        base_model (`BaseModelReference`, *optional*): what the result names as its base; what the model's base was
+            loaded from by default.
         options: the method's own, see `task_vectors`; for `lines`, `alpha` and `beta`.
 
     Raises:
@@ -222,12 +229,13 @@ def merge_adapters(
     state.update(resized_embeddings(model, list(used)))
     warn_of_requantization(model, used)
     try:
-        base = base_reference(model)
+        base = base_model or base_reference(model)
     except EnsembleLoadError:
         base = None  # of a kind that its card cannot show code for
     config = _config(model, next(iter(used)), list(wanted), sorted(saved), cap)
-    if base is not None and not config.base_model_name_or_path:
-        config.base_model_name_or_path, config.revision = base.name_or_path or None, base.revision
+    if base is not None and base.name_or_path:
+        # The adapters may name it by a path that is relative to another working directory.
+        config.base_model_name_or_path, config.revision = base.name_or_path, base.revision
     return MergedAdapter(config, state, used, method, relative_error, errors, base)
 
 

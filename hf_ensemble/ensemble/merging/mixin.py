@@ -37,7 +37,7 @@ class MergingMixin:
             raise EnsembleError(f"No weights for the task {task!r}; known: {sorted(self.weights)}.")
         self.check_adapters()
         weights = self.default_weights if task is None else self.weights[task]
-        return merge_adapters(self.model, weights, rank, method, **options)
+        return merge_adapters(self.model, weights, rank, method, self.base_model_reference, **options)
 
     def vllm_obstacles(self) -> dict[str, list[str]]:
         """For each adapter, why vLLM would refuse it or compute it wrongly; an empty list where it serves it."""

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 
 from ..._cards import CARD, render, update_card_file
+from ..._files import read_json
 from ...logging import get_logger
 from ..members import BaseModelReference
+from .auto_classes import CAUSAL, CLASSIFIER, SEQ_TO_SEQ, adapter_auto_class
 from .ensemble_config import ADAPTER_WEIGHTS, ADAPTERS_FOLDER, SavedEnsembleConfig
 from .vllm import vllm_obstacles, vllm_rank
 from .vocabulary import saved_vocabulary
@@ -27,18 +31,22 @@ _MAX_NEW_TOKENS = 64
 
 def public_name(name: str | None) -> str | None:
     """A Hub id as it is, and the last part of a folder's path: a card does not tell the paths of a machine."""
-    return Path(name).name if name and Path(name).is_absolute() else name
+    return Path(name).name if name and (Path(name).is_absolute() or name.startswith(("./", "../"))) else name
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is one that the Hub can link to."""
-    return bool(name) and not Path(name).is_absolute() and not Path(name).exists()
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 _PIPELINES = {
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForSeq2SeqLM": "text-generation",
+    CLASSIFIER: "text-classification",
+    CAUSAL: "text-generation",
+    SEQ_TO_SEQ: "text-generation",
 }
 
 
@@ -58,6 +66,7 @@ class Loading:
         has_labels (`bool`): whether the ensemble names the classifier's outputs.
         is_served_by_vllm (`bool`): whether vLLM serves the merged or only adapter.
         vocabulary (`int`, *optional*): tokens of the base, where its vocabulary was resized.
+        needs_padding_token (`bool`): whether the tokenizer has none, or is unknown.
     """
 
     load_from: str
@@ -71,16 +80,17 @@ class Loading:
     has_labels: bool = False
     is_served_by_vllm: bool = False
     vocabulary: int | None = None
+    needs_padding_token: bool = False
     max_new_tokens: int = _MAX_NEW_TOKENS
 
     @property
     def is_classifier(self) -> bool:
-        return self.base.auto_class == "AutoModelForSequenceClassification"
+        return self.base.auto_class == CLASSIFIER
 
     @property
     def continues_prompts(self) -> bool:
         """Whether what is generated begins with the prompt."""
-        return self.base.auto_class == "AutoModelForCausalLM"
+        return self.base.auto_class == CAUSAL
 
     @property
     def shown(self) -> dict[str, Example]:
@@ -132,13 +142,14 @@ def ensemble_loading(
     can_merge = all(rank is not None for rank in ranks.values())
     vocabularies = {name: _vocabulary(folder / ADAPTERS_FOLDER / name, config) for name, config in configs.items()}
     obstacles = [vllm_obstacles(config, vocabularies[name] is not None) for name, config in configs.items()]
-    is_served = can_merge and base.auto_class == "AutoModelForCausalLM" and not any(obstacles)
+    is_served = can_merge and base.auto_class == CAUSAL and not any(obstacles)
     return Loading(
         load_from=repo_id or card_path(folder),
         is_on_hub=repo_id is not None,
         base=_public_reference(base),
         base_folder=public_name(base.name_or_path) or "",
         has_tokenizer=(folder / _TOKENIZER_FILE).is_file(),
+        needs_padding_token=_needs_padding_token(folder),
         examples={task: (examples or {}).get(task) or f"A prompt {task and f'of {task}'}".strip() for task in tasks},
         members=[member.name for member in config.members],
         merged_rank=ranks if can_merge else {},
@@ -158,13 +169,14 @@ def adapter_loading(
     """How one plain adapter in a folder is loaded; its configuration is read from there unless it is given."""
     config = config or _adapter_config(folder)
     vocabulary = _vocabulary(folder, config)
-    is_served = base.auto_class == "AutoModelForCausalLM" and not vllm_obstacles(config, vocabulary is not None)
+    is_served = base.auto_class == CAUSAL and not vllm_obstacles(config, vocabulary is not None)
     return Loading(
         load_from=repo_id or card_path(folder),
         is_on_hub=repo_id is not None,
         base=_public_reference(base),
         base_folder=public_name(base.name_or_path) or "",
         has_tokenizer=(folder / _TOKENIZER_FILE).is_file(),
+        needs_padding_token=_needs_padding_token(folder),
         examples=examples,
         merged_rank={"": config.r} if is_served else {},
         is_served_by_vllm=is_served,
@@ -181,8 +193,15 @@ def model_loading(
         is_on_hub=repo_id is not None,
         base=_public_reference(base),
         base_folder=public_name(base.name_or_path) or "",
+        needs_padding_token=_needs_padding_token(folder),
         examples=examples,
     )
+
+
+def _needs_padding_token(folder: Path) -> bool:
+    """Whether code has to give the tokenizer a token for padding: it has none, or is the base model's, unseen."""
+    file = folder / _TOKENIZER_FILE
+    return not file.is_file() or not read_json(file).get("pad_token")
 
 
 def _public_reference(base: BaseModelReference) -> BaseModelReference:
@@ -204,9 +223,9 @@ def _vocabulary(folder: Path, config: PeftConfig) -> int | None:
     return saved_vocabulary(shapes, config)
 
 
-def has_head(folder: Path) -> bool:
-    """Whether a saved adapter holds a classifier's head, which the base's checkpoint lacks."""
-    return _adapter_config(folder).task_type == "SEQ_CLS"
+def saved_auto_class(folder: Path) -> str:
+    """The auto class of a saved adapter's base; that of causal models where the adapter does not tell."""
+    return adapter_auto_class(_adapter_config(folder)) or CAUSAL
 
 
 def _merged_rank(weights: Mapping[str, float], configs: Mapping[str, PeftConfig]) -> int | None:

@@ -14,7 +14,8 @@ from ..._settings import check_at_least, checked_names, checked_path
 from ...errors import EnsembleError
 from ...models.inputs import is_encoder_decoder
 from ..members import BaseModelReference
-from .files import auto_class_of, base_reference
+from .auto_classes import auto_class_of
+from .files import base_reference
 from .lorax import lorax_obstacles, lorax_rank
 from .vocabulary import is_resized
 

@@ -15,35 +15,21 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..._cards import CARD
 from ..._compat import tied_modules_under_adapters
 from ..._files import remove_leftovers, write_folder_atomically, write_json, writing
 from ...errors import EnsembleLoadError
 from ...models import LabelSimilarityForSequenceClassification
-from ...models.inputs import is_encoder_decoder
 from ..members import BaseModelReference
 from .adapter_check import check_adapter
 from .adapter_tensors import embedding_layers
+from .auto_classes import AUTO_CLASSES, CLASSIFIER, auto_class_of
 from .card import write_saved_card
 from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, CONFIG_NAME, SavedEnsembleConfig
 from .untrusted import read_object
 from .vocabulary import fit_vocabulary, resized_embeddings
-
-_AUTO_CLASSES = {
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-}
-
-
-def auto_class_of(base: nn.Module) -> str | None:
-    """The auto class that loads a model; `None` for one of another kind."""
-    name = type(base).__name__
-    auto_class = next((auto for suffix, auto in _AUTO_CLASSES.items() if name.endswith(suffix)), None)
-    # Vision-language models have the same suffix.
-    return None if auto_class == "AutoModelForSeq2SeqLM" and not is_encoder_decoder(base) else auto_class
 
 
 def base_reference(model: PeftModel) -> BaseModelReference:
@@ -57,11 +43,11 @@ def base_reference(model: PeftModel) -> BaseModelReference:
     if auto_class is None:
         raise EnsembleLoadError(
             f"Expected a causal language model, an encoder-decoder or a sequence classifier, whose class ends in one "
-            f"of {sorted(_AUTO_CLASSES)}; found {name}. Load the base model with one of "
-            f"{sorted(set(_AUTO_CLASSES.values()))}."
+            f"of {sorted(AUTO_CLASSES)}; found {name}. Load the base model with one of "
+            f"{sorted(set(AUTO_CLASSES.values()))}."
         )
     path = base.config._name_or_path or ""
-    is_classifier = auto_class == "AutoModelForSequenceClassification"
+    is_classifier = auto_class == CLASSIFIER
     return BaseModelReference(
         # The ensemble may be loaded from another working directory.
         name_or_path=str(Path(path).resolve()) if path and Path(path).is_dir() else path,
@@ -70,7 +56,15 @@ def base_reference(model: PeftModel) -> BaseModelReference:
         num_labels=base.config.num_labels if is_classifier else None,
         pad_token_id=getattr(base.config.get_text_config(), "pad_token_id", None) if is_classifier else None,
         label_head=getattr(base, "made_of", None),
+        labels=_label_names(base.config) if is_classifier else None,
+        problem_type=getattr(base.config, "problem_type", None) if is_classifier else None,
     )
+
+
+def _label_names(config: PreTrainedConfig) -> list[str] | None:
+    """What a classifier's outputs are called; `None` for transformers' own names."""
+    names = [str(config.id2label.get(number)) for number in range(config.num_labels)]
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
 
 
 def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
@@ -257,7 +251,7 @@ def load_base(
     Raises:
         `EnsembleLoadError`: for an unknown class, and for a base that cannot be loaded from safetensors.
     """
-    if reference.auto_class not in _AUTO_CLASSES.values():
+    if reference.auto_class not in AUTO_CLASSES.values():
         raise EnsembleLoadError(f"{CONFIG_NAME} names the unknown model class {reference.auto_class!r}.")
     name = override or reference.name_or_path
     if not name:
@@ -268,10 +262,9 @@ def load_base(
     kwargs = {"trust_remote_code": False, **model_kwargs}
     if override is None and reference.revision is not None:
         kwargs.setdefault("revision", reference.revision)
-    if reference.label_head is None and reference.num_labels is not None:
-        kwargs.setdefault("num_labels", reference.num_labels)
-    if reference.label_head is None and reference.pad_token_id is not None:
-        kwargs.setdefault("pad_token_id", reference.pad_token_id)
+    if reference.label_head is None:
+        for key, value in _classifier_arguments(reference).items():
+            kwargs.setdefault(key, value)
     kwargs |= {"token": token, "use_safetensors": True}
     try:
         if reference.label_head is not None:
@@ -281,3 +274,13 @@ def load_base(
         raise EnsembleLoadError(
             f"The base model {name!r} cannot be loaded: {error} Pass base_model= if it is somewhere else."
         ) from error
+
+
+def _classifier_arguments(reference: BaseModelReference) -> dict[str, Any]:
+    """What a classifier's configuration says beside its checkpoint's."""
+    given = {key: getattr(reference, key) for key in ("num_labels", "pad_token_id", "problem_type")}
+    found = {key: value for key, value in given.items() if value is not None}
+    if reference.labels is not None:
+        found["id2label"] = dict(enumerate(reference.labels))
+        found["label2id"] = {name: number for number, name in enumerate(reference.labels)}
+    return found

@@ -16,11 +16,21 @@ from ..._hub import Repository
 from ..._settings import check_options, checked_mapping, checked_path
 from ...errors import EnsembleError, EnsembleLoadError
 from ...tasks import LabelSpace
+from ..forward.combination import check_combination
 from ..forward.router import PromptRouter
-from ..members import BaseModelReference, check_adapter_name, standing_alone
+from ..forward.routing import check_routing
+from ..members import (
+    BaseModelReference,
+    check_adapter_name,
+    check_scales,
+    check_weights,
+    plain_numbers,
+    plain_weights,
+    standing_alone,
+)
+from .auto_classes import AUTO_CLASS_OF_TASK, auto_class_of
 from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
 from .files import (
-    auto_class_of,
     base_reference,
     load_adapter,
     load_base,
@@ -31,12 +41,6 @@ from .files import (
 from .pushing import push_ensemble
 from .untrusted import checked_file, read_object
 from .vocabulary import fit_vocabulary
-
-_AUTO_CLASS_OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,26 @@ class SavingMixin:
     """Saving and loading of [`PeftEnsembleModel`]."""
 
     def ensemble_config(self) -> SavedEnsembleConfig:
-        """The content of `ensemble_config.json`."""
+        """The content of `ensemble_config.json`.
+
+        Raises:
+            `EnsembleError`: for weights, scales, a combination or a routing that were set to something unknown.
+        """
+        for weights in (self.weights, {"default": self.default_weights}):
+            check_weights(weights, self.adapter_names)
+        check_scales(self.scales)
+        check_combination(self.combination)
+        check_routing(self.routing)
         return SavedEnsembleConfig(
             self.base_model_reference,
             self.members,
-            self.weights,
-            self.default_weights,
+            plain_weights(self.weights),
+            plain_numbers(self.default_weights),
             None if self.label_space is None else self.label_space.to_dict(),
             combination=self.combination,
             routing=self.routing,
             tags=list(self.model_tags or []),
-            scales=self.scales,
+            scales=plain_numbers(self.scales),
             router=None if self.router is None else self.router.to_dict(),
         )
 
@@ -219,7 +232,8 @@ class SavingMixin:
         Args:
             name_or_path (`str`, `Path` or `dict[str, str]`): folder or Hub id; or adapters as for
                 [`from_adapters`], with equal weights.
-            revision (`str`, *optional*): branch, tag or commit of a Hub id.
+            revision (`str`, *optional*): branch, tag or commit of a Hub id; separate adapters have their own, see
+                [`AdapterSource`].
             base_model (`str` or `PreTrainedModel`, *optional*):
                 Overrides the base that the ensemble names; one that names none is saved with the name of this one.
             token (`str`, *optional*): Hub token.
@@ -231,6 +245,11 @@ class SavingMixin:
                 or not in safetensors, and for a name that leads out of the folder; the message names the file.
         """
         if isinstance(name_or_path, Mapping):
+            if revision is not None:
+                raise EnsembleLoadError(
+                    f"Expected no revision of separate adapters, found {revision!r}. Give each its own: "
+                    "AdapterSource(name_or_path, revision)."
+                )
             return cls.from_adapters(base_model, name_or_path, token=token, model_kwargs=model_kwargs)
         folder = checked_path("name_or_path", name_or_path, EnsembleLoadError)
         model, config = load_ensemble(str(folder), revision, base_model, token, model_kwargs)
@@ -274,10 +293,10 @@ def _named_base(folders: Mapping[str, Path], override: str | None) -> BaseModelR
             f"Expected adapters of one base model and task type, found {named}, {sorted(map(str, kinds))}. Pass the "
             "base model itself."
         )
-    auto_class = _AUTO_CLASS_OF_TASK.get(kinds.pop() or "")
+    auto_class = AUTO_CLASS_OF_TASK.get(kinds.pop() or "")
     if auto_class is None:
         raise EnsembleLoadError(
-            f"Expected one of the task types {sorted(_AUTO_CLASS_OF_TASK)} in {ADAPTER_CONFIG}, which gives the base "
+            f"Expected one of the task types {sorted(AUTO_CLASS_OF_TASK)} in {ADAPTER_CONFIG}, which gives the base "
             "model's class. Pass the model itself."
         )
     base, revision = next(iter(named.values()))

@@ -15,7 +15,7 @@ from ..._hub import Repository, push_folder
 from ...errors import CardError
 from ...logging import get_logger
 from .card import is_hub_id, saved_card
-from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, SavedEnsembleConfig
+from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, CONFIG_NAME, SavedEnsembleConfig
 
 logger = get_logger(__name__)
 
@@ -28,6 +28,9 @@ PICTURES = tuple(
         *("selection_path", "weights"),
     )
 )
+_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+# Folders beside the files at the root; tokenizers keep templates with names in the second.
+_FOLDERS = (ASSETS, "additional_chat_templates")
 # Files of a trainer that are no part of what it has made.
 _LEFT_OUT = ("training_args.bin",)
 
@@ -41,7 +44,7 @@ def push_ensemble(
     card: CardParts | None = None,
     again: str = "push_to_hub()",
 ) -> CommitInfo:
-    """Upload a saved ensemble, see [`push_folder`].
+    """Upload a saved ensemble in place of what an ensemble or adapter has in the repository, see [`push_folder`].
 
     Args:
         folder (`Path`): the saved ensemble.
@@ -62,7 +65,7 @@ def push_ensemble(
             copy_adapter(folder / ADAPTERS_FOLDER / member.name, target / ADAPTERS_FOLDER / member.name, base)
         dataclasses.replace(config, base_model=dataclasses.replace(config.base_model, name_or_path=base)).save(target)
         parts = saved_card(folder, config, repository.repo_id) if card is None else card
-        replaced = (f"{ADAPTERS_FOLDER}/*", *PICTURES)
+        replaced = (f"{ADAPTERS_FOLDER}/*", *_ADAPTER, *PICTURES)
         return push_folder(repository, target, replaced, card_maker(folder / CARD, parts), again)
 
 
@@ -74,7 +77,7 @@ def push_adapter(
     again: str = "push_to_hub()",
     local_card: Path | None = None,
 ) -> CommitInfo:
-    """Upload one saved adapter with its card, see [`push_folder`].
+    """Upload one saved adapter with its card in place of what an ensemble has in the repository, see [`push_folder`].
 
     Args:
         folder (`Path`): the saved adapter, with whatever else is uploaded beside it.
@@ -91,7 +94,8 @@ def push_adapter(
         target = Path(work)
         copy_files(folder, target)
         copy_adapter(folder, target, base)
-        return push_folder(repository, target, PICTURES, card_maker(local_card or folder / CARD, card), again)
+        replaced = (f"{ADAPTERS_FOLDER}/*", CONFIG_NAME, *PICTURES)
+        return push_folder(repository, target, replaced, card_maker(local_card or folder / CARD, card), again)
 
 
 def card_maker(path: Path, parts: CardParts) -> Callable[[str | None], str]:
@@ -119,12 +123,13 @@ def _warn_of_local_base(base: str, repo_id: str) -> None:
 
 
 def copy_files(folder: Path, target: Path) -> None:
-    """The files at the root of a folder, and its pictures."""
+    """The files at the root of a folder, its pictures and its chat templates."""
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith(".") and path.name not in _LEFT_OUT:
             shutil.copy(path, target / path.name)
-    if (folder / ASSETS).is_dir():
-        shutil.copytree(folder / ASSETS, target / ASSETS)
+    for name in _FOLDERS:
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, target / name)
 
 
 def copy_adapter(folder: Path, target: Path, base: str) -> None:

@@ -1,5 +1,6 @@
 """Embeddings of a base model whose vocabulary was resized: they travel in the adapters' files, as PEFT has it."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -10,10 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedConfig
 
+from ...logging import get_logger
 from .adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .adapter_tensors import PREFIX, embedding_layers, plain_module, split_key
 from .untrusted import checked_file
+
+logger = get_logger(__name__)
 
 
 def resized_embeddings(model: PeftModel, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -131,11 +136,22 @@ def is_resized(base: nn.Module) -> bool:
     name = getattr(config, "_name_or_path", None)
     if not name or not hasattr(base, "get_input_embeddings"):
         return False
-    try:
-        # It was loaded from there, so it is on this machine.
-        revision = getattr(config, "_commit_hash", None)
-        original = type(config).from_pretrained(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
+    original = _original_config(config, name)
+    if original is None:
+        logger.warning_once(
+            f"The configuration of the base model {name!r} is found no more: its vocabulary is taken not to have been "
+            "resized. If it was, embeddings of new tokens are not saved. Put the model back where it was loaded from."
+        )
         return False
     sizes = [getattr(own.get_text_config(), "vocab_size", None) for own in (config, original)]
     return sizes[0] != sizes[1]
+
+
+def _original_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig | None:
+    """What a model's configuration was when it was loaded; `None` where that is gone."""
+    # Most were loaded from this machine. A cache of another folder is not known here, and the Hub is asked.
+    for is_local in (True, False):
+        with contextlib.suppress(OSError, ValueError):
+            revision = getattr(config, "_commit_hash", None)
+            return type(config).from_pretrained(name, revision=revision, local_files_only=is_local)
+    return None
