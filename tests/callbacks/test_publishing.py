@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
@@ -177,6 +186,47 @@ def test_what_is_uploaded(tmp_path, base, tasks, kind, monkeypatch):
     assert files | {"tokenizer.json"} <= uploaded["files"] and "README.md" not in uploaded["files"]
     assert uploaded["repository"].private and '"user/x"' in uploaded["card"]
     assert own_text(uploaded["card"]) == "# By hand"
+
+
+@pytest.mark.parametrize("kind", ["plain", "sft"])
+def test_without_a_card_no_path_of_this_machine_is_uploaded(tmp_path, base, tasks, kind, monkeypatch):
+    uploaded = {}
+
+    def push(repository, folder, replaced, card, again):
+        uploaded["card"] = card(None)
+
+    monkeypatch.setattr("hf_ensemble.callbacks.publishing.push_folder", push)
+    monkeypatch.setattr("hf_ensemble.ensemble.saving.pushing.push_folder", push)
+    monkeypatch.setattr("hf_ensemble.callbacks.publishing.training_card", lambda *args, **kwargs: 1 / 0)
+    trainer(kind, base, tmp_path, tasks, [PushToHubCallback("user/x")]).train()
+    metadata, _ = split_card(uploaded["card"])
+    assert metadata["library_name"] == ("peft" if kind == "sft" else "transformers")
+    assert "base_model" not in metadata and str(base) not in uploaded["card"]
+
+
+def test_arguments_of_numpy_are_shown(tmp_path, base, tasks):
+    changes = {"max_steps": np.int64(1), "learning_rate": np.float32(0.5)}
+    trainer("plain", base, tmp_path, tasks, [ModelCardCallback()], **changes).train()
+    text = (tmp_path / "README.md").read_text()
+    assert '"max_steps": 1' in text and '"learning_rate": 0.5' in text
+
+
+def test_the_code_of_a_classifiers_card_makes_its_outputs(tmp_path, monkeypatch):
+    """Over an encoder whose checkpoint has no head."""
+    toy.bert(num_labels=2).bert.save_pretrained(tmp_path / "encoder")
+    tokenizer = toy.tokenizer()
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=4)
+    rows = [{**tokenizer(row["text"]), "labels": number % 4} for number, row in enumerate(toy.text_rows(8))]
+    monkeypatch.chdir(tmp_path)
+    args = TrainingArguments("out", **{**SETTINGS, "max_steps": 1})
+    options = {"processing_class": tokenizer, "callbacks": [ModelCardCallback()]}
+    host = Trainer(get_peft_model(base, toy.lora("SEQ_CLS")), args, train_dataset=Dataset.from_list(rows), **options)
+    host.train()
+    host.save_model("out")
+    namespace: dict = {}
+    exec(code_blocks(Path("out/README.md").read_text(), "python")[0], namespace)
+    assert namespace["logits"].shape == (1, 4)
 
 
 def test_arguments(tmp_path, base, tasks):

@@ -132,6 +132,15 @@ def test_choices_from_a_run(world, tmp_path):
     assert grouped["settings"]["targets"] == {"sums": 1.0}
 
 
+@pytest.mark.parametrize("words", [["select", "--target", "sums"], ["mixture", "--target", "sums"], ["group"]])
+def test_a_choice_does_not_overwrite_a_runs_own(world, capsys, words):
+    run = str(world[0] / "run")
+    files = {path: path.stat().st_mtime_ns for path in Path(run).iterdir()}
+    assert main([*words, "--store", run, "--num_components", "10", "--output_dir", run]) == 1
+    assert "Expected another folder than a run's own" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in Path(run).iterdir()} == files
+
+
 def test_caps_are_checked(world, capsys):
     store = ["--store", str(world[0] / "run"), "--num_components", "10"]
     for caps in ("half", "[1]"):

@@ -6,16 +6,20 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from peft import get_peft_model
+from transformers import T5Config, T5ForConditionalGeneration
 
 from helpers import toy
+from helpers.architectures import MODELS
 from helpers.hub_server import local_hub, run_against_hub
 from helpers.markdown import code_blocks, plain, tables, tokens
 from hf_ensemble import (
     EnsembleSFTConfig,
     EnsembleSFTTrainer,
     PeftEnsembleModel,
+    SelectionConfig,
     SelectionSFTConfig,
     SelectionSFTTrainer,
+    SelectionTrainer,
     collect_results,
     push_run_to_hub,
     write_model_card,
@@ -167,6 +171,20 @@ def test_the_code_of_a_classifiers_card_runs_as_it_stands(tmp_path, monkeypatch)
     films, songs = [namespace["model"].label_space.names[index] for index in namespace["logits"].argmax(-1)]
     assert films in ("negative", "positive") and songs in ("no", "yes")
     assert namespace["answer"](namespace["texts"][0])[0]["label"] in ("negative", "positive")
+
+
+def test_the_code_of_an_encoder_decoders_card_runs_as_it_stands(tmp_path, monkeypatch):
+    config = T5Config(**{**MODELS["t5"][1].to_dict(), "vocab_size": len(toy.VOCABULARY)})
+    base = toy.save_model(T5ForConditionalGeneration(config), tmp_path / "base")
+    args = SelectionConfig(output_dir=str(tmp_path / "run"), max_auxiliary=1, **SETTINGS)
+    lora = toy.lora("SEQ_2_SEQ_LM", target_modules=["q", "v"])
+    SelectionTrainer(model=base, args=args, train_dataset=toy.sft_tasks(), peft_config=lora, target="sums").train()
+    monkeypatch.chdir(tmp_path / "run")
+    card = ModelCard.load("adapter/README.md")
+    (block,) = code_blocks(card.text.replace("path/to/adapter", "adapter"), "python")
+    namespace: dict = {}
+    exec(block.replace("=64)", "=4)"), namespace)
+    assert len(namespace["answers"]) == 1 and "AutoModelForSeq2SeqLM" in block
 
 
 def test_a_written_card_and_another_runs_card_stay(run, tmp_path):

@@ -14,6 +14,7 @@ from helpers.processes import PythonProcess
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble._cards import CARD, own_text, split_card
 from hf_ensemble._hub import Repository, push_folder
+from hf_ensemble.ensemble.saving.pushing import push_ensemble
 from hf_ensemble.errors import EnsembleError, PushError
 
 REPOSITORY = "hub-user/pushed"
@@ -116,6 +117,27 @@ def test_a_merged_adapter_is_pushed_with_its_card(hub, ensemble):
 COMMIT, CREATE, LFS = "POST .*/commit/", "POST /api/repos/create", "PUT /lfs/"
 
 
+def test_an_adapter_takes_an_ensembles_place_and_an_ensemble_an_adapters(hub, ensemble):
+    beside = {".gitattributes", CARD}
+    ensemble.push_to_hub(REPOSITORY)
+    made = set(hub.files())
+    for _ in range(2):
+        ensemble.merge("sums").push_to_hub(REPOSITORY)
+        assert set(hub.files()) == {*beside, *ADAPTER_FILES}
+        ensemble.push_to_hub(REPOSITORY)
+        assert set(hub.files()) == made
+
+
+def test_named_chat_templates_are_pushed(hub, ensemble, tmp_path):
+    """Which lie in a folder of their own."""
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0] }}", "tools": "{{ tools }}"}
+    ensemble.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    push_ensemble(tmp_path / "saved", ensemble.ensemble_config(), Repository(REPOSITORY))
+    assert {"chat_template.jinja", "additional_chat_templates/tools.jinja"} <= set(hub.files())
+
+
 @pytest.mark.parametrize("request_", [CREATE, "GET /api/models/", "POST .*/preupload/", LFS, COMMIT])
 @pytest.mark.parametrize("status", [None, 500, 503])
 def test_what_fails_for_a_while_is_tried_again(hub, ensemble, request_, status):
@@ -211,7 +233,8 @@ def test_branches_and_pull_requests(hub, ensemble):
     assert "adapters/b/adapter_config.json" in in_request and "adapters/a/adapter_config.json" not in in_request
     # A pull request takes further commits, and is no branch that could be created.
     ensemble.merge("sums").push_to_hub(REPOSITORY, revision=f"refs/pr/{number}")
-    assert set(hub.files(f"refs/pr/{number}")) == {*in_request, *ADAPTER_FILES} and hub.files("dev/one") == on_dev
+    own = {name for name in in_request if not name.startswith(("adapters/", "ensemble_config"))}
+    assert set(hub.files(f"refs/pr/{number}")) == {*own, *ADAPTER_FILES} and hub.files("dev/one") == on_dev
     before = len(hub.requests)
     with pytest.raises(PushError, match=f"create_pr=True .* found the revision 'refs/pr/{number}'.*Leave one of"):
         ensemble.push_to_hub(REPOSITORY, revision=f"refs/pr/{number}", create_pr=True)
