@@ -46,7 +46,6 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
     """
 
     flow: Flow | None = None
-    _is_working: bool = False
 
     def __init__(self, *args: Any, answer_metrics: AnswerMetrics = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -97,8 +96,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 "This trainer trains one model as its parent class does, so there is no run over several datasets. "
                 "Pass a dict of at least two datasets, and peft_config=LoraConfig(...)."
             )
-        # Between trainings the model is as no trainer has touched it, but for what the user has changed.
-        self._model_state.record()
+        self._record_model()
         if self.flow is None:
             run = RunDirectory.open(
                 self.args.output_dir,
@@ -121,7 +119,9 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
         Raises:
             `RunMismatchError`: when `output_dir` holds a run of another configuration.
             `RunLockedError`: when another process works in it.
+            `ConfigurationError`: when it is opened from within a training.
         """
+        self._check_between_trainings()
         with RunDirectory(self.args.output_dir).locked():
             self.open_run()
             if self._is_working:
@@ -289,6 +289,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 python="To start over, call train() with it first.",
                 terminal="To start over, delete output_dir first.",
             )
+        self._check_between_trainings()
         run = self.open_run()
 
         def tell(text: str) -> None:
