@@ -26,6 +26,7 @@ from .flows.run_log import follow, training_metrics
 from .flows.selection_flow import SelectionFlow
 from .flows.stages import announce, announced
 from .outcome import OutcomeMixin
+from .starting_values import keep_start, take_up_start
 from .tracking import tracked_run
 
 logger = get_logger(__name__)
@@ -98,14 +99,18 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             )
         self._record_model()
         if self.flow is None:
+            configuration = self._run_configuration()
+            if take_up_start(self.adapter_model, RunDirectory(self.args.output_dir), configuration):
+                configuration = self._run_configuration()
             run = RunDirectory.open(
                 self.args.output_dir,
-                self._run_configuration(),
+                configuration,
                 self._run_choices(),
                 self.args.overwrite_run,
             )
             tasks = TasksRecord.of(self.tasks, self.args.task_loss_weighting, self.args.card_examples)
             run_on_main(lambda: run.write_shared(tasks))
+            keep_start(self.adapter_model, run)
             self.flow = self._make_flow(self._context(run))
         return self.flow.context.run
 
