@@ -1,7 +1,8 @@
 """Arguments of the trainers: those of `TrainingArguments` and `SFTConfig`, and the settings of every stage."""
 
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -20,6 +21,7 @@ from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
 from ..select.settings import GROUPING_METHODS
+from .credentials import is_secret_name
 from .inputs.balancing_arguments import ORDERS_OF_DRAWN_ROWS, BalancingArguments
 from .inputs.boosting import BoostingSettings
 from .inputs.sharding import check_deepspeed_installed
@@ -35,12 +37,13 @@ ADAPTER_LEARNING_RATE = 2e-4
 # Training cost of an ensemble's adapters, in multiples of one adapter for all tasks.
 DEFAULT_BUDGET = 2.0
 
-Config = TypeVar("Config", bound=TrainingArguments)
-
 
 @dataclass
 class RunArguments(BalancingArguments, FeatureSettings):
     """What the ensemble and the selection trainers share."""
+
+    # Names of the fields that a class of the user's has beside these.
+    kept_fields: ClassVar[tuple[str, ...]] = ()
 
     learning_rate: float | None = field(
         default=None,
@@ -130,6 +133,11 @@ class RunArguments(BalancingArguments, FeatureSettings):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("max_length", getattr(self, "max_length", None), 1, optional=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in self.kept_fields if not is_secret_name(name)}
+        kept = {name: value.value if isinstance(value, Enum) else value for name, value in kept.items()}
+        return {**super().to_dict(), **kept}
 
     def resolve_learning_rate(self, of_adapters: bool) -> None:
         """Fill in the learning rate that was not given: that of adapters, or the parent class's default."""
@@ -323,12 +331,3 @@ def _checked_concurrency(value: int | str) -> int | str:
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise ConfigurationError(f"concurrent_groups has to be a positive integer or 'auto', found {value!r}.")
     return found
-
-
-def as_config(args: TrainingArguments, config_class: type[Config]) -> Config:
-    """Arguments of a parent class as those of a trainer's own, field by field; its own class is passed through."""
-    if isinstance(args, config_class):
-        return args
-    known = {own.name for own in fields(config_class)}
-    shared = [own.name for own in fields(args) if own.init and own.name in known]
-    return config_class(**{name: getattr(args, name) for name in shared})

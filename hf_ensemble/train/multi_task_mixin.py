@@ -26,8 +26,8 @@ from ..runs.systems import BASELINE
 from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.row_checks import refuse_images
 from ..tasks.task import as_dataset, make_task
-from .configs import as_config
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
+from .given_arguments import as_config
 from .inputs.balancing import check_loss_weighting, drawn_by
 from .inputs.best_metric import check_best_metric
 from .inputs.datasets import check_rows_and_arguments
@@ -87,12 +87,15 @@ class MultiTaskMixin:
         args: TrainingArguments | None,
         model: str | nn.Module | None,
         of_adapters: bool,
+        is_parent: bool,
         is_made_later: bool = False,
     ) -> TrainingArguments:
         """The arguments as this trainer's own class; defaults where there are none. The user's object stays as it is.
 
         Raises:
-            `ConfigurationError`: for arguments of another kind, and for a model that is none.
+            `ConfigurationError`:
+                For arguments of another kind, for those of another trainer unless this one is as its parent, and for a
+                model that is none.
         """
         if not isinstance(model, (str, nn.Module)) and not (model is None and is_made_later):
             raise ConfigurationError(
@@ -110,7 +113,7 @@ class MultiTaskMixin:
         if args is None:
             name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
             args = self.config_class(output_dir=f"{Path(name or 'model').name}-{type(self).__name__}")
-        args = as_config(args, self.config_class)
+        args = as_config(args, self.config_class, type(self).__name__, is_parent)
         if args.learning_rate is None:
             # Another trainer that takes the same object may resolve it to another one.
             args = copy.copy(args)
