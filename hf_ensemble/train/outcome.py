@@ -183,7 +183,7 @@ class OutcomeMixin:
         Raises:
             `ConfigurationError`: during a training.
         """
-        if self._model_state.at_work() is not None:
+        if not self.trains_directly and self._model_state.at_work() is not None:
             raise ConfigurationError(
                 "Expected a call between the trainings of the run, found one from within a training, by a callback. "
                 "Call evaluate() or predict() there, which are about the adapter that is being trained, and all else "
