@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -42,8 +42,8 @@ DEFAULT_BUDGET = 2.0
 class RunArguments(BalancingArguments, FeatureSettings):
     """What the ensemble and the selection trainers share."""
 
-    # Names of the fields that a class of the user's has beside these.
-    kept_fields: ClassVar[tuple[str, ...]] = ()
+    # Names of the fields that a class of the user's has beside these. It is no field of this one.
+    kept_fields = ()
 
     learning_rate: float | None = field(
         default=None,
