@@ -17,6 +17,7 @@ from .._settings import (
     check_one_of,
 )
 from ..capture import CaptureConfig, FeatureSettings
+from ..capture.training_arguments import GivenOptimizer
 from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
@@ -145,12 +146,16 @@ class RunArguments(BalancingArguments, FeatureSettings):
         default = next(own.default for own in fields(parent) if own.name == "learning_rate")
         self.learning_rate = ADAPTER_LEARNING_RATE if of_adapters else default
 
-    def capture_config(self) -> CaptureConfig:
-        """Settings of the capture pass, in the precision of the training."""
+    def capture_config(self, optimizer: GivenOptimizer | None = None) -> CaptureConfig:
+        """Settings of the capture pass, in the precision of the training, and in the metric of its optimizer.
+
+        Args:
+            optimizer (`tuple`, *optional*): `optimizer_cls_and_kwargs` of the trainer.
+        """
         batch_size = self.per_device_eval_batch_size if self.capture_batch_size is None else self.capture_batch_size
         return CaptureConfig.from_settings(
             self, batch_size=batch_size, max_batch_tokens=self.capture_batch_tokens
-        ).resolved(self)
+        ).resolved(self, optimizer)
 
 
 @dataclass

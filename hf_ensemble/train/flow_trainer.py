@@ -182,6 +182,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             make_trainer=self.adapter_trainer,
             make_predictor=self._prediction_trainer,
             computes_metrics=lambda: self.compute_metrics is not None,
+            optimizer=self._adapter_trainer_kwargs.get("optimizer_cls_and_kwargs"),
         )
 
     def train(
