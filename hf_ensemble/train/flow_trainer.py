@@ -25,8 +25,8 @@ from .flows.ensemble_flow import EnsembleFlow
 from .flows.run_log import follow, training_metrics
 from .flows.selection_flow import SelectionFlow
 from .flows.stages import announce, announced
+from .flows.starting_values import keep_start, take_up_start
 from .outcome import OutcomeMixin
-from .starting_values import keep_start, take_up_start
 from .tracking import tracked_run
 
 logger = get_logger(__name__)

@@ -22,15 +22,14 @@ from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..models.token_checks import check_token_rows
-from ..runs.systems import BASELINE
 from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.row_checks import refuse_images
 from ..tasks.task import as_dataset, make_task
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
-from .given_arguments import as_config
 from .inputs.balancing import check_loss_weighting, drawn_by
 from .inputs.best_metric import check_best_metric
-from .inputs.datasets import check_rows_and_arguments
+from .inputs.datasets import check_rows_and_arguments, check_task_names
+from .inputs.given_arguments import as_config
 from .inputs.parent_arguments import check_parent_arguments
 from .inputs.sharding import check_whole, shard
 from .inputs.streams import as_table, interleaved
@@ -40,8 +39,6 @@ from .model_state import ModelState
 
 logger = get_logger(__name__)
 
-# Task names that would collide with names of metrics or of adapters.
-_RESERVED = ("mean", "overall")
 # For model cards, beside those of the parent.
 _TAG = "hf-ensemble"
 
@@ -176,9 +173,7 @@ class MultiTaskMixin:
         check_loss_weighting(args, tasks, given.get("compute_loss_func"), tasks.names, is_sft)
         check_kinds(given)
         check_before_loading(given["model"], given["peft_config"], type(self))
-        reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith(BASELINE))
-        if reserved:
-            raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
+        check_task_names(tasks)
         if args.should_save:
             make_writable_folder(Path(args.output_dir))
 

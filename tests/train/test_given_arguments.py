@@ -23,7 +23,7 @@ from hf_ensemble import (
 )
 from hf_ensemble.errors import ConfigurationError, RunMismatchError
 from hf_ensemble.train.credentials import arguments_without_secrets
-from hf_ensemble.train.given_arguments import as_config
+from hf_ensemble.train.inputs.given_arguments import as_config
 
 OURS = {
     "EnsembleTrainer": EnsembleConfig,

@@ -8,11 +8,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from .._files import write_atomically
-from .._processes import run_on_main
-from ..capture.identity import parameter_fingerprint
-from ..logging import get_logger
-from ..runs import RunDirectory, RunRecord
+from ..._files import write_atomically
+from ..._processes import run_on_main
+from ...capture.identity import parameter_fingerprint
+from ...logging import get_logger
+from ...runs import RunDirectory, RunRecord
 
 logger = get_logger(__name__)
 

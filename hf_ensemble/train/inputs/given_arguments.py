@@ -6,8 +6,8 @@ from typing import TypeVar
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import SFTConfig
 
-from ..errors import ConfigurationError
-from .configs import EnsembleArguments, EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
+from ...errors import ConfigurationError
+from ..configs import EnsembleArguments, EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
