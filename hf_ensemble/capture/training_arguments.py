@@ -49,8 +49,8 @@ def training_recipe(
     obstacle = None if optimizer is None else _obstacle(optimizer)
     if obstacle is not None:
         logger.warning(
-            "The training cannot be replayed, since %s. Predictions rest on fine-tunings alone (calibration_runs). "
-            "Where transformers has the optimizer, set optim and learning_rate in place of optimizer_cls_and_kwargs.",
+            "The training cannot be replayed, since %s. Predictions rest on the fine-tunings that calibrate them. "
+            "Where transformers has this optimizer, set optim and learning_rate, and do not pass it to the trainer.",
             obstacle,
         )
         return None

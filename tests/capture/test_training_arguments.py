@@ -213,7 +213,7 @@ def test_a_given_optimizer_that_cannot_be_replayed_is_warned_of(optimizer, preco
     args = TrainingArguments(use_cpu=True)
     assert optimizer_preconditioner(args, optimizer) == preconditioner
     assert training_recipe(args, 3, optimizer) is None
-    assert reason in caplog.text and "calibration_runs" in caplog.text
+    assert reason in caplog.text and "set optim and learning_rate" in caplog.text
 
 
 def test_a_run_of_such_an_optimizer_has_no_recipe(tmp_path, base_folder, caplog):
