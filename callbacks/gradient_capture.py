@@ -5,12 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from .._settings import check_flag, checked_path
 from ..capture import CaptureConfig, capture_gradients, encoded_splits, optimizer_preconditioner, training_recipe
+from ..capture.training_arguments import GivenOptimizer
 from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..store import GradientStore
@@ -110,7 +113,9 @@ class GradientCaptureCallback(TrainerCallback):
         # Whatever is wrong with the rows is said before anything is trained.
         self._encode(args, model, processing_class)
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs):
+    def on_train_begin(
+        self, args, state, control, model=None, processing_class=None, train_dataloader=None, optimizer=None, **kwargs
+    ):
         is_resumed = state is not None and state.global_step > 0
         if self.when == "train_begin" and is_resumed:
             # It starts midway; the store from its start is still valid.
@@ -121,7 +126,8 @@ class GradientCaptureCallback(TrainerCallback):
             self._encode(args, model, processing_class)
         check_against_trained(self._encoded["train"], train_dataloader)
         if self.when == "train_begin":
-            self._capture(args, model, processing_class, self.output_dir, state.max_steps if state else None)
+            steps = state.max_steps if state else None
+            self._capture(args, model, processing_class, self.output_dir, steps, trained_by=optimizer)
 
     def on_epoch_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if self.when == "epoch":
@@ -137,8 +143,8 @@ class GradientCaptureCallback(TrainerCallback):
         if self.when == "train_end":
             self._capture(args, model, processing_class, self.output_dir, state.max_steps, optimizer)
 
-    def _config(self, args) -> CaptureConfig:
-        config = (self.config or CaptureConfig()).resolved(args)
+    def _config(self, args, given: GivenOptimizer | None = None) -> CaptureConfig:
+        config = (self.config or CaptureConfig()).resolved(args, given)
         # SFTTrainer truncates its rows to this length.
         return config if config.max_length else replace(config, max_length=getattr(args, "max_length", None))
 
@@ -159,10 +165,13 @@ class GradientCaptureCallback(TrainerCallback):
                 "fine-tuning as ObservedRun to calibrate them."
             )
 
-    def _capture(self, args, model, processing_class, folder: Path, num_steps=None, optimizer=None) -> None:
-        config = self._config(args)
+    def _capture(
+        self, args, model, processing_class, folder: Path, num_steps=None, optimizer=None, trained_by=None
+    ) -> None:
+        given = _given_optimizer(args, optimizer if trained_by is None else trained_by)
+        config = self._config(args, given)
         # What the training does can be replayed on what is captured.
-        is_replayed = config.preconditioner == optimizer_preconditioner(args) and not _has_another_loss(args)
+        is_replayed = config.preconditioner == optimizer_preconditioner(args, given) and not _has_another_loss(args)
         self.store = capture_gradients(
             model,
             self.tasks,
@@ -172,9 +181,23 @@ class GradientCaptureCallback(TrainerCallback):
             encoded=self._encoded,
             overwrite=self.overwrite,
             disable_tqdm=bool(args.disable_tqdm),
-            recipe=training_recipe(args, num_steps) if num_steps and is_replayed else None,
+            recipe=training_recipe(args, num_steps, given) if num_steps and is_replayed else None,
             optimizer=optimizer,
         )
+
+
+def _given_optimizer(args: TrainingArguments, optimizer: torch.optim.Optimizer | None) -> GivenOptimizer | None:
+    """Class and arguments of a trainer's optimizer that is not the one of its arguments; `None` for that one."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    options = {name: getattr(optimizer, "defaults", {}).get(name) for name in ("lr", "momentum")}
+    if options["lr"] is None:
+        # None yet, or that of an engine, which the arguments or a file of its own settle.
+        return None
+    given = (type(optimizer), options)
+    is_of_arguments = optimizer_preconditioner(args, given) == optimizer_preconditioner(args)
+    is_of_arguments = is_of_arguments and options["lr"] == args.learning_rate and not options["momentum"]
+    return None if is_of_arguments else given
 
 
 def _has_another_loss(args: TrainingArguments) -> bool:

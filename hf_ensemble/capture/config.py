@@ -14,7 +14,7 @@ from ..store.layout import FEATURE_DTYPES
 from .margin import MARGIN_KINDS, margin_identity
 from .preconditioner import PRECONDITIONERS
 from .row_sample import RowLimit, check_limited_tasks, checked_limit, num_captured
-from .training_arguments import optimizer_preconditioner
+from .training_arguments import GivenOptimizer, optimizer_preconditioner
 
 logger = get_logger(__name__)
 
@@ -151,15 +151,18 @@ class CaptureConfig(FeatureSettings):
         """Combine the feature settings of a [`FeatureSettings`], such as a trainer's arguments, with other fields."""
         return cls(**{own.name: getattr(settings, own.name) for own in fields(FeatureSettings)}, **others)
 
-    def resolved(self, args: TrainingArguments | None = None) -> "CaptureConfig":
+    def resolved(
+        self, args: TrainingArguments | None = None, optimizer: GivenOptimizer | None = None
+    ) -> "CaptureConfig":
         """Replace `"auto"` by the values that fit a trainer.
 
         Args:
             args (`TrainingArguments`, *optional*): the trainer's arguments.
+            optimizer (`tuple`, *optional*): class and arguments of an optimizer that the trainer is given.
         """
         preconditioner, mixed_precision = self.preconditioner, self.mixed_precision
         if preconditioner == "auto":
-            preconditioner = "adam" if args is None else optimizer_preconditioner(args)
+            preconditioner = "adam" if args is None else optimizer_preconditioner(args, optimizer)
         if mixed_precision == "auto":
             mixed_precision = "bf16" if args is not None and args.bf16 else "no"
             if args is not None and args.fp16:

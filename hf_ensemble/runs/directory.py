@@ -23,6 +23,14 @@ from .records import RunRecord, StageRecord
 
 logger = get_logger(__name__)
 
+# Fingerprints of weights, some of which a script may draw at random.
+_WEIGHTS = ("model.theta0:", "model.base_weights:")
+_UNSEEDED = (
+    "If the model is meant to be the same: without a seed, an adapter of get_peft_model and a new classification head "
+    "are drawn anew each time a script is started. Call transformers.set_seed before they are made, or give the "
+    "trainer the model's name and peft_config."
+)
+
 
 class StageListener(Protocol):
     """Is told of the stages of a run, parts of a stage by `NAME:PART`."""
@@ -94,7 +102,8 @@ class RunDirectory(RunFiles):
                 named = "; ".join([*basic, *captured, *chosen])
                 raise RunMismatchError(
                     f"{str(self.path)!r} holds a run of another configuration: {named}. Choose "
-                    "another output_dir, or set overwrite_run=True to redo the stages that depend on it."
+                    "another output_dir, or set overwrite_run=True to redo the stages that depend on it.",
+                    python=_UNSEEDED if any(name.startswith(_WEIGHTS) for name in basic) else None,
                 )
             if self.holders():
                 named = ", ".join(f"{name} ({holder})" for name, holder in self.holders().items())

@@ -52,6 +52,11 @@ class RunFiles:
         return self.path / layout.BASELINE_GRADIENTS
 
     @property
+    def start(self) -> Path:
+        """The values that the adapter begins at."""
+        return self.path / layout.START
+
+    @property
     def baseline(self) -> Path:
         """The one adapter for all tasks."""
         return self.path / layout.BASELINE

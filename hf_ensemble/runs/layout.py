@@ -21,6 +21,8 @@ COMPARED = "compared"
 TRAINING = "training"
 # Locks of the stages that processes work on.
 LOCKS = ".stages"
+# The values that the adapter begins at.
+START = "theta0.safetensors"
 SCORED_RUNS = "scored_runs"
 # What the names of trainings begin with whose adapters are made for their scores alone.
 SCORED_TRAINING = "scored-"
@@ -85,6 +87,7 @@ BASIC_ARTEFACTS = (
     BASELINE,
     META_INITIALIZATION,
     TRAINING,
+    START,
     RECORDS[TasksRecord],
     RECORDS[RunRecord],
 )

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
+# The base model alone.
+BASE = "base"
 # The one adapter for all tasks: as a system, as a training, as a member of an ensemble and as a folder.
 BASELINE = "baseline"
 # What systems are called where people read, in the order of the columns.
 SYSTEM_NAMES = {
-    "base": "base model",
+    BASE: "base model",
     BASELINE: "one adapter for all",
     "ensemble": "ensemble",
     "selection": "selection",

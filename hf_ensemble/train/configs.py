@@ -1,7 +1,8 @@
 """Arguments of the trainers: those of `TrainingArguments` and `SFTConfig`, and the settings of every stage."""
 
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from enum import Enum
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -16,10 +17,12 @@ from .._settings import (
     check_one_of,
 )
 from ..capture import CaptureConfig, FeatureSettings
+from ..capture.training_arguments import GivenOptimizer
 from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
 from ..select.settings import GROUPING_METHODS
+from .credentials import is_secret_name
 from .inputs.balancing_arguments import ORDERS_OF_DRAWN_ROWS, BalancingArguments
 from .inputs.boosting import BoostingSettings
 from .inputs.sharding import check_deepspeed_installed
@@ -35,12 +38,13 @@ ADAPTER_LEARNING_RATE = 2e-4
 # Training cost of an ensemble's adapters, in multiples of one adapter for all tasks.
 DEFAULT_BUDGET = 2.0
 
-Config = TypeVar("Config", bound=TrainingArguments)
-
 
 @dataclass
 class RunArguments(BalancingArguments, FeatureSettings):
     """What the ensemble and the selection trainers share."""
+
+    # Names of the fields that a class of the user's has beside these. It is no field of this one.
+    kept_fields = ()
 
     learning_rate: float | None = field(
         default=None,
@@ -131,18 +135,27 @@ class RunArguments(BalancingArguments, FeatureSettings):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("max_length", getattr(self, "max_length", None), 1, optional=True)
 
+    def to_dict(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in self.kept_fields if not is_secret_name(name)}
+        kept = {name: value.value if isinstance(value, Enum) else value for name, value in kept.items()}
+        return {**super().to_dict(), **kept}
+
     def resolve_learning_rate(self, of_adapters: bool) -> None:
         """Fill in the learning rate that was not given: that of adapters, or the parent class's default."""
         parent = SFTConfig if isinstance(self, SFTConfig) else TrainingArguments
         default = next(own.default for own in fields(parent) if own.name == "learning_rate")
         self.learning_rate = ADAPTER_LEARNING_RATE if of_adapters else default
 
-    def capture_config(self) -> CaptureConfig:
-        """Settings of the capture pass, in the precision of the training."""
+    def capture_config(self, optimizer: GivenOptimizer | None = None) -> CaptureConfig:
+        """Settings of the capture pass, in the precision of the training, and in the metric of its optimizer.
+
+        Args:
+            optimizer (`tuple`, *optional*): `optimizer_cls_and_kwargs` of the trainer.
+        """
         batch_size = self.per_device_eval_batch_size if self.capture_batch_size is None else self.capture_batch_size
         return CaptureConfig.from_settings(
             self, batch_size=batch_size, max_batch_tokens=self.capture_batch_tokens
-        ).resolved(self)
+        ).resolved(self, optimizer)
 
 
 @dataclass
@@ -323,12 +336,3 @@ def _checked_concurrency(value: int | str) -> int | str:
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise ConfigurationError(f"concurrent_groups has to be a positive integer or 'auto', found {value!r}.")
     return found
-
-
-def as_config(args: TrainingArguments, config_class: type[Config]) -> Config:
-    """Arguments of a parent class as those of a trainer's own, field by field; its own class is passed through."""
-    if isinstance(args, config_class):
-        return args
-    known = {own.name for own in fields(config_class)}
-    shared = [own.name for own in fields(args) if own.init and own.name in known]
-    return config_class(**{name: getattr(args, name) for name in shared})

@@ -23,15 +23,43 @@ _UNCOMPARED = ("output_dir", "run_name", "project", "disable_tqdm", "overwrite_r
 # How many rows of streams are read: the rows themselves are compared.
 _UNCOMPARED += ("streaming_rows",)
 _UNCOMPARED += ("concurrent_groups",)
-_UNCOMPARED += ("per_device_eval_batch_size", "capture_batch_size", "capture_batch_tokens", "estimate_device")
+_UNCOMPARED += ("capture_batch_size", "capture_batch_tokens", "estimate_device")
 _UNCOMPARED += (
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+    "dataset_num_proc",
 )
-# Unless they decide which adapter of a training is kept, or when it ends.
-_OF_EVALUATIONS = ("per_device_eval_batch_size",)
+# Which memory is saved, and what is measured.
+_UNCOMPARED += (
+    "gradient_checkpointing",
+    "activation_checkpointing",
+    "activation_offloading",
+    "torch_empty_cache_steps",
+)
+_UNCOMPARED += ("eval_accumulation_steps", "eval_use_gather_object")
+_UNCOMPARED += ("skip_memory_metrics", "include_num_input_tokens_seen")
+# A training that is resumed always restores its callbacks, and one that is not killed has no rows to skip.
+_UNCOMPARED += ("restore_callback_states_from_checkpoint", "ignore_data_skip")
+# Read by scripts, and by nothing in these versions of the parents.
+_UNCOMPARED += ("do_train", "do_predict", "length_column_name")
+# What evaluations during trainings are of, and when they are made.
+_OF_EVALUATIONS = (
+    "per_device_eval_batch_size",
+    "do_eval",
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "eval_packing",
+    "eval_do_concat_batches",
+    "batch_eval_metrics",
+    "include_for_metrics",
+    "prediction_loss_only",
+    "greater_is_better",
+)
 _OF_CHECKPOINTS = ("save_strategy", "save_steps")
 _UNCOMPARED_PREFIXES = ("card_", "hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
 # Arguments of trainers, beside `args`, that decide what is trained.
@@ -67,13 +95,12 @@ def configuration_of(
         trainer_class (`type`): the user's class of trainer.
         trainer_arguments (`dict`): what each training's trainer is constructed with beside.
     """
-    deciding = _OF_EVALUATIONS if args.metric_for_best_model is not None else ()
-    deciding += _OF_CHECKPOINTS if args.load_best_model_at_end else ()
+    left_out = {*_UNCOMPARED, *_CHOICES, *_CAPTURE} | ({*_OF_EVALUATIONS} if not _evaluations_decide(args) else set())
+    deciding = _OF_CHECKPOINTS if args.load_best_model_at_end else ()
     arguments = {
         key: value
         for key, value in args.to_dict().items()
-        if key in deciding
-        or (key not in (*_UNCOMPARED, *_CHOICES, *_CAPTURE) and not key.startswith(_UNCOMPARED_PREFIXES))
+        if key in deciding or (key not in left_out and not key.startswith(_UNCOMPARED_PREFIXES))
     }
     arguments |= {key: getattr(args, key) for key in _TEXT_TOKENS if key in arguments}
     return {
@@ -86,6 +113,12 @@ def configuration_of(
         "capture": json_values(_capture_of(tasks, args)),
         "trainer_arguments": json_values({key: trainer_arguments.get(key) for key in _TRAINER_ARGUMENTS}),
     }
+
+
+def _evaluations_decide(args: TrainingArguments) -> bool:
+    """Whether evaluations during a training decide which adapter is kept, when it ends, or how it goes on."""
+    # Best adapters, early stopping and schedules are refused without a metric.
+    return args.metric_for_best_model is not None or args.task_loss_weighting == "convergence"
 
 
 def _capture_of(tasks: TaskSet, args: TrainingArguments) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import copy
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -79,12 +78,11 @@ def _environment_secrets() -> list[str]:
 def arguments_without_secrets(args: TrainingArguments) -> TrainingArguments:
     """A copy of a trainer's arguments that may be written to files and trackers."""
     args = copy.copy(args)
-    for own in fields(args):
-        value = getattr(args, own.name)
-        if is_secret_name(own.name):
-            setattr(args, own.name, None)
+    for name, value in list(vars(args).items()):
+        if is_secret_name(name):
+            setattr(args, name, None)
         elif type(value) in (str, dict, list, tuple):
-            setattr(args, own.name, without_secrets(value))
+            setattr(args, name, without_secrets(value))
     return args
 
 

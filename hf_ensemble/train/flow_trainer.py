@@ -25,6 +25,7 @@ from .flows.ensemble_flow import EnsembleFlow
 from .flows.run_log import follow, training_metrics
 from .flows.selection_flow import SelectionFlow
 from .flows.stages import announce, announced
+from .flows.starting_values import keep_start, take_up_start
 from .outcome import OutcomeMixin
 from .tracking import tracked_run
 
@@ -46,7 +47,6 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
     """
 
     flow: Flow | None = None
-    _is_working: bool = False
 
     def __init__(self, *args: Any, answer_metrics: AnswerMetrics = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -97,17 +97,20 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 "This trainer trains one model as its parent class does, so there is no run over several datasets. "
                 "Pass a dict of at least two datasets, and peft_config=LoraConfig(...)."
             )
-        # Between trainings the model is as no trainer has touched it, but for what the user has changed.
-        self._model_state.record()
+        self._record_model()
         if self.flow is None:
+            configuration = self._run_configuration()
+            if take_up_start(self.adapter_model, RunDirectory(self.args.output_dir), configuration):
+                configuration = self._run_configuration()
             run = RunDirectory.open(
                 self.args.output_dir,
-                self._run_configuration(),
+                configuration,
                 self._run_choices(),
                 self.args.overwrite_run,
             )
             tasks = TasksRecord.of(self.tasks, self.args.task_loss_weighting, self.args.card_examples)
             run_on_main(lambda: run.write_shared(tasks))
+            keep_start(self.adapter_model, run)
             self.flow = self._make_flow(self._context(run))
         return self.flow.context.run
 
@@ -121,7 +124,9 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
         Raises:
             `RunMismatchError`: when `output_dir` holds a run of another configuration.
             `RunLockedError`: when another process works in it.
+            `ConfigurationError`: when it is opened from within a training.
         """
+        self._check_between_trainings()
         with RunDirectory(self.args.output_dir).locked():
             self.open_run()
             if self._is_working:
@@ -177,6 +182,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             make_trainer=self.adapter_trainer,
             make_predictor=self._prediction_trainer,
             computes_metrics=lambda: self.compute_metrics is not None,
+            optimizer=self._adapter_trainer_kwargs.get("optimizer_cls_and_kwargs"),
         )
 
     def train(
@@ -289,6 +295,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                 python="To start over, call train() with it first.",
                 terminal="To start over, delete output_dir first.",
             )
+        self._check_between_trainings()
         run = self.open_run()
 
         def tell(text: str) -> None:

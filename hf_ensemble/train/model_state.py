@@ -3,12 +3,15 @@
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
 
 # Dictionaries of `nn.Module` that hold what a model consists of. Adapters are added to them while a run goes on.
 _STRUCTURE = ("_parameters", "_buffers", "_modules")
+# States whose blocks are open, the innermost last. Trainings at once, each in a thread, have their own.
+_OPEN: ContextVar[tuple["ModelState", ...]] = ContextVar("open_states", default=())
 
 
 class ModelState:
@@ -20,15 +23,17 @@ class ModelState:
 
     Args:
         model (`nn.Module`): the model. Parameters and buffers are not copied.
+        origin (`ModelState`, *optional*): the state of the same run's model, where this one is of a copy of it.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, model: nn.Module, origin: "ModelState | None" = None):
+        self.model = model
+        self.origin = origin
         self.record()
 
     def record(self) -> None:
-        """Take the model as it is now for its state."""
-        model = self._model
+        """Take the model as it is now for its state; not within a block, where a trainer may have prepared it."""
+        model = self.model
         self._modules = [(weakref.ref(module), _attributes(module)) for module in model.modules()]
         self._trainable = [(weakref.ref(parameter), parameter.requires_grad) for parameter in model.parameters()]
         configs = (getattr(model, name, None) for name in ("config", "generation_config"))
@@ -51,12 +56,24 @@ class ModelState:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """The state holds when the block begins and again when it ends, also after an exception."""
+        """The state holds when the block begins and again when it ends, also after an exception.
+
+        A block within another one of the same model is an interlude: when it ends, the model is what it found.
+        """
+        opened = _OPEN.get()
+        is_interlude = any(own.model is self.model for own in opened)
+        after = ModelState(self.model) if is_interlude else self
+        token = _OPEN.set((*opened, self))
         self.restore()
         try:
             yield
         finally:
-            self.restore()
+            _OPEN.reset(token)
+            after.restore()
+
+    def at_work(self) -> "ModelState | None":
+        """The innermost state whose block is open, of this model or of a copy of it; `None` between blocks."""
+        return next((own for own in reversed(_OPEN.get()) if self in (own, own.origin)), None)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -22,15 +22,14 @@ from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..models.token_checks import check_token_rows
-from ..runs.systems import BASELINE
 from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.row_checks import refuse_images
 from ..tasks.task import as_dataset, make_task
-from .configs import as_config
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
 from .inputs.balancing import check_loss_weighting, drawn_by
 from .inputs.best_metric import check_best_metric
-from .inputs.datasets import check_rows_and_arguments
+from .inputs.datasets import check_rows_and_arguments, check_task_names
+from .inputs.given_arguments import as_config
 from .inputs.parent_arguments import check_parent_arguments
 from .inputs.sharding import check_whole, shard
 from .inputs.streams import as_table, interleaved
@@ -40,8 +39,6 @@ from .model_state import ModelState
 
 logger = get_logger(__name__)
 
-# Task names that would collide with names of metrics or of adapters.
-_RESERVED = ("mean", "overall")
 # For model cards, beside those of the parent.
 _TAG = "hf-ensemble"
 
@@ -87,12 +84,15 @@ class MultiTaskMixin:
         args: TrainingArguments | None,
         model: str | nn.Module | None,
         of_adapters: bool,
+        is_parent: bool,
         is_made_later: bool = False,
     ) -> TrainingArguments:
         """The arguments as this trainer's own class; defaults where there are none. The user's object stays as it is.
 
         Raises:
-            `ConfigurationError`: for arguments of another kind, and for a model that is none.
+            `ConfigurationError`:
+                For arguments of another kind, for those of another trainer unless this one is as its parent, and for a
+                model that is none.
         """
         if not isinstance(model, (str, nn.Module)) and not (model is None and is_made_later):
             raise ConfigurationError(
@@ -110,7 +110,7 @@ class MultiTaskMixin:
         if args is None:
             name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
             args = self.config_class(output_dir=f"{Path(name or 'model').name}-{type(self).__name__}")
-        args = as_config(args, self.config_class)
+        args = as_config(args, self.config_class, type(self).__name__, is_parent)
         if args.learning_rate is None:
             # Another trainer that takes the same object may resolve it to another one.
             args = copy.copy(args)
@@ -173,9 +173,7 @@ class MultiTaskMixin:
         check_loss_weighting(args, tasks, given.get("compute_loss_func"), tasks.names, is_sft)
         check_kinds(given)
         check_before_loading(given["model"], given["peft_config"], type(self))
-        reserved = sorted(name for name in tasks if name in _RESERVED or name.startswith(BASELINE))
-        if reserved:
-            raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
+        check_task_names(tasks)
         if args.should_save:
             make_writable_folder(Path(args.output_dir))
 

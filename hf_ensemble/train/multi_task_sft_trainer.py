@@ -79,7 +79,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         is_one = is_one_dataset(train_dataset)
         is_direct = is_one or not self._has_adapter(model, peft_config)
         if args is not None or not is_one:
-            args = self._own_args(args, model, of_adapters=not is_direct)
+            args = self._own_args(args, model, of_adapters=not is_direct, is_parent=is_one)
         check_quantization(quantization_config, args)
         given = {
             "model": model,

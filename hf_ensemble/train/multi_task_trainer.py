@@ -66,7 +66,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             set_seed(getattr(args, "seed", self.config_class.seed))
             model, model_init = model_init(), None
         has_adapter = not is_one and self._has_adapter(model, peft_config)
-        args = self._own_args(args, model, has_adapter, is_made_later=model_init is not None)
+        args = self._own_args(args, model, has_adapter, is_one, is_made_later=model_init is not None)
         given = {"args": args, "data_collator": data_collator, "callbacks": callbacks, **kwargs}
         # The adapter's first weights are random: seed before they are made.
         set_seed(args.seed)

@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..evaluate import TaskScores
 from ..logging import get_logger
 from ..publish import card_metadata, push_run_to_hub, write_model_card
 from ..runs import Results
+from .concurrent.process_state import ProcessState
 from .inputs.evaluation_rows import positions_by_task, token_tables
 
 logger = get_logger(__name__)
@@ -27,6 +29,8 @@ _PACKING = ("packing", "eval_packing", "padding_free")
 
 class OutcomeMixin:
     """Evaluation, predictions, card and upload of a run. Before it is trained, they are the parent's of one adapter."""
+
+    _is_working: bool = False
 
     def _is_trained(self) -> bool:
         raise NotImplementedError
@@ -51,6 +55,9 @@ class OutcomeMixin:
     ) -> dict[str, float]:
         """Loss and accuracy of every task; before [`train`], the parent trainer's evaluation of the untrained adapter.
 
+        Called by a callback during a training, it is the parent's of the adapter that is being trained, and the
+        training goes on as if it had not been.
+
         Args:
             eval_dataset (`dict[str, Dataset]` or `Dataset`, *optional*):
                 Rows of each task, for example test rows; or one dataset that has the task of each row in a column
@@ -69,11 +76,11 @@ class OutcomeMixin:
         """
         if self.trains_directly:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._model_state.record()
-        if not self._is_trained():
+        if self._has_one_adapter():
             eval_dataset = None if eval_dataset is None else self._tables(eval_dataset)
-            with self._model_state.restored():
-                return self._single_trainer().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with self._single_trainer() as trainer:
+                return trainer.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._record_model()
         self._memory_tracker.start()
         with self.working():
             metrics = self.flow.evaluate(self._scored_tables(eval_dataset), metric_key_prefix)
@@ -88,6 +95,8 @@ class OutcomeMixin:
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
         """Predictions of the ensemble, or of a selection's final adapter; before [`train`], of the untrained adapter.
+
+        Called by a callback during a training, they are of the adapter that is being trained.
 
         Args:
             test_dataset (`dict[str, Dataset]` or `Dataset`):
@@ -106,11 +115,10 @@ class OutcomeMixin:
         if self.trains_directly:
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
         tables, positions = self._tables(test_dataset, needs_labels=False), positions_by_task(test_dataset)
-        self._model_state.record()
-        if not self._is_trained():
-            with self._model_state.restored():
-                output = self._single_trainer().predict(tables, ignore_keys, metric_key_prefix)
-                return _in_order(output, positions)
+        if self._has_one_adapter():
+            with self._single_trainer() as trainer:
+                return _in_order(trainer.predict(tables, ignore_keys, metric_key_prefix), positions)
+        self._record_model()
         self._memory_tracker.start()
         with self.working(), self.flow.predictor(tables) as predictor:
             output = predictor.predict_tasks(tables, ignore_keys, metric_key_prefix)
@@ -127,12 +135,13 @@ class OutcomeMixin:
             eval_dataset (`dict[str, Dataset]` or `Dataset`, *optional*): as for [`evaluate`].
 
         Raises:
-            `ConfigurationError`: before training.
+            `ConfigurationError`: before training, and during one.
         """
         if not self._is_trained():
             raise ConfigurationError("There is nothing to score yet: call train() first.")
+        self._check_between_trainings()
         tables = self._scored_tables(eval_dataset)
-        self._model_state.record()
+        self._record_model()
         return self.flow.scores(tables)
 
     def report(self) -> Results:
@@ -159,11 +168,47 @@ class OutcomeMixin:
             given = {given: self.eval_dataset[given]}
         return token_tables(given, self.tasks, self.prepare_rows, needs_labels)
 
-    def _single_trainer(self) -> Trainer:
-        """The parent trainer over all tasks, for what it can do before a run has made anything."""
+    def _record_model(self) -> None:
+        """Between trainings the model is as no trainer has touched it, but for what the user has changed."""
+        if not self._is_working and self._model_state.at_work() is None:
+            self._model_state.record()
+
+    def _has_one_adapter(self) -> bool:
+        """Whether the run has made nothing yet, or is called from within a training."""
+        return not self._is_trained() or self._model_state.at_work() is not None
+
+    def _check_between_trainings(self) -> None:
+        """Refuse what a callback asks of the run during one of its trainings.
+
+        Raises:
+            `ConfigurationError`: during a training.
+        """
+        if not self.trains_directly and self._model_state.at_work() is not None:
+            raise ConfigurationError(
+                "Expected a call between the trainings of the run, found one from within a training, by a callback. "
+                "Call evaluate() or predict() there, which are about the adapter that is being trained, and all else "
+                "before or after train()."
+            )
+
+    @contextmanager
+    def _single_trainer(self) -> Iterator[Trainer]:
+        """While open, the parent trainer over all tasks, for what it can do while there is one adapter.
+
+        A training that is interrupted by it finds its model, and its random numbers, as they were.
+        """
         args = copy.copy(self.args)
         args.push_to_hub = False
-        return self.adapter_trainer(args, self.train_dataset, self.eval_dataset, self.tasks.sampling_weights)
+        interrupted, process = self._model_state.at_work(), ProcessState()
+        self._record_model()
+        state = interrupted or self._model_state
+        with state.restored():
+            try:
+                yield self.adapter_trainer(
+                    args, self.train_dataset, self.eval_dataset, self.tasks.sampling_weights, state.model
+                )
+            finally:
+                if interrupted is not None:
+                    process.restore()
 
     def _prediction_trainer(self, tables: Mapping[str, Dataset]) -> Trainer:
         """A trainer of this one's class with these evaluation sets, one row each: a row has one task."""

@@ -159,6 +159,18 @@ BEFORE_LOADING = {
         {"train_dataset": {**PAIRS, "baseline_2": PAIRS["a"]}, "eval_dataset": None},
         "are used for metrics of the whole run: rename",
     ),
+    "name of the base model's metrics": (
+        ("ensemble sft", "selection sft"),
+        {},
+        {"train_dataset": {**PAIRS, "base_a": PAIRS["a"]}, "eval_dataset": None},
+        r"task 'base_a'.*found those of the base model on the task 'a' \(eval_base_a_loss\): rename",
+    ),
+    "name of the base model's mean": (
+        ("ensemble sft",),
+        {},
+        {"train_dataset": {**PAIRS, "base_mean": PAIRS["a"]}, "eval_dataset": None},
+        r"task 'base_mean'.*found those of the base model on average \(eval_base_mean_loss\): rename",
+    ),
     "evaluation rows beside a set": (
         ("ensemble sft",),
         {},

@@ -23,7 +23,7 @@ SETTINGS = {
 }
 
 
-def train(kind, folder, callbacks):
+def train(kind, folder, callbacks, **given):
     """A plain training with dropout; returns its losses and its final parameters."""
     tasks = TaskSet.from_datasets(toy.sft_tasks())
     torch.manual_seed(0)
@@ -31,12 +31,12 @@ def train(kind, folder, callbacks):
     table, tokenizer = tasks.table("train"), toy.tokenizer()
     if kind == "sft":
         args = SFTConfig(output_dir=str(folder), bf16=False, **SETTINGS)
-        trainer = SFTTrainer(model, args, train_dataset=table, processing_class=tokenizer, callbacks=callbacks)
+        trainer = SFTTrainer(model, args, train_dataset=table, processing_class=tokenizer, callbacks=callbacks, **given)
     else:
         rows = encode(table, tokenizer, RowFormat.PROMPT_COMPLETION).remove_columns(["task", "example_id"])
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
         args = TrainingArguments(output_dir=str(folder), **SETTINGS)
-        trainer = Trainer(model, args, collator, rows, processing_class=tokenizer, callbacks=callbacks)
+        trainer = Trainer(model, args, collator, rows, processing_class=tokenizer, callbacks=callbacks, **given)
     trainer.train()
     losses = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
     return losses, {name: p.clone() for name, p in model.named_parameters()}
@@ -126,3 +126,22 @@ def test_a_bfloat16_training_is_captured_in_bfloat16_and_unchanged(tmp_path, mon
     # The forward that accelerate had wrapped gives the same features as one that it had not.
     found, expected = (store.table("train").features[:] for store in (own.store, alone.store))
     assert relative_error(torch.from_numpy(found), torch.from_numpy(expected)) < 1e-3
+
+
+@pytest.mark.parametrize("when", ["train_begin", "train_end"])
+@pytest.mark.parametrize(
+    ("optimizer", "preconditioner", "rate"),
+    [
+        (None, "adam", 1e-2),
+        ((torch.optim.SGD, {"lr": 0.5}), "none", 0.5),
+        ((torch.optim.AdamW, {"lr": 0.25}), "adam", 0.25),
+        ((torch.optim.SGD, {"lr": 0.5, "momentum": 0.9}), "none", None),
+    ],
+    ids=["arguments", "sgd", "adam", "momentum"],
+)
+def test_the_recipe_is_that_of_the_optimizer_that_trains(tmp_path, when, optimizer, preconditioner, rate, caplog):
+    own = callback(tmp_path / "store", when=when)
+    train("trainer", tmp_path / "run", [own], optimizer_cls_and_kwargs=optimizer)
+    assert own.store.identity["config"]["preconditioner"] == preconditioner
+    assert (own.store.recipe and own.store.recipe.learning_rates[0]) == rate
+    assert ("cannot be replayed" in caplog.text) == (rate is None)

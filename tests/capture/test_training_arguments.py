@@ -140,3 +140,84 @@ def test_some_of_the_tasks_are_trained_on_for_fewer_steps(tmp_path, monkeypatch)
     store.rows = store.rows.set_column(store.rows.column_names.index("excluded"), "excluded", [excluded])
     DataSelector.from_store(store, ["sums"], num_components=10)
     assert seen[2].learning_rates == pytest.approx([0.15, 0.3])
+
+
+class Mine(torch.optim.AdamW):
+    """Of the user's."""
+
+
+GIVEN = (torch.optim.SGD, {"lr": 0.5})
+
+
+def trainer_given(folder, base, optimizer, **settings):
+    tasks = toy.sft_tasks()
+    return EnsembleSFTTrainer(
+        model=base,
+        args=sft_config(folder, logging_strategy="steps", logging_steps=1, **settings),
+        train_dataset=split(tasks, "train"),
+        eval_dataset=split(tasks, "validation"),
+        peft_config=toy.lora(),
+        optimizer_cls_and_kwargs=optimizer,
+    )
+
+
+def test_a_given_optimizer_is_predicted_as_the_same_one_by_name(tmp_path, base_folder):
+    settings = {"train_baseline": False, "calibration_runs": 0}
+    given = trainer_given(tmp_path / "given", base_folder, GIVEN, **settings)
+    named = trainer_with(tmp_path / "named", base_folder, optim="sgd", learning_rate=0.5, **settings)
+    mixtures = [["sums"], ["sums", "diffs"]]
+    stores, losses = [], []
+    for trainer in (given, named):
+        stores.append(trainer.capture())
+        losses.append(trainer.selector().estimator.predict_subsets(mixtures).loss)
+    assert stores[0].identity["config"] == stores[1].identity["config"]
+    assert stores[0].preconditioner() is None and stores[0].recipe == stores[1].recipe
+    assert np.array_equal(*losses)
+    trained = given.flow.training.run("all", given.tasks.names, tmp_path / "all")
+    logged = [entry["learning_rate"] for entry in trained.log_history if "learning_rate" in entry]
+    assert stores[0].recipe.learning_rates == pytest.approx(logged) and max(logged) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "preconditioner", "rate"),
+    [
+        (GIVEN, "none", 0.5),
+        ((torch.optim.SGD, {}), "none", 1e-3),
+        ((torch.optim.SGD, {"lr": 0.5, "momentum": 0.0}), "none", 0.5),
+        ((torch.optim.AdamW, {"lr": torch.tensor(0.25)}), "adam", 0.25),
+        ((torch.optim.NAdam, {}), "adam", 2e-3),
+        ((Mine, {"lr": 0.3}), "adam", 0.3),
+    ],
+)
+def test_the_recipe_is_that_of_the_given_optimizer(optimizer, preconditioner, rate, caplog):
+    args = TrainingArguments(use_cpu=True, lr_scheduler_type="constant", optim="adagrad", learning_rate=1e-5)
+    assert optimizer_preconditioner(args, optimizer) == preconditioner
+    assert training_recipe(args, 3, optimizer).learning_rates == [rate] * 3 and not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "preconditioner", "reason"),
+    [
+        (
+            (torch.optim.Adagrad, {"lr": 0.1}),
+            "adam",
+            "Adagrad is related neither to Adam nor to plain gradient descent",
+        ),
+        ((torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), "none", "SGD with momentum=0.9"),
+        ((torch.optim.AdamW, {"lr": 0.1, "params": []}), "adam", "params of AdamW may have learning rates of its own"),
+        ((lambda params, **options: torch.optim.AdamW(params), {}), "adam", "is related neither to Adam"),
+        ((type("Adamant", (torch.optim.Optimizer,), {"__init__": lambda self, params: None}), {}), "adam", "no lr"),
+    ],
+)
+def test_a_given_optimizer_that_cannot_be_replayed_is_warned_of(optimizer, preconditioner, reason, caplog):
+    args = TrainingArguments(use_cpu=True)
+    assert optimizer_preconditioner(args, optimizer) == preconditioner
+    assert training_recipe(args, 3, optimizer) is None
+    assert reason in caplog.text and "set optim and learning_rate" in caplog.text
+
+
+def test_a_run_of_such_an_optimizer_has_no_recipe(tmp_path, base_folder, caplog):
+    optimizer = (torch.optim.SGD, {"lr": 0.5, "momentum": 0.9})
+    store = trainer_given(tmp_path / "run", base_folder, optimizer).capture()
+    assert store.recipe is None and store.preconditioner() is None
+    assert "SGD with momentum=0.9 is no plain gradient descent" in caplog.text

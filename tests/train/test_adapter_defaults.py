@@ -9,7 +9,7 @@ from peft import IA3Config, LoraConfig
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, Olmo2Config, Olmo2ForCausalLM
 
 from helpers import toy
-from helpers.trainers import sft_config, sft_trainer, text_trainer
+from helpers.trainers import sft_config, sft_trainer, split, text_trainer
 from hf_ensemble import EnsembleSFTTrainer, EnsembleTrainer
 from hf_ensemble.errors import ConfigurationError
 
@@ -128,3 +128,19 @@ def test_looking_at_the_loss_changes_no_training(tmp_path, base_folder, monkeypa
     found = distance("run")
     monkeypatch.setattr("hf_ensemble.train.flows.learning.LearningCheck._loss", lambda self: 0.0)
     assert distance("other") == found
+
+
+def test_the_rate_that_is_found_is_that_of_a_given_optimizer(tmp_path, base_folder, caplog):
+    tasks = toy.sft_tasks()
+    found = EnsembleSFTTrainer(
+        model=base_folder,
+        args=sft_config(tmp_path / "run", num_train_epochs=1),
+        train_dataset=split(tasks, "train"),
+        eval_dataset=split(tasks, "validation"),
+        peft_config=toy.lora(),
+        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 2e-5}),
+    )
+    found.open_run()
+    found.flow.training.run("one", ["sums"], tmp_path / "one")
+    (message,) = said_of_learning(caplog)
+    assert "Raise lr of optimizer_cls_and_kwargs, found 2e-05: adapters usually take" in message

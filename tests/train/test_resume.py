@@ -79,6 +79,75 @@ def test_every_argument_that_matters_is_compared(finished, change):
         sft_trainer(trainer.run_directory.path, base, num_groups=2, **change).open_run()
 
 
+# Of evaluations during trainings.
+EVALUATIONS = [
+    {"per_device_eval_batch_size": 3},
+    {"eval_strategy": "epoch"},
+    {"eval_strategy": "epoch", "eval_on_start": True},
+    {"eval_strategy": "steps", "eval_steps": 3},
+    {"eval_delay": 1},
+    {"prediction_loss_only": True},
+    {"batch_eval_metrics": True},
+    {"eval_do_concat_batches": False},
+    {"include_for_metrics": ["loss"]},
+    {"eval_packing": True},
+    {"greater_is_better": True},
+]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *EVALUATIONS,
+        {"eval_accumulation_steps": 1},
+        {"eval_use_gather_object": True},
+        {"torch_empty_cache_steps": 5},
+        {"gradient_checkpointing": True},
+        {"dataset_num_proc": 2},
+        {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"},
+        {"skip_memory_metrics": False},
+        {"include_num_input_tokens_seen": True},
+        {"ignore_data_skip": True},
+        {"restore_callback_states_from_checkpoint": True},
+        {"do_train": True, "do_predict": True},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_what_does_not_affect_trainings_is_not_compared(finished, change):
+    trainer, _, base = finished
+    sft_trainer(trainer.run_directory.path, base, num_groups=2, **change).open_run()
+
+
+def test_where_activations_lie_is_not_compared(finished):
+    trainer, _, base = finished
+    again = sft_trainer(trainer.run_directory.path, base, num_groups=2)
+    # trl makes room for them on accelerators alone.
+    again.args.activation_offloading = True
+    again.open_run()
+
+
+BEST = {"load_best_model_at_end": True, "save_strategy": "epoch"}
+
+
+@pytest.mark.parametrize(
+    ("decided", "change"),
+    [
+        *((BEST, change) for change in EVALUATIONS if change != {"eval_strategy": "epoch"}),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}, {"eval_delay": 1}),
+        ({"task_loss_weighting": "convergence", "grouping_method": "direct"}, {"eval_delay": 1}),
+    ],
+)
+def test_evaluations_that_decide_what_is_trained_are_compared(tmp_path, base_folder, decided, change):
+    def opened(**changes):
+        sft_trainer(tmp_path, base_folder, **{"eval_strategy": "epoch", **decided, **changes}).open_run()
+
+    opened()
+    if "eval_steps" in change:
+        change = {**change, "save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(RunMismatchError, match="|".join(f"arguments.{name}" for name in change)):
+        opened(**change)
+
+
 def test_other_weights_of_the_same_name_are_another_run(finished, tmp_path):
     trainer, _, base = finished
     model = toy.llama(seed=5)

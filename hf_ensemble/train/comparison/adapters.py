@@ -50,7 +50,7 @@ def train_widened(
     mark_as_of_a_run(model.peft_config[_WIDER])
     try:
         model.set_adapter(_WIDER)
-        own = replace(context, adapter_name=_WIDER, model_state=ModelState(model))
+        own = replace(context, adapter_name=_WIDER, model_state=ModelState(model, origin=context.model_state))
         return AdapterTraining(own).run(name, mixture, folder, **options)
     finally:
         model.set_adapter(context.adapter_name)

@@ -299,5 +299,6 @@ def _in_turn(training: AdapterTraining, job: Callable[[AdapterTraining], T], tur
         turn.share_backward(trainer)
         return trainer
 
-    own = replace(context, model=model, model_state=ModelState(model), make_trainer=make_trainer)
+    state = ModelState(model, origin=context.model_state)
+    own = replace(context, model=model, model_state=state, make_trainer=make_trainer)
     return job(training.beside(own))

@@ -93,7 +93,7 @@ class Calibration:
 
     def _captured_losses(self, scores: Mapping[str, TaskScores]) -> dict[str, float]:
         """Mean loss of the validation rows that gradients are captured of, for tasks that have more."""
-        config, found = self.context.args.capture_config(), {}
+        config, found = self.context.capture_config(), {}
         for task, own in scores.items():
             rows = self.context.eval_tables[task]
             sample = sample_rows(rows, config.row_limit("validation"), config.capture_seed)

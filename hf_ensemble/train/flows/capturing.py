@@ -72,7 +72,7 @@ def _captured(
                 return capture_gradients(
                     context.model,
                     context.tasks,
-                    args.capture_config(),
+                    context.capture_config(),
                     folder,
                     data_collator=context.data_collator,
                     encoded={
@@ -90,7 +90,7 @@ def _captured(
 
 def _recipe(context: FlowContext, training: AdapterTraining) -> TrainingRecipe | None:
     """The training on all tasks; `None` where the features are not in the optimizer's metric."""
-    args = context.args
-    if args.capture_config().preconditioner != optimizer_preconditioner(args):
+    args, optimizer = context.args, context.optimizer
+    if context.capture_config().preconditioner != optimizer_preconditioner(args, optimizer):
         return None
-    return training_recipe(args, training.num_steps(context.tasks.names))
+    return training_recipe(args, training.num_steps(context.tasks.names), optimizer)

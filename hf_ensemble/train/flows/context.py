@@ -9,6 +9,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from ...capture import CaptureConfig
+from ...capture.training_arguments import GivenOptimizer
 from ...evaluate import AnswerEvaluator, Evaluator
 from ...models.answer_scorer import AnswerScorer
 from ...runs import RunDirectory
@@ -57,6 +59,7 @@ class FlowContext:
         make_trainer (`AdapterTrainerFactory`): makes a trainer for the adapter.
         make_predictor (`Callable`): makes a trainer for the adapter whose evaluation sets are given token tables.
         computes_metrics (`Callable`): whether trainers have `compute_metrics`.
+        optimizer (`tuple`, *optional*): `optimizer_cls_and_kwargs` of the trainer.
     """
 
     run: RunDirectory
@@ -78,6 +81,7 @@ class FlowContext:
     make_trainer: AdapterTrainerFactory
     make_predictor: Callable[[Mapping[str, Dataset]], Trainer]
     computes_metrics: Callable[[], bool]
+    optimizer: GivenOptimizer | None = None
 
     @cached_property
     def train_table(self) -> Dataset:
@@ -88,6 +92,10 @@ class FlowContext:
     def eval_tables(self) -> dict[str, Dataset]:
         """Each task's validation rows as the model takes them."""
         return {name: self.model_columns(rows) for name, rows in self.eval_rows.items()}
+
+    def capture_config(self) -> CaptureConfig:
+        """Settings of the capture pass."""
+        return self.args.capture_config(self.optimizer)
 
     def num_captured_rows(self) -> int:
         """How many rows the capture takes gradients of."""

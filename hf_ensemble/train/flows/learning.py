@@ -2,6 +2,7 @@
 
 from datasets import Dataset
 
+from ...capture.training_arguments import learning_rate
 from ...ensemble.weighting.sampling import spread_sample
 from ...evaluate import Evaluator
 from ...logging import get_logger
@@ -56,11 +57,14 @@ class LearningCheck:
             logger.warning("%s", self._message(trained, moved, after))
 
     def _message(self, trained: TrainedAdapter, moved: float, after: float) -> str:
-        rate, (low, high) = self.context.args.learning_rate, _USUAL_RATES
-        if rate < low:
-            remedy = f"Raise learning_rate, found {rate:g}: adapters usually take {low:g} to {high:g}."
+        optimizer, (low, high) = self.context.optimizer, _USUAL_RATES
+        rate = learning_rate(self.context.args, optimizer)
+        name = "learning_rate" if optimizer is None else "lr of optimizer_cls_and_kwargs"
+        if rate is not None and rate < low:
+            remedy = f"Raise {name}, found {rate:g}: adapters usually take {low:g} to {high:g}."
         else:
-            remedy = "Train for more steps" + (f", or raise learning_rate, found {rate:g}." if rate < high else ".")
+            is_usual = rate is not None and rate < high
+            remedy = "Train for more steps" + (f", or raise {name}, found {rate:g}." if is_usual else ".")
         return (
             f"{trained.name}: the loss of its own training rows moved by {moved:.1%} in {trained.global_step} steps, "
             f"from {self._before:.4f} to {after:.4f}. {remedy}"

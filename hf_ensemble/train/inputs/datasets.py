@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from ...errors import ConfigurationError, TaskError
 from ...logging import get_logger
+from ...runs.systems import BASE, BASELINE
 from ...tasks import META_COLUMNS, TASK, RowFormat, TaskSet
 from ...tasks.columns import column_names
 from ...tasks.rows import unknown_columns
@@ -18,6 +19,8 @@ logger = get_logger(__name__)
 
 # What a `DatasetDict` of the splits of one dataset is keyed by.
 _SPLITS = {"train", "validation", "test", "eval", "dev", "valid"}
+# Task names that would collide with names of metrics or of adapters.
+_RESERVED = ("mean", "overall")
 
 
 def is_one_dataset(train_dataset: Any) -> bool:
@@ -54,6 +57,25 @@ def is_text_classification(rows: Any) -> bool:
     """Whether rows are text with a label, which `transformers.Trainer` would not take."""
     columns = set(column_names(rows)) if isinstance(rows, Dataset | IterableDataset) else set()
     return columns >= set(RowFormat.CLASSIFICATION.required) and "input_ids" not in columns
+
+
+def check_task_names(names: Collection[str]) -> None:
+    """Refuse tasks whose metrics would have the names of others.
+
+    Raises:
+        `TaskError`: for names that a run uses itself, and for a name that is the base model's on another task.
+    """
+    reserved = sorted(name for name in names if name in _RESERVED or name.startswith(BASELINE))
+    if reserved:
+        raise TaskError(f"The task names {reserved} are used for metrics of the whole run: rename these tasks.")
+    for name in (*names, "mean"):
+        of_base = f"{BASE}_{name}"
+        if of_base in names:
+            where = "on average" if name == "mean" else f"on the task {name!r}"
+            raise TaskError(
+                f"Expected metrics of the task {of_base!r} under names of their own, found those of the base model "
+                f"{where} (eval_{of_base}_loss): rename the task."
+            )
 
 
 def check_sft_columns(tasks: TaskSet, args: SFTConfig, formatting_func: Any) -> None:

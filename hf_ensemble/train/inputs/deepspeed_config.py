@@ -8,7 +8,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
-from .refusal import refusal
+from .parent_arguments import refusal
 
 _LEAVE_OUT = "leave it out"
 # How DeepSpeed's engine goes about things, or what it prints: of no consequence to what a run finds.

@@ -58,11 +58,13 @@ def check_parent_arguments(args: TrainingArguments) -> None:
     Raises:
         `ConfigurationError`: which names the argument.
     """
-    for name, refusal in {**REFUSED, **({"hub_strategy": _HUB_STRATEGY} if args.push_to_hub else {})}.items():
+    for name, own in {**REFUSED, **({"hub_strategy": _HUB_STRATEGY} if args.push_to_hub else {})}.items():
         value = getattr(args, name, None)
         value = getattr(value, "value", value)
-        if value and (refusal.values is None or value in refusal.values):
-            raise ConfigurationError(
-                f"{name}={value!r} cannot be honoured in a run of several trainings: {refusal.because}. Please "
-                f"{refusal.instead}."
-            )
+        if value and (own.values is None or value in own.values):
+            raise refusal(f"{name}={value!r}", own.because, own.instead)
+
+
+def refusal(name: str, because: str, instead: str) -> ConfigurationError:
+    """The error that names the argument, the reason and what to do."""
+    return ConfigurationError(f"{name} cannot be honoured in a run of several trainings: {because}. Please {instead}.")

@@ -29,7 +29,7 @@ from ...logging import get_logger
 from ...models.inputs import is_encoder_decoder
 from ...models.sharding import is_sharded, shard_base, shard_base_by_zero
 from .deepspeed_config import check_deepspeed_config
-from .refusal import refusal
+from .parent_arguments import refusal
 from .supported import names_encoder_decoder
 
 logger = get_logger(__name__)

@@ -199,7 +199,7 @@ class EnsembleBoosting:
             if store.dim == sum(own.numel() for own in self.training.theta0.values()):
                 update = parameter_update(model, store, step.coefficients)
             else:
-                batch_size = args.capture_config().batch_size
+                batch_size = context.capture_config().batch_size
                 update = row_update(
                     model, store, rows, step.row_coefficients, context.data_collator, batch_size, context.label_space
                 )
