@@ -13,6 +13,7 @@ from .._settings import check_flag, checked_path
 from ..capture import CaptureConfig, capture_gradients, encoded_splits, optimizer_preconditioner, training_recipe
 from ..errors import ConfigurationError
 from ..logging import get_logger
+from ..models.kinds import check_kind
 from ..store import GradientStore
 from ..tasks import TaskSet
 from .host_rows import check_against_trained, sft_splits
@@ -58,8 +59,9 @@ class GradientCaptureCallback(TrainerCallback):
     Raises:
         `ConfigurationError`:
             For arguments of another kind, and numbers of captured rows of unknown tasks. In the trainer's constructor,
-            without a tokenizer. When training begins, for a row that is trained on with other labels than it is
-            captured with.
+            without a tokenizer, for models of another kind (token classifiers, masked language models), and for models
+            that have no answers of the rows' kind. When training begins, for a row that is trained on with other labels
+            than it is captured with.
         `TaskError`: in the trainer's constructor, for rows that cannot be encoded.
 
     Example:
@@ -147,6 +149,7 @@ class GradientCaptureCallback(TrainerCallback):
             raise ConfigurationError(
                 "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
             )
+        check_kind(model)
         max_length = self._config(args).max_length
         if isinstance(args, SFTConfig):
             self._encoded = sft_splits(self.tasks, processing_class, args, self.formatting_func, max_length)

@@ -17,6 +17,7 @@ from transformers import (
 from ...errors import ConfigurationError
 from ...logging import get_logger
 from ...models import LabelSimilarityForSequenceClassification
+from ...models.kinds import check_answers_of
 from ...models.label_similarity import LabelHead
 from ...tasks import LabelSpace, TaskSet
 
@@ -165,7 +166,8 @@ def adapter_for_head(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
 
 
 def check_labels(model: Any, tasks: TaskSet) -> None:
-    """Raise `ConfigurationError` for a classifier whose head is not one of the tasks' labels."""
+    """Raise `ConfigurationError` for a model without answers of the rows' kind, or with a head for other labels."""
+    check_answers_of(model, tasks)
     label_space = tasks.label_space
     if tasks.is_multi_label:
         found = (model.config.num_labels, model.config.problem_type)
