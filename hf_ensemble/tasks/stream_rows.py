@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from .._values import plain_values
 from ..errors import TaskError
-from .columns import EXAMPLE_ID, TASK, column_names
+from .columns import EXAMPLE_ID, TASK, column_names, renamed_class
 from .row_checks import IMAGE_COLUMNS, check_row
 from .rows import RowFormat, content_hash
 from .task import Task, as_dataset, table_error
@@ -45,13 +45,26 @@ def identified_stream(task: Task, stream: IterableDataset) -> IterableDataset:
     """
     columns = column_names(stream)
     dropped = [column for column in columns if column not in (*task.row_format.used(columns), TASK, EXAMPLE_ID)]
-    identify = partial(_identified, name=task.name, row_format=task.row_format, label_names=task.label_names)
+    has_class = task.row_format in (RowFormat.CLASSIFICATION, RowFormat.TOKENIZED)
+    identify = partial(
+        _identified,
+        name=task.name,
+        row_format=task.row_format,
+        label_names=task.label_names,
+        renamed=renamed_class(columns) if has_class else {},
+    )
     return stream.with_format(None).map(identify, with_indices=True, remove_columns=dropped)
 
 
 def _identified(
-    row: Mapping[str, Any], index: int, name: str, row_format: RowFormat, label_names: tuple[str, ...] | None
+    row: Mapping[str, Any],
+    index: int,
+    name: str,
+    row_format: RowFormat,
+    label_names: tuple[str, ...] | None,
+    renamed: Mapping[str, str],
 ) -> dict[str, Any]:
+    row = {renamed.get(column, column): value for column, value in row.items()}
     own = {column: row[column] for column in row_format.used(row) if column not in (TASK, EXAMPLE_ID)}
     # What a generator yields are tuples and arrays, where a table has lists.
     own = plain_values(own, lambda value: value)

@@ -10,7 +10,7 @@ from trl import SFTConfig
 from ...errors import ConfigurationError, TaskError
 from ...logging import get_logger
 from ...tasks import META_COLUMNS, TASK, RowFormat, TaskSet
-from ...tasks.columns import column_names
+from ...tasks.columns import column_names, renamed_class
 from ...tasks.rows import unknown_columns
 from ...tasks.task import as_dataset, named_splits
 
@@ -51,8 +51,9 @@ def the_one_dataset(train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
 
 
 def is_text_classification(rows: Any) -> bool:
-    """Whether rows are text with a label, which `transformers.Trainer` would not take."""
-    columns = set(column_names(rows)) if isinstance(rows, Dataset | IterableDataset) else set()
+    """Whether rows are text with a class, which `transformers.Trainer` would not take."""
+    found = column_names(rows) if isinstance(rows, Dataset | IterableDataset) else []
+    columns = {renamed_class(found).get(column, column) for column in found}
     return columns >= set(RowFormat.CLASSIFICATION.required) and "input_ids" not in columns
 
 

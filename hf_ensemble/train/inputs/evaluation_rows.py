@@ -85,9 +85,9 @@ def _lacks_labels(rows: Any, tasks: TaskSet) -> bool:
 
 
 def _label_column(rows: Dataset, tasks: TaskSet) -> str | None:
-    """The column that holds the answers; tokens with a class may have it in `label`."""
+    """The column that holds the answers; a class may stand in `label` or in `labels`."""
     own = _LABEL_COLUMNS[tasks.row_format]
-    return next((column for column in (own, "label") if column in rows.column_names), None)
+    return next((column for column in (own, "label", "labels") if column in rows.column_names), None)
 
 
 def _with_some_label(rows: Dataset, name: str, tasks: TaskSet) -> Dataset:
