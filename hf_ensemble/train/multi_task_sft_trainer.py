@@ -18,7 +18,7 @@ from ..logging import get_logger
 from ..tasks import META_COLUMNS, TASK, RowFormat, TaskCollator, TaskSet
 from ..tasks.columns import column_names
 from ..tasks.encoding import joined
-from ..tasks.row_checks import refuse_images
+from ..tasks.row_checks import image_columns, refuse_images
 from ..tasks.sft_rows import SFTRows
 from ..tasks.stream_rows import identified_stream
 from .inputs.balancing import check_loss_weighting, with_given_weights
@@ -291,6 +291,22 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         if args.packing if args.eval_packing is None else args.eval_packing:
             eval_dataset = {name: self._packed(rows, args) for name, rows in eval_dataset.items()}
         return super().adapter_trainer(args, train_dataset, eval_dataset, *weights, **kwargs)
+
+    def _direct_rows(self, given: Any, needs_labels: bool = True) -> Any:
+        if not self._has_several:
+            return given
+        if isinstance(given, Mapping):
+            return {name: self._direct_table(rows, name, needs_labels) for name, rows in given.items()}
+        return self._direct_table(given, "eval", needs_labels)
+
+    def _direct_table(self, rows: Any, name: str, needs_labels: bool) -> Any:
+        """Rows that the parent evaluates as they are, once they are checked, and predicts as tokens only."""
+        if not isinstance(rows, Dataset) or "input_ids" in rows.column_names or image_columns(rows.column_names):
+            return rows
+        self._reads.check(name, "test", rows)
+        if needs_labels or skips_preparation(self.args):
+            return rows
+        return self._prepare_dataset(rows, self.processing_class, self.args, False, self._formatting_func, name)
 
     def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         for name, rows in datasets.items():
