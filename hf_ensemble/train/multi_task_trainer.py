@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..models.inputs import is_encoder_decoder
 from ..tasks import META_COLUMNS, RowFormat, Task, TaskSet, data_collator_for, encode, length_limit
@@ -16,7 +16,7 @@ from ..tasks.encoding import joined
 from ..tasks.stream_rows import identified_stream
 from .configs import ClassifierArguments
 from .inputs.balancing import check_loss_weighting, with_given_weights
-from .inputs.classifiers import adapter_for_head, check_labels, load_model, tokenizer_kwargs, warn_of_random_head
+from .inputs.classifiers import adapter_for_head, check_labels, load_model, warn_of_random_head
 from .inputs.datasets import (
     as_task_set,
     check_one_label_set,
@@ -26,6 +26,7 @@ from .inputs.datasets import (
     with_held_out_rows,
 )
 from .inputs.evaluation_rows import positions_by_task, token_tables, tokens_of_tasks
+from .inputs.made_models import made_model, tokenizer_of
 from .inputs.sharding import without_sharding
 from .inputs.streams import balanced, interleaved, read_streams
 from .inputs.target_modules import target_modules_named, with_target_modules
@@ -68,7 +69,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         takes_tokens = is_one and not is_text_classification(train_dataset)
         if model is None and model_init is not None and not (takes_tokens and peft_config is None):
             set_seed(getattr(args, "seed", self.config_class.seed))
-            model, model_init = model_init(), None
+            model, model_init = made_model(model_init), None
         has_adapter = not is_one and self._has_adapter(model, peft_config)
         args = self._own_args(args, model, has_adapter, is_made_later=model_init is not None)
         given = {"args": args, "data_collator": data_collator, "callbacks": callbacks, **kwargs}
@@ -104,7 +105,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             evaluated = [name for name, task in tasks.items() if "validation" in task.splits]
             check_loss_weighting(args, tasks, kwargs.get("compute_loss_func"), evaluated, is_sft=False)
         is_name = isinstance(model, str)
-        model, processing_class = _text_model(model, processing_class, tasks, args)
+        needs_tokenizer = tasks.row_format is not RowFormat.TOKENIZED or data_collator is None
+        model, processing_class = _text_model(model, processing_class, tasks, args, needs_tokenizer)
         if peft_config is not None:
             peft_config = adapter_for_head(peft_config, model) if is_name else peft_config
             peft_config = with_target_modules(peft_config, model)
@@ -136,6 +138,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             self._finish_init(tasks, own, callbacks, peft_config is not None)
 
     def _encode(self, rows: Rows) -> Rows:
+        if self._row_format is RowFormat.TOKENIZED:
+            return rows
         limit, apart = length_limit(self._tokenizer), self._is_encoder_decoder
         return encode(rows, self._tokenizer, self._row_format, self._label_space, limit, apart)
 
@@ -201,13 +205,16 @@ def _without_labels(table: Dataset) -> list[str]:
 
 
 def _text_model(
-    model: Any, processing_class: PreTrainedTokenizerBase | None, tasks: TaskSet, args: ClassifierArguments
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    model: Any,
+    processing_class: PreTrainedTokenizerBase | None,
+    tasks: TaskSet,
+    args: ClassifierArguments,
+    needs_tokenizer: bool,
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     """The model for the tasks' rows, loaded where a name is given, and its tokenizer."""
     loading = dict(args.model_init_kwargs or {})
     if processing_class is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        processing_class = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs(loading))
+        processing_class = tokenizer_of(model, loading, needs_tokenizer)
     if isinstance(model, str):
         model = load_model(model, tasks, processing_class, args.head, loading)
     elif tasks.label_space is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.utils.other import TrainableTokensWrapper
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from trl import SFTTrainer
 
@@ -55,6 +56,7 @@ def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_cla
             # It loads the class that wrote the checkpoint.
             check_kind(next(iter(_config_of(model).get("architectures") or []), ""))
     else:
+        _check_has_config(model)
         check_kind(model)
     if peft_config is None and isinstance(model, PeftModel):
         name = model.active_adapter
@@ -66,6 +68,15 @@ def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_cla
         raise ConfigurationError(
             "Expected a model of decoder layers alone, as SFTTrainer trains; found an encoder-decoder. Use "
             f"{trainer_class.__name__.replace('SFT', '')}, which takes the same prompts and completions."
+        )
+
+
+def _check_has_config(model: nn.Module) -> None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(getattr(base, "config", None), PreTrainedConfig):
+        raise ConfigurationError(
+            "Expected a transformers model, whose config says how an adapter's base is run and loaded again; found a "
+            f"{type(base).__name__} without one. Derive it from PreTrainedModel, or train it without an adapter."
         )
 
 
