@@ -16,6 +16,7 @@ from ..capture import CaptureConfig, capture_gradients, encoded_splits, optimize
 from ..capture.training_arguments import GivenOptimizer
 from ..errors import ConfigurationError
 from ..logging import get_logger
+from ..models.kinds import check_kind
 from ..store import GradientStore
 from ..tasks import TaskSet
 from .host_rows import check_against_trained, sft_splits
@@ -61,8 +62,9 @@ class GradientCaptureCallback(TrainerCallback):
     Raises:
         `ConfigurationError`:
             For arguments of another kind, and numbers of captured rows of unknown tasks. In the trainer's constructor,
-            without a tokenizer. When training begins, for a row that is trained on with other labels than it is
-            captured with.
+            without a tokenizer, for models of another kind (token classifiers, masked language models), and for models
+            that have no answers of the rows' kind. When training begins, for a row that is trained on with other labels
+            than it is captured with.
         `TaskError`: in the trainer's constructor, for rows that cannot be encoded.
 
     Example:
@@ -153,6 +155,7 @@ class GradientCaptureCallback(TrainerCallback):
             raise ConfigurationError(
                 "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
             )
+        check_kind(model)
         max_length = self._config(args).max_length
         if isinstance(args, SFTConfig):
             self._encoded = sft_splits(self.tasks, processing_class, args, self.formatting_func, max_length)

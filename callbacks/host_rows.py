@@ -17,6 +17,7 @@ from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..tasks import EXAMPLE_ID, META_COLUMNS, TASK, RowFormat, TaskSet
 from ..tasks.answers import IGNORE_INDEX
+from ..tasks.sft_rows import SFTRows
 
 logger = get_logger(__name__)
 
@@ -44,7 +45,8 @@ def sft_splits(
         splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): which rows.
 
     Raises:
-        `TaskError`: for texts with labels, and for a task of which no row has an answer left.
+        `TaskError`: for texts with labels, for rows that no tokens can be made of, and for a task of which no row has
+            an answer left.
     """
     if tasks.row_format is RowFormat.CLASSIFICATION:
         raise TaskError(
@@ -55,7 +57,7 @@ def sft_splits(
     args.shuffle_dataset, args.max_length = False, max_length
     return {
         split: concatenate_datasets(
-            [_sft_tokens(name, rows, processing_class, args, formatting_func) for name, rows in of_tasks.items()]
+            [_sft_tokens(name, split, rows, processing_class, args, formatting_func) for name, rows in of_tasks.items()]
         )
         for split, of_tasks in ((split, tasks.split(split)) for split in splits)
     }
@@ -63,11 +65,14 @@ def sft_splits(
 
 def _sft_tokens(
     name: str,
+    split: str,
     rows: Dataset,
     processing_class: PreTrainedTokenizerBase,
     args: SFTConfig,
     formatting_func: Callable[[dict[str, Any]], str] | None,
 ) -> Dataset:
+    if formatting_func is None:
+        SFTRows.of(args, None).check(name, split, rows)
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         tokens = rows if "labels" in rows.column_names else rows.add_column("labels", rows["input_ids"][:])
     else:

@@ -12,6 +12,7 @@ from ..capture import encoded_splits
 from ..errors import ConfigurationError, TaskError
 from ..evaluate import AnswerEvaluator, AnswerMetrics, Evaluator, TaskScores, mean_scores, metrics_by_task
 from ..models.answer_scorer import AnswerScorer
+from ..models.kinds import check_kind
 from ..models.wrappers import unwrapped
 from ..tasks import TASK, TaskSet, data_collator_for
 from .host_rows import sft_splits
@@ -39,7 +40,9 @@ class TaskMetricsCallback(TrainerCallback):
         trainer (`Trainer`, *optional*): set it to have trackers log the metrics too.
 
     Raises:
-        `ConfigurationError`: for anything but a `TaskSet`, and in the trainer's constructor without a tokenizer.
+        `ConfigurationError`:
+            For anything but a `TaskSet`. In the trainer's constructor, without a tokenizer, for models of another kind
+            (token classifiers, masked language models), and for models that have no answers of the rows' kind.
         `TaskError`: for tasks without validation rows, a task named `"mean"`, and for rows that cannot be encoded.
 
     Example:
@@ -78,10 +81,11 @@ class TaskMetricsCallback(TrainerCallback):
         # Whatever is wrong with the rows is said before anything is trained.
         self._tables = self._encoded(args, model, processing_class)
 
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        self._encode_once(args, model, processing_class)
+
     def on_evaluate(self, args, state, control, model=None, processing_class=None, metrics=None, **kwargs):
-        if self._tables is None:
-            # Added to the trainer after its constructor.
-            self._tables = self._encoded(args, model, processing_class)
+        self._encode_once(args, model, processing_class)
         self.scores = self._scored(args, unwrapped(model), processing_class)
         named = {MEAN: mean_scores(self.scores), **self.scores}
         found = {f"eval_{task}_{name}": value for task, own in named.items() for name, value in own.figures().items()}
@@ -92,11 +96,17 @@ class TaskMetricsCallback(TrainerCallback):
         else:
             state.log_history.append({**found, "epoch": state.epoch, "step": state.global_step})
 
+    def _encode_once(self, args, model, processing_class) -> None:
+        if self._tables is None:
+            # Added to the trainer after its constructor.
+            self._tables = self._encoded(args, model, processing_class)
+
     def _encoded(self, args, model, processing_class) -> dict[str, Dataset]:
         if processing_class is None:
             raise ConfigurationError(
                 "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
             )
+        check_kind(model)
         if isinstance(args, SFTConfig):
             splits = sft_splits(
                 self.tasks, processing_class, args, self.formatting_func, args.max_length, ["validation"]

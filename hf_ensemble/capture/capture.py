@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .._settings import checked_path, checked_shard
 from ..errors import CaptureError, ConfigurationError
 from ..models.inputs import is_encoder_decoder
+from ..models.kinds import check_answers_of, check_kind
 from ..models.token_checks import check_token_rows
 from ..models.wrappers import unwrapped
 from ..store import GradientStore, TrainingRecipe
@@ -95,7 +96,8 @@ def capture_gradients(
         `StoreLockedError`: when another process is writing into the directory, or the same part of it.
         `CaptureError`: when the model has no trainable parameter, or a row no answer token.
         `ConfigurationError`:
-            For multiple configs that one pass cannot serve, numbers of rows of unknown tasks, and a shard that is none.
+            For models of another kind, and models that have no answers of the rows' kind; for multiple configs that one
+            pass cannot serve, numbers of rows of unknown tasks, and a shard that is none.
 
     Example:
 
@@ -124,7 +126,7 @@ def capture_gradients(
 
 
 def _check_arguments(model: Any, tasks: Any, config: Any, processing_class: Any) -> None:
-    """Raise `ConfigurationError` for arguments of another kind, and rows with several answers."""
+    """Raise `ConfigurationError` for arguments and models of another kind, and rows with several answers."""
     configs = config.values() if isinstance(config, Mapping) else [] if config is None else [config]
     for name, value, kind in (
         ("model", model, nn.Module),
@@ -134,6 +136,8 @@ def _check_arguments(model: Any, tasks: Any, config: Any, processing_class: Any)
     ):
         if not isinstance(value, kind):
             raise ConfigurationError(f"Expected {name} to be a {kind.__name__}, found {value!r:.60}.")
+    check_kind(model)
+    check_answers_of(model, tasks)
     check_single_answers(tasks)
 
 
@@ -148,12 +152,14 @@ def encoded_splits(
 
     Raises:
         `CaptureError`: without a tokenizer.
+        `ConfigurationError`: for models that have no answers of the rows' kind.
         `TaskError`: for rows that have no answer left, or cannot be encoded.
     """
     if processing_class is None:
         raise CaptureError(
             "Expected processing_class or encoded, found neither. Pass the tokenizer as processing_class."
         )
+    check_answers_of(model, tasks)
     if max_length is None:
         max_length = length_limit(processing_class)
     arguments = (

@@ -10,6 +10,7 @@ from ..errors import ScoringError
 from ..tasks import IGNORE_INDEX, AnswerScores, LabelSpace, restrict_to_labels, score_answers
 from .answer_head import AnswerHead
 from .inputs import is_encoder_decoder, prepare_inputs
+from .kinds import check_kind
 from .virtual_tokens import without_virtual_tokens
 from .wrappers import unwrapped
 
@@ -23,6 +24,9 @@ class AnswerScorer:
         model (`nn.Module`): a model, or a `PeftModel`. Distributed and compiled wrappers are taken off.
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
 
+    Raises:
+        `ConfigurationError`: for a model of another kind, whose labels are not those that are scored.
+
     Example:
 
     ```python
@@ -32,6 +36,7 @@ class AnswerScorer:
     """
 
     def __init__(self, model: nn.Module, label_space: LabelSpace | None = None):
+        check_kind(model)
         self.model = unwrapped(model)
         self.label_space = label_space
         # Whether position t predicts label t + 1.

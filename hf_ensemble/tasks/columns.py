@@ -4,7 +4,7 @@
 argument. Therefore the columns are kept explicitly, collated separately, and popped before the model gets the batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,15 @@ ROW_LENGTHS = "row_lengths"
 def column_names(rows: Dataset | IterableDataset) -> list[str]:
     """Columns of a table or stream; those of the first row where a stream does not know them."""
     return list(next(iter(rows))) if rows.column_names is None else list(rows.column_names)
+
+
+def renamed_class(columns: Iterable[str]) -> dict[str, str]:
+    """How the column of a row's class has to be renamed, if at all: datasets have it as `label` and as `labels`."""
+    found = set(columns)
+    if "input_ids" in found:
+        return {"label": "labels"} if "label" in found and "labels" not in found else {}
+    is_text = "text" in found and "messages" not in found and not {"prompt", "completion"} <= found
+    return {"labels": "label"} if is_text and "labels" in found and "label" not in found else {}
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What a row's values have to be, by its format."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,29 +19,41 @@ IMAGE_COLUMNS = ("image", "images")
 def check_rows(task: str, split: str, rows: Dataset, row_format: RowFormat) -> None:
     """Check the values of one split of a task, before anything is made of them.
 
-    Labels of classification tasks are [`label_names_of`]'s. Images are not looked at, and refused where no trainer
-    decides what to do with them.
+    Labels of classification tasks are [`label_names_of`]'s. Rows of the format `sft` are [`SFTRows`]'s, since the
+    trainer's arguments say what it reads of them.
 
     Raises:
         `TaskError`: for the first row with a missing value or one of another kind; for columns of images.
     """
-    if row_format is not RowFormat.SFT:
-        refuse_images(task, split, rows)
-    columns = [column for column in row_format.used(rows.column_names) if column not in ("label", *IMAGE_COLUMNS)]
-    number = 0
-    for batch in rows.with_format(None).select_columns(columns).iter(batch_size=1000):
-        for values in zip(*(batch[column] for column in columns)):
-            check_row(task, split, number, dict(zip(columns, values)), row_format)
-            number += 1
+    if row_format is RowFormat.SFT:
+        return
+    refuse_images(task, split, rows)
+    columns = [column for column in row_format.used(rows.column_names) if column != "label"]
+    for number, row in numbered_rows(rows, columns):
+        check_row(task, split, number, row, row_format)
 
 
 def check_row(task: str, split: str, number: int, row: Mapping[str, Any], row_format: RowFormat) -> None:
     """Raise `TaskError` for a row with a missing value or one of another kind."""
     fault = _FAULTS[row_format](row)
     if fault is not None:
-        raise TaskError(
-            f"Task {task!r}, split {split!r}, row {number} (counted from 0): {fault}. Correct the row or drop it."
-        )
+        raise row_error(task, split, number, fault)
+
+
+def numbered_rows(rows: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """These columns of each row, in batches, and the row's number."""
+    number = 0
+    for batch in rows.with_format(None).select_columns(list(columns)).iter(batch_size=1000):
+        for values in zip(*(batch[column] for column in columns)):
+            yield number, dict(zip(columns, values))
+            number += 1
+
+
+def row_error(task: str, split: str, number: int, fault: str) -> TaskError:
+    """The error for a row with a fault."""
+    return TaskError(
+        f"Task {task!r}, split {split!r}, row {number} (counted from 0): {fault}. Correct the row or drop it."
+    )
 
 
 def image_columns(columns: Iterable[str]) -> list[str]:
@@ -62,24 +74,26 @@ def refuse_images(task: str, split: str, rows: Dataset) -> None:
 
 
 def _text_fault(row: Mapping[str, Any]) -> str | None:
-    return _fault_of_strings(row, ("text",))
+    return fault_of_strings(row, ("text",))
 
 
-def _prompt_fault(row: Mapping[str, Any]) -> str | None:
+def prompt_fault(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a prompt and its completion."""
     columns = ("prompt", "completion")
     if not any(isinstance(row[column], list) for column in columns):
-        return _fault_of_strings(row, columns, "a string or a list of messages") or _fault_of_extras(row)
-    return next(filter(None, (_fault_of_messages(row[column], column) for column in columns)), _fault_of_extras(row))
+        return fault_of_strings(row, columns, "a string or a list of messages") or fault_of_extras(row)
+    return next(filter(None, (fault_of_messages(row[column], column) for column in columns)), fault_of_extras(row))
 
 
 def _chat_fault(row: Mapping[str, Any]) -> str | None:
-    fault = _fault_of_messages(row["messages"], "messages") or _fault_of_extras(row)
+    fault = fault_of_messages(row["messages"], "messages") or fault_of_extras(row)
     if fault is None and all(message["role"] != "assistant" for message in row["messages"]):
         return f"expected a message of the role 'assistant', found the roles {[m['role'] for m in row['messages']]}"
     return fault
 
 
-def _token_fault(row: Mapping[str, Any]) -> str | None:
+def token_fault(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with tokens and their labels."""
     ids, labels = row["input_ids"], row["labels"]
     if not _are_integers(ids) or not len(ids) or min(ids) < 0:
         return f"expected token ids in 'input_ids', found {ids!r:.60}"
@@ -99,48 +113,39 @@ def _token_fault(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _sft_fault(row: Mapping[str, Any]) -> str | None:
-    """What is wrong with a row in one of trl's forms; columns of the user's own may hold anything."""
-    if "input_ids" in row:
-        return _token_fault({"labels": row["input_ids"], **row})
-    if "messages" in row:
-        return _fault_of_messages(row["messages"], "messages") or _fault_of_extras(row)
-    if "prompt" in row and "completion" in row:
-        return _prompt_fault(row)
-    return _text_fault(row) if "text" in row else None
-
-
 _FAULTS = {
     RowFormat.TEXT: _text_fault,
-    RowFormat.SFT: _sft_fault,
     RowFormat.CLASSIFICATION: _text_fault,
-    RowFormat.PROMPT_COMPLETION: _prompt_fault,
+    RowFormat.PROMPT_COMPLETION: prompt_fault,
     RowFormat.CHAT: _chat_fault,
-    RowFormat.TOKENIZED: _token_fault,
+    RowFormat.TOKENIZED: token_fault,
 }
 
 
-def _fault_of_strings(row: Mapping[str, Any], columns: Iterable[str], expected: str = "a string") -> str | None:
+def fault_of_strings(row: Mapping[str, Any], columns: Iterable[str], expected: str = "a string") -> str | None:
+    """What is wrong with columns that hold texts."""
     for column in columns:
         if not isinstance(row[column], str):
             return f"expected {expected} in {column!r}, found {row[column]!r:.60}"
     return None
 
 
-def _fault_of_messages(messages: Any, column: str) -> str | None:
+def fault_of_messages(messages: Any, column: str, keys: tuple[str, str] = ("role", "content")) -> str | None:
+    """What is wrong with a chat, whose messages say under these keys who speaks, and what."""
+    role, content = keys
     if not isinstance(messages, list) or not messages:
         return f"expected a list of messages in {column!r}, found {messages!r:.60}"
     for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            return f"expected messages with a role and a content in {column!r}, found {message!r:.60}"
+        if not isinstance(message, Mapping) or not isinstance(message.get(role), str):
+            return f"expected messages with a {role} and a {content} in {column!r}, found {message!r:.60}"
         # Calls of tools, thoughts and whatever else a template reads.
-        others = [value for key, value in message.items() if key not in ("role", "content", "name")]
-        if not isinstance(message.get("content"), str | list) and not (message.get("content") is None and any(others)):
-            return f"expected a content in each message of {column!r}, found {message.get('content')!r:.60}"
+        others = [value for key, value in message.items() if key not in (role, content, "name")]
+        if not isinstance(message.get(content), str | list) and not (message.get(content) is None and any(others)):
+            return f"expected a {content} in each message of {column!r}, found {message.get(content)!r:.60}"
     return None
 
 
-def _fault_of_extras(row: Mapping[str, Any]) -> str | None:
+def fault_of_extras(row: Mapping[str, Any]) -> str | None:
     """What is wrong with the columns that chat templates read besides the messages."""
     tools, arguments = row.get("tools"), row.get("chat_template_kwargs")
     with suppress(ValueError):

@@ -82,14 +82,15 @@ def detect_format(task: str, columns: Iterable[str]) -> RowFormat:
     raise unknown_columns(task, columns, [row_format.required for row_format in formats])
 
 
-def unknown_columns(task: str, columns: Iterable[str], known: Iterable[Iterable[str]]) -> TaskError:
+def unknown_columns(
+    task: str, columns: Iterable[str], known: Iterable[Iterable[str]], split: str | None = None
+) -> TaskError:
     """The error for a task whose columns are none of those known; it says what to rename where that can be guessed."""
     found, formats = sorted(columns), [tuple(own) for own in known]
     expected = " or ".join(" + ".join(own) for own in formats)
     python, terminal = _remedies(task, found, formats)
-    return TaskError(
-        f"Task {task!r}: expected the columns {expected}; found {found}.", python=python, terminal=terminal
-    )
+    where = f"Task {task!r}" if split is None else f"Task {task!r}, split {split!r}"
+    return TaskError(f"{where}: expected the columns {expected}; found {found}.", python=python, terminal=terminal)
 
 
 def _remedies(task: str, columns: list[str], formats: list[tuple[str, ...]]) -> tuple[str, str]:

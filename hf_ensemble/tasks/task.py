@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, IterableDataset, Value
 from .._values import plain_values
 from ..errors import TaskError
 from .class_labels import numbered_labels
+from .columns import renamed_class
 from .row_checks import check_rows
 from .rows import RowFormat, add_identity, detect_format
 
@@ -79,7 +80,9 @@ def make_task(
     for split, rows in splits.items():
         if len(rows) == 0:
             raise TaskError(f"Task {name!r} is empty: split {split!r} has no rows.")
-    splits = {split: _with_class_labels(_without_format(rows)) for split, rows in splits.items()}
+    splits = {split: _without_format(rows) for split, rows in splits.items()}
+    if row_format not in (RowFormat.TEXT, RowFormat.SFT):
+        splits = {split: _with_class_labels(rows) for split, rows in splits.items()}
     row_format = row_format or detect_format(name, splits["train"].column_names)
     for split, rows in splits.items():
         lacking = [column for column in row_format.required if column not in rows.column_names]
@@ -116,10 +119,11 @@ def _without_format(rows: Dataset) -> Dataset:
 
 
 def _with_class_labels(rows: Dataset) -> Dataset:
-    """Tokens with a class in `label`, as `Trainer` also takes them, with the class in `labels`."""
-    if "input_ids" not in rows.column_names or "label" not in rows.column_names or "labels" in rows.column_names:
+    """Texts with a class in `labels`, as [`RowFormat`] has it, in `label`; tokens with one in `label` in `labels`."""
+    renamed = renamed_class(rows.column_names)
+    rows = rows.rename_columns(renamed)
+    if "labels" not in renamed.values():
         return rows
-    rows = rows.rename_column("label", "labels")
     feature = rows.features["labels"]
     is_integer = isinstance(feature, ClassLabel) or getattr(feature, "dtype", None) in ("bool", *_OTHER_WIDTHS)
     return rows.cast_column("labels", Value("int64")) if is_integer else rows

@@ -118,7 +118,8 @@ class EnsembleMixin(FlowTrainerMixin[EnsembleFlow]):
         if self.args.should_save:
             self.ensemble.save_pretrained(folder)
             with writing(folder):
-                self.processing_class.save_pretrained(folder)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
                 torch.save(arguments_without_secrets(self.args), folder / TRAINING_ARGS_NAME)
             renew_model_card(self.run_directory, folder)
         if self.args.push_to_hub and not _internal_call:

@@ -64,6 +64,10 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
                     f"answer_metrics is about generated answers, and {type(self).__name__} was given text with labels: "
                     "a classifier's answers are its labels, which accuracy scores. Leave it out."
                 )
+            if self.processing_class is None:
+                raise ConfigurationError(
+                    "answer_metrics reads generated answers as text, and there is no tokenizer. Pass processing_class."
+                )
             self._answer_evaluator().check(self.eval_dataset)
 
     def _make_flow(self, context: FlowContext) -> Flow:

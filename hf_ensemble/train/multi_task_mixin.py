@@ -324,22 +324,27 @@ class MultiTaskMixin:
             check_token_rows(self.adapter_model, rows)
         return tables
 
+    def _direct_rows(self, given: Any, needs_labels: bool = True) -> Any:
+        """Rows that a trainer which trains its model itself is asked about, as its parent takes them."""
+        raise NotImplementedError
+
+    def _known_tasks(self) -> TaskSet:
+        """The tasks that raw rows may be of."""
+        return self.tasks
+
     def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         """Identified rows as token tables."""
         raise NotImplementedError
 
     def _identified(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         """Check and identify raw rows as the training rows were."""
-        known = self.tasks.subset(checked_mapping("eval_dataset", datasets, TaskError))
-        tasks = {
-            name: make_task(
-                name,
-                {**known[name].splits, "test": as_dataset(name, as_table(name, source, self.args.streaming_rows))},
-                known[name].row_format,
-                known[name].label_names,
-            )
-            for name, source in datasets.items()
-        }
-        for name, task in tasks.items():
+        known = self._known_tasks().subset(checked_mapping("eval_dataset", datasets, TaskError))
+        found = {}
+        for name, source in datasets.items():
+            if isinstance(source, IterableDataset):
+                source = as_table(name, source, self.args.streaming_rows)
+            splits = {**known[name].splits, "test": as_dataset(name, source)}
+            task = make_task(name, splits, known[name].row_format, known[name].label_names)
             refuse_images(name, "test", task.splits["test"])
-        return {name: task.splits["test"] for name, task in tasks.items()}
+            found[name] = task.splits["test"]
+        return found

@@ -18,12 +18,13 @@ from ..logging import get_logger
 from ..tasks import META_COLUMNS, TASK, RowFormat, TaskCollator, TaskSet
 from ..tasks.columns import column_names
 from ..tasks.encoding import joined
-from ..tasks.row_checks import refuse_images
+from ..tasks.row_checks import image_columns, refuse_images
+from ..tasks.sft_rows import SFTRows
 from ..tasks.stream_rows import identified_stream
 from .inputs.balancing import check_loss_weighting, with_given_weights
 from .inputs.datasets import (
     as_task_set,
-    check_sft_columns,
+    check_sft_rows,
     check_template,
     is_one_dataset,
     is_text_classification,
@@ -59,6 +60,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
     _shown_rows: Dataset | None = None
     _has_several: bool = False
     _reads_masks: bool = False
+    _reads: SFTRows = SFTRows()
     _packs: Mapping[str, Dataset] = MappingProxyType({})
 
     def __init__(
@@ -108,8 +110,14 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         check_transforms(train_dataset, args)
         read = read_streams(train_dataset, None, args, min(args.streaming_rows, _CHECKED_ROWS))
         # Evaluation rows are the parent's business: any names, or none.
+        evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
         tasks = _sft_tasks(read.train, None)
         args.check_limited_tasks(tasks.names)
+        self._reads = SFTRows.of(args, given["formatting_func"])
+        check_sft_rows(tasks, self._reads)
+        for name, rows in evaluated.items():
+            if isinstance(rows, Dataset):
+                self._reads.check(name, "validation", rows)
         tasks = balanced(with_given_weights(tasks, args), read.streams)
         logger.warning(
             "There is no adapter: one model is trained on all %d datasets together. Pass "
@@ -117,7 +125,9 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             len(tasks),
         )
         self.tasks, self._has_several, self._reads_masks = tasks, True, given["data_collator"] is not None
-        self._streams = {name: identified_stream(tasks[name], stream) for name, stream in read.streams.items()}
+        self._streams = {
+            name: identified_stream(tasks[name], stream, self._reads) for name, stream in read.streams.items()
+        }
         if self._streams:
             # They change how processes read.
             args = given["args"] = copy.copy(args)
@@ -144,7 +154,8 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         tasks = with_held_out_rows(_sft_tasks(read.train, read.evaluation), args.validation_fraction, args.seed)
         args.check_limited_tasks(tasks.names)
         tasks = balanced(with_given_weights(tasks, args), read.streams)
-        check_sft_columns(tasks, args, given["formatting_func"])
+        self._reads = SFTRows.of(args, given["formatting_func"])
+        check_sft_rows(tasks, self._reads)
         for name, task in tasks.items():
             for split, rows in task.splits.items():
                 refuse_images(name, split, rows)
@@ -171,7 +182,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             self._packs = {name: self._prepared(name, rows, packing=True) for name, rows in whole.items()}
         self.eval_dataset = {name: self._tokens(name, rows) for name, rows in tasks.split("validation").items()}
         self._streams = {
-            name: self._tokens(name, identified_stream(tasks[name], stream), uncut(args))
+            name: self._tokens(name, identified_stream(tasks[name], stream, self._reads), uncut(args))
             for name, stream in read.streams.items()
         }
         self._streams = {name: self._prepared(name, rows, args.packing) for name, rows in self._streams.items()}
@@ -281,7 +292,25 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
             eval_dataset = {name: self._packed(rows, args) for name, rows in eval_dataset.items()}
         return super().adapter_trainer(args, train_dataset, eval_dataset, *weights, **kwargs)
 
+    def _direct_rows(self, given: Any, needs_labels: bool = True) -> Any:
+        if not self._has_several:
+            return given
+        if isinstance(given, Mapping):
+            return {name: self._direct_table(rows, name, needs_labels) for name, rows in given.items()}
+        return self._direct_table(given, "eval", needs_labels)
+
+    def _direct_table(self, rows: Any, name: str, needs_labels: bool) -> Any:
+        """Rows that the parent evaluates as they are, once they are checked, and predicts as tokens only."""
+        if not isinstance(rows, Dataset) or "input_ids" in rows.column_names or image_columns(rows.column_names):
+            return rows
+        self._reads.check(name, "test", rows)
+        if needs_labels or skips_preparation(self.args):
+            return rows
+        return self._prepare_dataset(rows, self.processing_class, self.args, False, self._formatting_func, name)
+
     def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
+        for name, rows in datasets.items():
+            self._reads.check(name, "test", rows)
         return {name: self._tokens(name, rows) for name, rows in datasets.items()}
 
 

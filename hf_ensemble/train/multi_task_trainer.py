@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..models.inputs import is_encoder_decoder
-from ..tasks import META_COLUMNS, TaskSet, data_collator_for, encode, length_limit
+from ..tasks import META_COLUMNS, RowFormat, Task, TaskSet, data_collator_for, encode, length_limit
+from ..tasks.columns import column_names
 from ..tasks.encoding import joined
 from ..tasks.stream_rows import identified_stream
-from ..tasks.task import make_task
 from .configs import ClassifierArguments
 from .inputs.balancing import check_loss_weighting, with_given_weights
-from .inputs.classifiers import adapter_for_head, check_labels, load_model, tokenizer_kwargs, warn_of_random_head
+from .inputs.classifiers import adapter_for_head, check_labels, load_model, warn_of_random_head
 from .inputs.datasets import (
     as_task_set,
     check_one_label_set,
@@ -25,6 +25,8 @@ from .inputs.datasets import (
     the_one_dataset,
     with_held_out_rows,
 )
+from .inputs.evaluation_rows import positions_by_task, token_tables, tokens_of_tasks
+from .inputs.made_models import made_model, tokenizer_of
 from .inputs.sharding import without_sharding
 from .inputs.streams import balanced, interleaved, read_streams
 from .inputs.target_modules import target_modules_named, with_target_modules
@@ -43,6 +45,9 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
     """
 
     adapter_trainer_class = TaskTrainer
+    # Of rows that this trainer makes tokens of; `None` where its one dataset is tokens already.
+    _row_format: RowFormat | None = None
+    _one: Task | None = None
 
     def __init__(
         self,
@@ -64,7 +69,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         takes_tokens = is_one and not is_text_classification(train_dataset)
         if model is None and model_init is not None and not (takes_tokens and peft_config is None):
             set_seed(getattr(args, "seed", self.config_class.seed))
-            model, model_init = model_init(), None
+            model, model_init = made_model(model_init), None
         has_adapter = not is_one and self._has_adapter(model, peft_config)
         args = self._own_args(args, model, has_adapter, is_one, is_made_later=model_init is not None)
         given = {"args": args, "data_collator": data_collator, "callbacks": callbacks, **kwargs}
@@ -97,10 +102,11 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             self._check_arguments(tasks, args, given | checked | {"optimizers": optimizers})
             given["args"], self._sharding = without_sharding(args, model, peft_config)
         elif not is_one:
-            evaluated = tasks.names if tasks.has_split("validation") else ()
+            evaluated = [name for name, task in tasks.items() if "validation" in task.splits]
             check_loss_weighting(args, tasks, kwargs.get("compute_loss_func"), evaluated, is_sft=False)
         is_name = isinstance(model, str)
-        model, processing_class = _text_model(model, processing_class, tasks, args)
+        needs_tokenizer = tasks.row_format is not RowFormat.TOKENIZED or data_collator is None
+        model, processing_class = _text_model(model, processing_class, tasks, args, needs_tokenizer)
         if peft_config is not None:
             peft_config = adapter_for_head(peft_config, model) if is_name else peft_config
             peft_config = with_target_modules(peft_config, model)
@@ -116,7 +122,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         }
         given |= {"model": model, "processing_class": processing_class}
         if is_one:
-            rows = self._rows_of_one(tasks, eval_dataset)
+            (self._one,) = tasks.values()
+            rows = self._rows_of_one(eval_dataset)
             self._train_directly(None, has_tasks=False, optimizers=optimizers, **rows, **given)
         elif not has_adapter:
             rows = self._rows_of(tasks)
@@ -131,51 +138,83 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             self._finish_init(tasks, own, callbacks, peft_config is not None)
 
     def _encode(self, rows: Rows) -> Rows:
+        if self._row_format is RowFormat.TOKENIZED:
+            return rows
         limit, apart = length_limit(self._tokenizer), self._is_encoder_decoder
         return encode(rows, self._tokenizer, self._row_format, self._label_space, limit, apart)
 
     def _rows_of(self, tasks: TaskSet) -> dict[str, Any]:
         """The arguments of [`TaskTrainer`] that hold the tasks' rows, and how they are trained on."""
-        evaluated = tasks.split("validation") if tasks.has_split("validation") else None
+        evaluated = {name: task.splits["validation"] for name, task in tasks.items() if "validation" in task.splits}
         return {
             "train_dataset": joined([self._encode(rows) for rows in tasks.split("train").values()]),
-            "eval_dataset": evaluated and {name: self._encode(rows) for name, rows in evaluated.items()},
+            "eval_dataset": {name: self._encode(rows) for name, rows in evaluated.items()} or None,
             "label_space": tasks.label_space,
             "sampling_weights": tasks.sampling_weights,
         }
 
-    def _rows_of_one(self, tasks: TaskSet, eval_dataset: Any) -> dict[str, Any]:
+    def _rows_of_one(self, eval_dataset: Any) -> dict[str, Any]:
         """The rows of one dataset as tokens and labels, and nothing else."""
-        (task,) = tasks.values()
+        train = self._streams.get(self._one.name)
+        train = self._encode(self._one.splits["train"]) if train is None else train
+        return {
+            "train_dataset": train.remove_columns(list(META_COLUMNS)),
+            "eval_dataset": self._direct_rows(eval_dataset),
+        }
 
-        def encoded(rows: Any) -> Any:
-            if isinstance(rows, Mapping):
-                return {name: encoded(own) for name, own in rows.items()}
-            if rows is None or not is_text_classification(rows):
-                return rows
-            if isinstance(rows, IterableDataset):
-                identified = identified_stream(task, rows)
-            else:
-                own = {"train": task.splits["train"], "test": rows}
-                identified = make_task(task.name, own, task.row_format, task.label_names).splits["test"]
-            return self._encode(identified).remove_columns(list(META_COLUMNS))
+    def _direct_rows(self, given: Any, needs_labels: bool = True) -> Any:
+        if isinstance(given, Mapping):
+            return {name: self._direct_table(rows, name, needs_labels) for name, rows in given.items()}
+        return self._direct_table(given, None, needs_labels)
 
-        train = self._streams.get(task.name)
-        train = encoded(task.splits["train"]) if train is None else train.remove_columns(list(META_COLUMNS))
-        return {"train_dataset": train, "eval_dataset": encoded(eval_dataset)}
+    def _direct_table(self, rows: Any, name: str | None, needs_labels: bool) -> Any:
+        """One table or stream as tokens; what the parent takes as it is."""
+        if self._row_format is None or not isinstance(rows, Dataset | IterableDataset | list) or not rows:
+            return rows
+        columns = list(rows[0]) if isinstance(rows, list) else column_names(rows)
+        is_stream = isinstance(rows, IterableDataset)
+        if "input_ids" in columns:
+            is_plain = isinstance(rows, Dataset) and not set(META_COLUMNS) <= set(columns)
+            is_classified = self._one is None and self._label_space is not None
+            return tokens_of_tasks(rows, name, self.tasks, needs_labels) if is_plain and is_classified else rows
+        if self._one is not None and is_stream:
+            return self._encode(identified_stream(self._one, rows)).remove_columns(list(META_COLUMNS))
+        if self._one is not None:
+            own = token_tables({self._one.name: rows}, self._known_tasks(), self._prepared, needs_labels)
+            return own[self._one.name].remove_columns(list(META_COLUMNS))
+        tables = token_tables(rows if name is None else {name: rows}, self.tasks, self._prepared, needs_labels)
+        if not all("labels" in table.column_names for table in tables.values()):
+            tables = {task: table.select_columns(_without_labels(table)) for task, table in tables.items()}
+        positions = positions_by_task(rows) if name is None else None
+        table = joined(tables.values())
+        return table if positions is None else table.select(positions)
+
+    def _known_tasks(self) -> TaskSet:
+        return super()._known_tasks() if self._one is None else TaskSet([self._one])
+
+    def _prepared(self, datasets: Mapping[str, Any]) -> dict[str, Dataset]:
+        """Raw rows of known tasks as the constructor makes tokens of them."""
+        return self._token_tables(self._identified(datasets))
 
     def _token_tables(self, datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
         return {name: self._encode(rows) for name, rows in datasets.items()}
 
 
+def _without_labels(table: Dataset) -> list[str]:
+    return [column for column in table.column_names if column != "labels"]
+
+
 def _text_model(
-    model: Any, processing_class: PreTrainedTokenizerBase | None, tasks: TaskSet, args: ClassifierArguments
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    model: Any,
+    processing_class: PreTrainedTokenizerBase | None,
+    tasks: TaskSet,
+    args: ClassifierArguments,
+    needs_tokenizer: bool,
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     """The model for the tasks' rows, loaded where a name is given, and its tokenizer."""
     loading = dict(args.model_init_kwargs or {})
     if processing_class is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        processing_class = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs(loading))
+        processing_class = tokenizer_of(model, loading, needs_tokenizer)
     if isinstance(model, str):
         model = load_model(model, tasks, processing_class, args.head, loading)
     elif tasks.label_space is not None:

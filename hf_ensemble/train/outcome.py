@@ -61,7 +61,8 @@ class OutcomeMixin:
         Args:
             eval_dataset (`dict[str, Dataset]` or `Dataset`, *optional*):
                 Rows of each task, for example test rows; or one dataset that has the task of each row in a column
-                `task`; or a task's name, for its evaluation rows. The evaluation rows of all tasks by default.
+                `task`; or a task's name, for its evaluation rows. The evaluation rows of all tasks by default. Without
+                an adapter, rows as the constructor takes them, or tokens as the parent does.
             ignore_keys (`list[str]`, *optional*): used before training only.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`): first word of the metrics' names.
 
@@ -75,7 +76,7 @@ class OutcomeMixin:
             `TaskError`: for rows without a task and unknown tasks, and for a task whose every answer is cut off.
         """
         if self.trains_directly:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return super().evaluate(self._direct_rows(eval_dataset), ignore_keys, metric_key_prefix)
         if self._has_one_adapter():
             eval_dataset = None if eval_dataset is None else self._tables(eval_dataset)
             with self._single_trainer() as trainer:
@@ -113,7 +114,8 @@ class OutcomeMixin:
             `TaskError`: for rows without a task and unknown tasks.
         """
         if self.trains_directly:
-            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+            rows = self._direct_rows(test_dataset, needs_labels=False)
+            return super().predict(rows, ignore_keys, metric_key_prefix)
         tables, positions = self._tables(test_dataset, needs_labels=False), positions_by_task(test_dataset)
         if self._has_one_adapter():
             with self._single_trainer() as trainer:

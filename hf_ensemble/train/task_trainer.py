@@ -188,7 +188,7 @@ class TaskTrainer(
             return F.cross_entropy(logits.float(), labels, reduction="none").unsqueeze(1)
         # Virtual tokens stand before the row's own.
         logits = logits[:, -labels.shape[1] :]
-        if self._loss_shifts_labels:
+        if self.shifts_labels:
             logits, labels = logits[:, :-1], labels[:, 1:]
         mask = labels != IGNORE_INDEX
         losses = F.cross_entropy(logits[mask].float(), labels[mask], reduction="none")

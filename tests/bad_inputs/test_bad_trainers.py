@@ -293,6 +293,14 @@ CALLS = {
     "rows of an unknown task": (lambda t: t.evaluate({"z": PAIRS["a"]}), r"Unknown tasks \['z'\]"),
     "rows without tasks": (lambda t: t.evaluate(PAIRS["a"]), "Expected a dict with the rows of each task"),
     "rows with a missing text": (lambda t: t.evaluate({"a": [{"text": None}]}), "in 'text', found None"),
+    "rows without answers": (
+        lambda t: t.evaluate({"a": [{"prompt": "1"}]}),
+        r"'a', split 'test': expected the columns prompt \+ completion, found \['prompt'\], which lack 'completion'",
+    ),
+    "rows to predict without answers": (
+        lambda t: t.predict({"a": Dataset.from_list([{"prompt": "1"}])}),
+        "'a', split 'test'.*which lack 'completion'",
+    ),
     "rows with a missing answer": (
         lambda t: t.evaluate({"a": [{"prompt": "1", "completion": None}]}),
         "in 'completion', found None",
@@ -324,6 +332,8 @@ def test_calls_are_refused_before_anything_is_trained(bad, untrained, monkeypatc
 
 
 CAPTURED = {
+    "a text that is none": ({"a": [{"text": None}]}, {}, "row 0 .*expected a string in 'text', found None"),
+    "rows without answers": ({"a": [{"prompt": "1"}]}, {}, "'a', split 'train'.*which lack 'completion'"),
     "every answer is cut off": (
         {"a": [{"prompt": "sum " * 20, "completion": "3"}]},
         {"max_length": 12},
@@ -337,12 +347,14 @@ CAPTURED = {
 @pytest.mark.parametrize("bad", CAPTURED)
 def test_a_callback_refuses_rows_in_the_trainers_constructor(bad, when, tmp_path):
     rows, settings, message = CAPTURED[bad]
-    callback = GradientCaptureCallback(TaskSet.from_datasets(rows, rows), tmp_path / "gradients", when=when)
+    row_format = None if "label" in rows["a"][0] else "sft"
+    tasks = TaskSet.from_datasets(rows, rows, row_format=row_format)
+    callback = GradientCaptureCallback(tasks, tmp_path / "gradients", when=when)
     with pytest.raises(HfEnsembleError, match=message):
         SFTTrainer(
             model=toy.llama(),
             args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings),
-            train_dataset=Dataset.from_list([*rows["a"], *rows["a"]]),
+            train_dataset=Dataset.from_list(PAIRS["a"]),
             processing_class=toy.tokenizer(),
             peft_config=toy.lora(),
             callbacks=[callback],

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -65,6 +66,24 @@ def bert(num_labels: int = 4, seed: int = 0) -> BertForSequenceClassification:
         pad_token_id=0,
     )
     return BertForSequenceClassification(config).eval()
+
+
+def other_head(name: str, seed: int = 0):
+    """A BERT of another class, such as `"BertForTokenClassification"`."""
+    torch.manual_seed(seed)
+    return getattr(transformers, name)(bert(3).config).eval()
+
+
+def tagged_tasks(train: int = 12, validation: int = 6) -> dict[str, dict[str, list[dict]]]:
+    """Small tasks of tokens with one of three labels each."""
+    tokens = tokenizer()
+
+    def tagged(rows):
+        ids = [tokens(row["text"])["input_ids"] for row in rows]
+        return [{"input_ids": own, "attention_mask": [1] * len(own), "labels": [i % 3 for i in own]} for own in ids]
+
+    tasks = text_tasks(train, validation)
+    return {name: {split: tagged(rows) for split, rows in splits.items()} for name, splits in tasks.items()}
 
 
 def lora(task_type: str | None = "CAUSAL_LM", **settings) -> LoraConfig:

@@ -38,6 +38,70 @@ def test_labels_that_are_texts_are_numbered_by_the_training_rows(tmp_path):
         TaskSet.from_datasets({"a": texts("good", None)})
 
 
+def with_labels(rows):
+    """The same rows, with the class in `labels`."""
+    return Dataset.from_list(rows).rename_column("label", "labels")
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 1), ("good", "poor", "good"), (True, False, True), ([0, 1], [1, 1], [0, 0])])
+def test_a_class_may_stand_in_labels(labels):
+    named = TaskSet.from_datasets({"a": {"train": texts(*labels), "validation": texts(*labels)}})
+    found = TaskSet.from_datasets({"a": {"train": with_labels(texts(*labels)), "validation": texts(*labels)}})
+    assert found.row_format is RowFormat.CLASSIFICATION and found.fingerprint == named.fingerprint
+    classes = with_labels(texts(0, 1)).cast_column("labels", ClassLabel(names=["poor", "good"]))
+    assert TaskSet.from_datasets({"a": classes})["a"].label_names == ("poor", "good")
+
+
+def test_other_values_in_labels_are_refused_and_other_formats_keep_theirs():
+    for labels, found in (((0.0, 1.5), "found 0.0"), ((0, None), "expected a label, found none")):
+        with pytest.raises(TaskError, match=found):
+            TaskSet.from_datasets({"a": with_labels(texts(*labels))})
+    for row_format in ("text", "sft"):
+        assert TaskSet.from_datasets({"a": with_labels(texts(0, 1))}, row_format=row_format).label_space is None
+    rows = [{"prompt": "1", "completion": "2", "text": "12", "labels": 0}]
+    assert TaskSet.from_datasets({"a": rows}).row_format is RowFormat.PROMPT_COMPLETION
+
+
+def test_a_trainer_takes_classes_in_labels_as_in_label(tmp_path):
+    """Tables and streams, of several datasets and of one, in the constructor and in predictions."""
+    rows = {name: toy.text_rows(12, seed) for seed, name in enumerate("ab")}
+    renamed = {name: with_labels(own) for name, own in rows.items()}
+    stream = {name: own.to_iterable_dataset() for name, own in renamed.items()}
+    settings = {**SMALL, **ESTIMATE, "max_steps": 2, "output_dir": str(tmp_path)}
+
+    def trainer(train, peft=False):
+        given = {"processing_class": toy.tokenizer(), "peft_config": toy.lora("SEQ_CLS") if peft else None}
+        return EnsembleTrainer(toy.bert(2), EnsembleConfig(**settings), train_dataset=train, **given)
+
+    for peft in (True, False):
+        tables = [trainer(own, peft).train_dataset for own in (rows, renamed)]
+        assert tables[0].to_list() == tables[1].to_list()
+    tables = [trainer(own).train_dataset for own in (Dataset.from_list(rows["a"]), renamed["a"])]
+    assert tables[0].to_list() == tables[1].to_list()
+    for own in (stream, stream["a"]):
+        drawn = list(trainer(own).train_dataset.take(20))
+        assert {row["labels"] for row in drawn} == {0, 1} and "label" not in drawn[0]
+    tokens = [{**toy.tokenizer()(row["text"]), "label": row["label"]} for row in rows["a"]]
+    drawn = list(
+        trainer({name: Dataset.from_list(tokens).to_iterable_dataset() for name in "ab"}).train_dataset.take(9)
+    )
+    assert {row["labels"] for row in drawn} == {0, 1}
+    run = trainer(renamed, peft=True)
+    predicted = [run.predict({"a": own}) for own in (rows["a"], renamed["a"])]
+    assert predicted[0].label_ids.tolist() == predicted[1].label_ids.tolist()
+    hidden = renamed["a"].remove_columns("labels").add_column("labels", [-1] * 12)
+    assert run.predict({"a": hidden}).label_ids is None
+
+
+@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("rows", [[{"text": "the film was good"}] * 4, [{"input_ids": [3, 4], "labels": [0, 1]}] * 4])
+def test_a_classifier_refuses_rows_without_a_class(tmp_path, rows, peft):
+    args = EnsembleConfig(str(tmp_path), **SMALL, **ESTIMATE)
+    given = {"processing_class": toy.tokenizer(), "peft_config": toy.lora("SEQ_CLS") if peft else None}
+    with pytest.raises(ConfigurationError, match="rows with one class each for a BertForSequenceClassification"):
+        EnsembleTrainer(toy.bert(2), args, train_dataset={"a": rows, "b": rows}, **given)
+
+
 def test_evaluation_rows_have_the_labels_of_the_training_rows(tmp_path):
     rows = {name: texts("poor", "good", "poor", "good") for name in "ab"}
     args = EnsembleConfig(str(tmp_path), **SMALL, **ESTIMATE)

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping
 
 from ..._compat import preserve_active_adapter
-from ..._files import write_folder_atomically, writing
+from ..._files import write_folder_atomically
 from ..._processes import is_main_process, run_on_all, run_on_main, split_between_processes, wait_for_everyone
 from ...ensemble import EnsembleMember, PeftEnsembleModel
 from ...ensemble.saving.files import load_adapter
@@ -85,8 +85,7 @@ class EnsembleAssembly:
         run = self.context.run
         if is_main_process():
             ensemble.ensemble_config().save(run.ensemble)
-            with writing(run.ensemble):
-                self.context.processing_class.save_pretrained(run.ensemble)
+            self.context.save_tokenizer(run.ensemble)
         wait_for_everyone()
         return ensemble
 

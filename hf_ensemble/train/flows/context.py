@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from ..._files import writing
 from ...capture import CaptureConfig
 from ...capture.training_arguments import GivenOptimizer
 from ...evaluate import AnswerEvaluator, Evaluator
@@ -51,7 +53,7 @@ class FlowContext:
         model_columns (`Callable`): drops the columns that neither the model nor the rows' identity needs.
         data_collator (`TaskCollator`): from rows to a padded batch, one row each.
         num_drawn_rows (`Callable`): number of rows of each task that a training draws from; packed rows count once.
-        processing_class (`PreTrainedTokenizerBase`): the tokenizer.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): the tokenizer, where rows are not given as tokens.
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
         mixed_precision (`str`): precision of the training: `"no"`, `"bf16"` or `"fp16"`.
         evaluator (`Evaluator`): scores rows.
@@ -73,7 +75,7 @@ class FlowContext:
     model_columns: Callable[[Dataset], Dataset]
     data_collator: TaskCollator
     num_drawn_rows: Callable[[], Mapping[str, int]]
-    processing_class: PreTrainedTokenizerBase
+    processing_class: PreTrainedTokenizerBase | None
     label_space: LabelSpace | None
     mixed_precision: str
     evaluator: Evaluator
@@ -103,6 +105,12 @@ class FlowContext:
         held_out = {name: len(rows) for name, rows in self.eval_rows.items()}
         args = self.args
         return args.num_captured_rows("train", train) + args.num_captured_rows("validation", held_out)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer, where there is one, into a folder that holds what was trained with it."""
+        if self.processing_class is not None:
+            with writing(folder):
+                self.processing_class.save_pretrained(folder)
 
     def answer_scorer(self) -> AnswerScorer:
         """Scores answers with whichever adapter of the model is active."""

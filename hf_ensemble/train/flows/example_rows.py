@@ -27,7 +27,8 @@ def keep_example_rows(
 
     def text_of(task: str, example_id: str) -> str:
         row = table[places[task, example_id]]
-        text = context.processing_class.decode(row["input_ids"], skip_special_tokens=True)
+        tokenizer, ids = context.processing_class, row["input_ids"]
+        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
         label = row.get("labels")
         if context.label_space is not None and isinstance(label, int) and label >= 0:
             return f"{text} → {context.label_space.names[label]}"

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 from datasets import Dataset
 
-from ..._files import writing
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture import applied_update
 from ...estimate import ObservedRun, SubsetEstimator
@@ -106,8 +105,7 @@ class SelectionFlow:
                 self.training.run(ADAPTER, self.selection.weights, run.adapter)
             if is_main_process():
                 # The card's code, and whoever loads the adapter elsewhere, takes it from there.
-                with writing(run.adapter):
-                    self.context.processing_class.save_pretrained(run.adapter)
+                self.context.save_tokenizer(run.adapter)
             wait_for_everyone()
 
     def run_stage(self, name: str, shard: tuple[int, int] | None = None) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 from ...errors import ConfigurationError
 from ...logging import get_logger
 from ...models import LabelSimilarityForSequenceClassification
+from ...models.kinds import check_answers_of
 from ...models.label_similarity import LabelHead
 from ...tasks import LabelSpace, TaskSet
 
@@ -165,19 +166,23 @@ def adapter_for_head(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
 
 
 def check_labels(model: Any, tasks: TaskSet) -> None:
-    """Raise `ConfigurationError` for a classifier whose head is not one of the tasks' labels."""
+    """Raise `ConfigurationError` for a model without answers of the rows' kind, or with a head for other labels."""
+    check_answers_of(model, tasks)
+    config = getattr(model, "config", None)
+    if config is None:
+        return  # A module of the user's own, which says nothing of its outputs.
     label_space = tasks.label_space
     if tasks.is_multi_label:
-        found = (model.config.num_labels, model.config.problem_type)
+        found = (config.num_labels, config.problem_type)
         if found not in ((tasks.num_labels, _MULTI_LABEL), (tasks.num_labels, None)):
             raise ConfigurationError(
                 f"The tasks' rows have {tasks.num_labels} labels each, which need a head of as many outputs and "
                 f"problem_type={_MULTI_LABEL!r}; found {found[0]} outputs and problem_type={found[1]!r}. Load the "
                 f"model with num_labels={tasks.num_labels} and that problem_type."
             )
-    if label_space is not None and model.config.num_labels != len(label_space):
+    if label_space is not None and config.num_labels != len(label_space):
         raise ConfigurationError(
-            f"The tasks have {len(label_space)} different labels, the model's head has {model.config.num_labels} "
+            f"The tasks have {len(label_space)} different labels, the model's head has {config.num_labels} "
             f"outputs. Load the model with num_labels={len(label_space)}, in the order of TaskSet.label_space.names, "
             "or pass it by name."
         )

@@ -5,14 +5,13 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import TrainingArguments
-from trl import SFTConfig
 
 from ...errors import ConfigurationError, TaskError
 from ...logging import get_logger
 from ...runs.systems import BASE, BASELINE
-from ...tasks import META_COLUMNS, TASK, RowFormat, TaskSet
-from ...tasks.columns import column_names
-from ...tasks.rows import unknown_columns
+from ...tasks import TASK, RowFormat, TaskSet
+from ...tasks.columns import column_names, renamed_class
+from ...tasks.sft_rows import SFTRows
 from ...tasks.task import as_dataset, named_splits
 
 logger = get_logger(__name__)
@@ -54,8 +53,9 @@ def the_one_dataset(train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
 
 
 def is_text_classification(rows: Any) -> bool:
-    """Whether rows are text with a label, which `transformers.Trainer` would not take."""
-    columns = set(column_names(rows)) if isinstance(rows, Dataset | IterableDataset) else set()
+    """Whether rows are text with a class, which `transformers.Trainer` would not take."""
+    found = column_names(rows) if isinstance(rows, Dataset | IterableDataset) else []
+    columns = {renamed_class(found).get(column, column) for column in found}
     return columns >= set(RowFormat.CLASSIFICATION.required) and "input_ids" not in columns
 
 
@@ -78,15 +78,14 @@ def check_task_names(names: Collection[str]) -> None:
             )
 
 
-def check_sft_columns(tasks: TaskSet, args: SFTConfig, formatting_func: Any) -> None:
-    """Raise `TaskError` for rows that `SFTTrainer` could make no tokens of."""
-    if formatting_func is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        return
-    known = [("prompt", "completion"), ("messages",), ("conversations",), (args.dataset_text_field,), ("input_ids",)]
+def check_sft_rows(tasks: TaskSet, reads: SFTRows) -> None:
+    """Raise `TaskError` for rows of any split that `SFTTrainer` could make no tokens of."""
     for name, task in tasks.items():
-        columns = set(task.splits["train"].column_names) - set(META_COLUMNS)
-        if not any(columns.issuperset(own) for own in known):
-            raise unknown_columns(name, columns, known)
+        for split, rows in task.splits.items():
+            if task.row_format is RowFormat.SFT:
+                reads.check(name, split, rows)
+            else:
+                reads.check_columns(name, split, rows.column_names)
 
 
 def check_not_splits(train_dataset: Any) -> None:

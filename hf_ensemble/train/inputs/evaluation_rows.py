@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from ..._settings import checked_mapping
 from ...errors import TaskError
-from ...tasks import META_COLUMNS, TASK, RowFormat, TaskSet
+from ...tasks import IGNORE_INDEX, META_COLUMNS, TASK, RowFormat, TaskSet
 from ...tasks.class_labels import HIDDEN, are_hidden
 from ...tasks.task import as_dataset
 from .datasets import is_table_of_tasks, rows_by_task
@@ -51,6 +51,45 @@ def token_tables(
     return {name: made.get(name, rows) for name, rows in by_task.items()}
 
 
+def tokens_of_tasks(rows: Dataset, name: str | None, tasks: TaskSet, needs_labels: bool) -> Dataset:
+    """Rows of tokens for a classifier of texts, with their task, which says what labels they may have.
+
+    Args:
+        rows (`Dataset`): rows of tokens, as the user has made them.
+        name (`str`, *optional*): the task of rows without one; any where all tasks have one label set.
+        tasks (`TaskSet`): tasks of texts with labels.
+        needs_labels (`bool`): whether rows need answers.
+
+    Raises:
+        `TaskError`: for rows of no known task, without a label, and with labels that are numbers of other outputs in
+            their task.
+    """
+    space = tasks.label_space
+    if TASK not in rows.column_names:
+        name = tasks.names[0] if name not in tasks and space.is_shared else name
+        rows = rows if name is None else rows.add_column(TASK, [name] * len(rows))
+    names = rows.unique(TASK) if TASK in rows.column_names else []
+    if not names or not set(names) <= set(tasks):
+        raise TaskError(
+            f"Expected rows of the tasks {list(tasks)}, whose labels differ, found {names or 'rows without a task'}. "
+            f"Pass {{{tasks.names[0]!r}: rows}}, or the task of each row in the column {TASK!r}."
+        )
+    column = next((column for column in ("labels", "label") if column in rows.column_names), None)
+    found = [HIDDEN] * len(rows) if column is None else rows.with_format(None)[column][:]
+    rows = rows if column is None else rows.remove_columns(column)
+    if all(label == HIDDEN for label in found):
+        if needs_labels:
+            raise TaskError(f"Tasks {names}: expected rows of tokens with a class in 'labels', found none. Add it.")
+        return rows
+    for name in names:
+        if space.task_labels[name] != tuple(range(len(space.task_labels[name]))):
+            raise TaskError(
+                f"Task {name!r}: its labels are the outputs {list(space.task_labels[name])} of the model's head, and "
+                "numbers beside tokens may be of either. Pass its rows as text with labels."
+            )
+    return rows.add_column("labels", [IGNORE_INDEX if label == HIDDEN else label for label in found])
+
+
 def positions_by_task(given: Any) -> list[int] | None:
     """Where each row of a table of several tasks stands once they are taken apart; `None` for rows by task."""
     if not is_table_of_tasks(given):
@@ -85,9 +124,9 @@ def _lacks_labels(rows: Any, tasks: TaskSet) -> bool:
 
 
 def _label_column(rows: Dataset, tasks: TaskSet) -> str | None:
-    """The column that holds the answers; tokens with a class may have it in `label`."""
+    """The column that holds the answers; a class may stand in `label` or in `labels`."""
     own = _LABEL_COLUMNS[tasks.row_format]
-    return next((column for column in (own, "label") if column in rows.column_names), None)
+    return next((column for column in (own, "label", "labels") if column in rows.column_names), None)
 
 
 def _with_some_label(rows: Dataset, name: str, tasks: TaskSet) -> Dataset:

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.utils.other import TrainableTokensWrapper
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from trl import SFTTrainer
 
@@ -16,6 +17,7 @@ from ...ensemble.saving.adapter_tensors import embedding_layers
 from ...ensemble.saving.files import base_reference
 from ...errors import ConfigurationError, EnsembleLoadError
 from ...models.inputs import is_encoder_decoder
+from ...models.kinds import check_answers_of, check_kind
 from ...tasks import RowFormat, TaskSet
 
 # Arguments of the constructors that have to be of some kind, or None.
@@ -50,6 +52,12 @@ def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_cla
     """
     if isinstance(model, str):
         check_model_folder(model)
+        if issubclass(trainer_class, SFTTrainer):
+            # It loads the class that wrote the checkpoint.
+            check_kind(next(iter(_config_of(model).get("architectures") or []), ""))
+    else:
+        _check_has_config(model)
+        check_kind(model)
     if peft_config is None and isinstance(model, PeftModel):
         name = model.active_adapter
         peft_config = model.peft_config[name if isinstance(name, str) else name[0]]
@@ -60,6 +68,15 @@ def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_cla
         raise ConfigurationError(
             "Expected a model of decoder layers alone, as SFTTrainer trains; found an encoder-decoder. Use "
             f"{trainer_class.__name__.replace('SFT', '')}, which takes the same prompts and completions."
+        )
+
+
+def _check_has_config(model: nn.Module) -> None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(getattr(base, "config", None), PreTrainedConfig):
+        raise ConfigurationError(
+            "Expected a transformers model, whose config says how an adapter's base is run and loaded again; found a "
+            f"{type(base).__name__} without one. Derive it from PreTrainedModel, or train it without an adapter."
         )
 
 
@@ -101,10 +118,11 @@ def check_loaded(trainer: Trainer, tasks: TaskSet) -> None:
 
     Raises:
         `ConfigurationError`: for chats with an encoder-decoder, for adapters that the trainer would not train, and
-            without a padding token.
+            without a padding token; for a model that has no answers of the rows' kind.
     """
     model = trainer.model
     check_before_loading(model, None, type(trainer))
+    check_answers_of(model, tasks)
     if is_encoder_decoder(model) and tasks.row_format is RowFormat.CHAT:
         raise ConfigurationError(
             "Expected prompts and completions, or token ids with labels, for an encoder-decoder model; found chats. "
@@ -152,8 +170,12 @@ def _is_encoder_decoder(model: Any) -> bool:
 
 def names_encoder_decoder(name: str) -> bool:
     """Whether a folder or Hub id is an encoder-decoder's; False for what cannot be read."""
+    return bool(_config_of(name).get("is_encoder_decoder"))
+
+
+def _config_of(name: str) -> dict[str, Any]:
+    """The configuration of a folder or Hub id; empty where it cannot be read, as loading the model says why."""
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
+        return PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError):
-        return False  # Loading the model says what is wrong.
-    return bool(config.get("is_encoder_decoder"))
+        return {}

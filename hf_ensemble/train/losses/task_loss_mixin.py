@@ -9,6 +9,7 @@ from torch import nn
 
 from ..._processes import run_on_all
 from ...errors import ConfigurationError
+from ...models.kinds import shifts_labels
 from ...tasks import TASK
 from ...tasks.columns import ROW_LENGTHS
 from .balance import TaskBalance
@@ -44,6 +45,7 @@ class TaskLossMixin:
         self._has_own_loss = kwargs.get("compute_loss_func") is not None
         super().__init__(*args, **kwargs)
         self._has_own_loss |= self.args.label_smoothing_factor > 0
+        self.shifts_labels = shifts_labels(self.model)
         if self._loss_weighting() != "tokens":
             # Weighted losses are averaged over the whole step.
             self.loss_is_scaled_for_ga = True
@@ -74,7 +76,7 @@ class TaskLossMixin:
         if self._balance is not None:
             self._coefficients = self._balance.coefficients(self._counts(batches))
         if self.step_loss is not None:
-            masks = [counted(batch["labels"], self._loss_shifts_labels) for batch in batches]
+            masks = [counted(batch["labels"], self.shifts_labels) for batch in batches]
             self._num_counted = max(sum(int(mask.sum()) for mask in masks), 1)
         return batches, num_items
 
@@ -83,7 +85,7 @@ class TaskLossMixin:
         counts = torch.zeros(len(self._balance.names), dtype=torch.long, device=self.args.device)
         for batch in batches:
             if TASK in batch and "labels" in batch:
-                mask = counted(batch["labels"], self._loss_shifts_labels).to(counts.device)
+                mask = counted(batch["labels"], self.shifts_labels).to(counts.device)
                 owner = self._owners(batch["labels"], batch[TASK], batch.get(ROW_LENGTHS)).to(counts.device)
                 counts += sums_by_task(mask.long(), owner, len(counts))
         return self.accelerator.reduce(counts, "sum") if self._averages_over_processes() else counts
@@ -119,9 +121,7 @@ class TaskLossMixin:
         if losses is None:
             return result
         owner = self._owners(labels, tasks, row_lengths)
-        self._task_losses.add(
-            losses, counted(labels, self._loss_shifts_labels), owner, not self.args.logging_nan_inf_filter
-        )
+        self._task_losses.add(losses, counted(labels, self.shifts_labels), owner, not self.args.logging_nan_inf_filter)
         if self.step_loss is not None:
             loss = self.step_loss.of_tokens(losses, labels, tasks, ids).sum() / self._num_counted
             self._is_weighted = True
