@@ -151,11 +151,13 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         """Prepare the rows of a run, in which adapters are trained on some of the tasks each."""
         args, model = given["args"], given["model"]
         read = read_streams(train_dataset, eval_dataset, args, args.streaming_rows, args.validation_fraction)
-        tasks = with_held_out_rows(_sft_tasks(read.train, read.evaluation), args.validation_fraction, args.seed)
+        tasks = _sft_tasks(read.train, read.evaluation)
+        self._reads = SFTRows.of(args, given["formatting_func"])
+        # Before rows are held out, so that errors have the user's own numbers.
+        check_sft_rows(tasks, self._reads)
+        tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed)
         args.check_limited_tasks(tasks.names)
         tasks = balanced(with_given_weights(tasks, args), read.streams)
-        self._reads = SFTRows.of(args, given["formatting_func"])
-        check_sft_rows(tasks, self._reads)
         for name, task in tasks.items():
             for split, rows in task.splits.items():
                 refuse_images(name, split, rows)

@@ -16,7 +16,14 @@ from ..tasks.encoding import joined
 from ..tasks.stream_rows import identified_stream
 from .configs import ClassifierArguments
 from .inputs.balancing import check_loss_weighting, with_given_weights
-from .inputs.classifiers import adapter_for_head, check_labels, load_model, warn_of_random_head
+from .inputs.classifiers import (
+    adapter_for_head,
+    check_labels,
+    load_model,
+    made_model,
+    tokenizer_of,
+    warn_of_random_head,
+)
 from .inputs.datasets import (
     as_task_set,
     check_one_label_set,
@@ -26,7 +33,6 @@ from .inputs.datasets import (
     with_held_out_rows,
 )
 from .inputs.evaluation_rows import positions_by_task, token_tables, tokens_of_tasks
-from .inputs.made_models import made_model, tokenizer_of
 from .inputs.sharding import without_sharding
 from .inputs.streams import balanced, interleaved, read_streams
 from .inputs.target_modules import target_modules_named, with_target_modules
