@@ -24,7 +24,7 @@ def keep_start(model: PeftModel, run: RunDirectory) -> None:
     """Write the values that a run begins at, where they are not there."""
     if run_on_main(run.start.is_file):
         return
-    values = {name: own.detach().cpu().clone() for name, own in _trainable(model).items()}
+    values = {name: own.detach().cpu().contiguous().clone() for name, own in _trainable(model).items()}
     run_on_main(lambda: write_atomically(run.start, lambda file: file.write(save(values))))
 
 
