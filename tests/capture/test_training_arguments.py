@@ -14,7 +14,7 @@ from hf_ensemble.capture import optimizer_preconditioner, training_recipe
 from hf_ensemble.capture.training_arguments import fresh_lora_gain, learning_rates
 
 
-def trainer_with(folder, base, tasks=None, **settings):
+def trainer_with(folder, base, tasks=None, optimizer=None, **settings):
     tasks = tasks or toy.sft_tasks()
     return EnsembleSFTTrainer(
         model=base,
@@ -22,6 +22,7 @@ def trainer_with(folder, base, tasks=None, **settings):
         train_dataset=split(tasks, "train"),
         eval_dataset=split(tasks, "validation"),
         peft_config=toy.lora(),
+        optimizer_cls_and_kwargs=optimizer,
     )
 
 
@@ -149,21 +150,9 @@ class Mine(torch.optim.AdamW):
 GIVEN = (torch.optim.SGD, {"lr": 0.5})
 
 
-def trainer_given(folder, base, optimizer, **settings):
-    tasks = toy.sft_tasks()
-    return EnsembleSFTTrainer(
-        model=base,
-        args=sft_config(folder, logging_strategy="steps", logging_steps=1, **settings),
-        train_dataset=split(tasks, "train"),
-        eval_dataset=split(tasks, "validation"),
-        peft_config=toy.lora(),
-        optimizer_cls_and_kwargs=optimizer,
-    )
-
-
 def test_a_given_optimizer_is_predicted_as_the_same_one_by_name(tmp_path, base_folder):
     settings = {"train_baseline": False, "calibration_runs": 0}
-    given = trainer_given(tmp_path / "given", base_folder, GIVEN, **settings)
+    given = trainer_with(tmp_path / "given", base_folder, optimizer=GIVEN, **settings)
     named = trainer_with(tmp_path / "named", base_folder, optim="sgd", learning_rate=0.5, **settings)
     mixtures = [["sums"], ["sums", "diffs"]]
     stores, losses = [], []
@@ -218,6 +207,6 @@ def test_a_given_optimizer_that_cannot_be_replayed_is_warned_of(optimizer, preco
 
 def test_a_run_of_such_an_optimizer_has_no_recipe(tmp_path, base_folder, caplog):
     optimizer = (torch.optim.SGD, {"lr": 0.5, "momentum": 0.9})
-    store = trainer_given(tmp_path / "run", base_folder, optimizer).capture()
+    store = trainer_with(tmp_path / "run", base_folder, optimizer=optimizer).capture()
     assert store.recipe is None and store.preconditioner() is None
     assert "SGD with momentum=0.9 is no plain gradient descent" in caplog.text

@@ -27,6 +27,20 @@ ESTIMATE = {"projection_dim": 128, "num_components": 20, "save_report": False}
 PARTITION = {"grouping_method": "direct", "group_initialization": "fresh"}
 
 
+def killed_in_a_call(monkeypatch, owner, name, number):
+    """Interrupt a process in the call of this number, counted from 1, of a method; returns the list of calls."""
+    method, calls = getattr(owner, name), []
+
+    def killed(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, killed)
+    return calls
+
+
 def without_speed(metrics):
     return {key: value for key, value in metrics.items() if not key.endswith(("_runtime", "_per_second"))}
 

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from helpers import toy
-from helpers.trainers import sft_config, split, text_trainer
+from helpers.trainers import killed_in_a_call, sft_config, split, text_trainer
 from hf_ensemble import (
     AnswerMetric,
     EnsembleSFTTrainer,
@@ -103,15 +103,7 @@ def test_scored_again_for_other_rows_and_some_tasks(answered):
 
 def test_a_run_killed_between_two_scorings_ends_with_the_same_scores(answered, tmp_path, monkeypatch):
     _, whole, base = answered
-    score, calls = AnswerEvaluator.score_tasks, []
-
-    def killed(self, *args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return score(self, *args, **kwargs)
-
-    monkeypatch.setattr(AnswerEvaluator, "score_tasks", killed)
+    killed_in_a_call(monkeypatch, AnswerEvaluator, "score_tasks", 2)
     with pytest.raises(KeyboardInterrupt):
         trainer_of(tmp_path / "run", base).train()
     monkeypatch.setattr(TaskSFTTrainer, "train", lambda *a, **k: pytest.fail("trained again"))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from helpers import toy
-from helpers.trainers import sft_trainer, text_trainer
+from helpers.trainers import killed_in_a_call, sft_trainer, text_trainer
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.ensemble.weighting.added_member import AddedMember
 from hf_ensemble.errors import ConfigurationError, EnsembleError
@@ -123,15 +123,7 @@ def test_steps_are_ordinary_members_that_load_generate_and_stand_in_the_card(boo
 
 def test_a_killed_run_goes_on_and_a_finished_one_makes_no_step(boosted, tmp_path, base, monkeypatch):
     whole, _ = boosted
-    step, calls = stage.EnsembleBoosting._step, []
-
-    def killed(self, *args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(stage.EnsembleBoosting, "_step", killed)
+    calls = killed_in_a_call(monkeypatch, stage.EnsembleBoosting, "_step", 2)
     options = {"boosting_steps": 2, "projection_dim": None, **SHORT}
     with pytest.raises(KeyboardInterrupt):
         sft_trainer(tmp_path / "run", base, TASKS, **options).train()

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import toy
-from helpers.trainers import sft_config, sft_trainer
+from helpers.trainers import killed_in_a_call, sft_config, sft_trainer
 from hf_ensemble import (
     EnsembleSFTTrainer,
 )
@@ -27,15 +27,7 @@ def test_a_finished_run_started_again_trains_nothing(finished, monkeypatch):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_adapters(finished, tmp_path, monkeypatch):
     whole, _, base = finished
-    train, calls = TaskSFTTrainer.train, []
-
-    def killed(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return train(self, *args, **kwargs)
-
-    monkeypatch.setattr(TaskSFTTrainer, "train", killed)
+    calls = killed_in_a_call(monkeypatch, TaskSFTTrainer, "train", 3)
     with pytest.raises(KeyboardInterrupt):
         sft_trainer(tmp_path / "run", base, num_groups=2).train()
     sft_trainer(tmp_path / "run", base, num_groups=2).train()

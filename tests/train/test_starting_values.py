@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from helpers import toy
-from helpers.trainers import sft_config, split, text_trainer
+from helpers.trainers import killed_in_a_call, sft_config, split, text_trainer
 from hf_ensemble import EnsembleSFTTrainer
 from hf_ensemble.errors import RunMismatchError
 from hf_ensemble.train.task_trainer import TaskSFTTrainer
@@ -42,15 +42,7 @@ def test_a_killed_run_goes_on_with_the_values_that_it_began_with(tmp_path, base_
     whole = trainer_of(tmp_path / "whole", base_folder)
     begun = start_of(whole)
     whole.train()
-    train, calls = TaskSFTTrainer.train, []
-
-    def killed(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return train(self, *args, **kwargs)
-
-    monkeypatch.setattr(TaskSFTTrainer, "train", killed)
+    calls = killed_in_a_call(monkeypatch, TaskSFTTrainer, "train", 3)
     first = trainer_of(tmp_path / "run", base_folder)
     with torch.no_grad():
         for name, parameter in first.model.named_parameters():
