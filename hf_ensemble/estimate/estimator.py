@@ -23,6 +23,8 @@ from .validation_rows import ValidationRows
 # From this number of training or validation rows on, c is searched for with approximate losses, about where those of so
 # many rows are best.
 _MOST_FITTED, _ROUGHLY_FITTED = 50_000, 20_000
+# Of log(c), where there are more.
+_ROUGH_ACCURACY = 1e-3
 
 
 class SubsetEstimator(LinearizedTraining):
@@ -114,19 +116,28 @@ class SubsetEstimator(LinearizedTraining):
                     self._anchors.setdefault(self.task_names.index(name), optimum)
 
     def _fitted_regularization(self) -> Regularization:
-        """c from what there is; of many rows, from the losses of some where it is about."""
+        """c from what there is: first about where it is, from approximate losses, of many rows those of some."""
         replayed = [] if self._replayed is None else [self._replayed_run(self._replayed)]
+        evidence = (self.task_names, self.observed_runs, replayed)
         if self.num_rows <= _MOST_FITTED:
+            return choose_regularization(self._exact_loss(), *evidence, self._approximate_loss())
+        rough = self.sampled(_ROUGHLY_FITTED)._approximate_loss()
+        return choose_regularization(self._approximate_loss(), *evidence, rough, _ROUGH_ACCURACY)
 
-            def predicted(mixtures: np.ndarray, l2_scale: float) -> np.ndarray:
-                return self.predict(mixtures, l2_scale).loss
+    def _exact_loss(self) -> Callable[[np.ndarray, float], np.ndarray]:
+        """Losses `(S, T)` of mixtures `(S, T)` for a c, each time from the optima of the time before."""
+        last: np.ndarray | None = None
 
-            return choose_regularization(predicted, self.task_names, self.observed_runs, replayed)
-        exact, rough = (own._approximate_loss() for own in (self, self.sampled(_ROUGHLY_FITTED)))
-        return choose_regularization(exact, self.task_names, self.observed_runs, replayed, rough)
+        def loss(mixtures: np.ndarray, l2_scale: float) -> np.ndarray:
+            nonlocal last
+            predicted = self.predict(mixtures, l2_scale, initial=last)
+            last = predicted.coefficients
+            return predicted.loss
+
+        return loss
 
     def _approximate_loss(self) -> Callable[[np.ndarray, float], np.ndarray]:
-        """Losses `(S, T)` of mixtures `(S, T)` for a c, in float32, each time from the optima of the time before."""
+        """[`_exact_loss`] in float32."""
         last: np.ndarray | None = None
 
         def loss(mixtures: np.ndarray, l2_scale: float) -> np.ndarray:

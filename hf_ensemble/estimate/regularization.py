@@ -19,8 +19,6 @@ _PER_DECADE = 4
 _FIRST_STEPS, _LAST_STEP = range(-12, 13), 36
 # Losses are divided by at least this.
 _MIN_LOSS = 1e-12
-# Accuracy of log(c) where evaluating it takes long.
-_ROUGH = 1e-3
 
 logger = get_logger(__name__)
 
@@ -119,6 +117,7 @@ def choose_regularization(
     observed_runs: Sequence[ObservedRun] = (),
     replayed_runs: Sequence[ObservedRun] = (),
     rough_loss: Callable[[np.ndarray, float], np.ndarray] | None = None,
+    accuracy: float = 1e-5,
 ) -> Regularization:
     """Fit c.
 
@@ -134,6 +133,7 @@ def choose_regularization(
         rough_loss (`Callable`, *optional*):
             The same as `predict_loss` at less expense, to find about where c is. By default the whole range is searched
             by `predict_loss`.
+        accuracy (`float`, *optional*, defaults to 1e-5): of log(c).
 
     Raises:
         `EstimationError`: for runs without a known task or loss.
@@ -155,10 +155,10 @@ def choose_regularization(
         return criterion(predict_loss(mixtures, scale))
 
     if rough_loss is None:
-        values, options = _over_range(evaluate), {}
+        values = _over_range(evaluate)
     else:
         roughly = _over_range(lambda scale: criterion(rough_loss(mixtures, scale)))
-        values, options = _descended(evaluate, min(roughly, key=roughly.__getitem__)), {"xatol": _ROUGH}
+        values = _descended(evaluate, min(roughly, key=roughly.__getitem__))
     best = min(values, key=values.__getitem__)
     if best in (min(values), max(values)):
         logger.warning(
@@ -168,7 +168,7 @@ def choose_regularization(
         )
     low, high = (np.log(_scale_at(np.clip(step, min(values), max(values)))) for step in (best - 1, best + 1))
     refined = minimize_scalar(
-        lambda log_scale: evaluate(np.exp(log_scale)), bounds=(low, high), method="bounded", options=options
+        lambda log_scale: evaluate(np.exp(log_scale)), bounds=(low, high), method="bounded", options={"xatol": accuracy}
     )
     value, scale = min((float(refined.fun), float(np.exp(refined.x))), (values[best], _scale_at(best)))
     return Regularization(scale, evidence, value)
