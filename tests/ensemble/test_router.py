@@ -36,7 +36,9 @@ def test_the_router_finds_what_decides_and_not_the_tasks_name(combination):
     fit = fit_prompt_router(
         {task: own[0] for task, own in made.items()}, {task: own[1] for task, own in made.items()}, combination
     )
-    assert fit.penalty is not None and fit.losses[str(fit.penalty)] < fit.losses["constant"] - 0.1
+    assert fit.chosen.startswith("adapters, ") and fit.losses[fit.chosen] < fit.losses["constant"] - 0.1
+    # Which task a prompt is of says nothing here.
+    assert min(fit.losses[name] for name in fit.losses if name.startswith("tasks")) > fit.losses["constant"] - 0.05
     test, states, kind = world(2, rows=400)
     weights = fit.router.weights(states)
     assert (weights.argmax(1).numpy() == kind).mean() > 0.95
@@ -52,7 +54,37 @@ def test_states_that_say_nothing_give_constant_weights():
     noise = torch.from_numpy(np.random.default_rng(0).normal(size=states.shape)).float()
     fit = fit_prompt_router({"x": answers}, {"x": noise}, "logits")
     weights = fit.router.weights(torch.randn(50, states.shape[1]))
-    assert fit.penalty in (None, 1.0, 10.0) and float(weights.std(0).max()) < 0.1
+    assert fit.chosen in ("constant", "adapters, 1.0", "adapters, 10.0") and float(weights.std(0).max()) < 0.1
+
+
+def noisy_tasks(seed, rows, tasks=6, kinds=3, width=12):
+    """Each task is answered best by one adapter on the whole, and by any in a row; its prompts have a direction."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for task in range(tasks):
+        targets = rng.integers(0, 4, rows)
+        logits = 2 * rng.normal(size=(kinds, rows, 4))
+        logits[task % kinds, np.arange(rows), targets] += 1.0
+        states = 2 * np.eye(width)[task] + 0.3 * rng.normal(size=(rows, width))
+        answers = CollectedAnswers(torch.from_numpy(logits).float(), torch.from_numpy(targets), torch.arange(rows))
+        made[str(task)] = (answers, torch.from_numpy(states).float())
+    return made
+
+
+@pytest.mark.parametrize("combination", ["logits", "probs"])
+def test_where_rows_say_little_the_tasks_that_prompts_are_like_decide(combination):
+    made = noisy_tasks(0, rows=40)
+    fit = fit_prompt_router(*({task: own[i] for task, own in made.items()} for i in (0, 1)), combination)
+    assert fit.chosen.startswith("tasks, ") and fit.router.mixtures.shape == (6, 3)
+    gained = possible = 0.0
+    for task, (answers, states) in noisy_tasks(1, rows=2000).items():
+        equal = answers.row_losses(np.full((1, 3), 1 / 3), combination).mean()
+        known = fit.router.mixtures[int(task)][None].double().numpy()
+        possible += equal - answers.row_losses(known, combination).mean()
+        weights = fit.router.weights(states)
+        assert torch.allclose(weights.sum(1), torch.ones(2000)) and not ((weights > 0) & (weights < 0.05)).any()
+        gained += equal - answers.routed_losses(weights, combination).mean()
+    assert possible > 0.1 and gained > 0.9 * possible
 
 
 def test_routed_losses_are_those_of_each_rows_own_weights():
@@ -73,7 +105,8 @@ def ensemble():
     made.fit = made.fit_router({"x": rows[:12], "y": rows[12:]}, batch_size=5)
     # Something that depends on the prompt.
     torch.manual_seed(1)
-    made.router = PromptRouter(made.fit.router.mean, torch.randn_like(made.fit.router.matrix), torch.zeros(3))
+    width = len(made.fit.router.mean)
+    made.router = PromptRouter(made.fit.router.mean, torch.randn(width, 3), torch.zeros(3), torch.eye(3))
     return made
 
 
@@ -129,25 +162,20 @@ def test_a_router_is_saved_and_checked(ensemble, tmp_path):
     for name, own in vars(ensemble.router).items():
         assert torch.equal(own, getattr(loaded.router, name))
     data = ensemble.router.to_dict()
+    broken = PromptRouter(torch.full((len(ensemble.router.mean),), float("nan")), *[torch.zeros(1)] * 3).to_dict()
     for bad, members in (
         (data, 2),
         ({**data, "bias": data["mean"]}, 3),
         ({**data, "bias": "???"}, 3),
+        ({**data, "mixtures": data["bias"]}, 3),
         ({"mean": data["mean"]}, 3),
-        (
-            {
-                **data,
-                "mean": PromptRouter(torch.full((2,), float("nan")), torch.zeros(2, 3), torch.zeros(3)).to_dict()[
-                    "mean"
-                ],
-            },
-            3,
-        ),
+        ({**data, "mean": broken["mean"]}, 3),
     ):
         with pytest.raises(EnsembleLoadError, match="router"):
             PromptRouter.from_dict(bad, members)
     with pytest.raises(EnsembleError, match="router for 3 adapters, found one for 2"):
-        PeftEnsembleModel(ensemble.model, NAMES, router=PromptRouter(torch.zeros(4), torch.zeros(4, 2), torch.zeros(2)))
+        router = PromptRouter(torch.zeros(4), torch.zeros(4, 3), torch.zeros(3), torch.zeros(3, 2))
+        PeftEnsembleModel(ensemble.model, NAMES, router=router)
     with pytest.raises(EnsembleError, match="needs a router.*fit_router"):
         PeftEnsembleModel(ensemble.model, NAMES)(input_ids=torch.tensor([[5, 6]]), routing="hidden_states")
 
@@ -162,7 +190,8 @@ def test_classifiers_are_routed_too():
         for task, labels in (("x", (0, 1)), ("y", (1, 3)))
     }
     fit = ensemble.fit_router(data)
-    assert fit.losses.keys() == {"constant", "0.001", "0.01", "0.1", "1.0", "10.0"}
+    penalties = ("0.001", "0.01", "0.1", "1.0", "10.0")
+    assert fit.losses.keys() == {"constant", *(f"{kind}, {own}" for kind in ("adapters", "tasks") for own in penalties)}
     with torch.no_grad():
         logits = ensemble(input_ids=torch.tensor([[5, 6, 7]]), routing="hidden_states").logits
     assert logits.shape == (1, 4) and bool(logits.isfinite().all())

@@ -19,22 +19,27 @@ from .adapter_layers import active_adapter, adapter_layers
 PROMPT_INPUTS = ("input_ids", "attention_mask")
 # A lighter adapter changes little, and costs its forward.
 _MIN_WEIGHT = 0.05
-_TENSORS = ("mean", "matrix", "bias")
+_TENSORS = ("mean", "matrix", "bias", "mixtures")
 
 
 @dataclass(frozen=True)
 class PromptRouter:
-    """softmax((x - mean) matrix + bias), with x the mean of the base model's last hidden states over the prompt.
+    """softmax((x - mean) matrix + bias) mixtures, with x the mean of the base's last hidden states over the prompt.
+
+    The softmax says of which of g kinds a prompt is: those that one adapter answers best, or those of a task.
 
     Args:
         mean (`torch.Tensor` of shape `(H,)`): what is subtracted from the hidden states.
-        matrix (`torch.Tensor` of shape `(H, m)`): a column for each adapter that is no boosting step.
-        bias (`torch.Tensor` of shape `(m,)`): logarithm, up to a constant, of the weights of an average prompt.
+        matrix (`torch.Tensor` of shape `(H, g)`): a column for each kind.
+        bias (`torch.Tensor` of shape `(g,)`): logarithm, up to a constant, of the shares of an average prompt.
+        mixtures (`torch.Tensor` of shape `(g, m)`):
+            For each kind, shares of the adapters that are no boosting steps.
     """
 
     mean: torch.Tensor
     matrix: torch.Tensor
     bias: torch.Tensor
+    mixtures: torch.Tensor
 
     def weights(self, states: torch.Tensor) -> torch.Tensor:
         """Weights `(B, m)` from mean hidden states `(B, H)`; those below a twentieth are left out.
@@ -48,8 +53,8 @@ class PromptRouter:
                 f"Expected hidden states of size {len(self.mean)}, found {states.shape[1]}: the router was fitted on "
                 "another base model. Fit it anew with fit_router()."
             )
-        mean, matrix, bias = (getattr(self, name).to(states.device) for name in _TENSORS)
-        shares = torch.softmax((states - mean) @ matrix + bias, 1)
+        mean, matrix, bias, mixtures = (getattr(self, name).to(states.device) for name in _TENSORS)
+        shares = torch.softmax((states - mean) @ matrix + bias, 1) @ mixtures
         shares = shares.masked_fill(shares < shares.amax(1, keepdim=True).clamp(max=_MIN_WEIGHT), 0.0)
         return shares / shares.sum(1, keepdim=True)
 
@@ -70,14 +75,15 @@ class PromptRouter:
             found = {name: _tensor(base64.b64decode(data[name], validate=True)) for name in _TENSORS}
         except (TypeError, ValueError) as error:
             raise EnsembleLoadError(f"The ensemble's router is damaged: {error}.") from error
-        mean, matrix, bias = (found[name] for name in _TENSORS)
-        whole = len(bias) == num_members and len(mean) > 0 and len(matrix) == len(mean) * num_members
+        mean, matrix, bias, mixtures = (found[name] for name in _TENSORS)
+        sizes = (len(matrix), len(mixtures))
+        whole = len(bias) > 0 and len(mean) > 0 and sizes == (len(mean) * len(bias), len(bias) * num_members)
         if not whole or not all(bool(own.isfinite().all()) for own in found.values()):
             raise EnsembleLoadError(
                 f"The ensemble's router is damaged: expected finite numbers for {num_members} adapters, found "
-                f"{len(mean)} means, {len(matrix)} coefficients and {len(bias)} biases."
+                f"{len(mean)} means, {sizes[0]} coefficients, {len(bias)} biases and {sizes[1]} shares."
             )
-        return cls(mean, matrix.view(len(mean), num_members), bias)
+        return cls(mean, matrix.view(len(mean), len(bias)), bias, mixtures.view(len(bias), num_members))
 
 
 def check_router(router: PromptRouter | None, num_members: int) -> None:
@@ -86,9 +92,9 @@ def check_router(router: PromptRouter | None, num_members: int) -> None:
         return
     if not isinstance(router, PromptRouter):
         raise EnsembleError(f"Expected router to be a PromptRouter, found {router!r:.60}.")
-    if router.matrix.shape[1] != num_members:
+    if router.mixtures.shape[1] != num_members:
         raise EnsembleError(
-            f"Expected a router for {num_members} adapters, found one for {router.matrix.shape[1]}. Fit it anew with "
+            f"Expected a router for {num_members} adapters, found one for {router.mixtures.shape[1]}. Fit it anew with "
             "fit_router()."
         )
 

@@ -1,6 +1,6 @@
 """Fitting a router of prompts to the loss of the mixture that it makes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,10 @@ from scipy.optimize import minimize
 
 from ..forward.router import PromptRouter
 from .collector import CollectedAnswers
+from .cross_validation import cross_validated_weights
+from .objectives import fit_objective
 
-CONSTANT = "constant"
+CONSTANT, ADAPTERS, TASKS = "constant", "adapters", "tasks"
 # Of the squared coefficients of features of variance one.
 _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _NUM_FOLDS = 5
@@ -25,14 +27,14 @@ class RouterFit:
     Args:
         router ([`PromptRouter`]): the router.
         losses (`dict[str, float]`):
-            Mean loss over the tasks, in nats, of rows left out, by penalty, and with the same weights for all rows
-            (`constant`).
-        penalty (`float`, *optional*): that of the router; `None` where constant weights are best.
+            Mean loss over the tasks, in nats, of rows left out, by candidate: with the same weights for all rows
+            (`constant`), and by what prompts are told apart into and the penalty, as in `"tasks, 0.1"`.
+        chosen (`str`): the candidate with the least loss, which is the router.
     """
 
     router: PromptRouter
     losses: dict[str, float]
-    penalty: float | None
+    chosen: str
 
 
 def fit_prompt_router(
@@ -40,10 +42,12 @@ def fit_prompt_router(
 ) -> RouterFit:
     """Multinomial regression from hidden states to weights; the tasks count equally.
 
-    The tasks' names play no part: rows that the same adapters answer best get the same weights, whatever their task.
-    The states' first principal components, scaled to variance one, are the regression's inputs. Its coefficients
-    minimise the loss -log sum_k w_k p_k of the mixture of the adapters' distributions, with a penalty on their squares;
-    the penalty, or constant weights, is chosen by the cross-validated loss of the ensemble's own combination.
+    There are two kinds of it. `adapters` regresses on which adapter answers a row best, whatever its task: the
+    coefficients minimise the loss -log sum_k w_k p_k of the mixture of the adapters' distributions. `tasks` regresses
+    on which task a prompt is of, and weights the adapters as is best for the tasks that a prompt may be of,
+    w = sum_t p(t | x) w_t, with the cross-validated weights w_t of each task. Inputs are the first principal components
+    of the states, scaled to variance one; squared coefficients are penalised. Kind and penalty, or constant weights,
+    are chosen by the cross-validated loss of the ensemble's own combination.
 
     Args:
         answers (`dict[str, CollectedAnswers]`): what `m` adapters say of the rows of each task.
@@ -56,63 +60,106 @@ def fit_prompt_router(
     _, sizes, axes = torch.linalg.svd(stacked - mean, full_matrices=False)
     count = int(min(_MAX_COMPONENTS, max(1, len(stacked) // 5), (sizes > 1e-6 * sizes[0]).sum().clamp(min=1)))
     scaled = axes[:count].T * (len(stacked) ** 0.5 / sizes[:count].clamp(min=1e-12))
-    problem = _Problem.of(answers, (stacked - mean) @ scaled)
+    problem = _Problem(answers, (stacked - mean) @ scaled, combination, seed)
     rng = np.random.default_rng(seed)
     # Each fold has its share of every task.
     folds = torch.cat([torch.from_numpy(rng.permutation(found.num_rows) % _NUM_FOLDS) for found in answers.values()])
-    tried = {CONSTANT: None} | {str(penalty): penalty for penalty in _PENALTIES}
-    losses = {}
-    for name, penalty in tried.items():
-        weights = torch.zeros(len(stacked), problem.log_probs.shape[0], dtype=torch.float64)
-        for fold in folds.unique():
-            weights[folds == fold] = problem.weights(problem.fit(folds != fold, penalty))[folds == fold]
-        by_task = weights.split([found.num_rows for found in answers.values()])
-        losses[name] = float(
-            np.mean([found.routed_losses(own, combination).mean() for found, own in zip(answers.values(), by_task)])
-        )
-    penalty = tried[min(losses, key=losses.get)]
-    found = problem.fit(torch.ones(len(stacked), dtype=torch.bool), penalty)
-    return RouterFit(PromptRouter(mean.float(), (scaled @ found[:-1]).float(), found[-1].float()), losses, penalty)
+    kinds = [ADAPTERS, TASKS] if len(answers) > 1 else [ADAPTERS]
+    tried = {CONSTANT: (ADAPTERS, None)} | {f"{kind}, {own}": (kind, own) for kind in kinds for own in _PENALTIES}
+    weights = {name: torch.zeros(len(stacked), problem.num_members, dtype=torch.float64) for name in tried}
+    for fold in folds.unique():
+        regressions = problem.without(folds == fold, kinds)
+        for name, (kind, penalty) in tried.items():
+            found = regressions[kind]
+            weights[name][folds == fold] = found.weights(found.fit(penalty), problem.inputs[folds == fold])
+    losses = {name: problem.loss(own) for name, own in weights.items()}
+    chosen = min(losses, key=losses.get)
+    kind, penalty = tried[chosen]
+    whole = problem.without(torch.zeros(len(stacked), dtype=torch.bool), [kind])[kind]
+    found = whole.fit(penalty)
+    matrix, bias, mixtures = scaled @ found[:-1], found[-1], whole.mixtures
+    return RouterFit(PromptRouter(*(own.float() for own in (mean, matrix, bias, mixtures))), losses, chosen)
+
+
+class _Problem:
+    """The rows of all tasks: the regression's inputs `(rows, d)`, and what the adapters say of their answers."""
+
+    def __init__(
+        self, answers: Mapping[str, CollectedAnswers], inputs: torch.Tensor, combination: str, seed: int
+    ) -> None:
+        self.answers, self.inputs, self.combination, self.seed = list(answers.values()), inputs, combination, seed
+        self.sizes = [own.num_rows for own in self.answers]
+        self.num_members = len(self.answers[0].values)
+        starts = np.cumsum([0, *self.sizes[:-1]]).tolist()
+        self.rows = torch.cat([own.rows + start for own, start in zip(self.answers, starts)])
+        self.shares = torch.cat([own.token_shares() / len(self.answers) for own in self.answers])
+        self.log_probs = torch.cat([own.log_probs() for own in self.answers], 1).double()
+        self.tasks = torch.arange(len(self.answers)).repeat_interleave(torch.tensor(self.sizes))
+
+    def loss(self, weights: torch.Tensor) -> float:
+        """Mean over the tasks with weights of each row `(rows, m)`."""
+        by_task = zip(self.answers, weights.split(self.sizes))
+        return float(np.mean([own.routed_losses(found, self.combination).mean() for own, found in by_task]))
+
+    def without(self, left_out: torch.Tensor, kinds: Sequence[str]) -> dict[str, "_Regression"]:
+        """The regressions of these kinds on the rows that are not left out."""
+        tokens = ~left_out[self.rows]
+        rows, shares = self.rows[tokens], self.shares[tokens]
+        found = {}
+        for kind in kinds:
+            if kind == TASKS:
+                is_of_task = self.tasks[rows] == torch.arange(len(self.answers))[:, None]
+                values, mixtures = is_of_task.double().log(), self._task_weights(left_out)
+            else:
+                values, mixtures = self.log_probs[:, tokens], torch.eye(self.num_members, dtype=torch.float64)
+            found[kind] = _Regression(self.inputs, values, rows, shares, mixtures)
+        return found
+
+    def _task_weights(self, left_out: torch.Tensor) -> torch.Tensor:
+        """Weights `(tasks, m)` that are best for each task's rows but those that are left out."""
+        names = [str(number) for number in range(self.num_members)]
+        found = []
+        for own, without in zip(self.answers, left_out.split(self.sizes)):
+            kept = own.of_rows((~without).nonzero().squeeze(1).numpy())
+            optimum = fit_objective(
+                kept.objective(self.combination), self.num_members, "simplex", self.combination, 0.0
+            )
+            fitted = cross_validated_weights(kept, names, self.combination, optimum, seed=self.seed)
+            found.append(torch.from_numpy(fitted.weights))
+        return torch.stack(found)
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """The regression's inputs `(rows, d)`, and the adapters' log-probabilities `(m, tokens)` of the answers."""
+class _Regression:
+    """From inputs `(rows, d)` to g kinds of rows, each with weights of its own, `mixtures` `(g, m)`.
+
+    `values` `(g, n)` are the logarithms of how likely n tokens of `rows` are, of which each counts its share, if the
+    row is of a kind.
+    """
 
     inputs: torch.Tensor
-    log_probs: torch.Tensor
+    values: torch.Tensor
     rows: torch.Tensor
     shares: torch.Tensor
+    mixtures: torch.Tensor
 
-    @classmethod
-    def of(cls, answers: Mapping[str, CollectedAnswers], inputs: torch.Tensor) -> "_Problem":
-        rows, shares, start = [], [], 0
-        for own in answers.values():
-            rows.append(own.rows + start)
-            shares.append(own.token_shares() / len(answers))
-            start += own.num_rows
-        log_probs = torch.cat([own.log_probs() for own in answers.values()], 1).double()
-        return cls(inputs, log_probs, torch.cat(rows), torch.cat(shares))
+    def weights(self, coefficients: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(inputs @ coefficients[:-1] + coefficients[-1], 1) @ self.mixtures
 
-    def weights(self, coefficients: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self.inputs @ coefficients[:-1] + coefficients[-1], 1)
-
-    def fit(self, kept: torch.Tensor, penalty: float | None) -> torch.Tensor:
-        """Coefficients `(d + 1, m)` for the rows of a mask; those of the inputs are 0 without a penalty."""
-        members, width = len(self.log_probs), self.inputs.shape[1]
-        tokens = kept[self.rows]
-        log_probs, rows, shares = self.log_probs[:, tokens], self.rows[tokens], self.shares[tokens]
+    def fit(self, penalty: float | None) -> torch.Tensor:
+        """Coefficients `(d + 1, g)`; those of the inputs are 0 without a penalty."""
+        kinds, width = len(self.values), self.inputs.shape[1]
         inputs = self.inputs[:, :0] if penalty is None else self.inputs
 
         def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
-            given = torch.from_numpy(values).view(-1, members).requires_grad_()
-            log_weights = torch.log_softmax(inputs @ given[:-1] + given[-1], 1)[rows]
-            loss = -(torch.logsumexp(log_weights + log_probs.T, 1) * shares).sum() / shares.sum()
+            given = torch.from_numpy(values).view(-1, kinds).requires_grad_()
+            log_weights = torch.log_softmax(inputs @ given[:-1] + given[-1], 1)[self.rows]
+            loss = -(torch.logsumexp(log_weights + self.values.T, 1) * self.shares).sum() / self.shares.sum()
             loss = loss + (penalty or 0.0) * given[:-1].square().sum() / width
             loss.backward()
             return float(loss.detach()), given.grad.flatten().numpy()
 
-        start = np.zeros((inputs.shape[1] + 1) * members)
+        start = np.zeros((inputs.shape[1] + 1) * kinds)
         found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": _MAX_STEPS})
-        given = torch.from_numpy(found.x).view(-1, members)
-        return torch.cat([given.new_zeros(width + 1 - len(given), members), given])
+        given = torch.from_numpy(found.x).view(-1, kinds)
+        return torch.cat([given.new_zeros(width + 1 - len(given), kinds), given])
