@@ -2,6 +2,8 @@
 
 import gc
 import os
+from functools import partial
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -27,22 +29,34 @@ transformers.logging.disable_progress_bar()
 
 # What looks at the pictures of model cards; drawing them takes half a second a run.
 _LOOKS_AT_PICTURES = {"publish", "cli", "project", "test_ensemble_trainer"}
+# What looks at operations; counting those of the first batches takes a tenth of a run as small as these.
+_LOOKS_AT_OPERATIONS = {"cli", "models", "project", "publish", "test_boosting", "test_comparison", "test_costs"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cards_without_pictures(request):
-    """Runs draw no pictures for their model cards, but where tests look at them."""
-    if _LOOKS_AT_PICTURES.isdisjoint({request.path.parent.name, request.path.stem}):
-        with pytest.MonkeyPatch.context() as patch:
+def only_what_is_looked_at(request):
+    """Runs draw pictures for their model cards, and count the operations of batches, where tests look at them."""
+    names = {request.path.parent.name, request.path.stem}
+    with pytest.MonkeyPatch.context() as patch:
+        if _LOOKS_AT_PICTURES.isdisjoint(names):
             patch.setattr("hf_ensemble.publish.card._draw_one", lambda draw, data: None)
-            yield
-    else:
+        if _LOOKS_AT_OPERATIONS.isdisjoint(names):
+            patch.setattr(FlopSamples, "wants", lambda self, shape: False)
+            patch.setattr(FlopSamples, "takes_more", lambda self: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_what_is_young_is_collected():
+    """Accelerate collects garbage after every training, which takes longer than most of these trainings do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=partial(gc.collect, 1)))
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_old_is_collected(cards_without_pictures):
-    """Every training collects garbage: a third of a second where it looks through all that is imported."""
+def nothing_old_is_collected(only_what_is_looked_at):
+    """Collections do not look through all that is imported."""
     gc.collect()
     gc.freeze()
 

@@ -83,7 +83,7 @@ def test_a_terminated_run_leaves_nothing_running_and_goes_on(tmp_path):
     base = toy.save_model(toy.llama(), tmp_path / "base")
     flags = f"--data {tmp_path / 'data'} --model_name_or_path {base} --output_dir {tmp_path / 'run'} --use_cpu true "
     flags += "--bf16 false --projection_dim 32 --num_components 10 --affinity_subsets 10 --num_groups 2 "
-    flags += "--dataloader_num_workers 1 --save_strategy steps --save_steps 5 --report_to none --num_train_epochs 40 "
+    flags += "--dataloader_num_workers 1 --save_strategy steps --save_steps 5 --report_to none --num_train_epochs 10 "
     flags += "--lora_target_modules q_proj v_proj --gradient_checkpointing false --logging_strategy no"
     command = [sys.executable, "-m", "hf_ensemble.cli.main", "run", *flags.split()]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)

@@ -1,7 +1,8 @@
 """Python code in processes of its own that start with the slow imports done.
 
-Importing torch, scikit-learn and bitsandbytes takes longer than what most of these processes do. A server imports them
-once and is forked; what reads the environment when it is imported (huggingface_hub and all above it) is not among them.
+Imports take longer than what most of these processes do. A server does them once and is forked. What reads the
+environment when it is imported (huggingface_hub and all above it) is imported by a second server, for processes whose
+environment is as that of the tests there.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from tempfile import TemporaryDirectory
@@ -31,9 +33,38 @@ _PRELOADED = [
     # Where it is installed, accelerate imports it to take wrappers off a model.
     *(["deepspeed"] if importlib.util.find_spec("deepspeed") else []),
 ]
+_OF_THE_ENVIRONMENT = [
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "hf_ensemble.callbacks",
+    "hf_ensemble.cli.main",
+    "hf_ensemble.train",
+]
+# What these read when they are imported.
+_READ = ("HF_", "HUGGINGFACE", "TRANSFORMERS_", "TRL_", "PEFT_", "DS_", "XDG_", "HOME")
 _STREAMS = ("stdout", "stderr")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(_PRELOADED)
+
+
+def _server(*modules: str) -> forkserver.ForkServer:
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(list(modules))
+    return server
+
+
+_BARE, _WHOLE = _server(*_PRELOADED), _server(*_PRELOADED, *_OF_THE_ENVIRONMENT)
+
+
+def _start(process: multiprocessing.Process, environment: Mapping[str, str]) -> None:
+    """Start a process from the server whose imports are right for its environment."""
+    read = [{name: own[name] for name in own if name.startswith(_READ)} for own in (environment, os.environ)]
+    server = _WHOLE if read[0] == read[1] else _BARE
+    # The context knows one server only.
+    connect, forkserver.connect_to_new_process = forkserver.connect_to_new_process, server.connect_to_new_process
+    try:
+        process.start()
+    finally:
+        forkserver.connect_to_new_process = connect
 
 
 class PythonProcess:
@@ -52,9 +83,10 @@ class PythonProcess:
         self.code = code
         # Removed with the object, at the latest.
         self._streams = TemporaryDirectory()
-        given = (code, list(arguments), dict(environment or os.environ), str(folder or Path.cwd()), self._streams.name)
+        environment = dict(environment or os.environ)
+        given = (code, list(arguments), environment, str(folder or Path.cwd()), self._streams.name)
         self._process = _CONTEXT.Process(target=_run, args=given)
-        self._process.start()
+        _start(self._process, environment)
 
     def kill(self) -> None:
         """End it, and the processes that it has started, where it has not ended by itself."""

@@ -62,7 +62,7 @@ def test_blocks_change_nothing(tmp_path, monkeypatch, rows, dim):
     ("rows", "dim", "components", "share"),
     [
         # Many features of few rows, and many rows.
-        (256, 160_000, 2, 8),
+        (256, 80_000, 2, 8),
         (20_000, 1024, 4, 3),
     ],
 )
