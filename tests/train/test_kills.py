@@ -1,8 +1,6 @@
 """Runs that are killed by the system, and end as one that was not."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,16 +12,17 @@ from benchmarks.kills.artefacts import differences
 from benchmarks.kills.run import moments
 from benchmarks.kills.table import table
 from benchmarks.kills.workload import current_stage
+from helpers.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_what_a_whole_one_leaves(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.kills.run", str(tmp_path / "kills"), "--flows", "ensemble"]
+    code = "import runpy, sys; sys.path.insert(0, ''); runpy.run_module('benchmarks.kills.run', None, '__main__', True)"
     # In the calibrating training, where there are checkpoints.
-    command += ["--kills", "1", "--stages", "calibration:2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    words = ["--flows", "ensemble", "--kills", "1", "--stages", "calibration:2"]
+    done = run_python(code, str(tmp_path / "kills"), *words, folder=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     (kill,) = json.loads((tmp_path / "kills.json").read_text())["flows"]["ensemble"]["kills"]
     assert kill["stage"] == "calibration:2" and kill["differences"] == []
