@@ -87,6 +87,14 @@ def test_where_rows_say_little_the_tasks_that_prompts_are_like_decide(combinatio
     assert possible > 0.1 and gained > 0.9 * possible
 
 
+def test_tasks_may_have_a_single_row():
+    made = noisy_tasks(0, rows=1) | {"7": noisy_tasks(1, rows=40)["1"]}
+    fit = fit_prompt_router(*({task: own[i] for task, own in made.items()} for i in (0, 1)), "logits")
+    assert np.isfinite(list(fit.losses.values())).all()
+    weights = fit.router.weights(torch.randn(5, 12))
+    assert torch.allclose(weights.sum(1), torch.ones(5), atol=1e-5)
+
+
 def test_routed_losses_are_those_of_each_rows_own_weights():
     answers, _, _ = world(4, rows=9)
     weights = torch.softmax(torch.randn(9, 3), 1)

@@ -116,10 +116,13 @@ class _Problem:
         return found
 
     def _task_weights(self, left_out: torch.Tensor) -> torch.Tensor:
-        """Weights `(tasks, m)` that are best for each task's rows but those that are left out."""
+        """Weights `(tasks, m)` that are best for each task's rows but those that are left out; equal ones for none."""
         names = [str(number) for number in range(self.num_members)]
         found = []
         for own, without in zip(self.answers, left_out.split(self.sizes)):
+            if without.all():
+                found.append(torch.full((self.num_members,), 1 / self.num_members, dtype=torch.float64))
+                continue
             kept = own.of_rows((~without).nonzero().squeeze(1).numpy())
             optimum = fit_objective(
                 kept.objective(self.combination), self.num_members, "simplex", self.combination, 0.0
