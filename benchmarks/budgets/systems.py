@@ -11,7 +11,7 @@ from hf_ensemble.select import DataSelector, Grouping, predicted_losses
 from hf_ensemble.train.comparison.groups import gradient_clusters, random_groups
 
 # Lengths of one adapter for all tasks, in multiples of the recipe's, and of trainings that go on from it.
-LENGTHS = (1.0, 1.5, 2.0)
+LENGTHS = (1.0, 1.1, 1.5, 2.0)
 BUDGETS = (1.1, 1.5, 2.0)
 # Budgets of mixtures that begin where the adapter for all tasks does.
 FRESH_BUDGETS = (1.5, 2.0, 3.0)
