@@ -23,7 +23,7 @@ def table(results: dict) -> str:
     ]
     chosen = ", ".join(f"{own['members']} ({own['router']['chosen']})" for own in seeds)
     lines = [
-        f'Test loss of the adapters of "{results["system"]}" that serve every task, means over {len(seeds)} seeds. '
+        f'Test loss of the adapters of "{results["system"]}" that serve every task, mean over seeds (of {len(seeds)}). '
         f"Their number, and which router of all tasks was chosen: {chosen}. The gain is that over equal weights, as a "
         "share of what each task's own weights gain.",
         "",

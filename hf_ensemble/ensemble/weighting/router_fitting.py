@@ -9,7 +9,6 @@ from scipy.optimize import minimize
 
 from ..forward.router import PromptRouter
 from .collector import CollectedAnswers
-from .cross_validation import cross_validated_weights
 from .objectives import fit_objective
 
 CONSTANT, ADAPTERS, TASKS = "constant", "adapters", "tasks"
@@ -45,9 +44,9 @@ def fit_prompt_router(
     There are two kinds of it. `adapters` regresses on which adapter answers a row best, whatever its task: the
     coefficients minimise the loss -log sum_k w_k p_k of the mixture of the adapters' distributions. `tasks` regresses
     on which task a prompt is of, and weights the adapters as is best for the tasks that a prompt may be of,
-    w = sum_t p(t | x) w_t, with the cross-validated weights w_t of each task. Inputs are the first principal components
-    of the states, scaled to variance one; squared coefficients are penalised. Kind and penalty, or constant weights,
-    are chosen by the cross-validated loss of the ensemble's own combination.
+    w = sum_t p(t | x) w_t, with the weights w_t of the least loss of each task. Inputs are the first principal
+    components of the states, scaled to variance one; squared coefficients are penalised. Kind and penalty, or constant
+    weights, are chosen by the cross-validated loss of the ensemble's own combination.
 
     Args:
         answers (`dict[str, CollectedAnswers]`): what `m` adapters say of the rows of each task.
@@ -60,7 +59,7 @@ def fit_prompt_router(
     _, sizes, axes = torch.linalg.svd(stacked - mean, full_matrices=False)
     count = int(min(_MAX_COMPONENTS, max(1, len(stacked) // 5), (sizes > 1e-6 * sizes[0]).sum().clamp(min=1)))
     scaled = axes[:count].T * (len(stacked) ** 0.5 / sizes[:count].clamp(min=1e-12))
-    problem = _Problem(answers, (stacked - mean) @ scaled, combination, seed)
+    problem = _Problem(answers, (stacked - mean) @ scaled, combination)
     rng = np.random.default_rng(seed)
     # Each fold has its share of every task.
     folds = torch.cat([torch.from_numpy(rng.permutation(found.num_rows) % _NUM_FOLDS) for found in answers.values()])
@@ -84,10 +83,8 @@ def fit_prompt_router(
 class _Problem:
     """The rows of all tasks: the regression's inputs `(rows, d)`, and what the adapters say of their answers."""
 
-    def __init__(
-        self, answers: Mapping[str, CollectedAnswers], inputs: torch.Tensor, combination: str, seed: int
-    ) -> None:
-        self.answers, self.inputs, self.combination, self.seed = list(answers.values()), inputs, combination, seed
+    def __init__(self, answers: Mapping[str, CollectedAnswers], inputs: torch.Tensor, combination: str) -> None:
+        self.answers, self.inputs, self.combination = list(answers.values()), inputs, combination
         self.sizes = [own.num_rows for own in self.answers]
         self.num_members = len(self.answers[0].values)
         starts = np.cumsum([0, *self.sizes[:-1]]).tolist()
@@ -116,20 +113,15 @@ class _Problem:
         return found
 
     def _task_weights(self, left_out: torch.Tensor) -> torch.Tensor:
-        """Weights `(tasks, m)` that are best for each task's rows but those that are left out; equal ones for none."""
-        names = [str(number) for number in range(self.num_members)]
-        found = []
-        for own, without in zip(self.answers, left_out.split(self.sizes)):
-            if without.all():
-                found.append(torch.full((self.num_members,), 1 / self.num_members, dtype=torch.float64))
-                continue
-            kept = own.of_rows((~without).nonzero().squeeze(1).numpy())
-            optimum = fit_objective(
-                kept.objective(self.combination), self.num_members, "simplex", self.combination, 0.0
-            )
-            fitted = cross_validated_weights(kept, names, self.combination, optimum, seed=self.seed)
-            found.append(torch.from_numpy(fitted.weights))
-        return torch.stack(found)
+        """Weights `(tasks, m)` of the least loss of each task's rows that are not left out; equal ones for none."""
+        size, combination = self.num_members, self.combination
+        found = torch.full((len(self.answers), size), 1 / size, dtype=torch.float64)
+        for task, (own, without) in enumerate(zip(self.answers, left_out.split(self.sizes))):
+            if not without.all():
+                kept = own.of_rows((~without).nonzero().squeeze(1).numpy())
+                optimum = fit_objective(kept.objective(combination), size, "simplex", combination)
+                found[task] = torch.from_numpy(optimum.weights)
+        return found
 
 
 @dataclass(frozen=True)
