@@ -118,32 +118,24 @@ class SubsetEstimator(LinearizedTraining):
     def _fitted_regularization(self) -> Regularization:
         """c from what there is: first about where it is, from approximate losses, of many rows those of some."""
         replayed = [] if self._replayed is None else [self._replayed_run(self._replayed)]
-        evidence = (self.task_names, self.observed_runs, replayed)
-        if self.num_rows <= _MOST_FITTED:
-            return choose_regularization(self._exact_loss(), *evidence, self._approximate_loss())
-        rough = self.sampled(_ROUGHLY_FITTED)._approximate_loss()
-        return choose_regularization(self._approximate_loss(), *evidence, rough, _ROUGH_ACCURACY)
+        is_small = self.num_rows <= _MOST_FITTED
+        rough = (self if is_small else self.sampled(_ROUGHLY_FITTED))._loss_by_scale(exactly=False)
+        options = {} if is_small else {"accuracy": _ROUGH_ACCURACY}
+        return choose_regularization(
+            self._loss_by_scale(exactly=is_small), rough, self.task_names, self.observed_runs, replayed, **options
+        )
 
-    def _exact_loss(self) -> Callable[[np.ndarray, float], np.ndarray]:
-        """Losses `(S, T)` of mixtures `(S, T)` for a c, each time from the optima of the time before."""
+    def _loss_by_scale(self, exactly: bool) -> Callable[[np.ndarray, float], np.ndarray]:
+        """Losses `(S, T)` of mixtures `(S, T)` for a c, each time from the optima of the time before; or in float32."""
         last: np.ndarray | None = None
 
         def loss(mixtures: np.ndarray, l2_scale: float) -> np.ndarray:
             nonlocal last
-            predicted = self.predict(mixtures, l2_scale, initial=last)
-            last = predicted.coefficients
-            return predicted.loss
-
-        return loss
-
-    def _approximate_loss(self) -> Callable[[np.ndarray, float], np.ndarray]:
-        """[`_exact_loss`] in float32."""
-        last: np.ndarray | None = None
-
-        def loss(mixtures: np.ndarray, l2_scale: float) -> np.ndarray:
-            nonlocal last
-            penalties = self._penalties(mixtures, l2_scale)
-            last = self._train.approached(mixtures * self.sampling_weights, penalties, last)
+            if exactly:
+                last = self._solved(mixtures, l2_scale, last).coefficients
+            else:
+                penalties = self._penalties(mixtures, l2_scale)
+                last = self._train.approached(mixtures * self.sampling_weights, penalties, last)
             return self._validation.outcomes(last)[0]
 
         return loss

@@ -113,10 +113,10 @@ def losses_of(
 
 def choose_regularization(
     predict_loss: Callable[[np.ndarray, float], np.ndarray],
+    rough_loss: Callable[[np.ndarray, float], np.ndarray],
     task_names: Sequence[str],
     observed_runs: Sequence[ObservedRun] = (),
     replayed_runs: Sequence[ObservedRun] = (),
-    rough_loss: Callable[[np.ndarray, float], np.ndarray] | None = None,
     accuracy: float = 1e-5,
 ) -> Regularization:
     """Fit c.
@@ -127,12 +127,10 @@ def choose_regularization(
 
     Args:
         predict_loss (`Callable`): maps mixtures `(S, T)` and a candidate c to predicted losses `(S, T)`.
+        rough_loss (`Callable`): the same at less expense, to find about where c is.
         task_names (`Sequence[str]`): task names.
         observed_runs (`Sequence[ObservedRun]`, *optional*): fine-tunings with known losses.
         replayed_runs (`Sequence[ObservedRun]`, *optional*): trainings of the linearized model.
-        rough_loss (`Callable`, *optional*):
-            The same as `predict_loss` at less expense, to find about where c is. By default the whole range is searched
-            by `predict_loss`.
         accuracy (`float`, *optional*, defaults to 1e-5): of log(c).
 
     Raises:
@@ -154,11 +152,8 @@ def choose_regularization(
     def evaluate(scale: float) -> float:
         return criterion(predict_loss(mixtures, scale))
 
-    if rough_loss is None:
-        values = _over_range(evaluate)
-    else:
-        roughly = _over_range(lambda scale: criterion(rough_loss(mixtures, scale)))
-        values = _descended(evaluate, min(roughly, key=roughly.__getitem__))
+    roughly = _over_range(lambda scale: criterion(rough_loss(mixtures, scale)))
+    values = _descended(evaluate, min(roughly, key=roughly.__getitem__))
     best = min(values, key=values.__getitem__)
     if best in (min(values), max(values)):
         logger.warning(

@@ -16,7 +16,7 @@ from .zero_sharding import cut_base, gathered, is_cut
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of the model are sharded over processes, which then have to run it together."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not torch.distributed.is_initialized():
         return False
     # Those of a unit that is gathered at the moment look whole.
     gathers = any(isinstance(module, FSDPModule) for module in model.modules())

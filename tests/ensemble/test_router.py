@@ -176,6 +176,7 @@ def test_a_router_is_saved_and_checked(ensemble, tmp_path):
         ({**data, "bias": data["mean"]}, 3),
         ({**data, "bias": "???"}, 3),
         ({**data, "mixtures": data["bias"]}, 3),
+        ({**data, "mixtures": PromptRouter(*[torch.zeros(9)] * 4).to_dict()["mixtures"]}, 3),
         ({"mean": data["mean"]}, 3),
         ({**data, "mean": broken["mean"]}, 3),
     ):

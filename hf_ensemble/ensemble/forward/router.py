@@ -83,7 +83,12 @@ class PromptRouter:
                 f"The ensemble's router is damaged: expected finite numbers for {num_members} adapters, found "
                 f"{len(mean)} means, {sizes[0]} coefficients, {len(bias)} biases and {sizes[1]} shares."
             )
-        return cls(mean, matrix.view(len(mean), len(bias)), bias, mixtures.view(len(bias), num_members))
+        mixtures = mixtures.view(len(bias), num_members)
+        if (mixtures < 0).any() or ((mixtures.sum(1) - 1).abs() > 1e-3).any():
+            raise EnsembleLoadError(
+                "The ensemble's router is damaged: expected shares of the adapters that sum to 1 for each kind of prompt."
+            )
+        return cls(mean, matrix.view(len(mean), len(bias)), bias, mixtures)
 
 
 def check_router(router: PromptRouter | None, num_members: int) -> None:
