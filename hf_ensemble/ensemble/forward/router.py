@@ -86,7 +86,7 @@ class PromptRouter:
         mixtures = mixtures.view(len(bias), num_members)
         if (mixtures < 0).any() or ((mixtures.sum(1) - 1).abs() > 1e-3).any():
             raise EnsembleLoadError(
-                "The ensemble's router is damaged: expected shares of the adapters that sum to 1 for each kind of prompt."
+                "The ensemble's router is damaged: expected shares of the adapters, with a sum of 1, for each kind."
             )
         return cls(mean, matrix.view(len(mean), len(bias)), bias, mixtures)
 
