@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from tqdm import tqdm
 
 from helpers import toy
 from helpers.trainers import sft_trainer
@@ -25,6 +27,18 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 datasets.disable_progress_bars()
 transformers.logging.disable_progress_bar()
+
+
+def progress_bars_of_this_process() -> None:
+    """A process that is killed while it holds the lock of progress bars stops those alone that share it.
+
+    By default, a process shares it with all that it has forked.
+    """
+    tqdm.set_lock(threading.RLock())
+
+
+progress_bars_of_this_process()
+os.register_at_fork(after_in_child=progress_bars_of_this_process)
 
 
 # What looks at the pictures of model cards; drawing them takes half a second a run.

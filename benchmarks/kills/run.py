@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from multiprocessing import Process, get_context
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..common import ROOT, make_parser, read_results, write_results
 from ..models import write_tiny_llama
@@ -160,6 +162,9 @@ def main() -> None:
     # Threads do not survive a fork.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # Nor is a lock between processes released by one that is killed.
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         write_tiny_llama(folder / "base")

@@ -18,7 +18,7 @@ from hf_ensemble.runs import run_progress
 ROOT = Path(__file__).parents[2]
 # One process imports everything and makes the trainer; each job is forked from it, so that only stages take time.
 JOBS = """
-import json, os, random, shutil, signal, sys
+import json, os, random, shutil, signal, sys, threading
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -31,9 +31,10 @@ sys.path.insert(0, sys.argv[1])
 from benchmarks.kills.artefacts import artefacts, differences
 from benchmarks.kills.workload import watched_files
 
-# No thread has to survive a fork.
+# No thread has to survive a fork, and no lock between processes a kill.
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 card._draw_one = lambda draw, data: None
 folder, capture.SHARD_SIZE = Path(sys.argv[2]), 8
 model = toy.save_model(toy.llama(), folder / "base")
