@@ -3,7 +3,8 @@
     python -m benchmarks.budgets.run OUTPUT --folders short-150=OUT/short-150-0 short-150=OUT/short-150-1
 
 FOLDERS are those of `benchmarks.budgets.train`, of one recipe and several seeds each; a system's figures are over the
-seeds that have finished it, and so is what it is compared with. Tasks are served by the adapter that was made for them,
+seeds that have finished it, and so is what it is compared with. `--earlier` adds the seeds of results that this command
+has written before, as when their folders are gone. Tasks are served by the adapter that was made for them,
 by weights chosen on validation rows, and, as a bound that no choice can better, by the adapter that is best on the test
 rows.
 """
@@ -22,6 +23,7 @@ from hf_ensemble.ensemble.weighting.objectives import fit_objective
 from hf_ensemble.evaluate import RowScores, system_intervals
 
 from ..common import make_parser, rows_over_seeds, write_results
+from .earlier import pooled
 from .picture import draw
 from .systems import ONE_FOR_ALL
 from .table import table
@@ -182,6 +184,7 @@ def _plain(seed: dict[str, dict[str, Served]]) -> dict[str, RowScores]:
 def main() -> None:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--folders", nargs="+", required=True, help="NAME=FOLDER, several of each name")
+    parser.add_argument("--earlier", type=Path, metavar="FILE", help="JSON of other seeds, scored before")
     arguments = parser.parse_args()
     recipes: dict[str, list[Path]] = {}
     for given in arguments.folders:
@@ -191,6 +194,12 @@ def main() -> None:
     # Of the trainings; scores are put together anywhere.
     results = {name: plan[name] for name in ("machine", "versions")}
     results["recipes"] = {name: of_recipe(sorted(folders)) for name, folders in recipes.items()}
+    if arguments.earlier:
+        earlier = json.loads(arguments.earlier.read_text())
+        results["commands"] = earlier["commands"]
+        for name, own in earlier["recipes"].items():
+            later = results["recipes"].get(name)
+            results["recipes"][name] = pooled(own, later) if later else own
     write_results(arguments.output, results, table)
     draw(results, Path(f"{arguments.output}.png"))
 

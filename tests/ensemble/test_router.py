@@ -7,7 +7,7 @@ import torch
 from helpers import toy
 from helpers.member_kinds import KINDS, NAMES, llama, make
 from hf_ensemble import PeftEnsembleModel
-from hf_ensemble.ensemble import EnsembleMember
+from hf_ensemble.ensemble import EnsembleMember, fit_router
 from hf_ensemble.ensemble.forward.router import PromptRouter, prompt_states
 from hf_ensemble.ensemble.weighting.collation import default_collator
 from hf_ensemble.ensemble.weighting.collector import AnswerCollector, CollectedAnswers
@@ -57,15 +57,15 @@ def test_states_that_say_nothing_give_constant_weights():
     assert fit.chosen in ("constant", "adapters, 1.0", "adapters, 10.0") and float(weights.std(0).max()) < 0.1
 
 
-def noisy_tasks(seed, rows, tasks=6, kinds=3, width=12):
+def noisy_tasks(seed, rows, tasks=6, kinds=3, width=12, spread=0.3, gain=1.0):
     """Each task is answered best by one adapter on the whole, and by any in a row; its prompts have a direction."""
     rng = np.random.default_rng(seed)
     made = {}
     for task in range(tasks):
         targets = rng.integers(0, 4, rows)
         logits = 2 * rng.normal(size=(kinds, rows, 4))
-        logits[task % kinds, np.arange(rows), targets] += 1.0
-        states = 2 * np.eye(width)[task] + 0.3 * rng.normal(size=(rows, width))
+        logits[task % kinds, np.arange(rows), targets] += gain
+        states = 2 * np.eye(width)[task] + spread * rng.normal(size=(rows, width))
         answers = CollectedAnswers(torch.from_numpy(logits).float(), torch.from_numpy(targets), torch.arange(rows))
         made[str(task)] = (answers, torch.from_numpy(states).float())
     return made
@@ -85,6 +85,29 @@ def test_where_rows_say_little_the_tasks_that_prompts_are_like_decide(combinatio
         assert torch.allclose(weights.sum(1), torch.ones(2000)) and not ((weights > 0) & (weights < 0.05)).any()
         gained += equal - answers.routed_losses(weights, combination).mean()
     assert possible > 0.1 and gained > 0.9 * possible
+
+
+def test_more_prompts_tell_tasks_apart_that_few_answered_rows_do_not():
+    world = {"width": 40, "spread": 1.0, "gain": 2.5}
+    prompts = {task: own[1] for task, own in noisy_tasks(2, rows=600, **world).items()}
+    test = noisy_tasks(1, rows=500, **world)
+
+    def fitted(more_states):
+        made = noisy_tasks(0, rows=40, **world)
+        fit = fit_prompt_router(
+            *({task: own[i] for task, own in made.items()} for i in (0, 1)), "logits", 0, more_states
+        )
+        routed = [own.routed_losses(fit.router.weights(states), "logits").mean() for own, states in test.values()]
+        return fit, np.mean(routed)
+
+    (alone, loss), (helped, lower) = fitted(None), fitted(prompts)
+    assert lower < loss - 0.04
+    # Known before, from rows that were left out.
+    assert helped.chosen.startswith("tasks, ")
+    assert helped.losses[helped.chosen] == pytest.approx(lower, abs=0.03) and alone.losses[alone.chosen] > lower
+    # Of a single task only, and of none.
+    assert fitted({"3": prompts["3"]})[0].losses.keys() == alone.losses.keys()
+    assert fitted({})[0].losses == alone.losses
 
 
 def test_tasks_may_have_a_single_row():
@@ -124,12 +147,42 @@ def test_states_are_of_the_bare_base_and_the_prompt_alone(ensemble):
     base = ensemble.model.get_base_model()
     states = prompt_states(base, {"input_ids": ids}, labels)
     with torch.no_grad():
-        plain = llama().base_model(input_ids=ids[:1, :3]).last_hidden_state.mean(1)
+        found = llama().base_model(input_ids=ids[:1, :3], output_hidden_states=True)
+    # The first of two blocks, and the last one behind the final norm.
+    assert len(found.hidden_states) == 3
+    plain = torch.cat([found.hidden_states[1], found.last_hidden_state], 2).mean(1)
     assert torch.allclose(states[0], plain[0], atol=1e-5) and torch.allclose(states[0], states[1], atol=1e-5)
     # Padding on either side does not matter.
     for mask, padded in (([1, 1, 1, 0, 0], [5, 6, 7, 0, 0]), ([0, 0, 1, 1, 1], [0, 0, 5, 6, 7])):
         found = prompt_states(base, {"input_ids": torch.tensor([padded]), "attention_mask": torch.tensor([mask])})
         assert torch.allclose(found[0], plain[0], atol=1e-5)
+
+
+def test_a_single_block_has_no_middle():
+    base, ids = toy.llama(num_hidden_layers=1).eval(), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = base.base_model(input_ids=ids).last_hidden_state.mean(1)
+    assert torch.allclose(prompt_states(base, {"input_ids": ids}), expected, atol=1e-5)
+
+
+def test_more_prompts_need_no_answers_of_the_adapters(ensemble, monkeypatch):
+    rows = rows_of_tasks()
+    calls = []
+    states = ensemble.prompt_states
+    monkeypatch.setattr(
+        ensemble, "prompt_states", lambda *own: calls.append(len(own[1])) or states(*own), raising=False
+    )
+    found = fit_router(
+        ensemble, {name: own[:8] for name, own in rows.items()}, prompts={"x": rows["x"][8:]}, max_prompts=3
+    )
+    assert sum(calls) == 2 * 8 + 3 and found.losses.keys() == ensemble.fit.losses.keys()
+    listed = [{"task": "x", **row} for row in rows["x"][8:]]
+    again = fit_router(ensemble, {name: own[:8] for name, own in rows.items()}, prompts=listed, max_prompts=3)
+    assert again.losses == found.losses
+    with pytest.raises(EnsembleError, match=r"prompts of the tasks whose .*\(x, y\), found prompts of \['z'\]"):
+        ensemble.fit_router(rows, prompts={"x": rows["x"], "z": rows["y"]})
+    with pytest.raises(EnsembleError, match="max_prompts"):
+        ensemble.fit_router(rows, prompts=rows, max_prompts=0)
 
 
 def test_forward_score_and_generate_take_the_routers_weights(ensemble):
@@ -235,7 +288,7 @@ def test_rows_are_routed_to_no_boosting_step(tmp_path):
 
 def test_states_count_towards_the_cap_and_their_batches_are_halved(ensemble, monkeypatch):
     rows = rows_of_tasks()["x"]
-    width = ensemble.config.hidden_size
+    width = 2 * ensemble.config.hidden_size
 
     def collector(max_values, batch_size=8):
         collator = default_collator(ensemble.config)

@@ -3,12 +3,14 @@
 import base64
 import inspect
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...errors import EnsembleError, EnsembleLoadError
 from ...models.inputs import is_encoder_decoder
@@ -20,11 +22,14 @@ PROMPT_INPUTS = ("input_ids", "attention_mask")
 # A lighter adapter changes little, and costs its forward.
 _MIN_WEIGHT = 0.05
 _TENSORS = ("mean", "matrix", "bias", "mixtures")
+# Of the base model's middle block and its last one: the last one knows what comes next, or what a text means, and the
+# middle one what kind of text it is.
+NUM_STATES = 2
 
 
 @dataclass(frozen=True)
 class PromptRouter:
-    """softmax((x - mean) matrix + bias) mixtures, with x the mean of the base's last hidden states over the prompt.
+    """softmax((x - mean) matrix + bias) mixtures, with x the mean of the base's hidden states over the prompt.
 
     The softmax says of which of g kinds a prompt is: those that one adapter answers best, or those of a task.
 
@@ -113,9 +118,10 @@ def known_router(router: PromptRouter | None) -> PromptRouter:
 
 @torch.no_grad()
 def prompt_states(base: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of the base model's last hidden states over each prompt's tokens, `(B, H)` in float32.
+    """Mean of the base model's hidden states over each prompt's tokens, `(B, H)` in float32.
 
-    The base runs once without its adapters and without its head; of an encoder-decoder, the encoder.
+    Those of its middle block and, after them, of its last one; of the last one alone where the blocks are not those of
+    transformers. The base runs once without its adapters and without its head; of an encoder-decoder, the encoder.
 
     Args:
         base (`PreTrainedModel`): the base model, with or without adapters in it.
@@ -139,8 +145,14 @@ def prompt_states(base: nn.Module, inputs: Mapping[str, Any], labels: torch.Tens
         # Counted from the first token, as in `generate`.
         positions = (present.long().cumsum(-1) - 1).clamp(min=0)
         own |= {key: value for key, value in (("position_ids", positions), ("use_cache", False)) if key in accepted}
-    with active_adapter(adapter_layers(base), None):
-        states = body(**own).last_hidden_state.float()
+    found: list[torch.Tensor] = []
+    with ExitStack() as stack:
+        stack.enter_context(active_adapter(adapter_layers(base), None))
+        if (middle := _middle_block(body)) is not None:
+            stack.enter_context(
+                middle.register_forward_hook(lambda block, inputs, states: found.append(_first(states)))
+            )
+        found.append(body(**own).last_hidden_state)
     prompt = present
     if labels is not None and labels.dim() == 2 and labels.shape == input_ids.shape and not encodes:
         prompt = present & (labels == IGNORE_INDEX)
@@ -148,7 +160,21 @@ def prompt_states(base: nn.Module, inputs: Mapping[str, Any], labels: torch.Tens
         first = present & (present.long().cumsum(1) == 1)
         prompt = prompt | (first & ~prompt.any(1, keepdim=True))
     shares = prompt.float() / prompt.sum(1, keepdim=True).clamp(min=1)
-    return torch.einsum("bt,bth->bh", shares, states)
+    # Blocks that shorten texts have no state for each token.
+    states = [own.float().to(shares.device) for own in found if own.shape[:2] == shares.shape]
+    return torch.cat([torch.einsum("bt,bth->bh", shares, own) for own in states], 1)
+
+
+def _middle_block(body: nn.Module) -> nn.Module | None:
+    """The block that half of the text model's blocks end with; `None` where there are not two of them."""
+    blocks = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # Those of what reads pictures come before those of texts.
+    blocks = [own for own in blocks if type(own) is type(blocks[-1])]
+    return blocks[len(blocks) // 2 - 1] if len(blocks) > 1 else None
+
+
+def _first(states: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return states if torch.is_tensor(states) else states[0]
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

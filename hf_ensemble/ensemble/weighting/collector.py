@@ -177,10 +177,18 @@ class AnswerCollector:
             )
         return self._collect(task, own, kept, length_sorted_batches(lengths, self.batch_size))
 
-    @torch.no_grad()
     def states(self, task: str, rows: Rows) -> torch.Tensor:
         """Mean hidden states of the base model over the prompts of the same rows, `(rows, H)` in float32."""
-        chosen, device = self._chosen(rows), self.members.device
+        return self._states(task, rows, self._chosen(rows))
+
+    def states_of_prompts(self, task: str, rows: Rows, max_rows: int | None) -> torch.Tensor:
+        """[`states`] of at most `max_rows` rows whose answers are not kept."""
+        budget = self.max_values // max(1, self.values_per_row)
+        return self._states(task, rows, spread_sample(len(rows), min(budget, max_rows or budget), self.seed))
+
+    @torch.no_grad()
+    def _states(self, task: str, rows: Rows, chosen: list[int]) -> torch.Tensor:
+        device = self.members.device
 
         def run(batch: list[int]) -> torch.Tensor:
             inputs, labels = self._batch(task, [rows[i] for i in batch])

@@ -11,6 +11,7 @@ from ...errors import EnsembleError
 from ...models.precision import MIXED_PRECISIONS
 from ...models.wrappers import evaluation_mode
 from ...tasks import TASK
+from ..forward.router import NUM_STATES
 from ..members import standing_alone
 from .collation import Collator, default_collator
 from .collector import AnswerCollector, CollectedAnswers, Members, Rows
@@ -231,27 +232,44 @@ def fit_router(
     max_rows: int | None = 200,
     seed: int = 0,
     mixed_precision: str = "no",
+    prompts: "Mapping[str, Rows] | Rows | None" = None,
+    max_prompts: int | None = 1000,
 ) -> RouterFit:
     """Fit a router of prompts of unknown tasks, see [`fit_prompt_router`]. The ensemble stays as it is.
 
     Every adapter runs once over the rows, and the base model once over their prompts, whose hidden states count towards
     `max_values` too. Boosting steps make no sense alone, and are routed no rows. The arguments are those of
-    [`fit_ensemble`].
+    [`fit_ensemble`], and:
+
+    Args:
+        prompts (`dict[str, Dataset]` or rows with a column `task`, *optional*):
+            Further rows of these tasks, from which the router learns what a task's prompts are like: the training rows.
+            No adapter runs over them; their hidden states take up to another `max_values`.
+        max_prompts (`int`, *optional*, defaults to 1000):
+            Most of these rows of a task to use; a sample of them is drawn from more. `None` uses all.
 
     Raises:
-        `EnsembleError`: as [`fit_ensemble`], and for inputs without `input_ids`.
+        `EnsembleError`: as [`fit_ensemble`], and for inputs without `input_ids` and prompts of other tasks.
     """
     if ensemble.combination == "weights":
         raise EnsembleError(
             "A router is fitted to the loss of combined outputs: fit it with combination='logits', and compare the "
             "losses before using it for 'weights'."
         )
-    hidden_size = getattr(ensemble.config.get_text_config(), "hidden_size", 0)
+    check_at_least("max_prompts", max_prompts, 1, optional=True, error=EnsembleError)
+    num_states = NUM_STATES * getattr(ensemble.config.get_text_config(), "hidden_size", 0)
     collect, tables = _collector(
-        ensemble, dataset, data_collator, batch_size, max_values, max_rows, seed, mixed_precision, hidden_size
+        ensemble, dataset, data_collator, batch_size, max_values, max_rows, seed, mixed_precision, num_states
     )
+    more = {} if prompts is None else rows_by_task(prompts)
+    if unknown := sorted(set(more) - set(tables)):
+        raise EnsembleError(
+            f"Expected prompts of the tasks whose answers the router is fitted to ({', '.join(sorted(tables))}), found "
+            f"prompts of {unknown}. Add answered rows of these tasks, or leave their prompts out."
+        )
     alone = standing_alone(ensemble.members)
     with evaluation_mode(ensemble):
         answers = {task: collect(task, rows).of_members(alone) for task, rows in tables.items()}
         states = {task: collect.states(task, rows) for task, rows in tables.items()}
-    return fit_prompt_router(answers, states, ensemble.combination, seed)
+        more_states = {task: collect.states_of_prompts(task, rows, max_prompts) for task, rows in more.items()}
+    return fit_prompt_router(answers, states, ensemble.combination, seed, more_states)

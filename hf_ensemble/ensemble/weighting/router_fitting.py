@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 
 from ..forward.router import PromptRouter
 from .collector import CollectedAnswers
@@ -17,6 +19,7 @@ _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _NUM_FOLDS = 5
 _MAX_COMPONENTS = 64
 _MAX_STEPS = 200
+_NO_TASKS = torch.empty(0, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,11 @@ class RouterFit:
 
 
 def fit_prompt_router(
-    answers: Mapping[str, CollectedAnswers], states: Mapping[str, torch.Tensor], combination: str, seed: int = 0
+    answers: Mapping[str, CollectedAnswers],
+    states: Mapping[str, torch.Tensor],
+    combination: str,
+    seed: int = 0,
+    more_states: Mapping[str, torch.Tensor] | None = None,
 ) -> RouterFit:
     """Multinomial regression from hidden states to weights; the tasks count equally.
 
@@ -45,21 +52,22 @@ def fit_prompt_router(
     coefficients minimise the loss -log sum_k w_k p_k of the mixture of the adapters' distributions. `tasks` regresses
     on which task a prompt is of, and weights the adapters as is best for the tasks that a prompt may be of,
     w = sum_t p(t | x) w_t, with the weights w_t of the least loss of each task. Inputs are the first principal
-    components of the states, scaled to variance one; squared coefficients are penalised. Kind and penalty, or constant
-    weights, are chosen by the cross-validated loss of the ensemble's own combination.
+    components of the standardised states, scaled to variance one; squared coefficients are penalised. Kind and penalty,
+    or constant weights, are chosen by the cross-validated loss of the ensemble's own combination.
 
     Args:
         answers (`dict[str, CollectedAnswers]`): what `m` adapters say of the rows of each task.
         states (`dict[str, torch.Tensor]`): mean hidden states `(rows, H)` of the same rows.
         combination (`str`): `logits`, `log_probs` or `probs`.
         seed (`int`, *optional*, defaults to 0): of the folds.
+        more_states (`dict[str, torch.Tensor]`, *optional*):
+            Of further rows of these tasks, whose answers nobody looks at: they say what a task's prompts are like.
     """
     stacked = torch.cat([states[task] for task in answers]).double()
-    mean = stacked.mean(0)
-    _, sizes, axes = torch.linalg.svd(stacked - mean, full_matrices=False)
-    count = int(min(_MAX_COMPONENTS, max(1, len(stacked) // 5), (sizes > 1e-6 * sizes[0]).sum().clamp(min=1)))
-    scaled = axes[:count].T * (len(stacked) ** 0.5 / sizes[:count].clamp(min=1e-12))
-    problem = _Problem(answers, (stacked - mean) @ scaled, combination)
+    more = {number: more_states[task].double() for number, task in enumerate(answers) if task in (more_states or {})}
+    mean, axes = _principal_axes(torch.cat([stacked, *more.values()]).numpy())
+    more = {number: (own - mean) @ axes for number, own in more.items()}
+    problem = _Problem(answers, (stacked - mean) @ axes, combination, more)
     rng = np.random.default_rng(seed)
     # Each fold has its share of every task.
     folds = torch.cat([torch.from_numpy(rng.permutation(found.num_rows) % _NUM_FOLDS) for found in answers.values()])
@@ -76,15 +84,37 @@ def fit_prompt_router(
     kind, penalty = tried[chosen]
     whole = problem.without(torch.zeros(len(stacked), dtype=torch.bool), [kind])[kind]
     found = whole.fit(penalty)
-    matrix, bias, mixtures = scaled @ found[:-1], found[-1], whole.mixtures
+    matrix, bias, mixtures = axes @ found[:-1], found[-1], whole.mixtures
     return RouterFit(PromptRouter(*(own.float() for own in (mean, matrix, bias, mixtures))), losses, chosen)
 
 
-class _Problem:
-    """The rows of all tasks: the regression's inputs `(rows, d)`, and what the adapters say of their answers."""
+def _principal_axes(states: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(H,)` of states, and axes `(H, d)` along which those of variance one are, once it is subtracted."""
+    scaler = StandardScaler().fit(states)
+    count = min(_MAX_COMPONENTS, max(1, len(states) // 5), states.shape[1])
+    found = PCA(count, random_state=0).fit(scaler.transform(states))
+    sizes = np.sqrt(found.explained_variance_)
+    # Where states differ along fewer axes.
+    lengths = np.divide(1, sizes, out=np.zeros(count), where=sizes > 1e-6 * sizes.max())
+    return torch.from_numpy(scaler.mean_), torch.from_numpy(found.components_.T * lengths / scaler.scale_[:, None])
 
-    def __init__(self, answers: Mapping[str, CollectedAnswers], inputs: torch.Tensor, combination: str) -> None:
+
+class _Problem:
+    """The rows of all tasks: the regression's inputs `(rows, d)`, and what the adapters say of their answers.
+
+    `more` are inputs of further rows by the number of their task.
+    """
+
+    def __init__(
+        self,
+        answers: Mapping[str, CollectedAnswers],
+        inputs: torch.Tensor,
+        combination: str,
+        more: Mapping[int, torch.Tensor],
+    ) -> None:
         self.answers, self.inputs, self.combination = list(answers.values()), inputs, combination
+        self.more = torch.cat([inputs[:0], *more.values()])
+        self.tasks_of_more = torch.cat([torch.full((len(own),), number) for number, own in more.items()] or [_NO_TASKS])
         self.sizes = [own.num_rows for own in self.answers]
         self.num_members = len(self.answers[0].values)
         starts = np.cumsum([0, *self.sizes[:-1]]).tolist()
@@ -100,17 +130,21 @@ class _Problem:
 
     def without(self, left_out: torch.Tensor, kinds: Sequence[str]) -> dict[str, "_Regression"]:
         """The regressions of these kinds on the rows that are not left out."""
+        made = {ADAPTERS: self._of_adapters, TASKS: self._of_tasks}
+        return {kind: made[kind](left_out) for kind in kinds}
+
+    def _of_adapters(self, left_out: torch.Tensor) -> "_Regression":
         tokens = ~left_out[self.rows]
-        rows, shares = self.rows[tokens], self.shares[tokens]
-        found = {}
-        for kind in kinds:
-            if kind == TASKS:
-                is_of_task = self.tasks[rows] == torch.arange(len(self.answers))[:, None]
-                values, mixtures = is_of_task.double().log(), self._task_weights(left_out)
-            else:
-                values, mixtures = self.log_probs[:, tokens], torch.eye(self.num_members, dtype=torch.float64)
-            found[kind] = _Regression(self.inputs, values, rows, shares, mixtures)
-        return found
+        mixtures = torch.eye(self.num_members, dtype=torch.float64)
+        return _Regression(self.inputs, self.log_probs[:, tokens], self.rows[tokens], self.shares[tokens], mixtures)
+
+    def _of_tasks(self, left_out: torch.Tensor) -> "_Regression":
+        inputs = torch.cat([self.inputs[~left_out], self.more])
+        tasks = torch.cat([self.tasks[~left_out], self.tasks_of_more])
+        shares = 1 / tasks.bincount().double()[tasks]
+        is_of_task = tasks == torch.arange(len(self.answers))[:, None]
+        mixtures = self._task_weights(left_out)
+        return _Regression(inputs, is_of_task.double().log(), torch.arange(len(tasks)), shares, mixtures)
 
     def _task_weights(self, left_out: torch.Tensor) -> torch.Tensor:
         """Weights `(tasks, m)` of the least loss of each task's rows that are not left out; equal ones for none."""
