@@ -5,7 +5,7 @@
 FOLDERS are those of `benchmarks.budgets.train`, one a seed: nothing is trained here. The adapters of one of their
 systems that serve every task are weighted equally, by each task's cross-validated weights, and, as for rows of no known
 task, by a router of the prompts' hidden states, which was fitted to the validation rows of all tasks or to those of all
-others.
+others, with and without the training rows' prompts.
 """
 
 from pathlib import Path
@@ -18,11 +18,11 @@ from hf_ensemble.ensemble.forward.router import prompt_states
 from hf_ensemble.ensemble.weighting.collector import CollectedAnswers
 from hf_ensemble.ensemble.weighting.cross_validation import cross_validated_weights
 from hf_ensemble.ensemble.weighting.objectives import fit_objective
-from hf_ensemble.ensemble.weighting.router_fitting import fit_prompt_router
+from hf_ensemble.ensemble.weighting.router_fitting import RouterFit, fit_prompt_router
 
 from ..budgets.run import MIN_WEIGHT, Outputs
 from ..common import make_parser, read_rows, write_results
-from .table import EQUAL, KNOWN, OTHERS, ROUTED, table
+from .table import EQUAL, KNOWN, OTHERS, PROMPTS, ROUTED, table
 
 _BATCH = 64
 
@@ -36,14 +36,12 @@ class Prompts:
     def states(self, texts: list[str]) -> torch.Tensor:
         """`(rows, H)` of texts, in batches of like length."""
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-        found = torch.empty(len(texts), self.model.config.hidden_size)
-        for start in range(0, len(order), _BATCH):
-            numbers = order[start : start + _BATCH]
-            batch = self.tokenizer(
-                [texts[number] for number in numbers], padding=True, truncation=True, return_tensors="pt"
-            )
-            found[numbers] = prompt_states(self.model, batch)
-        return found
+        batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+        found = torch.cat([self._of_batch([texts[number] for number in batch]) for batch in batches])
+        return found[torch.tensor(order).argsort()]
+
+    def _of_batch(self, texts: list[str]) -> torch.Tensor:
+        return prompt_states(self.model, self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
 
 
 def losses(answers: CollectedAnswers, weights: np.ndarray | torch.Tensor) -> float:
@@ -59,24 +57,37 @@ def of_seed(folder: Path, label: str, prompts: Prompts) -> dict:
     system = next(one for one in outputs.plan["systems"] if one["label"] == label)
     tasks = outputs.tasks
     members = [name for name in system["parts"] if all(f"test/{task}" in outputs.part(name) for task in tasks)]
-    answers, states = {}, {}
-    for split in ("validation", "test"):
-        answers[split] = {task: outputs.answers(members, split, task) for task in tasks}
-        texts = {task: [row["text"] for row in read_rows(folder / "tasks" / task / f"{split}.jsonl")] for task in tasks}
-        states[split] = {task: prompts.states(own) for task, own in texts.items()}
-    whole = fit_prompt_router(answers["validation"], states["validation"], "logits")
-    found = {way: {} for way in (EQUAL, KNOWN, ROUTED, OTHERS)}
+    states = {
+        split: {task: prompts.states(texts(folder / "tasks" / task / f"{split}.jsonl")) for task in tasks}
+        for split in ("train", "validation", "test")
+    }
+    answers = {
+        split: {task: outputs.answers(members, split, task) for task in tasks} for split in ("validation", "test")
+    }
+
+    def fitted(known: list[str], more: dict[str, torch.Tensor] | None) -> RouterFit:
+        own = [{task: of_task[task] for task in known} for of_task in (answers["validation"], states["validation"])]
+        return fit_prompt_router(*own, "logits", more_states=more)
+
+    routers = {ROUTED: fitted(tasks, None), PROMPTS: fitted(tasks, states["train"])}
+    found = {way: {} for way in (EQUAL, KNOWN, ROUTED, PROMPTS, OTHERS)}
     size = len(members)
     for task in tasks:
         validation, test = (answers[split][task] for split in ("validation", "test"))
         optimum = fit_objective(validation.objective("logits"), size, "simplex", "logits", MIN_WEIGHT)
         known = cross_validated_weights(validation, members, "logits", optimum, min_weight=MIN_WEIGHT)
-        others = [{name: own for name, own in kept["validation"].items() if name != task} for kept in (answers, states)]
         found[EQUAL][task] = losses(test, np.full(size, 1 / size))
         found[KNOWN][task] = losses(test, known.weights)
-        found[ROUTED][task] = losses(test, whole.router.weights(states["test"][task]))
-        found[OTHERS][task] = losses(test, fit_prompt_router(*others, "logits").router.weights(states["test"][task]))
-    return {"losses": found, "members": size, "router": {"chosen": whole.chosen, **whole.losses}}
+        without = fitted([name for name in tasks if name != task], states["train"])
+        for way, fit in {**routers, OTHERS: without}.items():
+            found[way][task] = losses(test, fit.router.weights(states["test"][task]))
+    chosen = {way: {"chosen": fit.chosen, **fit.losses} for way, fit in routers.items()}
+    return {"losses": found, "members": size, "routers": chosen}
+
+
+def texts(file: Path) -> list[str]:
+    """Of the rows of a file."""
+    return [row["text"] for row in read_rows(file)]
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ import numpy as np
 from ..common import markdown_table
 
 EQUAL, KNOWN = "equal weights", "each task's cross-validated weights"
-ROUTED, OTHERS = "router, fitted to all tasks", "router, fitted to all other tasks"
+ROUTED, PROMPTS = "router, fitted to all tasks", "the same, which has seen prompts of training rows"
+OTHERS = "router, fitted to all other tasks and their prompts"
 
 
 def table(results: dict) -> str:
@@ -21,11 +22,13 @@ def table(results: dict) -> str:
         (way, f"{mean[way]:.4f}", f"{(mean[EQUAL] - mean[way]) / gap:.0%}", *(f"{own[task]:.3f}" for task in tasks))
         for way, own in means.items()
     ]
-    chosen = ", ".join(f"{own['members']} ({own['router']['chosen']})" for own in seeds)
+    chosen = ", ".join(
+        f"{own['members']} ({'; '.join(own['routers'][way]['chosen'] for way in (ROUTED, PROMPTS))})" for own in seeds
+    )
     lines = [
         f'Test loss of the adapters of "{results["system"]}" that serve every task, mean over seeds (of {len(seeds)}). '
-        f"Their number, and which router of all tasks was chosen: {chosen}. The gain is that over equal weights, as a "
-        "share of what each task's own weights gain.",
+        f"Their number, and which router of all tasks was chosen without and with these prompts: {chosen}. The gain is "
+        "that over equal weights, as a share of what each task's own weights gain.",
         "",
         *markdown_table(("weights", "mean loss", "gain", *tasks), rows),
     ]

@@ -11,13 +11,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.budgets.train import PLAN, TARGETS
 from benchmarks.routing import run as study
-from benchmarks.routing.table import EQUAL, KNOWN, OTHERS, ROUTED
+from benchmarks.routing.table import EQUAL, KNOWN, OTHERS, PROMPTS, ROUTED
 from helpers import toy
 from helpers.task_files import write_rows
 
 # Films and books are answered by one adapter, songs by another; a third one serves songs alone.
 NOUNS = {"films": ("film", 0), "books": ("book", 0), "songs": ("song", 1)}
-ROWS = {"validation": 40, "test": 60}
+ROWS = {"train": 50, "validation": 40, "test": 60}
 
 
 @pytest.fixture
@@ -54,9 +54,10 @@ def test_what_a_router_keeps_is_measured_beside_known_tasks(folder, tmp_path, mo
     (seed,) = json.loads((tmp_path / "results.json").read_text())["seeds"]
     assert seed["members"] == 2
     losses = {way: np.mean(list(own.values())) for way, own in seed["losses"].items()}
-    assert set(losses) == {EQUAL, KNOWN, ROUTED, OTHERS}
+    assert set(losses) == {EQUAL, KNOWN, ROUTED, PROMPTS, OTHERS}
     # The noun says which adapter is right; of songs the other tasks do not know it.
-    assert losses[KNOWN] - 1e-6 <= losses[ROUTED] < losses[EQUAL] - 0.9 * (losses[EQUAL] - losses[KNOWN])
+    for way in (ROUTED, PROMPTS):
+        assert losses[KNOWN] - 1e-6 <= losses[way] < losses[EQUAL] - 0.9 * (losses[EQUAL] - losses[KNOWN])
     assert seed["losses"][OTHERS]["songs"] > seed["losses"][EQUAL]["songs"]
     table = (tmp_path / "results.md").read_text()
-    assert "| 100% |" in table and seed["router"]["chosen"] in table and "| 0% |" in table
+    assert "| 100% |" in table and seed["routers"][PROMPTS]["chosen"] in table and "| 0% |" in table
