@@ -5,6 +5,7 @@ import textwrap
 import threading
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from helpers import toy
@@ -14,6 +15,7 @@ from helpers.processes import PythonProcess
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble._cards import CARD, own_text, split_card
 from hf_ensemble._hub import Repository, push_folder
+from hf_ensemble.ensemble import PromptRouter
 from hf_ensemble.ensemble.saving.pushing import push_ensemble
 from hf_ensemble.errors import EnsembleError, PushError
 
@@ -126,6 +128,18 @@ def test_an_adapter_takes_an_ensembles_place_and_an_ensemble_an_adapters(hub, en
         assert set(hub.files()) == {*beside, *ADAPTER_FILES}
         ensemble.push_to_hub(REPOSITORY)
         assert set(hub.files()) == made
+
+
+def test_a_router_comes_and_goes_with_the_ensemble_that_has_it(hub, ensemble):
+    plain = PeftEnsembleModel(ensemble.model, ["a", "b"])
+    tensors = {"mean": torch.zeros(4), "matrix": torch.ones(4, 3), "bias": torch.zeros(3), "mixtures": torch.ones(3, 2)}
+    ensemble.router = PromptRouter(**{**tensors, "mixtures": tensors["mixtures"] / 2})
+    for other in (plain, ensemble.merge("sums")):
+        ensemble.push_to_hub(REPOSITORY)
+        loaded = PeftEnsembleModel.from_pretrained(REPOSITORY, base_model=toy.llama(num_hidden_layers=1))
+        assert all(torch.equal(own, ensemble.router.tensors()[name]) for name, own in loaded.router.tensors().items())
+        other.push_to_hub(REPOSITORY)
+        assert "router.safetensors" not in hub.files()
 
 
 def test_named_chat_templates_are_pushed(hub, ensemble, tmp_path):

@@ -1,26 +1,24 @@
 """Weights of a row from its prompt's hidden states: multinomial regression behind the frozen base model."""
 
-import base64
 import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...errors import EnsembleError, EnsembleLoadError
 from ...models.inputs import is_encoder_decoder
-from ...tasks import IGNORE_INDEX
 from .adapter_layers import active_adapter, adapter_layers
+from .routing import is_before_the_answer
 
 # Inputs that tell of a row's prompt.
 PROMPT_INPUTS = ("input_ids", "attention_mask")
-# A lighter adapter changes little, and costs its forward.
-_MIN_WEIGHT = 0.05
+# Adapters that weigh no more together change little, and each costs a forward.
+_LIGHT = 0.05
 _TENSORS = ("mean", "matrix", "bias", "mixtures")
 # Of the base model's middle block and its last one: the last one knows what comes next, or what a text means, and the
 # middle one what kind of text it is.
@@ -47,7 +45,7 @@ class PromptRouter:
     mixtures: torch.Tensor
 
     def weights(self, states: torch.Tensor) -> torch.Tensor:
-        """Weights `(B, m)` from mean hidden states `(B, H)`; those below a twentieth are left out.
+        """Weights `(B, m)` from mean hidden states `(B, H)`, without the lightest, see [`without_light`].
 
         Raises:
             `EnsembleError`: for hidden states of another size.
@@ -59,41 +57,42 @@ class PromptRouter:
                 "another base model. Fit it anew with fit_router()."
             )
         mean, matrix, bias, mixtures = (getattr(self, name).to(states.device) for name in _TENSORS)
-        shares = torch.softmax((states - mean) @ matrix + bias, 1) @ mixtures
-        shares = shares.masked_fill(shares < shares.amax(1, keepdim=True).clamp(max=_MIN_WEIGHT), 0.0)
-        return shares / shares.sum(1, keepdim=True)
+        return without_light(torch.softmax((states - mean) @ matrix + bias, 1) @ mixtures)
 
-    def to_dict(self) -> dict[str, str]:
-        """Each tensor's float32 values, little endian, in base64."""
-        return {name: base64.b64encode(_bytes(getattr(self, name))).decode() for name in _TENSORS}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name, in float32 on the CPU."""
+        return {name: getattr(self, name).detach().float().cpu().contiguous() for name in _TENSORS}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], num_members: int) -> "PromptRouter":
-        """What [`to_dict`] made.
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], num_members: int) -> "PromptRouter":
+        """What [`tensors`] gave.
 
         Raises:
             `EnsembleLoadError`: for tensors that are not of finite numbers, or not of this many adapters.
         """
-        if not isinstance(data, Mapping) or set(data) != set(_TENSORS):
-            raise EnsembleLoadError(f"Expected a router of {', '.join(_TENSORS)}, found {data!r:.60}.")
-        try:
-            found = {name: _tensor(base64.b64decode(data[name], validate=True)) for name in _TENSORS}
-        except (TypeError, ValueError) as error:
-            raise EnsembleLoadError(f"The ensemble's router is damaged: {error}.") from error
-        mean, matrix, bias, mixtures = (found[name] for name in _TENSORS)
-        sizes = (len(matrix), len(mixtures))
-        whole = len(bias) > 0 and len(mean) > 0 and sizes == (len(mean) * len(bias), len(bias) * num_members)
-        if not whole or not all(bool(own.isfinite().all()) for own in found.values()):
+        found = {name: tuple(own.shape) for name, own in tensors.items()}
+        width, kinds = (found.get(name, ())[:1] for name in ("mean", "bias"))
+        expected = dict(zip(_TENSORS, (width, (*width, *kinds), kinds, (*kinds, num_members))))
+        is_whole = found == expected and 0 not in (*width, *kinds) and len(width) == len(kinds) == 1
+        if not is_whole or not all(own.is_floating_point() and own.isfinite().all() for own in tensors.values()):
             raise EnsembleLoadError(
-                f"The ensemble's router is damaged: expected finite numbers for {num_members} adapters, found "
-                f"{len(mean)} means, {sizes[0]} coefficients, {len(bias)} biases and {sizes[1]} shares."
+                "The ensemble's router is damaged: expected finite numbers, mean (H), matrix (H, g), bias (g) and "
+                f"mixtures (g, {num_members}), found {found}."
             )
-        mixtures = mixtures.view(len(bias), num_members)
+        mixtures = tensors["mixtures"]
         if (mixtures < 0).any() or ((mixtures.sum(1) - 1).abs() > 1e-3).any():
             raise EnsembleLoadError(
                 "The ensemble's router is damaged: expected shares of the adapters, with a sum of 1, for each kind."
             )
-        return cls(mean, matrix.view(len(mean), len(bias)), bias, mixtures)
+        return cls(**{name: tensors[name].float() for name in _TENSORS})
+
+
+def without_light(shares: torch.Tensor) -> torch.Tensor:
+    """Shares `(B, m)` without the lightest, as many as have at most a twentieth together; the rest sums to 1."""
+    ascending, order = shares.sort(1)
+    is_light = torch.zeros_like(shares, dtype=torch.bool).scatter(1, order, ascending.cumsum(1) <= _LIGHT)
+    shares = shares.masked_fill(is_light, 0.0)
+    return shares / shares.sum(1, keepdim=True)
 
 
 def check_router(router: PromptRouter | None, num_members: int) -> None:
@@ -101,7 +100,9 @@ def check_router(router: PromptRouter | None, num_members: int) -> None:
     if router is None:
         return
     if not isinstance(router, PromptRouter):
-        raise EnsembleError(f"Expected router to be a PromptRouter, found {router!r:.60}.")
+        raise EnsembleError(
+            f"Expected router to be a PromptRouter, found {router!r:.60}. A fit has it as its attribute router."
+        )
     if router.mixtures.shape[1] != num_members:
         raise EnsembleError(
             f"Expected a router for {num_members} adapters, found one for {router.mixtures.shape[1]}. Fit it anew with "
@@ -109,10 +110,11 @@ def check_router(router: PromptRouter | None, num_members: int) -> None:
         )
 
 
-def known_router(router: PromptRouter | None) -> PromptRouter:
-    """The router; raises `EnsembleError` where there is none."""
+def known_router(router: PromptRouter | None, num_members: int) -> PromptRouter:
+    """The router; raises `EnsembleError` where there is none for this many adapters."""
     if router is None:
         raise EnsembleError("routing='hidden_states' needs a router, and the ensemble has none. Call fit_router().")
+    check_router(router, num_members)
     return router
 
 
@@ -128,7 +130,7 @@ def prompt_states(base: nn.Module, inputs: Mapping[str, Any], labels: torch.Tens
         inputs (`dict`):
             `input_ids` of shape `(B, T)`, prompts with their answers where there are labels, and `attention_mask`.
         labels (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Tokens with a label other than -100 are answers, which must not decide the weights.
+            The first label other than -100 ends a row's prompt: answers must not decide the weights.
 
     Raises:
         `EnsembleError`: for inputs without `input_ids`.
@@ -155,7 +157,7 @@ def prompt_states(base: nn.Module, inputs: Mapping[str, Any], labels: torch.Tens
         found.append(body(**own).last_hidden_state)
     prompt = present
     if labels is not None and labels.dim() == 2 and labels.shape == input_ids.shape and not encodes:
-        prompt = present & (labels == IGNORE_INDEX)
+        prompt = present & is_before_the_answer(labels)
         # A text without a prompt is known by its first token.
         first = present & (present.long().cumsum(1) == 1)
         prompt = prompt | (first & ~prompt.any(1, keepdim=True))
@@ -175,11 +177,3 @@ def _middle_block(body: nn.Module) -> nn.Module | None:
 
 def _first(states: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return states if torch.is_tensor(states) else states[0]
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().numpy().astype("<f4").tobytes()
-
-
-def _tensor(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))

@@ -18,6 +18,11 @@ def check_routing(routing: str | None) -> None:
     check_one_of("routing", routing, ROUTINGS, EnsembleError)
 
 
+def is_before_the_answer(labels: torch.Tensor) -> torch.Tensor:
+    """Whether tokens stand before the first one with a label, `(B, T)`: those behind it have seen an answer."""
+    return (labels != IGNORE_INDEX).long().cumsum(1) == 0
+
+
 @torch.no_grad()
 def prompt_weights(
     answers: MemberAnswers,
@@ -35,7 +40,7 @@ def prompt_weights(
         input_ids (`torch.Tensor` of shape `(B, T)`): prompts.
         attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
         labels (`torch.Tensor` of shape `(B, T)`, *optional*): answers, which must not affect the weights: only tokens
-            whose label is -100 are scored.
+            before the first one whose label is not -100 are scored.
         temperature (`float`): nats per token that make one adapter e times as heavy as another.
 
     Returns:
@@ -51,7 +56,7 @@ def prompt_weights(
             # Counted from the first token, as in `generate`.
             inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     if labels is not None:
-        scored &= labels == IGNORE_INDEX
+        scored &= is_before_the_answer(labels)
     rows, _ = scored.nonzero(as_tuple=True)
     sums = torch.zeros(num_members, len(input_ids), device=input_ids.device)
     targets = input_ids.masked_fill(~scored, IGNORE_INDEX)

@@ -50,7 +50,7 @@ class RoutingMixin:
         if routing == "hidden_states":
             own = {key: inputs[key][rows] for key in PROMPT_INPUTS if inputs.get(key) is not None}
             states = self.prompt_states(own, None if labels is None else labels[rows])
-            routed = known_router(self.router).weights(states)
+            routed = known_router(self.router, len(alone)).weights(states)
         else:
             run = self._combined_forward([self.adapter_names[k] for k in alone])
             routed = run.prompt_weights(rows, inputs, labels, self.routing_temperature)

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from ..._compat import package_versions
-from ..._files import sha256_of, write_json
+from ..._files import sha256_of, write_atomically, write_json
 from ..._records import check_checksum, with_checksum
 from ...errors import EnsembleError, EnsembleLoadError, RecordError
 from ...models import LabelHead
@@ -30,6 +32,7 @@ CONFIG_NAME = "ensemble_config.json"
 ADAPTERS_FOLDER = "adapters"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ROUTER_WEIGHTS = "router.safetensors"
 FORMAT = "hf_ensemble.ensemble"
 FORMAT_VERSION = 4
 
@@ -50,7 +53,7 @@ class SavedEnsembleConfig:
         files (`dict[str, dict[str, str]]`): checksums of each adapter's files; taken anew when the ensemble is saved.
         tags (`list[str]`): the model's tags, for the card.
         scales (`dict[str, float]`): see [`PeftEnsembleModel`].
-        router (`dict[str, str]`, *optional*): see [`PromptRouter.to_dict`].
+        router ([`PromptRouter`], *optional*): see [`PeftEnsembleModel`]; it has a file of its own.
     """
 
     base_model: BaseModelReference
@@ -64,10 +67,10 @@ class SavedEnsembleConfig:
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
     scales: dict[str, float] = field(default_factory=dict)
-    router: dict[str, str] | None = None
+    router: PromptRouter | None = None
 
     def save(self, folder: Path) -> None:
-        """Write the configuration beside the adapters, with their checksums."""
+        """Write the router and, beside the adapters, the configuration with all their checksums."""
         files = {
             member.name: {
                 name: sha256_of(path)
@@ -79,8 +82,9 @@ class SavedEnsembleConfig:
         data = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            **asdict(self),
+            **asdict(replace(self, router=None)),
             "files": files,
+            "router": _write_router(folder / ROUTER_WEIGHTS, self.router),
         }
         write_json(folder / CONFIG_NAME, with_checksum(data))
 
@@ -140,10 +144,11 @@ class SavedEnsembleConfig:
                 data.get("files", {}),
                 list(data.get("tags", [])),
                 dict(data.get("scales", {})),
-                data.get("router"),
             )
             config.check()
             check_checksum(data, str(path), REMEDY)
+            if data.get("router") is not None:
+                config = replace(config, router=_read_router(folder, data["router"], config.members))
         except RecordError as error:
             raise EnsembleLoadError(str(error)) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -173,8 +178,6 @@ class SavedEnsembleConfig:
         check_weights(self.weights, names, CONFIG_NAME)
         check_weights({"default": self.default_weights}, names, CONFIG_NAME)
         check_scales(self.scales, CONFIG_NAME)
-        if self.router is not None:
-            PromptRouter.from_dict(self.router, len(standing_alone(self.members)))
         if self.label_space is not None:
             outputs = len(self.label_space["names"])
             for task, labels in self.label_space["task_labels"].items():
@@ -182,6 +185,29 @@ class SavedEnsembleConfig:
                     raise EnsembleLoadError(
                         f"{CONFIG_NAME}: the labels of {task!r} are {labels!r}, expected numbers below {outputs}."
                     )
+
+
+def _write_router(path: Path, router: PromptRouter | None) -> str | None:
+    """The checksum of the file; where there is no router, none is left."""
+    if router is None:
+        path.unlink(missing_ok=True)
+        return None
+    data = save(router.tensors())
+    write_atomically(path, lambda file: file.write(data), len(data))
+    return sha256_of(path)
+
+
+def _read_router(folder: Path, checksum: str, members: list[EnsembleMember]) -> PromptRouter:
+    path = checked_file(folder / ROUTER_WEIGHTS, folder, "The ensemble's router")
+    if sha256_of(path) != checksum:
+        raise EnsembleLoadError(
+            f"{str(path)!r} is not the router that the ensemble was saved with: it is damaged or was replaced. {REMEDY}"
+        )
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise EnsembleLoadError(f"{str(path)!r} is damaged: {error}. {REMEDY}") from error
+    return PromptRouter.from_tensors(tensors, len(standing_alone(members)))
 
 
 def _base_model(data: Mapping[str, Any]) -> BaseModelReference:

@@ -17,7 +17,7 @@ from ..._settings import check_options, checked_mapping, checked_path
 from ...errors import EnsembleError, EnsembleLoadError
 from ...tasks import LabelSpace
 from ..forward.combination import check_combination
-from ..forward.router import PromptRouter
+from ..forward.router import check_router
 from ..forward.routing import check_routing
 from ..members import (
     BaseModelReference,
@@ -68,13 +68,14 @@ class SavingMixin:
         """The content of `ensemble_config.json`.
 
         Raises:
-            `EnsembleError`: for weights, scales, a combination or a routing that were set to something unknown.
+            `EnsembleError`: for weights, scales, a combination, routing or router that were set to something unknown.
         """
         for weights in (self.weights, {"default": self.default_weights}):
             check_weights(weights, self.adapter_names)
         check_scales(self.scales)
         check_combination(self.combination)
         check_routing(self.routing)
+        check_router(self.router, len(standing_alone(self.members)))
         return SavedEnsembleConfig(
             self.base_model_reference,
             self.members,
@@ -85,7 +86,7 @@ class SavingMixin:
             routing=self.routing,
             tags=list(self.model_tags or []),
             scales=plain_numbers(self.scales),
-            router=None if self.router is None else self.router.to_dict(),
+            router=self.router,
         )
 
     def save_pretrained(
@@ -263,9 +264,7 @@ class SavingMixin:
             config.combination,
             config.routing,
             config.scales,
-            None
-            if config.router is None
-            else PromptRouter.from_dict(config.router, len(standing_alone(config.members))),
+            config.router,
         ).eval()
         if config.tags:
             ensemble.add_model_tags(config.tags)

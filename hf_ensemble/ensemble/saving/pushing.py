@@ -15,7 +15,14 @@ from ..._hub import Repository, push_folder
 from ...errors import CardError
 from ...logging import get_logger
 from .card import is_hub_id, saved_card
-from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, CONFIG_NAME, SavedEnsembleConfig
+from .ensemble_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ADAPTERS_FOLDER,
+    CONFIG_NAME,
+    ROUTER_WEIGHTS,
+    SavedEnsembleConfig,
+)
 
 logger = get_logger(__name__)
 
@@ -65,7 +72,7 @@ def push_ensemble(
             copy_adapter(folder / ADAPTERS_FOLDER / member.name, target / ADAPTERS_FOLDER / member.name, base)
         dataclasses.replace(config, base_model=dataclasses.replace(config.base_model, name_or_path=base)).save(target)
         parts = saved_card(folder, config, repository.repo_id) if card is None else card
-        replaced = (f"{ADAPTERS_FOLDER}/*", *_ADAPTER, *PICTURES)
+        replaced = (f"{ADAPTERS_FOLDER}/*", ROUTER_WEIGHTS, *_ADAPTER, *PICTURES)
         return push_folder(repository, target, replaced, card_maker(folder / CARD, parts), again)
 
 
@@ -94,7 +101,7 @@ def push_adapter(
         target = Path(work)
         copy_files(folder, target)
         copy_adapter(folder, target, base)
-        replaced = (f"{ADAPTERS_FOLDER}/*", CONFIG_NAME, *PICTURES)
+        replaced = (f"{ADAPTERS_FOLDER}/*", ROUTER_WEIGHTS, CONFIG_NAME, *PICTURES)
         return push_folder(repository, target, replaced, card_maker(local_card or folder / CARD, card), again)
 
 

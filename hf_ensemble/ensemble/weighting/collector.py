@@ -177,24 +177,25 @@ class AnswerCollector:
             )
         return self._collect(task, own, kept, length_sorted_batches(lengths, self.batch_size))
 
-    def states(self, task: str, rows: Rows) -> torch.Tensor:
+    def states(self, rows: Rows) -> torch.Tensor:
         """Mean hidden states of the base model over the prompts of the same rows, `(rows, H)` in float32."""
-        return self._states(task, rows, self._chosen(rows))
+        return self._states(rows, self._chosen(rows))
 
-    def states_of_prompts(self, task: str, rows: Rows, max_rows: int | None) -> torch.Tensor:
-        """[`states`] of at most `max_rows` rows whose answers are not kept."""
+    def states_of_prompts(self, rows: Rows, max_rows: int | None) -> torch.Tensor:
+        """[`states`] of at most `max_rows` rows whose answers are not kept; they need no labels."""
         budget = self.max_values // max(1, self.values_per_row)
-        return self._states(task, rows, spread_sample(len(rows), min(budget, max_rows or budget), self.seed))
+        return self._states(rows, spread_sample(len(rows), min(budget, max_rows or budget), self.seed))
 
     @torch.no_grad()
-    def _states(self, task: str, rows: Rows, chosen: list[int]) -> torch.Tensor:
+    def _states(self, rows: Rows, chosen: list[int]) -> torch.Tensor:
         device = self.members.device
 
         def run(batch: list[int]) -> torch.Tensor:
-            inputs, labels = self._batch(task, [rows[i] for i in batch])
+            inputs, labels = self._inputs([rows[i] for i in batch])
             inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+            labels = None if labels is None else labels.to(device)
             with usage.batch(inputs, labels), autocast(device, self.mixed_precision):
-                return self.members.prompt_states(inputs, labels.to(device)).cpu()
+                return self.members.prompt_states(inputs, labels).cpu()
 
         run_halving = HalvingOnFullMemory(run, self.members)
         with UsageCounter() as usage:
@@ -248,11 +249,16 @@ class AnswerCollector:
                 )
 
     def _batch(self, task: str, rows: Rows) -> tuple[dict[str, Any], torch.Tensor]:
+        inputs, labels = self._inputs(rows)
+        if labels is None:
+            raise EnsembleError(f"The rows of {task!r} have no labels to fit weights to. Add a column 'labels'.")
+        return inputs, labels
+
+    def _inputs(self, rows: Rows) -> tuple[dict[str, Any], torch.Tensor | None]:
         batch = dict(self.collate(list(rows)))
         pop_meta(batch)
-        if "labels" not in batch:
-            raise EnsembleError(f"The rows of {task!r} have no labels to fit weights to. Add a column 'labels'.")
-        return self.members.prepare(batch, batch.pop("labels"))
+        labels = batch.pop("labels", None)
+        return (batch, None) if labels is None else self.members.prepare(batch, labels)
 
     @torch.no_grad()
     def _collect(self, task: str, rows: Rows, kept: list[int], batches: list[list[int]]) -> CollectedAnswers:

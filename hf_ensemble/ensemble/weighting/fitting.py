@@ -244,7 +244,7 @@ def fit_router(
     Args:
         prompts (`dict[str, Dataset]` or rows with a column `task`, *optional*):
             Further rows of these tasks, from which the router learns what a task's prompts are like: the training rows.
-            No adapter runs over them; their hidden states take up to another `max_values`.
+            They need no labels, and no adapter runs over them; their hidden states take up to another `max_values`.
         max_prompts (`int`, *optional*, defaults to 1000):
             Most of these rows of a task to use; a sample of them is drawn from more. `None` uses all.
 
@@ -270,6 +270,6 @@ def fit_router(
     alone = standing_alone(ensemble.members)
     with evaluation_mode(ensemble):
         answers = {task: collect(task, rows).of_members(alone) for task, rows in tables.items()}
-        states = {task: collect.states(task, rows) for task, rows in tables.items()}
-        more_states = {task: collect.states_of_prompts(task, rows, max_prompts) for task, rows in more.items()}
+        states = {task: collect.states(rows) for task, rows in tables.items()}
+        more_states = {task: collect.states_of_prompts(rows, max_prompts) for task, rows in more.items()}
     return fit_prompt_router(answers, states, ensemble.combination, seed, more_states)

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
-from ..forward.router import PromptRouter
+from ..forward.router import PromptRouter, without_light
 from .collector import CollectedAnswers
 from .objectives import fit_objective
 
@@ -78,7 +78,8 @@ def fit_prompt_router(
         regressions = problem.without(folds == fold, kinds)
         for name, (kind, penalty) in tried.items():
             found = regressions[kind]
-            weights[name][folds == fold] = found.weights(found.fit(penalty), problem.inputs[folds == fold])
+            shares = found.routed(found.fit(penalty), problem.inputs[folds == fold])
+            weights[name][folds == fold] = without_light(shares)
     losses = {name: problem.loss(own) for name, own in weights.items()}
     chosen = min(losses, key=losses.get)
     kind, penalty = tried[chosen]
@@ -172,7 +173,7 @@ class _Regression:
     shares: torch.Tensor
     mixtures: torch.Tensor
 
-    def weights(self, coefficients: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    def routed(self, coefficients: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         return torch.softmax(inputs @ coefficients[:-1] + coefficients[-1], 1) @ self.mixtures
 
     def fit(self, penalty: float | None) -> torch.Tensor:
