@@ -66,6 +66,10 @@ class RunMismatchError(HfEnsembleError, ValueError):
     """A run directory holds stages of another configuration."""
 
 
+class RunDivergedError(HfEnsembleError, ArithmeticError):
+    """A training ended with a loss or with parameters that are not finite."""
+
+
 class RunLockedError(HfEnsembleError, RuntimeError):
     """Another process works in the run directory."""
 

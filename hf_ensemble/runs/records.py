@@ -151,13 +151,14 @@ class TrainedAdapter(Record):
         metric_for_best_model (`str`, *optional*): name of that metric in the training's log.
         seconds (`float`): wall time; of a training that was resumed, without what was lost since its checkpoint.
         length (`float`): its epochs or steps, in multiples of those of the arguments.
+        batch_size (`int`): rows that are drawn at a time, by all processes together.
         loss (`str`): `"own"` for the trainer's own loss; of a boosting step, what it was trained beside, as a digest.
         files (`dict[str, str]`): checksums of the adapter's files.
         log_history (`list[dict]`): the training's log, as `TrainerState` has it.
     """
 
     format = "hf_ensemble.trained_adapter"
-    format_version = 3
+    format_version = 4
 
     name: str
     mixture: dict[str, float]
@@ -180,6 +181,7 @@ class TrainedAdapter(Record):
     metric_for_best_model: str | None = None
     seconds: float = 0.0
     length: float = 1.0
+    batch_size: int = 0
     loss: str = "own"
     files: dict[str, str] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)

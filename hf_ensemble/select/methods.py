@@ -44,10 +44,10 @@ def mixture_selection(problem: SelectionProblem, caps: float = 1.0) -> Selection
             f"method='mixture' gives the targets a weight, and {without} are excluded. Do not exclude them, or use "
             "another method."
         )
-    if problem.settings.selection_metric != "loss" or required or set(problem.settings.budgets()) - {"max_auxiliary"}:
+    if required:
         raise ConfigurationError(
-            "method='mixture' minimizes the loss under max_auxiliary and exclude; it supports no other metric, budget "
-            "or include. Select the tasks by another method, then weight them with DataSelector.mixture."
+            f"method='mixture' gives every task the weight that is best, and include requires {sorted(required)}. "
+            "Leave include out, or select by another method and weight the tasks with DataSelector.mixture."
         )
     allowed = {name: caps * float(optional or name in targets) for name, optional in zip(names, problem.optional)}
     mixture = optimize_mixture(estimator, targets, allowed, search_rows=problem.settings.search_rows)

@@ -91,6 +91,22 @@ def _last_that_fits(problem: SelectionProblem, chosen: np.ndarray) -> np.ndarray
     return left if not problem.required.any() and left.sum() == 1 else np.zeros_like(chosen)
 
 
+def checked_subset_size(num_optional: int, limit: int | None) -> int:
+    """The largest number of optional tasks that a subset holds, in an exhaustive search.
+
+    Raises:
+        `ConfigurationError`: for more than 20,000 subsets.
+    """
+    max_size = num_optional if limit is None else min(num_optional, limit)
+    total = sum(comb(num_optional, size) for size in range(max_size + 1))
+    if total > _MAX_SUBSETS:
+        raise ConfigurationError(
+            f"{num_optional} optional tasks make {total} subsets; an exhaustive search takes at most {_MAX_SUBSETS}. "
+            "Exclude tasks, lower max_auxiliary, or use another method."
+        )
+    return max_size
+
+
 def exhaustive_selection(problem: SelectionProblem) -> Selection:
     """The best of all subsets within the budget.
 
@@ -101,13 +117,7 @@ def exhaustive_selection(problem: SelectionProblem) -> Selection:
     limit = problem.settings.max_auxiliary
     # Targets that need not be trained on are no auxiliary tasks.
     free = sum(problem.names[i] in problem.targets for i in optional)
-    max_size = len(optional) if limit is None else min(len(optional), limit + free)
-    total = sum(comb(len(optional), size) for size in range(max_size + 1))
-    if total > _MAX_SUBSETS:
-        raise ConfigurationError(
-            f"{len(optional)} optional tasks make {total} subsets; an exhaustive search takes at most {_MAX_SUBSETS}. "
-            "Exclude tasks, lower max_auxiliary, or use another method."
-        )
+    max_size = checked_subset_size(len(optional), None if limit is None else limit + free)
     masks = np.stack(
         [
             mask

@@ -87,6 +87,14 @@ class SelectionSettings(Settings):
                 f"selection_metric='answers' verifies the steps of forward selection; found selection_method="
                 f"{self.selection_method!r}. Set selection_method='forward', or another metric."
             )
+        others = set(self.budgets()) - {"max_auxiliary"}
+        if self.selection_method == "mixture" and (self.selection_metric != "loss" or others):
+            found = [f"selection_metric={self.selection_metric!r}"] if self.selection_metric != "loss" else []
+            found += [f"{name}={self.budgets()[name]}" for name in sorted(others)]
+            raise ConfigurationError(
+                f"selection_method='mixture' minimizes the loss under max_auxiliary alone; found {', '.join(found)}. "
+                "Select the tasks by another method, then weight them with DataSelector.mixture."
+            )
         super().__post_init__()
 
     def budgets(self) -> dict[str, int]:
@@ -183,6 +191,11 @@ class GroupingSettings(Settings):
             )
         for name in ("num_groups", "max_groups"):
             check_at_least(name, getattr(self, name), 1, optional=True)
+        if None not in (self.num_groups, self.max_groups) and self.num_groups > self.max_groups:
+            raise ConfigurationError(
+                f"num_groups={self.num_groups} is more than max_groups={self.max_groups}, which limits the number "
+                "where it is chosen. Leave one of them out."
+            )
         check_at_least("search_rows", self.search_rows, 1, optional=True)
         check_at_least("affinity_subsets", self.affinity_subsets, 1)
         check_number("group_cost", self.group_cost, 0)

@@ -241,8 +241,28 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
                 "group_initialization='baseline' the groups go on from the adapter for all tasks, which is predicted "
                 "from gradients there. Leave calibration_runs out."
             )
+        self._check_groups()
         super().__post_init__()
         self.check_order(self.grouping_method == "mixtures")
+
+    def _check_groups(self) -> None:
+        """Refuse settings that would have no effect, and a budget that no group would fit in."""
+        if self.sequential_groups and self.grouping_method != "mixtures":
+            raise ConfigurationError(
+                "sequential_groups=True chooses one mixture after the other; the groups of grouping_method="
+                f"{self.grouping_method!r} are chosen together. Set grouping_method='mixtures', or leave it out."
+            )
+        goes_on = self.group_initialization == "baseline"
+        # A number of steps is the same for every training, whatever it is trained on.
+        length = self.continued_length if goes_on else 1.0
+        left = (self.compute_budget or 0.0) - float(self.train_baseline)
+        if self.max_steps > 0 and self.grouping_method == "mixtures" and 0 < left < length:
+            remedy = f"continued_length to {left:g} or less" if goes_on else "num_train_epochs instead of max_steps"
+            raise ConfigurationError(
+                f"compute_budget={self.compute_budget} leaves {left:g} of a training for the groups, and with "
+                f"max_steps={self.max_steps} each of them takes {length:g}: none would be trained. Set {remedy}, or "
+                f"compute_budget to {length + float(self.train_baseline):g} or more."
+            )
 
     def _resolve_groups(self) -> None:
         """Fill in what `"auto"` stands for."""

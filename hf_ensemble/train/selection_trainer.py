@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ..errors import ConfigurationError
 from ..select import Selection
+from ..select.searches import checked_subset_size
 from ..tasks import TaskSet
 from .configs import SelectionConfig, SelectionSFTConfig
 from .flow_trainer import FlowTrainerMixin
@@ -42,6 +43,8 @@ class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
         if self.target not in tasks.names:
             raise ConfigurationError(f"Unknown target {self.target!r}; the tasks are {list(tasks)}.")
         args.check_tasks(len(tasks))
+        if args.selection_method == "exhaustive":
+            checked_subset_size(len(tasks) - 1, args.max_auxiliary)
 
     def _check_choice_by_answers(self, target: str) -> None:
         if target not in self.answer_metrics:

@@ -153,9 +153,12 @@ def test_baselines_stand_beside_every_result(selector, estimator):
         ({"target": None, "exclude": NAMES}, "nothing is left"),
         ({"target": "a", "max_auxiliary": -1}, "max_auxiliary has to be an integer of at least 0 or None, found -1"),
         ({"target": "a", "method": "random_ensemble", "threshold": np.inf}, "threshold has to be a finite number"),
-        ({"target": "a", "method": "mixture", "metric": "accuracy"}, "no other metric"),
-        ({"target": "a", "method": "mixture", "max_examples": 10}, "no other metric, budget"),
-        ({"target": "a", "method": "mixture", "include": ["a", "b"]}, "no other metric, budget or include"),
+        (
+            {"target": "a", "method": "mixture", "metric": "accuracy"},
+            "under max_auxiliary alone; found selection_metric='accuracy'",
+        ),
+        ({"target": "a", "method": "mixture", "max_examples": 10}, "under max_auxiliary alone; found max_examples=10"),
+        ({"target": "a", "method": "mixture", "include": ["a", "b"]}, "include requires .'b'."),
     ],
 )
 def test_what_cannot_be_asked_is_refused(selector, asked, message):

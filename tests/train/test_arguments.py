@@ -55,6 +55,53 @@ def test_bad_arguments_are_named(tmp_path, base_folder):
         trainer.push_to_hub()
 
 
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (
+            SelectionSFTConfig,
+            {"selection_method": "mixture", "selection_metric": "accuracy"},
+            "found selection_metric=",
+        ),
+        (SelectionSFTConfig, {"selection_method": "mixture", "max_examples": 5}, "found max_examples=5"),
+        (EnsembleSFTConfig, {"num_groups": 3, "max_groups": 2}, "num_groups=3 is more than max_groups=2"),
+        (EnsembleSFTConfig, {"num_groups": 2, "sequential_groups": True}, "sequential_groups=True chooses one mixture"),
+        (EnsembleSFTConfig, {"compute_budget": 1.5, "max_steps": 30}, "Set continued_length to 0.5 or less"),
+        (
+            EnsembleSFTConfig,
+            {"compute_budget": 1.5, "max_steps": 30, "group_initialization": "fresh"},
+            "num_train_epochs instead of max_steps, or compute_budget to 2 or more",
+        ),
+    ],
+)
+def test_what_would_be_without_effect_or_impossible_is_refused_at_once(tmp_path, config, changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        config(output_dir=str(tmp_path), bf16=False, **changes)
+
+
+def test_budgets_of_steps_that_groups_fit_in_are_taken(tmp_path):
+    for changes in ({"compute_budget": 2.0}, {"compute_budget": 1.0}, {"compute_budget": 1.5, "continued_length": 0.5}):
+        assert EnsembleSFTConfig(output_dir=str(tmp_path), bf16=False, max_steps=30, **changes).compute_budget
+
+
+def test_a_search_of_too_many_subsets_is_refused_before_anything_is_captured(tmp_path, base_folder):
+    tasks = {f"task_{k}": {"train": toy.sum_rows(6, k), "validation": toy.sum_rows(4, 50 + k)} for k in range(17)}
+
+    def made(**changes):
+        return SelectionSFTTrainer(
+            model=base_folder,
+            args=sft_config(tmp_path / "run", SelectionSFTConfig, selection_method="exhaustive", **changes),
+            train_dataset=split(tasks, "train"),
+            eval_dataset=split(tasks, "validation"),
+            peft_config=toy.lora(),
+            target="task_0",
+        )
+
+    with pytest.raises(ConfigurationError, match="16 optional tasks make 65536 subsets"):
+        made()
+    assert made(max_auxiliary=2).target == "task_0"
+
+
 @pytest.mark.parametrize("config", [EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig])
 def test_configs_are_parsed_from_flags_and_explain_themselves(config, tmp_path):
     flags = ["--output_dir", str(tmp_path), "--projection_dim", "64", "--use_cpu", "--bf16", "false"]

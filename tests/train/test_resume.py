@@ -1,5 +1,6 @@
 """Runs that are started again, killed, or found in the way."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -268,3 +269,17 @@ def test_an_old_record_is_not_taken_for_a_new_adapter(tmp_path, base_folder):
     (tmp_path / "adapter").rmdir()
     second = trainer.flow.training.run("one", ["diffs"], tmp_path / "adapter")
     assert list(second.mixture) == ["diffs"] and (tmp_path / "adapter").is_dir()
+
+
+def test_adapters_of_one_run_are_trained_by_as_many_processes(tmp_path, base_folder, trained):
+    trainer = sft_trainer(tmp_path / "run", base_folder, num_train_epochs=1)
+    trainer.open_run()
+    baseline = trainer.flow.training.run("baseline", list(trainer.tasks), tmp_path / "adapter")
+    assert baseline.batch_size == 4
+    # As if two processes had drawn the rows.
+    trainer.run_directory.write_trained_adapter(replace(baseline, batch_size=8))
+    with pytest.raises(
+        RunMismatchError, match="drew 8 rows at a time, .* and this one would draw 4: .* Start it with as"
+    ):
+        trainer.flow.training.run("group_0", ["sums"], tmp_path / "group")
+    assert trained == ["baseline"]

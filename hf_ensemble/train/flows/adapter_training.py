@@ -19,6 +19,7 @@ from ..._files import checksums, writing
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture.identity import parameter_fingerprint
 from ...ensemble.saving.files import save_adapter
+from ...errors import RunDivergedError, RunMismatchError
 from ...models.usage import FlopSamples
 from ...runs import TrainedAdapter
 from ...tasks import TASK
@@ -164,7 +165,8 @@ class AdapterTraining:
         weights = dict(mixture) if isinstance(mixture, Mapping) else dict.fromkeys(mixture, 1.0)
         origin = self.fingerprint(start)
         seed = args.seed if seed is None else seed
-        wanted = TrainedAdapter(name, weights, seed, origin, length=length, loss=loss.identity if loss else "own")
+        identity, batch_size = loss.identity if loss else "own", args.train_batch_size * args.world_size
+        wanted = TrainedAdapter(name, weights, seed, origin, length=length, loss=identity, batch_size=batch_size)
         begun, checkpoint = run_on_main(lambda: self._begun(wanted, folder, first_step))
         if begun.status == "done":
             return begun
@@ -185,13 +187,20 @@ class AdapterTraining:
                         resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self.ignore_keys_for_eval
                     )
                 trainer.accelerator.free_memory()
+            distance, loss_of_steps = self.distance(), float(result.training_loss)
+            if not math.isfinite(distance) or not math.isfinite(loss_of_steps):
+                raise RunDivergedError(
+                    f"The training {name!r} diverged: its loss is {loss_of_steps:g}, and its parameters have moved by "
+                    f"{distance:g}. Lower learning_rate or set max_grad_norm, with overwrite_run=True or another "
+                    "output_dir."
+                )
             trained = replace(
                 begun,
                 status="done",
                 num_examples=len(rows),
                 global_step=int(result.global_step),
-                training_loss=float(result.training_loss),
-                distance=self.distance(),
+                training_loss=loss_of_steps,
+                distance=distance,
                 total_flos=float(trainer.state.total_flos),
                 **usage_fields(trainer.training_usage),
                 num_parameters=self.num_parameters(),
@@ -217,6 +226,7 @@ class AdapterTraining:
         run = self.context.run
         known, work = run.trained_adapter(wanted.name), run.training(wanted.name)
         same = wanted.continues(known)
+        self._check_batch_size(wanted.batch_size, known if same else None)
         if same and known.status == "done" and folder.exists():
             known.check_files(folder)
             # A process that was killed may have left some.
@@ -229,6 +239,17 @@ class AdapterTraining:
         begun = replace(wanted, first_step=known.first_step if same else first_step)
         run.write_trained_adapter(begun)
         return begun, last_whole_checkpoint(work)
+
+    def _check_batch_size(self, size: int, known: TrainedAdapter | None) -> None:
+        """Refuse a training whose steps are of another number of rows than those that it goes on from or beside."""
+        others = [*self.context.run.trainings(), *([known] if known else [])]
+        other = next((own for own in others if own.batch_size != size), None)
+        if other is not None:
+            raise RunMismatchError(
+                f"The training {other.name!r} of this run drew {other.batch_size} rows at a time, by all processes "
+                f"together, and this one would draw {size}: it has another number of processes or GPUs. Start it with "
+                "as many, so that all adapters of the run are trained alike, or use another output_dir."
+            )
 
     def make_trainer(self, begun: TrainedAdapter, rows: Dataset, **changes: Any) -> Trainer:
         """An ordinary trainer for a training.

@@ -137,14 +137,17 @@ class SystemEvaluation:
             return {}
         with prediction_trainer(self.context, tables, ensemble) as trainer:
             found = {task: trainer.computed_metrics(task) for task in tables}
-        odd = sorted({name for own in found.values() for name, value in own.items() if not is_number(value)})
-        if odd:
-            logger.warning_once(
-                "compute_metrics returns %s, which are no numbers: they are not reported.", ", ".join(odd)
-            )
-        return {
-            task: {name: float(value) for name, value in own.items() if is_number(value)} for task, own in found.items()
-        }
+        for is_reported, what in ((is_number, "no numbers"), (math.isfinite, "not finite")):
+            odd = sorted({name for own in found.values() for name, value in own.items() if not is_reported(value)})
+            if odd:
+                logger.warning_once(
+                    "compute_metrics returns %s, which are %s: they are not reported.", ", ".join(odd), what
+                )
+            found = {
+                task: {name: float(value) for name, value in own.items() if is_reported(value)}
+                for task, own in found.items()
+            }
+        return found
 
     def speed(self, prefix: str, start: float, scores: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, float]:
         """Time since `start`, and the rows and batches that were scored in it, all systems together."""
