@@ -13,10 +13,13 @@ Tasks = str | Sequence[str | None] | None
 def tasks_of_rows(task: Tasks, batch_size: int) -> list[str | None]:
     """The task of each row.
 
+    Columns of datasets, arrays and series are taken as lists are.
+
     Raises:
         `EnsembleError`: for a list of another length than the batch, and for anything but names.
     """
-    tasks = list(task) if isinstance(task, (list, tuple)) else [task] * batch_size
+    task = task.tolist() if hasattr(task, "tolist") else task
+    tasks = list(task) if isinstance(task, Sequence) and not isinstance(task, str) else [task] * batch_size
     if not all(name is None or isinstance(name, str) for name in tasks):
         raise EnsembleError(f"Expected the name of a task, or one name for each row, found task={task!r:.60}.")
     if len(tasks) != batch_size:
