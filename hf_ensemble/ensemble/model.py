@@ -18,6 +18,7 @@ from .forward.generation import check_generation, generate_by_outputs
 from .forward.router import PromptRouter, check_router
 from .forward.routing import check_routing
 from .forward.routing_mixin import RoutingMixin
+from .forward.rows import model_inputs
 from .forward.scoring import answer_loss
 from .forward.scoring_mixin import ScoringMixin
 from .forward.summed import summed_weights
@@ -211,8 +212,9 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
         task: Tasks = None,
         routing: str | None = None,
         return_logits: bool = True,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | Seq2SeqLMOutput | SequenceClassifierOutput:
+    ) -> CausalLMOutputWithPast | Seq2SeqLMOutput | SequenceClassifierOutput | tuple:
         """The ensemble's logits, and the loss if labels are given.
 
         Args:
@@ -226,16 +228,19 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
             return_logits (`bool`, *optional*, defaults to `True`):
                 Set to `False` for the loss alone. Without gradients, logits are then made at the answers only, a few
                 tokens at a time.
+            return_dict (`bool`, *optional*): set to `False` for a tuple of what the output holds, the loss first.
             kwargs: further inputs of the base model. With `use_cache=True` the output holds `past_key_values` for the
                 next call.
 
         Returns:
             The base model's kind of output, logits of shape `(B, T, V)` or `(B, num_labels)`; a classifier's labels
             that are not in the row's label set are at minus infinity.
+
+        Raises:
+            `EnsembleError`: where hidden states or attentions are asked for, which an ensemble has none of.
         """
         base = self.model.get_base_model()
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        inputs = {key: value for key, value in inputs.items() if value is not None}
+        inputs = model_inputs({"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
         if not return_logits and labels is None:
             raise EnsembleError("return_logits=False leaves only the loss: expected labels, found none.")
         if self._is_encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
@@ -253,9 +258,11 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
             loss = None if labels is None else answer_loss(logits, labels, run.shift)
             classifies, logits = logits.dim() == 2, logits if return_logits else None
         if classifies:
-            return SequenceClassifierOutput(loss=loss, logits=logits)
-        kind = CausalLMOutputWithPast if run.shift else Seq2SeqLMOutput
-        return kind(loss=loss, logits=logits, past_key_values=cache)
+            output = SequenceClassifierOutput(loss=loss, logits=logits)
+        else:
+            kind = CausalLMOutputWithPast if run.shift else Seq2SeqLMOutput
+            output = kind(loss=loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
 
     @torch.no_grad()
     def generate(

@@ -13,16 +13,15 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 from ...errors import EnsembleError
 from .cache import EnsembleCache, cache_maker
 from .inference import MemberForward
-from .rows import batch_size_of
+from .rows import NO_STATES, batch_size_of
 
 _DEFAULT_NEW_TOKENS = 20
-_NO_STATES = "an ensemble has logits, but no attentions or hidden states of its own"
 _REFUSED_OPTIONS = {
-    "output_attentions": _NO_STATES,
-    "output_hidden_states": _NO_STATES,
-    "penalty_alpha": _NO_STATES,
-    "dola_layers": _NO_STATES,
-    "use_mtp": _NO_STATES,
+    "output_attentions": NO_STATES,
+    "output_hidden_states": NO_STATES,
+    "penalty_alpha": NO_STATES,
+    "dola_layers": NO_STATES,
+    "use_mtp": NO_STATES,
     "assistant_early_exit": "an ensemble has no logits after a part of its layers; use assistant_model or "
     "prompt_lookup_num_tokens",
     "token_healing": "it generates for one prompt after the other, whose tasks are not known; cut the prompts' last "

@@ -8,6 +8,9 @@ import torch
 
 from ...errors import EnsembleError
 
+# What a call may ask for that is not the ensemble's own.
+NO_STATES = "an ensemble has logits, but no attentions or hidden states of its own"
+_STATES = ("output_attentions", "output_hidden_states")
 # Inputs whose first dimension is not the batch, whatever its length.
 _SHARED_INPUTS = ("cache_position", "logits_to_keep")
 
@@ -61,6 +64,20 @@ class AdapterRows:
     def sizes(self) -> list[int]:
         """Number of rows of each adapter."""
         return [len(rows) for rows in self.rows]
+
+
+def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base model is called with: the inputs that are given, without the form of its output.
+
+    Raises:
+        `EnsembleError`: where attentions or hidden states are asked for.
+    """
+    for name in _STATES:
+        if inputs.get(name):
+            raise EnsembleError(
+                f"{name} cannot be set: {NO_STATES}. Call model.model, the PeftModel, for an adapter's."
+            )
+    return {key: value for key, value in inputs.items() if value is not None and key not in (*_STATES, "return_dict")}
 
 
 def batch_size_of(inputs: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ from ...models.inputs import is_encoder_decoder, prepare_inputs
 from ...tasks import AnswerScores
 from .combined_forward import CombinedForward
 from .inference import MemberForward
+from .rows import model_inputs
 from .scoring import MemberTokens
 from .task_weights import Tasks, label_mask
 
@@ -39,9 +40,9 @@ class ScoringMixin:
 
         Raises:
             `ScoringError`: for a row without an answer token, and for packed rows.
-            `EnsembleError`: for adapters that were deleted, replaced or merged.
+            `EnsembleError`: for adapters that were deleted, replaced or merged, and for hidden states or attentions.
         """
-        inputs, labels = self.prepare(inputs, labels)
+        inputs, labels = self.prepare(model_inputs(inputs), labels)
         check_answers(labels, not self._is_encoder_decoder)
         weights = self._routed_weights(task, routing, inputs, labels if labels.dim() == 2 else None)
         return self._combined_forward().scores(weights, inputs, labels, self._label_mask(task, len(weights)))
@@ -50,7 +51,7 @@ class ScoringMixin:
     def member_answers(self, labels: torch.Tensor, task: Tasks = None, **inputs: Any) -> Iterator[MemberTokens]:
         """Each member's own logits at the answers' tokens, a few tokens at a time; arguments as for [`score`]."""
         self.check_adapters()
-        inputs, labels = self.prepare(inputs, labels)
+        inputs, labels = self.prepare(model_inputs(inputs), labels)
         yield from self._combined_forward().member_tokens(inputs, labels, self._label_mask(task, len(labels)))
 
     def member_forward(self, combination: str | None = None) -> MemberForward:
@@ -59,7 +60,7 @@ class ScoringMixin:
 
     def weighted_logits(self, weights: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Logits `(B, T, V)` or `(B, num_labels)` with weights `(B, members)`, over all labels of a classifier."""
-        return self._combined_forward().logits(weights, inputs)[0]
+        return self._combined_forward().logits(weights, model_inputs(inputs))[0]
 
     def _combined_forward(self, names: Sequence[str] | None = None) -> CombinedForward:
         """Of all members by default."""

@@ -58,13 +58,20 @@ class TaskModel(nn.Module):
         """Whether the base model generates."""
         return self.ensemble.can_generate()
 
-    def forward(self, input_ids: torch.Tensor | None = None, labels: torch.Tensor | None = None, **inputs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> Any:
         """[`PeftEnsembleModel.forward`] for this task; a classifier's logits are `(B, number of the task's labels)`."""
         if self._labels is None:
-            return self.ensemble(input_ids=input_ids, labels=labels, task=self.task, **inputs)
+            return self.ensemble(input_ids=input_ids, labels=labels, task=self.task, return_dict=return_dict, **inputs)
         logits = self.ensemble(input_ids=input_ids, task=self.task, **inputs).logits[:, self._labels]
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        output = SequenceClassifierOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """[`PeftEnsembleModel.generate`] for this task."""
