@@ -19,7 +19,7 @@ from .forward.router import PromptRouter, check_router
 from .forward.routing import check_routing
 from .forward.routing_mixin import RoutingMixin
 from .forward.rows import model_inputs
-from .forward.scoring import answer_loss
+from .forward.scoring import answer_loss, check_values, values_loss, values_problem
 from .forward.scoring_mixin import ScoringMixin
 from .forward.summed import summed_weights
 from .forward.task_model import TaskModel
@@ -220,9 +220,10 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`): token ids.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
-            labels (`torch.Tensor` of shape `(B, T)` or `(B,)`, *optional*):
+            labels (`torch.Tensor` of shape `(B, T)`, `(B,)` or `(B, num_labels)`, *optional*):
                 As the base model takes them. The loss is the mean over the labels of the batch; for a classification
-                task only the task's own labels count.
+                task only the task's own labels count. With the `problem_type` `regression` or
+                `multi_label_classification` it is the base model's, of the combined logits.
             task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
             routing (`str`, *optional*): overrides the ensemble's own.
             return_logits (`bool`, *optional*, defaults to `True`):
@@ -237,25 +238,34 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
             that are not in the row's label set are at minus infinity.
 
         Raises:
-            `EnsembleError`: where hidden states or attentions are asked for, which an ensemble has none of.
+            `EnsembleError`: where hidden states or attentions are asked for, which an ensemble has none of, and for
+                labels of a `problem_type` that the combination has no loss for.
         """
         base = self.model.get_base_model()
         inputs = model_inputs({"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
         if not return_logits and labels is None:
             raise EnsembleError("return_logits=False leaves only the loss: expected labels, found none.")
+        problem = None
+        if labels is not None:
+            problem = values_problem(base, labels, self.label_space is not None)
+        if problem is not None:
+            check_values(problem, base, labels, self.combination, self.label_space is not None)
         if self._is_encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
-        weights = self._routed_weights(task, routing, inputs, labels)
+        weights = self._routed_weights(task, routing, inputs, None if problem else labels)
         cache = inputs.pop("past_key_values", None)
         if self.can_generate():
             inputs.setdefault("use_cache", cache is not None)
         mask = self._label_mask(task, len(weights))
         run, classifies = self._combined_forward(), labels is not None and labels.dim() == 1
-        if not return_logits and cache is None and not torch.is_grad_enabled():
+        if not return_logits and problem is None and cache is None and not torch.is_grad_enabled():
             logits, loss = None, -run.scores(weights, inputs, labels, mask).log_probs.mean()
         else:
             logits, cache = run.logits(weights, inputs, cache, mask)
-            loss = None if labels is None else answer_loss(logits, labels, run.shift)
+            if problem is not None:
+                loss = values_loss(problem, logits, labels)
+            else:
+                loss = None if labels is None else answer_loss(logits, labels, run.shift)
             classifies, logits = logits.dim() == 2, logits if return_logits else None
         if classifies:
             output = SequenceClassifierOutput(loss=loss, logits=logits)

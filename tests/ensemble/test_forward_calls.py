@@ -6,10 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from helpers import ensembles
+from helpers import ensembles, toy
 from helpers.member_kinds import KINDS, NAMES, TASKS, WEIGHTS, llama, make
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.errors import EnsembleError
+from hf_ensemble.tasks import LabelSpace
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,70 @@ def test_states_that_an_ensemble_lacks_are_refused(ensemble, batch, name):
         with pytest.raises(EnsembleError, match=f"{name} cannot be set: .* no attentions or hidden states"):
             call()
     assert ensemble(**batch, task="x", **{name: False}).logits is not None
+
+
+def classifier(num_labels, problem):
+    base = toy.bert(num_labels)
+    base.config.problem_type = problem
+    kinds = [{"task_type": "SEQ_CLS", "r": rank, "target_modules": ["query", "value"]} for rank in (4, 8, 2)]
+    return make(base.eval(), kinds, 0.4)
+
+
+PROBLEMS = {
+    "regression": (1, "regression", torch.tensor([0.3, -1.0, 2.0, 0.5])),
+    "regression, inferred": (1, None, torch.tensor([1, 0, 2, 1])),
+    "regression, a column": (1, "regression", torch.tensor([[0.3], [-1.0], [2.0], [0.5]])),
+    "several numbers": (3, "regression", torch.arange(12.0).view(4, 3)),
+    "several labels": (3, "multi_label_classification", torch.tensor([[0.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]])),
+    "several labels, inferred": (3, None, torch.tensor([[0.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]])),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("combination", ["logits", "weights"])
+@torch.no_grad()
+def test_the_loss_is_that_of_the_problem_type(batch, combination, problem):
+    num_labels, given, labels = PROBLEMS[problem]
+    model = classifier(num_labels, given)
+    # One adapter alone is that adapter.
+    ensemble = PeftEnsembleModel(model, NAMES, {"y": {"third": 1.0}, "x": WEIGHTS["x"]}, combination=combination)
+    found = ensemble(**batch, labels=labels, task="y")
+    short = ensemble(**batch, labels=labels, task="y", return_logits=False)
+    assert short.logits is None and torch.equal(short.loss, found.loss)
+    # Of several adapters, it is the loss of the combined logits.
+    output = ensemble(**batch, labels=labels, task="x")
+    model.set_adapter("third")
+    expected = model(**batch, labels=labels.float())
+    assert torch.allclose(found.loss, expected.loss, atol=1e-5) and torch.allclose(
+        found.logits, expected.logits, atol=1e-5
+    )
+    error = (output.logits - labels.view_as(output.logits)).square().mean()
+    if num_labels == 1 or given == "regression":
+        assert torch.allclose(output.loss, error, atol=1e-5)
+    assert torch.equal(output.loss, ensemble(**batch, labels=labels, task="x", return_dict=False)[0])
+
+
+def test_labels_without_a_loss_are_refused_before_the_model_runs(batch):
+    model = classifier(3, "multi_label_classification")
+    model.get_base_model().register_forward_pre_hook(lambda *_: pytest.fail("The model ran."))
+    labels, space = torch.ones(4, 3), LabelSpace(("a", "b", "c"), {"x": (0, 1), "y": (1, 2)})
+    plain = PeftEnsembleModel(model, NAMES, WEIGHTS)
+    for call, message in (
+        (
+            lambda: PeftEnsembleModel(model, NAMES, WEIGHTS, combination="probs")(**batch, labels=labels, task="x"),
+            "found the combination 'probs'",
+        ),
+        (
+            lambda: PeftEnsembleModel(model, NAMES, WEIGHTS, combination="log_probs")(**batch, labels=labels, task="x"),
+            "found the combination 'log_probs'",
+        ),
+        (
+            lambda: PeftEnsembleModel(model, NAMES, WEIGHTS, label_space=space)(**batch, labels=labels, task="x"),
+            "found tasks with label sets",
+        ),
+        (lambda: plain(**batch, labels=labels[:, :2], task="x"), r"labels of the shape \(4, 3\) .* found \(4, 2\)"),
+        (lambda: plain.score(labels, "x", **batch), "one class as the label of each row.*multi_label"),
+        (lambda: list(plain.member_answers(labels, "x", **batch)), "one class as the label of each row.*multi_label"),
+    ):
+        with pytest.raises(EnsembleError, match=message):
+            call()

@@ -11,7 +11,7 @@ from ...tasks import AnswerScores
 from .combined_forward import CombinedForward
 from .inference import MemberForward
 from .rows import model_inputs
-from .scoring import MemberTokens
+from .scoring import MemberTokens, check_one_label
 from .task_weights import Tasks, label_mask
 
 
@@ -43,6 +43,7 @@ class ScoringMixin:
             `EnsembleError`: for adapters that were deleted, replaced or merged, and for hidden states or attentions.
         """
         inputs, labels = self.prepare(model_inputs(inputs), labels)
+        self._check_one_label(labels)
         check_answers(labels, not self._is_encoder_decoder)
         weights = self._routed_weights(task, routing, inputs, labels if labels.dim() == 2 else None)
         return self._combined_forward().scores(weights, inputs, labels, self._label_mask(task, len(weights)))
@@ -52,6 +53,7 @@ class ScoringMixin:
         """Each member's own logits at the answers' tokens, a few tokens at a time; arguments as for [`score`]."""
         self.check_adapters()
         inputs, labels = self.prepare(model_inputs(inputs), labels)
+        self._check_one_label(labels)
         yield from self._combined_forward().member_tokens(inputs, labels, self._label_mask(task, len(labels)))
 
     def member_forward(self, combination: str | None = None) -> MemberForward:
@@ -70,6 +72,9 @@ class ScoringMixin:
     @property
     def _is_encoder_decoder(self) -> bool:
         return is_encoder_decoder(self.model)
+
+    def _check_one_label(self, labels: torch.Tensor) -> None:
+        check_one_label(self.model.get_base_model(), labels, self.label_space is not None)
 
     def _label_mask(self, task: Tasks, batch_size: int) -> torch.Tensor | None:
         return label_mask(task, batch_size, self.label_space, self.device)
