@@ -14,7 +14,7 @@ from ..models.answer_head import head_width
 from ..tasks import LabelSpace
 from .adapter_identity import AdapterIdentity
 from .forward.combination import check_combination
-from .forward.generation import check_generation, generate_by_outputs
+from .forward.generation import check_generation, generate_by_outputs, prompt_mask
 from .forward.router import PromptRouter, check_router
 from .forward.routing import check_routing
 from .forward.routing_mixin import RoutingMixin
@@ -291,7 +291,8 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`): prompts, padded on the left; `inputs` is an alias.
             task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                0 on padding; told by the padding token by default, unless that ends texts, too.
             routing (`str`, *optional*): overrides the ensemble's own.
             kwargs: see `GenerationMixin.generate`: greedy, sampling and beams, guidance by a negative prompt, assisted
                 decoding, streamers, stopping criteria, dynamic and static caches.
@@ -304,6 +305,8 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
         input_ids = inputs if input_ids is None else input_ids
         if input_ids is None:
             raise EnsembleError("Expected prompts in input_ids, found none.")
+        if attention_mask is None:
+            attention_mask = prompt_mask(base, input_ids, kwargs)
         prompts = {"input_ids": input_ids, "attention_mask": attention_mask}
         weights = self._routed_weights(task, routing, prompts)
         if self.combination == "weights":

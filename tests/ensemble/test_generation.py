@@ -174,6 +174,28 @@ def test_generation_config_decides_too(ensemble, batch):
     assert config.cache_implementation == "static"
 
 
+@pytest.mark.parametrize("combination", ["logits", "weights"])
+@torch.no_grad()
+def test_padding_without_a_mask_is_told_by_its_token(model, batch, combination):
+    ensemble = PeftEnsembleModel(model, NAMES, combination=combination, routing="prompt")
+    weights, route = [], ensemble._routed_weights
+    ensemble._routed_weights = lambda *arguments: weights.append(route(*arguments)) or weights[-1]
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for end in (2, [2, 3], None):
+        own = {"pad_token_id": 0, "eos_token_id": end, **options}
+        expected, found = ensemble.generate(**batch, **own), ensemble.generate(batch["input_ids"], **own)
+        assert torch.equal(weights[-1], weights[-2]) and torch.equal(expected.sequences, found.sequences)
+        assert all(torch.equal(own, other) for own, other in zip(expected.logits, found.logits))
+    # As everywhere in transformers, a token that ends texts is not taken for padding.
+    found = ensemble.generate(batch["input_ids"], pad_token_id=0, eos_token_id=[2, 0], **options)
+    ones = torch.ones_like(batch["input_ids"])
+    expected = ensemble.generate(
+        batch["input_ids"], attention_mask=ones, pad_token_id=0, eos_token_id=[2, 0], **options
+    )
+    assert torch.equal(weights[-1], weights[-2]) and torch.equal(found.sequences, expected.sequences)
+    assert not torch.equal(weights[-1], weights[0])
+
+
 @torch.no_grad()
 def test_decoding_by_hand_with_a_cache(ensemble, model, batch):
     expected = ensembles.greedy(
@@ -277,6 +299,7 @@ def test_encoder_decoder(t5, batch, combination, fused):
     expected = seq2seq_greedy(reference_logits(ensemble, t5, TASKS), batch, 6)
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         assert torch.equal(ensemble.generate(**batch, task=TASKS, **GREEDY, **options), expected), options
+    assert torch.equal(ensemble.generate(batch["input_ids"], task=TASKS, **GREEDY), expected)
     beams = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     with_cache = ensemble.generate(**batch, task=TASKS, **beams)
     assert torch.equal(with_cache, ensemble.generate(**batch, task=TASKS, **beams, use_cache=False))

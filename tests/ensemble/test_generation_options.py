@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, GenerationConfig, MistralConfig, MistralForCausalLM, StaticCache
 
 from helpers import ensembles, toy
 from hf_ensemble import PeftEnsembleModel
@@ -174,6 +174,38 @@ def test_options_that_an_ensemble_has_no_answer_to_are_refused(model, name):
         ensemble.generate(ids, **{name: REFUSED[name]})
     with pytest.raises(EnsembleError, match=f"{name} cannot be set|Expected {name} 'dynamic' or 'static'"):
         ensemble.generate(ids, generation_config=GenerationConfig(**{name: REFUSED[name]}))
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "hybrid", "sliding_window", "hybrid_chunked"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"generation_config": GenerationConfig(**STEPS)},
+        {"generation_config": GenerationConfig(**STEPS, cache_implementation="hybrid")},
+        {"cache_implementation": "static"},
+    ],
+)
+@torch.no_grad()
+def test_caches_that_checkpoints_ask_for(kind, given):
+    model = pair(toy.llama())
+    ensemble = PeftEnsembleModel(model, ["a", "b"], {"t": {"a": 0.4, "b": 0.6}})
+    ids = torch.tensor([[5, 6, 7, 5, 6]])
+    steps = {} if "generation_config" in given else STEPS
+    ensemble.generation_config.eos_token_id = None
+    expected = ensemble.generate(ids, task="t", **STEPS)
+    ensemble.generation_config.cache_implementation = kind
+    made = []
+    handle = model.get_base_model().model.register_forward_pre_hook(
+        lambda module, inputs, kwargs: made.append(type(kwargs["past_key_values"])), with_kwargs=True
+    )
+    assert torch.equal(ensemble.generate(ids, task="t", **steps, **given), expected)
+    handle.remove()
+    config = given.get("generation_config")
+    asked = given.get("cache_implementation") or (config and config.cache_implementation) or kind
+    is_static = asked not in ("dynamic", "hybrid")
+    assert set(made) == {StaticCache if is_static else DynamicCache}
+    assert ensemble.generation_config.cache_implementation == kind
 
 
 @pytest.mark.parametrize("fused", [True, False])

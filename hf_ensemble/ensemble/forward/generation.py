@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,9 @@ from .inference import MemberForward
 from .rows import NO_STATES, batch_size_of
 
 _DEFAULT_NEW_TOKENS = 20
+# Kinds of caches, and what transformers makes of them. Checkpoints of Gemma 2 and 3 ask for `hybrid`, which it drops.
+_CACHES = {None: "dynamic", "dynamic": "dynamic", "hybrid": "dynamic", "static": "static"}
+_CACHES |= {"sliding_window": "static", "hybrid_chunked": "static"}
 _REFUSED_OPTIONS = {
     "output_attentions": NO_STATES,
     "output_hidden_states": NO_STATES,
@@ -29,6 +33,14 @@ _REFUSED_OPTIONS = {
 }
 
 
+def _setting(base: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
+    """A setting as `generate` finds it: of the call, else of the configuration given to it, else of the model's own."""
+    if name in kwargs:
+        return kwargs[name]
+    given = getattr(kwargs.get("generation_config"), name, None)
+    return getattr(base.generation_config, name, None) if given is None else given
+
+
 def check_generation(base: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuse models and options that an ensemble cannot generate with.
 
@@ -40,10 +52,29 @@ def check_generation(base: nn.Module, kwargs: dict[str, Any]) -> None:
     for option in ("past_key_values", "encoder_outputs"):
         if kwargs.get(option) is not None:
             raise EnsembleError(f"{option} cannot be set: each adapter of an ensemble keeps its own states.")
-    config = kwargs.get("generation_config") or base.generation_config
     for option, reason in _REFUSED_OPTIONS.items():
-        if kwargs.get(option, getattr(config, option, None)):
+        if _setting(base, kwargs, option):
             raise EnsembleError(f"{option} cannot be set: {reason}.")
+
+
+def prompt_mask(base: nn.Module, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Attention mask `(B, T)` of prompts that came without one; `None` where nothing tells padding from text.
+
+    `generate` takes tokens for padding by the same rule, but tells nobody: the weights of the prompts would count them.
+
+    Args:
+        base (`PreTrainedModel`): the base model.
+        input_ids (`torch.Tensor` of shape `(B, T)`): prompts.
+        kwargs (`dict`): see `generate`.
+    """
+    pad, end = (_setting(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    takes_mask = "attention_mask" in inspect.signature(base.forward).parameters
+    if pad is None or not takes_mask or input_ids.dim() != 2 or input_ids.is_floating_point():
+        return None
+    padding = input_ids == int(pad)
+    # A text may hold its end itself.
+    is_end = end is not None and bool((torch.as_tensor(end) == int(pad)).any())
+    return None if is_end or not padding.any() else (~padding).long()
 
 
 def generate_by_outputs(
@@ -73,9 +104,7 @@ def generate_by_outputs(
     with run:
         if encoder_decoder:
             if attention_mask is None:
-                pad = getattr(base.config, "pad_token_id", None)
-                attention_mask = torch.ones_like(input_ids) if pad is None else (input_ids != pad).long()
-                kwargs["attention_mask"] = attention_mask
+                attention_mask = kwargs["attention_mask"] = torch.ones_like(input_ids)
             run.encode(base.get_encoder(), weights, {"input_ids": input_ids, "attention_mask": attention_mask})
             # `generate` reads their shape only; the adapters' own states replace them.
             empty = torch.zeros(*input_ids.shape, 1, device=input_ids.device)
@@ -87,19 +116,25 @@ def generate_by_outputs(
 def _cache(base: nn.Module, prompt_length: int, kwargs: dict[str, Any]) -> tuple[dict[str, Any], EnsembleCache | None]:
     """The arguments without those about the cache, and the cache that they ask for."""
     kwargs = dict(kwargs)
-    config = kwargs.get("generation_config") or base.generation_config
-    kind = kwargs.pop("cache_implementation", None) or config.cache_implementation
-    if config.cache_implementation is not None:
-        kwargs["generation_config"] = copy.deepcopy(config)
+    kind = _setting(base, kwargs, "cache_implementation")
+    kwargs.pop("cache_implementation", None)
+    given = kwargs.get("generation_config")
+    if getattr(given, "cache_implementation", None) is not None:
+        kwargs["generation_config"] = copy.deepcopy(given)
         kwargs["generation_config"].cache_implementation = None
-    if kind not in (None, "dynamic", "static"):
-        raise EnsembleError(f"Expected cache_implementation 'dynamic' or 'static', found {kind!r}.")
-    if not kwargs.get("use_cache", config.use_cache if config.use_cache is not None else True):
+    if base.generation_config.cache_implementation not in (None, "hybrid"):
+        # `generate` takes the model's own setting where none is given, and must not make a cache beside this one.
+        kwargs["cache_implementation"] = None
+    if kind not in _CACHES:
+        raise EnsembleError(
+            f"Expected cache_implementation 'dynamic' or 'static', found {kind!r}. Set one of them, or use_cache=False."
+        )
+    if _setting(base, kwargs, "use_cache") is False:
         return kwargs, None
     length = None
-    if kind == "static":
-        new = kwargs.get("max_new_tokens", config.max_new_tokens)
-        longest = kwargs.get("max_length", config.max_length) or 0
+    if _CACHES[kind] == "static":
+        new = _setting(base, kwargs, "max_new_tokens")
+        longest = _setting(base, kwargs, "max_length") or 0
         length = prompt_length + new if new is not None else max(longest, prompt_length + _DEFAULT_NEW_TOKENS)
     return kwargs, EnsembleCache(cache_maker(base.config, length))
 
