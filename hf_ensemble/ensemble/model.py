@@ -13,6 +13,7 @@ from ..errors import EnsembleError
 from ..models.answer_head import head_width
 from ..tasks import LabelSpace
 from .adapter_identity import AdapterIdentity
+from .forward.cache import cache_argument, check_cache
 from .forward.combination import check_combination
 from .forward.generation import check_generation, generate_by_outputs, prompt_mask
 from .forward.router import PromptRouter, check_router
@@ -231,7 +232,7 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
                 tokens at a time.
             return_dict (`bool`, *optional*): set to `False` for a tuple of what the output holds, the loss first.
             kwargs: further inputs of the base model. With `use_cache=True` the output holds `past_key_values` for the
-                next call.
+                next call, whatever the base model calls its states.
 
         Returns:
             The base model's kind of output, logits of shape `(B, T, V)` or `(B, num_labels)`; a classifier's labels
@@ -253,9 +254,11 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
         if self._is_encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
         weights = self._routed_weights(task, routing, inputs, None if problem else labels)
-        cache = inputs.pop("past_key_values", None)
+        given = [inputs.pop(name, None) for name in ("past_key_values", cache_argument(base.forward))]
+        cache = next((own for own in given if own is not None), None)
         if self.can_generate():
             inputs.setdefault("use_cache", cache is not None)
+            check_cache(base, inputs["use_cache"])
         mask = self._label_mask(task, len(weights))
         run, classifies = self._combined_forward(), labels is not None and labels.dim() == 1
         if not return_logits and problem is None and cache is None and not torch.is_grad_enabled():

@@ -1,13 +1,35 @@
 """Key-value caches of an ensemble: one per row and adapter, behind the interface of one cache."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
 
 from ...errors import EnsembleError
 from .fused import Stacks
 from .rows import AdapterRows
+
+
+def cache_argument(forward: Callable) -> str:
+    """What a base model's forward calls the states of earlier calls: `past_key_values`, or `cache_params` in Mamba."""
+    accepted = inspect.signature(forward).parameters
+    return "cache_params" if "cache_params" in accepted and "past_key_values" not in accepted else "past_key_values"
+
+
+def makes_caches(base: nn.Module) -> bool:
+    """Whether a base that generates keeps its states in a cache of transformers, of which each adapter may have one."""
+    return base._supports_default_dynamic_cache()
+
+
+def check_cache(base: nn.Module, use_cache: bool) -> None:
+    """Raise [`EnsembleError`] where a cache is asked for that the base does not have."""
+    if use_cache and not makes_caches(base):
+        raise EnsembleError(
+            f"Expected use_cache=False, found {use_cache!r}: {type(base).__name__} keeps states of a kind of its own, "
+            "which an ensemble cannot keep for each adapter. Pass the whole text in every call."
+        )
 
 
 def cache_maker(config: PreTrainedConfig, max_length: int | None = None) -> Callable[[], Cache]:
@@ -65,6 +87,11 @@ class EnsembleCache(DynamicCache):
         self._records_past = True
         for cache, _ in self.parts:
             _record_past(cache)
+
+    @property
+    def holds_states(self) -> bool:
+        """Whether a forward has filled it. Caches of recurrent states alone have no length to tell."""
+        return bool(self.parts)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max((int(cache.get_seq_length(layer_idx)) for cache, _ in self.parts), default=0)

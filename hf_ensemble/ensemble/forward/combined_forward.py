@@ -14,7 +14,7 @@ from ...models.inputs import is_encoder_decoder
 from ...models.sharding import is_sharded
 from ...tasks import AnswerScores, restrict_to_labels, score_answers
 from .answers import MemberAnswers
-from .cache import EnsembleCache, cache_maker
+from .cache import EnsembleCache, cache_argument, cache_maker
 from .inference import MemberForward
 from .routing import prompt_weights
 from .scoring import MemberTokens, ensemble_scores, member_tokens
@@ -68,8 +68,9 @@ class CombinedForward:
         if self.combination == "weights":
             stacks = kept_stacks(cache)
             with summed_weights(self.model, self.names, weights, stacks):
-                output = self.base.forward(**inputs, **({} if cache is None else {"past_key_values": cache}))
-            cache = getattr(output, "past_key_values", None)
+                name = cache_argument(self.base.forward)
+                output = self.base.forward(**inputs, **({} if cache is None else {name: cache}))
+            cache = getattr(output, name, None)
             keep_stacks(cache, stacks)
             logits = output.logits.float()
         else:

@@ -12,9 +12,12 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from ...errors import EnsembleError
-from .cache import EnsembleCache, cache_maker
+from ...logging import get_logger
+from .cache import EnsembleCache, cache_argument, cache_maker, makes_caches
 from .inference import MemberForward
 from .rows import NO_STATES, batch_size_of
+
+logger = get_logger(__name__)
 
 _DEFAULT_NEW_TOKENS = 20
 # Kinds of caches, and what transformers makes of them. Checkpoints of Gemma 2 and 3 ask for `hybrid`, which it drops.
@@ -98,7 +101,7 @@ def generate_by_outputs(
     encoder_decoder = base.config.is_encoder_decoder
     kwargs, cache = _cache(base, 1 if encoder_decoder else input_ids.shape[1], kwargs)
     if cache is not None:
-        kwargs["past_key_values"] = cache
+        kwargs[cache_argument(base.forward)] = cache
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask
     with run:
@@ -131,6 +134,12 @@ def _cache(base: nn.Module, prompt_length: int, kwargs: dict[str, Any]) -> tuple
         )
     if _setting(base, kwargs, "use_cache") is False:
         return kwargs, None
+    if not makes_caches(base):
+        logger.warning_once(
+            f"{type(base).__name__} keeps states of a kind of its own, which an ensemble cannot keep for each adapter: "
+            "every step runs on the whole text, which takes longer."
+        )
+        return {**kwargs, "use_cache": False}, None
     length = None
     if _CACHES[kind] == "static":
         new = _setting(base, kwargs, "max_new_tokens")
@@ -143,20 +152,23 @@ def _cache(base: nn.Module, prompt_length: int, kwargs: dict[str, Any]) -> tuple
 def _replaced_forward(base: nn.Module, run: MemberForward, weights: torch.Tensor) -> Iterator[None]:
     """While open, the base model's forward is the ensemble's."""
     patched: Callable | None = base.__dict__.get("forward")
+    name = cache_argument(base.forward)
     output = Seq2SeqLMOutput if base.config.is_encoder_decoder else CausalLMOutputWithPast
 
     @functools.wraps(base.forward)
-    def ensemble_forward(input_ids: Any = None, past_key_values: Any = None, **inputs: Any):
+    def ensemble_forward(input_ids: Any = None, **inputs: Any):
         if input_ids is not None:
             inputs["input_ids"] = input_ids
-        cache = past_key_values
+        cache = inputs.pop(name, None)
         if not isinstance(cache, EnsembleCache):
             # A second text beside the prompts, such as guidance by a negative prompt, starts with states of its own.
             wanted = cache is not None or inputs.get("use_cache")
             cache = EnsembleCache(cache_maker(base.config)) if wanted else None
         # Beams and returned sequences are adjacent: each row of the prompts becomes a run of rows.
         rows = weights.repeat_interleave(batch_size_of(inputs) // len(weights), dim=0)
-        return output(logits=run(rows, inputs, cache), past_key_values=cache)
+        # Of another name, `generate` keeps the cache itself.
+        states = {"past_key_values": cache} if name == "past_key_values" else {}
+        return output(logits=run(rows, inputs, cache), **states)
 
     base.forward = ensemble_forward
     try:

@@ -12,7 +12,7 @@ from ..._compat import preserve_active_adapter
 from ...errors import EnsembleError
 from ...logging import get_logger
 from .adapter_layers import CannotFuseError
-from .cache import EnsembleCache
+from .cache import EnsembleCache, cache_argument
 from .combination import CombinedOutputs
 from .fused import Stacks, grouped_adapters
 from .rows import AdapterRows, take_rows
@@ -58,6 +58,7 @@ class MemberForward:
         self.names = list(names)
         self.combination = combination
         self.fused = fused
+        self._cache_argument = cache_argument(forward)
         self._stacks = Stacks()
         self._restore = ExitStack()
         # While an encoder-decoder generates: the weights of the prompts and each adapter's encoder states.
@@ -118,7 +119,7 @@ class MemberForward:
 
     def _run(self, rows: AdapterRows, inputs, cache, read, stacks: Stacks) -> Iterator[MemberOutput]:
         if self.fused:
-            decoded = 0 if cache is None else cache.get_seq_length()
+            decoded = cache is not None and cache.holds_states
             try:
                 for k, values in enumerate(self._at_once(rows, inputs, cache, read, stacks)):
                     yield self._output(rows, k, values)
@@ -133,7 +134,7 @@ class MemberForward:
             own = take_rows(inputs, rows.rows[k], rows.batch_size)
             own.update(self._states(rows, k))
             if caches is not None:
-                own["past_key_values"] = caches[k]
+                own[self._cache_argument] = caches[k]
             self.model.set_adapter(name, inference_mode=True)
             yield self._output(rows, k, read(own))
 
@@ -144,7 +145,7 @@ class MemberForward:
         own = take_rows(inputs, rows.index, rows.batch_size)
         own.update(self._states(rows))
         if cache is not None:
-            (own["past_key_values"],) = cache.of(rows, fused=True)
+            (own[self._cache_argument],) = cache.of(rows, fused=True)
             stacks = stacks if torch.is_grad_enabled() else cache.stacks
         with grouped_adapters(self.model, rows.names, rows.sizes, stacks):
             return read(own).split(rows.sizes)
