@@ -13,7 +13,7 @@ from ..errors import EnsembleError
 from ..models.answer_head import head_width
 from ..tasks import LabelSpace
 from .adapter_identity import AdapterIdentity
-from .forward.cache import cache_argument, check_cache
+from .forward.cache import cache_argument, check_cache, holds_states, keep_weights, kept_weights
 from .forward.combination import check_combination
 from .forward.generation import check_generation, generate_by_outputs, prompt_mask
 from .forward.router import PromptRouter, check_router
@@ -24,7 +24,7 @@ from .forward.scoring import answer_loss, check_values, values_loss, values_prob
 from .forward.scoring_mixin import ScoringMixin
 from .forward.summed import summed_weights
 from .forward.task_model import TaskModel
-from .forward.task_weights import Tasks, check_known
+from .forward.task_weights import Tasks, check_known, tasks_of_rows
 from .members import (
     BaseModelReference,
     EnsembleMember,
@@ -232,7 +232,8 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
                 tokens at a time.
             return_dict (`bool`, *optional*): set to `False` for a tuple of what the output holds, the loss first.
             kwargs: further inputs of the base model. With `use_cache=True` the output holds `past_key_values` for the
-                next call, whatever the base model calls its states.
+                next call, whatever the base model calls its states, and with them the weights that the routing gave
+                the prompts.
 
         Returns:
             The base model's kind of output, logits of shape `(B, T, V)` or `(B, num_labels)`; a classifier's labels
@@ -253,9 +254,9 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
             check_values(problem, base, labels, self.combination, self.label_space is not None)
         if self._is_encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
-        weights = self._routed_weights(task, routing, inputs, None if problem else labels)
         given = [inputs.pop(name, None) for name in ("past_key_values", cache_argument(base.forward))]
         cache = next((own for own in given if own is not None), None)
+        weights = self._weights_of_call(task, routing, inputs, None if problem else labels, cache)
         if self.can_generate():
             inputs.setdefault("use_cache", cache is not None)
             check_cache(base, inputs["use_cache"])
@@ -265,6 +266,7 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
             logits, loss = None, -run.scores(weights, inputs, labels, mask).log_probs.mean()
         else:
             logits, cache = run.logits(weights, inputs, cache, mask)
+            keep_weights(cache, weights)
             if problem is not None:
                 loss = values_loss(problem, logits, labels)
             else:
@@ -276,6 +278,19 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
             kind = CausalLMOutputWithPast if run.shift else Seq2SeqLMOutput
             output = kind(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
+
+    def _weights_of_call(self, task: Tasks, routing: str | None, inputs, labels, cache: Any) -> torch.Tensor:
+        """Weights of the rows; those that a prompt decided stay for the tokens that follow it."""
+        routing = routing or self.routing
+        check_routing(routing)
+        if routing in (None, "default") or not holds_states(cache):
+            return self._routed_weights(task, routing, inputs, labels)
+        weights = self._routed_weights(task, "default", inputs)
+        tasks = tasks_of_rows(task, len(weights))
+        rows = [row for row, name in enumerate(tasks) if name not in self.weights]
+        if rows:
+            weights[rows] = kept_weights(cache, len(weights))[rows].to(weights)
+        return weights
 
     @torch.no_grad()
     def generate(

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedCon
 from ...errors import EnsembleError
 from .fused import Stacks
 from .rows import AdapterRows
+
+_WEIGHTS_ATTRIBUTE = "_hf_ensemble_weights"
 
 
 def cache_argument(forward: Callable) -> str:
@@ -30,6 +33,38 @@ def check_cache(base: nn.Module, use_cache: bool) -> None:
             f"Expected use_cache=False, found {use_cache!r}: {type(base).__name__} keeps states of a kind of its own, "
             "which an ensemble cannot keep for each adapter. Pass the whole text in every call."
         )
+
+
+def holds_states(cache: Any) -> bool:
+    """Whether a forward has filled the cache of earlier calls, the ensemble's or the base model's."""
+    if isinstance(cache, EnsembleCache):
+        return bool(cache.parts)
+    try:
+        return cache is not None and cache.get_seq_length() > 0
+    except ValueError:  # Recurrent states alone have no length.
+        return cache.has_previous_state()
+
+
+def keep_weights(cache: Any, weights: torch.Tensor) -> None:
+    """Keep the weights `(B, adapters)` of the rows for the next call, whose tokens alone do not tell them."""
+    if isinstance(cache, Cache):
+        setattr(cache, _WEIGHTS_ATTRIBUTE, weights)
+
+
+def kept_weights(cache: Any, batch_size: int) -> torch.Tensor:
+    """What [`keep_weights`] kept.
+
+    Raises:
+        `EnsembleError`: for a cache of another model, and for another number of rows.
+    """
+    weights = getattr(cache, _WEIGHTS_ATTRIBUTE, None)
+    if weights is None or len(weights) != batch_size:
+        found = "one without weights" if weights is None else f"weights of {len(weights)} rows"
+        raise EnsembleError(
+            f"Expected past_key_values of an earlier call, with the weights that the routing gave its {batch_size} "
+            f"prompts; found {found}. Pass task=, or start with past_key_values=None and the whole prompts."
+        )
+    return weights
 
 
 def cache_maker(config: PreTrainedConfig, max_length: int | None = None) -> Callable[[], Cache]:
@@ -87,11 +122,6 @@ class EnsembleCache(DynamicCache):
         self._records_past = True
         for cache, _ in self.parts:
             _record_past(cache)
-
-    @property
-    def holds_states(self) -> bool:
-        """Whether a forward has filled it. Caches of recurrent states alone have no length to tell."""
-        return bool(self.parts)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max((int(cache.get_seq_length(layer_idx)) for cache, _ in self.parts), default=0)

@@ -74,6 +74,11 @@ class CombinedForward:
             keep_stacks(cache, stacks)
             logits = output.logits.float()
         else:
+            if cache is not None and not isinstance(cache, EnsembleCache):
+                raise EnsembleError(
+                    f"Expected past_key_values of an earlier call of the ensemble, found {type(cache).__name__}: each "
+                    "adapter keeps its own states. Start with past_key_values=None and use_cache=True."
+                )
             if cache is None and inputs.get("use_cache"):
                 cache = EnsembleCache(cache_maker(self.base.config))
             with self.members() as run:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from ...errors import EnsembleError
 from ...logging import get_logger
-from .cache import EnsembleCache, cache_argument, cache_maker, makes_caches
+from .cache import EnsembleCache, cache_argument, cache_maker, keep_weights, makes_caches
 from .inference import MemberForward
 from .rows import NO_STATES, batch_size_of
 
@@ -166,6 +166,7 @@ def _replaced_forward(base: nn.Module, run: MemberForward, weights: torch.Tensor
             cache = EnsembleCache(cache_maker(base.config)) if wanted else None
         # Beams and returned sequences are adjacent: each row of the prompts becomes a run of rows.
         rows = weights.repeat_interleave(batch_size_of(inputs) // len(weights), dim=0)
+        keep_weights(cache, rows)
         # Of another name, `generate` keeps the cache itself.
         states = {"past_key_values": cache} if name == "past_key_values" else {}
         return output(logits=run(rows, inputs, cache), **states)

@@ -12,7 +12,7 @@ from ..._compat import preserve_active_adapter
 from ...errors import EnsembleError
 from ...logging import get_logger
 from .adapter_layers import CannotFuseError
-from .cache import EnsembleCache, cache_argument
+from .cache import EnsembleCache, cache_argument, holds_states
 from .combination import CombinedOutputs
 from .fused import Stacks, grouped_adapters
 from .rows import AdapterRows, take_rows
@@ -119,7 +119,7 @@ class MemberForward:
 
     def _run(self, rows: AdapterRows, inputs, cache, read, stacks: Stacks) -> Iterator[MemberOutput]:
         if self.fused:
-            decoded = cache is not None and cache.holds_states
+            decoded = holds_states(cache)
             try:
                 for k, values in enumerate(self._at_once(rows, inputs, cache, read, stacks)):
                     yield self._output(rows, k, values)
