@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from helpers import toy
 from helpers.ensembles import randomize_adapters
@@ -70,6 +71,23 @@ CALLS = {
     "tasks are numbers": ("forward", {"input_ids": IDS, "task": [0, 1]}, "or one name for each row, found task="),
     "unknown routing": ("forward", {"input_ids": IDS, "routing": "magic"}, "routing has to be one of"),
     "no loss": ("forward", {"input_ids": IDS, "return_logits": False}, "expected labels, found none"),
+    "tasks are a tensor": ("forward", {"input_ids": IDS, "task": torch.tensor([0, 1])}, "or one name for each row"),
+    "hidden states": (
+        "forward",
+        {"input_ids": IDS, "output_hidden_states": True},
+        "output_hidden_states cannot be set",
+    ),
+    "attentions": ("forward", {"input_ids": IDS, "output_attentions": True}, "output_attentions cannot be set"),
+    "cache of one model": (
+        "forward",
+        {"input_ids": IDS, "task": "x", "past_key_values": DynamicCache()},
+        "past_key_values of an earlier call of the ensemble, found DynamicCache",
+    ),
+    "kind of cache is unknown": (
+        "generate",
+        {"input_ids": IDS, "task": "x", "cache_implementation": "magic"},
+        "cache_implementation 'dynamic' or 'static', found 'magic'",
+    ),
     "no prompts": ("generate", {}, "Expected prompts in input_ids, found none"),
     "prompts for too many tasks": ("generate", {"input_ids": IDS, "task": ["x"] * 3}, "one task for each of 2 rows"),
     "no answer": ("score", {"input_ids": IDS, "labels": torch.full_like(IDS, -100)}, "an answer token in every row"),
