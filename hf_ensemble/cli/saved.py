@@ -5,6 +5,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..ensemble import PeftEnsembleModel
 from ..ensemble.saving.files import local_folder
+from ..models.inputs import is_encoder_decoder
 from .arguments import needed
 from .saved_arguments import SavedArguments
 
@@ -35,8 +36,8 @@ def tokenizer_of(arguments: SavedArguments, ensemble: PeftEnsembleModel, name: s
         source, revision = arguments.base_model, None
     else:
         source, revision = base.name_or_path, base.revision
-    # Answers follow the prompts directly.
-    side = "left" if ensemble.can_generate() else "right"
+    # Answers go on from a prompt's last token, unless a decoder of their own begins anew.
+    side = "left" if ensemble.can_generate() and not is_encoder_decoder(ensemble) else "right"
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side=side)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

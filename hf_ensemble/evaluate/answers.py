@@ -1,7 +1,7 @@
 """Answers that a model generates, and their scores."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,10 @@ class AnswerEvaluator:
     """Generates the answers of token tables and scores them.
 
     A row's prompt is what stands before its last stretch of answer tokens, its reference that stretch as text. Decoding
-    is greedy and ends at the end-of-sequence token; other settings (repetition penalties, suppressed tokens) are those
-    of the model's own generation configuration. Prompts are padded on the left, or where else nothing counts it. Under
-    a distributed launcher the processes share the rows, and each gets the scores of all. Modes and random state are
-    left as they were.
+    is greedy and ends at the end-of-sequence token of the model or of the tokenizer; other settings (repetition
+    penalties, suppressed tokens) are those of the model's own generation configuration. Prompts are padded on the left,
+    or where else nothing counts it. Under a distributed launcher the processes share the rows, and each gets the scores
+    of all. Modes and random state are left as they were.
 
     Args:
         model (`nn.Module`): what is put into evaluation mode and tells the device.
@@ -239,23 +239,27 @@ class AnswerEvaluator:
     def _settings(self, max_new_tokens: int) -> GenerationConfig:
         """Greedy decoding with the model's own generation settings otherwise."""
         settings = copy.deepcopy(getattr(self.model, "generation_config", None)) or GenerationConfig()
-        ends = self._ends()
+        ends = end_tokens(self.model, self.tokenizer)
         settings.update(**_GREEDY, max_new_tokens=max_new_tokens, eos_token_id=ends or None)
         pad = self.tokenizer.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
         settings.pad_token_id = pad if pad is not None else (ends or [0])[0]
         return settings
 
-    def _ends(self) -> list[int]:
-        """The end-of-sequence tokens of the model and of the tokenizer."""
-        own = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        known = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
-        return list(dict.fromkeys(token for token in known if token is not None))
-
     def _text(self, tokens: list[int]) -> str:
-        """What stands before the first end-of-sequence token."""
-        ends = set(self._ends())
-        first = next((position for position, token in enumerate(tokens) if token in ends), len(tokens))
-        return self.tokenizer.decode(tokens[:first], skip_special_tokens=True).strip()
+        return answer_text(tokens, end_tokens(self.model, self.tokenizer), self.tokenizer)
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end-of-sequence tokens of the model's generation configuration and of the tokenizer."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in known if token is not None))
+
+
+def answer_text(tokens: Sequence[int], ends: Collection[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before the first of the end tokens."""
+    first = next((position for position, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokenizer.decode(tokens[:first], skip_special_tokens=True).strip()
 
 
 def _unpadded(ids: list[int], batch: Mapping[str, Any]) -> list[int]:

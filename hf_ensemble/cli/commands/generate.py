@@ -7,7 +7,9 @@ import torch
 from rich.text import Text
 
 from ...ensemble import PeftEnsembleModel
+from ...evaluate.answers import answer_text, end_tokens
 from ...logging import get_logger
+from ...models.inputs import is_encoder_decoder
 from ...tasks.encoding import length_limit
 from ..arguments import needed
 from ..parsing import parse
@@ -68,9 +70,12 @@ def _answers(
     options: dict[str, Any] = {"task": tasks, "routing": arguments.routing}
     if ensemble.can_generate():
         ids = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        generated = ensemble.generate(**ids, **options, max_new_tokens=arguments.max_new_tokens, do_sample=False)
-        start = 0 if ensemble.config.is_encoder_decoder else batch["input_ids"].shape[1]
-        return [text.strip() for text in tokenizer.batch_decode(generated[:, start:], skip_special_tokens=True)]
+        ends = end_tokens(ensemble, tokenizer)
+        options |= {"max_new_tokens": arguments.max_new_tokens, "do_sample": False, "eos_token_id": ends or None}
+        generated = ensemble.generate(**ids, **options)
+        # A decoder's first token is its start token.
+        start = 1 if is_encoder_decoder(ensemble) else batch["input_ids"].shape[1]
+        return [answer_text(tokens, ends, tokenizer) for tokens in generated[:, start:].tolist()]
     labels = ensemble(**batch, **options).logits.argmax(-1).tolist()
     if ensemble.label_space is not None:
         return [ensemble.label_space.names[label] for label in labels]

@@ -67,6 +67,7 @@ class Loading:
         is_served_by_vllm (`bool`): whether vLLM serves the merged or only adapter.
         vocabulary (`int`, *optional*): tokens of the base, where its vocabulary was resized.
         needs_padding_token (`bool`): whether the tokenizer has none, or is unknown.
+        has_own_end (`bool`): whether the tokenizer beside the adapters has an end-of-sequence token.
     """
 
     load_from: str
@@ -81,6 +82,7 @@ class Loading:
     is_served_by_vllm: bool = False
     vocabulary: int | None = None
     needs_padding_token: bool = False
+    has_own_end: bool = False
     max_new_tokens: int = _MAX_NEW_TOKENS
 
     @property
@@ -149,7 +151,8 @@ def ensemble_loading(
         base=_public_reference(base),
         base_folder=public_name(base.name_or_path) or "",
         has_tokenizer=(folder / _TOKENIZER_FILE).is_file(),
-        needs_padding_token=_needs_padding_token(folder),
+        needs_padding_token=not _own_token(folder, "pad_token"),
+        has_own_end=_own_token(folder, "eos_token"),
         examples={task: (examples or {}).get(task) or f"A prompt {task and f'of {task}'}".strip() for task in tasks},
         members=[member.name for member in config.members],
         merged_rank=ranks if can_merge else {},
@@ -176,7 +179,8 @@ def adapter_loading(
         base=_public_reference(base),
         base_folder=public_name(base.name_or_path) or "",
         has_tokenizer=(folder / _TOKENIZER_FILE).is_file(),
-        needs_padding_token=_needs_padding_token(folder),
+        needs_padding_token=not _own_token(folder, "pad_token"),
+        has_own_end=_own_token(folder, "eos_token"),
         examples=examples,
         merged_rank={"": config.r} if is_served else {},
         is_served_by_vllm=is_served,
@@ -193,15 +197,15 @@ def model_loading(
         is_on_hub=repo_id is not None,
         base=_public_reference(base),
         base_folder=public_name(base.name_or_path) or "",
-        needs_padding_token=_needs_padding_token(folder),
+        needs_padding_token=not _own_token(folder, "pad_token"),
         examples=examples,
     )
 
 
-def _needs_padding_token(folder: Path) -> bool:
-    """Whether code has to give the tokenizer a token for padding: it has none, or is the base model's, unseen."""
+def _own_token(folder: Path, name: str) -> bool:
+    """Whether a tokenizer lies in a folder and has a special token; one of the base model is not looked at."""
     file = folder / _TOKENIZER_FILE
-    return not file.is_file() or not read_json(file).get("pad_token")
+    return file.is_file() and bool(read_json(file).get(name))
 
 
 def _public_reference(base: BaseModelReference) -> BaseModelReference:
