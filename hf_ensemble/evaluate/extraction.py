@@ -9,7 +9,8 @@ from ..errors import ConfigurationError
 # From a text to its final answer; `None` where it gives none.
 Extractor = Callable[[str], str | None]
 
-_NUMBER = r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+# A minus behind a word or another number is a hyphen, and a comma within a number has three digits behind it.
+_NUMBER = r"(?:(?<![\w%)])[-+])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 _AFTER_HASHES = re.compile(rf"####\s*({_NUMBER})")
 _ANYWHERE = re.compile(_NUMBER)
 # Up to the end of the line or the sentence; a full stop within a number ends neither.
@@ -17,11 +18,14 @@ _ANSWER_IS = re.compile(
     r"\bthe (?:final |correct )?answer is\s*:?\s*(.+?)\s*(?:\.(?=\s|$)|$)", re.IGNORECASE | re.MULTILINE
 )
 _LABELLED = r"(?i:\banswer(?:\s+is)?\s*:?\s*)"
+# "I think" and "I'm" are no choice of I, nor is "B-flat" one of B.
+_LETTER = r"([A-HJ-Z]|I(?![^\S\n]+\w))(?![^\W_]|[_'’-]\w)"
 _CHOICES = (
-    re.compile(_LABELLED + r"\(?([A-Z])(?!\w)"),
-    re.compile(r"\(([A-Z])\)"),
+    # In bold, quotes, brackets or as it is.
+    re.compile(r"(?i:\banswer[*_]*(?:\s+is)?)[\s:*_`\"'“‘$(\[]*" + _LETTER),
+    re.compile(r"(?:\(|(?<![^\W_])[*_`\[])[*_`]*([A-Z])[.):]?[*_`]*[*_`)\]]"),
     # A letter that stands first on its line, with a mark behind it or nothing: "A train leaves" is no choice of A.
-    re.compile(r"^\s*([A-Z])\s*(?:[).:]|$)", re.MULTILINE),
+    re.compile(r"^[\s*_`]*([A-Z])[*_`]*\s*(?:[).:]|$)", re.MULTILINE),
 )
 _YES_NO = (
     re.compile(_LABELLED + r"\W*(yes|no)\b", re.IGNORECASE),
@@ -52,7 +56,7 @@ def the_answer_is(text: str) -> str | None:
 
 
 def choice(text: str) -> str | None:
-    """The letter of a multiple choice: after "answer is" or "answer:", in brackets, or at the start of a line."""
+    """The letter of a multiple choice: after "answer is" or "answer:", in brackets or bold, or at a line's start."""
     for pattern in _CHOICES:
         found = pattern.search(text)
         if found is not None:
