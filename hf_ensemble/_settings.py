@@ -1,5 +1,6 @@
 """What the settings dataclasses of all stages share, and the checks of single values."""
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -89,6 +90,15 @@ def check_device(name: str, value: Any) -> None:
             f"{name} has to be a device of this machine that has float64, such as 'cpu' or 'cuda', or None, found "
             f"{value!r} ({reason})."
         ) from error
+
+
+def check_bitsandbytes() -> None:
+    """Raise `ConfigurationError` where bitsandbytes, by which a base model is to be quantized, is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigurationError(
+            "A base model is to be quantized by bitsandbytes, which is not installed. Run "
+            "pip install 'hf-ensemble[quantization]', or leave the quantization out."
+        )
 
 
 def checked_names(

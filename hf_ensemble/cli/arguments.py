@@ -247,6 +247,22 @@ def needed(command: str, **given: Any) -> None:
         raise ConfigurationError(f"Expected {' and '.join(lacking)}; see hf-ensemble {command} --help.")
 
 
+def dtype_named(name: str | None) -> Any:
+    """The type of torch that `dtype` names; `"auto"` and `None` as they are.
+
+    Raises:
+        `ConfigurationError`: for anything else.
+    """
+    if name in ("auto", None):
+        return name
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigurationError(f"dtype has to be 'auto' or a type of torch such as 'bfloat16', found {name!r}.")
+    return found
+
+
 def answer_metrics(text: str | None) -> str | dict[str, Any] | None:
     """What `answer_metrics` says: settings by task where it is JSON, else what to extract from every task's answers.
 

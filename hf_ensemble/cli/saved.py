@@ -19,7 +19,7 @@ def loaded_ensemble(arguments: SavedArguments, command: str) -> PeftEnsembleMode
     """
     needed(command, ensemble=arguments.ensemble)
     ensemble = PeftEnsembleModel.from_pretrained(
-        arguments.ensemble, revision=arguments.revision, base_model=arguments.base_model
+        arguments.ensemble, revision=arguments.revision, base_model=arguments.base_model, **arguments.loading()
     )
     return ensemble.to(torch.accelerator.current_accelerator() or "cpu")
 
@@ -38,7 +38,9 @@ def tokenizer_of(arguments: SavedArguments, ensemble: PeftEnsembleModel, name: s
         source, revision = base.name_or_path, base.revision
     # Answers go on from a prompt's last token, unless a decoder of their own begins anew.
     side = "left" if ensemble.can_generate() and not is_encoder_decoder(ensemble) else "right"
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side=side)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, revision=revision, padding_side=side, trust_remote_code=arguments.trust_remote_code
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -1,10 +1,14 @@
 """Flags of the commands that work on what a run has saved."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from .._settings import check_at_least, check_one_of
+from transformers import BitsAndBytesConfig
+
+from .._settings import check_at_least, check_bitsandbytes, check_one_of
 from ..ensemble.forward.routing import ROUTINGS
 from ..ensemble.merging.merge import METHODS
+from .arguments import dtype_named
 
 
 @dataclass
@@ -16,6 +20,20 @@ class SavedArguments:
     base_model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the base model, where it is not where the ensemble says."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that the base model's repository comes with."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Precision of the base model, such as bfloat16; its checkpoint's by default."}
+    )
+
+    def __post_init__(self):
+        dtype_named(self.dtype)
+
+    def loading(self) -> dict[str, Any]:
+        """Arguments of the base model's `from_pretrained`."""
+        dtype = {} if self.dtype is None else {"dtype": dtype_named(self.dtype)}
+        return {"trust_remote_code": self.trust_remote_code, **dtype}
 
 
 @dataclass
@@ -37,12 +55,25 @@ class GenerateArguments(SavedArguments):
     )
     max_new_tokens: int = field(default=64, metadata={"help": "Maximum number of new tokens."})
     batch_size: int = field(default=8, metadata={"help": "Prompts at a time."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the base model, as in training (QLoRA)."})
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.load_in_4bit:
+            check_bitsandbytes()
         if self.routing is not None:
             check_one_of("routing", self.routing, ROUTINGS)
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         check_at_least("batch_size", self.batch_size, 1)
+
+    def loading(self) -> dict[str, Any]:
+        """With 4 bits as trl quantizes the base of a training."""
+        found = super().loading()
+        if self.load_in_4bit:
+            dtype = found.get("dtype", "auto")
+            types = {} if dtype == "auto" else {"bnb_4bit_compute_dtype": dtype}
+            found["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **types)
+        return found
 
 
 @dataclass
@@ -60,6 +91,7 @@ class MergeArguments(SavedArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         check_at_least("rank", self.rank, 1, optional=True)
         check_one_of("method", self.method, METHODS)
 
@@ -74,6 +106,7 @@ class ExportArguments(SavedArguments):
     num_shards: int = field(default=1, metadata={"help": "GPUs that LoRAX shards the base model over."})
 
     def __post_init__(self):
+        super().__post_init__()
         check_at_least("rank", self.rank, 1, optional=True)
         check_at_least("num_shards", self.num_shards, 1)
 

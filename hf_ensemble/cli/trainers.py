@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, get_quantization_config
@@ -26,7 +25,7 @@ from ..train import (
 )
 from ..train.inputs.datasets import with_held_out_rows
 from ..train.inputs.supported import names_encoder_decoder
-from .arguments import DataArguments, answer_metrics, needed
+from .arguments import DataArguments, answer_metrics, dtype_named, needed
 from .data import tasks_of
 from .parsing import parse
 from .words import Words
@@ -135,7 +134,7 @@ def build_trainer(
         check(args)
     if max_held_out is not None:
         tasks = with_held_out_rows(tasks, args.validation_fraction, args.seed, max_held_out)
-    args.model_init_kwargs = {**_loading_arguments(model_arguments), **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = {**_loading_arguments(model_arguments, args), **(args.model_init_kwargs or {})}
     options: dict[str, Any] = {"answer_metrics": answer_metrics} | ({} if target is None else {"target": target})
     quantization = get_quantization_config(model_arguments)
     if not is_plain:
@@ -169,14 +168,13 @@ def _modules(named: str | list[str] | None) -> str | list[str] | None:
     return [named] if isinstance(named, str) and named != "all-linear" and re.fullmatch(r"[\w.]+", named) else named
 
 
-def _loading_arguments(model_arguments: ModelConfig) -> dict[str, Any]:
+def _loading_arguments(model_arguments: ModelConfig, args: TrainingArguments) -> dict[str, Any]:
     """Arguments of `from_pretrained`, as trl's own scripts pass them."""
-    dtype = model_arguments.dtype
-    if dtype not in ("auto", None) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigurationError(f"dtype has to be 'auto' or a type of torch such as 'bfloat16', found {dtype!r}.")
+    # A field of trl's ModelConfig or of its SFTConfig, depending on the version.
+    trusted = any(getattr(own, "trust_remote_code", False) for own in (model_arguments, args))
     return {
         "revision": model_arguments.model_revision,
-        "trust_remote_code": getattr(model_arguments, "trust_remote_code", False),
+        "trust_remote_code": trusted,
         "attn_implementation": model_arguments.attn_implementation,
-        "dtype": dtype if dtype in ("auto", None) else getattr(torch, dtype),
+        "dtype": dtype_named(model_arguments.dtype),
     }

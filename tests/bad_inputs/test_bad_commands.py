@@ -230,13 +230,16 @@ FLAGS = {
         "switch is text": (["--overlapping_groups", "perhaps"], STORE, "Truthy value expected: got perhaps"),
     },
     "generate": {
+        "type is unknown": (["--dtype", "float33"], [], "dtype has to be 'auto' or a type of torch.*found 'float33'"),
         "routing is unknown": (["--routing", "best"], [], "routing has to be one of .*'prompt'.*found 'best'"),
         "unknown setting": (["--config={w}/unknown.yaml"], [], "Unknown arguments: --speed, in .*unknown.yaml"),
     },
     "merge": {
         "method is unknown": (["--method", "mean"], [], "method has to be one of .*'ties'.*found 'mean'"),
+        "quantized base": (["--load_in_4bit"], [], "Unknown arguments: --load_in_4bit. See hf-ensemble merge --help"),
     },
     "export": {
+        "type is unknown": (["--dtype", "float33"], [], "dtype has to be 'auto' or a type of torch.*found 'float33'"),
         "shards are 0": (["--num_shards", "0"], [], "num_shards has to be a positive integer, found 0"),
     },
     "demo": {

@@ -1,7 +1,6 @@
 """What a run of several trainings cannot finish, found before anything is trained."""
 
 import difflib
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from trl import SFTTrainer
 
+from ..._settings import check_bitsandbytes
 from ...ensemble.adapter_kinds import adapter_obstacle
 from ...ensemble.saving.adapter_tensors import embedding_layers
 from ...ensemble.saving.files import base_reference
@@ -88,11 +88,8 @@ def check_quantization(quantization_config: Any, args: Any) -> None:
     given = asked if isinstance(asked, dict) else getattr(asked, "__dict__", {})
     method = given.get("quant_method")
     bits = given.get("load_in_4bit") or given.get("load_in_8bit") or getattr(method, "value", method) == "bitsandbytes"
-    if bits and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigurationError(
-            "A base model is to be quantized by bitsandbytes, which is not installed. Run "
-            "pip install 'hf-ensemble[quantization]', or leave the quantization out."
-        )
+    if bits:
+        check_bitsandbytes()
 
 
 def check_model_folder(name: str) -> None:
