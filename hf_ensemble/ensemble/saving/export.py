@@ -14,8 +14,7 @@ from ..._settings import check_at_least, checked_names, checked_path
 from ...errors import EnsembleError
 from ...models.inputs import is_encoder_decoder
 from ..members import BaseModelReference
-from .auto_classes import auto_class_of
-from .files import base_reference
+from .files import loaded_base
 from .lorax import lorax_obstacles, lorax_rank
 from .vocabulary import is_resized
 
@@ -125,12 +124,7 @@ def _served_base(ensemble: nn.Module) -> BaseModelReference:
             "Expected an ensemble of a causal language model to export, found the encoder-decoder "
             f"{type(ensemble.model.get_base_model()).__name__}. Load it in Python instead."
         )
-    base = ensemble.base_model_reference
-    if auto_class_of(ensemble.model.get_base_model()) is not None:
-        loaded = base_reference(ensemble.model)
-        # The one that the ensemble was saved with may be gone.
-        if loaded.name_or_path and loaded.name_or_path != base.name_or_path:
-            base = loaded
+    base = loaded_base(ensemble.base_model_reference, ensemble.model)
     if not base.name_or_path:
         raise EnsembleError(
             "vLLM loads the base model by its folder or Hub id, and this ensemble's base has neither. Save the base "

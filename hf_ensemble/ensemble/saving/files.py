@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def base_reference(model: PeftModel) -> BaseModelReference:
         labels=_label_names(base.config) if is_classifier else None,
         problem_type=getattr(base.config, "problem_type", None) if is_classifier else None,
     )
+
+
+def loaded_base(saved: BaseModelReference, model: PeftModel) -> BaseModelReference:
+    """The base that an ensemble names, at the place where the one of its model was loaded from.
+
+    The place that it was saved with may be gone. Where both have the same name, the revision is the saved one.
+    """
+    base = model.get_base_model()
+    own = None if auto_class_of(base) is None else base_reference(model)
+    if own is None or own.name_or_path in ("", saved.name_or_path):
+        return saved
+    return replace(saved, name_or_path=own.name_or_path, revision=own.revision)
 
 
 def _label_names(config: PreTrainedConfig) -> list[str] | None:

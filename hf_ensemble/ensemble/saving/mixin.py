@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from peft import PeftModel
 from torch import nn
 
 from ..._cards import CARD
@@ -28,13 +27,13 @@ from ..members import (
     plain_weights,
     standing_alone,
 )
-from .auto_classes import AUTO_CLASS_OF_TASK, auto_class_of
+from .auto_classes import AUTO_CLASS_OF_TASK
 from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
 from .files import (
-    base_reference,
     load_adapter,
     load_base,
     load_ensemble,
+    loaded_base,
     local_folder,
     save_ensemble,
 )
@@ -236,7 +235,7 @@ class SavingMixin:
             revision (`str`, *optional*): branch, tag or commit of a Hub id; separate adapters have their own, see
                 [`AdapterSource`].
             base_model (`str` or `PreTrainedModel`, *optional*):
-                Overrides the base that the ensemble names; one that names none is saved with the name of this one.
+                In place of the base that the ensemble names. What is saved, merged or exported later names this one.
             token (`str`, *optional*): Hub token.
             model_kwargs: passed to the base model's `from_pretrained` (`dtype`, `device_map`, `quantization_config`,
                 ...). Code of the base's repository runs only with `trust_remote_code=True` here.
@@ -254,13 +253,18 @@ class SavingMixin:
             return cls.from_adapters(base_model, name_or_path, token=token, model_kwargs=model_kwargs)
         folder = checked_path("name_or_path", name_or_path, EnsembleLoadError)
         model, config = load_ensemble(str(folder), revision, base_model, token, model_kwargs)
+        base = config.base_model if base_model is None else loaded_base(config.base_model, model)
+        if base != config.base_model:
+            for member in config.members:
+                own = model.peft_config[member.name]
+                own.base_model_name_or_path, own.revision = base.name_or_path, base.revision
         ensemble = cls(
             model,
             config.members,
             config.weights,
             config.default_weights,
             None if config.label_space is None else LabelSpace.from_dict(config.label_space),
-            _known_base(config.base_model, model),
+            base,
             config.combination,
             config.routing,
             config.scales,
@@ -269,14 +273,6 @@ class SavingMixin:
         if config.tags:
             ensemble.add_model_tags(config.tags)
         return ensemble
-
-
-def _known_base(saved: BaseModelReference, model: PeftModel) -> BaseModelReference:
-    """The base that an ensemble names, or else the one that it was loaded with."""
-    if saved.name_or_path or auto_class_of(model.get_base_model()) is None:
-        return saved
-    own = base_reference(model)
-    return replace(saved, name_or_path=own.name_or_path, revision=own.revision)
 
 
 def _named_base(folders: Mapping[str, Path], override: str | None) -> BaseModelReference:
