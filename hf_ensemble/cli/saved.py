@@ -4,7 +4,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..ensemble import PeftEnsembleModel
-from ..ensemble.saving.files import local_folder
+from ..ensemble.saving.loading import local_folder
 from ..models.inputs import is_encoder_decoder
 from .arguments import needed
 from .saved_arguments import SavedArguments

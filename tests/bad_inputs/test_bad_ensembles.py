@@ -169,6 +169,13 @@ FILES = {
     "a file": (load(lambda folder: folder / "file"), "file"),
     "None": (load(None), "Expected name_or_path as a path, found None"),
     "a number": (load(3), "Expected name_or_path as a path, found 3"),
+    "subfolder leads out": (load("folder", subfolder="../x"), "The subfolder '../x' leads out of 'folder'"),
+    "subfolder of adapters": (load({"x": "a"}, subfolder="b"), "no subfolder of separate adapters, found 'b'"),
+    "pickled base": (load("folder", use_safetensors=False), "from safetensors, .* found use_safetensors=False"),
+    "arguments of a loaded base": (
+        load("folder", base_model=nn.Linear(1, 1), dtype="auto"),
+        r"base_model=Linear\(...\), which is loaded, found \['dtype'\]. Load it with them",
+    ),
     "no adapters": (load({}), "Expected at least one adapter, found none"),
     "adapter leads out": (load({"../x": "folder"}), "is not a valid folder name"),
     "adapter is missing": (load({"x": "no/such/folder"}), "no/such/folder"),

@@ -1,4 +1,4 @@
-"""Ensembles on disk and on the Hub: a configuration and plain PEFT adapters."""
+"""Ensembles on disk: a configuration and plain PEFT adapters."""
 
 import contextlib
 import shutil
@@ -7,13 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedConfig
@@ -22,13 +19,13 @@ from ..._cards import CARD
 from ..._compat import tied_modules_under_adapters
 from ..._files import remove_leftovers, write_folder_atomically, write_json, writing
 from ...errors import EnsembleLoadError
-from ...models import LabelSimilarityForSequenceClassification
 from ..members import BaseModelReference
 from .adapter_check import check_adapter
 from .adapter_tensors import embedding_layers
 from .auto_classes import AUTO_CLASSES, CLASSIFIER, auto_class_of
 from .card import write_saved_card
-from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, CONFIG_NAME, SavedEnsembleConfig
+from .ensemble_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS_FOLDER, SavedEnsembleConfig
+from .loading import check_loading, download_options, load_base, local_folder
 from .untrusted import read_object
 from .vocabulary import fit_vocabulary, resized_embeddings
 
@@ -213,9 +210,11 @@ def load_ensemble(
     base_model: "str | nn.Module | None",
     token: str | None,
     model_kwargs: dict[str, Any],
+    subfolder: str = "",
 ) -> tuple[PeftModel, SavedEnsembleConfig]:
     """Base model with all adapters, and the configuration; see `PeftEnsembleModel.from_pretrained`."""
-    folder = local_folder(name_or_path, revision, token)
+    check_loading(base_model, model_kwargs)
+    folder = local_folder(name_or_path, revision, token, subfolder, **download_options(model_kwargs))
     config = SavedEnsembleConfig.load(folder)
     if base_model is None and not Path(name_or_path).is_dir() and Path(config.base_model.name_or_path).is_absolute():
         raise EnsembleLoadError(
@@ -231,69 +230,3 @@ def load_ensemble(
         config.check_adapter_files(name, folder)
         model = load_adapter(model, own, name, folder)
     return model, config
-
-
-def local_folder(name_or_path: str, revision: str | None, token: str | None, subfolder: str = "") -> Path:
-    """The folder, or a snapshot of the Hub id: configurations and safetensors, no pickles, no code.
-
-    Raises:
-        `EnsembleLoadError`: for anything else, and for a subfolder that leads out of it.
-    """
-    parts = Path(subfolder).parts
-    if Path(subfolder).is_absolute() or ".." in parts:
-        raise EnsembleLoadError(f"The subfolder {subfolder!r} leads out of {name_or_path!r}.")
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path, *parts)
-    patterns = ["*.json", "*.safetensors", f"{ADAPTERS_FOLDER}/*/*.json", f"{ADAPTERS_FOLDER}/*/*.safetensors"]
-    if parts:
-        patterns = [f"{'/'.join(parts)}/*.json", f"{'/'.join(parts)}/*.safetensors"]
-    try:
-        snapshot = snapshot_download(name_or_path, revision=revision, token=token, allow_patterns=patterns)
-        return Path(snapshot, *parts)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise EnsembleLoadError(
-            f"{name_or_path!r} is neither a folder nor a repository that can be downloaded: {error}"
-        ) from error
-
-
-def load_base(
-    reference: BaseModelReference, override: str | None, token: str | None, model_kwargs: dict[str, Any]
-) -> nn.Module:
-    """The base model, from safetensors; code of its repository runs only with `trust_remote_code` in `model_kwargs`.
-
-    Raises:
-        `EnsembleLoadError`: for an unknown class, and for a base that cannot be loaded from safetensors.
-    """
-    if reference.auto_class not in AUTO_CLASSES.values():
-        raise EnsembleLoadError(f"{CONFIG_NAME} names the unknown model class {reference.auto_class!r}.")
-    name = override or reference.name_or_path
-    if not name:
-        raise EnsembleLoadError(
-            "The ensemble does not name its base model: it was trained from a folder of another machine. Pass "
-            "base_model=."
-        )
-    kwargs = {"trust_remote_code": False, **model_kwargs}
-    if override is None and reference.revision is not None:
-        kwargs.setdefault("revision", reference.revision)
-    if reference.label_head is None:
-        for key, value in _classifier_arguments(reference).items():
-            kwargs.setdefault(key, value)
-    kwargs |= {"token": token, "use_safetensors": True}
-    try:
-        if reference.label_head is not None:
-            return LabelSimilarityForSequenceClassification.from_head(name, reference.label_head, **kwargs)
-        return getattr(transformers, reference.auto_class).from_pretrained(name, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise EnsembleLoadError(
-            f"The base model {name!r} cannot be loaded: {error} Pass base_model= if it is somewhere else."
-        ) from error
-
-
-def _classifier_arguments(reference: BaseModelReference) -> dict[str, Any]:
-    """What a classifier's configuration says beside its checkpoint's."""
-    given = {key: getattr(reference, key) for key in ("num_labels", "pad_token_id", "problem_type")}
-    found = {key: value for key, value in given.items() if value is not None}
-    if reference.labels is not None:
-        found["id2label"] = dict(enumerate(reference.labels))
-        found["label2id"] = {name: number for number, name in enumerate(reference.labels)}
-    return found

@@ -29,14 +29,8 @@ from ..members import (
 )
 from .auto_classes import AUTO_CLASS_OF_TASK
 from .ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
-from .files import (
-    load_adapter,
-    load_base,
-    load_ensemble,
-    loaded_base,
-    local_folder,
-    save_ensemble,
-)
+from .files import load_adapter, load_ensemble, loaded_base, save_ensemble
+from .loading import check_loading, download_options, load_base, local_folder
 from .pushing import push_ensemble
 from .untrusted import checked_file, read_object
 from .vocabulary import fit_vocabulary
@@ -89,7 +83,13 @@ class SavingMixin:
         )
 
     def save_pretrained(
-        self, save_directory: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
+        **kwargs: Any,
     ) -> None:
         """Write `ensemble_config.json`, one plain PEFT adapter per member, safetensors only, and a model card.
 
@@ -101,22 +101,32 @@ class SavingMixin:
             push_to_hub (`bool`, *optional*, defaults to `False`):
                 Whether to upload it too, with what an author has written into the folder's card.
             repo_id (`str`, *optional*): repository to upload to; called after the folder by default.
+            safe_serialization (`bool`, *optional*, defaults to `True`): has to be `True`, see above.
+            is_main_process (`bool`, *optional*, defaults to `True`):
+                Whether this process writes and uploads; the others of a distributed run pass `False`.
             kwargs: further arguments of [`push_to_hub`].
 
         Raises:
-            `EnsembleError`: for adapters that were deleted, replaced or merged.
+            `EnsembleError`: for adapters that were deleted, replaced or merged, and for `safe_serialization=False`.
             `WriteError`: where the folder cannot be written.
             `PushError`: as [`push_to_hub`]; the folder is saved then.
             `ConfigurationError`: for arguments that [`push_to_hub`] does not take.
         """
         folder = checked_path("the folder to save into", save_directory, EnsembleError)
+        if not safe_serialization:
+            raise EnsembleError(
+                "Adapters are written as safetensors, since reading a pickle may run code; found "
+                "safe_serialization=False. Leave it out."
+            )
+        check_options(self.push_to_hub, kwargs, "push_to_hub")
         if not push_to_hub and (repo_id is not None or kwargs):
             raise EnsembleError(
                 f"{sorted(['repo_id', *kwargs] if repo_id is not None else kwargs)} are for an upload. Set "
                 "push_to_hub=True, or leave them out."
             )
-        check_options(self.push_to_hub, kwargs, "push_to_hub")
         self.check_adapters()
+        if not is_main_process:
+            return
         save_ensemble(folder, self.model, self.ensemble_config())
         if push_to_hub:
             self._push(folder / CARD, repo_id or folder.resolve().name, **kwargs)
@@ -196,23 +206,27 @@ class SavingMixin:
             adapters (`dict[str, str]`): folder, Hub id or [`AdapterSource`] of each adapter, by name.
             weights (`dict[str, dict[str, float]]`, *optional*): weight of each adapter, by task.
             token (`str`, *optional*): Hub token.
-            model_kwargs (`dict`, *optional*): passed to the base model's `from_pretrained`.
+            model_kwargs (`dict`, *optional*): as for [`from_pretrained`].
             kwargs: further arguments of [`PeftEnsembleModel`].
 
         Raises:
             `EnsembleLoadError`: for an adapter that is missing, of another base, or not in safetensors.
         """
+        loading = dict(model_kwargs or {})
+        check_loading(base_model, loading)
         folders = {}
         for name, source in checked_mapping("adapters", adapters, EnsembleLoadError).items():
             check_adapter_name(name)
             if not isinstance(source, AdapterSource):
                 source = AdapterSource(str(source))
-            folders[name] = local_folder(source.name_or_path, source.revision, token, source.subfolder)
+            folders[name] = local_folder(
+                source.name_or_path, source.revision, token, source.subfolder, **download_options(loading)
+            )
         if not folders:
             raise EnsembleLoadError("Expected at least one adapter, found none.")
         model: Any = base_model
         if not isinstance(base_model, nn.Module):
-            model = load_base(_named_base(folders, base_model), None, token, dict(model_kwargs or {}))
+            model = load_base(_named_base(folders, base_model), None, token, loading)
             fit_vocabulary(model, folders)
         for name, folder in folders.items():
             model = load_adapter(model, folder, name)
@@ -225,6 +239,7 @@ class SavingMixin:
         revision: str | None = None,
         base_model: "str | nn.Module | None" = None,
         token: str | None = None,
+        subfolder: str = "",
         **model_kwargs: Any,
     ):
         """Load an ensemble from a folder or the Hub, or make one of separate adapters.
@@ -237,22 +252,27 @@ class SavingMixin:
             base_model (`str` or `PreTrainedModel`, *optional*):
                 In place of the base that the ensemble names. What is saved, merged or exported later names this one.
             token (`str`, *optional*): Hub token.
+            subfolder (`str`, *optional*): folder of the ensemble inside of `name_or_path`.
             model_kwargs: passed to the base model's `from_pretrained` (`dtype`, `device_map`, `quantization_config`,
-                ...). Code of the base's repository runs only with `trust_remote_code=True` here.
+                ...). Code of the base's repository runs only with `trust_remote_code=True` here. `cache_dir`,
+                `force_download` and `local_files_only` are for the ensemble too, and the only ones beside a base model
+                that is loaded.
 
         Raises:
             `EnsembleLoadError`: for a folder that is not an ensemble, for an adapter that is missing, foreign, damaged
-                or not in safetensors, and for a name that leads out of the folder; the message names the file.
+                or not in safetensors, and for a name that leads out of the folder; the message names the file. For a
+                base without weights in safetensors, and for arguments of one that is loaded.
         """
         if isinstance(name_or_path, Mapping):
-            if revision is not None:
-                raise EnsembleLoadError(
-                    f"Expected no revision of separate adapters, found {revision!r}. Give each its own: "
-                    "AdapterSource(name_or_path, revision)."
-                )
+            for what, given in (("revision", revision), ("subfolder", subfolder)):
+                if given:
+                    raise EnsembleLoadError(
+                        f"Expected no {what} of separate adapters, found {given!r}. Give each its own: "
+                        f"AdapterSource(name_or_path, {what}=...)."
+                    )
             return cls.from_adapters(base_model, name_or_path, token=token, model_kwargs=model_kwargs)
         folder = checked_path("name_or_path", name_or_path, EnsembleLoadError)
-        model, config = load_ensemble(str(folder), revision, base_model, token, model_kwargs)
+        model, config = load_ensemble(str(folder), revision, base_model, token, model_kwargs, subfolder)
         base = config.base_model if base_model is None else loaded_base(config.base_model, model)
         if base != config.base_model:
             for member in config.members:
