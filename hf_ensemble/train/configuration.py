@@ -64,6 +64,8 @@ _OF_CHECKPOINTS = ("save_strategy", "save_steps")
 _UNCOMPARED_PREFIXES = ("card_", "hub_", "push_to_hub", "log_", "logging_", "save_", "ddp_", "trackio")
 # Arguments of trainers, beside `args`, that decide what is trained.
 _TRAINER_ARGUMENTS = ("data_collator", "compute_loss_func", "optimizer_cls_and_kwargs")
+# Those that decide it where evaluations during a training do.
+_METRICS = ("compute_metrics", "preprocess_logits_for_metrics")
 # Arguments that only the choice of groups or auxiliary tasks depends on.
 _CHOICES = {
     own.name for settings in (GroupingSettings, SelectionSettings, BoostingSettings) for own in fields(settings)
@@ -103,6 +105,7 @@ def configuration_of(
         if key in deciding or (key not in left_out and not key.startswith(_UNCOMPARED_PREFIXES))
     }
     arguments |= {key: getattr(args, key) for key in _TEXT_TOKENS if key in arguments}
+    of_trainers = (*_TRAINER_ARGUMENTS, *(_METRICS if _evaluations_decide(args) else ()))
     return {
         "trainer": trainer_class.__name__,
         "model": model_identity(model),
@@ -111,7 +114,7 @@ def configuration_of(
         "sampling_weights": tasks.sampling_weights,
         "arguments": json_values(arguments),
         "capture": json_values(_capture_of(tasks, args)),
-        "trainer_arguments": json_values({key: trainer_arguments.get(key) for key in _TRAINER_ARGUMENTS}),
+        "trainer_arguments": json_values({key: trainer_arguments.get(key) for key in of_trainers}),
     }
 
 

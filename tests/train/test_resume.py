@@ -141,6 +141,24 @@ def test_evaluations_that_decide_what_is_trained_are_compared(tmp_path, base_fol
         opened(**change)
 
 
+def test_metrics_that_decide_what_is_kept_are_compared(tmp_path, base_folder):
+    def opened(compute_metrics, **changes):
+        EnsembleSFTTrainer(
+            model=base_folder,
+            args=sft_config(tmp_path / "run", **changes),
+            train_dataset=toy.sft_tasks(),
+            peft_config=toy.lora(),
+            compute_metrics=compute_metrics,
+        ).open_run()
+
+    deciding = {**BEST, "eval_strategy": "epoch", "metric_for_best_model": "up"}
+    opened(lambda prediction: {"up": 1.0}, **deciding)
+    with pytest.raises(RunMismatchError, match="trainer_arguments.compute_metrics.source"):
+        opened(lambda prediction: {"up": -1.0}, **deciding)
+    opened(lambda prediction: {"up": 1.0}, overwrite_run=True)
+    opened(lambda prediction: {"up": -1.0})
+
+
 def test_other_weights_of_the_same_name_are_another_run(finished, tmp_path):
     trainer, _, base = finished
     model = toy.llama(seed=5)

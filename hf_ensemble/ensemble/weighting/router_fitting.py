@@ -181,6 +181,7 @@ class _Regression:
         kinds, width = len(self.values), self.inputs.shape[1]
         inputs = self.inputs[:, :0] if penalty is None else self.inputs
 
+        @torch.enable_grad()
         def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
             given = torch.from_numpy(values).view(-1, kinds).requires_grad_()
             log_weights = torch.log_softmax(inputs @ given[:-1] + given[-1], 1)[self.rows]
