@@ -28,12 +28,19 @@ from ..tasks.task import as_dataset, make_task
 from .credentials import arguments_without_secrets, check_hub_model_id, forget_secrets_of
 from .inputs.balancing import check_loss_weighting, drawn_by
 from .inputs.best_metric import check_best_metric
-from .inputs.datasets import check_rows_and_arguments, check_task_names
+from .inputs.datasets import check_left_rows, check_rows_and_arguments, check_task_names
 from .inputs.given_arguments import as_config
 from .inputs.parent_arguments import check_parent_arguments
 from .inputs.sharding import check_whole, shard
 from .inputs.streams import as_table, interleaved
-from .inputs.supported import check_before_loading, check_kinds, check_loaded, set_padding
+from .inputs.supported import (
+    check_before_loading,
+    check_callbacks,
+    check_is_model,
+    check_kinds,
+    check_loaded,
+    set_padding,
+)
 from .inputs.used_models import mark_as_of_a_run
 from .model_state import ModelState
 
@@ -94,15 +101,7 @@ class MultiTaskMixin:
                 For arguments of another kind, for those of another trainer unless this one is as its parent, and for a
                 model that is none.
         """
-        if not isinstance(model, (str, nn.Module)) and not (model is None and is_made_later):
-            raise ConfigurationError(
-                f"Expected model to be a model, or its name or folder, found a {type(model).__name__}."
-            )
-        if isinstance(model, PeftEnsembleModel):
-            raise ConfigurationError(
-                "Expected a model without adapters or with one of yours, found a PeftEnsembleModel. Pass its "
-                "PeftModel, ensemble.model: a new run takes the adapters of an earlier one off."
-            )
+        check_is_model(model, is_made_later)
         if not (args is None or isinstance(args, TrainingArguments)):
             raise ConfigurationError(
                 f"Expected args to be a {self.config_class.__name__}, found a {type(args).__name__}."
@@ -166,6 +165,7 @@ class MultiTaskMixin:
         check_hub_model_id(args.hub_model_id)
         check_parent_arguments(args)
         callbacks = given["callbacks"] if isinstance(given["callbacks"], (list, tuple)) else ()
+        check_callbacks(callbacks)
         check_best_metric(args, tasks.names, type(self), given.get("compute_metrics") is not None, callbacks)
         check_rows_and_arguments(tasks, args, self._streams)
         check_single_answers(tasks)
@@ -198,17 +198,7 @@ class MultiTaskMixin:
             for callback in self.callback_handler.callbacks
             if id(callback) not in given and type(callback) not in given
         ]
-        lost = sorted(set(tasks.names) - set(self.train_dataset.unique(TASK)))
-        lost += [name for name, rows in self.eval_dataset.items() if len(rows) == 0]
-        if lost:
-            raise TaskError(f"No row of the tasks {lost} is left after tokenization: raise max_length.")
-        kept = {"train": len(self.train_dataset), "validation": sum(map(len, self.eval_dataset.values()))}
-        for split, count in kept.items():
-            total = sum(map(len, tasks.split(split).values()))
-            if count < total:
-                logger.warning(
-                    "%d of %d %s rows are left out: max_length cuts their answers off.", total - count, total, split
-                )
+        check_left_rows(tasks, self.train_dataset, self.eval_dataset)
         for rows in (self.train_dataset, *self.eval_dataset.values()):
             check_token_rows(self.model, rows)
         # This trainer never runs the model.
@@ -289,9 +279,11 @@ class MultiTaskMixin:
         """Add a callback to every training of the run.
 
         Raises:
-            `ConfigurationError`: for early stopping where trainings are not evaluated.
+            `ConfigurationError`:
+                For early stopping where trainings are not evaluated, and callbacks of this package for plain trainers.
         """
         if self.tasks is not None and not self.trains_directly:
+            check_callbacks([callback])
             computes_metrics = self.compute_metrics is not None
             check_best_metric(self.args, self.tasks.names, type(self), computes_metrics, [callback])
         super().add_callback(callback)

@@ -69,8 +69,12 @@ def sft_trainer(folder, base, tasks=None, callbacks=None, processing_class=None,
     )
 
 
+# Arguments of the trainer; others are of its configuration.
+_GIVEN = ("target", "answer_metrics", "compute_metrics", "callbacks")
+
+
 def text_trainer(folder, model, tasks, trainer_class=EnsembleTrainer, config=EnsembleConfig, peft="SEQ_CLS", **changes):
-    options = {name: changes.pop(name) for name in ("target", "answer_metrics", "compute_metrics") if name in changes}
+    options = {name: changes.pop(name) for name in _GIVEN if name in changes}
     own = PARTITION if config is EnsembleConfig else {}
     return trainer_class(
         model=model,

@@ -178,6 +178,27 @@ def check_rows_and_arguments(tasks: TaskSet, args: TrainingArguments, streamed: 
         )
 
 
+def check_left_rows(tasks: TaskSet, train_rows: Dataset, eval_rows: Mapping[str, Dataset]) -> None:
+    """Warn of rows that have become no tokens, and raise `TaskError` for tasks that have no others.
+
+    Args:
+        tasks (`TaskSet`): the tasks.
+        train_rows (`Dataset`): their training rows as tokens, with `task`.
+        eval_rows (`dict[str, Dataset]`): their validation rows as tokens, by task.
+    """
+    lost = sorted(set(tasks.names) - set(train_rows.unique(TASK)))
+    lost += [name for name, rows in eval_rows.items() if len(rows) == 0]
+    if lost:
+        raise TaskError(f"No row of the tasks {lost} is left after tokenization: raise max_length.")
+    kept = {"train": len(train_rows), "validation": sum(map(len, eval_rows.values()))}
+    for split, count in kept.items():
+        total = sum(map(len, tasks.split(split).values()))
+        if count < total:
+            logger.warning(
+                "%d of %d %s rows are left out: max_length cuts their answers off.", total - count, total, split
+            )
+
+
 def check_one_label_set(tasks: TaskSet) -> None:
     """Raise `ConfigurationError` for classification tasks whose labels differ, which no loss can be smoothed over."""
     if tasks.label_space is not None and not tasks.label_space.is_shared:

@@ -1,7 +1,7 @@
 """What a run of several trainings cannot finish, found before anything is trained."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 from trl import SFTTrainer
 
 from ..._settings import check_bitsandbytes
+from ...callbacks import GradientCaptureCallback, ModelCardCallback, PushToHubCallback, TaskMetricsCallback
+from ...ensemble import PeftEnsembleModel
 from ...ensemble.adapter_kinds import adapter_obstacle
 from ...ensemble.saving.adapter_tensors import embedding_layers
 from ...ensemble.saving.files import base_reference
@@ -27,6 +29,47 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "processing_class": (PreTrainedTokenizerBase, ProcessorMixin),
     "data_collator": (Callable,),
 }
+
+# Callbacks of this package for plain trainers, and what of a run does the same; subclasses before their parents.
+_OF_PLAIN_TRAINERS: dict[type, str] = {
+    GradientCaptureCallback: "trainer.capture() returns the store of the run's own gradients.",
+    TaskMetricsCallback: (
+        "Set eval_strategy to have every training log eval_TASK_loss, and pass answer_metrics=AnswerMetric(...) or "
+        "compute_metrics for further metrics of each task."
+    ),
+    PushToHubCallback: "Set push_to_hub=True and hub_model_id to have the run upload what it ends with.",
+    ModelCardCallback: "The run writes the card of what it ends with; trainer.create_model_card(...) adds to it.",
+}
+
+
+def check_is_model(model: Any, is_made_later: bool) -> None:
+    """Raise `ConfigurationError` for what no adapter can be trained on.
+
+    Args:
+        model: what a trainer is given as a model.
+        is_made_later (`bool`): whether it may be `None`, since a function makes the model.
+    """
+    if not isinstance(model, (str, nn.Module)) and not (model is None and is_made_later):
+        raise ConfigurationError(
+            f"Expected model to be a model, or its name or folder, found a {type(model).__name__}."
+        )
+    if isinstance(model, PeftEnsembleModel):
+        raise ConfigurationError(
+            "Expected a model without adapters or with one of yours, found a PeftEnsembleModel. Pass its PeftModel, "
+            "ensemble.model: a new run takes the adapters of an earlier one off."
+        )
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Raise `ConfigurationError` for callbacks, or their classes, that are for a single training only."""
+    for callback in callbacks:
+        kind = callback if isinstance(callback, type) else type(callback)
+        own = next((own for own in _OF_PLAIN_TRAINERS if issubclass(kind, own)), None)
+        if own is not None:
+            raise ConfigurationError(
+                f"Expected callbacks for every training of a run, found a {kind.__name__}, which is for one plain "
+                f"training and would act on each of the run's. Leave it out. {_OF_PLAIN_TRAINERS[own]}"
+            )
 
 
 def check_kinds(given: Mapping[str, Any]) -> None:
