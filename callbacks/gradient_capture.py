@@ -1,5 +1,6 @@
 """Captures gradients inside a plain trainer."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from trl import SFTConfig
 
 from .._settings import check_flag, checked_path
@@ -52,7 +53,8 @@ class GradientCaptureCallback(TrainerCallback):
             `"train_begin"` captures at the untrained adapter, to predict the effect of adding or dropping tasks;
             `"train_end"` at the trained one, to predict how trainings go on from it. `"epoch"` captures after every
             epoch and a number after that many optimizer steps, each into a store of its own, `OUTPUT_DIR/epoch-1` or
-            `OUTPUT_DIR/step-100`.
+            `OUTPUT_DIR/step-100`. A last epoch that the training does not finish has its number and the step that it
+            ended at, `OUTPUT_DIR/epoch-2-step-130`.
         overwrite (`bool`, *optional*, defaults to `False`): replace a store of another model, other data or settings.
         formatting_func (`Callable`, *optional*): that of the `SFTTrainer`, where it has one.
 
@@ -133,8 +135,7 @@ class GradientCaptureCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if self.when == "epoch":
-            folder = self.output_dir / f"epoch-{round(state.epoch)}"
-            self._capture(args, model, processing_class, folder, optimizer=optimizer)
+            self._capture(args, model, processing_class, self.output_dir / _epoch_name(state), optimizer=optimizer)
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if isinstance(self.when, int) and state.global_step % self.when == 0:
@@ -187,6 +188,12 @@ class GradientCaptureCallback(TrainerCallback):
             recipe=training_recipe(args, num_steps, given) if num_steps and is_replayed else None,
             optimizer=optimizer,
         )
+
+
+def _epoch_name(state: TrainerState) -> str:
+    """The name of an epoch that has ended, whole or not: after 2.2 epochs, the second and the third are two stores."""
+    number = math.ceil(state.epoch)
+    return f"epoch-{number}" if state.epoch == number else f"epoch-{number}-step-{state.global_step}"
 
 
 def _given_optimizer(args: TrainingArguments, optimizer: torch.optim.Optimizer | None) -> GivenOptimizer | None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from helpers import toy
@@ -65,6 +65,34 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, kind, when):
         assert len(points) == 2
     selector = DataSelector.from_store(own.store, num_components=20)
     assert selector.select("sums").targets == {"sums": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("length", "names"),
+    [
+        ({"num_train_epochs": 2.2}, ["epoch-1", "epoch-2", "epoch-3-step-20"]),
+        ({"max_steps": 13}, ["epoch-1", "epoch-2-step-13"]),
+        ({"max_steps": 4}, ["epoch-1-step-4"]),
+        ({"max_steps": 18}, ["epoch-1", "epoch-2"]),
+    ],
+    ids=str,
+)
+def test_an_epoch_that_is_not_finished_has_a_store_of_its_own(tmp_path, monkeypatch, length, names):
+    for name, value in length.items():
+        monkeypatch.setitem(SETTINGS, name, value)
+    train("sft", tmp_path / "run", [callback(tmp_path / "store", when="epoch")])
+    assert sorted(path.name for path in (tmp_path / "store").iterdir() if path.is_dir()) == names
+    points = {GradientStore(tmp_path / "store" / name).identity["model"]["theta0"] for name in names}
+    assert len(points) == len(names)
+
+
+def test_early_stopping_within_an_epoch_ends_the_training(tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 11
+
+    train("trainer", tmp_path / "run", [callback(tmp_path / "store", when="epoch"), Stops()])
+    assert {path.name for path in (tmp_path / "store").iterdir() if path.is_dir()} == {"epoch-1", "epoch-2-step-11"}
 
 
 def test_begin_and_end_capture_different_points(tmp_path):
