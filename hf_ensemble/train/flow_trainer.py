@@ -79,9 +79,8 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             **{f"validation of {name}": own for name, own in self.eval_dataset.items()},
         }
         metrics = {name: getattr(self, name) for name in ("compute_metrics", "preprocess_logits_for_metrics")}
-        return configuration_of(
-            self.adapter_model, self.tasks, rows, self.args, type(self), {**self._adapter_trainer_kwargs, **metrics}
-        )
+        given = {**self._given_to_trainings(), **metrics}
+        return configuration_of(self.adapter_model, self.tasks, rows, self.args, type(self), given)
 
     def _run_choices(self) -> dict[str, Any]:
         return choices_of(self.args)

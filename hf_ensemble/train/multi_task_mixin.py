@@ -20,7 +20,6 @@ from .._settings import checked_mapping
 from ..capture import check_single_answers
 from ..ensemble import PeftEnsembleModel
 from ..errors import ConfigurationError, TaskError
-from ..logging import get_logger
 from ..models.token_checks import check_token_rows
 from ..tasks import TASK, TaskCollator, TaskSet
 from ..tasks.row_checks import refuse_images
@@ -43,8 +42,6 @@ from .inputs.supported import (
 )
 from .inputs.used_models import mark_as_of_a_run
 from .model_state import ModelState
-
-logger = get_logger(__name__)
 
 # For model cards, beside those of the parent.
 _TAG = "hf-ensemble"
@@ -169,8 +166,7 @@ class MultiTaskMixin:
         check_best_metric(args, tasks.names, type(self), given.get("compute_metrics") is not None, callbacks)
         check_rows_and_arguments(tasks, args, self._streams)
         check_single_answers(tasks)
-        is_sft = issubclass(type(self), SFTTrainer)
-        check_loss_weighting(args, tasks, given.get("compute_loss_func"), tasks.names, is_sft)
+        check_loss_weighting(args, tasks, given.get("compute_loss_func"), tasks.names, isinstance(self, SFTTrainer))
         check_kinds(given)
         check_before_loading(given["model"], given["peft_config"], type(self))
         check_task_names(tasks)
@@ -190,7 +186,7 @@ class MultiTaskMixin:
         check_loaded(self, tasks)
         check_whole(self.model)
         self._draw_from(tasks, self.num_drawn_rows)
-        self._adapter_trainer_kwargs = adapter_trainer_kwargs
+        self._adapter_trainer_kwargs, self._first_collator = adapter_trainer_kwargs, self.data_collator.collator
         given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
         # Those that `Trainer` adds by itself: every adapter's trainer brings its own.
         self._automatic_callbacks = [
@@ -262,13 +258,25 @@ class MultiTaskMixin:
                 for callback in self.callback_handler.callbacks
                 if callback not in self._automatic_callbacks
             ],
-            **self._adapter_trainer_kwargs
-            | {name: getattr(self, name) for name in ("compute_metrics", "preprocess_logits_for_metrics")},
+            **self._given_to_trainings(),
         )
         for callback in self._automatic_callbacks:
             if callback not in self.callback_handler.callbacks:
                 trainer.remove_callback(type(callback))
         return trainer
+
+    def _has_another_collator(self) -> bool:
+        """Whether the collator was set after the constructor."""
+        return self.data_collator.collator is not self._first_collator
+
+    def _given_to_trainings(self) -> dict[str, Any]:
+        """What each training's trainer is constructed with beside its rows: as given, or as this trainer has it now."""
+        own = {name: getattr(self, name) for name in ("compute_metrics", "preprocess_logits_for_metrics")}
+        found = self._adapter_trainer_kwargs | own
+        if self._has_another_collator():
+            was_wrapped = isinstance(found["data_collator"], TaskCollator)
+            found["data_collator"] = self.data_collator if was_wrapped else self.data_collator.collator
+        return found
 
     def _own_copy(self, callback: TrainerCallback) -> TrainerCallback:
         """A copy of a callback with its state, for one training; what it knows of this trainer is not copied."""

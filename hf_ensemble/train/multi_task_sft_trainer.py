@@ -13,7 +13,7 @@ from trl import SFTConfig, pack_dataset
 from trl.data_utils import is_conversational, is_conversational_from_value
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..errors import TaskError
+from ..errors import ConfigurationError, TaskError
 from ..logging import get_logger
 from ..tasks import META_COLUMNS, TASK, RowFormat, TaskCollator, TaskSet
 from ..tasks.columns import column_names
@@ -272,6 +272,13 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         # Padding-free batches have lost which token belongs to which row.
         if not self.padding_free:
             return self.data_collator
+        if self._has_another_collator():
+            # As trl refuses it in the constructor.
+            raise ConfigurationError(
+                "Expected trl's data collator, as it makes batches without padding (padding_free, or packing); found "
+                f"that trainer.data_collator was set to a {type(self.data_collator.collator).__name__}. Leave it as it "
+                "is, or set padding_free=False and packing=False."
+            )
         pad_token_id = self.data_collator.collator.pad_token_id
         return TaskCollator(
             DataCollatorForLanguageModeling(pad_token_id, pad_to_multiple_of=self.args.pad_to_multiple_of)

@@ -51,6 +51,8 @@ class TaskColumnsMixin:
 
     # Of a run that shards its base.
     _sharding: Sharding | None = None
+    # The parents' constructors look at the collator's class.
+    _wraps_collator: bool = False
 
     def __init__(
         self,
@@ -65,14 +67,25 @@ class TaskColumnsMixin:
         self.sampling_weights = dict(sampling_weights or {})
         self.batch_tasks: list[str] = []
         self.batch_ids: list[str] = []
+        self._wraps_collator = False
         super().__init__(*args, **kwargs)
         if self._sharding is not None:
             # Over such a base `Trainer` averages the adapter's gradients itself; accelerate refuses it.
             self.is_distributed_loading_by_transformers = True
         if has_tasks:
-            if not isinstance(self.data_collator, TaskCollator):
-                self.data_collator = TaskCollator(self.data_collator)
+            self._wraps_collator = True
+            self.data_collator = self._data_collator
             keep_quantized_weights_in_place(self.model)
+
+    @property
+    def data_collator(self) -> Any:
+        """From rows to a batch. One that is set after the constructor keeps rows' tasks, too, where they have one."""
+        return self._data_collator
+
+    @data_collator.setter
+    def data_collator(self, collator: Any) -> None:
+        is_wrapped = isinstance(collator, TaskCollator) or not self._wraps_collator
+        self._data_collator = collator if is_wrapped else TaskCollator(collator)
 
     def create_accelerator_and_postprocess(self) -> None:
         with nullcontext() if self._sharding is None else as_not_launched():

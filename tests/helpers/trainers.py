@@ -70,7 +70,7 @@ def sft_trainer(folder, base, tasks=None, callbacks=None, processing_class=None,
 
 
 # Arguments of the trainer; others are of its configuration.
-_GIVEN = ("target", "answer_metrics", "compute_metrics", "callbacks")
+_GIVEN = ("target", "answer_metrics", "compute_metrics", "callbacks", "data_collator")
 
 
 def text_trainer(folder, model, tasks, trainer_class=EnsembleTrainer, config=EnsembleConfig, peft="SEQ_CLS", **changes):
