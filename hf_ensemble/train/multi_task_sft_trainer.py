@@ -13,7 +13,7 @@ from trl import SFTConfig, pack_dataset
 from trl.data_utils import is_conversational, is_conversational_from_value
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..errors import ConfigurationError, TaskError
+from ..errors import TaskError
 from ..logging import get_logger
 from ..tasks import META_COLUMNS, TASK, RowFormat, TaskCollator, TaskSet
 from ..tasks.columns import column_names
@@ -33,7 +33,7 @@ from .inputs.datasets import (
 )
 from .inputs.sharding import without_sharding
 from .inputs.streams import balanced, interleaved, read_streams
-from .inputs.supported import check_quantization
+from .inputs.supported import check_quantization, refuse_padding_collator
 from .inputs.target_modules import target_modules_named, with_target_modules
 from .inputs.unions import check_transforms, has_images, skips_preparation, uncut, with_labels
 from .inputs.used_models import without_adapters_of_earlier_runs
@@ -71,13 +71,24 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
-        peft_config: PeftConfig | None = None,
+        compute_loss_func=None,
+        compute_metrics=None,
         callbacks=None,
         optimizers=(None, None),
+        optimizer_cls_and_kwargs=None,
+        preprocess_logits_for_metrics=None,
         quantization_config=None,
+        peft_config: PeftConfig | None = None,
         formatting_func=None,
         **kwargs: Any,
     ):
+        # The parent's arguments are in its order, since scripts pass them by position.
+        kwargs |= {
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
         is_one = is_one_dataset(train_dataset)
         is_direct = is_one or not self._has_adapter(model, peft_config)
         if args is not None or not is_one:
@@ -273,12 +284,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         if not self.padding_free:
             return self.data_collator
         if self._has_another_collator():
-            # As trl refuses it in the constructor.
-            raise ConfigurationError(
-                "Expected trl's data collator, as it makes batches without padding (padding_free, or packing); found "
-                f"that trainer.data_collator was set to a {type(self.data_collator.collator).__name__}. Leave it as it "
-                "is, or set padding_free=False and packing=False."
-            )
+            refuse_padding_collator(self.data_collator.collator)
         pad_token_id = self.data_collator.collator.pad_token_id
         return TaskCollator(
             DataCollatorForLanguageModeling(pad_token_id, pad_to_multiple_of=self.args.pad_to_multiple_of)

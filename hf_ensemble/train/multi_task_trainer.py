@@ -64,11 +64,22 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         eval_dataset=None,
         processing_class=None,
         model_init=None,
-        peft_config: PeftConfig | None = None,
+        compute_loss_func=None,
+        compute_metrics=None,
         callbacks=None,
         optimizers=(None, None),
+        optimizer_cls_and_kwargs=None,
+        preprocess_logits_for_metrics=None,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        # The parent's arguments are in its order, since scripts pass them by position.
+        kwargs |= {
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
         is_one = is_one_dataset(train_dataset)
         if is_one:
             train_dataset, eval_dataset = the_one_dataset(train_dataset, eval_dataset)
@@ -109,7 +120,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             given["args"], self._sharding = without_sharding(args, model, peft_config)
         elif not is_one:
             evaluated = [name for name, task in tasks.items() if "validation" in task.splits]
-            check_loss_weighting(args, tasks, kwargs.get("compute_loss_func"), evaluated, is_sft=False)
+            check_loss_weighting(args, tasks, compute_loss_func, evaluated, is_sft=False)
         is_name = isinstance(model, str)
         needs_tokenizer = tasks.row_format is not RowFormat.TOKENIZED or data_collator is None
         model, processing_class = _text_model(model, processing_class, tasks, args, needs_tokenizer)

@@ -1,5 +1,7 @@
 """Over one dataset a trainer is its parent: losses, metrics and weights are equal to the last bit."""
 
+import inspect
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -17,6 +19,8 @@ from hf_ensemble import (
 )
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.tasks import TaskSet, encode
+from hf_ensemble.train.multi_task_sft_trainer import MultiTaskSFTTrainer
+from hf_ensemble.train.multi_task_trainer import MultiTaskTrainer
 
 BASE = {
     "use_cpu": True,
@@ -256,6 +260,35 @@ def test_a_model_that_is_made_by_a_function(tmp_path):
     for make, peft in ((lambda: toy.bert(4), toy.lora("SEQ_CLS")), (lambda: toy.with_lora(toy.bert(4)), None)):
         given = {"processing_class": toy.tokenizer(), "peft_config": peft, "model_init": make}
         assert not EnsembleTrainer(args=args, train_dataset=tasks, **given).trains_directly
+
+
+@pytest.mark.parametrize(
+    ("parent", "ours"), [(Trainer, MultiTaskTrainer), (SFTTrainer, MultiTaskSFTTrainer)], ids=["trainer", "sft"]
+)
+def test_the_parents_arguments_are_in_its_order(parent, ours):
+    expected, found = ([*inspect.signature(own.__init__).parameters] for own in (parent, ours))
+    assert found[: len(expected)] == expected
+    assert {*found[len(expected) :]} <= {"peft_config", "kwargs"}
+
+
+def test_arguments_may_be_given_by_position(tmp_path, base_folder):
+    calls = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        calls.append(len(labels))
+        return outputs["logits"].float().square().mean()
+
+    args = SFTConfig(str(tmp_path), **SFT_BASE)
+    several = {name: own["train"] for name, own in toy.sft_tasks().items()}
+    # Rows of one dataset, of several without an adapter, and of a run.
+    for rows, peft in ((ROWS["train"], toy.lora()), (several, None), (several, toy.lora())):
+        trainer = EnsembleSFTTrainer(base_folder, args, None, rows, None, None, loss, peft_config=peft)
+        assert trainer.compute_loss_func is loss
+    trainer = EnsembleSFTTrainer(base_folder, args, None, ROWS["train"], None, None, loss)
+    assert trainer.train().global_step == 3 and calls
+    given = (None, tokens()["train"], None, toy.tokenizer(), None, loss)
+    trainer = EnsembleTrainer(toy.bert(2), TrainingArguments(str(tmp_path), **BASE), *given)
+    assert trainer.compute_loss_func is loss and trainer.train().global_step == 3
 
 
 def test_arguments_of_the_user_stay_as_they_are(tmp_path, base_folder):

@@ -184,6 +184,15 @@ def check_loaded(trainer: Trainer, tasks: TaskSet) -> None:
         )
 
 
+def refuse_padding_collator(collator: Callable) -> None:
+    """Raise `ConfigurationError` for a collator set on a trainer of batches without padding, as trl's constructor."""
+    raise ConfigurationError(
+        "Expected trl's data collator, as it makes batches without padding (padding_free, or packing); found that "
+        f"trainer.data_collator was set to a {type(collator).__name__}. Leave it as it is, or set padding_free=False "
+        "and packing=False."
+    )
+
+
 def check_base_model(model: PeftModel) -> None:
     """Raise `ConfigurationError` for a base model that a saved ensemble could not load again."""
     try:
