@@ -3,13 +3,17 @@
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import inf, isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigurationError, HfEnsembleError
+
+_of_parent: ContextVar[bool] = ContextVar("of_parent", default=False)
 
 
 class Settings:
@@ -175,3 +179,18 @@ def checked_shard(name: str, value: Any) -> tuple[int, int] | None:
     if not 0 <= index < count:
         raise ConfigurationError(f"Expected {name} as INDEX/COUNT, 0/8 to 7/8 as array jobs count, found {value!r}.")
     return None if count == 1 else (index, count)
+
+
+@contextmanager
+def taken_by_parent() -> Iterator[None]:
+    """While open, configurations take any values of their parents' arguments: for trainers that are their parents."""
+    token = _of_parent.set(True)
+    try:
+        yield
+    finally:
+        _of_parent.reset(token)
+
+
+def checks_values() -> bool:
+    """Whether a configuration refuses values of its parents' arguments that would fail in the middle of a run."""
+    return not _of_parent.get()

@@ -15,6 +15,7 @@ from .._settings import (
     check_flag,
     check_number,
     check_one_of,
+    checks_values,
 )
 from ..capture import CaptureConfig, FeatureSettings
 from ..capture.training_arguments import GivenOptimizer
@@ -121,9 +122,10 @@ class RunArguments(BalancingArguments, FeatureSettings):
             self.bf16 = False
         super().__post_init__()
         self.check_order(len(set((self.sampling_weights or {}).values()) - {1.0}) > 0)
-        self._check_training()
         check_trackers(self.report_to)
-        self.capture_config()
+        if checks_values():
+            self._check_training()
+            self.capture_config()
 
     def _check_training(self) -> None:
         """Refuse values of `TrainingArguments` and `SFTConfig` that fail in the middle of a run, or train nothing."""

@@ -7,7 +7,7 @@ from enum import Enum
 
 import pytest
 from datasets import Dataset
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from helpers import toy
@@ -153,6 +153,37 @@ def test_over_one_dataset_arguments_of_any_class_are_taken_as_the_parent_takes_t
         assert getattr(trainer.args, "predict_with_generate", False) or trainer.args.packing
         assert set(args.to_dict()) <= set(trainer.args.to_dict())
         assert trainer.train().training_loss > 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"learning_rate": 0.0},
+        {"num_train_epochs": 0},
+        {"seed": -1},
+        {"max_steps": -5},
+        {"per_device_eval_batch_size": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("trainer", OURS)
+def test_over_one_dataset_values_are_those_that_the_parent_takes(tmp_path, trainer, values):
+    given = SFTConfig if "SFT" in trainer else TrainingArguments
+    args = given(output_dir=str(tmp_path), **{**PLAIN, **values})
+    config = as_config(args, OURS[trainer], trainer, is_parent=True)
+    ((name, value),) = values.items()
+    assert getattr(config, name) == value
+    # A run is not made of trainings that train nothing.
+    with pytest.raises(ConfigurationError, match=f"{name}.*has to be|batch_size has to be"):
+        as_config(args, OURS[trainer], trainer)
+
+
+def test_a_learning_rate_of_0_trains_nothing_as_in_the_parent(tmp_path):
+    rows, losses = Dataset.from_list([{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4), []
+    for trainer_class in (Trainer, EnsembleTrainer):
+        args = TrainingArguments(str(tmp_path), **{**PLAIN, "learning_rate": 0.0})
+        losses.append(trainer_class(toy.llama(), args, train_dataset=rows).train().training_loss)
+    assert losses[0] == losses[1]
 
 
 def test_a_selection_refuses_arguments_of_an_ensemble(tmp_path):

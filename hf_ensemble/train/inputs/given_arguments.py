@@ -1,11 +1,13 @@
 """Arguments of another class than a trainer's own: of its parent's, of a class of the user's, of another trainer's."""
 
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import TypeVar
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import SFTConfig
 
+from ..._settings import taken_by_parent
 from ...errors import ConfigurationError
 from ..configs import EnsembleArguments, EnsembleConfig, EnsembleSFTConfig, SelectionConfig, SelectionSFTConfig
 
@@ -30,7 +32,8 @@ def as_config(args: TrainingArguments, config_class: type[Config], trainer: str,
         config_class (`type`): the trainer's own class.
         trainer (`str`): name of the trainer, for errors.
         is_parent (`bool`, *optional*, defaults to `False`):
-            Whether the trainer does what its parent does, which takes arguments of any class.
+            Whether the trainer does what its parent does, which takes arguments of any class, and has taken their
+            values.
 
     Raises:
         `ConfigurationError`: for an argument of another trainer that is set, unless the trainer is its parent.
@@ -41,7 +44,8 @@ def as_config(args: TrainingArguments, config_class: type[Config], trainer: str,
     lacking = set() if is_parent else _names(library) - _names(config_class)
     if lacking:
         _check_unset(args, library, lacking, config_class, trainer)
-    config = config_class(**_shared(args, type(args), config_class))
+    with taken_by_parent() if is_parent else nullcontext():
+        config = config_class(**_shared(args, type(args), config_class))
     kept = {name: value for name, value in vars(args).items() if name not in vars(config) and name not in lacking}
     vars(config).update(kept)
     config.kept_fields = tuple(sorted(_names(type(args)) & set(kept)))
