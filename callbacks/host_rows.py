@@ -112,7 +112,7 @@ def check_against_trained(captured: Dataset, dataloader: Any) -> None:
         return
     positions = {hash(tuple(ids)): position for position, ids in enumerate(captured["input_ids"])}
     compared = 0
-    for ids, trained in _trained_rows(table, _copied(dataloader.collate_fn)):
+    for ids, trained in _trained_rows(table, copied(dataloader.collate_fn)):
         position = positions.get(hash(ids))
         if position is None:
             continue
@@ -136,7 +136,7 @@ def check_against_trained(captured: Dataset, dataloader: Any) -> None:
 def _trained_rows(table: Any, collate: Callable) -> Iterator[tuple[tuple[int, ...], list[int]]]:
     """Tokens of rows spread over a trainer's dataset, and those of them that its batches have as labels."""
     positions = np.unique(np.linspace(0, len(table) - 1, min(_COMPARED, len(table))).round().astype(int))
-    with _same_random_numbers():
+    with same_random_numbers():
         for position in positions:
             row = table[int(position)]
             if not isinstance(row, Mapping) or "input_ids" not in row:
@@ -169,17 +169,22 @@ def _answers(labels: Any) -> list[int]:
     return [label for label in labels[1:] if label != IGNORE_INDEX]
 
 
-def _copied(collate: Callable) -> Callable:
-    """A collator of its own, since it may hold a generator of random numbers."""
+def copied(collate: Callable, shared: Mapping[int, Any] | None = None) -> Callable:
+    """A collator of its own, since it may hold a generator of random numbers.
+
+    Args:
+        collate (`Callable`): the collator.
+        shared (`dict[int, Any]`, *optional*): objects by their `id` that it may hold, and that are not copied.
+    """
     try:
-        return copy.deepcopy(collate)
+        return copy.deepcopy(collate, dict(shared or {}))
     except (TypeError, RuntimeError, copy.Error):
         # It holds what cannot be copied.
         return collate
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
     """Random collators draw inside without a trace."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:

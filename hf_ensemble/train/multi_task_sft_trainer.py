@@ -161,6 +161,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
     ) -> None:
         """Prepare the rows of a run, in which adapters are trained on some of the tasks each."""
         args, model = given["args"], given["model"]
+        check_transforms(train_dataset, args)
         read = read_streams(train_dataset, eval_dataset, args, args.streaming_rows, args.validation_fraction)
         tasks = _sft_tasks(read.train, read.evaluation)
         self._reads = SFTRows.of(args, given["formatting_func"])

@@ -35,7 +35,9 @@ from .inputs.datasets import (
 from .inputs.evaluation_rows import positions_by_task, token_tables, tokens_of_tasks
 from .inputs.sharding import without_sharding
 from .inputs.streams import balanced, interleaved, read_streams
+from .inputs.supported import check_collator
 from .inputs.target_modules import target_modules_named, with_target_modules
+from .inputs.unions import check_transforms, is_left_to_parent
 from .inputs.used_models import without_adapters_of_earlier_runs
 from .multi_task_mixin import MultiTaskMixin
 from .task_trainer import TaskTrainer
@@ -83,7 +85,8 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         is_one = is_one_dataset(train_dataset)
         if is_one:
             train_dataset, eval_dataset = the_one_dataset(train_dataset, eval_dataset)
-        takes_tokens = is_one and not is_text_classification(train_dataset)
+        reads_rows = not isinstance(model, str) and is_left_to_parent(train_dataset, data_collator, args)
+        takes_tokens = is_one and (reads_rows or not is_text_classification(train_dataset))
         if model is None and model_init is not None and not (takes_tokens and peft_config is None):
             set_seed(getattr(args, "seed", self.config_class.seed))
             model, model_init = made_model(model_init), None
@@ -98,13 +101,10 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             model = model if peft_config is None else get_peft_model(model, peft_config)
             self._train_directly(None, model=model, has_tasks=False, **given)
             return
-        read = read_streams(
-            {"data": train_dataset} if is_one else train_dataset,
-            None if is_one else eval_dataset,
-            args,
-            args.streaming_rows,
-            args.validation_fraction if has_adapter else None,
-        )
+        named = {"data": train_dataset} if is_one else train_dataset
+        check_transforms(named, args)
+        held_out = args.validation_fraction if has_adapter else None
+        read = read_streams(named, None if is_one else eval_dataset, args, args.streaming_rows, held_out)
         tasks, self._streams = as_task_set(read.train, read.evaluation), read.streams
         if not is_one:
             args.check_limited_tasks(tasks.names)
@@ -148,6 +148,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
                 given["args"] = args = copy.copy(args)
                 rows["train_dataset"] = interleaved(self._streams, rows["train_dataset"], tasks.sampling_weights, args)
             self._train_directly(tasks, optimizers=optimizers, **rows, **given)
+            check_collator(self)
             self._draw_from(tasks, self.num_drawn_rows)
         else:
             super().__init__(**self._rows_of(tasks), **given)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
@@ -13,6 +14,7 @@ from trl import SFTTrainer
 
 from ..._settings import check_bitsandbytes
 from ...callbacks import GradientCaptureCallback, ModelCardCallback, PushToHubCallback, TaskMetricsCallback
+from ...callbacks.host_rows import copied, same_random_numbers
 from ...ensemble import PeftEnsembleModel
 from ...ensemble.adapter_kinds import adapter_obstacle
 from ...ensemble.saving.adapter_tensors import embedding_layers
@@ -158,7 +160,8 @@ def check_loaded(trainer: Trainer, tasks: TaskSet) -> None:
 
     Raises:
         `ConfigurationError`: for chats with an encoder-decoder, for adapters that the trainer would not train, and
-            without a padding token; for a model that has no answers of the rows' kind.
+            without a padding token; for a model that has no answers of the rows' kind, and a collator that makes no
+            batch of the rows.
     """
     model = trainer.model
     check_before_loading(model, None, type(trainer))
@@ -182,6 +185,29 @@ def check_loaded(trainer: Trainer, tasks: TaskSet) -> None:
             "Expected a tokenizer with a padding token, found none. Set tokenizer.pad_token, for example to "
             "tokenizer.eos_token, and pass the tokenizer as processing_class."
         )
+    check_collator(trainer)
+
+
+def check_collator(trainer: Trainer) -> None:
+    """Raise `ConfigurationError` for a collator that makes no batch of the rows as a trainer over tasks has them."""
+    if not isinstance(trainer.train_dataset, Dataset) or not len(trainer.train_dataset):
+        return
+    row = trainer._remove_unused_columns(trainer.train_dataset, "training")[0]
+    # A collator may hold the model.
+    shared = [trainer.model, trainer.processing_class]
+    shared += [trainer.model.get_base_model()] if isinstance(trainer.model, PeftModel) else []
+    collate = copied(trainer.data_collator, {id(own): own for own in shared})
+    try:
+        with same_random_numbers():
+            collate([row])
+    except Exception as error:  # whatever a collator raises
+        collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
+        raise ConfigurationError(
+            "Expected a data_collator for rows of tokens, which rows of several datasets are made into; of rows "
+            f"with the columns {sorted(row)}, {getattr(collator, '__name__', type(collator).__name__)} made no batch "
+            f"({type(error).__name__}: {error!s:.200}). Pass one that pads tokens, such as "
+            "DataCollatorWithPadding(tokenizer), or leave it out."
+        ) from error
 
 
 def refuse_padding_collator(collator: Callable) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ...errors import ConfigurationError, TaskError
@@ -12,15 +13,26 @@ from ...logging import get_logger
 from ...tasks import META_COLUMNS, TaskSet
 from ...tasks.columns import column_names
 from ...tasks.row_checks import image_columns
+from ...tasks.task import named_splits
 
 logger = get_logger(__name__)
 
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
-def skips_preparation(args: SFTConfig) -> bool:
+def skips_preparation(args: TrainingArguments) -> bool:
     """Whether rows are taken as they are."""
-    return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+    return bool((getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
+
+
+def is_left_to_parent(rows: Any, data_collator: Any, args: TrainingArguments | None) -> bool:
+    """Whether the rows of one dataset are read by a transform, or by a collator, of the user's own."""
+    return has_transform(rows) or (data_collator is not None and not getattr(args, "remove_unused_columns", True))
+
+
+def has_transform(rows: Any) -> bool:
+    """Whether rows are what a function makes of them each time that they are read."""
+    return isinstance(rows, Dataset) and rows.format["type"] == "custom"
 
 
 def uncut(args: SFTConfig) -> SFTConfig:
@@ -30,18 +42,20 @@ def uncut(args: SFTConfig) -> SFTConfig:
     return args
 
 
-def check_transforms(train_dataset: Any, args: SFTConfig) -> None:
+def check_transforms(train_dataset: Any, args: TrainingArguments) -> None:
     """Raise `ConfigurationError` for datasets with a transform of their own, which trl does not prepare either."""
     if not isinstance(train_dataset, Mapping):
         return
-    found = [
-        name for name, rows in train_dataset.items() if isinstance(rows, Dataset) and rows.format["type"] == "custom"
-    ]
+    found = [name for name, rows in train_dataset.items() if has_transform(named_splits(rows).get("train"))]
     if found and not skips_preparation(args):
+        skipping = (
+            "Pass dataset_kwargs={'skip_prepare_dataset': True} with a transform that returns trainer-ready rows of "
+            "tokens, or apply it with Dataset.map()."
+        )
         raise ConfigurationError(
             f"Tasks {found}: expected rows as they are stored, found a transform of Dataset.with_transform(), which "
-            "preparing them would apply once and not in every epoch. Pass dataset_kwargs={'skip_prepare_dataset': "
-            "True} with a transform that returns trainer-ready rows of tokens, or apply it with Dataset.map()."
+            "preparing them would apply once and not in every epoch. "
+            f"{skipping if isinstance(args, SFTConfig) else 'Apply it with Dataset.map().'}"
         )
     if found:
         logger.warning("The transforms of the tasks %s are applied once, before the training.", found)
