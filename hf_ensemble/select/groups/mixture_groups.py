@@ -25,6 +25,8 @@ _START_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _MAX_MERGED, _MAX_HELPED = 150, 40
 # Maximum number of mixtures where it is not given: more adapters than this are rarely worth a forward each.
 _MAX_MIXTURES = 8
+# Up to this number of tasks, each may have an adapter of its own, which no search has to find.
+_MAX_ALONE = 150
 _MAX_ITERATIONS = 8
 
 
@@ -61,9 +63,22 @@ def mixture_groups(
     sets = search(rough, at_hand if rough is estimator else at_hand.on(rough), starts)
     if rough is not estimator:
         sets = predicted_sets(estimator, at_hand, sets, goal)
-    points = cost_points(estimator, rough, at_hand, sets, goal, lambda own, hand: search(own, hand, clusters))
+    most_alone = (settings.num_groups or settings.max_groups or _MAX_ALONE) - len(trained)
+    alone = _each_alone(estimator, most_alone, budget)
+    pairs = cost_points(estimator, rough, at_hand, sets, goal, lambda own, hand: search(own, hand, clusters), alone)
+    sets, points = zip(*pairs)
     place = _chosen(estimator, at_hand, sets, points, goal, settings)
     return _found(estimator, at_hand, sets[place], points, points[place], goal)
+
+
+def _each_alone(estimator: SubsetEstimator, most: int, budget: float | None) -> list[MixtureSet]:
+    """An adapter for each task, trained on it alone, where so many are allowed and paid for."""
+    size = len(estimator.task_names)
+    cost = float(estimator.training_cost(np.eye(size)).sum())
+    if not 1 < size <= most or (budget is not None and cost > budget + 1e-9):
+        return []
+    losses = estimator.predict(np.eye(size)).loss.diagonal()
+    return [MixtureSet(np.eye(size), losses, np.arange(size), cost)]
 
 
 def _found(

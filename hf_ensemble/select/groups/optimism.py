@@ -97,8 +97,9 @@ def cost_points(
     sets: Sequence[MixtureSet],
     goal: np.ndarray,
     search: Search,
-) -> list[CostPoint]:
-    """What each set is worth, without what the search has made of noise.
+    unsearched: Sequence[MixtureSet] = (),
+) -> list[tuple[MixtureSet, CostPoint]]:
+    """Sets by cost, with what each is worth without what the search has made of noise.
 
     The whole search is repeated on either half of the validation rows. What it finds there for a cost, mixtures, their
     number and who is served by which, is scored on the other half: the loss is higher than on its own half by the
@@ -111,6 +112,7 @@ def cost_points(
         sets (`Sequence[MixtureSet]`): found on all rows, by cost.
         goal (`np.ndarray` of shape `(T,)`): weight of each task's loss.
         search (`Callable`): the search, for an estimator and the adapters at hand.
+        unsearched (`Sequence[MixtureSet]`, *optional*): sets that no validation row has chosen.
     """
     comparison = SetComparison(estimator, at_hand, goal)
     together = estimator.predict(np.ones((1, len(goal))))
@@ -118,14 +120,14 @@ def cost_points(
     loss_together = float(goal @ at_hand.one_for_all_loss(together))
     optimism = np.maximum.accumulate(np.maximum(_optimism(rough, at_hand, sets, goal, search), 0.0))
     points = []
-    for one, own in zip(sets, optimism):
+    for one, own in [*zip(sets, optimism), *((one, 0.0) for one in unsearched)]:
         loss = float(goal @ one.loss)
         # Nothing was searched for where nothing is trained but what is there.
         own = float(own) if len(one) or len(at_hand) > 1 else 0.0
         difference = loss + own - loss_together
         error = comparison.from_one_adapter(one, optimum)
-        points.append(CostPoint(one.cost, len(one), loss, own, difference, error))
-    return points
+        points.append((one, CostPoint(one.cost, len(one), loss, own, difference, error)))
+    return sorted(points, key=lambda pair: pair[0].cost)
 
 
 def _optimism(
