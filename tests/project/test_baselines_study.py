@@ -33,7 +33,7 @@ def run(tmp_path, monkeypatch):
 def test_figures_are_those_of_the_comparisons(run, tmp_path):
     data, model = write_tasks(tmp_path / "data", toy.sft_tasks()), toy.save_model(toy.llama(), tmp_path / "model")
     given = [*SIZES, "--seeds", "0", "1", "--baselines", "longer", "--budget", "1.5", "--data", str(data)]
-    more = flags(model_name_or_path=model, max_steps=3, learning_rate=0.01)
+    more = flags(model_name_or_path=model, num_train_epochs=1, learning_rate=0.01)
     results = run(*given, *more)
     runs = [RunDirectory(tmp_path / "out" / f"seed-{seed}-budget-1.5") for seed in (0, 1)]
     made = [own.read(Comparison) for own in runs]

@@ -195,6 +195,12 @@ def test_each_task_alone_is_known_without_a_search():
     assert len(fewer.groups) <= 4 and fewer.expected_loss > grouping.expected_loss
     dear = selector.group(None, **{**options, "compute_budget": 1.5, "has_baseline": True})
     assert dear.cost <= 1.5 and len(dear.groups) < size
+    # Of targets, an adapter for each of these.
+    targeted = selector.group(None, targets=["task_0", "task_1"], **options)
+    assert any(
+        (point["num_groups"], point["optimism"], point["cost"]) == (2, 0, pytest.approx(0.2))
+        for point in targeted.cost_curve
+    )
 
 
 def test_tasks_that_agree_need_one_adapter():

@@ -64,21 +64,24 @@ def mixture_groups(
     if rough is not estimator:
         sets = predicted_sets(estimator, at_hand, sets, goal)
     most_alone = (settings.num_groups or settings.max_groups or _MAX_ALONE) - len(trained)
-    alone = _each_alone(estimator, most_alone, budget)
+    alone = _each_alone(estimator, goal, most_alone, budget)
     pairs = cost_points(estimator, rough, at_hand, sets, goal, lambda own, hand: search(own, hand, clusters), alone)
     sets, points = zip(*pairs)
     place = _chosen(estimator, at_hand, sets, points, goal, settings)
     return _found(estimator, at_hand, sets[place], points, points[place], goal)
 
 
-def _each_alone(estimator: SubsetEstimator, most: int, budget: float | None) -> list[MixtureSet]:
-    """An adapter for each task, trained on it alone, where so many are allowed and paid for."""
-    size = len(estimator.task_names)
-    cost = float(estimator.training_cost(np.eye(size)).sum())
-    if not 1 < size <= most or (budget is not None and cost > budget + 1e-9):
+def _each_alone(estimator: SubsetEstimator, goal: np.ndarray, most: int, budget: float | None) -> list[MixtureSet]:
+    """An adapter for each task whose loss counts, trained on it alone, where so many are allowed and paid for."""
+    own = np.flatnonzero(goal)
+    weights = np.eye(len(goal))[own]
+    cost = float(estimator.training_cost(weights).sum())
+    if not 1 < len(own) <= most or (budget is not None and cost > budget + 1e-9):
         return []
-    losses = estimator.predict(np.eye(size)).loss.diagonal()
-    return [MixtureSet(np.eye(size), losses, np.arange(size), cost)]
+    losses = estimator.predict(weights).loss
+    serving = losses.argmin(axis=0)
+    serving[own] = np.arange(len(own))
+    return [MixtureSet(weights, losses[serving, np.arange(len(goal))], serving, cost)]
 
 
 def _found(
