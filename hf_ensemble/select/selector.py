@@ -257,7 +257,8 @@ class DataSelector:
             method (`str`, *optional*, defaults to `"direct"`):
                 `"mixtures"`, `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`, see [`group_tasks`].
             max_groups (`int`, *optional*):
-                Maximum number of groups when the number is chosen. The number of tasks by default.
+                Maximum number of groups when the number is chosen. The number of tasks by default; of mixtures eight,
+                or one for each task.
             group_cost (`float`, *optional*, defaults to 0.0):
                 Minimum reduction of the mean loss, in nats, for one more group when the number is chosen.
             overlapping_groups (`bool`, *optional*, defaults to `False`):

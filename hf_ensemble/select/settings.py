@@ -137,7 +137,10 @@ class GroupingSettings(Settings):
     )
     max_groups: int | None = field(
         default=None,
-        metadata={"help": "Maximum number of groups when the number is chosen. The number of tasks by default."},
+        metadata={
+            "help": "Maximum number of groups when the number is chosen. The number of tasks by default; of mixtures "
+            "eight, or one for each task."
+        },
     )
     grouping_method: str = field(default="direct", metadata={"help": f"One of {', '.join(GROUPING_METHODS)}."})
     group_cost: float = field(

@@ -78,8 +78,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
             "train": self.train_dataset,
             **{f"validation of {name}": own for name, own in self.eval_dataset.items()},
         }
-        metrics = {name: getattr(self, name) for name in ("compute_metrics", "preprocess_logits_for_metrics")}
-        given = {**self._given_to_trainings(), **metrics}
+        given = self._given_to_trainings()
         return configuration_of(self.adapter_model, self.tasks, rows, self.args, type(self), given)
 
     def _run_choices(self) -> dict[str, Any]:
