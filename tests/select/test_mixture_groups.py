@@ -171,38 +171,6 @@ def test_what_searching_makes_of_noise_is_taken_off(estimator, mixtures):
         assert point["expected_loss"] >= point["predicted_loss"] - 1e-9
 
 
-def test_each_task_alone_is_known_without_a_search():
-    # Ten tasks that contradict each other, and few rows to choose by.
-    rng, size = np.random.default_rng(0), 10
-    wishes = np.linalg.qr(rng.normal(size=(40, size)))[0].T
-    wishes = 2 * (wishes - wishes.sum(0) / 5)
-    names = tuple(f"task_{index}" for index in range(size))
-
-    def table(count):
-        task = np.repeat(np.arange(size), count)
-        features = rng.normal(size=(len(task), 40)) / np.sqrt(40) + wishes[task]
-        ids = np.array([str(index) for index in range(len(task))])
-        return FeatureTable(features.astype(np.float32), np.zeros(len(task), dtype=np.float32), task, names, ids)
-
-    run = ObservedRun(dict.fromkeys(names, 1.0), dict.fromkeys(names, 0.6))
-    selector = DataSelector(SubsetEstimator(table(12), table(8), observed_runs=[run]))
-    options = {"method": "mixtures", "compute_budget": 1.0, "has_baseline": False, "affinity_subsets": 5}
-    grouping = selector.group(None, **options)
-    assert sorted(map(dict, grouping.mixtures.values()), key=list) == [{name: 1.0} for name in names]
-    assert grouping.cost == pytest.approx(1.0) and chosen_point(grouping)["optimism"] == 0
-    # Not where there may be fewer, nor where they cost too much.
-    fewer = selector.group(None, max_groups=4, **options)
-    assert len(fewer.groups) <= 4 and fewer.expected_loss > grouping.expected_loss
-    dear = selector.group(None, **{**options, "compute_budget": 1.5, "has_baseline": True})
-    assert dear.cost <= 1.5 and len(dear.groups) < size
-    # Of targets, an adapter for each of these.
-    targeted = selector.group(None, targets=["task_0", "task_1"], **options)
-    assert any(
-        (point["num_groups"], point["optimism"], point["cost"]) == (2, 0, pytest.approx(0.2))
-        for point in targeted.cost_curve
-    )
-
-
 def test_tasks_that_agree_need_one_adapter():
     estimator = circle(turn=0.0)
     grouping = DataSelector(estimator).group(None, "mixtures")

@@ -64,24 +64,36 @@ def mixture_groups(
     if rough is not estimator:
         sets = predicted_sets(estimator, at_hand, sets, goal)
     most_alone = (settings.num_groups or settings.max_groups or _MAX_ALONE) - len(trained)
-    alone = _each_alone(estimator, goal, most_alone, budget)
+    alone = _each_alone(estimator, goal, at_hand, most_alone, budget)
     pairs = cost_points(estimator, rough, at_hand, sets, goal, lambda own, hand: search(own, hand, clusters), alone)
     sets, points = zip(*pairs)
     place = _chosen(estimator, at_hand, sets, points, goal, settings)
     return _found(estimator, at_hand, sets[place], points, points[place], goal)
 
 
-def _each_alone(estimator: SubsetEstimator, goal: np.ndarray, most: int, budget: float | None) -> list[MixtureSet]:
-    """An adapter for each task whose loss counts, trained on it alone, where so many are allowed and paid for."""
+def _each_alone(
+    estimator: SubsetEstimator, goal: np.ndarray, at_hand: AdaptersAtHand, most: int, budget: float | None
+) -> list[MixtureSet]:
+    """An adapter for each task whose loss counts, trained on it alone, where so many are allowed and paid for.
+
+    Those that are trained already are taken as they are.
+    """
     own = np.flatnonzero(goal)
-    weights = np.eye(len(goal))[own]
+    trained = {int(np.argmax(one)): row for row, one in enumerate(at_hand.mixtures) if np.count_nonzero(one) == 1}
+    left = [task for task in own.tolist() if task not in trained]
+    weights = np.eye(len(goal))[left]
+    if len(own) < 2 or not 0 < len(left) <= most:
+        return []
     cost = float(estimator.training_cost(weights).sum())
-    if not 1 < len(own) <= most or (budget is not None and cost > budget + 1e-9):
+    if budget is not None and cost > budget + 1e-9:
         return []
     losses = estimator.predict(weights).loss
     serving = losses.argmin(axis=0)
-    serving[own] = np.arange(len(own))
-    return [MixtureSet(weights, losses[serving, np.arange(len(goal))], serving, cost)]
+    serving[left] = np.arange(len(left))
+    loss = losses[serving, np.arange(len(goal))]
+    for task, row in trained.items():
+        serving[task], loss[task] = -1 - row, at_hand.losses[row, task]
+    return [MixtureSet(weights, loss, serving, cost)]
 
 
 def _found(

@@ -97,7 +97,7 @@ def cost_points(
     sets: Sequence[MixtureSet],
     goal: np.ndarray,
     search: Search,
-    unsearched: Sequence[MixtureSet] = (),
+    unsearched: Sequence[MixtureSet],
 ) -> list[tuple[MixtureSet, CostPoint]]:
     """Sets by cost, with what each is worth without what the search has made of noise.
 
@@ -112,7 +112,7 @@ def cost_points(
         sets (`Sequence[MixtureSet]`): found on all rows, by cost.
         goal (`np.ndarray` of shape `(T,)`): weight of each task's loss.
         search (`Callable`): the search, for an estimator and the adapters at hand.
-        unsearched (`Sequence[MixtureSet]`, *optional*): sets that no validation row has chosen.
+        unsearched (`Sequence[MixtureSet]`): sets that no validation row has chosen.
     """
     comparison = SetComparison(estimator, at_hand, goal)
     together = estimator.predict(np.ones((1, len(goal))))
