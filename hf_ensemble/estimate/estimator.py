@@ -52,9 +52,12 @@ class SubsetEstimator(LinearizedTraining):
             What the training averages the loss of a step over, see [`loss_weights`].
         length (`float`, *optional*, defaults to 1.0):
             Length of the trainings to predict, in multiples of the recipe's. Observed runs are of this length too.
+        other_lengths (`Sequence[float]`, *optional*):
+            Further lengths that predictions may be asked for. The recipe is replayed for each, on at most 20,000 rows,
+            and c is that of `length` times the ratio of what the two replays come to.
 
     Raises:
-        `EstimationError`: for tasks without rows, and features that are not finite.
+        `EstimationError`: for tasks without rows, features that are not finite, and other lengths without a recipe.
         `ConfigurationError`: for a device that is not there, or has no float64.
 
     Example:
@@ -77,6 +80,7 @@ class SubsetEstimator(LinearizedTraining):
         device: torch.device | str | None = None,
         task_loss_weighting: str = "tokens",
         length: float = 1.0,
+        other_lengths: Sequence[float] = (),
     ):
         if not isinstance(observed_runs, Sequence) or not all(isinstance(run, ObservedRun) for run in observed_runs):
             raise EstimationError(f"Expected observed_runs as a list of ObservedRun, found {observed_runs!r:.80}.")
@@ -87,7 +91,8 @@ class SubsetEstimator(LinearizedTraining):
             )
         check_rows(validation, "validation")
         weights, replays = sampling_weights or {}, not observed_runs
-        super().__init__(train, num_components, weights, recipe, device, task_loss_weighting, length, replays)
+        options = recipe, device, task_loss_weighting, length, other_lengths, replays
+        super().__init__(train, num_components, weights, *options)
         self._fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
         self._validation = ValidationRows(validation, self.reduction.apply(validation.features))
         self._validation_sizes = validation.sizes
@@ -97,7 +102,8 @@ class SubsetEstimator(LinearizedTraining):
         self.calibration: LossCalibration | None = None
         # Optimum of a run whose loss over all validation rows of a task is known, by the task's index.
         self._anchors: dict[int, np.ndarray] = {}
-        self.regularization: Regularization = self._fitted_regularization()
+        self.regularization: Regularization = self._fitted_regularization(self.observed_runs, self._replayed)
+        self._length_ratios = self._fitted_ratios()
         if self.observed_runs:
             mixtures, losses = losses_of(self.observed_runs, self.task_names)
             # What moves the losses is seen on the rows that predictions are for.
@@ -115,14 +121,37 @@ class SubsetEstimator(LinearizedTraining):
                 for name in set(self.task_names) & run.tasks_with_level():
                     self._anchors.setdefault(self.task_names.index(name), optimum)
 
-    def _fitted_regularization(self) -> Regularization:
-        """c from what there is: first about where it is, from approximate losses, of many rows those of some."""
-        replayed = [] if self._replayed is None else [self._replayed_run(self._replayed)]
+    def _fitted_ratios(self) -> dict[float, float]:
+        """c of each length, in multiples of that of the estimator's own."""
+        if len(self.lengths) == 1:
+            return {self.length: 1.0}
+        ends = self._replayed_lengths.items()
+        scales = {length: self._fitted_regularization((), end).l2_scale for length, end in ends}
+        return {length: scale / scales[self.length] for length, scale in scales.items()}
+
+    def _scales(self, lengths: np.ndarray) -> np.ndarray:
+        """c of trainings of these lengths, `(S,)`."""
+        unknown = [float(own) for own in np.ravel(lengths) if float(own) not in self._length_ratios]
+        if unknown:
+            raise EstimationError(
+                f"Expected lengths among {sorted(self.lengths)}, found {unknown[0]:g}. Pass it to other_lengths."
+            )
+        ratios = [self._length_ratios[float(own)] for own in np.ravel(lengths)]
+        return self.regularization.l2_scale * np.array(ratios)
+
+    def _fitted_regularization(
+        self, observed_runs: Sequence[ObservedRun], replayed: np.ndarray | None
+    ) -> Regularization:
+        """c from what there is: first about where it is, from approximate losses, of many rows those of some.
+
+        `replayed` `(k,)` is where a replayed training has ended.
+        """
+        replayed = [] if replayed is None else [self._replayed_run(replayed)]
         is_small = self.num_rows <= _MOST_FITTED
         rough = (self if is_small else self.sampled(_ROUGHLY_FITTED))._loss_by_scale(exactly=False)
         options = {} if is_small else {"accuracy": _ROUGH_ACCURACY}
         return choose_regularization(
-            self._loss_by_scale(exactly=is_small), rough, self.task_names, self.observed_runs, replayed, **options
+            self._loss_by_scale(exactly=is_small), rough, self.task_names, observed_runs, replayed, **options
         )
 
     def _loss_by_scale(self, exactly: bool) -> Callable[[np.ndarray, float], np.ndarray]:
@@ -156,6 +185,7 @@ class SubsetEstimator(LinearizedTraining):
         l2_scale: float | np.ndarray | None = None,
         needed: np.ndarray | None = None,
         initial: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
     ) -> Prediction:
         """Predict the outcomes of mixtures.
 
@@ -166,16 +196,21 @@ class SubsetEstimator(LinearizedTraining):
             needed (`np.ndarray` of shape `(S, T)`, *optional*):
                 Mask of the outcomes to predict. The others are NaN, which saves much time with many tasks.
             initial (`np.ndarray` of shape `(S, k)`, *optional*): approximate optima to start from.
+            lengths (`np.ndarray` of shape `(S,)`, *optional*):
+                Length of each training, one of `lengths`; the estimator's own by default, and with `l2_scale`.
 
         Raises:
-            `EstimationError`: for an empty mixture or negative weights.
+            `EstimationError`: for an empty mixture, negative weights, and lengths that the estimator does not know.
         """
         mixtures = checked_mixtures(mixtures, len(self.task_names))
         scale = self.regularization.l2_scale if l2_scale is None else l2_scale
+        if lengths is not None and l2_scale is None:
+            scale = self._scales(lengths)
         if not np.issubdtype(np.asarray(scale).dtype, np.number):
             raise EstimationError(f"Expected l2_scale as a number or one for each mixture, found {l2_scale!r:.60}.")
         solution = self._solved(mixtures, scale, initial)
-        return self._predicted(mixtures, solution.coefficients, solution.gradient_norm, needed, l2_scale is not None)
+        optima = solution.coefficients, solution.gradient_norm
+        return self._predicted(mixtures, *optima, scale, needed, l2_scale is not None)
 
     def predict_toggled(
         self,
@@ -198,14 +233,16 @@ class SubsetEstimator(LinearizedTraining):
         subset = np.asarray(subset, dtype=np.float64)
         mixtures = np.repeat(subset[None], len(tasks), axis=0)
         mixtures[np.arange(len(tasks)), tasks] = 1.0 - subset[tasks]
-        coefficients = self._toggled(subset, tasks, mixtures, self.regularization.l2_scale, optimum)
-        return self._predicted(mixtures, coefficients, np.full(len(tasks), np.nan), needed)
+        scale = self.regularization.l2_scale
+        coefficients = self._toggled(subset, tasks, mixtures, scale, optimum)
+        return self._predicted(mixtures, coefficients, np.full(len(tasks), np.nan), scale, needed)
 
     def _predicted(
         self,
         mixtures: np.ndarray,
         coefficients: np.ndarray,
         gradient_norm: np.ndarray,
+        l2_scale: float | np.ndarray,
         needed: np.ndarray | None,
         as_surrogate: bool = False,
     ) -> Prediction:
@@ -227,6 +264,7 @@ class SubsetEstimator(LinearizedTraining):
             interval.level,
             coefficients.astype(np.float64, copy=False),
             gradient_norm,
+            np.broadcast_to(l2_scale, len(mixtures)),
             ends,
         )
 
@@ -240,7 +278,7 @@ class SubsetEstimator(LinearizedTraining):
         """
         rows = self._train, self.counts, self._validation, self._validation_sizes
         noise = SamplingNoise(*rows, self.loss_at, self._slopes_at, self._anchors)
-        l2 = self._penalties(prediction.mixtures, self.regularization.l2_scale)
+        l2 = self._penalties(prediction.mixtures, prediction.l2_scale)
         sampled = prediction.mixtures * self.sampling_weights
         optima = zip(prediction.coefficients, l2, sampled, np.isfinite(prediction.loss))
         return np.array([noise.of(*optimum) for optimum in optima])
@@ -261,6 +299,7 @@ class SubsetEstimator(LinearizedTraining):
             "observed_runs": [run.as_dict() for run in self.observed_runs],
             "recipe": None if self._recipe is None else asdict(self._recipe),
             "length": self.length,
+            "other_lengths": list(self.lengths[1:]),
             "l2_scale": self.regularization.l2_scale,
             "l2_evidence": self.regularization.evidence,
             "calibration": None if self.calibration is None else self.calibration.by_task(self.task_names),
@@ -390,12 +429,16 @@ class SubsetEstimator(LinearizedTraining):
         """
         return self.sensitivity(targets).to_examples(weights) / self._per_row
 
-    def sensitivity(self, targets: np.ndarray) -> LossSensitivity:
-        """The weighted predicted loss of tasks `(T,)` as a function of the sampling weights, for several of these."""
+    def sensitivity(self, targets: np.ndarray, length: float | None = None) -> LossSensitivity:
+        """The weighted predicted loss of tasks `(T,)` as a function of the sampling weights, for several of these.
+
+        The length of the trainings is the estimator's own by default.
+        """
+        scale = self.regularization.l2_scale if length is None else float(self._scales(np.array([length]))[0])
         return LossSensitivity(
             self._train,
             self._length,
-            self.regularization.l2_scale,
+            scale,
             self._row_weights,
             self._validation,
             self.calibration,

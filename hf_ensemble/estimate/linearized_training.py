@@ -1,7 +1,7 @@
 """Trainings on mixtures of tasks, linearized where their gradients were captured."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from .training_length import TrainingLength
 
 # Rows that principal components are computed from where there are many more: a pass over all of them takes long.
 _COMPONENT_ROWS = 20_000
+# Rows that trainings of several lengths are replayed on, to compare them.
+_REPLAYED_ROWS = 20_000
 
 
 class LinearizedTraining:
@@ -31,7 +33,8 @@ class LinearizedTraining:
         device (`torch.device` or `str`, *optional*): device for principal components and surrogates.
         task_loss_weighting (`str`): what the training averages the loss of a step over, see [`loss_weights`].
         length (`float`): length of the trainings, in multiples of the recipe's.
-        replays (`bool`): whether the recipe's training on all tasks is replayed.
+        other_lengths (`Sequence[float]`): further lengths that trainings may have.
+        replays (`bool`): whether the recipe's training on all tasks is replayed, as it is with other lengths.
 
     Raises:
         `EstimationError`: for tasks without rows, features that are not finite, and values out of range.
@@ -53,6 +56,7 @@ class LinearizedTraining:
         device: torch.device | str | None,
         task_loss_weighting: str,
         length: float,
+        other_lengths: Sequence[float],
         replays: bool,
     ):
         check_at_least("num_components", num_components, 1)
@@ -61,6 +65,8 @@ class LinearizedTraining:
         for name, weight in checked_mapping("sampling_weights", sampling_weights, EstimationError).items():
             check_number(f"The sampling weight of {name!r}", weight, 0, above=True, error=EstimationError)
         check_number("length", length, 0, above=True, error=EstimationError)
+        length = float(length)
+        self.lengths = (length, *_checked_lengths(other_lengths, length, recipe))
         check_device("device", device)
         check_rows(train, "training")
         names = self.task_names = train.task_names
@@ -73,7 +79,8 @@ class LinearizedTraining:
         self.length = length
         # Whether optima are those of float32.
         self._is_rough = False
-        recipe = self._recipe = None if recipe is None else recipe.of_length(length)
+        whole, recipe = recipe, None if recipe is None else recipe.of_length(length)
+        self._recipe = recipe
         self.reduction = FeatureReduction.fit(train.features, num_components, device, _COMPONENT_ROWS)
         reduced = self.reduction.apply(train.features)
         self.training_ids = tuple(zip((names[index] for index in train.task), train.example_id.tolist()))
@@ -94,25 +101,39 @@ class LinearizedTraining:
             row_weights=row_weights,
             counts=self.counts,
         )
-        # Where the replayed training has ended.
+        # Where the replayed training has ended; and those of several lengths, which are compared with each other.
         self._replayed: np.ndarray | None = None
-        if recipe is not None and replays:
-            drawn, scale = self.sampling_weights[train.task] * self._per_row, self.reduction.scale
-            self._replayed = replayed_coefficients(
-                reduced, train.margin, drawn, squared_norms, scale, recipe, row_weights
-            )
+        self._replayed_lengths: dict[float, np.ndarray] = {}
+        if recipe is None:
+            return
+        drawn = self.sampling_weights[train.task] * self._per_row
+
+        def replayed(length: float, rows: slice | np.ndarray) -> np.ndarray:
+            arrays = (own[rows] for own in (reduced, train.margin, drawn, squared_norms))
+            return replayed_coefficients(*arrays, self.reduction.scale, whole.of_length(length), row_weights[rows])
+
+        if replays:
+            self._replayed = replayed(length, slice(None))
+        if len(self.lengths) > 1:
+            # Tasks' rows lie together: each has its share.
+            few = np.unique(np.linspace(0, len(train) - 1, min(len(train), _REPLAYED_ROWS)).round().astype(int))
+            self._replayed_lengths = {own: replayed(own, few) for own in self.lengths}
 
     @property
     def has_fixed_steps(self) -> bool:
         """Whether a training takes the same number of steps whatever it is on."""
         return self._recipe is not None and self._recipe.fixed_steps
 
-    def training_cost(self, mixtures: np.ndarray) -> np.ndarray:
-        """Cost of training on mixtures `(S, T)`: rows drawn, in multiples of a whole training on all tasks, `(S,)`."""
+    def training_cost(self, mixtures: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
+        """Cost of training on mixtures `(S, T)`: rows drawn, in multiples of a whole training on all tasks, `(S,)`.
+
+        Their `lengths` `(S,)` are the estimator's own by default.
+        """
+        lengths = np.full(len(mixtures), self.length) if lengths is None else np.asarray(lengths)
         if self.has_fixed_steps:
-            return np.full(len(mixtures), self.length)
+            return lengths.astype(np.float64)
         everything = epoch_length(self.sampling_weights, self.counts)
-        return self.length * epoch_length(mixtures * self.sampling_weights, self.counts) / everything
+        return lengths * epoch_length(mixtures * self.sampling_weights, self.counts) / everything
 
     def task_gradients(self) -> np.ndarray:
         """Mean negative loss gradient of each task's training rows at the linearization point, `(T, k)`."""
@@ -152,6 +173,21 @@ class LinearizedTraining:
         l2, new_l2 = self._penalties(subset[None], l2_scale)[0], self._penalties(mixtures, l2_scale)
         w = self._solved(subset[None], l2_scale).coefficients[0] if optimum is None else optimum
         return self._train.toggled(subset * self.sampling_weights, w, l2, tasks, self.sampling_weights[tasks], new_l2)
+
+
+def _checked_lengths(others: Sequence[float], own: float, recipe: TrainingRecipe | None) -> tuple[float, ...]:
+    """The other lengths, in order and once each."""
+    if isinstance(others, str) or not isinstance(others, Sequence):
+        raise EstimationError(f"Expected other_lengths as a list of numbers, found {others!r:.60}.")
+    for length in others:
+        check_number("other_lengths", length, 0, above=True, error=EstimationError)
+    found = tuple(sorted({float(length) for length in others} - {own}))
+    if found and recipe is None:
+        raise EstimationError(
+            f"Expected a recipe, which is replayed for other_lengths={list(found)}, found none. Leave other_lengths "
+            "out, or capture the gradients with a recipe."
+        )
+    return found
 
 
 def check_rows(table: FeatureTable, split: str) -> None:

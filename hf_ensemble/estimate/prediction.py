@@ -25,6 +25,7 @@ class Prediction:
             Coverage that the intervals promise: 0.9, or n / (n + 1) with n < 9 losses to fit them to. NaN without any.
         coefficients (`np.ndarray` of shape `(S, k)`): the surrogate's optimum.
         gradient_norm (`np.ndarray` of shape `(S,)`): norm of the surrogate's gradient at the optimum.
+        l2_scale (`np.ndarray` of shape `(S,)`): the constant c of each mixture's penalty.
         ends (`Callable`): both ends of the intervals of some predictions, given these predictions alone.
 
     Attributes:
@@ -41,6 +42,7 @@ class Prediction:
     level: float
     coefficients: np.ndarray
     gradient_norm: np.ndarray
+    l2_scale: np.ndarray
     ends: Callable[["Prediction"], tuple[np.ndarray, np.ndarray]] = field(repr=False, compare=False)
 
     @cached_property
@@ -58,5 +60,5 @@ class Prediction:
     def at(self, row: int) -> "Prediction":
         """The prediction of a single mixture, whose interval is found without those of the others."""
         rows = slice(row, row + 1)
-        names = ("mixtures", "loss", "accuracy", "displacement", "coefficients", "gradient_norm")
+        names = ("mixtures", "loss", "accuracy", "displacement", "coefficients", "gradient_norm", "l2_scale")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
