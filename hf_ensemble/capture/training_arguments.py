@@ -31,6 +31,12 @@ def optimizer_preconditioner(args: TrainingArguments, optimizer: GivenOptimizer 
     return "none" if _optimizer(args, optimizer) in _PLAIN_GRADIENT_DESCENT else "adam"
 
 
+def has_known_steps(args: TrainingArguments, optimizer: GivenOptimizer | None = None) -> bool:
+    """Whether the optimizer is related to Adam, or plain gradient descent."""
+    name = _optimizer(args, optimizer)
+    return "adam" in name or name in _PLAIN_GRADIENT_DESCENT
+
+
 def training_recipe(
     args: TrainingArguments, num_steps: int, optimizer: GivenOptimizer | None = None
 ) -> TrainingRecipe | None:
@@ -54,10 +60,8 @@ def training_recipe(
             obstacle,
         )
         return None
-    name = _optimizer(args, optimizer)
-    known = "adam" in name or name in _PLAIN_GRADIENT_DESCENT
     rates = learning_rates(args, num_steps, optimizer)
-    if not known or not any(rates):
+    if not has_known_steps(args, optimizer) or not any(rates):
         return None
     batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return TrainingRecipe(rates, batch_size, fixed_steps=args.max_steps > 0)

@@ -1,6 +1,6 @@
 """What `hf-ensemble select` and `hf-ensemble group` share: where the gradients come from and where choices go."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +14,10 @@ from .choice_arguments import ChoiceArguments
 
 
 def selector_of(
-    arguments: ChoiceArguments, clusters: Mapping[str, int] | None = None, continued_length: float | None = None
+    arguments: ChoiceArguments,
+    clusters: Mapping[str, int] | None = None,
+    continued_length: float | None = None,
+    other_lengths: Sequence[float] = (),
 ) -> DataSelector:
     """From a store, or from a run's store with all that the run knows.
 
@@ -23,6 +26,7 @@ def selector_of(
         clusters (`dict[str, int]`, *optional*): see [`DataSelector.from_store`].
         continued_length (`float`, *optional*):
             For trainings of this length that go on from the adapter for all tasks: gradients are those at this adapter.
+        other_lengths (`Sequence[float]`, *optional*): further lengths that groups may have.
 
     Raises:
         `ConfigurationError`: without a store, and for an `output_dir` that holds a run.
@@ -42,6 +46,7 @@ def selector_of(
         "num_components": arguments.num_components,
         "clusters": clusters,
         "device": arguments.estimate_device,
+        "other_lengths": other_lengths,
     }
     if own.is_dir():
         return run_selector(run, continued_length=continued_length, **options)

@@ -135,7 +135,9 @@ def group_curve_table(grouping: Grouping) -> Table:
     table.add_column("tasks")
     table.add_column("trained on")
     for name, tasks in grouping.groups.items():
-        table.add_row(name, ", ".join(tasks), _mixture(grouping, name))
+        goes_on = name != grouping.baseline_group and grouping.length_of(name) != 1
+        length = f" ({grouping.length_of(name):g} of a training)" if goes_on else ""
+        table.add_row(name, ", ".join(tasks), _mixture(grouping, name) + length)
     table.add_section()
     # A few of the points, the last one among them: a picture has all.
     for point in grouping.cost_curve[:: -max(1, len(grouping.cost_curve) // _MAX_POINTS)][::-1]:

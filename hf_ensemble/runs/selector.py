@@ -17,6 +17,7 @@ def run_selector(
     clusters: Mapping[str, int] | None = None,
     continued_length: float | None = None,
     device: str | None = None,
+    other_lengths: Sequence[float] = (),
 ) -> DataSelector:
     """The selector of a run's captured gradients, sampling weights and true fine-tunings.
 
@@ -31,7 +32,7 @@ def run_selector(
         continued_length (`float`, *optional*):
             Choose for trainings of this length that go on from the adapter for all tasks, instead of whole ones from
             the start.
-        device (`str`, *optional*): see [`DataSelector.from_store`].
+        device, other_lengths: see [`DataSelector.from_store`].
 
     Raises:
         `StoreError`: when the gradients are not captured.
@@ -60,4 +61,5 @@ def run_selector(
         record.task_loss_weighting,
         length,
         device,
+        other_lengths,
     )

@@ -9,6 +9,7 @@ import numpy as np
 from .._settings import check_options
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun, SubsetEstimator
+from ..logging import get_logger
 from ..store import GradientStore
 from .baselines import mean_cosines
 from .choice import Choice
@@ -29,6 +30,8 @@ from .problem import SelectionProblem, Targets
 from .selection import Selection
 from .settings import SEARCH_ROWS, GroupingSettings, SelectionSettings
 from .verified_search import Verify
+
+logger = get_logger(__name__)
 
 AnyChoice = TypeVar("AnyChoice", bound=Choice)
 
@@ -68,6 +71,7 @@ class DataSelector:
         task_loss_weighting: str = "tokens",
         length: float = 1.0,
         device: str | None = None,
+        other_lengths: Sequence[float] = (),
     ) -> "DataSelector":
         """Create a selector from captured gradients.
 
@@ -83,6 +87,9 @@ class DataSelector:
             length (`float`, *optional*, defaults to 1.0):
                 Length of the trainings to choose for, in multiples of the one whose recipe is in the store.
             device (`str`, *optional*): device that predictions are made on, such as `"cuda"`. The CPU by default.
+            other_lengths (`Sequence[float]`, *optional*):
+                Further lengths that `"mixtures"` chooses among for each group's training. They need a recipe in the
+                store; without one they are left out, with a warning.
 
         Raises:
             `StoreError`: for an incomplete store.
@@ -98,6 +105,14 @@ class DataSelector:
             sizes = store.task_sizes("train")
             every = store.num_rows("train") if sizes is None else int(sizes.sum())
             recipe = recipe.shortened(int(train.sizes.sum()) / every)
+        elif other_lengths:
+            logger.warning(
+                "%s was captured without a recipe, so that no lengths can be chosen among: every training has the "
+                "length %g.",
+                store.folder,
+                length,
+            )
+            other_lengths = ()
         validation = store.table("validation", names)
         if clusters and task_loss_weighting != "tokens":
             raise ConfigurationError(
@@ -118,6 +133,7 @@ class DataSelector:
             device,
             task_loss_weighting=task_loss_weighting,
             length=length,
+            other_lengths=other_lengths,
         )
         return cls(estimator, mean_cosines(train, validation))
 
@@ -141,6 +157,7 @@ class DataSelector:
             cluster_counts(known["task_names"]),
             known.get("task_loss_weighting", "tokens"),
             known.get("length", 1.0),
+            other_lengths=known.get("other_lengths", ()),
         )
         choice.check_features(selector.estimator)
         return selector
@@ -269,7 +286,8 @@ class DataSelector:
                 With `"mixtures"`, maximum training cost of all adapters, in multiples of one adapter for all tasks.
             group_initialization (`str`, *optional*, defaults to `"fresh"`):
                 Where their trainings begin: `"fresh"`, or `"baseline"`, where the adapter for all tasks has ended. The
-                gradients have to be captured there, and [`from_store`]'s `length` is how long trainings go on.
+                gradients have to be captured there, and [`from_store`]'s `length` is how long trainings go on; with
+                `other_lengths`, `"mixtures"` chooses the length of each.
             search_rows (`int`, *optional*, defaults to 50,000):
                 Training rows of all tasks together, and validation rows, that the search looks at. Where there are more
                 it looks at an equal number of each task, and the losses of what it comes to are predicted from all

@@ -25,6 +25,11 @@ SEARCH_ROWS_HELP = {
     "it looks at an equal number of each task, and what it comes to is predicted from all rows. By default "
     f"{SEARCH_ROWS:,}; null for all rows."
 }
+AUTO_LENGTH = "auto"
+# Lengths of trainings that go on which are chosen among; the first is that of adapters for each task alone.
+LENGTHS = (1.0, 0.25, 0.5, 2.0)
+# Optimizer steps of a training, at least, that is shorter than a whole one: it is rounded up to whole steps.
+LEAST_STEPS = 4
 GROUP_INITIALIZATIONS = ("fresh", "baseline")
 GROUPING_METHODS = ("mixtures", "direct", "spectral", "semidefinite", "coclustering")
 
@@ -168,10 +173,13 @@ class GroupingSettings(Settings):
             "'baseline' where that one has ended; it then goes on for continued_length."
         },
     )
-    continued_length: float = field(
-        default=1.0,
+    # With None among the types the parser takes texts; as a value it is refused.
+    continued_length: float | str | None = field(
+        default=AUTO_LENGTH,
         metadata={
-            "help": "With group_initialization='baseline': length of the trainings, in multiples of a whole one."
+            "help": "With group_initialization='baseline': length of the trainings, in multiples of a whole one. By "
+            "default ('auto') mixtures each have the best one of 0.25, 0.5, 1 and 2; it is 1 for other methods, for "
+            "groups that are chosen one after the other, and where the training cannot be replayed."
         },
     )
 
@@ -180,7 +188,7 @@ class GroupingSettings(Settings):
     def __post_init__(self):
         check_one_of("grouping_method", self.grouping_method, GROUPING_METHODS)
         check_one_of("group_initialization", self.group_initialization, GROUP_INITIALIZATIONS)
-        check_number("continued_length", self.continued_length, 0, above=True)
+        self.continued_length = checked_length(self.continued_length)
         check_number("compute_budget", self.compute_budget, 1, optional=True)
         if self.grouping_method == "mixtures" and self.overlapping_groups:
             raise ConfigurationError(
@@ -205,6 +213,12 @@ class GroupingSettings(Settings):
         check_flag("overlapping_groups", self.overlapping_groups)
         super().__post_init__()
 
+    def continued_lengths(self) -> tuple[float, ...]:
+        """Lengths of trainings that go on from the adapter for all tasks: that of all, or those to choose among."""
+        if self.continued_length != AUTO_LENGTH:
+            return (self.continued_length,)
+        return LENGTHS if self.grouping_method == "mixtures" else LENGTHS[:1]
+
     def group_arguments(self) -> dict[str, Any]:
         """Keyword arguments for [`DataSelector.group`]."""
         return {
@@ -223,6 +237,18 @@ class GroupingSettings(Settings):
         """Raise `ConfigurationError` for numbers of groups above the number of tasks."""
         _check_not_above("num_groups", self.num_groups, num_tasks)
         _check_not_above("max_groups", self.max_groups, num_tasks)
+
+
+def checked_length(value: float | str) -> float | str:
+    """A length, which may be given as text, as on a command line, or `"auto"`."""
+    if value == AUTO_LENGTH:
+        return value
+    try:
+        found = float(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ConfigurationError(f"continued_length has to be a number or 'auto', found {value!r}.") from None
+    check_number("continued_length", found, 0, above=True)
+    return found
 
 
 def _check_not_above(name: str, value: int | None, num_tasks: int) -> None:

@@ -18,11 +18,11 @@ from .._settings import (
     checks_values,
 )
 from ..capture import CaptureConfig, FeatureSettings
-from ..capture.training_arguments import GivenOptimizer
+from ..capture.training_arguments import GivenOptimizer, has_known_steps, optimizer_preconditioner
 from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..select import GroupingSettings, SelectionSettings
-from ..select.settings import GROUPING_METHODS
+from ..select.settings import AUTO_LENGTH, GROUPING_METHODS, LEAST_STEPS, checked_length
 from .credentials import is_secret_name
 from .inputs.balancing_arguments import ORDERS_OF_DRAWN_ROWS, BalancingArguments
 from .inputs.boosting import BoostingSettings
@@ -231,6 +231,7 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
         check_flag("train_baseline", self.train_baseline)
         check_flag("sequential_groups", self.sequential_groups)
         self.concurrent_groups = _checked_concurrency(self.concurrent_groups)
+        self.continued_length = checked_length(self.continued_length)
         self._resolve_groups()
         if self.group_initialization == "baseline" and not self.train_baseline:
             raise ConfigurationError(
@@ -256,9 +257,10 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
             )
         goes_on = self.group_initialization == "baseline"
         # A number of steps is the same for every training, whatever it is trained on.
-        length = self.continued_length if goes_on else 1.0
+        lengths = self.continued_lengths() if goes_on else (1.0,)
+        length = min([own for own in lengths if own >= 1 or self.max_steps * own > LEAST_STEPS - 1] or lengths)
         left = (self.compute_budget or 0.0) - float(self.train_baseline)
-        if self.max_steps > 0 and self.grouping_method == "mixtures" and 0 < left < length:
+        if self.max_steps > 0 and self.grouping_method == "mixtures" and 0 < left < length - 1e-9:
             remedy = f"continued_length to {left:g} or less" if goes_on else "num_train_epochs instead of max_steps"
             raise ConfigurationError(
                 f"compute_budget={self.compute_budget} leaves {left:g} of a training for the groups, and with "
@@ -280,6 +282,10 @@ class EnsembleArguments(GroupingSettings, BoostingSettings, RunArguments):
             check_at_least("calibration_runs", self.calibration_runs, 0)
             goes_on = self.train_baseline and self.calibration_runs <= 1
             self.group_initialization = "baseline" if goes_on else "fresh"
+        # Adapters that were trained calibrate the predictions of those that are as long; other lengths are replayed.
+        is_replayed = has_known_steps(self) and self.preconditioner in ("auto", optimizer_preconditioner(self))
+        if self.continued_length == AUTO_LENGTH and (self.sequential_groups or not is_replayed):
+            self.continued_length = 1.0
 
 
 @dataclass

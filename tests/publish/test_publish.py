@@ -89,7 +89,8 @@ def test_card_says_what_was_trained_on_what_and_how_well(run):
     assert verdict in "".join(plain(token) for token in tokens(card.text) if token.type == "inline")
     trained, shares = table(card.text, "adapter"), next(t for t in tables(card.text) if t[0][-1] == members[-1])
     for group, tasks in groups["groups"].items():
-        assert trained[group] == [", ".join(tasks), ", ".join(f"{task} 1.00" for task in tasks)]
+        length = f"{groups['lengths'][group]:g}"
+        assert trained[group] == [", ".join(tasks), ", ".join(f"{task} 1.00" for task in tasks), length]
         for task in tasks:
             assert by_task[task][:3] == [group, "12", "6"]
             shown = next(row for row in losses if row[0] == task)

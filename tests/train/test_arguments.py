@@ -66,7 +66,7 @@ def test_bad_arguments_are_named(tmp_path, base_folder):
         (SelectionSFTConfig, {"selection_method": "mixture", "max_examples": 5}, "found max_examples=5"),
         (EnsembleSFTConfig, {"num_groups": 3, "max_groups": 2}, "num_groups=3 is more than max_groups=2"),
         (EnsembleSFTConfig, {"num_groups": 2, "sequential_groups": True}, "sequential_groups=True chooses one mixture"),
-        (EnsembleSFTConfig, {"compute_budget": 1.5, "max_steps": 30}, "Set continued_length to 0.5 or less"),
+        (EnsembleSFTConfig, {"compute_budget": 1.2, "max_steps": 30}, "Set continued_length to 0.2 or less"),
         (
             EnsembleSFTConfig,
             {"compute_budget": 1.5, "max_steps": 30, "group_initialization": "fresh"},
@@ -79,8 +79,19 @@ def test_what_would_be_without_effect_or_impossible_is_refused_at_once(tmp_path,
         config(output_dir=str(tmp_path), bf16=False, **changes)
 
 
+def test_shorter_trainings_of_few_steps_are_none(tmp_path):
+    options = {"output_dir": str(tmp_path), "bf16": False, "compute_budget": 1.3}
+    assert EnsembleSFTConfig(max_steps=14, **options).compute_budget == 1.3
+    with pytest.raises(ConfigurationError, match="with max_steps=12 each of them takes 0.5: none would be trained"):
+        EnsembleSFTConfig(max_steps=12, **options)
+
+
 def test_budgets_of_steps_that_groups_fit_in_are_taken(tmp_path):
-    for changes in ({"compute_budget": 2.0}, {"compute_budget": 1.0}, {"compute_budget": 1.5, "continued_length": 0.5}):
+    for changes in (
+        {"compute_budget": 1.25},
+        {"compute_budget": 1.0},
+        {"compute_budget": 1.2, "continued_length": 0.2},
+    ):
         assert EnsembleSFTConfig(output_dir=str(tmp_path), bf16=False, max_steps=30, **changes).compute_budget
 
 

@@ -16,8 +16,8 @@ def main(argv: Sequence[str]) -> Grouping:
         `HfEnsembleError`: for bad arguments and stores.
     """
     (arguments,), _ = parse([GroupArguments], argv, command="group")
-    length = arguments.continued_length if arguments.group_initialization == "baseline" else None
-    grouping = selector_of(arguments, continued_length=length).group(
+    length, *others = arguments.continued_lengths() if arguments.group_initialization == "baseline" else [None]
+    grouping = selector_of(arguments, continued_length=length, other_lengths=others).group(
         **arguments.group_arguments(), targets=arguments.target, seed=arguments.seed
     )
     out = console()

@@ -24,8 +24,17 @@ def groups_section(run: RunDirectory, grouping: Grouping, weights: Mapping[str, 
         helpers = grouping.helpers(name)
         is_baseline = name == grouping.baseline_group
         trained = "all tasks: it is the one adapter for all" if is_baseline else ", ".join(grouping.trained_on(name))
-        rows.append([Cell(name), Cell(", ".join(tasks)), Cell(trained), Cell(", ".join(helpers) or "-")])
-    columns = ["adapter", "serves", "trained on", "of these, helpers"]
+        length = 1.0 if is_baseline else grouping.length_of(name)
+        rows.append(
+            [
+                Cell(name),
+                Cell(", ".join(tasks)),
+                Cell(trained),
+                Cell(", ".join(helpers) or "-"),
+                Cell(f"{length:g}", length),
+            ]
+        )
+    columns = ["adapter", "serves", "trained on", "of these, helpers", "length of its training"]
     section.tables.append(PageTable("Adapters: whom they serve, and what they are trained on", columns, rows))
     if any(len(set(own.values())) > 1 for own in grouping.mixtures.values()):
         names = list(grouping.mixtures)

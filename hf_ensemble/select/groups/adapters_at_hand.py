@@ -9,7 +9,7 @@ from ...estimate import ObservedRun, Prediction, SubsetEstimator
 from ...estimate.mixtures import mixture_weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdaptersAtHand:
     """Adapters of groups that were trained, in their order, then the one for all tasks where there is one.
 

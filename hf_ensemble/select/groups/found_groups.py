@@ -16,6 +16,7 @@ class FoundGroups:
         cost (`float`): training cost of all adapters.
         summary (`str`): one sentence.
         names (`list[str]`): name of each group.
+        lengths (`np.ndarray` of shape `(G,)`): of the groups' trainings, in multiples of a whole one.
         baseline (`int`, *optional*): the group whose adapter is the one for all tasks.
         cost_curve (`list[dict[str, float]]`, *optional*): see [`Grouping`].
         expected_loss (`float`, *optional*): see [`Grouping`].
@@ -27,6 +28,7 @@ class FoundGroups:
     cost: float
     summary: str
     names: list[str]
+    lengths: np.ndarray
     baseline: int | None = None
     cost_curve: list[dict[str, float]] = field(default_factory=list)
     expected_loss: float | None = None

@@ -9,6 +9,7 @@ import numpy as np
 from ..._settings import check_at_least, check_flag, checked_mapping
 from ...errors import ConfigurationError
 from ...estimate import ObservedRun, SubsetEstimator
+from ...estimate.mixtures import mixture_weights
 from ..choice import Choice, with_provenance
 from ..problem import Targets, target_weights
 from ..settings import GroupingSettings
@@ -36,6 +37,9 @@ class Grouping(Choice):
         task_names (`list[str]`): order of the affinity's rows and columns.
         affinity (`list[list[float]]`): in nats, see [`predicted_affinity`].
         predicted_loss (`dict[str, float]`): mean predicted validation loss over the tasks, by number of groups.
+        lengths (`dict[str, float]`, *optional*):
+            Length of each group's training, in multiples of a whole one. That of the adapter for all tasks, where it
+            serves a group, means nothing if the others go on from it.
         baseline_group (`str`, *optional*): the group whose adapter is the one for all tasks, which is trained anyway.
         cost (`float`):
             Training cost of all adapters, in multiples of one adapter for all: rows that are drawn. It includes the
@@ -54,7 +58,7 @@ class Grouping(Choice):
     """
 
     format: ClassVar[str] = "hf_ensemble.grouping"
-    format_version: ClassVar[int] = 4
+    format_version: ClassVar[int] = 5
     made_by: ClassVar[str] = "group"
 
     groups: dict[str, list[str]]
@@ -64,6 +68,7 @@ class Grouping(Choice):
     affinity: list[list[float]]
     predicted_loss: dict[str, float]
     cost: float
+    lengths: dict[str, float] = field(default_factory=dict)
     baseline_group: str | None = None
     cost_curve: list[dict[str, float]] = field(default_factory=list)
     expected_loss: float | None = None
@@ -72,6 +77,10 @@ class Grouping(Choice):
     def group_of(self, task: str) -> str:
         """Name of the group that a task belongs to."""
         return next(name for name, tasks in self.groups.items() if task in tasks)
+
+    def length_of(self, group: str) -> float:
+        """Length of a group's training, in multiples of a whole one."""
+        return self.lengths.get(group, 1.0)
 
     def trained_on(self, group: str) -> list[str]:
         """Tasks that a group's adapter is trained on, in the order of all tasks."""
@@ -92,8 +101,13 @@ def predicted_losses(estimator: SubsetEstimator, grouping: Grouping) -> np.ndarr
     Args:
         estimator (`SubsetEstimator`): predicts trainings from where those of the groups begin.
         grouping (`Grouping`): a grouping of its tasks.
+
+    Raises:
+        `EstimationError`: for an estimator that does not know the length of one of the groups.
     """
-    losses = estimator.predict_subsets(list(grouping.mixtures.values())).loss
+    mixtures = [mixture_weights(mixture, estimator.task_names) for mixture in grouping.mixtures.values()]
+    lengths = np.array([grouping.length_of(name) for name in grouping.mixtures])
+    losses = estimator.predict(np.array(mixtures), lengths=lengths).loss
     if grouping.settings["group_initialization"] == "baseline" and grouping.baseline_group is not None:
         start = np.zeros((1, estimator.reduction.components.shape[1]))
         losses[list(grouping.groups).index(grouping.baseline_group)] = estimator.loss_at(start)[0]
@@ -120,8 +134,9 @@ def group_tasks(
     """Choose what each of several adapters is trained on, and which of them serves each task.
 
     `"mixtures"` searches for weighted mixtures of all tasks: each task is served by the one that is best for it, and a
-    task may be trained on by many. It keeps within `compute_budget` and takes the set with the least expected loss, or
-    without a budget the cheapest set that cannot be told from it, by the validation rows.
+    task may be trained on by many. Where the estimator knows several lengths of trainings, each mixture has its own.
+    The search keeps within `compute_budget` and takes the set with the least expected loss, or without a budget the
+    cheapest set that cannot be told from it, by the validation rows.
 
     The other methods partition the tasks. `"direct"` minimizes the predicted loss of the partition itself: it merges
     the groups whose merge costs least, then moves and swaps tasks, from the merged partition and from the spectral
@@ -151,7 +166,8 @@ def group_tasks(
         seed (`int`, *optional*, defaults to 0): seed of the affinity's subsets and of the clustering.
 
     Raises:
-        `ConfigurationError`: for more groups than tasks, and values out of range.
+        `ConfigurationError`:
+            For more groups than tasks, values out of range, and `trained` with an estimator of several lengths.
     """
     check_at_least("num_candidates", num_candidates, 1)
     check_at_least("subset_size", subset_size, 1, optional=True)
@@ -171,6 +187,11 @@ def group_tasks(
         raise ConfigurationError(
             "group_initialization='baseline' begins at the adapter for all tasks, and none is trained. Set "
             "train_baseline=True, or group_initialization='fresh'."
+        )
+    if runs and len(estimator.lengths) > 1:
+        raise ConfigurationError(
+            f"trained={list(runs)} are adapters of trainings of length {estimator.length:g}, and this estimator knows "
+            f"others, {list(estimator.lengths[1:])}, too. Leave other_lengths out."
         )
     rough = estimator if settings.search_rows is None else estimator.sampled(settings.search_rows)
     losses = GroupLosses(EstimatedGroups(estimator))
@@ -202,6 +223,7 @@ def group_tasks(
         affinity=affinity.tolist(),
         predicted_loss=found.curve,
         cost=found.cost,
+        lengths=dict(zip(found.names, found.lengths.tolist())),
         baseline_group=None if found.baseline is None else found.names[found.baseline],
         cost_curve=found.cost_curve,
         expected_loss=found.expected_loss,

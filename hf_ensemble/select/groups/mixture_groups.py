@@ -1,5 +1,6 @@
 """Groups of tasks that are served by the same mixture."""
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,7 @@ from ..directions import unit_directions
 from ..settings import GroupingSettings
 from .adapters_at_hand import AdaptersAtHand
 from .direct_search import add_helpers, merge_path
+from .each_alone import TasksAlone
 from .found_groups import FoundGroups
 from .group_losses import GroupLosses, group_masks
 from .mixture_search import MixturePool, MixtureSet, predicted_sets, search_mixtures
@@ -25,7 +27,8 @@ _START_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _MAX_MERGED, _MAX_HELPED = 150, 40
 # Maximum number of mixtures where it is not given: more adapters than this are rarely worth a forward each.
 _MAX_MIXTURES = 8
-# Up to this number of tasks, each may have an adapter of its own, which no search has to find.
+# Up to this number of tasks, each may have an adapter of its own, which no search has to find; of more, as many as
+# there may be mixtures.
 _MAX_ALONE = 150
 _MAX_ITERATIONS = 8
 
@@ -52,7 +55,9 @@ def mixture_groups(
     budget = None if settings.compute_budget is None else max(settings.compute_budget - at_hand.cost, 0.0)
     counts = [count for count in _START_COUNTS if count <= min(most, size)]
 
-    def search(estimator: SubsetEstimator, at_hand: AdaptersAtHand, starts: Sequence[np.ndarray]) -> list[MixtureSet]:
+    def search(
+        estimator: SubsetEstimator, at_hand: AdaptersAtHand, starts: Sequence[np.ndarray]
+    ) -> tuple[list[MixtureSet], list[MixtureSet]]:
         pool = MixturePool(estimator, goal, at_hand.losses, max(most - len(trained), 0))
         return search_mixtures(pool, MixtureSteps(estimator, goal, num_candidates, _MAX_ITERATIONS), budget, starts)
 
@@ -60,40 +65,26 @@ def mixture_groups(
     starts = clusters
     if size <= _MAX_MERGED:
         starts = _merge_starts(rough, group_losses, counts, num_candidates)
-    sets = search(rough, at_hand if rough is estimator else at_hand.on(rough), starts)
+    found = search(rough, at_hand if rough is estimator else at_hand.on(rough), starts)
     if rough is not estimator:
-        sets = predicted_sets(estimator, at_hand, sets, goal)
-    most_alone = (settings.num_groups or settings.max_groups or _MAX_ALONE) - len(trained)
-    alone = _each_alone(estimator, goal, at_hand, most_alone, budget)
-    pairs = cost_points(estimator, rough, at_hand, sets, goal, lambda own, hand: search(own, hand, clusters), alone)
-    sets, points = zip(*pairs)
+        found = tuple(predicted_sets(estimator, at_hand, sets, goal) for sets in found)
+
+    @functools.cache
+    def on_half(own: SubsetEstimator, hand: AdaptersAtHand) -> tuple[list[MixtureSet], list[MixtureSet]]:
+        return search(own, hand, clusters)
+
+    most_alone = settings.num_groups or settings.max_groups or (_MAX_ALONE if size <= _MAX_ALONE else most)
+    most_alone -= len(trained)
+    alone = TasksAlone(estimator, at_hand, goal)
+    families = [
+        (found[0], lambda own, hand: on_half(own, hand)[0]),
+        (found[1], lambda own, hand: on_half(own, hand)[1]),
+        (alone.some(most_alone, budget), lambda own, hand: TasksAlone(own, hand, goal).some(most_alone, budget)),
+        (alone.every(most_alone, budget), None),
+    ]
+    sets, points = zip(*cost_points(estimator, rough, at_hand, goal, families))
     place = _chosen(estimator, at_hand, sets, points, goal, settings)
     return _found(estimator, at_hand, sets[place], points, points[place], goal)
-
-
-def _each_alone(
-    estimator: SubsetEstimator, goal: np.ndarray, at_hand: AdaptersAtHand, most: int, budget: float | None
-) -> list[MixtureSet]:
-    """An adapter for each task whose loss counts, trained on it alone, where so many are allowed and paid for.
-
-    Those that are trained already are taken as they are.
-    """
-    own = np.flatnonzero(goal)
-    trained = {int(np.argmax(one)): row for row, one in enumerate(at_hand.mixtures) if np.count_nonzero(one) == 1}
-    left = [task for task in own.tolist() if task not in trained]
-    weights = np.eye(len(goal))[left]
-    if len(own) < 2 or not 0 < len(left) <= most:
-        return []
-    cost = float(estimator.training_cost(weights).sum())
-    if budget is not None and cost > budget + 1e-9:
-        return []
-    losses = estimator.predict(weights).loss
-    serving = losses.argmin(axis=0)
-    serving[left] = np.arange(len(left))
-    loss = losses[serving, np.arange(len(goal))]
-    for task, row in trained.items():
-        serving[task], loss[task] = -1 - row, at_hand.losses[row, task]
-    return [MixtureSet(weights, loss, serving, cost)]
 
 
 def _found(
@@ -107,7 +98,7 @@ def _found(
     curve: dict[str, float] = {}
     for one in points:
         curve[str(one.num_groups)] = min(one.predicted_loss, curve.get(str(one.num_groups), np.inf))
-    names, labels, mixtures, baseline = _named(estimator, at_hand, best, goal)
+    names, labels, mixtures, lengths, baseline = _named(estimator, at_hand, best, goal)
     return FoundGroups(
         labels=labels,
         mixtures=mixtures / mixtures.max(axis=1, keepdims=True),
@@ -115,6 +106,7 @@ def _found(
         cost=best.cost + at_hand.cost,
         summary=_summary(len(names), point, at_hand.cost) + calibration_note(estimator),
         names=names,
+        lengths=lengths,
         baseline=baseline,
         cost_curve=[_as_values(one, at_hand.cost) for one in points],
         expected_loss=point.expected_loss,
@@ -191,8 +183,8 @@ def _as_row_weights(estimator: SubsetEstimator, masks: np.ndarray) -> np.ndarray
 
 def _named(
     estimator: SubsetEstimator, at_hand: AdaptersAtHand, found: MixtureSet, goal: np.ndarray
-) -> tuple[list[str], np.ndarray, np.ndarray, int | None]:
-    """Names, labels `(T,)`, mixtures in multiples of the sampling weights, and the group that the baseline serves.
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, int | None]:
+    """Names, labels `(T,)`, mixtures in multiples of the sampling weights, lengths, and the group of the baseline.
 
     Groups that were trained come first and keep their names, whether or not they serve a task: other tasks may give
     them a weight. New ones follow under names that are not taken, the one with the largest gain first, then the one for
@@ -214,16 +206,18 @@ def _named(
     ]
     labels = np.zeros(len(goal), dtype=int)
     mixtures = np.zeros((len(used), len(goal)))
+    lengths = np.full(len(used), estimator.length, dtype=np.float64)
     baseline = None
     for row, (_, source) in enumerate(used):
         labels[found.serving == source] = row
         if source >= 0:
             mixtures[row] = found.weights[source] / estimator.sampling_weights
+            lengths[row] = found.lengths[source]
         else:
             mixtures[row] = at_hand.mixtures[-1 - source]
             if at_hand.has_baseline and -1 - source == number:
                 baseline = row
-    return [name for name, _ in used], labels, mixtures, baseline
+    return [name for name, _ in used], labels, mixtures, lengths, baseline
 
 
 def _chosen(

@@ -1,12 +1,14 @@
 """Search for a few mixtures of all tasks, each task served by the one that is best for it.
 
-With L_t(a) the predicted loss of task t after a training on the mixture a, and c(a) the cost of this training, minimize
+With L_t(a, l) the predicted loss of task t after a training of length l on the mixture a, and c(a, l) the cost of this
+training, minimize
 
-    sum_t goal_t min_j L_t(a_j)    subject to    sum_j c(a_j) <= budget
+    sum_t goal_t min_j L_t(a_j, l_j)    subject to    sum_j c(a_j, l_j) <= budget
 
 A partition is the special case of mixtures whose weights are 0 or 1 and do not overlap. The search generates columns:
 it chooses from a pool of mixtures, which is a facility location problem, improves what it has chosen for the tasks that
-it serves, and adds the results to the pool. A price on cost takes the place of the budget.
+it serves, and adds the results to the pool. A price on cost takes the place of the budget. Mixtures are found at the
+estimator's own length; where it knows others, those that are worth choosing join the pool at each of them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,12 +43,14 @@ class MixtureSet:
         loss (`np.ndarray` of shape `(T,)`): predicted loss of each task under the mixture that serves it.
         serving (`np.ndarray` of shape `(T,)`): this mixture's index; -1 - i stands for the i-th adapter at hand.
         cost (`float`): cost of training the mixtures, in multiples of a training on all tasks.
+        lengths (`np.ndarray` of shape `(m,)`): of the trainings, in multiples of a whole one.
     """
 
     weights: np.ndarray
     loss: np.ndarray
     serving: np.ndarray
     cost: float
+    lengths: np.ndarray
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -77,8 +81,9 @@ class MixturePool:
         self._estimator, self.goal, self._max_mixtures = estimator, goal, max_mixtures
         self._sampling = estimator.sampling_weights / estimator.sampling_weights.max()
         size = len(goal)
-        self.weights, self.losses, self.costs = np.zeros((0, size)), np.zeros((0, size)), np.zeros(0)
-        self._places: dict[bytes, int] = {}
+        self.weights, self.losses = np.zeros((0, size)), np.zeros((0, size))
+        self.lengths, self.costs = np.zeros(0), np.zeros(0)
+        self._places: dict[tuple[bytes, float], int] = {}
         self._sets: list[list[int]] = []
         self._at_hand = at_hand
         if len(at_hand):
@@ -88,21 +93,38 @@ class MixturePool:
             self.add(self._sampling[None])
 
     @property
+    def has_lengths(self) -> bool:
+        """Whether trainings may have several lengths."""
+        return len(self._estimator.lengths) > 1
+
+    @property
+    def length_range(self) -> float:
+        """How much longer a training is at the estimator's own length than at the shortest."""
+        return self._estimator.length / min(self._estimator.lengths)
+
+    @property
     def together(self) -> np.ndarray:
         """Losses of the training on all tasks, `(T,)`."""
-        return self.losses[self._places[self._sampling.tobytes()]]
+        return self.losses[self._places[self._sampling.tobytes(), self._estimator.length]]
 
-    def add(self, weights: np.ndarray) -> None:
-        """Add mixtures of row weights `(m, T)`, and the set of all of them where there are not too many."""
+    def add(self, weights: np.ndarray, lengths: np.ndarray | None = None) -> None:
+        """Add mixtures of row weights `(m, T)`, and the set of all of them where there are not too many.
+
+        Their lengths `(m,)` are the estimator's own by default.
+        """
         weights = np.ascontiguousarray(weights, dtype=np.float64)
-        new = list({row.tobytes(): row for row in weights if row.tobytes() not in self._places}.values())
+        lengths = np.full(len(weights), self._estimator.length) if lengths is None else lengths
+        keys = _keys(weights, lengths)
+        new = {key: place for place, key in enumerate(keys) if key not in self._places}
         if new:
-            mixtures = np.stack(new) / self._estimator.sampling_weights
-            self._places |= {row.tobytes(): len(self.costs) + place for place, row in enumerate(new)}
-            self.weights = np.vstack([self.weights, *new])
-            self.losses = np.vstack([self.losses, self._estimator.predict(mixtures).loss])
-            self.costs = np.concatenate([self.costs, self._estimator.training_cost(mixtures)])
-        places = sorted({self._places[row.tobytes()] for row in weights})
+            rows = list(new.values())
+            mixtures, lengths = weights[rows] / self._estimator.sampling_weights, lengths[rows]
+            self._places |= {key: len(self.costs) + place for place, key in enumerate(new)}
+            self.weights = np.vstack([self.weights, weights[rows]])
+            self.lengths = np.concatenate([self.lengths, lengths])
+            self.losses = np.vstack([self.losses, self._estimator.predict(mixtures, lengths=lengths).loss])
+            self.costs = np.concatenate([self.costs, self._estimator.training_cost(mixtures, lengths)])
+        places = sorted({self._places[key] for key in keys})
         if len(places) <= self._max_mixtures and places not in self._sets:
             self._sets.append(places)
 
@@ -135,16 +157,25 @@ class MixturePool:
         sets = [one for one in sets if np.isfinite(one.loss).all()]
         return pareto([one for one in sets if budget is None or one.cost <= budget + 1e-9], self.goal)
 
-    def served_by(self, weights: np.ndarray) -> MixtureSet:
-        """A set of mixtures of the pool, `(m, T)`."""
-        return self._serving(np.array([self._places[row.tobytes()] for row in weights], dtype=int))
+    def add_lengths(self) -> None:
+        """Add what may be worth choosing at every other length: what is chosen at some price, and single tasks."""
+        chosen = [one.weights for one in self.within(None)]
+        size = len(self.goal)
+        weights = np.unique(np.vstack([*chosen, np.eye(size)[: size * (size <= _MAX_ALONE)]]), axis=0)
+        for length in self._estimator.lengths[1:]:
+            self.add(weights, np.full(len(weights), length))
+
+    def served_by(self, weights: np.ndarray, lengths: np.ndarray) -> MixtureSet:
+        """A set of mixtures of the pool, `(m, T)`, of some lengths `(m,)`."""
+        return self._serving(np.array([self._places[key] for key in _keys(weights, lengths)], dtype=int))
 
     def _serving(self, taken: np.ndarray) -> MixtureSet:
         # An adapter at hand is taken where it is as good as a new one.
         rows = np.vstack([self._at_hand, self.losses[taken]])
         if not len(rows):
             nothing = np.full(len(self.goal), np.inf)
-            return MixtureSet(self.weights[taken], nothing, np.full(len(self.goal), -1), 0.0)
+            nobody = np.full(len(self.goal), -1)
+            return MixtureSet(self.weights[taken], nothing, nobody, 0.0, self.lengths[taken])
         best = rows.argmin(axis=0) - len(self._at_hand)
         used = np.unique(best[best >= 0])
         position = np.zeros(len(taken), dtype=int)
@@ -153,7 +184,12 @@ class MixturePool:
         serving = np.where(
             best >= 0, position[np.maximum(best, 0)] if len(taken) else 0, -1 - (best + len(self._at_hand))
         )
-        return MixtureSet(self.weights[kept], rows.min(axis=0), serving, float(self.costs[kept].sum()))
+        cost = float(self.costs[kept].sum())
+        return MixtureSet(self.weights[kept], rows.min(axis=0), serving, cost, self.lengths[kept])
+
+
+def _keys(weights: np.ndarray, lengths: np.ndarray) -> list[tuple[bytes, float]]:
+    return [(row.tobytes(), float(length)) for row, length in zip(weights, lengths)]
 
 
 def search_mixtures(
@@ -161,8 +197,11 @@ def search_mixtures(
     steps: MixtureSteps,
     budget: float | None = None,
     starts: Sequence[np.ndarray] = (),
-) -> list[MixtureSet]:
+) -> tuple[list[MixtureSet], list[MixtureSet]]:
     """Sets of mixtures within a budget, by cost, none of which another one betters in both cost and loss.
+
+    The first are those of trainings of the estimator's own length. Where it knows others, the second are of any length;
+    else there are none. There is more to choose among these, so that they make more of the validation rows' noise.
 
     Args:
         pool (`MixturePool`): what to choose from; it grows.
@@ -177,10 +216,21 @@ def search_mixtures(
     span = max(span, 0.02 * float(pool.goal @ pool.together))
     if len(pool.goal) <= _MAX_ALONE:
         pool.add(steps.alone(_PRICES[-2] * span))
+    # Mixtures that cost too much at this length may be paid for at a shorter one.
+    most = np.inf if budget is None else budget * pool.length_range
     for price in _PRICES:
         # At lower prices, still more is chosen than the budget pays for.
-        if _generate(pool, steps, price * span) > (np.inf if budget is None else budget):
+        if _generate(pool, steps, price * span) > most:
             break
+    sets = _within(pool, steps, budget)
+    if not pool.has_lengths:
+        return sets, []
+    pool.add_lengths()
+    return sets, _within(pool, steps, budget)
+
+
+def _within(pool: MixturePool, steps: MixtureSteps, budget: float | None) -> list[MixtureSet]:
+    """The pool's best sets within a budget, where mixtures are improved for it as long as that helps."""
     sets = pool.within(budget)
     if budget is None:
         return sets
@@ -206,7 +256,13 @@ def _generate(pool: MixturePool, steps: MixtureSteps, price: float, max_cost: fl
         if not len(chosen):
             break
         pool.add(
-            np.stack([steps.improved(chosen.serving == index, own, price) for index, own in enumerate(chosen.weights)])
+            np.stack(
+                [
+                    steps.improved(chosen.serving == index, own, price, length)
+                    for index, (own, length) in enumerate(zip(chosen.weights, chosen.lengths.tolist()))
+                ]
+            ),
+            chosen.lengths,
         )
     return cost
 
@@ -227,8 +283,7 @@ def predicted_sets(
 
     Mixtures that serve no task any more are left out, and so are sets that another one now betters.
     """
-    known = {row.tobytes(): row for one in sets for row in one.weights}
     pool = MixturePool(estimator, goal, at_hand.losses, len(goal), is_empty=True)
-    if known:
-        pool.add(np.stack(list(known.values())))
-    return pareto([pool.served_by(one.weights) for one in sets], goal)
+    if any(map(len, sets)):
+        pool.add(np.vstack([one.weights for one in sets]), np.concatenate([one.lengths for one in sets]))
+    return pareto([pool.served_by(one.weights, one.lengths) for one in sets], goal)

@@ -27,14 +27,15 @@ class MixtureSteps:
         self._row_cost = np.zeros(len(goal))
         if not estimator.has_fixed_steps:
             self._row_cost = estimator.training_cost(np.eye(len(goal)))
-        self._known: dict[tuple[bytes, bytes, float], np.ndarray] = {}
+        self._known: dict[tuple[bytes, bytes, float, float], np.ndarray] = {}
 
-    def improved(self, served: np.ndarray, start: np.ndarray, price: float) -> np.ndarray:
+    def improved(self, served: np.ndarray, start: np.ndarray, price: float, length: float) -> np.ndarray:
         """A mixture `(T,)` with less weighted loss of the tasks in the mask `served` `(T,)` plus price times cost."""
-        key = (served.tobytes(), start.tobytes(), price)
+        key = (served.tobytes(), start.tobytes(), price, length)
         if key not in self._known:
-            sensitivity = self._estimator.sensitivity(np.where(served, self._goal, 0.0))
+            sensitivity = self._estimator.sensitivity(np.where(served, self._goal, 0.0), length)
             _, slope = sensitivity.to_weights(start)
+            price *= length / self._estimator.length
             self._known[key] = self._descended(sensitivity, served, start, price, slope)
         return self._known[key]
 

@@ -63,12 +63,13 @@ class SetComparison:
 
     def served(self, found: MixtureSet) -> tuple[np.ndarray, np.ndarray]:
         """Optima `(m + f, k)` of the mixtures and of the adapters at hand, and the one that serves each task `(T,)`."""
-        key = found.weights.tobytes()
+        key = found.weights.tobytes() + found.lengths.tobytes()
         if key not in self._optima:
             optima = self._at_hand.optima
             if len(found):
                 mixtures = found.weights / self._estimator.sampling_weights
-                optima = np.concatenate([self._estimator.predict(mixtures).coefficients, optima])
+                predicted = self._estimator.predict(mixtures, lengths=found.lengths)
+                optima = np.concatenate([predicted.coefficients, optima])
             self._optima[key] = optima
         return self._optima[key], np.where(found.serving >= 0, found.serving, len(found) - 1 - found.serving)
 
@@ -94,51 +95,57 @@ def cost_points(
     estimator: SubsetEstimator,
     rough: SubsetEstimator,
     at_hand: AdaptersAtHand,
-    sets: Sequence[MixtureSet],
     goal: np.ndarray,
-    search: Search,
-    unsearched: Sequence[MixtureSet],
+    families: Sequence[tuple[Sequence[MixtureSet], Search | None]],
 ) -> list[tuple[MixtureSet, CostPoint]]:
     """Sets by cost, with what each is worth without what the search has made of noise.
 
-    The whole search is repeated on either half of the validation rows. What it finds there for a cost, mixtures, their
-    number and who is served by which, is scored on the other half: the loss is higher than on its own half by the
+    A family's whole search is repeated on either half of the validation rows. What it finds there for a cost, mixtures,
+    their number and who is served by which, is scored on the other half: the loss is higher than on its own half by the
     optimism. That of all rows is smaller by the root of two, as the noise is.
 
     Args:
         estimator (`SubsetEstimator`): makes the predictions.
         rough (`SubsetEstimator`): makes those that the search looks at, from all rows or a sample.
         at_hand (`AdaptersAtHand`): adapters that serve tasks besides.
-        sets (`Sequence[MixtureSet]`): found on all rows, by cost.
         goal (`np.ndarray` of shape `(T,)`): weight of each task's loss.
-        search (`Callable`): the search, for an estimator and the adapters at hand.
-        unsearched (`Sequence[MixtureSet]`): sets that no validation row has chosen.
+        families (`Sequence[tuple[Sequence[MixtureSet], Callable]]`):
+            Sets that a search has found on all rows, by cost, and this search, for an estimator and the adapters at
+            hand; `None` in its place for sets that no validation row has chosen.
     """
     comparison = SetComparison(estimator, at_hand, goal)
     together = estimator.predict(np.ones((1, len(goal))))
     optimum = at_hand.one_for_all_optimum(together)
     loss_together = float(goal @ at_hand.one_for_all_loss(together))
-    optimism = np.maximum.accumulate(np.maximum(_optimism(rough, at_hand, sets, goal, search), 0.0))
+    halves = [(own, at_hand.on(own)) for own in rough.halves()]
     points = []
-    for one, own in [*zip(sets, optimism), *((one, 0.0) for one in unsearched)]:
-        loss = float(goal @ one.loss)
-        # Nothing was searched for where nothing is trained but what is there.
-        own = float(own) if len(one) or len(at_hand) > 1 else 0.0
-        difference = loss + own - loss_together
-        error = comparison.from_one_adapter(one, optimum)
-        points.append((one, CostPoint(one.cost, len(one), loss, own, difference, error)))
+    for sets, search in families:
+        optimism = np.zeros(len(sets))
+        if search is not None and any(map(len, sets)):
+            optimism = np.maximum.accumulate(np.maximum(_optimism(halves, sets, goal, search), 0.0))
+        for one, own in zip(sets, optimism.tolist()):
+            loss = float(goal @ one.loss)
+            # Nothing was searched for where nothing is trained but what is there.
+            own = own if len(one) or len(at_hand) > 1 else 0.0
+            difference = loss + own - loss_together
+            error = comparison.from_one_adapter(one, optimum)
+            points.append((one, CostPoint(one.cost, len(one), loss, own, difference, error)))
     return sorted(points, key=lambda pair: pair[0].cost)
 
 
 def _optimism(
-    estimator: SubsetEstimator, at_hand: AdaptersAtHand, sets: Sequence[MixtureSet], goal: np.ndarray, search: Search
+    halves: Sequence[tuple[SubsetEstimator, AdaptersAtHand]],
+    sets: Sequence[MixtureSet],
+    goal: np.ndarray,
+    search: Search,
 ) -> np.ndarray:
     """Optimism at the cost of each set."""
-    halves = estimator.halves()
     total = np.zeros(len(sets))
-    for own, other in (halves, halves[::-1]):
-        front = search(own, at_hand.on(own))
-        elsewhere = at_hand.on(other)
+    for (own, at_hand), (other, elsewhere) in (halves, halves[::-1]):
+        front = search(own, at_hand)
+        if not front:
+            # Nothing is worth its cost there.
+            continue
         comparison = SetComparison(own, at_hand, goal)
         costs = np.array([one.cost for one in front])
         places = np.maximum(np.searchsorted(costs, [one.cost + 1e-9 for one in sets], side="right") - 1, 0)

@@ -69,7 +69,8 @@ def partition_groups(
         new = mixtures
     cost = float(has_baseline) + float(estimator.training_cost(new).sum())
     group_names = [f"group_{row}" for row in range(len(mixtures))]
-    return FoundGroups(labels, mixtures, curve, cost, f"{summary}.", group_names, baseline)
+    lengths = np.full(len(mixtures), estimator.length)
+    return FoundGroups(labels, mixtures, curve, cost, f"{summary}.", group_names, lengths, baseline)
 
 
 def _summary(settings: GroupingSettings, num_groups: int, loss: float, num_partitions: int) -> str:

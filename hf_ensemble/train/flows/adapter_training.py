@@ -268,6 +268,9 @@ class AdapterTraining:
         args.num_train_epochs *= begun.length
         if args.max_steps > 0:
             args.max_steps = math.ceil(args.max_steps * begun.length)
+        if args.warmup_steps >= 1:
+            # A number of steps, not a share of them.
+            args.warmup_steps = math.ceil(args.warmup_steps * begun.length)
         # A training that goes on is the same training, early stopping included.
         args.restore_callback_states_from_checkpoint = True
         own = [task for task, weight in begun.mixture.items() if weight > 0]

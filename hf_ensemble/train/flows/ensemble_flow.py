@@ -194,19 +194,18 @@ class EnsembleFlow:
 
     def _know_groups(self, grouping: Grouping) -> None:
         """Groups were chosen: their trainings can be announced."""
-        length = self._group_length
         self._adapters.parts = {
             name: 0.0
             if name == grouping.baseline_group
-            else self.training.num_rows(grouping.trained_on(name)) * length * TRAINING
+            else self.training.num_rows(grouping.trained_on(name)) * grouping.length_of(name) * TRAINING
             for name in grouping.groups
         }
 
     @property
     def _group_length(self) -> float:
-        """Length of a group's training, in multiples of one from the start."""
+        """Length of a group's training, in multiples of one from the start, before it is chosen."""
         args = self.context.args
-        return args.continued_length if args.group_initialization == "baseline" else 1.0
+        return args.continued_lengths()[0] if args.group_initialization == "baseline" else 1.0
 
     def num_calibration_runs(self) -> int:
         """The one adapter for all is a run that exists anyway."""

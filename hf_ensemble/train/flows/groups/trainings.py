@@ -11,6 +11,7 @@ from ....estimate import ObservedRun
 from ....runs import Estimate, ScoredRun, TrainedAdapter, run_selector
 from ....runs.progress import ADAPTER, GROUP
 from ....select import DataSelector, Grouping
+from ....select.settings import LEAST_STEPS
 from ...configs import AUTO
 from ..adapter_training import AdapterTraining, run_concurrently
 from ..calibration import Calibration
@@ -88,7 +89,7 @@ class GroupTrainings:
         training = training or self.training
         with run.stage(f"{ADAPTER}:{name}"):
             if self._goes_on(grouping, name):
-                start = {"start": run.baseline, "length": self.context.args.continued_length}
+                start = {"start": run.baseline, "length": grouping.length_of(name)}
                 return training.run(name, mixture, run.member(name), first_step=first_step, **start)
             known = self.calibration.reuse(mixture, name, run.member(name))
             return training.run(name, mixture, run.member(name), first_step=first_step) if known is None else known
@@ -129,8 +130,7 @@ class GroupTrainings:
         for name in grouping.groups:
             goes_on = self._goes_on(grouping, name)
             if not run.is_done(f"{ADAPTER}:{name}") and (goes_on or not self._is_known(grouping, name)):
-                length = self.context.args.continued_length if goes_on else 1.0
-                steps[name] = self.training.num_steps(grouping.trained_on(name), length)
+                steps[name] = self.training.num_steps(grouping.trained_on(name), grouping.length_of(name))
         return steps
 
     def _jobs(self, grouping: Grouping, steps: Mapping[str, int]) -> list[Callable[[AdapterTraining], TrainedAdapter]]:
@@ -194,8 +194,16 @@ class GroupTrainings:
             keep_example_rows(self.context, selector, self.context.tasks.names)
         return grouping
 
+    def _has_steps(self, length: float) -> bool:
+        """Whether a training of this length is as long as it is said to be, on the smallest task as well."""
+        return length >= 1 or all(
+            self.training.num_steps([task], length) >= LEAST_STEPS for task in self.context.tasks.names
+        )
+
     def _selector(self, observed: Sequence[ObservedRun]) -> DataSelector:
         context, args = self.context, self.context.args
-        length = args.continued_length if args.group_initialization == "baseline" else None
-        options = {"continued_length": length, "device": args.estimate_device}
+        options: dict[str, Any] = {"device": args.estimate_device}
+        if args.group_initialization == "baseline":
+            length, *others = args.continued_lengths()
+            options |= {"continued_length": length, "other_lengths": [own for own in others if self._has_steps(own)]}
         return run_selector(context.run, context.tasks.names, args.num_components, observed, **options)
