@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 # Kinds of systems, by how their labels begin, with their colors.
 KINDS = {
     "one adapter for all": ("one adapter, longer or wider", "#444444"),
-    "one for all, then mixtures": ("one for all, then mixtures", "#c8553d"),
+    "one for all, then what is chosen": ("one for all, then what is chosen", "#c8553d"),
+    "one for all, then mixtures": ("one for all, then mixtures (earlier search)", "#d99a8c"),
     "one for all, then each task": ("one for all, then each task", "#2a7f9e"),
     "one for all and mixtures": ("one for all and mixtures", "#e0a030"),
     "mixtures": ("mixtures", "#8a6fb0"),

@@ -8,10 +8,11 @@ import numpy as np
 
 from hf_ensemble.estimate import SubsetEstimator
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
+from hf_ensemble.select.settings import LENGTHS
 from hf_ensemble.train.comparison.groups import gradient_clusters, random_groups
 
-# Lengths of one adapter for all tasks, in multiples of the recipe's, and of trainings that go on from it.
-LENGTHS = (1.0, 1.1, 1.5, 2.0)
+# Lengths of one adapter for all tasks, in multiples of the recipe's.
+TOGETHER_LENGTHS = (1.0, 1.1, 1.5, 2.0)
 BUDGETS = (1.1, 1.5, 2.0)
 # Budgets of mixtures that begin where the adapter for all tasks does.
 FRESH_BUDGETS = (1.5, 2.0, 3.0)
@@ -85,11 +86,12 @@ class SystemBuilder:
 
     Args:
         selector (`DataSelector`): predicts trainings from the start, calibrated by the adapter for all tasks.
-        going_on (`Callable[[float], DataSelector]`): predicts trainings of a length that go on from this adapter.
+        going_on (`Callable[[Sequence[float]], DataSelector]`):
+            Predicts trainings of these lengths that go on from this adapter; the first is its own.
         seed (`int`): of random groups.
     """
 
-    def __init__(self, selector: DataSelector, going_on: Callable[[float], DataSelector], seed: int):
+    def __init__(self, selector: DataSelector, going_on: Callable[[Sequence[float]], DataSelector], seed: int):
         self.selector, self.going_on, self.seed = selector, going_on, seed
         self.estimator = selector.estimator
         self.names = list(self.estimator.task_names)
@@ -97,14 +99,18 @@ class SystemBuilder:
 
     def __call__(self) -> list[System]:
         """All systems, those first that the others are compared with."""
-        found = [self._for_all(length) for length in LENGTHS]
+        found = [self._for_all(length) for length in TOGETHER_LENGTHS]
         continued = {budget: self._continued(budget) for budget in (*BUDGETS, 3.0)}
         found += [continued[budget] for budget in BUDGETS]
         found += [self._finetuned(budget) for budget in BUDGETS]
         found += [self._mixtures(budget, has_baseline=True) for budget in FRESH_BUDGETS]
         found += [self._per_task(), self._partition(), self._random(), self._clusters(), self._seeds(2), self._wider(2)]
         found += [self._mixtures(2.0, has_baseline=False), *self._merged()]
-        return [*found, continued[3.0], self._wide(continued[2.0], "one for all, then mixtures, twice as wide, at 2")]
+        return [
+            *found,
+            continued[3.0],
+            self._wide(continued[2.0], "one for all, then what is chosen, twice as wide, at 2"),
+        ]
 
     def _for_all(self, length: float) -> System:
         part = Part(self.all.mixture, length=length, cost=length)
@@ -114,19 +120,18 @@ class SystemBuilder:
     def _finetuned(self, budget: float) -> System:
         """MTL-FT: the adapter for all tasks, then each task on its own."""
         length = round(budget - 1.0, 6)
-        predicted = self.going_on(length).estimator.predict(np.eye(len(self.names))).loss.diagonal()
+        predicted = self.going_on([length]).estimator.predict(np.eye(len(self.names))).loss.diagonal()
         parts = [Part({name: 1.0}, length, True, length * self._share(name), is_own=True) for name in self.names]
         own = {name: number for number, name in enumerate(self.names, start=1)}
         label = f"one for all, then each task, at {budget:g}"
         return System(label, [self.all, *parts], own, dict(zip(self.names, predicted.tolist())))
 
     def _continued(self, budget: float) -> System:
-        """The adapter for all tasks, then mixtures from there on: short ones where the budget is small."""
-        length = min(1.0, round(2 * (budget - 1.0), 6))
-        selector = self.going_on(length)
+        """The adapter for all tasks, then what the search chooses from there on, mixtures or tasks alone."""
+        selector = self.going_on(LENGTHS)
         grouping = selector.group(None, "mixtures", compute_budget=budget, group_initialization="baseline")
-        label = f"one for all, then mixtures, at {budget:g}"
-        return self._of_grouping(label, grouping, selector.estimator, length, goes_on=True)
+        label = f"one for all, then what is chosen, at {budget:g}"
+        return self._of_grouping(label, grouping, selector.estimator, goes_on=True)
 
     def _wide(self, system: System, label: str) -> System:
         """A system's adapters with twice the rank; those that go on begin at an adapter for all tasks of that rank."""
@@ -141,14 +146,15 @@ class SystemBuilder:
         grouping = self.selector.group(has_baseline=False)
         return self._of_grouping("partition", grouping, self.estimator)
 
-    def _of_grouping(
-        self, label: str, grouping: Grouping, estimator: SubsetEstimator, length: float = 1.0, goes_on: bool = False
-    ) -> System:
+    def _of_grouping(self, label: str, grouping: Grouping, estimator: SubsetEstimator, goes_on: bool = False) -> System:
         names, parts = list(grouping.groups), []
         for name, mixture in grouping.mixtures.items():
-            weights = np.array([[mixture.get(task, 0.0) for task in self.names]])
-            cost = float(estimator.training_cost(weights)[0])
-            parts.append(self.all if name == grouping.baseline_group else Part(mixture, length, goes_on, cost))
+            weights, length = np.array([[mixture.get(task, 0.0) for task in self.names]]), grouping.length_of(name)
+            cost = float(estimator.training_cost(weights, np.array([length]))[0])
+            # What a task's own adapter says of other tasks is not asked for.
+            is_own = mixture == {grouping.groups[name][0]: 1.0} and len(grouping.groups[name]) == 1
+            part = Part(mixture, length, goes_on, cost, is_own=is_own)
+            parts.append(self.all if name == grouping.baseline_group else part)
         losses = predicted_losses(estimator, grouping)
         own = {task: number for number, name in enumerate(names) for task in grouping.groups[name]}
         predicted = {task: float(losses[own[task], self.names.index(task)]) for task in self.names}
@@ -200,7 +206,7 @@ class SystemBuilder:
 def parts_without_choice(names: Sequence[str], seed: int) -> dict[str, Part]:
     """Trainings that no prediction chooses, by name; their costs are not known here."""
     everything = dict.fromkeys(names, 1.0)
-    found = [Part(everything, length=length) for length in LENGTHS]
+    found = [Part(everything, length=length) for length in TOGETHER_LENGTHS]
     found += [Part(everything, seed=1), Part(everything, length=2.0, widening=2)]
     found += [Part({name: 1.0}, length, goes_on, is_own=True) for name in names for length, goes_on in _SHORT]
     found += [Part(dict.fromkeys(group, 1.0)) for group in random_groups(names, NUM_GROUPS, seed)]

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -92,9 +93,10 @@ class Worker:
             gradients_at_baseline(flow.context, flow.training)
         captured = time.time()
 
-        def going_on(length: float) -> DataSelector:
-            count = trainer.args.num_components
-            return run_selector(run, list(trainer.tasks), count, [], continued_length=length)
+        def going_on(lengths: Sequence[float]) -> DataSelector:
+            length, *others = lengths
+            options = {"continued_length": length, "other_lengths": others}
+            return run_selector(run, list(trainer.tasks), trainer.args.num_components, [], **options)
 
         systems = SystemBuilder(trainer.selector(), going_on, trainer.args.seed)()
         if self.wanted is not None:
