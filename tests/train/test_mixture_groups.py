@@ -179,6 +179,7 @@ def test_a_group_that_goes_on_is_a_plain_training_from_the_baselines_adapter(tmp
         group_initialization="baseline",
         continued_length=0.5,
         max_steps=max_steps,
+        warmup_steps=2,
     )
     trainer.train()
     run, tasks = trainer.run_directory, TaskSet.from_datasets(toy.sft_tasks())
@@ -194,7 +195,7 @@ def test_a_group_that_goes_on_is_a_plain_training_from_the_baselines_adapter(tmp
         trained = run.trained_adapter(name)
         assert trained.length == 0.5 and trained.theta0 != run.trained_adapter("baseline").theta0
         base = AutoModelForCausalLM.from_pretrained(base_folder)
-        args = {**SMALL, "num_train_epochs": 1, "max_steps": 3 if max_steps > 0 else -1}
+        args = {**SMALL, "num_train_epochs": 1, "max_steps": 3 if max_steps > 0 else -1, "warmup_steps": 1}
         plain = SFTTrainer(
             model=PeftModel.from_pretrained(base, str(run.baseline), is_trainable=True),
             args=SFTConfig(output_dir=str(tmp_path / name), bf16=False, gradient_checkpointing=False, **args),
