@@ -135,9 +135,9 @@ def group_curve_table(grouping: Grouping) -> Table:
     table.add_column("tasks")
     table.add_column("trained on")
     for name, tasks in grouping.groups.items():
-        goes_on = name != grouping.baseline_group and grouping.length_of(name) != 1
-        length = f" ({grouping.length_of(name):g} of a training)" if goes_on else ""
-        table.add_row(name, ", ".join(tasks), _mixture(grouping, name) + length)
+        length = grouping.length_of(name)
+        suffix = "" if length == 1 else f" ({length:g} of a training)"
+        table.add_row(name, ", ".join(tasks), _mixture(grouping, name) + suffix)
     table.add_section()
     # A few of the points, the last one among them: a picture has all.
     for point in grouping.cost_curve[:: -max(1, len(grouping.cost_curve) // _MAX_POINTS)][::-1]:

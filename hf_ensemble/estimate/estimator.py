@@ -197,7 +197,7 @@ class SubsetEstimator(LinearizedTraining):
                 Mask of the outcomes to predict. The others are NaN, which saves much time with many tasks.
             initial (`np.ndarray` of shape `(S, k)`, *optional*): approximate optima to start from.
             lengths (`np.ndarray` of shape `(S,)`, *optional*):
-                Length of each training, one of `lengths`; the estimator's own by default, and with `l2_scale`.
+                Length of each training, one that the estimator knows; its own by default, and with `l2_scale`.
 
         Raises:
             `EstimationError`: for an empty mixture, negative weights, and lengths that the estimator does not know.

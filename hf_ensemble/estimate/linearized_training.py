@@ -34,7 +34,7 @@ class LinearizedTraining:
         task_loss_weighting (`str`): what the training averages the loss of a step over, see [`loss_weights`].
         length (`float`): length of the trainings, in multiples of the recipe's.
         other_lengths (`Sequence[float]`): further lengths that trainings may have.
-        replays (`bool`): whether the recipe's training on all tasks is replayed, as it is with other lengths.
+        replays (`bool`): whether the recipe's training on all tasks is replayed.
 
     Raises:
         `EstimationError`: for tasks without rows, features that are not finite, and values out of range.
@@ -44,6 +44,7 @@ class LinearizedTraining:
         counts (`np.ndarray` of shape `(T,)`): number of training rows, of all where the captured ones are a sample.
         token_counts (`np.ndarray` of shape `(T,)`, *optional*): answer tokens of all rows, where they are known.
         sampling_weights (`np.ndarray` of shape `(T,)`): sampling weight of each task's rows.
+        lengths (`tuple[float, ...]`): of trainings that can be predicted; the first is the estimator's own.
         training_ids (`tuple[tuple[str, str]]`): task and example id of each captured row.
     """
 

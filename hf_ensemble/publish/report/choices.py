@@ -24,7 +24,7 @@ def groups_section(run: RunDirectory, grouping: Grouping, weights: Mapping[str, 
         helpers = grouping.helpers(name)
         is_baseline = name == grouping.baseline_group
         trained = "all tasks: it is the one adapter for all" if is_baseline else ", ".join(grouping.trained_on(name))
-        length = 1.0 if is_baseline else grouping.length_of(name)
+        length = grouping.length_of(name)
         rows.append(
             [
                 Cell(name),

@@ -79,8 +79,8 @@ class Grouping(Choice):
         return next(name for name, tasks in self.groups.items() if task in tasks)
 
     def length_of(self, group: str) -> float:
-        """Length of a group's training, in multiples of a whole one."""
-        return self.lengths.get(group, 1.0)
+        """Length of a group's training, in multiples of a whole one, which that of the adapter for all tasks is."""
+        return 1.0 if group == self.baseline_group else self.lengths.get(group, 1.0)
 
     def trained_on(self, group: str) -> list[str]:
         """Tasks that a group's adapter is trained on, in the order of all tasks."""
@@ -106,7 +106,7 @@ def predicted_losses(estimator: SubsetEstimator, grouping: Grouping) -> np.ndarr
         `EstimationError`: for an estimator that does not know the length of one of the groups.
     """
     mixtures = [mixture_weights(mixture, estimator.task_names) for mixture in grouping.mixtures.values()]
-    lengths = np.array([grouping.length_of(name) for name in grouping.mixtures])
+    lengths = np.array([grouping.lengths.get(name, estimator.length) for name in grouping.mixtures])
     losses = estimator.predict(np.array(mixtures), lengths=lengths).loss
     if grouping.settings["group_initialization"] == "baseline" and grouping.baseline_group is not None:
         start = np.zeros((1, estimator.reduction.components.shape[1]))

@@ -161,7 +161,8 @@ class MixturePool:
         """Add what may be worth choosing at every other length: what is chosen at some price, and single tasks."""
         chosen = [one.weights for one in self.within(None)]
         size = len(self.goal)
-        weights = np.unique(np.vstack([*chosen, np.eye(size)[: size * (size <= _MAX_ALONE)]]), axis=0)
+        alone = [np.eye(size)] if size <= _MAX_ALONE else []
+        weights = np.unique(np.vstack([*chosen, *alone]), axis=0)
         for length in self._estimator.lengths[1:]:
             self.add(weights, np.full(len(weights), length))
 
