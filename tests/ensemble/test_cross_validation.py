@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
 from helpers.member_kinds import KINDS, NAMES, llama, make
 from hf_ensemble import PeftEnsembleModel
@@ -10,6 +11,7 @@ from hf_ensemble.ensemble.weighting.collector import CollectedAnswers
 from hf_ensemble.ensemble.weighting.cross_validation import cross_validated_weights
 from hf_ensemble.ensemble.weighting.objectives import fit_objective
 from hf_ensemble.errors import EnsembleError
+from hf_ensemble.estimate.output_scale import SCALE_SPREAD
 
 
 def answers_of(logits, targets, tokens_per_row=1):
@@ -79,26 +81,53 @@ def test_test_loss_is_at_most_that_of_every_fixed_choice():
     assert margins[200]["unscaled"] > 0.002 and margins[10]["unscaled"] > -0.003
 
 
+def scaled_by_hand(answers, weights):
+    """Weights times the most probable scale, by a search in one dimension."""
+
+    def loss(log_scale):
+        own = answers.row_losses(np.exp(log_scale) * weights[None], "logits").mean()
+        return answers.num_rows * own + log_scale**2 / (2 * SCALE_SPREAD**2)
+
+    found = minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-8})
+    return np.exp(found.x) * weights
+
+
 def test_losses_are_those_of_rows_left_out():
     world = World(3)
     answers = world.draw(40)
     optimum, chosen = world.fit(answers, num_folds=40)
-    found = chosen.validation.losses
-    # What is not fitted has the same loss on rows left out.
-    assert found["uniform"] == pytest.approx(optimum.uniform_loss, abs=1e-6)
-    assert [found[f"adapter {name}"] for name in world.names] == pytest.approx(
-        optimum.one_hot_losses.tolist(), abs=1e-6
-    )
-    assert found["own"] == pytest.approx(found[f"adapter {world.names[world.own]}"])
-    by_hand = []
+    by_hand = {"uniform": [], "own": [], "fitted": [], "fitted, 0.25 own": []}
     for row in range(40):
-        rest = answers.of_rows(np.delete(np.arange(40), row))
-        weights = fit_objective(rest.objective("logits"), world.members).weights
-        by_hand += answers.of_rows(np.array([row])).row_losses(weights[None], "logits")[0].tolist()
-    assert found["fitted"] == pytest.approx(np.mean(by_hand), abs=1e-4)
-    assert found["fitted"] > optimum.loss
-    assert sum(chosen.validation.shares.values()) == pytest.approx(1)
+        rest, left_out = answers.of_rows(np.delete(np.arange(40), row)), answers.of_rows(np.array([row]))
+        found = {
+            "uniform": scaled_by_hand(rest, np.full(world.members, 1 / world.members)),
+            "own": scaled_by_hand(rest, np.eye(world.members)[world.own]),
+            "fitted": scaled_by_hand(rest, fit_objective(rest.objective("logits"), world.members).weights),
+        }
+        found["fitted, 0.25 own"] = 0.75 * found["fitted"] + 0.25 * found["own"]
+        for name, weights in found.items():
+            by_hand[name].append(left_out.row_losses(weights[None], "logits")[0, 0])
+    losses, shares = chosen.validation.losses, chosen.validation.shares
+    for name, own in by_hand.items():
+        assert losses[name] == pytest.approx(np.mean(own), abs=1e-4)
+    assert losses["own"] == losses[f"adapter {world.names[world.own]}"]
+    assert losses["fitted"] > optimum.loss
+    likelihood = {name: np.exp(-40 * losses[name]) for name in shares}
+    assert shares == pytest.approx({name: own / sum(likelihood.values()) for name, own in likelihood.items()})
     assert chosen.weights.sum() == pytest.approx(1) and chosen.gap >= 0
+
+
+def test_an_adapter_that_is_right_and_too_sure_of_itself_is_not_taken_for_a_bad_one():
+    rng = np.random.default_rng(4)
+    truth = 2 * rng.normal(size=(300, 3))
+    targets = (softmax(truth).cumsum(1) > rng.random((300, 1))).argmax(1)
+    answers = answers_of(np.stack([5 * truth, truth + 1.5 * rng.normal(size=truth.shape)]), targets)
+    optimum = fit_objective(answers.objective("logits"), 2)
+    assert optimum.one_hot_losses[1] < optimum.one_hot_losses[0] and optimum.weights[1] > 0.5
+    chosen = cross_validated_weights(answers, ["sure", "calm"], "logits", optimum, {"sure": 1.0}, min_weight=0.05)
+    # The first adapter's logits are five times too large.
+    assert chosen.weights[0] > 0.6 and chosen.scale == pytest.approx(1 / (5 * chosen.weights[0]), rel=0.5)
+    assert chosen.loss < optimum.loss - 0.1
 
 
 def test_a_clear_winner_takes_all_and_noise_is_averaged_over():
@@ -129,11 +158,24 @@ def test_a_scale_is_fitted_where_logits_are_too_sharp_or_too_flat():
         for combination in ("logits", "probs"):
             optimum = fit_objective(answers.objective(combination), 2, combination=combination)
             chosen = cross_validated_weights(answers, ["a", "b"], combination, optimum)
-            if factor == 1.0 or combination == "probs":
+            if combination == "probs":
                 assert chosen.scale == 1.0 and "unscaled" not in chosen.validation.losses
-            else:
-                assert chosen.scale == pytest.approx(factor, rel=0.2)
+                continue
+            assert chosen.scale == pytest.approx(factor, rel=0.2)
+            if factor != 1.0:
                 assert chosen.validation.losses["chosen"] < chosen.validation.losses["unscaled"]
+
+
+@pytest.mark.parametrize("constraint", ["simplex", "nonnegative", "unconstrained"])
+def test_every_constraint_has_a_scale(constraint):
+    world = World(6)
+    answers = world.draw(50)
+    optimum = fit_objective(answers.objective("logits"), world.members, constraint)
+    chosen = cross_validated_weights(answers, world.names, "logits", optimum)
+    combined = answers.row_losses(chosen.scale * chosen.weights[None], "logits").mean()
+    assert chosen.loss == pytest.approx(combined) and chosen.loss <= optimum.uniform_loss
+    # The sum of any other weights than shares is theirs already.
+    assert (chosen.scale == 1.0) == (constraint != "simplex")
 
 
 def test_answers_of_several_tokens_and_single_rows():

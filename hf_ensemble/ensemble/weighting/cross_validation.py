@@ -4,23 +4,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from ..._settings import checked_mapping
 from ...errors import EnsembleError
+from ...estimate.output_scale import SCALE_SPREAD, most_probable_scales
 from ..members import check_weights
 from .collector import CollectedAnswers
 from .convex import minimize_convex
 from .objectives import CrossValidation, FittedWeights
 
 UNIFORM, OWN, BEST, FITTED, CHOSEN, UNSCALED = "uniform", "own", "best", "fitted", "chosen", "unscaled"
-# Before the name of an adapter alone, which has no space in it: none is called like another candidate.
-_ADAPTER = "adapter"
 # Shares of an anchor that the fitted weights are shrunk by.
 _SHRINKAGES = (0.25, 0.5, 0.75)
-# Standard deviation of the prior on the logarithm of the scale: few rows leave the logits as sharp as they are.
-_SCALE_SPREAD = 0.3
 _FOLD_TOLERANCE = 1e-8
+
+
+def adapter_candidate(name: str) -> str:
+    """The candidate of an adapter alone. Names of adapters have no space: none is called like another candidate."""
+    return f"adapter {name}"
 
 
 def check_own_adapters(
@@ -48,14 +49,13 @@ def cross_validated_weights(
     """Weights for rows like these, rather than for these rows.
 
     The candidates are equal weights, every adapter alone, the optimum on the rows, and this optimum shrunk towards
-    equal weights, the task's own adapters and whichever simple candidate is best. Each is found anew without each fold
-    of the rows and scored on it. The result is the mean of the candidates with shares in proportion to the likelihood
-    of the left-out answers, exp(-n loss) for n answer tokens (pseudo-BMA,
-    [1704.02030](https://arxiv.org/abs/1704.02030)): a clear winner takes all, and differences that are noise are
-    averaged over.
-
-    A scale of the combined logits is fitted last, under a prior that keeps it near 1, and used where it lowers the
-    cross-validated loss by more than the standard error of the difference over the rows.
+    equal weights, the task's own adapters and whichever simple candidate is best. On the simplex, the combined logits
+    of each have a scale, the inverse of a temperature (Guo et al. 2017,
+    [1706.04599](https://arxiv.org/abs/1706.04599)), under a prior that keeps it near 1: an adapter that is right and
+    too sure of itself is not taken for a bad one. Each is found anew without each fold of the rows and scored on it.
+    The result is the mean of the candidates with shares in proportion to the likelihood of the left-out answers,
+    exp(-n loss) for n answer tokens (pseudo-BMA, [1704.02030](https://arxiv.org/abs/1704.02030)): a clear winner takes
+    all, and differences that are noise are averaged over.
 
     Args:
         answers (`CollectedAnswers`): what `m` adapters say of the rows.
@@ -68,34 +68,25 @@ def cross_validated_weights(
         seed (`int`, *optional*, defaults to 0): of the folds.
 
     Returns:
-        [`FittedWeights`]: `loss` is that of the scaled weights on the rows, and `gap` bounds its distance from the
-        least loss of any weights. A single row gets its own adapters, or equal weights.
+        [`FittedWeights`]: `loss` is that of the scaled weights on the rows, and `gap` bounds how far they are, without
+        their scale, above the least loss of any weights. A single row gets its own adapters, or equal weights.
     """
     anchor = None if own is None else np.array([own.get(name, 0.0) for name in names])
     search = _Search(answers, names, combination, optimum, anchor, min_weight)
     size = answers.num_rows
     if size < 2:
-        return search.result(search.candidates(None).get(OWN, np.full(len(names), 1 / len(names))), 1.0, None)
+        return search.result(np.full(len(names), 1 / len(names)) if anchor is None else anchor, 1.0, None)
     order = np.random.default_rng(seed).permutation(size)
     folds = [np.sort(fold) for fold in np.array_split(order, min(num_folds, size))]
-    found = [search.candidates(np.setdiff1d(order, fold)) for fold in folds]
+    *found, everywhere = search.candidates([*(np.setdiff1d(order, fold) for fold in folds), None])
     held_out = [search.losses(fold, np.stack(list(own.values()))) for fold, own in zip(folds, found)]
     losses = dict(zip(found[0], np.concatenate(held_out, axis=1).mean(1).tolist()))
     shares = _shares(losses, len(answers.targets))
-    weights, by_fold = search.averaged(search.candidates(None), shares), [search.averaged(f, shares) for f in found]
-    plain = np.concatenate([search.losses(fold, own[None])[0] for fold, own in zip(folds, by_fold)])
-    losses[CHOSEN], scale = float(plain.mean()), 1.0
-    if combination != "probs":
-        scaled = np.concatenate(
-            [
-                search.losses(fold, search.scale(np.setdiff1d(order, fold), own) * own[None])[0]
-                for fold, own in zip(folds, by_fold)
-            ]
-        )
-        gains = plain - scaled
-        if gains.mean() > gains.std(ddof=1) / size**0.5:
-            scale = search.scale(None, weights)
-            losses[UNSCALED], losses[CHOSEN] = losses[CHOSEN], float(scaled.mean())
+    chosen = [search.averaged(own, shares) for own in found]
+    losses[CHOSEN] = search.mean_loss(folds, [scale * weights for weights, scale in chosen])
+    weights, scale = search.averaged(everywhere, shares)
+    if scale != 1.0:
+        losses[UNSCALED] = search.mean_loss(folds, [weights for weights, _ in chosen])
     return search.result(weights, scale, CrossValidation(losses, shares))
 
 
@@ -110,55 +101,99 @@ class _Search:
     own: np.ndarray | None
     min_weight: float
 
-    def candidates(self, rows: np.ndarray | None) -> dict[str, np.ndarray]:
-        """Weights by name."""
-        size, answers, fitted = len(self.names), self._of(rows), self.optimum.weights
-        alone = {f"{_ADAPTER} {name}": own for name, own in zip(self.names, np.eye(size))}
-        found = {UNIFORM: np.full(size, 1 / size), **alone}
-        losses = answers.row_losses(np.stack(list(found.values())), self.combination).mean(1)
-        if rows is not None:
-            objective = answers.objective(self.combination)
-            fitted, _, _ = minimize_convex(objective, fitted, self.optimum.constraint, tolerance=_FOLD_TOLERANCE)
-        anchors = {UNIFORM: found[UNIFORM], BEST: list(found.values())[int(losses.argmin())]}
+    def candidates(self, parts: Sequence[np.ndarray | None]) -> list[dict[str, np.ndarray]]:
+        """Weights by name, multiplied by their scale, on each of these parts of the rows."""
+        size = len(self.names)
+        simple = {UNIFORM: np.full(size, 1 / size)}
+        simple |= {adapter_candidate(name): own for name, own in zip(self.names, np.eye(size))}
         if self.own is not None:
-            anchors[OWN] = found[OWN] = self.own
-        found[FITTED] = fitted
-        for name, anchor in anchors.items():
-            for share in _SHRINKAGES:
-                found[f"{FITTED}, {share} {name}"] = (1 - share) * fitted + share * anchor
+            simple[OWN] = self.own
+        # Their logits are combined once for all parts.
+        scales = {own.tobytes(): self._scales(own, parts) for own in simple.values()}
+        scaled = {name: np.outer(scales[own.tobytes()], own) for name, own in simple.items()}
+        found = []
+        for place, rows in enumerate(parts):
+            fitted, own = self._fitted(rows), {name: weights[place] for name, weights in scaled.items()}
+            losses = self._of(rows).row_losses(np.stack(list(own.values())), self.combination).mean(1)
+            anchors = {UNIFORM: UNIFORM, BEST: list(own)[int(losses.argmin())]}
+            if self.own is not None:
+                anchors[OWN] = OWN
+            own[FITTED] = fitted
+            for name, anchor in anchors.items():
+                for share in _SHRINKAGES:
+                    own[f"{FITTED}, {share} {name}"] = (1 - share) * fitted + share * own[anchor]
+            found.append(own)
         return found
+
+    def _fitted(self, rows: np.ndarray | None) -> np.ndarray:
+        """The optimum on some rows, multiplied by its scale."""
+        weights = self.optimum.weights
+        if rows is not None:
+            objective = self._of(rows).objective(self.combination)
+            weights, _, _ = minimize_convex(objective, weights, self.optimum.constraint, tolerance=_FOLD_TOLERANCE)
+        if not self._has_scale:
+            return weights
+        combined = self.answers.combined(weights)
+        return most_probable_scale(combined if rows is None else combined.of_rows(rows)) * weights
 
     def losses(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Loss of each of these rows, `(J, rows)`, with weights `(J, m)`."""
         return self._of(rows).row_losses(weights, self.combination)
 
-    def averaged(self, candidates: Mapping[str, np.ndarray], shares: Mapping[str, float]) -> np.ndarray:
-        """The mean of the candidates, on the simplex without light adapters."""
-        weights = sum(share * candidates[name] for name, share in shares.items())
+    def mean_loss(self, folds: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> float:
+        """Mean loss of the folds' rows, each fold with weights `(m,)` of its own."""
+        rows = [self.losses(fold, own[None])[0] for fold, own in zip(folds, weights)]
+        return float(np.concatenate(rows).mean())
+
+    @property
+    def _has_scale(self) -> bool:
+        """Weights with any sum have their scale in them, and mean probabilities have none."""
+        return self.optimum.constraint == "simplex" and self.combination != "probs"
+
+    def averaged(self, candidates: Mapping[str, np.ndarray], shares: Mapping[str, float]) -> tuple[np.ndarray, float]:
+        """The mean of the candidates and its scale, on the simplex without light adapters."""
+        weights, scale = sum(share * candidates[name] for name, share in shares.items()), 1.0
         if self.optimum.constraint != "simplex":
-            return weights
+            return weights, scale
+        if self._has_scale:
+            scale = float(weights.sum())
+            weights = weights / scale
         # The heaviest stays.
         kept = np.where(weights < min(self.min_weight, weights.max()), 0.0, weights)
-        return kept / kept.sum()
+        return kept / kept.sum(), scale
 
-    def scale(self, rows: np.ndarray | None, weights: np.ndarray) -> float:
-        """The most probable scale of the combined logits; before any row is seen, its logarithm is normal around 0."""
-        own = self._of(rows).combined(weights)
-        penalty = 1 / (2 * own.num_rows * _SCALE_SPREAD**2)
-
-        def loss(log_scale: float) -> float:
-            return float(own.row_losses(np.exp([[log_scale]]), self.combination).mean()) + penalty * log_scale**2
-
-        return float(np.exp(minimize_scalar(loss, bounds=(-2, 2), method="bounded", options={"xatol": 1e-5}).x))
+    def _scales(self, weights: np.ndarray, parts: Sequence[np.ndarray | None]) -> list[float]:
+        """The most probable scale of the combined logits on each part of the rows."""
+        if not self._has_scale:
+            return [1.0] * len(parts)
+        combined = self.answers.combined(weights)
+        everywhere = most_probable_scale(combined)
+        return [
+            everywhere if rows is None else most_probable_scale(combined.of_rows(rows), everywhere) for rows in parts
+        ]
 
     def result(self, weights: np.ndarray, scale: float, validation: CrossValidation | None) -> FittedWeights:
         """The weights, with the losses that the optimum was compared with."""
-        loss = float(self.answers.row_losses(scale * weights[None], self.combination).mean())
-        gap = loss - (self.optimum.loss - self.optimum.gap)
+        both = np.stack([scale * weights, weights])
+        loss, plain = self.answers.row_losses(both, self.combination).mean(1).tolist()
+        gap = plain - (self.optimum.loss - self.optimum.gap)
         return replace(self.optimum, weights=weights, loss=loss, gap=gap, scale=scale, validation=validation)
 
     def _of(self, rows: np.ndarray | None) -> CollectedAnswers:
         return self.answers if rows is None else self.answers.of_rows(rows)
+
+
+def most_probable_scale(answers: CollectedAnswers, start: float = 1.0) -> float:
+    """The most probable scale of a single adapter's logits, under the prior of [`SCALE_SPREAD`]."""
+    objective = answers.objective("logits")
+
+    def derivatives(log_scales: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scale = np.exp(log_scales[0])
+        _, slope, curvature = objective(scale)
+        return scale * slope[None], scale**2 * curvature + scale * slope
+
+    precision = np.array([1 / (answers.num_rows * SCALE_SPREAD**2)])
+    return float(np.exp(most_probable_scales(derivatives, precision, np.log([[start]]))[0, 0]))
 
 
 def _shares(losses: Mapping[str, float], tokens: int) -> dict[str, float]:

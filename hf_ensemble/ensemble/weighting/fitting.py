@@ -47,8 +47,8 @@ class WeightFit:
         """Mean example loss, in nats, of each task and of `overall` on the rows themselves.
 
         `fitted` is that of the weights with their scale, `uniform` of equal weights, `one_hot` of the best single
-        adapter, and `gap` bounds how far `fitted` is above the least loss of any weights. What weights are chosen by
-        are the losses of rows that they were not fitted to: `tasks[name].validation`.
+        adapter, and `gap` bounds how far the weights, without their scale, are above the least loss of any. What
+        weights are chosen by are the losses of rows that they were not fitted to: `tasks[name].validation`.
         """
         return {
             task: {

@@ -24,7 +24,8 @@ class FittedWeights:
     Args:
         weights (`np.ndarray` of shape `(m,)`): weight of each adapter.
         loss (`float`): loss with these weights.
-        gap (`float`): bound on how far the loss is above that of the best weights of the constraint.
+        gap (`float`):
+            Bound on how far the loss, without the scale, is above that of the best weights of the constraint.
         uniform_loss (`float`): loss with equal weights.
         one_hot_losses (`np.ndarray` of shape `(m,)`): loss of each adapter alone.
         constraint (`str`): `simplex`, `nonnegative` or `unconstrained`.
@@ -48,9 +49,9 @@ class CrossValidation:
 
     Args:
         losses (`dict[str, float]`):
-            Mean loss of each candidate, of the `chosen` weights and, where these have a scale, of the same with scale 1
-            (`unscaled`). Candidates are `uniform`, each adapter alone (`adapter NAME`), the task's `own` adapters,
-            `fitted`, and the fitted weights shrunk towards one of the former (`fitted, 0.25 best`).
+            Mean loss of each candidate with its scale, of the `chosen` weights and, where these have a scale, of the
+            same without it (`unscaled`). Candidates are `uniform`, each adapter alone (`adapter NAME`), the task's
+            `own` adapters, `fitted`, and the fitted weights shrunk towards one of the former (`fitted, 0.25 best`).
         shares (`dict[str, float]`): share of each candidate in the chosen weights.
     """
 
