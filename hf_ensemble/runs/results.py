@@ -65,6 +65,9 @@ class Results(Record):
         weights (`dict[str, dict[str, float]]`, *optional*): ensemble: weight of each adapter by task.
         equals_baseline (`bool`): ensemble: whether every task is served by the one adapter for all.
         continues_baseline (`bool`): ensemble: whether that one was trained further, and serves every task.
+        scaled_loss (`dict[str, float]`, *optional*):
+            Ensemble: mean loss of `baseline`, with a scale of its logits, and of `ensemble`, on validation rows that
+            neither was fitted to.
         harmful (`dict[str, int]`):
             Tasks without which the others are predicted to do better, and the number of others that would.
         selection (`SelectionResult`, *optional*): selection: what was chosen.
@@ -72,7 +75,7 @@ class Results(Record):
     """
 
     format = "hf_ensemble.results"
-    format_version = 4
+    format_version = 5
 
     verdict: str
     split: str
@@ -91,6 +94,7 @@ class Results(Record):
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     equals_baseline: bool = False
     continues_baseline: bool = False
+    scaled_loss: dict[str, float] = field(default_factory=dict)
     harmful: dict[str, int] = field(default_factory=dict)
     selection: SelectionResult | None = None
     fidelity: FidelityReport | None = None
@@ -153,6 +157,7 @@ _VERDICT_FACTS = (
     "intervals",
     "reference",
     "weights",
+    "scaled_loss",
     "equals_baseline",
     "continues_baseline",
     "groups",

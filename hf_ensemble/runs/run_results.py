@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..ensemble.weighting.cross_validation import CHOSEN, adapter_candidate
 from ..select import Grouping, Selection
 from .boosting import Boosting
 from .costs import Costs
@@ -51,8 +52,20 @@ def _ensemble_outcome(run: RunDirectory) -> dict[str, Any]:
         used = {name for row in outcome["weights"].values() for name, weight in row.items() if weight}
         outcome["equals_baseline"] = bool(used) and used <= _one_for_all(grouping)
         goes_on = grouping.settings["group_initialization"] == "baseline"
+        outcome["scaled_loss"] = _scaled_loss(known, grouping)
         outcome["continues_baseline"] = goes_on and len(grouping.groups) == 1 and used == set(grouping.groups)
     return outcome
+
+
+def _scaled_loss(weights: EnsembleWeights, grouping: Grouping) -> dict[str, float]:
+    """Cross-validated mean loss of the one adapter for all, its logits scaled alone, and of the weights, if known."""
+    names = [adapter_candidate(name) for name in (BASELINE, grouping.baseline_group) if name is not None]
+    every = weights.cross_validated.values()
+    pairs = [(losses[name], losses[CHOSEN]) for losses in every for name in names if name in losses]
+    if len(pairs) != len(grouping.task_names):
+        return {}
+    alone, chosen = (sum(losses) / len(losses) for losses in zip(*pairs))
+    return {BASELINE: alone, "ensemble": chosen}
 
 
 def _one_for_all(grouping: Grouping) -> set[str]:

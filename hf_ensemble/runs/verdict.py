@@ -8,6 +8,8 @@ from .systems import BASELINE
 
 # Names that a sentence lists before it counts.
 _MOST_NAMES = 4
+# Share of an ensemble's gain, from which on it is said that a scale of one adapter's logits has it too.
+_WORTH_SAYING = 0.1
 
 
 class SelectedTasks(Protocol):
@@ -27,6 +29,7 @@ def verdict(
     weights: Mapping[str, Mapping[str, float]] | None = None,
     equals_baseline: bool = False,
     continues_baseline: bool = False,
+    scaled_loss: Mapping[str, float] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     harmful: Mapping[str, int] | None = None,
     selection: SelectedTasks | None = None,
@@ -40,7 +43,9 @@ def verdict(
         said = _of_selection(scores["selection"], scores.get("base", {}), selection)
     elif "ensemble" in scores:
         is_one = (equals_baseline, continues_baseline)
-        said = _of_ensemble(scores, mean_loss, intervals, reference, weights or {}, *is_one, len(groups or {}))
+        said = _of_ensemble(
+            scores, mean_loss, intervals, reference, weights or {}, *is_one, len(groups or {}), scaled_loss or {}
+        )
     else:
         said = "Nothing was trained that could be judged."
     hint = _harmful(harmful or {}, len(next(iter(scores.values()), {})))
@@ -56,6 +61,7 @@ def _of_ensemble(
     equals_baseline: bool,
     continues_baseline: bool,
     num_groups: int,
+    scaled_loss: Mapping[str, float],
 ) -> str:
     tasks = list(scores["ensemble"])
     own = mean_loss["ensemble"]
@@ -105,7 +111,17 @@ def _of_ensemble(
             return f"The adapter for all, {lowers}{worse}."
         return f"One adapter is enough for these {len(tasks)} datasets: the one for all, {lowers}."
     if gain.is_clear and gain.value < 0:
-        return f"{adapters} lower{s} the loss on {share}, {means}{worse}."
+        lowers = f"{adapters} lower{s} the loss on {share}, {means}{worse}."
+        if not scaled_loss or other - scaled_loss[BASELINE] < _WORTH_SAYING * (other - own):
+            return lowers
+        alone, together = (number(scaled_loss[system]) for system in (BASELINE, "ensemble"))
+        on_others = f"{alone} on validation rows that the scale was not fitted to, and the ensemble {together}"
+        if scaled_loss["ensemble"] < scaled_loss[BASELINE]:
+            return f"{lowers} With a scale of its logits, the one adapter for all has {on_others}."
+        return (
+            f"One adapter is enough for these {len(tasks)} datasets: with a scale of its logits, the one for all has "
+            f"{on_others}."
+        )
     if gain.is_clear:
         return (
             f"Use the one adapter for all: the ensemble raises the loss {means}, and on {len(tasks) - len(better)} of "

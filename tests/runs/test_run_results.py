@@ -32,6 +32,23 @@ def test_an_ensemble_with_boosting_steps_is_no_adapter_for_all(tmp_path, kept):
     assert results.verdict.startswith("Three adapters lower the loss" if kept else "One adapter is enough")
 
 
+@pytest.mark.parametrize("one_for_all", ["baseline", "group_1"])
+def test_what_a_scale_gives_the_one_adapter_for_all_is_known_from_the_weights(tmp_path, one_for_all):
+    run = ensemble_run(tmp_path)
+    grouping = run.read(Grouping)
+    run.write(replace(grouping, baseline_group=None if one_for_all == "baseline" else one_for_all))
+    losses = {f"adapter {one_for_all}": 1.2, "adapter group_0": 1.5, "chosen": 1.0, "own": 1.1}
+    known = {task: {name: loss + place for name, loss in losses.items()} for place, task in enumerate(NAMES)}
+    weights = {task: {"group_0": 0.5, one_for_all: 0.5} for task in NAMES}
+    run.write(EnsembleWeights(weights, cross_validated=known))
+    mean = (len(NAMES) - 1) / 2
+    assert run_results(run).scaled_loss == pytest.approx({"baseline": 1.2 + mean, "ensemble": 1.0 + mean})
+    # Of some tasks it is no mean over all.
+    del known[NAMES[0]][f"adapter {one_for_all}"]
+    run.write(EnsembleWeights(weights, cross_validated=known))
+    assert run_results(run).scaled_loss == {}
+
+
 @pytest.mark.parametrize(("start", "expected"), [("fresh", True), ("baseline", False)])
 def test_a_group_of_all_tasks_is_one_adapter_for_all_without_a_baseline_too(tmp_path, start, expected):
     run = ensemble_run(tmp_path)

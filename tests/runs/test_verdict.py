@@ -50,6 +50,33 @@ CASES = {
         {"weights": weights("group_0", "group_1", "group_2")},
         "Three adapters lower the loss on 3 of 3 tasks, from 2.000 to 1.600 nats on average.",
     ),
+    "a scale gives the baseline a part of the gain": (
+        {"base": BASE, "baseline": BASELINE, "ensemble": losses(1.5, 1.6, 1.7)},
+        {
+            "weights": weights("group_0", "group_1", "group_2"),
+            "scaled_loss": {"baseline": 1.9, "ensemble": 1.65},
+        },
+        "Three adapters lower the loss on 3 of 3 tasks, from 2.000 to 1.600 nats on average. With a scale of its "
+        "logits, the one adapter for all has 1.900 on validation rows that the scale was not fitted to, and the "
+        "ensemble 1.650.",
+    ),
+    "a scale gives the baseline as much": (
+        {"base": BASE, "baseline": BASELINE, "ensemble": losses(1.5, 1.6, 1.7)},
+        {
+            "weights": weights("group_0", "group_1", "group_2"),
+            "scaled_loss": {"baseline": 1.64, "ensemble": 1.65},
+        },
+        "One adapter is enough for these 3 datasets: with a scale of its logits, the one for all has 1.640 on "
+        "validation rows that the scale was not fitted to, and the ensemble 1.650.",
+    ),
+    "a scale gives it next to nothing": (
+        {"base": BASE, "baseline": BASELINE, "ensemble": losses(1.5, 1.6, 1.7)},
+        {
+            "weights": weights("group_0", "group_1", "group_2"),
+            "scaled_loss": {"baseline": 1.99, "ensemble": 1.65},
+        },
+        "Three adapters lower the loss on 3 of 3 tasks, from 2.000 to 1.600 nats on average.",
+    ),
     "better, but for one task": (
         {"base": BASE, "baseline": BASELINE, "ensemble": losses(1.5, 1.6, 2.2)},
         {"weights": weights("group_0", "group_1", "group_1")},
