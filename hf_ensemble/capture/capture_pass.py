@@ -258,7 +258,7 @@ class CapturePass:
             parts += extract([rows[position] for position in own])
             positions += own
             progress.update(len(batch))
-        names = ("features", "margin", "loss", "num_tokens")
+        names = ("features", "margin", "loss", "num_tokens", "other_entropy")
         columns = [np.array(positions), *(torch.cat([getattr(part, name) for part in parts]).numpy() for name in names)]
         if self._in_step:
             columns = [np.concatenate(column) for column in zip(*run_in_step(lambda: columns))]

@@ -31,12 +31,16 @@ _Receiver = Callable[[str, torch.Tensor, slice], None]
 
 @dataclass
 class BatchGradients:
-    """Features `(B, dim)`, margin, loss and num_tokens `(B,)` of a batch of `B` examples, all on the CPU."""
+    """Features `(B, dim)`, margin, loss, num_tokens and entropy of the other answers `(B,)` of a batch, on the CPU.
+
+    The entropy is that of an answer of one token; it is NaN for longer ones, and for custom margins.
+    """
 
     features: torch.Tensor
     margin: torch.Tensor
     loss: torch.Tensor
     num_tokens: torch.Tensor
+    other_entropy: torch.Tensor
 
 
 class GradientExtractor:
@@ -98,7 +102,7 @@ class GradientExtractor:
         # Parameters whose hooks agreed with autograd, by (on more than one row, fused).
         self._agreeing: dict[tuple[bool, bool], set[str]] = defaultdict(set)
         self._used: set[str] | None = None
-        self._scorer = AnswerScorer(model, label_space)
+        self._scorer = AnswerScorer(model, label_space, with_entropy=True)
 
     @property
     def fallback(self) -> list[str]:
@@ -140,7 +144,12 @@ class GradientExtractor:
             return receive
 
         margin, scores = self._gradients(batch, lambda margin: margin, begin)
-        return BatchGradients(features.cpu(), margin.cpu(), scores.loss.detach().cpu(), scores.num_tokens.cpu())
+        entropy = torch.full_like(margin, float("nan"))
+        if scores.other_entropy is not None:
+            is_single = scores.num_tokens == 1
+            entropy = torch.where(is_single, scores.mean_over_tokens(scores.other_entropy), entropy)
+        columns = features, margin, scores.loss.detach(), scores.num_tokens, entropy
+        return BatchGradients(*(column.cpu() for column in columns))
 
     def add_second_moments(self, batch: Mapping[str, Any], moments: dict[str, torch.Tensor]) -> None:
         """Add the squared loss gradients of a batch's examples to `moments`.
@@ -329,4 +338,5 @@ def _joined(scores: list[AnswerScores]) -> AnswerScores:
         torch.cat([own.correct for own in scores]),
         torch.cat([torch.full_like(own.rows, i) for i, own in enumerate(scores)]),
         torch.cat([own.num_tokens for own in scores]),
+        None if scores[0].other_entropy is None else torch.cat([own.other_entropy for own in scores]),
     )

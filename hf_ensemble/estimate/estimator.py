@@ -303,6 +303,7 @@ class SubsetEstimator(LinearizedTraining):
             "l2_scale": self.regularization.l2_scale,
             "l2_evidence": self.regularization.evidence,
             "calibration": None if self.calibration is None else self.calibration.by_task(self.task_names),
+            "output_scales": self.is_scaled,
         }
 
     def score_spread(
@@ -327,6 +328,37 @@ class SubsetEstimator(LinearizedTraining):
         """The same estimator in its first principal components alone: less exact, and faster by about their share."""
         other = super().truncated(num_components)
         other._validation = self._validation.truncated(num_components)
+        return other
+
+    @property
+    def can_be_scaled(self) -> bool:
+        """Whether losses with a scale of each task's outputs can be predicted of any task, see [`scaled`]."""
+        return self._validation.can_be_scaled
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether losses are those with a scale of each task's outputs."""
+        return self._validation.is_scaled
+
+    def scaled(self) -> "SubsetEstimator":
+        """The same estimator, of losses that are left once a scale of each task's outputs is fitted.
+
+        Weights of an ensemble have such a scale, the inverse of a temperature. It is fitted to the validation rows, see
+        [`ScaledRows`]; tasks whose answers have several tokens have none. A calibration's factors are those of the
+        losses without it, and predictions have no intervals.
+
+        Raises:
+            `EstimationError`: for features without the entropy of the other answers.
+        """
+        if not self.can_be_scaled:
+            raise EstimationError(
+                "Expected validation features with the entropy of the other answers, found none. It is known of "
+                "answers of one token, captured with margin='geometric_mean' or 'mean_log_odds'."
+            )
+        other = copy.copy(self)
+        other._validation, other.interval = self._validation.scaled(), IntervalWidth()
+        if self.calibration is not None:
+            other.calibration = self.calibration.around(other.base_loss())
         return other
 
     @property

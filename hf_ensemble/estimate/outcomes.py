@@ -1,16 +1,20 @@
 """Losses and accuracies of every task for given surrogate coefficients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
-# Maximum number of (mixture, row) pairs in memory at once, in float64.
+from .output_scale import ScaledRows
+
+# Maximum number of (mixture, row) pairs in memory at once, in float64; five times as much where losses have a scale.
 _CHUNK = 8_000_000
 # Number of (mixture, row) pairs from which on they are summed up.
 _SUMMARIZED = 500_000
 # Maximum number of features of tasks that are multiplied at once.
 _JOINED = 2_000_000
+
+RowsOfTasks = Callable[[np.ndarray], ScaledRows]
 
 
 def predicted_outcomes(
@@ -20,6 +24,7 @@ def predicted_outcomes(
     num_tasks: int,
     coefficients: np.ndarray,
     needed: np.ndarray | None = None,
+    scaled_rows: RowsOfTasks | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean loss log(1 + exp(-z)), share of z > 0 and root mean square of x.w over each task's rows, where z = m + x.w.
 
@@ -32,6 +37,9 @@ def predicted_outcomes(
         coefficients (`np.ndarray` of shape `(S, k)`):
             w of each mixture. The products are in its precision, float32 or float64.
         needed (`np.ndarray` of shape `(S, T)`, *optional*): mask of the outcomes to compute; others are NaN.
+        scaled_rows (`Callable`, *optional*):
+            The rows of tasks `(t,)`, each of them any number of times, as [`ScaledRows`]. The losses are then those
+            with a scale of each task's outputs.
 
     Returns:
         `tuple[np.ndarray, np.ndarray, np.ndarray]`: losses in nats, accuracies and displacements, each `(S, T)`.
@@ -48,13 +56,14 @@ def predicted_outcomes(
     dense = 2 * counts > len(w)
     for tasks in _joined(np.flatnonzero(dense), edges, x.shape[1], len(w)):
         rows = _rows_of(tasks, edges)
-        own, starts = x[rows].to(w.dtype), np.append(0, np.cumsum(edges[tasks + 1] - edges[tasks])[:-1])
+        own, counts_of = x[rows].to(w.dtype), edges[tasks + 1] - edges[tasks]
+        scaled = None if scaled_rows is None else scaled_rows(tasks)
         for part in range(0, len(w), chunk := max(1, _CHUNK // len(own))):
             move = w[part : part + chunk] @ own.T
-            outcomes[:, part : part + chunk, tasks] = _means(move, m[rows], starts, edges[tasks + 1] - edges[tasks])
+            outcomes[:, part : part + chunk, tasks] = _means(move, m[rows], counts_of, scaled)
     if needed is not None:
         outcomes[:, ~needed] = np.nan
-    _add_sparse(x, m, w, edges, np.flatnonzero(~dense & (counts > 0)), needed, outcomes)
+    _add_sparse(x, m, w, edges, np.flatnonzero(~dense & (counts > 0)), needed, outcomes, scaled_rows)
     return outcomes[0], outcomes[1], outcomes[2]
 
 
@@ -77,11 +86,12 @@ def _rows_of(tasks: np.ndarray, edges: np.ndarray) -> slice | torch.Tensor:
     return torch.from_numpy(np.concatenate([np.arange(edges[task], edges[task + 1]) for task in tasks]))
 
 
-def _means(move: torch.Tensor, margin: torch.Tensor, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Outcomes `(3, s, t)` of tasks whose rows begin at `starts` `(t,)`, from x.w `(s, n)`, which is overwritten."""
+def _means(move: torch.Tensor, margin: torch.Tensor, counts: np.ndarray, scaled: ScaledRows | None) -> np.ndarray:
+    """Outcomes `(3, s, t)` of tasks with these numbers of rows `(t,)`, from x.w `(s, n)`, which is overwritten."""
     z = move + margin
-    values = (-torch.nn.functional.logsigmoid(z), (z > 0).to(z.dtype), move.square_())
-    means = np.stack([np.add.reduceat(value.numpy(), starts, axis=1) / counts for value in values])
+    odds = z if scaled is None else torch.from_numpy(scaled.scaled(z.numpy()))
+    values = (-torch.nn.functional.logsigmoid(odds), (z > 0).to(z.dtype), move.square_())
+    means = np.stack([np.add.reduceat(value.numpy(), np.cumsum(counts) - counts, axis=1) / counts for value in values])
     means[2] = np.sqrt(means[2])
     return means
 
@@ -94,6 +104,7 @@ def _add_sparse(
     asked: np.ndarray,
     needed: np.ndarray | None,
     outcomes: np.ndarray,
+    scaled_rows: RowsOfTasks | None,
 ) -> None:
     """Write the outcomes of tasks that few mixtures need."""
     moves: list[tuple[int, np.ndarray, torch.Tensor]] = []
@@ -106,24 +117,24 @@ def _add_sparse(
             moves.append((index, part, w[part] @ own))
             pairs += len(part) * (last - first)
             if pairs >= _SUMMARIZED:
-                _summarize(moves, m, edges, outcomes)
+                _summarize(moves, m, edges, outcomes, scaled_rows)
                 moves, pairs = [], 0
-    _summarize(moves, m, edges, outcomes)
+    _summarize(moves, m, edges, outcomes, scaled_rows)
 
 
 def _summarize(
-    moves: list[tuple[int, np.ndarray, torch.Tensor]], margin: torch.Tensor, edges: np.ndarray, outcomes: np.ndarray
+    moves: list[tuple[int, np.ndarray, torch.Tensor]],
+    margin: torch.Tensor,
+    edges: np.ndarray,
+    outcomes: np.ndarray,
+    scaled_rows: RowsOfTasks | None,
 ) -> None:
     """Write the outcomes `(3, S, T)` of tasks: index, mixtures `(s,)` and x.w `(s, n)` of each."""
     if not moves:
         return
-    move = torch.cat([values.reshape(-1) for _, _, values in moves])
-    z = move + torch.cat([margin[edges[index] : edges[index + 1]].repeat(len(part)) for index, part, _ in moves])
-    counts = np.concatenate([np.full(len(part), values.shape[1]) for _, part, values in moves])
+    move = torch.cat([values.reshape(-1) for _, _, values in moves])[None]
+    own = torch.cat([margin[edges[index] : edges[index + 1]].repeat(len(part)) for index, part, _ in moves])
     mixtures = np.concatenate([part for _, part, _ in moves])
     tasks = np.concatenate([np.full(len(part), index) for index, part, _ in moves])
-    starts = np.cumsum(counts) - counts
-    values = (-torch.nn.functional.logsigmoid(z), (z > 0).to(z.dtype), move.square_())
-    for row, value in enumerate(values):
-        mean = np.add.reduceat(value.numpy(), starts) / counts
-        outcomes[row, mixtures, tasks] = np.sqrt(mean) if row == 2 else mean
+    scaled = None if scaled_rows is None else scaled_rows(tasks)
+    outcomes[:, mixtures, tasks] = _means(move, own, edges[tasks + 1] - edges[tasks], scaled)[:, 0]

@@ -89,14 +89,10 @@ class LossSensitivity:
         """The optimum w, the loss there, H^-1 times its gradient, and the summed gradient of each of `tasks`."""
         w = self._problem.solve(weights[None], np.array([l2]), _TIGHT, initial=self._last).coefficients[0]
         self._last = w[None]
-        task, z = self._validation.task, self._validation.margins(w)
-        size = len(self._targets)
-        counts = np.maximum(np.bincount(task, minlength=size), 1)
-        loss = np.bincount(task, np.logaddexp(0.0, -z), size) / counts
+        loss, slopes = self._validation.losses_with_slopes(w)
         calibrated, slope = loss, np.ones_like(loss)
         if self._calibration is not None:
             calibrated, slope = self._calibration(loss), self._calibration.slope(loss)
-        of_row = (self._targets * slope / counts)[task]
-        gradient = -(of_row * np.exp(-np.logaddexp(0.0, z))) @ self._validation.features
+        gradient = ((self._targets * slope)[self._validation.task] * slopes) @ self._validation.features
         hessian, gradients = self._problem.derivatives(weights, w, l2, tasks)
         return w, float(self._targets @ calibrated), cho_solve(cho_factor(hessian), gradient), gradients

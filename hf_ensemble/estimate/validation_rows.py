@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import EstimationError
 from ..store import FeatureTable, row_blocks
 from .outcomes import predicted_outcomes
+from .output_scale import ScaledRows
 from .search_rows import sampled_rows
 
 
@@ -29,8 +30,23 @@ class ValidationRows:
         self.features = features[order] if (np.diff(table.task) < 0).any() else features
         self.margin = table.margin[order].astype(np.float64)
         self.task = table.task[order]
+        self._entropy = None if table.other_entropy is None else table.other_entropy[order].astype(np.float64)
+        # How many rows of its task each one stands for, in the prior of the task's scale.
+        self._rows_per_row = table.rows_per_captured
+        self.is_scaled = False
         self._ids = table.example_id[order]
         self._names = table.task_names
+
+    @property
+    def can_be_scaled(self) -> bool:
+        """Whether it is known of any row how its loss changes with the scale of the logits."""
+        return self._entropy is not None and not np.isnan(self._entropy).all()
+
+    def scaled(self) -> "ValidationRows":
+        """The same rows with losses after the scale of each task's outputs is fitted, see [`ScaledRows`]."""
+        other = copy.copy(self)
+        other.is_scaled = True
+        return other
 
     def truncated(self, num_components: int) -> "ValidationRows":
         """The same rows in their first components."""
@@ -44,7 +60,9 @@ class ValidationRows:
 
     def sampled(self, most_rows: int, seed: int = 0) -> "ValidationRows":
         """Some rows of each task; see [`sampled_rows`]."""
-        return self._of_rows(sampled_rows(self.task, self.margin, most_rows, seed))
+        other = self._of_rows(sampled_rows(self.task, self.margin, most_rows, seed))
+        other._rows_per_row = self._rows_per_row * self._counts / np.maximum(other._counts, 1)
+        return other
 
     def halves(self, seed: int = 0) -> tuple["ValidationRows", "ValidationRows"]:
         """Two random halves of each task's rows; a task's only row is in both."""
@@ -60,15 +78,37 @@ class ValidationRows:
         other = copy.copy(self)
         other.features, other.margin, other.task = self.features[kept], self.margin[kept], self.task[kept]
         other._ids = self._ids[kept]
+        other._entropy = None if self._entropy is None else self._entropy[kept]
         return other
 
     def outcomes(
         self, coefficients: np.ndarray, needed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Losses, accuracies and displacements `(S, T)` at optima `(S, k)`; see [`predicted_outcomes`]."""
-        return predicted_outcomes(
-            self.features, self.margin, self.task, len(self._names), np.atleast_2d(coefficients), needed
-        )
+        rows = self.features, self.margin, self.task, len(self._names), np.atleast_2d(coefficients)
+        return predicted_outcomes(*rows, needed, self._scaled_rows if self.is_scaled else None)
+
+    def losses_with_slopes(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each task's mean loss at w `(k,)`, `(T,)`, and its derivative in each row's margin, `(n,)`."""
+        z, counts = self.margins(w), self._counts
+        if self.is_scaled:
+            known, losses = np.flatnonzero(counts), np.zeros(len(counts))
+            losses[known], slopes = self._scaled_rows(known).losses_with_slopes(z)
+            return losses, slopes
+        counts = np.maximum(counts, 1)
+        losses = np.bincount(self.task, np.logaddexp(0.0, -z), len(counts)) / counts
+        return losses, -np.exp(-np.logaddexp(0.0, z)) / counts[self.task]
+
+    @property
+    def _counts(self) -> np.ndarray:
+        return np.bincount(self.task, minlength=len(self._names))
+
+    def _scaled_rows(self, tasks: np.ndarray) -> ScaledRows:
+        """The rows of tasks `(t,)`, in this order."""
+        counts = self._counts
+        ends = np.cumsum(counts)
+        own = np.concatenate([self._entropy[ends[index] - counts[index] : ends[index]] for index in tasks.tolist()])
+        return ScaledRows(own, counts[tasks], self._rows_per_row[tasks])
 
     def __len__(self) -> int:
         return len(self.task)
@@ -111,6 +151,8 @@ class ValidationRows:
         for index in np.flatnonzero(weights):
             rows = slice(*np.searchsorted(self.task, (index, index + 1)))
             z = self.margin[rows] + np.vstack([coefficients, reference]) @ self.features[rows].T
+            if self.is_scaled and metric == "loss":
+                z = self._scaled_rows(np.array([index])).scaled(z)
             scores = (z > 0).astype(np.float64) if metric == "accuracy" else np.logaddexp(0.0, -z)
             variance += weights[index] ** 2 * (scores[:-1] - scores[-1]).var(axis=1) / (rows.stop - rows.start)
         return np.sqrt(variance)

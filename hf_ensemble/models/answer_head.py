@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .._processes import run_in_step
-from ..tasks import IGNORE_INDEX, AnswerScores, token_scores
+from ..tasks import IGNORE_INDEX, AnswerScores, other_entropy, token_scores
 from .sharding import is_sharded
 from .virtual_tokens import positions_before
 
@@ -48,14 +48,15 @@ class AnswerHead:
 
     Args:
         model (`nn.Module`): a model, or a `PeftModel`.
+        with_entropy (`bool`, *optional*, defaults to `False`): also give the entropy of the other tokens.
 
     Attributes:
         usable (`bool`): whether the model has a body and a head to tell apart.
         width (`int`, *optional*): number of the head's outputs, where the head tells it.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, model: nn.Module, with_entropy: bool = False):
+        self._model, self._with_entropy = model, with_entropy
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         body, encoder = _part(base, "decoder"), _part(base, "encoder")
         # The one whose output the head is given comes first.
@@ -76,10 +77,15 @@ class AnswerHead:
         run = self.run_body(inputs, index, labels.shape[1])
         # Adapters differ in whether they train the head.
         if torch.is_grad_enabled() and self.logits(run, run.hidden[:, :1].detach()).requires_grad:
-            log_probs, correct = token_scores(self.logits(run, run.hidden), targets.clamp(min=0))
+            values = self._scores(self.logits(run, run.hidden), targets)
         else:
-            log_probs, correct = self._in_pieces(run, targets)
-        return select_answers(log_probs, correct, targets)
+            values = self._in_pieces(run, targets)
+        return select_answers(*values[:2], targets, *values[2:])
+
+    def _scores(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Log-probability of each target, whether it is the most probable token, and the entropy of the others."""
+        targets = targets.clamp(min=0)
+        return (*token_scores(logits, targets), *([other_entropy(logits, targets)] if self._with_entropy else []))
 
     def run_body(self, inputs: Mapping[str, Any], index: torch.Tensor | None, length: int) -> BodyRun:
         """Run the model up to its head.
@@ -118,9 +124,9 @@ class AnswerHead:
         with _answering({**run.outputs, body: _with_states(run.outputs[body], hidden)}):
             return self._model(**run.inputs).logits
 
-    def _in_pieces(self, run: BodyRun, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _in_pieces(self, run: BodyRun, targets: torch.Tensor) -> list[torch.Tensor]:
         with_gradient = torch.is_grad_enabled() and run.hidden.requires_grad
-        log_probs, correct, slopes = [], [], []
+        scores, slopes = [], []
         size = tokens_at_once(len(targets), run.width, run.hidden.device)
         pieces = list(zip(run.hidden.detach().split(size, dim=1), targets.split(size, dim=1)))
         count = len(pieces)
@@ -129,18 +135,17 @@ class AnswerHead:
             pieces += pieces[-1:] * (max(run_in_step(lambda: count)) - count)
         for states, tokens in pieces:
             states.requires_grad_(with_gradient)
-            found, right = token_scores(self.logits(run, states), tokens.clamp(min=0))
+            found, *others = self._scores(self.logits(run, states), tokens)
             if with_gradient:
                 # Each token's log-probability depends on its own hidden state alone.
                 slopes.append(torch.autograd.grad(found.sum(), states)[0])
-            log_probs.append(found.detach())
-            correct.append(right)
-        values = torch.cat(log_probs[:count], dim=1)
+            scores.append((found.detach(), *others))
+        values, *others = (torch.cat(parts, dim=1) for parts in zip(*scores[:count]))
         if with_gradient:
             # Zero, with the log-probabilities' gradient.
             hidden, slope = run.hidden, torch.cat(slopes[:count], dim=1)
             values = values + ((hidden - hidden.detach()).float() * slope.float()).sum(dim=-1)
-        return values, torch.cat(correct[:count], dim=1)
+        return [values, *others]
 
 
 def head_width(base: nn.Module) -> int | None:
@@ -174,11 +179,14 @@ def answer_tokens(labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torc
     return index, tokens.gather(1, index)
 
 
-def select_answers(log_probs: torch.Tensor, correct: torch.Tensor, targets: torch.Tensor) -> AnswerScores:
+def select_answers(
+    log_probs: torch.Tensor, correct: torch.Tensor, targets: torch.Tensor, entropy: torch.Tensor | None = None
+) -> AnswerScores:
     """Scores of the tokens that count, from values for all `(B, n)` of [`answer_tokens`]."""
     wanted = targets != IGNORE_INDEX
     rows, _ = wanted.nonzero(as_tuple=True)
-    return AnswerScores(log_probs[wanted], correct[wanted], rows, wanted.sum(dim=1))
+    entropy = None if entropy is None else entropy[wanted]
+    return AnswerScores(log_probs[wanted], correct[wanted], rows, wanted.sum(dim=1), entropy)
 
 
 def _output_layer(base: nn.Module) -> nn.Module | None:

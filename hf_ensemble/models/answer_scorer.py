@@ -23,6 +23,7 @@ class AnswerScorer:
     Args:
         model (`nn.Module`): a model, or a `PeftModel`. Distributed and compiled wrappers are taken off.
         label_space (`LabelSpace`, *optional*): label sets of classification tasks.
+        with_entropy (`bool`, *optional*, defaults to `False`): also give the entropy of the other answers.
 
     Raises:
         `ConfigurationError`: for a model of another kind, whose labels are not those that are scored.
@@ -35,13 +36,14 @@ class AnswerScorer:
     ```
     """
 
-    def __init__(self, model: nn.Module, label_space: LabelSpace | None = None):
+    def __init__(self, model: nn.Module, label_space: LabelSpace | None = None, with_entropy: bool = False):
         check_kind(model)
         self.model = unwrapped(model)
         self.label_space = label_space
         # Whether position t predicts label t + 1.
         self.shift = not is_encoder_decoder(self.model)
-        self._head = AnswerHead(self.model)
+        self._with_entropy = with_entropy
+        self._head = AnswerHead(self.model, with_entropy)
 
     def prepare(self, inputs: Mapping[str, Any], labels: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
         """Inputs and labels as they are scored, see [`prepare_inputs`]. A call does this itself."""
@@ -66,7 +68,7 @@ class AnswerScorer:
         check_answers(labels, self.shift)
         if labels.dim() == 2 and self._head.usable:
             return self._head(inputs, labels, self.shift)
-        return score_answers(self.logits(inputs, labels, tasks), labels, self.shift)
+        return score_answers(self.logits(inputs, labels, tasks), labels, self.shift, self._with_entropy)
 
     def logits(
         self, inputs: Mapping[str, Any], labels: torch.Tensor, tasks: Sequence[str] | None = None

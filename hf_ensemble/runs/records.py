@@ -256,7 +256,8 @@ class Estimate(Record):
         calibration (`dict`, *optional*): factors of the tasks' losses and their curvature; `None` without a run.
         num_components (`int`): principal components that the surrogate is solved in.
         base_loss (`dict[str, float]`): validation loss of each task at theta0.
-        predicted_loss (`dict[str, dict[str, float]]`): of each task under each group.
+        predicted_loss (`dict[str, dict[str, float]]`):
+            Of each task under each group; with a scale of the task's outputs where the groups were chosen with one.
         left_out (`dict[str, LeftOut]`): by the task that is left out; empty for one task and for more than 200.
     """
 
@@ -276,7 +277,8 @@ class Estimate(Record):
     @classmethod
     def of(cls, estimator: SubsetEstimator, grouping: Grouping) -> "Estimate":
         names = list(estimator.task_names)
-        losses = predicted_losses(estimator, grouping)
+        is_scaled = grouping.settings["output_scales"] and grouping.method == "mixtures" and estimator.can_be_scaled
+        losses = predicted_losses(estimator.scaled() if is_scaled else estimator, grouping)
         regularization, calibration = estimator.regularization, estimator.calibration
         return cls(
             l2_scale=float(regularization.l2_scale),

@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans
 from .._settings import check_at_least, checked_mapping, checked_names
 from ..errors import ConfigurationError
 from ..estimate import ObservedRun
-from ..store import FeatureTable, take_rows
+from ..store import FeatureTable
 from .directions import unit_directions
 
 # Task names do not contain it, so a cluster is never mistaken for another task.
@@ -83,14 +83,9 @@ def split_into_clusters(
             tasks.append(np.full(len(held_out), len(names) + label))
         names += own_names
     kept = np.concatenate(rows)
-    arrays = {key: getattr(validation, key)[kept] for key in ("margin", "example_id")}
-    arrays["features"] = take_rows(validation.features, kept)
-    tokens = None if validation.num_tokens is None else validation.num_tokens[kept]
-    arrays["task_sizes"] = None
+    held_out_sizes = None
     if validation.task_sizes is not None:
-        arrays["task_sizes"] = np.array(
-            [validation.sizes[validation.task_names.index(task_of(name))] for name in names]
-        )
+        held_out_sizes = np.array([validation.sizes[validation.task_names.index(task_of(name))] for name in names])
     return (
         replace(
             train,
@@ -98,7 +93,12 @@ def split_into_clusters(
             task_names=tuple(names),
             task_sizes=None if train.task_sizes is None else np.array(sizes),
         ),
-        replace(validation, task=np.concatenate(tasks), task_names=tuple(names), num_tokens=tokens, **arrays),
+        replace(
+            validation.of_rows(kept),
+            task=np.concatenate(tasks),
+            task_names=tuple(names),
+            task_sizes=held_out_sizes,
+        ),
     )
 
 

@@ -4,7 +4,8 @@
     preconditioner.safetensors  scales of every parameter's gradient, if there are any; written before any shard
     shard-00000.features.npy    (rows, dim) array; row i times its scale is the gradient feature; bfloat16 is stored as
                                 int16 bit patterns
-    shard-00000.rows.arrow      split, task, example_id, margin, loss, num_tokens, scale, excluded of each row
+    shard-00000.rows.arrow      split, task, example_id, margin, loss, num_tokens, other_entropy, scale, excluded of
+                                each row
     shard-00000.json            checksums of the two; written last, so a shard with this file is complete
 
 A shard holds a fixed range of the plan (the list of all rows to capture), so an interrupted pass resumes at the first
@@ -21,7 +22,7 @@ from .._files import read_json, sha256_of
 from .._records import check_checksum
 from ..errors import ConfigurationError, RecordError, StoreError
 
-FORMAT, FORMAT_VERSION = "hf_ensemble.gradient_store", 2
+FORMAT, FORMAT_VERSION = "hf_ensemble.gradient_store", 3
 MANIFEST = "manifest.json"
 # What a manifest holds in any state of its store.
 _KEYS = ("status", "num_rows", "dim", "dtype", "shard_size", "num_shards", "identity")

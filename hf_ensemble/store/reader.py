@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow.feather
 
 from .._settings import checked_names, checked_path
 from ..errors import StoreError
-from .features import Features, StoredFeatures, row_blocks
+from .features import Features, StoredFeatures, row_blocks, take_rows
 from .layout import (
     PRECONDITIONER,
     check_file,
@@ -41,6 +41,9 @@ class FeatureTable:
         num_tokens (`np.ndarray` of shape `(n,)`, *optional*): number of answer tokens of each row, if known.
         task_sizes (`np.ndarray` of shape `(T,)`, *optional*):
             Number of rows of each task of which these are a sample. By default they are all there are.
+        other_entropy (`np.ndarray` of shape `(n,)`, *optional*):
+            Entropy, in nats, of the model's distribution over the answers that are wrong, at the linearization point;
+            NaN for answers of several tokens.
     """
 
     features: Features
@@ -50,6 +53,7 @@ class FeatureTable:
     example_id: np.ndarray
     num_tokens: np.ndarray | None = None
     task_sizes: np.ndarray | None = None
+    other_entropy: np.ndarray | None = None
 
     @property
     def num_captured(self) -> np.ndarray:
@@ -66,13 +70,21 @@ class FeatureTable:
         """How many rows of its task a row stands for, by task, `(T,)`; 1 where all rows are captured."""
         return self.sizes / np.maximum(self.num_captured, 1)
 
+    def of_rows(self, rows: np.ndarray) -> "FeatureTable":
+        """Some of the rows, by their numbers, in this order; task sizes stay."""
+        names = ("margin", "task", "example_id", "num_tokens", "other_entropy")
+        known = {name: getattr(self, name) for name in names}
+        arrays = {name: None if array is None else array[rows] for name, array in known.items()}
+        return replace(self, features=take_rows(self.features, rows), **arrays)
+
     def fingerprint(self) -> str:
         """32 hexadecimal digits that depend on all values and names."""
         digest = hashlib.sha256(json.dumps([self.task_names, self.example_id.tolist()]).encode())
         for _, block in row_blocks(self.features):
             digest.update(np.ascontiguousarray(block))
-        for array in (self.margin, self.task, *([] if self.task_sizes is None else [self.task_sizes])):
-            digest.update(np.ascontiguousarray(array))
+        for array in (self.margin, self.task, self.task_sizes, self.other_entropy):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
@@ -213,6 +225,7 @@ class GradientStore:
                 f"The store in {str(self.folder)!r} has no {split!r} rows of the tasks {lacking}; its tasks are "
                 f"{list(self.task_names)}."
             )
+        entropy = self.rows["other_entropy"].to_numpy()[positions]
         return FeatureTable(
             features=StoredFeatures(self.folder, self.manifest, positions, self.rows["scale"].to_numpy()[positions]),
             margin=self.rows["margin"].to_numpy()[positions],
@@ -222,6 +235,7 @@ class GradientStore:
             num_tokens=self.rows["num_tokens"].to_numpy()[positions],
             # Rows that are asked for by name stand for themselves.
             task_sizes=None if isinstance(tasks, Mapping) else self.task_sizes(split, names),
+            other_entropy=None if np.isnan(entropy).all() else entropy,
         )
 
     def _among(self, wanted: Mapping[str, Sequence[str]], kept: np.ndarray) -> np.ndarray:

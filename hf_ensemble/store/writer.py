@@ -47,12 +47,14 @@ class CapturedRows:
         margin (`np.ndarray` of shape `(n,)`): log-odds of the answer.
         loss (`np.ndarray` of shape `(n,)`): mean token loss.
         num_tokens (`np.ndarray` of shape `(n,)`): number of answer tokens.
+        other_entropy (`np.ndarray` of shape `(n,)`, *optional*): see [`FeatureTable`]; NaN where it is not known.
     """
 
     features: np.ndarray
     margin: np.ndarray
     loss: np.ndarray
     num_tokens: np.ndarray
+    other_entropy: np.ndarray | None = None
 
 
 class GradientStoreWriter:
@@ -214,6 +216,7 @@ class GradientStoreWriter:
         scale[scale == 0] = 1.0
         features = as_stored(rows.features / scale[:, None], self.manifest["dtype"])
         splits, tasks, ids = zip(*(self.plan[i] for i in positions))
+        entropy = np.full(len(positions), np.nan) if rows.other_entropy is None else rows.other_entropy
         table = pa.table(
             {
                 "split": splits,
@@ -222,6 +225,7 @@ class GradientStoreWriter:
                 "margin": rows.margin.astype(np.float32),
                 "loss": rows.loss.astype(np.float32),
                 "num_tokens": rows.num_tokens.astype(np.int64),
+                "other_entropy": entropy.astype(np.float32),
                 "scale": scale,
                 "excluded": excluded,
             }
@@ -293,6 +297,7 @@ def _without(rows: CapturedRows, excluded: np.ndarray) -> CapturedRows:
         np.where(excluded, 0, rows.margin),
         np.where(excluded, 0, rows.loss),
         rows.num_tokens,
+        rows.other_entropy,
     )
 
 

@@ -1,6 +1,6 @@
 """Named datasets as one table whose rows carry their task and example id into the batch."""
 
-from .answers import IGNORE_INDEX, AnswerScores, restrict_to_labels, score_answers, token_scores
+from .answers import IGNORE_INDEX, AnswerScores, other_entropy, restrict_to_labels, score_answers, token_scores
 from .columns import EXAMPLE_ID, META_COLUMNS, TASK, TaskCollator, pop_meta
 from .encoding import data_collator_for, encode, length_limit
 from .folder import load_task_folder
@@ -33,5 +33,6 @@ __all__ = [
     "pop_meta",
     "restrict_to_labels",
     "score_answers",
+    "other_entropy",
     "token_scores",
 ]

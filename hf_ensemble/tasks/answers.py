@@ -20,12 +20,14 @@ class AnswerScores:
         correct (`torch.Tensor` of shape `(n,)`): whether the answer token has the largest logit.
         rows (`torch.Tensor` of shape `(n,)`): index of the example each token belongs to.
         num_tokens (`torch.Tensor` of shape `(B,)`): number of answer tokens per example.
+        other_entropy (`torch.Tensor` of shape `(n,)`, *optional*): see [`other_entropy`].
     """
 
     log_probs: torch.Tensor
     correct: torch.Tensor
     rows: torch.Tensor
     num_tokens: torch.Tensor
+    other_entropy: torch.Tensor | None = None
 
     def mean_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of a per-token quantity over each example's answer, from `(n,)` to `(B,)`."""
@@ -82,10 +84,24 @@ def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     return log_probs, logits.detach().argmax(-1) == targets
 
 
-def score_answers(logits: torch.Tensor, labels: torch.Tensor, shift: bool = True) -> AnswerScores:
-    """Score each example's answer. See [`answer_positions`] for the arguments."""
+def other_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Entropy, in nats, of the distribution over all tokens but the target, `(...)` float32; 0 where there is but one.
+
+    With it, the log-odds z of the target tell how they change with the scale of the logits: those of logits times s are
+    s z + (s - 1) H to first order in s - 1.
+    """
+    others = logits.detach().float().scatter(-1, targets.unsqueeze(-1), float("-inf"))
+    entropy = torch.special.entr(torch.softmax(others, dim=-1)).sum(-1)
+    return entropy.masked_fill(others.isneginf().all(-1), 0.0)
+
+
+def score_answers(
+    logits: torch.Tensor, labels: torch.Tensor, shift: bool = True, with_entropy: bool = False
+) -> AnswerScores:
+    """Score each example's answer, on request with [`other_entropy`]. See [`answer_positions`] for the arguments."""
     batch_size = labels.shape[0]
     logits, targets, rows = answer_positions(logits, labels, shift)
     log_probs, correct = token_scores(logits, targets)
     num_tokens = torch.zeros(batch_size, dtype=torch.long, device=rows.device).index_add(0, rows, torch.ones_like(rows))
-    return AnswerScores(log_probs, correct, rows, num_tokens)
+    entropy = other_entropy(logits, targets) if with_entropy else None
+    return AnswerScores(log_probs, correct, rows, num_tokens, entropy)

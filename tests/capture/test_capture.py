@@ -1,5 +1,6 @@
 """The capture pass and its store."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,8 +45,24 @@ def test_store_rows_equal_the_extractor(whole_store):
     assert table.example_id.tolist() == [row["example_id"] for row in rows]
     assert relative_error(torch.from_numpy(table.features[:]), expected.features) < 1e-5
     assert relative_error(torch.from_numpy(table.margin.copy()), expected.margin) < 1e-5
+    assert table.other_entropy is None and expected.other_entropy.isnan().all() and expected.num_tokens.min() > 1
     some = store.table("validation", ["more_sums", "sums"])
     assert some.task_names == ("more_sums", "sums") and (some.features[some.task == 1] == table.features[:6]).all()
+
+
+def test_a_store_has_the_entropies_of_other_answers(tmp_path):
+    labels = ("no", "perhaps", "yes")
+    rows = {"songs": {"train": toy.text_rows(24, 5, "song", labels), "validation": toy.text_rows(6, 6, "song", labels)}}
+    tasks, tokenizer = TaskSet.from_datasets(rows), toy.tokenizer()
+    model = toy.with_lora(toy.bert(3))
+    store = capture(tmp_path / "store", model, rows)
+    collator = data_collator_for(tasks.row_format, tokenizer, labels_are_tokens=False)
+    extractor = GradientExtractor(model, 64, label_space=tasks.label_space)
+    for split in ("train", "validation"):
+        encoded = list(encode(tasks.table(split), tokenizer, tasks.row_format, tasks.label_space))
+        expected = extractor(collator(encoded)).other_entropy
+        found = torch.from_numpy(store.table(split).other_entropy.copy())
+        assert torch.allclose(found, expected, atol=1e-5) and 0 < found.min() < found.max() < np.log(2) + 1e-6
 
 
 @pytest.mark.parametrize("kill_after", [0, 1, 3])

@@ -71,6 +71,14 @@ def test_classifier_gradients_equal_one_backward_per_example(padding_side):
 
     expected = oracles.per_example_gradients(model, margin_alone, len(rows))
     assert relative_error(found.features, expected) < 1e-5
+    batch = collator(rows)
+    with torch.no_grad():
+        logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
+    entropies = oracles.other_entropies(logits, [row["labels"] for row in rows])
+    everywhere = GradientExtractor(model, projection_dim=None)(collator(rows))
+    assert torch.allclose(everywhere.other_entropy.double(), entropies, atol=1e-4)
+    # Labels of other tasks are no answers: a task of two has a single other one.
+    assert {len(own) for own in space.task_labels.values()} == {2} and not found.other_entropy.any()
 
 
 def test_any_batch_size_and_order_gives_the_same_features():
@@ -110,8 +118,17 @@ def test_layers_that_hooks_cannot_read_take_the_exact_fallback():
     mlp.up_proj = Flattened(mlp.up_proj)
     rows, collator = causal_batch("right")
     extractor = GradientExtractor(model, projection_dim=None)
-    found = extractor(collator(rows)).features
+    for row in rows[1:]:
+        row["labels"] = [-100] * (len(row["labels"]) - 1) + row["labels"][-1:]
+    batch = extractor(collator(rows))
+    found = batch.features
     assert {name.split(".")[-3] for name in extractor.fallback} == {"lora_A", "lora_B"}
+    plain = GradientExtractor(toy.with_lora(toy.llama()), projection_dim=None)(collator(rows))
+    assert torch.allclose(batch.other_entropy, plain.other_entropy, atol=1e-5, equal_nan=True)
+    assert batch.other_entropy.isnan().tolist() == [True, False, False, False, False]
+    # Neither do they depend on it where no parameter is left to the hooks.
+    extractor.hooked = []
+    assert torch.allclose(extractor(collator(rows)).other_entropy, plain.other_entropy, atol=1e-5, equal_nan=True)
 
     def margin_alone(i):
         ids, labels = (torch.tensor([rows[i][key]]) for key in ("input_ids", "labels"))

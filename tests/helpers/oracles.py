@@ -21,6 +21,20 @@ def margins(logits, labels, kind="geometric_mean"):
     return torch.stack(out)
 
 
+def other_entropies(logits, labels):
+    """Entropy of all answers but the right one by a loop over examples and tokens, mean over each example's tokens."""
+    out = []
+    for row, label in zip(logits, labels):
+        kept = [] if row.dim() == 1 else (label[1:] != -100).nonzero().squeeze(1).tolist()
+        tokens = [(row[at], int(label[at + 1])) for at in kept] or [(row, int(label))]
+        entropies = []
+        for scores, right in tokens:
+            others = torch.cat([scores[:right], scores[right + 1 :]]).double()
+            entropies.append(torch.distributions.Categorical(logits=others[others.isfinite()]).entropy())
+        out.append(torch.stack(entropies).mean())
+    return torch.stack(out)
+
+
 def per_example_gradients(model, margin_of_example, count):
     """(count, P): one forward and backward pass per example, alone in its batch."""
     parameters = [p for p in model.parameters() if p.requires_grad]

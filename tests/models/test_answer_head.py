@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, T5Config, T5ForConditionalGeneration
 
-from helpers import toy
+from helpers import oracles, toy
 from helpers.captures import causal_batch, relative_error
 from hf_ensemble.capture import GradientExtractor, margins
 from hf_ensemble.errors import ScoringError
@@ -60,11 +60,24 @@ def piece(request, monkeypatch):
 )
 def test_features_are_those_of_the_whole_logits(make, padding_side, piece):
     rows, collator = causal_batch(padding_side)
+    for row in rows[::2]:
+        row["labels"] = [-100] * (len(row["labels"]) - 1) + row["labels"][-1:]
     found = GradientExtractor(make(), projection_dim=None)(collator(rows))
     expected = GradientExtractor(make(), projection_dim=None, margin=whole_margin)(collator(rows))
     assert relative_error(found.margin, expected.margin) < 1e-5
     assert relative_error(found.features, expected.features) < 1e-5
     assert found.num_tokens.tolist() == expected.num_tokens.tolist()
+    # An output function's answers have no entropy: what the function makes of the logits is not known.
+    assert expected.other_entropy.isnan().all()
+    batch = collator(rows)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = make()(**{key: value for key, value in batch.items() if torch.is_tensor(value)}).logits
+    entropies = oracles.other_entropies(logits[:, -labels.shape[1] :], labels)
+    # Answers of several tokens have none.
+    is_single = found.num_tokens == 1
+    assert is_single.tolist() == [True, False, True, False, True] == (~found.other_entropy.isnan()).tolist()
+    assert relative_error(found.other_entropy[is_single], entropies[is_single]) < 1e-4
 
 
 def test_an_encoder_decoder_runs_its_encoder_once(piece):

@@ -42,6 +42,18 @@ def test_parts_take_the_place_of_the_whole():
     assert split_into_clusters(train, validation, {"b": 1})[0].task_names == ("a", "b/0")
 
 
+def test_every_column_of_a_row_goes_with_it():
+    train, validation = half_wrong()
+    order = np.random.default_rng(1).permutation(len(validation))
+    entropies = np.where(validation.example_id.astype("U5") == "right", 0.25, 0.75).astype(np.float32)
+    validation = replace(validation, other_entropy=entropies).of_rows(order)
+    for clusters in ({"b": 2}, {"a": 1, "b": 1}):
+        parts, held_out = split_into_clusters(train, validation, clusters)
+        is_right = held_out.example_id.astype("U5") == "right"
+        assert (held_out.other_entropy == np.where(is_right, 0.25, 0.75)).all()
+        assert SubsetEstimator(parts, held_out).scaled().base_loss().shape == (len(parts.task_names),)
+
+
 def test_dividing_changes_no_prediction_of_the_whole():
     train, validation = half_wrong()
     run = ObservedRun({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.6})

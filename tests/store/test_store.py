@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,35 @@ def test_features_survive_whatever_their_scale(tmp_path, dtype, tolerance):
     assert store.table("validation", ["b"]).example_id.tolist() == ["id7", "id9"]
     with pytest.raises(StoreError, match=r"no 'test' rows of the tasks \['a', 'b'\]"):
         store.table("test")
+
+
+def test_the_entropy_of_other_answers_is_not_known_of_all_rows(tmp_path):
+    entropies = np.linspace(0.1, 1.0, 10)
+    for name, known in (("all", entropies), ("some", np.where(np.arange(10) == 8, np.nan, entropies))):
+        own = writer(tmp_path / name)
+        for shard in own.missing_shards():
+            positions = own.rows_of(shard)
+            own.write_shard(shard, replace(rows(positions), other_entropy=known[list(positions)]))
+        own.finish()
+    store = GradientStore(tmp_path / "all")
+    assert store.table("validation", ["b"]).other_entropy == pytest.approx(entropies[[7, 9]])
+    whole, part = store.table("validation"), GradientStore(tmp_path / "some").table("validation")
+    assert whole.other_entropy == pytest.approx(entropies[7:]) and part.fingerprint() != whole.fingerprint()
+    assert part.other_entropy == pytest.approx(np.where(np.arange(7, 10) == 8, np.nan, entropies[7:]), nan_ok=True)
+    assert GradientStore(tmp_path / "some").table("train").other_entropy == pytest.approx(entropies[:7])
+    some = whole.of_rows(np.array([2, 0]))
+    assert some.other_entropy == pytest.approx(entropies[[9, 7]]) and (some.features == whole.features[[2, 0]]).all()
+    # What is excluded is in no table, whatever it holds.
+    own, bad = writer(tmp_path / "excluded"), rows(range(10))
+    bad.features[7] = np.nan
+    for shard in own.missing_shards():
+        positions = list(own.rows_of(shard))
+        part = replace(bad, features=bad.features[positions], margin=bad.margin[positions], loss=bad.loss[positions])
+        part = replace(part, num_tokens=bad.num_tokens[positions], other_entropy=entropies[positions])
+        own.write_shard(shard, part, exclude_non_finite=True)
+    own.finish()
+    assert GradientStore(tmp_path / "excluded").table("validation").other_entropy == pytest.approx(entropies[8:])
+    assert GradientStore(fill(tmp_path / "none")).table("train").other_entropy is None
 
 
 def test_examples_are_read_by_task_and_id(tmp_path):

@@ -244,6 +244,15 @@ def test_mixtures_that_go_on_are_chosen_anew_from_what_they_came_to(tmp_path, ba
     assert DataSelector.for_choice(run.baseline_gradients, grouping).repeat(grouping) == grouping
 
 
+@pytest.mark.parametrize(
+    ("weights", "has_scales"), [("cross_validated", True), ("fitted", False), ("own_group", False)]
+)
+def test_mixtures_are_chosen_with_a_scale_where_their_outputs_get_one(tmp_path, base_folder, weights, has_scales):
+    options = {"grouping_method": "mixtures", "group_initialization": "baseline", "ensemble_weights": weights}
+    trainer = sft_trainer(tmp_path / "run", base_folder, **options)
+    assert trainer.group_tasks().settings["output_scales"] == has_scales
+
+
 def test_there_has_to_be_an_adapter_to_go_on_from(tmp_path):
     with pytest.raises(ConfigurationError, match="train_baseline=False does not train"):
         sft_config(tmp_path, group_initialization="baseline", train_baseline=False)

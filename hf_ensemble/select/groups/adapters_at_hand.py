@@ -74,11 +74,15 @@ class AdaptersAtHand:
         return cls(list(trained), mixtures, losses, optima, has_baseline, starts_at_baseline, cost, predicted)
 
     def on(self, estimator: SubsetEstimator) -> "AdaptersAtHand":
-        """The same with the losses on an estimator's share of the validation rows."""
+        """The same with the losses that another estimator predicts, of a share of the validation rows or with scales.
+
+        What was measured changes in proportion to what is predicted.
+        """
         if not len(self):
             return self
         predicted = estimator.loss_at(self.optima)
-        return replace(self, losses=self.losses * predicted / self.calibrated, calibrated=predicted)
+        ratio = np.divide(predicted, self.calibrated, out=np.ones_like(predicted), where=self.calibrated > 0)
+        return replace(self, losses=self.losses * ratio, calibrated=predicted)
 
     def one_for_all_optimum(self, together: Prediction) -> np.ndarray:
         """Optimum of the adapter for all tasks, `(k,)`; `together` predicts a training on them from here."""

@@ -36,7 +36,9 @@ class Grouping(Choice):
         method (`str`): `"mixtures"`, `"direct"`, `"spectral"`, `"semidefinite"` or `"coclustering"`.
         task_names (`list[str]`): order of the affinity's rows and columns.
         affinity (`list[list[float]]`): in nats, see [`predicted_affinity`].
-        predicted_loss (`dict[str, float]`): mean predicted validation loss over the tasks, by number of groups.
+        predicted_loss (`dict[str, float]`):
+            Mean predicted validation loss over the tasks, by number of groups. With `"mixtures"` and `output_scales`,
+            this and all other losses are those with a scale of each task's outputs, see [`group_tasks`].
         lengths (`dict[str, float]`, *optional*):
             Length of each group's training, in multiples of a whole one. That of the adapter for all tasks, where it
             serves a group, means nothing if the others go on from it.
@@ -130,6 +132,7 @@ def group_tasks(
     trained: Mapping[str, ObservedRun | Mapping[str, Any]] | None = None,
     targets: Targets = None,
     seed: int = 0,
+    output_scales: bool = True,
 ) -> Grouping:
     """Choose what each of several adapters is trained on, and which of them serves each task.
 
@@ -164,6 +167,10 @@ def group_tasks(
         targets (`str`, `Sequence[str]` or `dict[str, float]`, *optional*):
             With `"mixtures"`: tasks whose loss counts, or the weight of each in the mean. All alike by default.
         seed (`int`, *optional*, defaults to 0): seed of the affinity's subsets and of the clustering.
+        output_scales (`bool`, *optional*, defaults to `True`):
+            With `"mixtures"`: whether the adapters' outputs get a scale for each task, the inverse of a temperature, as
+            cross-validated weights have one. All losses are then those that are left with it: an adapter that is right
+            and too sure of itself is valued by what it knows. It is known for answers of one token.
 
     Raises:
         `ConfigurationError`:
@@ -173,6 +180,7 @@ def group_tasks(
     check_at_least("subset_size", subset_size, 1, optional=True)
     check_at_least("seed", seed, 0)
     check_flag("has_baseline", has_baseline)
+    check_flag("output_scales", output_scales)
     settings = settings or GroupingSettings()
     names = estimator.task_names
     settings.check_tasks(len(names))
@@ -193,6 +201,9 @@ def group_tasks(
             f"trained={list(runs)} are adapters of trainings of length {estimator.length:g}, and this estimator knows "
             f"others, {list(estimator.lengths[1:])}, too. Leave other_lengths out."
         )
+    plain = estimator
+    if settings.grouping_method == "mixtures" and output_scales and plain.can_be_scaled:
+        estimator = plain.scaled()
     rough = estimator if settings.search_rows is None else estimator.sampled(settings.search_rows)
     losses = GroupLosses(EstimatedGroups(estimator))
     searched = losses if rough is estimator else GroupLosses(EstimatedGroups(rough))
@@ -200,7 +211,9 @@ def group_tasks(
     if settings.grouping_method == "mixtures":
         goal = np.array([weights.get(name, 0.0) for name in names])
         goal /= goal.sum()
-        found = mixture_groups(estimator, rough, searched, settings, goal, num_candidates, has_baseline, runs, seed)
+        found = mixture_groups(
+            estimator, plain, rough, searched, settings, goal, num_candidates, has_baseline, runs, seed
+        )
     else:
         scaled = affinity / spread[:, None]
         found = partition_groups(estimator, losses, searched, scaled, settings, num_candidates, has_baseline, seed)
@@ -211,6 +224,7 @@ def group_tasks(
         "trained": {name: run.as_dict() for name, run in runs.items()},
         "targets": None if targets is None else weights,
         "seed": seed,
+        "output_scales": output_scales,
     }
     return Grouping(
         groups=_by_name(found.names, names, found.labels),
@@ -229,7 +243,7 @@ def group_tasks(
         expected_loss=found.expected_loss,
         baselines=_baselines(losses, len(names), len(found.mixtures), seed, _NUM_RANDOM if rough is estimator else 1),
         summary=found.summary,
-        settings=with_provenance({**settings.group_arguments(), **options}, estimator),
+        settings=with_provenance({**settings.group_arguments(), **options}, plain),
     )
 
 

@@ -35,6 +35,7 @@ _MAX_ITERATIONS = 8
 
 def mixture_groups(
     estimator: SubsetEstimator,
+    plain: SubsetEstimator,
     rough: SubsetEstimator,
     group_losses: GroupLosses,
     settings: GroupingSettings,
@@ -47,11 +48,14 @@ def mixture_groups(
     """Search for mixtures; the arguments are those of [`group_tasks`], and `goal` `(T,)` weighs the tasks' losses.
 
     `rough` and `group_losses` are what the search looks at. Where these are of a sample of rows, the losses of what it
-    comes to are predicted from all rows.
+    comes to are predicted from all rows. `plain` predicts the losses that are measured, without a scale of each task's
+    outputs, where the others predict them with one.
     """
     size = len(estimator.task_names)
     most = settings.num_groups or settings.max_groups or min(_MAX_MIXTURES, size)
-    at_hand = AdaptersAtHand.of(estimator, trained, has_baseline, settings.group_initialization == "baseline")
+    at_hand = AdaptersAtHand.of(plain, trained, has_baseline, settings.group_initialization == "baseline")
+    if plain is not estimator:
+        at_hand = at_hand.on(estimator)
     budget = None if settings.compute_budget is None else max(settings.compute_budget - at_hand.cost, 0.0)
     counts = [count for count in _START_COUNTS if count <= min(most, size)]
 
@@ -104,7 +108,7 @@ def _found(
         mixtures=mixtures / mixtures.max(axis=1, keepdims=True),
         curve=curve,
         cost=best.cost + at_hand.cost,
-        summary=_summary(len(names), point, at_hand.cost) + calibration_note(estimator),
+        summary=_summary(len(names), point, at_hand.cost) + _scale_note(estimator) + calibration_note(estimator),
         names=names,
         lengths=lengths,
         baseline=baseline,
@@ -143,6 +147,10 @@ def _summary(num_adapters: int, point: CostPoint, cost: float) -> str:
         change = f"{expected} {verb} the mean loss from {together:.4f} to {point.expected_loss:.4f}"
     noise = "before allowing for the noise that the search fits"
     return f"{subject} {change} (predicted {point.predicted_loss:.4f}, {noise})."
+
+
+def _scale_note(estimator: SubsetEstimator) -> str:
+    return " Losses are those with a scale of each task's outputs." if estimator.is_scaled else ""
 
 
 def _cluster_starts(estimator: SubsetEstimator, counts: Sequence[int], seed: int) -> list[np.ndarray]:

@@ -184,7 +184,11 @@ class GroupTrainings:
     def _choice(self, observed: Sequence[ObservedRun], trained: Mapping[str, ObservedRun]) -> Grouping:
         args, run = self.context.args, self.context.run
         selector = self._selector(observed)
-        options: dict[str, Any] = {"trained": trained} if args.grouping_method == "mixtures" else {}
+        options: dict[str, Any] = {}
+        if args.grouping_method == "mixtures":
+            # Other weights have no scale.
+            has_scales = args.ensemble_weights in ("cross_validated", "answers")
+            options = {"trained": trained, "output_scales": has_scales}
         # The adapter for all tasks is the first fine-tuning that calibrates.
         has_baseline = self.num_calibration_runs > 0
         grouping = selector.group(**args.group_arguments(), has_baseline=has_baseline, seed=args.seed, **options)
