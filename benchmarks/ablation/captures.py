@@ -13,7 +13,7 @@ from datasets import concatenate_datasets
 from hf_ensemble.capture import CaptureConfig, Preconditioner, SeededProjection, capture_gradients, training_recipe
 from hf_ensemble.capture.capture_pass import MOMENT_ROWS
 from hf_ensemble.capture.training_arguments import fresh_lora_gain
-from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe, take_rows
+from hf_ensemble.store import FeatureTable, GradientStore, TrainingRecipe
 from hf_ensemble.train.flows.adapter_training import AdapterTraining
 
 
@@ -33,7 +33,7 @@ class Captures:
         if choice["preconditioner"] == "adam":
             scales = self._adam_scales(train)
         kept = self._kept_rows(train, choice["training rows"])
-        parts = {"train": _rows(train, kept), "validation": exact["validation"]}
+        parts = {"train": train.of_rows(kept), "validation": exact["validation"]}
         return {
             split: dataclasses.replace(table, features=_projected(table.features[:], scales, choice["projection"]))
             for split, table in parts.items()
@@ -98,12 +98,6 @@ class Captures:
     def _kept_rows(train: FeatureTable, share: str) -> np.ndarray:
         step = 1 if share == "all" else int(share.split("/")[1])
         return np.concatenate([np.flatnonzero(train.task == task)[::step] for task in range(len(train.task_names))])
-
-
-def _rows(table: FeatureTable, rows: np.ndarray) -> FeatureTable:
-    names = ("margin", "task", "example_id", "num_tokens")
-    arrays = {name: getattr(table, name)[rows] for name in names}
-    return dataclasses.replace(table, features=take_rows(table.features, rows), **arrays)
 
 
 def _projected(features: np.ndarray, scales: torch.Tensor, projection: str) -> np.ndarray:

@@ -21,7 +21,7 @@ import torch
 from hf_ensemble import TaskSet
 from hf_ensemble.cli.demo.flow import base_model, demo_trainer
 from hf_ensemble.cli.demo.world import build_world
-from hf_ensemble.estimate import ObservedRun
+from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.runs import run_selector
 from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
@@ -57,7 +57,7 @@ class Ensemble:
 def of_grouping(label: str, selector: DataSelector, grouping: Grouping) -> Ensemble:
     """The ensemble of a choice."""
     names = [name for name in grouping.groups if name != grouping.baseline_group]
-    losses = predicted_losses(selector.estimator, grouping)
+    losses = predicted_losses(_served(selector), grouping)
     rows, serving, own = list(grouping.groups), {}, []
     for column, task in enumerate(grouping.task_names):
         group = grouping.group_of(task)
@@ -69,7 +69,7 @@ def of_grouping(label: str, selector: DataSelector, grouping: Grouping) -> Ensem
 
 def of_mixtures(label: str, selector: DataSelector, weights: np.ndarray) -> Ensemble:
     """The ensemble of given mixtures `(m, T)`, each task served by the one that is predicted to be its best."""
-    estimator = selector.estimator
+    estimator = _served(selector)
     names = list(estimator.task_names)
     losses = estimator.predict(np.vstack([weights, np.ones(len(names))])).loss
     best = losses.argmin(axis=0)
@@ -77,6 +77,11 @@ def of_mixtures(label: str, selector: DataSelector, weights: np.ndarray) -> Ense
     serving = {name: int(own) if own < len(weights) else -1 for name, own in zip(names, best)}
     cost = 1.0 + float(estimator.training_cost(weights).sum())
     return Ensemble(label, mixtures, serving, cost, float(losses.min(axis=0).mean()))
+
+
+def _served(selector: DataSelector) -> SubsetEstimator:
+    """Predicts the losses that choices are made by: weights of an ensemble have a scale."""
+    return selector.estimator.scaled() if selector.estimator.can_be_scaled else selector.estimator
 
 
 def random_choices(selector: DataSelector, seed: int) -> list[Ensemble]:

@@ -5,8 +5,8 @@
     python -m benchmarks.task_scale.run OUTPUT --tasks 100 --choices mixtures --rows 200
 
 Tasks of 20 training and 20 validation rows each are generated: a tenth as many topics as tasks, and a mean of its own
-for every task. A fine-tuning on all of them is taken to lower every loss by a fifth. Each choice is made in a process
-of its own.
+for every task. A fine-tuning on all of them is taken to lower every loss by a fifth; trainings that go on (`lengths`)
+are calibrated by a replay. Each choice is made in a process of its own.
 """
 
 import multiprocessing
@@ -15,12 +15,13 @@ import time
 import numpy as np
 import torch
 
-from hf_ensemble import DataSelector, FeatureTable, ObservedRun, SubsetEstimator
+from hf_ensemble import DataSelector, FeatureTable, ObservedRun, SubsetEstimator, TrainingRecipe
+from hf_ensemble.select.settings import LENGTHS
 
 from ..common import add_machine_flags, make_parser, peak_memory, read_results, write_results
 from .table import table
 
-CHOICES = ("select", "mixture", "group", "mixtures")
+CHOICES = ("select", "mixture", "group", "mixtures", "lengths")
 
 
 def world(tasks: int, rows: int, dim: int) -> tuple[FeatureTable, FeatureTable, ObservedRun]:
@@ -36,11 +37,19 @@ def world(tasks: int, rows: int, dim: int) -> tuple[FeatureTable, FeatureTable, 
         for own in np.array_split(np.arange(len(task)), tasks):
             values[own] = (rng.normal(size=(len(own), dim)) + means[task[own]]) * spectrum
         ids = np.arange(len(task)).astype(str)
-        return FeatureTable(values, 1.5 * rng.normal(size=len(task)), task, names, ids)
+        # Of two answers: no other answer has an entropy.
+        entropy = np.zeros(len(task), dtype=np.float32)
+        return FeatureTable(values, 1.5 * rng.normal(size=len(task)), task, names, ids, other_entropy=entropy)
 
     train, validation = features(), features()
     losses = np.bincount(validation.task, np.logaddexp(0, -validation.margin)) / rows
     return train, validation, ObservedRun(dict.fromkeys(names, 1.0), dict(zip(names, (0.8 * losses).tolist())))
+
+
+def recipe(rows: int, dim: int) -> TrainingRecipe:
+    """Of a training of three epochs, whose steps together move every parameter by up to 0.03."""
+    steps = 3 * rows // 16
+    return TrainingRecipe([0.03 / steps] * steps, 16, float(dim))
 
 
 def measure(tasks: int, choice: str, rows: int, dim: int, threads: int, budget: float) -> dict:
@@ -48,7 +57,10 @@ def measure(tasks: int, choice: str, rows: int, dim: int, threads: int, budget: 
     torch.set_num_threads(threads)
     train, validation, run = world(tasks, rows, dim)
     start, used = time.perf_counter(), time.process_time()
-    selector = DataSelector(SubsetEstimator(train, validation, observed_runs=[run]))
+    options = {"observed_runs": [run]}
+    if choice == "lengths":
+        options = {"recipe": recipe(len(train), dim), "other_lengths": LENGTHS[1:]}
+    selector = DataSelector(SubsetEstimator(train, validation, **options))
     made, used_made = time.perf_counter() - start, time.process_time() - used
     start, used = time.perf_counter(), time.process_time()
     if choice == "select":
@@ -57,8 +69,9 @@ def measure(tasks: int, choice: str, rows: int, dim: int, threads: int, budget: 
     elif choice == "mixture":
         found = selector.mixture("task_0")
         size, loss = len(found.weights), found.predicted_loss
-    elif choice == "mixtures":
-        found = selector.group(None, "mixtures", compute_budget=budget)
+    elif choice in ("mixtures", "lengths"):
+        start_at = "fresh" if choice == "mixtures" else "baseline"
+        found = selector.group(None, "mixtures", compute_budget=budget, group_initialization=start_at)
         size, loss = len(found.groups), found.expected_loss
     else:
         found = selector.group()

@@ -2,12 +2,19 @@
 
 from ..common import markdown_table
 
-_CHOSEN = {"select": "tasks", "mixture": "tasks with a weight", "group": "groups", "mixtures": "adapters"}
+_CHOSEN = {
+    "select": "tasks",
+    "mixture": "tasks with a weight",
+    "group": "groups",
+    "mixtures": "adapters",
+    "lengths": "adapters",
+}
 _NAMES = {
     "select": "selection without a limit",
     "mixture": "mixture",
     "group": "direct grouping",
     "mixtures": "mixtures",
+    "lengths": "mixtures that go on, of four lengths",
 }
 
 
