@@ -30,9 +30,9 @@ __all__ = [
     "length_limit",
     "load_task_folder",
     "load_tasks",
+    "other_entropy",
     "pop_meta",
     "restrict_to_labels",
     "score_answers",
-    "other_entropy",
     "token_scores",
 ]

@@ -167,7 +167,7 @@ def test_a_scale_is_fitted_where_logits_are_too_sharp_or_too_flat():
 
 
 @pytest.mark.parametrize("constraint", ["simplex", "nonnegative", "unconstrained"])
-def test_every_constraint_has_a_scale(constraint):
+def test_weights_of_any_sum_have_their_scale_in_them(constraint):
     world = World(6)
     answers = world.draw(50)
     optimum = fit_objective(answers.objective("logits"), world.members, constraint)

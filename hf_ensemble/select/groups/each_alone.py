@@ -29,7 +29,7 @@ class TasksAlone:
         self.left = [task for task in np.flatnonzero(goal).tolist() if task not in self._trained]
 
     def every(self, most: int, budget: float | None) -> list[MixtureSet]:
-        """One for each task, all of the estimator's own length: no validation row has chosen anything.
+        """One for each task, all of the estimator's own length: no validation row has chosen a task or a length.
 
         Args:
             most (`int`): number of adapters that may be trained.

@@ -112,6 +112,7 @@ def cost_points(
         families (`Sequence[tuple[Sequence[MixtureSet], Callable]]`):
             Sets that a search has found on all rows, by cost, and this search, for an estimator and the adapters at
             hand; `None` in its place for sets that no validation row has chosen.
+            Scales of outputs are those of the rows that are scored, as for the one adapter for all.
     """
     comparison = SetComparison(estimator, at_hand, goal)
     together = estimator.predict(np.ones((1, len(goal))))
