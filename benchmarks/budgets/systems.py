@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -19,10 +20,10 @@ FRESH_BUDGETS = (1.5, 2.0, 3.0)
 # Random groups and clusters of gradients.
 NUM_GROUPS = 4
 SCALINGS = (0.2, 0.3, 0.5, 0.7, 1.0)
-MERGING = ("sum", "ties", "tsv", "knots")
-ONE_FOR_ALL = "one adapter for all"
-# Lengths of a task's own trainings, and whether they go on from the adapter for all tasks.
-_SHORT = [(1.0, False), *((round(budget - 1.0, 6), True) for budget in BUDGETS)]
+MERGING = ("ties", "tsv", "knots")
+ONE_FOR_ALL, ONE_PER_TASK, RANDOM = "one adapter for all", "one per task", "random groups"
+SEEDS, WIDER = f"2 seeds of {ONE_FOR_ALL}", f"{ONE_FOR_ALL}, 2 times as long and wide"
+CHOSEN_WIDE = "one for all, then what is chosen, twice as wide, at 2"
 
 
 @dataclass(frozen=True)
@@ -96,26 +97,19 @@ class SystemBuilder:
         self.estimator = selector.estimator
         self.names = list(self.estimator.task_names)
         self.all = Part(dict.fromkeys(self.names, 1.0))
+        self._chosen: dict[float, System] = {}
 
-    def __call__(self) -> list[System]:
-        """All systems, those first that the others are compared with."""
-        found = [self._for_all(length) for length in TOGETHER_LENGTHS]
-        continued = {budget: self._continued(budget) for budget in (*BUDGETS, 3.0)}
-        found += [continued[budget] for budget in BUDGETS]
-        found += [self._finetuned(budget) for budget in BUDGETS]
-        found += [self._mixtures(budget, has_baseline=True) for budget in FRESH_BUDGETS]
-        found += [self._per_task(), self._partition(), self._random(), self._clusters(), self._seeds(2), self._wider(2)]
-        found += [self._mixtures(2.0, has_baseline=False), *self._merged()]
-        return [
-            *found,
-            continued[3.0],
-            self._wide(continued[2.0], "one for all, then what is chosen, twice as wide, at 2"),
-        ]
+    def __call__(self, wanted: Sequence[str] | None = None) -> list[System]:
+        """Systems by their labels in [`SYSTEMS`], all by default; those first that the others are compared with.
+
+        Choices take minutes, and are made where they are asked for.
+        """
+        kept = [label for label in SYSTEMS if wanted is None or label == ONE_FOR_ALL or label in wanted]
+        return [SYSTEMS[label](self) for label in kept]
 
     def _for_all(self, length: float) -> System:
         part = Part(self.all.mixture, length=length, cost=length)
-        label = ONE_FOR_ALL if length == 1 else f"{ONE_FOR_ALL}, {length:g} times as long"
-        return System(label, [part], dict.fromkeys(self.names, 0))
+        return System(_for_all(length), [part], dict.fromkeys(self.names, 0))
 
     def _finetuned(self, budget: float) -> System:
         """MTL-FT: the adapter for all tasks, then each task on its own."""
@@ -123,24 +117,27 @@ class SystemBuilder:
         predicted = self.going_on([length]).estimator.predict(np.eye(len(self.names))).loss.diagonal()
         parts = [Part({name: 1.0}, length, True, length * self._share(name), is_own=True) for name in self.names]
         own = {name: number for number, name in enumerate(self.names, start=1)}
-        label = f"one for all, then each task, at {budget:g}"
-        return System(label, [self.all, *parts], own, dict(zip(self.names, predicted.tolist())))
+        return System(_each(budget), [self.all, *parts], own, dict(zip(self.names, predicted.tolist())))
 
     def _continued(self, budget: float) -> System:
         """The adapter for all tasks, then what the search chooses from there on, mixtures or tasks alone."""
+        if budget not in self._chosen:
+            self._chosen[budget] = self._choose(budget)
+        return self._chosen[budget]
+
+    def _choose(self, budget: float) -> System:
         selector = self.going_on(LENGTHS)
         grouping = selector.group(None, "mixtures", compute_budget=budget, group_initialization="baseline")
-        label = f"one for all, then what is chosen, at {budget:g}"
-        return self._of_grouping(label, grouping, selector.estimator, goes_on=True)
+        return self._of_grouping(_chosen(budget), grouping, selector.estimator, goes_on=True)
 
-    def _wide(self, system: System, label: str) -> System:
-        """A system's adapters with twice the rank; those that go on begin at an adapter for all tasks of that rank."""
-        return System(label, [replace(part, widening=2) for part in system.parts], system.own)
+    def _chosen_wide(self) -> System:
+        """A choice's adapters with twice the rank; those that go on begin at an adapter for all tasks of that rank."""
+        chosen = self._continued(2.0)
+        return System(CHOSEN_WIDE, [replace(part, widening=2) for part in chosen.parts], chosen.own)
 
     def _mixtures(self, budget: float, has_baseline: bool) -> System:
         grouping = self.selector.group(None, "mixtures", compute_budget=budget, has_baseline=has_baseline)
-        label = f"{'one for all and ' if has_baseline else ''}mixtures, at {budget:g}"
-        return self._of_grouping(label, grouping, self.estimator)
+        return self._of_grouping(_fresh(budget, has_baseline), grouping, self.estimator)
 
     def _partition(self) -> System:
         grouping = self.selector.group(has_baseline=False)
@@ -165,13 +162,13 @@ class SystemBuilder:
 
     def _per_task(self) -> System:
         own = {name: number for number, name in enumerate(self.names)}
-        return System("one per task", self._alone(), own)
+        return System(ONE_PER_TASK, self._alone(), own)
 
     def _alone(self) -> list[Part]:
         return [Part({name: 1.0}, cost=self._share(name), is_own=True) for name in self.names]
 
     def _random(self) -> System:
-        return self._groups("random groups", random_groups(self.names, NUM_GROUPS, self.seed))
+        return self._groups(RANDOM, random_groups(self.names, NUM_GROUPS, self.seed))
 
     def _clusters(self) -> System:
         return self._groups("clusters of gradients", gradient_clusters(self.estimator, NUM_GROUPS))
@@ -180,37 +177,77 @@ class SystemBuilder:
         parts = [Part(dict.fromkeys(group, 1.0), cost=sum(map(self._share, group))) for group in groups]
         return System(label, parts, {name: number for number, group in enumerate(groups) for name in group})
 
-    def _seeds(self, count: int) -> System:
-        parts = [Part(self.all.mixture, seed=number) for number in range(count)]
-        return System(f"{count} seeds of {ONE_FOR_ALL}", parts, dict.fromkeys(self.names, 0), together=True)
+    def _seeds(self) -> System:
+        parts = [Part(self.all.mixture, seed=number) for number in range(2)]
+        return System(SEEDS, parts, dict.fromkeys(self.names, 0), together=True)
 
-    def _wider(self, widening: int) -> System:
-        part = Part(self.all.mixture, length=2.0, cost=2.0, widening=widening)
-        return System(f"{ONE_FOR_ALL}, 2 times as long and wide", [part], dict.fromkeys(self.names, 0))
+    def _wider(self) -> System:
+        part = Part(self.all.mixture, length=2.0, cost=2.0, widening=2)
+        return System(WIDER, [part], dict.fromkeys(self.names, 0))
 
-    def _merged(self) -> list[System]:
-        alone, found = self._alone(), []
-        for method in MERGING:
-            for weight in SCALINGS if method == "sum" else (1.0 / len(alone),):
-                # The cost is that of the adapters it is made of.
-                part = Part(dict.fromkeys((part.name for part in alone), weight), merging=method)
-                label = f"one per task, merged: {method}{f' of {weight:g} each' if method == 'sum' else ''}"
-                found.append(System(label, [part], dict.fromkeys(self.names, 0)))
-        return found
+    def _merged(self, method: str, weight: float | None) -> System:
+        """The adapters of single tasks as one, each by its weight; equal parts of it by default."""
+        # The cost is that of the adapters it is made of.
+        part = Part(
+            dict.fromkeys((part.name for part in self._alone()), weight or 1.0 / len(self.names)), merging=method
+        )
+        return System(_merged(method, weight), [part], dict.fromkeys(self.names, 0))
 
     def _share(self, name: str) -> float:
         counts = self.estimator.counts
         return float(counts[self.names.index(name)] / counts.sum())
 
 
-def parts_without_choice(names: Sequence[str], seed: int) -> dict[str, Part]:
-    """Trainings that no prediction chooses, by name; their costs are not known here."""
+def parts_without_choice(names: Sequence[str], seed: int, wanted: Sequence[str] | None = None) -> dict[str, Part]:
+    """Trainings of systems, of all by default, that no prediction chooses, by name; their costs are not known here."""
     everything = dict.fromkeys(names, 1.0)
-    found = [Part(everything, length=length) for length in TOGETHER_LENGTHS]
-    found += [Part(everything, seed=1), Part(everything, length=2.0, widening=2)]
-    found += [Part({name: 1.0}, length, goes_on, is_own=True) for name in names for length, goes_on in _SHORT]
-    found += [Part(dict.fromkeys(group, 1.0)) for group in random_groups(names, NUM_GROUPS, seed)]
-    return {part.name: part for part in found}
+    found = {_for_all(length): [Part(everything, length=length)] for length in TOGETHER_LENGTHS}
+    found |= {SEEDS: [Part(everything, seed=1)], WIDER: [Part(everything, length=2.0, widening=2)]}
+    found |= {ONE_PER_TASK: [Part({name: 1.0}, is_own=True) for name in names]}
+    for budget in BUDGETS:
+        found[_each(budget)] = [Part({name: 1.0}, round(budget - 1.0, 6), True, is_own=True) for name in names]
+    found |= {RANDOM: [Part(dict.fromkeys(group, 1.0)) for group in random_groups(names, NUM_GROUPS, seed)]}
+    found |= {CHOSEN_WIDE: [Part(everything, widening=2)]}
+    kept = [ONE_FOR_ALL, *(found if wanted is None else wanted)]
+    return {part.name: part for label, parts in found.items() if label in kept for part in parts}
+
+
+def _for_all(length: float) -> str:
+    return ONE_FOR_ALL if length == 1 else f"{ONE_FOR_ALL}, {length:g} times as long"
+
+
+def _chosen(budget: float) -> str:
+    return f"one for all, then what is chosen, at {budget:g}"
+
+
+def _each(budget: float) -> str:
+    return f"one for all, then each task, at {budget:g}"
+
+
+def _fresh(budget: float, has_baseline: bool) -> str:
+    return f"{'one for all and ' if has_baseline else ''}mixtures, at {budget:g}"
+
+
+def _merged(method: str, weight: float | None) -> str:
+    return f"{ONE_PER_TASK}, merged: {method}{f' of {weight:g} each' if weight else ''}"
+
+
+def _systems() -> dict[str, Callable[[SystemBuilder], System]]:
+    make = SystemBuilder
+    found = {_for_all(length): partial(make._for_all, length=length) for length in TOGETHER_LENGTHS}
+    found |= {_chosen(budget): partial(make._continued, budget=budget) for budget in BUDGETS}
+    found |= {_each(budget): partial(make._finetuned, budget=budget) for budget in BUDGETS}
+    found |= {_fresh(own, True): partial(make._mixtures, budget=own, has_baseline=True) for own in FRESH_BUDGETS}
+    found |= {ONE_PER_TASK: make._per_task, "partition": make._partition, RANDOM: make._random}
+    found |= {"clusters of gradients": make._clusters, SEEDS: make._seeds, WIDER: make._wider}
+    found |= {_fresh(2.0, False): partial(make._mixtures, budget=2.0, has_baseline=False)}
+    mergings = [*(("sum", own) for own in SCALINGS), *((method, None) for method in MERGING)]
+    found |= {_merged(method, own): partial(make._merged, method=method, weight=own) for method, own in mergings}
+    return found | {_chosen(3.0): partial(make._continued, budget=3.0), CHOSEN_WIDE: make._chosen_wide}
+
+
+# What makes each system, by its label.
+SYSTEMS = _systems()
 
 
 def parts_of(systems: Sequence[System]) -> dict[str, Part]:

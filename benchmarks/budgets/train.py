@@ -7,7 +7,7 @@ that after which the validation loss of one adapter for all tasks stops falling.
 rows, trains the adapter for all tasks, captures the gradients and lists the trainings; it and any number of processes
 with other `--worker` numbers then take one training after another from the list. What is finished is not made again;
 of a killed process, delete the training's file in OUT/claims. `--systems` trains some systems alone, each by its label
-in the results.
+in the results, and `--choices` also those of the study `choices`.
 """
 
 import argparse
@@ -28,14 +28,16 @@ from hf_ensemble.ensemble.weighting.collector import AnswerCollector
 from hf_ensemble.runs import run_selector
 from hf_ensemble.runs.systems import BASELINE
 from hf_ensemble.select import DataSelector
+from hf_ensemble.select.settings import LENGTHS
 from hf_ensemble.train.comparison.adapters import loaded_adapters, train_widened
 from hf_ensemble.train.flows.capturing import gradients_at_baseline
 
+from ..choices.ensembles import Chooser
 from ..common import drawn_tasks, machine, make_parser
 from ..trainers import flag_value, train_baseline, trainer_from_flags
-from .systems import ONE_FOR_ALL, Part, SystemBuilder, needs, parts_of, parts_without_choice
+from .systems import SYSTEMS, Part, SystemBuilder, needs, parts_of, parts_without_choice
 
-PLAN, EPOCHS = "plan.json", "epochs.json"
+PLAN, EPOCHS, CHOICES = "plan.json", "epochs.json", "choices.json"
 # Rows of a task that weights are fitted to.
 VALIDATION_ROWS = 100
 MEMBER, TARGETS = "member", "targets"
@@ -93,17 +95,7 @@ class Worker:
             gradients_at_baseline(flow.context, flow.training)
         captured = time.time()
 
-        def going_on(lengths: Sequence[float]) -> DataSelector:
-            length, *others = lengths
-            options = {"continued_length": length, "other_lengths": others}
-            return run_selector(run, list(trainer.tasks), trainer.args.num_components, [], **options)
-
-        systems = SystemBuilder(trainer.selector(), going_on, trainer.args.seed)()
-        if self.wanted is not None:
-            known = [one.label for one in systems]
-            if unknown := [label for label in self.wanted if label not in known]:
-                raise SystemExit(f"--systems: there is no {unknown[0]!r}. Known systems: {', '.join(known)}.")
-            systems = [one for one in systems if one.label in {ONE_FOR_ALL, *self.wanted}]
+        systems = SystemBuilder(trainer.selector(), self._going_on, trainer.args.seed)(self.wanted)
         chosen = time.time()
         parts = parts_of(systems)
         plan = {
@@ -128,13 +120,41 @@ class Worker:
         }
         write_json(self.folder / PLAN, plan)
 
+    def _going_on(self, lengths: Sequence[float]) -> DataSelector:
+        """Predicts trainings of these lengths that go on from the adapter for all tasks."""
+        length, *others = lengths
+        options = {"continued_length": length, "other_lengths": others}
+        args = self.trainer.args
+        return run_selector(self.trainer.run_directory, list(self.trainer.tasks), args.num_components, [], **options)
+
+    def add_choices(self, budget: float) -> None:
+        """Add what the ensembles of `benchmarks.choices` are made of to the plan, and list them beside it."""
+        chooser = Chooser(self._going_on(LENGTHS), goes_on=True, output_scales=True)
+        seed, everything = self.trainer.args.seed, Part(dict.fromkeys(self.trainer.tasks, 1.0))
+        made = {
+            "baseline": [chooser.together()],
+            "choices": chooser.random_choices(seed),
+            "chosen": [chooser.chosen(budget)],
+            "others": chooser.rivals(budget, seed),
+        }
+        plan = json.loads((self.folder / PLAN).read_text())
+        listed: dict[str, list[dict]] = {}
+        for kind, ensembles in made.items():
+            for one in ensembles:
+                parts = [Part(own, length, goes_on=True) for own, length in zip(one.mixtures, one.lengths)]
+                # The last one serves where none of the others does.
+                parts.append(everything)
+                plan["parts"] |= {part.name: asdict(part) for part in parts if part.name not in plan["parts"]}
+                listed.setdefault(kind, []).append({**asdict(one), "parts": [part.name for part in parts]})
+        write_json(self.folder / CHOICES, {"budget": budget, "ensembles": listed})
+        write_json(self.folder / PLAN, plan)
+
     def work(self) -> None:
         """Make parts until none is left; first those that no prediction chooses, while others are chosen."""
         while not (self.baseline / "adapter_config.json").exists():
             time.sleep(1)
         with self.trainer.working():
-            if self.wanted is None:
-                self._make_all(parts_without_choice(list(self.trainer.tasks), self.trainer.args.seed))
+            self._make_all(parts_without_choice(list(self.trainer.tasks), self.trainer.args.seed, self.wanted))
             while not (self.folder / PLAN).exists():
                 time.sleep(1)
             plan = json.loads((self.folder / PLAN).read_text())
@@ -233,7 +253,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are drawn and of the trainings")
     parser.add_argument("--max_epochs", type=int, help="choose the number of epochs up to this one")
     parser.add_argument("--worker", type=int, default=0, help="number of this process")
-    parser.add_argument("--systems", nargs="+", metavar="LABEL", help="train these beside one adapter for all")
+    parser.add_argument(
+        "--systems", nargs="+", metavar="LABEL", choices=SYSTEMS, help="train these beside one adapter for all"
+    )
+    parser.add_argument(
+        "--choices", type=float, metavar="BUDGET", help="also train the ensembles of `benchmarks.choices`"
+    )
     own, flags = parser.parse_known_args()
     data = Path(flag_value(flags, "--data"))
     passed = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -252,6 +277,8 @@ def main() -> None:
     worker = Worker(own.folder, own.worker, flags, own.systems)
     if own.worker == 0 and not (own.folder / PLAN).exists():
         worker.plan()
+    if own.worker == 0 and own.choices and not (own.folder / CHOICES).exists():
+        worker.add_choices(own.choices)
     worker.work()
 
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from ..common import markdown_table
 
+SPLITS = ("validation", "test")
 HEADER = ("ensemble", "adapters", "cost", "predicted", "expected", "true, validation", "true, test", "test, reassigned")
 
 
@@ -24,33 +25,46 @@ def _error(lines: list[dict], name: str, split: str) -> float:
 
 
 def table(results: dict) -> str:
-    choices, others = results["choices"], results["others"]
-    chosen, after = results["chosen"], results["one_after_the_other"]
-    together = results["baseline"]["true"]
-    best = {split: min(line["true"][split] for line in others) for split in ("validation", "test")}
-    gain = {split: together[split] - best[split] for split in best}
+    runs = results["runs"]
+    choices = [line for run in runs for line in run["choices"]]
     errors = {
         split: f"predicted {_error(choices, 'predicted_loss', split):.1%}, expected "
         f"{_error(choices, 'expected_loss', split):.1%}"
-        for split in gain
+        for split in SPLITS
     }
+    scale = " Losses are those left with a scale of each task's outputs, found on its validation rows."
     lines = [
         "Mean losses over the tasks, each task served by the adapter that was chosen for it, or (reassigned) by the "
         "one with the least validation loss. The cost is the rows that all trainings draw, in multiples of one adapter "
-        "for all, which is a member of each ensemble.",
+        f"for all, which is a member of each ensemble.{scale if results['output_scales'] else ''}",
         "",
         "## As good as predicted?",
         "",
         f"{len(choices)} choices with a random number of mixtures and a random budget. Mean relative error of the loss "
         f"of a whole ensemble on validation rows: {errors['validation']}; on test rows: {errors['test']}.",
         "",
-        *markdown_table(HEADER, [_row(results["baseline"]), *map(_row, choices)]),
-        "",
-        "## The best that could have been?",
-        "",
-        f"Choices at a budget of {results['budget']:g} against {len(others)} other ensembles of at most this cost, "
-        f"of which the best gains {gain['validation']:.4f} nats over one adapter for all on validation rows, and "
-        f"{gain['test']:.4f} on test rows. Regret is what a choice loses against it; below 0 it is better than all.",
+    ]
+    for number, run in enumerate(runs):
+        lines += [*_named("Seed", number, runs), *markdown_table(HEADER, map(_row, [run["baseline"], *run["choices"]]))]
+        lines += [""]
+    lines += ["## The best that could have been?", ""]
+    for number, run in enumerate(runs):
+        lines += [*_named("Seed", number, runs), *_regrets(run, results["budget"]), ""]
+    return "\n".join(lines)
+
+
+def _named(word: str, number: int, runs: list[dict]) -> list[str]:
+    return [f"{word} {number}:", ""] if len(runs) > 1 else []
+
+
+def _regrets(run: dict, budget: float) -> list[str]:
+    others, together = run["others"], run["baseline"]["true"]
+    best = {split: min(line["true"][split] for line in others) for split in SPLITS}
+    return [
+        f"Choices at a budget of {budget:g} against {len(others)} other ensembles of at most this cost, "
+        f"of which the best gains {together['validation'] - best['validation']:.4f} nats over one adapter for all on "
+        f"validation rows, and {together['test'] - best['test']:.4f} on test rows. Regret is what a choice loses "
+        "against it; below 0 it is better than all.",
         "",
         *markdown_table(
             ("choice", *(f"{split} rows: {what}" for split in best for what in ("regret", "others that are better"))),
@@ -66,10 +80,9 @@ def table(results: dict) -> str:
                         )
                     ),
                 )
-                for line in (chosen, after)
+                for line in run["chosen"]
             ],
         ),
         "",
-        *markdown_table(HEADER, [_row(chosen), _row(after), *map(_row, others)]),
+        *markdown_table(HEADER, [*map(_row, run["chosen"]), *map(_row, others)]),
     ]
-    return "\n".join(lines) + "\n"
