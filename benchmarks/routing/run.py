@@ -1,14 +1,16 @@
 """How much of what weights of known tasks gain is left where the ensemble is not told the task?
 
-    python -m benchmarks.routing.run OUTPUT --folders OUT/short-150-0 --system LABEL --model_name_or_path ENCODER
+    python -m benchmarks.routing.run OUTPUT --folders OUT/short-150-0 --system LABEL FLAGS
 
-FOLDERS are those of `benchmarks.budgets.train`, one a seed: nothing is trained here. The adapters of one of their
-systems that serve every task are weighted equally, by each task's cross-validated weights, and, as for rows of no known
-task, by a router of the prompts' hidden states, which was fitted to the validation rows of all tasks or to those of all
-others, with and without the training rows' prompts.
+FOLDERS are those of `benchmarks.budgets.train`, one a seed, and FLAGS those of its trainer: nothing is trained here.
+The adapters of one of their systems that serve every task are weighted equally, by each task's cross-validated weights,
+and, as for rows of no known task, by a router of the prompts' hidden states, which was fitted to the validation rows of
+all tasks or to those of all others, with and without the training rows' prompts. Gradients take the place of hidden
+states, too: those of the log-odds of the answer that the adapter for all tasks itself gives.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -22,7 +24,9 @@ from hf_ensemble.ensemble.weighting.router_fitting import RouterFit, fit_prompt_
 
 from ..budgets.run import MIN_WEIGHT, Outputs
 from ..common import make_parser, read_rows, write_results
-from .table import EQUAL, KNOWN, OTHERS, PROMPTS, ROUTED, table
+from ..trainers import flag_value
+from .gradients import SPLITS, GradientWeights, gradient_features, mixtures_of
+from .table import COSINES, EQUAL, GRADIENTS, KNOWN, OTHERS, PROMPTS, ROUTED, table
 
 _BATCH = 64
 
@@ -51,7 +55,7 @@ def losses(answers: CollectedAnswers, weights: np.ndarray | torch.Tensor) -> flo
     return float(answers.row_losses(weights[None], "logits").mean())
 
 
-def of_seed(folder: Path, label: str, prompts: Prompts) -> dict:
+def of_seed(folder: Path, label: str, prompts: Prompts, flags: list[str]) -> dict:
     """Mean test loss of each task by the way to weight adapters, and what the routers were chosen by."""
     outputs = Outputs(folder)
     system = next(one for one in outputs.plan["systems"] if one["label"] == label)
@@ -59,18 +63,26 @@ def of_seed(folder: Path, label: str, prompts: Prompts) -> dict:
     members = [name for name in system["parts"] if all(f"test/{task}" in outputs.part(name) for task in tasks)]
     states = {
         split: {task: prompts.states(texts(folder / "tasks" / task / f"{split}.jsonl")) for task in tasks}
-        for split in ("train", "validation", "test")
+        for split in SPLITS
     }
+    with TemporaryDirectory() as run:
+        own = [*flags, "--data", str(folder / "tasks")]
+        gradients = gradient_features(Path(run), folder / "run-0" / "baseline", own)
     answers = {
         split: {task: outputs.answers(members, split, task) for task in tasks} for split in ("validation", "test")
     }
 
-    def fitted(known: list[str], more: dict[str, torch.Tensor] | None) -> RouterFit:
-        own = [{task: of_task[task] for task in known} for of_task in (answers["validation"], states["validation"])]
-        return fit_prompt_router(*own, "logits", more_states=more)
+    def fitted(known: list[str], has_prompts: bool, inputs: dict[str, dict[str, torch.Tensor]]) -> RouterFit:
+        own = [{task: of_task[task] for task in known} for of_task in (answers["validation"], inputs["validation"])]
+        return fit_prompt_router(*own, "logits", more_states=inputs["train"] if has_prompts else None)
 
-    routers = {ROUTED: fitted(tasks, None), PROMPTS: fitted(tasks, states["train"])}
-    found = {way: {} for way in (EQUAL, KNOWN, ROUTED, PROMPTS, OTHERS)}
+    routers = {
+        ROUTED: fitted(tasks, False, states),
+        PROMPTS: fitted(tasks, True, states),
+        GRADIENTS: fitted(tasks, True, gradients),
+    }
+    by_cosines = GradientWeights(gradients["train"], mixtures_of(outputs.plan, members))
+    found = {way: {} for way in (EQUAL, KNOWN, ROUTED, PROMPTS, OTHERS, GRADIENTS, COSINES)}
     size = len(members)
     for task in tasks:
         validation, test = (answers[split][task] for split in ("validation", "test"))
@@ -78,9 +90,11 @@ def of_seed(folder: Path, label: str, prompts: Prompts) -> dict:
         known = cross_validated_weights(validation, members, "logits", optimum, min_weight=MIN_WEIGHT)
         found[EQUAL][task] = losses(test, np.full(size, 1 / size))
         found[KNOWN][task] = losses(test, known.weights)
-        without = fitted([name for name in tasks if name != task], states["train"])
+        without = fitted([name for name in tasks if name != task], True, states)
         for way, fit in {**routers, OTHERS: without}.items():
-            found[way][task] = losses(test, fit.router.weights(states["test"][task]))
+            inputs = gradients if way == GRADIENTS else states
+            found[way][task] = losses(test, fit.router.weights(inputs["test"][task]))
+        found[COSINES][task] = losses(test, by_cosines(gradients["test"][task]))
     chosen = {way: {"chosen": fit.chosen, **fit.losses} for way, fit in routers.items()}
     return {"losses": found, "members": size, "routers": chosen}
 
@@ -94,10 +108,9 @@ def main() -> None:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--folders", nargs="+", type=Path, required=True, help="of the seeds")
     parser.add_argument("--system", required=True, metavar="LABEL", help="whose adapters are weighted")
-    parser.add_argument("--model_name_or_path", required=True, help="the encoder that they were trained on")
-    own = parser.parse_args()
-    prompts = Prompts(own.model_name_or_path)
-    seeds = [of_seed(folder, own.system, prompts) for folder in own.folders]
+    own, flags = parser.parse_known_args()
+    prompts = Prompts(flag_value(flags, "--model_name_or_path"))
+    seeds = [of_seed(folder, own.system, prompts, flags) for folder in own.folders]
     write_results(own.output, {"system": own.system, "seeds": seeds}, table)
 
 

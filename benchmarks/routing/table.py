@@ -7,6 +7,8 @@ from ..common import markdown_table
 EQUAL, KNOWN = "equal weights", "each task's cross-validated weights"
 ROUTED, PROMPTS = "router, fitted to all tasks", "the same, which has seen prompts of training rows"
 OTHERS = "router, fitted to all other tasks and their prompts"
+GRADIENTS = "router of gradients, fitted to all tasks and these prompts"
+COSINES = "cosines of gradients, as in ELREA"
 
 
 def table(results: dict) -> str:
@@ -23,11 +25,12 @@ def table(results: dict) -> str:
         for way, own in means.items()
     ]
     chosen = ", ".join(
-        f"{own['members']} ({'; '.join(own['routers'][way]['chosen'] for way in (ROUTED, PROMPTS))})" for own in seeds
+        f"{own['members']} ({'; '.join(own['routers'][way]['chosen'] for way in own['routers'])})" for own in seeds
     )
     lines = [
         f'Test loss of the adapters of "{results["system"]}" that serve every task, mean over seeds (of {len(seeds)}). '
-        f"Their number, and which router of all tasks was chosen without and with these prompts: {chosen}. The gain is "
+        f"Their number, and which router of all tasks was chosen without and with these prompts, and of gradients: "
+        f"{chosen}. The gain is "
         "that over equal weights, as a share of what each task's own weights gain.",
         "",
         *markdown_table(("weights", "mean loss", "gain", *tasks), rows),
