@@ -42,7 +42,7 @@ class FeatureSettings(Settings):
         default=4096,
         metadata={
             "help": "Number of gradient features per example. Larger is better: estimates reduce them to principal "
-            "components. None keeps the exact gradient."
+            "components. None (null on the command line) keeps the exact gradient."
         },
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the random projection."})
@@ -57,8 +57,9 @@ class FeatureSettings(Settings):
         default="auto",
         metadata={
             "help": "Scaling of the gradients: 'adam' for Adam and related optimizers, from the second moments of some "
-            "rows' gradients; 'optimizer' takes the moments of an optimizer during training; 'none' for plain SGD; "
-            "'auto' chooses 'adam' or 'none' by the trainer's optimizer, and 'adam' without a trainer."
+            "rows' gradients; 'none' for plain SGD; 'auto' chooses 'adam' or 'none' by the trainer's optimizer, and "
+            "'adam' without a trainer. In GradientCaptureCallback and capture_gradients also 'optimizer': the moments "
+            "of the optimizer of a training that is under way."
         },
     )
     feature_dtype: str = field(

@@ -59,7 +59,9 @@ class FlowArguments(DataArguments):
 
     target: str | None = field(
         default=None,
-        metadata={"help": "Select auxiliary tasks for this one and train once, instead of making an ensemble."},
+        metadata={
+            "help": "Make one adapter for this task, trained with the datasets that help it, instead of an ensemble."
+        },
     )
     answer_metrics: str | None = field(
         default=None,

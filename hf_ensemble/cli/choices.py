@@ -50,6 +50,11 @@ def selector_of(
     }
     if own.is_dir():
         return run_selector(run, continued_length=continued_length, **options)
+    if continued_length is not None and run.has(RunRecord):
+        raise ConfigurationError(
+            f"The run in {arguments.store!r} holds no gradients at its adapter for all tasks: its groups began where "
+            "that adapter did. Leave --group_initialization out, or set it to fresh."
+        )
     length = 1.0 if continued_length is None else continued_length
     return DataSelector.from_store(arguments.store, length=length, **options)
 

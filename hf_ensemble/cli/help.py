@@ -27,9 +27,9 @@ MOST_USED = (
     Option("lora_r", "int", None, "Rank of the adapters."),
     Option("num_train_epochs", "float", None, "Epochs of each training."),
     Option("per_device_train_batch_size", "int", None, "Rows of a batch in training."),
-    Option("max_length", "int", None, "Tokens of a row at most."),
+    Option("max_length", "int", None, "Tokens of a row at most; not for text with labels, which the tokenizer cuts."),
     Option("use_cpu", "bool", None, "Train without a GPU."),
-    Option("load_in_4bit", "bool", None, "Quantize the base model (QLoRA)."),
+    Option("load_in_4bit", "bool", None, "Quantize the base model (QLoRA); not for text with labels."),
     Option("report_to", "list[str]", None, "Trackers, such as wandb; none by default."),
 )
 # Options of every command.
@@ -86,8 +86,8 @@ def command_help(command: Command, with_parents: bool = False) -> str:
     lines += ["General:", *(_described(option, width) for option in general), ""]
     if command.has_parents and not with_parents:
         lines += textwrap.wrap(
-            "It also takes trl's other model arguments, and every argument of SFTConfig, or of TrainingArguments for "
-            "text with labels: see --help-all.",
+            "It also takes trl's other model arguments, and those of SFTConfig, or of TrainingArguments for text with "
+            "labels: see --help-all.",
             width,
         )
         lines.append("")

@@ -19,16 +19,17 @@ _MAX_POINTS = 10
 
 
 def grouping_table(grouping: Grouping, ensemble: PeftEnsembleModel) -> Table:
-    """Every adapter with its tasks, and the other tasks that give it a weight."""
+    """Every adapter with what it was trained on, and the tasks that give it a weight."""
     table = Table(title="Groups, one adapter each", caption=grouping.summary)
     table.add_column("adapter")
     table.add_column("trained on")
     table.add_column("used by")
     for member in ensemble.members:
         users = [task for task, row in ensemble.weights.items() if row.get(member.name, 0) > 0]
-        trained_on = ", ".join(member.tasks) if member.name in grouping.groups else "all tasks"
-        own = grouping.groups.get(member.name)
-        table.add_row(member.name, trained_on, "its tasks" if users and users == own else ", ".join(users) or "none")
+        trained_on = "all tasks" if set(member.tasks) == set(grouping.task_names) else ", ".join(member.tasks)
+        if member.name in grouping.groups:
+            trained_on = _trained_on(grouping, member.name)
+        table.add_row(member.name, trained_on, ", ".join(users) or "none")
     return table
 
 
@@ -135,9 +136,7 @@ def group_curve_table(grouping: Grouping) -> Table:
     table.add_column("tasks")
     table.add_column("trained on")
     for name, tasks in grouping.groups.items():
-        length = grouping.length_of(name)
-        suffix = "" if length == 1 else f" ({length:g} of a training)"
-        table.add_row(name, ", ".join(tasks), _mixture(grouping, name) + suffix)
+        table.add_row(name, ", ".join(tasks), _trained_on(grouping, name))
     table.add_section()
     # A few of the points, the last one among them: a picture has all.
     for point in grouping.cost_curve[:: -max(1, len(grouping.cost_curve) // _MAX_POINTS)][::-1]:
@@ -150,6 +149,12 @@ def group_curve_table(grouping: Grouping) -> Table:
     for name, loss in grouping.baselines.items():
         table.add_row(f"baseline: {name}", f"predicted loss {loss:.4f}", "")
     return table
+
+
+def _trained_on(grouping: Grouping, name: str) -> str:
+    """The mixture of a group, and for how long it is trained where that is not a whole training."""
+    length = grouping.length_of(name)
+    return _mixture(grouping, name) + ("" if length == 1 else f" ({length:g} of a training)")
 
 
 def _mixture(grouping: Grouping, name: str) -> str:

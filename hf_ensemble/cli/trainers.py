@@ -68,6 +68,14 @@ def started(
     if all(getattr(arguments, name) is None for name in ("data", "datasets", "dataset_mixture")):
         needed(command, data=None, model_name_or_path=model_arguments.model_name_or_path)
     needed(command, model_name_or_path=model_arguments.model_name_or_path)
+    given = Words.of(argv)
+    if given.name("use_peft") and not model_arguments.use_peft:
+        raise ConfigurationError(
+            "use_peft=False would train the whole model, and every dataset or group gets an adapter here. Leave it out."
+        )
+    if not given.name("lora_task_type"):
+        # trl's default is that of language models, whatever the rows are.
+        model_arguments.lora_task_type = None
     tasks = tasks_of(arguments)
     if len(tasks) < 2:
         raise ConfigurationError(
@@ -117,6 +125,11 @@ def build_trainer(
     task_type = None if tasks.row_format is RowFormat.CLASSIFICATION else "CAUSAL_LM"
     if task_type is not None and names_encoder_decoder(name):
         task_type = "SEQ_2_SEQ_LM"
+    if model_arguments.lora_task_type not in (None, task_type or "SEQ_CLS"):
+        raise ConfigurationError(
+            f"Found lora_task_type={model_arguments.lora_task_type!r}; the rows and the model make it "
+            f"{task_type or 'SEQ_CLS'!r}. Leave it out."
+        )
     # trl fine-tunes models of decoder layers alone.
     is_plain = task_type != "CAUSAL_LM"
     classes = {
@@ -150,6 +163,7 @@ def build_trainer(
         lora_alpha=model_arguments.lora_alpha,
         lora_dropout=model_arguments.lora_dropout,
         target_modules=_modules(model_arguments.lora_target_modules),
+        target_parameters=model_arguments.lora_target_parameters,
         use_rslora=model_arguments.use_rslora,
         use_dora=model_arguments.use_dora,
         modules_to_save=model_arguments.lora_modules_to_save,

@@ -35,6 +35,7 @@ def in_terminal(error: BaseException, flags: Collection[str]) -> str:
         if name is None or name not in flags:
             return _OTHERS.get(name, match[0])
         shown = " ".join(re.findall(r"[\w./-]+", value)) if value.startswith("[") else value.strip("'\"")
+        shown = "null" if value == "None" else shown
         return f"--{name} {shown}"
 
     return re.sub(r"\s*[\r\n]+\s*", " ", _ARGUMENT.sub(flag, text)).strip()

@@ -225,7 +225,9 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
                 As the base model takes them. The loss is the mean over the labels of the batch; for a classification
                 task only the task's own labels count. With the `problem_type` `regression` or
                 `multi_label_classification` it is the base model's, of the combined logits.
-            task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
+            task (`str` or `Sequence[str]`, *optional*):
+                One task for all rows, or one per row. Rows of no known task are refused unless there is a `routing`; an
+                ensemble without tasks takes none.
             routing (`str`, *optional*): overrides the ensemble's own.
             return_logits (`bool`, *optional*, defaults to `True`):
                 Set to `False` for the loss alone. Without gradients, logits are then made at the answers only, a few
@@ -308,7 +310,9 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`): prompts, padded on the left; `inputs` is an alias.
-            task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
+            task (`str` or `Sequence[str]`, *optional*):
+                One task for all rows, or one per row. Rows of no known task are refused unless there is a `routing`; an
+                ensemble without tasks takes none.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 0 on padding; told by the padding token by default, unless that ends texts, too.
             routing (`str`, *optional*): overrides the ensemble's own.

@@ -51,9 +51,9 @@ def _ensemble_outcome(run: RunDirectory) -> dict[str, Any]:
         outcome["weights"] = boosting.weights(known.weights, known.scales)
         used = {name for row in outcome["weights"].values() for name, weight in row.items() if weight}
         outcome["equals_baseline"] = bool(used) and used <= _one_for_all(grouping)
-        goes_on = grouping.settings["group_initialization"] == "baseline"
         outcome["scaled_loss"] = _scaled_loss(known, grouping)
-        outcome["continues_baseline"] = goes_on and len(grouping.groups) == 1 and used == set(grouping.groups)
+        longer = _trained_further(grouping)
+        outcome["continues_baseline"] = bool(used & longer) and used <= longer | _one_for_all(grouping)
     return outcome
 
 
@@ -77,6 +77,14 @@ def _one_for_all(grouping: Grouping) -> set[str]:
         everything = dict.fromkeys(grouping.task_names, 1.0)
         alike |= {name for name, mixture in grouping.mixtures.items() if mixture == everything}
     return alike
+
+
+def _trained_further(grouping: Grouping) -> set[str]:
+    """Names of the groups whose adapter is the one for all tasks, trained longer."""
+    if grouping.settings["group_initialization"] != "baseline":
+        return set()
+    everything = dict.fromkeys(grouping.task_names, 1.0)
+    return {name for name, own in grouping.mixtures.items() if own == everything and name != grouping.baseline_group}
 
 
 def _selection_outcome(run: RunDirectory) -> dict[str, Any]:

@@ -112,6 +112,11 @@ class RunArguments(BalancingArguments, FeatureSettings):
         check_flag("save_report", self.save_report)
         check_flag("card_examples", self.card_examples)
         check_flag("overwrite_run", self.overwrite_run)
+        if self.preconditioner == "optimizer":
+            raise ConfigurationError(
+                "preconditioner='optimizer' takes the moments of a training that is under way, and a run captures "
+                "before it trains. Set preconditioner='auto', or capture by GradientCaptureCallback."
+            )
         if self.deepspeed:
             check_deepspeed_installed()
         if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():

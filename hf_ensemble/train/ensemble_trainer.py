@@ -163,7 +163,7 @@ class EnsembleSFTTrainer(EnsembleMixin, MultiTaskSFTTrainer):
     ...     args=EnsembleSFTConfig(output_dir="out"),
     ...     train_dataset={"gsm8k": gsm8k, "boolq": boolq},
     ...     eval_dataset={"gsm8k": gsm8k_eval, "boolq": boolq_eval},
-    ...     peft_config=LoraConfig(),
+    ...     peft_config=LoraConfig(task_type="CAUSAL_LM"),
     ... )
     >>> trainer.train()  # doctest: +SKIP
     ```

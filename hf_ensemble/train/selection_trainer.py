@@ -19,7 +19,7 @@ from .multi_task_trainer import MultiTaskTrainer
 
 
 class SelectionMixin(FlowTrainerMixin[SelectionFlow]):
-    """A trainer whose run captures gradients, selects auxiliary tasks for a target, and fine-tunes once.
+    """A trainer whose run captures gradients, selects auxiliary tasks for a target, and trains one adapter on them.
 
     After [`train`] the final adapter is active in the model.
 
@@ -82,8 +82,8 @@ class SelectionTrainer(SelectionMixin, MultiTaskTrainer):
     """`transformers.Trainer` that fine-tunes for one target on the datasets that help it.
 
     Changes: `train_dataset` and `eval_dataset` are dicts of named datasets, `target` names one of them; [`train`]
-    captures gradients, selects the auxiliary tasks and fine-tunes once; [`evaluate`] reports every task, and the target
-    also as `PREFIX_loss` and `PREFIX_accuracy`.
+    captures gradients, selects the auxiliary tasks and trains the adapter; [`evaluate`] reports every task, and the
+    target also as `PREFIX_loss` and `PREFIX_accuracy`.
     """
 
     config_class = SelectionConfig
@@ -102,7 +102,7 @@ class SelectionSFTTrainer(SelectionMixin, MultiTaskSFTTrainer):
     ...     args=SelectionSFTConfig(output_dir="out"),
     ...     train_dataset={"gsm8k": gsm8k, "boolq": boolq},
     ...     eval_dataset={"gsm8k": gsm8k_eval, "boolq": boolq_eval},
-    ...     peft_config=LoraConfig(),
+    ...     peft_config=LoraConfig(task_type="CAUSAL_LM"),
     ...     target="gsm8k",
     ... )
     >>> trainer.train()  # doctest: +SKIP

@@ -102,6 +102,21 @@ def test_an_encoder_decoder_gets_the_trainer_that_takes_it(tmp_path):
         started(FlowArguments, [*line, "--load_in_4bit", "true"], "run")
 
 
+def test_flags_of_adapters_are_taken_or_refused(tmp_path, base_folder, monkeypatch):
+    data = write_tasks(tmp_path / "data", toy.sft_tasks())
+    line = flags(data=data, model_name_or_path=base_folder, output_dir=tmp_path / "out")
+    given = {}
+    monkeypatch.setattr("hf_ensemble.cli.trainers.EnsembleSFTTrainer", lambda **options: given.update(options))
+    started(FlowArguments, [*line, "--lora_target_parameters", "mlp.experts", "--lora_task_type", "CAUSAL_LM"], "run")
+    assert given["peft_config"].target_parameters == ["mlp.experts"]
+    for word, value, message in (
+        ("--use_peft", "false", "every dataset or group gets an adapter"),
+        ("--lora_task_type", "SEQ_CLS", "the rows and the model make it 'CAUSAL_LM'"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            started(FlowArguments, [*line, word, value], "run")
+
+
 def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path, base_folder, capsys):
     bad = ["run", *flags(data=tmp_path / "none", model_name_or_path=base_folder, output_dir=tmp_path / "o")]
     assert main(bad) == 1

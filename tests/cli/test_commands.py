@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -106,6 +107,15 @@ def test_groups_alone_need_groups(world, tmp_path, capsys, monkeypatch):
     assert "a selection trains once" in capsys.readouterr().err
     assert main(["eval", *other]) == 1
     assert "Expected a finished run in" in capsys.readouterr().err
+
+
+def test_groups_that_go_on_need_gradients_of_the_baseline(world, tmp_path, capsys):
+    run = shutil.copytree(world[0] / "run", tmp_path / "fresh")
+    shutil.rmtree(RunDirectory(run).baseline_gradients)
+    line = ["--store", str(run), "--num_components", "10", "--output_dir", str(tmp_path / "choice")]
+    line += ["--grouping_method", "mixtures", "--group_initialization", "baseline"]
+    assert main(["group", *line]) == 1
+    assert "holds no gradients at its adapter for all tasks: its groups began where" in capsys.readouterr().err
 
 
 def test_status_lists_stages(world, tmp_path, capsys):

@@ -111,6 +111,7 @@ def test_help_names_every_choice():
     ("error", "said"),
     [
         (ConfigurationError("Set num_groups=2, or leave it."), "Set --num_groups 2, or leave it."),
+        (ConfigurationError("Set projection_dim=None, or not."), "Set --projection_dim null, or not."),
         (ConfigurationError("Pass target_modules=['a', 'b']."), "Pass target_modules=['a', 'b']."),
         (ConfigurationError("Set lora_target_modules=['a', 'b']."), "Set --lora_target_modules a b."),
         (ConfigurationError("Pass peft_config=LoraConfig(r=2)."), "Pass --lora_r, --lora_target_modules, ...."),
@@ -128,4 +129,4 @@ def test_help_names_every_choice():
     ],
 )
 def test_errors_are_in_the_words_of_the_command_line(error, said):
-    assert in_terminal(error, {"num_groups", "lora_target_modules"}) == said
+    assert in_terminal(error, {"num_groups", "lora_target_modules", "projection_dim"}) == said

@@ -82,6 +82,20 @@ def test_what_continues_the_baseline_is_no_one_adapter_beside_another(tmp_path, 
     assert not run_results(run).continues_baseline
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [({"group_0": 0.9, "baseline": 0.1}, True), ({"baseline": 1.0}, False), ({"group_0": 0.5, "group_1": 0.5}, False)],
+)
+def test_what_continues_the_baseline_does_so_beside_a_little_of_it(tmp_path, weights, expected):
+    run = ensemble_run(tmp_path)
+    grouping = run.read(Grouping)
+    mixtures = {"group_0": dict.fromkeys(NAMES, 1.0), "group_1": {NAMES[0]: 1.0}}
+    own = {"groups": {"group_0": NAMES[1:], "group_1": NAMES[:1]}, "mixtures": mixtures}
+    run.write(replace(grouping, **own, settings={"group_initialization": "baseline"}))
+    run.write(EnsembleWeights(dict.fromkeys(NAMES, weights)))
+    assert run_results(run).continues_baseline == expected
+
+
 def test_names_and_notes_in_the_table_of_a_comparison_are_text():
     scores = {"sums": TaskScores(1.0, 0.5, 4, {"a|b": 0.25, "<i>": 0.5})}
     systems = {

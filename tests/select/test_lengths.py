@@ -12,6 +12,7 @@ from hf_ensemble import TrainingRecipe
 from hf_ensemble.errors import ConfigurationError
 from hf_ensemble.estimate import ObservedRun, SubsetEstimator
 from hf_ensemble.select import DataSelector, Grouping, predicted_losses
+from hf_ensemble.select.groups import mixture_groups
 from hf_ensemble.select.groups.adapters_at_hand import AdaptersAtHand
 from hf_ensemble.select.groups.each_alone import TasksAlone
 from hf_ensemble.select.groups.mixture_search import MixturePool, MixtureSet, search_mixtures
@@ -167,8 +168,9 @@ def test_lengths_that_are_all_longer_are_searched_too():
     assert GOAL @ longer[-1].loss < GOAL @ own[-1].loss - 0.01
 
 
-def test_what_was_chosen_has_an_optimism_of_its_own(selector, estimator):
-    """Sets of one length, of any, and of tasks alone are on the curve, and only each task alone has no optimism."""
+def test_what_was_chosen_has_an_optimism_of_its_own(selector, estimator, monkeypatch):
+    """Sets of one length, of any, and of tasks alone are compared, and only each task alone has no optimism."""
+    monkeypatch.setattr(mixture_groups, "_front", lambda points, shown: points)
     curve = _curve(selector, 2.0)
     assert [point["optimism"] for point in curve if point["num_groups"] == 4 and point["cost"] == 2.0].count(0.0) == 1
     assert all(point["optimism"] > 0 for point in curve if 0 < point["num_groups"] < 4)

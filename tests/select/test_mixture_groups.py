@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -326,23 +327,35 @@ def test_trained_groups_that_are_none_are_refused(estimator, bad, message):
 
 
 @pytest.mark.parametrize(
-    ("num_adapters", "expected", "together", "said"),
+    ("names", "baseline", "expected", "together", "said"),
     [
         (
-            1,
+            "a",
+            None,
             0.5,
             0.6,
-            "1 adapter, at 1.50 times the training of one adapter for all, is expected to lower the mean loss",
+            "1 adapter besides the one for all, at 1.50 times the training of one adapter for all, is ",
         ),
-        (2, 0.5, 0.6, "are expected to lower the mean loss from 0.6000 to 0.5000 "),
-        (2, 0.7, 0.6, "are expected to raise the mean loss from 0.6000 to 0.7000 "),
-        (2, 0.6, 0.6, "are expected to leave the mean loss at 0.6000 "),
+        ("a", 0, 0.5, 0.6, "1 adapter, at 1.50 times the training of one adapter for all, is expected to lower the "),
+        ("ab", 1, 0.5, 0.6, "are expected to lower the mean loss from 0.6000 to 0.5000 "),
+        ("ab", 1, 0.7, 0.6, "are expected to raise the mean loss from 0.6000 to 0.7000 "),
+        ("ab", 1, 0.6, 0.6, "are expected to leave the mean loss at 0.6000 "),
     ],
 )
-def test_the_summary_says_which_way_the_loss_goes(num_adapters, expected, together, said):
+def test_the_summary_says_which_way_the_loss_goes(names, baseline, expected, together, said):
     difference = expected - together
-    point = CostPoint(0.5, num_adapters, expected, 0.0, difference, 0.0)
-    assert said in mixture_groups._summary(num_adapters, point, 1.0)
+    point = CostPoint(0.5, len(names), expected, 0.0, difference, 0.0)
+    at_hand = SimpleNamespace(has_baseline=True, cost=1.0)
+    assert said in mixture_groups._summary(list(names), baseline, point, at_hand)
+
+
+def test_the_curve_has_what_no_other_set_betters_and_each_set_once():
+    points = [
+        CostPoint(cost, 1, loss, 0.0, loss - 1.0, 0.0)
+        for cost, loss in ((1.0, 0.5), (0.0, 1.0), (1.0, 0.6), (0.5, 1.1), (1.0, 0.5), (2.0, 0.4), (3.0, 0.45))
+    ]
+    front = mixture_groups._front(points, [points[-1]])
+    assert [(one.cost, one.predicted_loss) for one in front] == [(0.0, 1.0), (1.0, 0.5), (2.0, 0.4), (3.0, 0.45)]
 
 
 def test_of_targets_only_their_losses_count(estimator):

@@ -68,6 +68,13 @@ def test_layers_of_a_classifier_are_inferred_but_for_its_head(tmp_path):
     assert adapted(made.model) == {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}
 
 
+def test_a_language_model_s_adapter_says_what_it_is_of(tmp_path, base_folder):
+    given = LoraConfig(r=2, target_modules=["q_proj"])
+    found = trainer(tmp_path, base_folder, given).adapter_model.peft_config["default"]
+    # What is saved without one is not told what model to load.
+    assert found.task_type == "CAUSAL_LM" and given.task_type is None
+
+
 def test_defaults_of_peft_stay(tmp_path, base_folder, caplog):
     found = trainer(tmp_path, base_folder, LoraConfig(r=4, task_type="CAUSAL_LM")).model
     assert adapted(found) == {"q_proj", "v_proj"} and "target_modules" not in caplog.text

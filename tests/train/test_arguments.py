@@ -31,6 +31,7 @@ def test_bad_arguments_are_named(tmp_path, base_folder):
         ({"max_length": 2}, TaskError, "is left after tokenization"),
         ({"capture_batch_size": 0}, ConfigurationError, "batch_size has to be a positive integer"),
         ({"preconditioner": "lion"}, ConfigurationError, "preconditioner has to be one of"),
+        ({"preconditioner": "optimizer"}, ConfigurationError, "a run captures before it trains"),
         ({"num_groups": 0}, ConfigurationError, "num_groups has to be a positive integer"),
         ({"num_groups": 4}, ConfigurationError, "num_groups=4 is more than the 3 tasks"),
     ]:

@@ -34,7 +34,9 @@ class ScoringMixin:
 
         Args:
             labels (`torch.Tensor` of shape `(B, T)` or `(B,)`): -100 where a token does not count.
-            task (`str` or `Sequence[str]`, *optional*): see [`row_weights`].
+            task (`str` or `Sequence[str]`, *optional*):
+                One task for all rows, or one per row. Rows of no known task are refused unless there is a `routing`; an
+                ensemble without tasks takes none.
             routing (`str`, *optional*): overrides the ensemble's own.
             inputs: inputs of the base model.
 

@@ -47,11 +47,11 @@ class Grouping(Choice):
             Training cost of all adapters, in multiples of one adapter for all: rows that are drawn. It includes the
             adapter for all tasks where that is trained too.
         cost_curve (`list[dict[str, float]]`, *optional*):
-            With `"mixtures"`: the sets within the budget that no other one betters in both cost and loss, and each task
-            alone. `cost`, `num_groups` (mixtures that are trained), `predicted_loss`, `optimism` (what searching has
-            made of noise), `difference` from one adapter for all (predicted loss plus optimism, minus that adapter's;
-            lower is better) with the ends of its 90 % interval over the validation rows, `difference_low` and
-            `difference_high`, and `expected_loss`, where the difference is shrunk by its error.
+            With `"mixtures"`: the sets within the budget that no other one betters in both cost and expected loss, and
+            each task alone. `cost`, `num_groups` (mixtures that are trained), `predicted_loss`, `optimism` (what
+            searching has made of noise), `difference` from one adapter for all (predicted loss plus optimism, minus
+            that adapter's; lower is better) with the ends of its 90 % interval over the validation rows,
+            `difference_low` and `difference_high`, and `expected_loss`, where the difference is shrunk by its error.
         expected_loss (`float`, *optional*): with `"mixtures"`: of the set that was taken.
         baselines (`dict[str, float]`, *optional*):
             Mean predicted loss with one group, with one group per task, and with the same number of random groups.

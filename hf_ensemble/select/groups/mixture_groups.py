@@ -88,7 +88,9 @@ def mixture_groups(
     ]
     sets, points = zip(*cost_points(estimator, rough, at_hand, goal, families))
     place = _chosen(estimator, at_hand, sets, points, goal, settings)
-    return _found(estimator, at_hand, sets[place], points, points[place], goal)
+    is_alone = [any(one is own for own in families[-1][0]) for one in sets]
+    shown = [own for number, own in enumerate(points) if number == place or is_alone[number]]
+    return _found(estimator, at_hand, sets[place], points, points[place], goal, _front(points, shown))
 
 
 def _found(
@@ -98,6 +100,7 @@ def _found(
     points: Sequence[CostPoint],
     point: CostPoint,
     goal: np.ndarray,
+    front: Sequence[CostPoint],
 ) -> FoundGroups:
     curve: dict[str, float] = {}
     for one in points:
@@ -108,13 +111,23 @@ def _found(
         mixtures=mixtures / mixtures.max(axis=1, keepdims=True),
         curve=curve,
         cost=best.cost + at_hand.cost,
-        summary=_summary(len(names), point, at_hand.cost) + _scale_note(estimator) + calibration_note(estimator),
+        summary=_summary(names, baseline, point, at_hand) + _scale_note(estimator) + calibration_note(estimator),
         names=names,
         lengths=lengths,
         baseline=baseline,
-        cost_curve=[_as_values(one, at_hand.cost) for one in points],
+        cost_curve=[_as_values(one, at_hand.cost) for one in front],
         expected_loss=point.expected_loss,
     )
+
+
+def _front(points: Sequence[CostPoint], shown: Sequence[CostPoint]) -> list[CostPoint]:
+    """Points that no other one betters in both cost and expected loss, and those that are shown anyway, by cost."""
+    found: list[CostPoint] = []
+    for one in sorted(points, key=lambda own: (own.cost, own.expected_loss)):
+        is_better = not found or one.expected_loss < min(own.expected_loss for own in found)
+        if (is_better or one in shown) and one not in found:
+            found.append(one)
+    return found
 
 
 def _as_values(point: CostPoint, cost: float) -> dict[str, float]:
@@ -130,16 +143,18 @@ def _as_values(point: CostPoint, cost: float) -> dict[str, float]:
     }
 
 
-def _summary(num_adapters: int, point: CostPoint, cost: float) -> str:
+def _summary(names: Sequence[str], baseline: int | None, point: CostPoint, at_hand: AdaptersAtHand) -> str:
     together = point.predicted_loss + point.optimism - point.difference
-    if point.difference == 0 and num_adapters == 1:
+    if point.difference == 0 and len(names) == 1:
         return (
             f"One adapter for all tasks is enough, with a mean predicted loss of {together:.4f}: no mixtures within "
             "the budget are expected to lower it by more than chance."
         )
-    adapters = counted(num_adapters, "adapter")
-    subject = f"{adapters}, at {point.cost + cost:.2f} times the training of one adapter for all,"
-    expected = f"{'are' if num_adapters > 1 else 'is'} expected to"
+    adapters = counted(len(names), "adapter")
+    if at_hand.has_baseline and baseline is None:
+        adapters += " besides the one for all"
+    subject = f"{adapters}, at {point.cost + at_hand.cost:.2f} times the training of one adapter for all,"
+    expected = f"{'are' if len(names) > 1 else 'is'} expected to"
     if point.expected_loss == together:
         change = f"{expected} leave the mean loss at {together:.4f}"
     else:
