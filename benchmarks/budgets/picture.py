@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 
 # Kinds of systems, by how their labels begin, with their colors.
 KINDS = {
-    "one adapter for all": ("one adapter, longer or wider", "#444444"),
+    "one adapter for all": ("one adapter, longer", "#444444"),
     "one for all, then what is chosen": ("one for all, then what is chosen", "#c8553d"),
     "one for all, then mixtures": ("one for all, then mixtures (earlier search)", "#d99a8c"),
     "one for all, then each task": ("one for all, then each task", "#2a7f9e"),
@@ -27,10 +27,12 @@ def draw(results: dict, file: Path) -> None:
         lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for system in own["systems"]:
             kind = next((value for prefix, value in KINDS.items() if system["system"].startswith(prefix)), OTHERS)
+            if " wide" in system["system"]:
+                kind = (f"{kind[0]}, twice the rank", kind[1])
             lines.setdefault(kind, []).append((system["cost"], 100 * system["weights"]["test_accuracy"]))
         for (label, color), points in lines.items():
             costs, values = zip(*sorted(points))
-            style = "o" if (label, color) == OTHERS else "o-"
+            style = "o" if (label, color) == OTHERS else "s" if label.endswith("rank") else "o-"
             axis.plot(costs, values, style, color=color, label=label, markersize=5, linewidth=1.4)
         axis.set_title(name)
         axis.set_xlabel("training cost, one adapter for all = 1")

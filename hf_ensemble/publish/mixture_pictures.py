@@ -26,13 +26,24 @@ def cost_curve(grouping: Grouping, path: Path) -> None:
         axes.vlines(cost, together + low, together + high, color="0.85", linewidth=4, zorder=1, label="90 % interval")
         axes.plot(cost, predicted, color=GREY, linestyle="--", linewidth=1, zorder=2, label="predicted")
         axes.plot(cost, expected, color=BLUE, marker="o", markersize=3, linewidth=1.2, zorder=3, label="expected")
-        taken = int(np.argmin(np.abs(cost - grouping.cost)))
+        taken = taken_point(grouping)
         axes.scatter([cost[taken]], [expected[taken]], s=90, facecolors="none", edgecolors=ORANGE, zorder=4)
         axes.annotate("taken", (cost[taken], expected[taken]), (9, 6), textcoords="offset points", color=ORANGE)
         axes.set_xlabel("training cost (one adapter for all = 1)")
         axes.set_ylabel("mean validation loss (nats per token)")
         axes.set_title("Loss against training cost (mixtures)")
         axes.figure.legend(loc="outside lower center", ncols=4, frameon=False)
+
+
+def taken_point(grouping: Grouping) -> int:
+    """Number of the point of the curve that the groups are; others may cost as much."""
+
+    def distance(number: int) -> tuple[float, float]:
+        point = grouping.cost_curve[number]
+        loss = 0.0 if grouping.expected_loss is None else abs(point["expected_loss"] - grouping.expected_loss)
+        return round(abs(point["cost"] - grouping.cost), 9), loss
+
+    return min(range(len(grouping.cost_curve)), key=distance)
 
 
 def mixture_weights(grouping: Grouping, path: Path) -> None:

@@ -10,6 +10,7 @@ from helpers import toy
 from helpers.captures import capture
 from hf_ensemble import DataSelector, Grouping, ObservedRun, Selection, draw_choice
 from hf_ensemble.cli.main import main
+from hf_ensemble.publish.mixture_pictures import taken_point
 from hf_ensemble.store import GradientStore
 
 RUN = ObservedRun({"sums": 1.0, "diffs": 1.0}, {"sums": 2.0, "diffs": 2.5})
@@ -31,6 +32,26 @@ CHOICES = {
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return capture(tmp_path_factory.mktemp("stores") / "store")
+
+
+@pytest.mark.parametrize(("expected_loss", "place"), [(1.6, 1), (1.5, 2), (None, 1)])
+def test_the_set_that_is_taken_is_marked_among_those_of_its_cost(expected_loss, place):
+    points = [(1.0, 2.0), (2.0, 1.6), (2.0 + 1e-12, 1.5), (1.9, 1.6)]
+    curve = [{"cost": cost, "expected_loss": loss} for cost, loss in points]
+    grouping = Grouping(
+        groups={"group_0": ["sums"]},
+        mixtures={"group_0": {"sums": 1.0}},
+        method="mixtures",
+        task_names=["sums"],
+        affinity=None,
+        predicted_loss={},
+        cost=2.0,
+        cost_curve=curve,
+        expected_loss=expected_loss,
+        summary="",
+        settings={},
+    )
+    assert taken_point(grouping) == place
 
 
 @pytest.mark.parametrize("kind", CHOICES)
