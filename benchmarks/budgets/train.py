@@ -146,16 +146,19 @@ class Worker:
                 parts.append(everything)
                 plan["parts"] |= {part.name: asdict(part) for part in parts if part.name not in plan["parts"]}
                 listed.setdefault(kind, []).append({**asdict(one), "parts": [part.name for part in parts]})
-        write_json(self.folder / CHOICES, {"budget": budget, "ensembles": listed})
         write_json(self.folder / PLAN, plan)
+        write_json(self.folder / CHOICES, {"budget": budget, "ensembles": listed})
 
-    def work(self) -> None:
-        """Make parts until none is left; first those that no prediction chooses, while others are chosen."""
+    def work(self, awaited: str = PLAN) -> None:
+        """Make parts until none is left; first those that no prediction chooses, while others are chosen.
+
+        The list is whole once the file `awaited` is there.
+        """
         while not (self.baseline / "adapter_config.json").exists():
             time.sleep(1)
         with self.trainer.working():
             self._make_all(parts_without_choice(list(self.trainer.tasks), self.trainer.args.seed, self.wanted))
-            while not (self.folder / PLAN).exists():
+            while not (self.folder / awaited).exists():
                 time.sleep(1)
             plan = json.loads((self.folder / PLAN).read_text())
             self._make_all({name: Part(**values) for name, values in plan["parts"].items()})
@@ -279,7 +282,7 @@ def main() -> None:
         worker.plan()
     if own.worker == 0 and own.choices and not (own.folder / CHOICES).exists():
         worker.add_choices(own.choices)
-    worker.work()
+    worker.work(CHOICES if own.choices else PLAN)
 
 
 if __name__ == "__main__":

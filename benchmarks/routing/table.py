@@ -29,9 +29,9 @@ def table(results: dict) -> str:
     )
     lines = [
         f'Test loss of the adapters of "{results["system"]}" that serve every task, mean over seeds (of {len(seeds)}). '
-        f"Their number, and which router of all tasks was chosen without and with these prompts, and of gradients: "
-        f"{chosen}. The gain is "
-        "that over equal weights, as a share of what each task's own weights gain.",
+        "Their number, and which router of all tasks was chosen without and with these prompts, and of gradients: "
+        f"{chosen}. The gain is that over equal weights, as a share of what each task's own weights gain, all without "
+        "scales.",
         "",
         *markdown_table(("weights", "mean loss", "gain", *tasks), rows),
     ]

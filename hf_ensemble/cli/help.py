@@ -29,7 +29,7 @@ MOST_USED = (
     Option("per_device_train_batch_size", "int", None, "Rows of a batch in training."),
     Option("max_length", "int", None, "Tokens of a row at most; not for text with labels, which the tokenizer cuts."),
     Option("use_cpu", "bool", None, "Train without a GPU."),
-    Option("load_in_4bit", "bool", None, "Quantize the base model (QLoRA); not for text with labels."),
+    Option("load_in_4bit", "bool", None, "Quantize the base model (QLoRA), of decoder layers alone."),
     Option("report_to", "list[str]", None, "Trackers, such as wandb; none by default."),
 )
 # Options of every command.

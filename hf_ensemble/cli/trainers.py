@@ -61,7 +61,7 @@ def started(
         check (`Callable`, *optional*): takes the command's arguments and the trainer's before the model is loaded.
 
     Raises:
-        `ConfigurationError`: when data, model or output folder is not given.
+        `ConfigurationError`: when data, model or output folder is not given, and for a run without adapters.
         `TaskError`: for data that cannot be found or read.
     """
     (arguments, model_arguments), remaining = parse([kind, ModelConfig], argv, True, command)

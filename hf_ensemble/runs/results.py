@@ -64,7 +64,8 @@ class Results(Record):
         groups (`dict[str, list[str]]`, *optional*): ensemble: tasks of each group.
         weights (`dict[str, dict[str, float]]`, *optional*): ensemble: weight of each adapter by task.
         equals_baseline (`bool`): ensemble: whether every task is served by the one adapter for all.
-        continues_baseline (`bool`): ensemble: whether that one was trained further, and serves every task.
+        continues_baseline (`bool`):
+            Ensemble: whether that one was trained further, and serves every task, alone or beside what it was before.
         scaled_loss (`dict[str, float]`, *optional*):
             Ensemble: mean loss of `baseline`, with a scale of its logits, and of `ensemble`, on validation rows that
             neither was fitted to.

@@ -52,7 +52,8 @@ def _ensemble_outcome(run: RunDirectory) -> dict[str, Any]:
         used = {name for row in outcome["weights"].values() for name, weight in row.items() if weight}
         outcome["equals_baseline"] = bool(used) and used <= _one_for_all(grouping)
         outcome["scaled_loss"] = _scaled_loss(known, grouping)
-        longer = _trained_further(grouping)
+        goes_on = grouping.settings["group_initialization"] == "baseline"
+        longer = _of_all_tasks(grouping) if goes_on else set()
         outcome["continues_baseline"] = bool(used & longer) and used <= longer | _one_for_all(grouping)
     return outcome
 
@@ -74,15 +75,12 @@ def _one_for_all(grouping: Grouping) -> set[str]:
     if grouping.baseline_group is not None:
         alike.add(grouping.baseline_group)
     if grouping.settings["group_initialization"] == "fresh":
-        everything = dict.fromkeys(grouping.task_names, 1.0)
-        alike |= {name for name, mixture in grouping.mixtures.items() if mixture == everything}
+        alike |= _of_all_tasks(grouping)
     return alike
 
 
-def _trained_further(grouping: Grouping) -> set[str]:
-    """Names of the groups whose adapter is the one for all tasks, trained longer."""
-    if grouping.settings["group_initialization"] != "baseline":
-        return set()
+def _of_all_tasks(grouping: Grouping) -> set[str]:
+    """Names of the groups beside the one for all that are trained on all tasks, by their sampling weights."""
     everything = dict.fromkeys(grouping.task_names, 1.0)
     return {name for name, own in grouping.mixtures.items() if own == everything and name != grouping.baseline_group}
 

@@ -22,6 +22,7 @@ from ..tasks.row_checks import image_columns, refuse_images
 from ..tasks.sft_rows import SFTRows
 from ..tasks.stream_rows import identified_stream
 from .inputs.balancing import check_loss_weighting, with_given_weights
+from .inputs.classifiers import with_task_type
 from .inputs.datasets import (
     as_task_set,
     check_sft_rows,
@@ -186,7 +187,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         del given["optimizers"]
         peft_config = given["peft_config"]
         given["model"] = model = model if isinstance(model, str) else without_adapters_of_earlier_runs(model)
-        given["peft_config"] = with_target_modules(_of_language_models(peft_config), model)
+        given["peft_config"] = with_target_modules(with_task_type(peft_config, model), model)
         with target_modules_named(peft_config, model):
             super().__init__(eval_dataset={"shown": self._shown_rows}, **given)
         self._shown_rows = None
@@ -348,12 +349,3 @@ def _sft_tasks(train_dataset: Any, eval_dataset: Any) -> TaskSet:
 
 def _with_task(row: Mapping[str, Any], name: str) -> dict[str, str]:
     return {TASK: name}
-
-
-def _of_language_models(peft_config: PeftConfig | None) -> PeftConfig | None:
-    """The adapter's configuration, which is not changed, with a task type: saved ones are loaded by it."""
-    if peft_config is None or peft_config.task_type is not None:
-        return peft_config
-    peft_config = copy.copy(peft_config)
-    peft_config.task_type = "CAUSAL_LM"
-    return peft_config

@@ -23,6 +23,7 @@ from .inputs.classifiers import (
     made_model,
     tokenizer_of,
     warn_of_random_head,
+    with_task_type,
 )
 from .inputs.datasets import (
     as_task_set,
@@ -126,7 +127,7 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
         model, processing_class = _text_model(model, processing_class, tasks, args, needs_tokenizer)
         if peft_config is not None:
             peft_config = adapter_for_head(peft_config, model) if is_name else peft_config
-            peft_config = with_target_modules(peft_config, model)
+            peft_config = with_target_modules(with_task_type(peft_config, model), model)
             with target_modules_named(peft_config, model):
                 model = get_peft_model(model, peft_config)
         if data_collator is None:

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
 
 from helpers.feature_tables import NAMES, world
 from hf_ensemble import TrainingRecipe
 from hf_ensemble.estimate import SubsetEstimator
+from hf_ensemble.estimate.output_scale import SCALE_SPREAD
 from hf_ensemble.select import DataSelector
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.budgets.systems import ONE_FOR_ALL, SYSTEMS, Part, parts_without_choice
+from benchmarks.budgets.systems import ONE_FOR_ALL, SYSTEMS, Part, SystemBuilder, parts_without_choice
 from benchmarks.budgets.train import CHOICES, PLAN, TARGETS
 from benchmarks.choices import run as study
 from benchmarks.choices.ensembles import Chooser
@@ -75,30 +77,44 @@ def outputs(folder, logits):
         np.savez(folder / "outputs" / f"{name}.npz", **own)
 
 
+def losses_left(folder, part, split):
+    """Mean loss of each task that is left with the scale that is most probable by the validation rows."""
+    with np.load(folder / "outputs" / f"{part}.npz") as found:
+        rows = {name: own.astype(np.float64) for name, own in found.items()}
+
+    def loss(log_scale, name):
+        odds = rows[name][:, 0] - rows[name][:, 1]
+        return float(np.logaddexp(0.0, -np.exp(log_scale) * odds).mean())
+
+    def penalized(log_scale, name):
+        return loss(log_scale, name) + log_scale**2 / (2 * len(rows[name]) * SCALE_SPREAD**2)
+
+    scales = {
+        task: minimize_scalar(penalized, bounds=(-2, 2), args=(f"validation/{task}",)).x for task in ("films", "books")
+    }
+    return {task: loss(own, f"{split}/{task}") for task, own in scales.items()}
+
+
 def test_true_losses_are_those_left_with_a_scale(tmp_path):
-    right = float(np.log(3.0))
-    outputs(tmp_path, {"all": {"films": 9.0, "books": 0.2}, "one": {"films": right, "books": 5.0}})
+    outputs(tmp_path, {"all": {"films": 9.0, "books": 0.2}, "one": {"films": 1.1, "books": 5.0}})
     plan = {"tasks": ["films", "books"], "train_rows": {}, "systems": [], "machine": "m", "versions": {}}
     (tmp_path / PLAN).write_text(json.dumps(plan))
-
-    def ensemble(label, serving):
-        loss = {"cost": 1.5, "predicted_loss": 0.6, "expected_loss": None}
-        return {"label": label, "mixtures": [{"films": 1.0}], "serving": serving, "parts": ["one", "all"], **loss}
-
-    together = {**ensemble(ONE_FOR_ALL, {"films": -1, "books": -1}), "mixtures": [], "parts": ["all"]}
-    own = ensemble("films alone", {"films": 0, "books": -1})
+    own = {"label": "books alone", "cost": 1.5, "predicted_loss": 0.6, "expected_loss": None, "parts": ["one", "all"]}
+    own |= {"mixtures": [{"books": 1.0}], "serving": {"films": -1, "books": 0}}
+    together = {**own, "mixtures": [], "serving": {"films": -1, "books": -1}, "parts": ["all"]}
     listed = {"baseline": [together], "choices": [own], "chosen": [own], "others": [together, own]}
     (tmp_path / CHOICES).write_text(json.dumps({"budget": BUDGET, "ensembles": listed}))
     budget, lines = of_folder(tmp_path)
-    calibrated = 0.75 * np.log(4 / 3) + 0.25 * np.log(4)
-    assert budget == BUDGET and lines["choices"][0]["num_mixtures"] == 1
-    true, plain = lines["choices"][0]["true"], lines["baseline"]["true"]
-    # The adapter that is as sure as it is right stays as it is, and one that is too sure is held back.
-    scaled = {split: 2 * plain[split] for split in ("validation", "test")}
-    for split in scaled:
-        assert true[split] < plain[split]
-        assert calibrated < scaled[split] / 2 < 0.75 * np.log1p(np.exp(-9)) + 0.25 * 9
-    assert true["test_reassigned"] <= true["test"] + 1e-9
+    assert budget == BUDGET and lines["choices"][0]["num_mixtures"] == 1 and lines["baseline"]["num_mixtures"] == 0
+    for split in ("validation", "test"):
+        one, every = (losses_left(tmp_path, part, split) for part in ("one", "all"))
+        expected = (every["films"] + one["books"]) / 2
+        assert lines["choices"][0]["true"][split] == pytest.approx(expected, abs=1e-3)
+        assert lines["baseline"]["true"][split] == pytest.approx(np.mean(list(every.values())), abs=1e-3)
+    # Each task could have had the other adapter, which has the lower validation loss.
+    assert lines["choices"][0]["true"]["test_reassigned"] == pytest.approx(
+        (one["films"] + every["books"]) / 2, abs=1e-3
+    )
 
 
 def test_choices_of_seeds_are_one_table(tmp_path, monkeypatch, capsys):
@@ -111,7 +127,7 @@ def test_choices_of_seeds_are_one_table(tmp_path, monkeypatch, capsys):
         one = {"label": "a choice", "mixtures": [], "parts": ["all"], "cost": 1.0, **losses}
         one["serving"] = {"films": -1, "books": -1}
         listed = {"baseline": [one], "choices": [one], "chosen": [one], "others": [one]}
-        (folder / CHOICES).write_text(json.dumps({"budget": BUDGET + (seed > 1), "ensembles": listed}))
+        (folder / CHOICES).write_text(json.dumps({"budget": BUDGET, "ensembles": listed}))
     command = [study.__file__, str(tmp_path / "found"), "--trained", str(tmp_path / "0"), str(tmp_path / "1")]
     monkeypatch.setattr(sys, "argv", command)
     study.main()
@@ -127,14 +143,25 @@ def test_choices_of_seeds_are_one_table(tmp_path, monkeypatch, capsys):
     assert "take no other flags: --data x" in capsys.readouterr().err
 
 
-def test_parts_of_wanted_systems_come_first():
-    names = ["a", "b", "c"]
-    everything = Part(dict.fromkeys(names, 1.0))
-    assert list(parts_without_choice(names, 0, [])) == [everything.name]
-    each = parts_without_choice(names, 0, ["one for all, then each task, at 1.5"])
-    assert [(part.length, part.goes_on) for part in each.values()] == [(1.0, False), *[(0.5, True)] * 3]
-    assert set(each) < set(parts_without_choice(names, 0))
-    assert next(iter(SYSTEMS)) == ONE_FOR_ALL and len(SYSTEMS) == 30
+def test_trainings_without_a_choice_are_those_of_the_systems():
+    def selector(lengths):
+        recipe = {"recipe": RECIPE, "length": lengths[0], "other_lengths": tuple(lengths[1:])}
+        return DataSelector(SubsetEstimator(*world(), **recipe))
+
+    names, builder = list(NAMES), SystemBuilder(selector([1.0]), selector, 0)
+    everything = Part(dict.fromkeys(names, 1.0)).name
+    assert list(parts_without_choice(names, 0, [])) == [everything]
+    early = [label for label in SYSTEMS if len(parts_without_choice(names, 0, [label])) > 1]
+    # One adapter, longer, and each task alone, at three lengths; single tasks, random groups, seeds, and two wide ones.
+    assert len(early) == 3 + 3 + 5
+    for label in early:
+        if "chosen" not in label:
+            (first, system) = builder([label])
+            assert (first.label, system.label) == (ONE_FOR_ALL, label)
+            assert set(parts_without_choice(names, 0, [label])) == {everything, *(part.name for part in system.parts)}
+    assert set().union(*(parts_without_choice(names, 0, [label]) for label in early)) == set(
+        parts_without_choice(names, 0)
+    )
 
 
 def test_unknown_systems_are_refused_at_once(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.budgets.train import PLAN, TARGETS
 from benchmarks.routing import run as study
-from benchmarks.routing.gradients import GradientWeights, gradient_features
+from benchmarks.routing.gradients import GradientWeights, gradient_features, log_odds_of_own_answer
 from benchmarks.routing.table import COSINES, EQUAL, GRADIENTS, KNOWN, OTHERS, PROMPTS, ROUTED
 from benchmarks.trainers import trainer_from_flags
 from helpers import toy
@@ -96,6 +96,12 @@ def test_gradients_of_a_model_s_own_answers_need_no_labels(folder, flags, tmp_pa
             assert features.shape == (ROWS[split], 2048)
             torch.testing.assert_close(features.norm(dim=1), torch.ones(ROWS[split]))
             torch.testing.assert_close(features, second[split][task], atol=1e-4, rtol=1e-3)
+
+
+def test_the_own_answer_is_the_most_probable_one():
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]])
+    found = log_odds_of_own_answer(probabilities.log() + 3.0, torch.tensor([1, 0]))
+    torch.testing.assert_close(found, torch.tensor([0.7, 0.5]).logit())
 
 
 def test_adapters_are_weighted_by_what_they_were_trained_on():

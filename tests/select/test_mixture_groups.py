@@ -354,7 +354,8 @@ def test_the_curve_has_what_no_other_set_betters_and_each_set_once():
         CostPoint(cost, 1, loss, 0.0, loss - 1.0, 0.0)
         for cost, loss in ((1.0, 0.5), (0.0, 1.0), (1.0, 0.6), (0.5, 1.1), (1.0, 0.5), (2.0, 0.4), (3.0, 0.45))
     ]
-    front = mixture_groups._front(points, [points[-1]])
+    # What is shown anyway may be there twice, too.
+    front = mixture_groups._front(points, [points[0], points[-1]])
     assert [(one.cost, one.predicted_loss) for one in front] == [(0.0, 1.0), (1.0, 0.5), (2.0, 0.4), (3.0, 0.45)]
 
 

@@ -9,8 +9,9 @@ from peft import IA3Config, LoraConfig
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, Olmo2Config, Olmo2ForCausalLM
 
 from helpers import toy
+from helpers.architectures import MODELS
 from helpers.trainers import sft_config, sft_trainer, split, text_trainer
-from hf_ensemble import EnsembleSFTTrainer, EnsembleTrainer
+from hf_ensemble import EnsembleConfig, EnsembleSFTTrainer, EnsembleTrainer
 from hf_ensemble.errors import ConfigurationError
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -73,6 +74,15 @@ def test_a_language_model_s_adapter_says_what_it_is_of(tmp_path, base_folder):
     found = trainer(tmp_path, base_folder, given).adapter_model.peft_config["default"]
     # What is saved without one is not told what model to load.
     assert found.task_type == "CAUSAL_LM" and given.task_type is None
+    t5, config = MODELS["t5"]
+    made = EnsembleTrainer(
+        t5(type(config)(**{**config.to_dict(), "vocab_size": len(toy.VOCABULARY)})),
+        EnsembleConfig(output_dir=str(tmp_path / "t5"), use_cpu=True, report_to="none"),
+        train_dataset=toy.sft_tasks(),
+        processing_class=toy.tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q"]),
+    )
+    assert made.adapter_model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
 
 
 def test_defaults_of_peft_stay(tmp_path, base_folder, caplog):

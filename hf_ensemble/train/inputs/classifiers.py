@@ -20,7 +20,8 @@ from transformers.trainer_utils import number_of_arguments
 from ...errors import ConfigurationError
 from ...logging import get_logger
 from ...models import LabelSimilarityForSequenceClassification
-from ...models.kinds import check_answers_of
+from ...models.inputs import is_encoder_decoder
+from ...models.kinds import ModelKind, check_answers_of, kind_of
 from ...models.label_similarity import LabelHead
 from ...tasks import LabelSpace, TaskSet
 
@@ -206,6 +207,23 @@ def adapter_for_head(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
         )
     peft_config = copy.copy(peft_config)
     peft_config.task_type = None if is_similarity else "SEQ_CLS"
+    return peft_config
+
+
+def with_task_type(peft_config: PeftConfig | None, model: nn.Module | str) -> PeftConfig | None:
+    """The adapter's configuration; of a language model with its task type, by which saved adapters are loaded.
+
+    Args:
+        peft_config (`PeftConfig`, *optional*): as the user has given it, which is not changed.
+        model (`nn.Module` or `str`): the base model, or the name of one of decoder layers.
+    """
+    is_name = isinstance(model, str)
+    if peft_config is None or peft_config.task_type is not None:
+        return peft_config
+    if not is_name and kind_of(model) is not ModelKind.LANGUAGE_MODEL:
+        return peft_config
+    peft_config = copy.copy(peft_config)
+    peft_config.task_type = "SEQ_2_SEQ_LM" if not is_name and is_encoder_decoder(model) else "CAUSAL_LM"
     return peft_config
 
 
