@@ -15,9 +15,10 @@ from trl import SFTConfig
 from .._settings import check_flag, checked_path
 from ..capture import CaptureConfig, capture_gradients, encoded_splits, optimizer_preconditioner, training_recipe
 from ..capture.training_arguments import GivenOptimizer
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, StoreError
 from ..logging import get_logger
-from ..models.kinds import check_kind
+from ..models.kinds import check_kind, check_outputs
+from ..models.wrappers import unwrapped
 from ..store import GradientStore
 from ..tasks import TaskSet
 from .host_rows import check_against_trained, sft_splits
@@ -135,16 +136,24 @@ class GradientCaptureCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if self.when == "epoch":
-            self._capture(args, model, processing_class, self.output_dir / _epoch_name(state), optimizer=optimizer)
+            folder = self.output_dir / _epoch_name(state)
+            self._capture_later(args, model, processing_class, folder, optimizer=optimizer)
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if isinstance(self.when, int) and state.global_step % self.when == 0:
             folder = self.output_dir / f"step-{state.global_step}"
-            self._capture(args, model, processing_class, folder, optimizer=optimizer)
+            self._capture_later(args, model, processing_class, folder, optimizer=optimizer)
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
         if self.when == "train_end":
-            self._capture(args, model, processing_class, self.output_dir, state.max_steps, optimizer)
+            self._capture_later(args, model, processing_class, self.output_dir, state.max_steps, optimizer=optimizer)
+
+    def _capture_later(self, args, model, processing_class, folder: Path, num_steps=None, optimizer=None) -> None:
+        """Capture during or after a training, which is worth more than a store that cannot be written there."""
+        try:
+            self._capture(args, model, processing_class, folder, num_steps, optimizer)
+        except StoreError as error:
+            logger.error("The gradients were not captured, and the training goes on without them: %s", error)
 
     def _config(self, args, given: GivenOptimizer | None = None) -> CaptureConfig:
         config = (self.config or CaptureConfig()).resolved(args, given)
@@ -157,6 +166,7 @@ class GradientCaptureCallback(TrainerCallback):
                 "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
             )
         check_kind(model)
+        check_outputs(unwrapped(model).config, self.tasks.label_space)
         max_length = self._config(args).max_length
         if isinstance(args, SFTConfig):
             self._encoded = sft_splits(self.tasks, processing_class, args, self.formatting_func, max_length)

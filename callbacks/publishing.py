@@ -9,13 +9,13 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
 
 from .._card_drafts import is_draft
-from .._cards import CARD, split_card, update_card_file
+from .._cards import CARD, CardParts, split_card, update_card_file
 from .._files import write_atomically
 from .._hub import Repository, push_folder
 from .._settings import check_flag
 from ..ensemble.saving.card import reporting_failed_card
 from ..ensemble.saving.files import save_adapter
-from ..ensemble.saving.pushing import CardParts, card_maker, push_adapter
+from ..ensemble.saving.pushing import card_maker, push_adapter
 from ..errors import ConfigurationError
 from ..logging import get_logger
 from ..models.wrappers import unwrapped
@@ -91,10 +91,8 @@ class ModelCardCallback(TrainerCallback):
                 update_card_file(folder / CARD, *self._card(unwrapped(model), args, state, folder))
 
     def _card(self, model, args, state, folder: Path, repo_id: str | None = None) -> CardParts:
-        own, body = training_card(model, args, state, folder, repo_id, self.tasks, self.card_examples)
-        return own | {
-            key: [*own.get(key, []), *value] if key == "tags" else value for key, value in self.metadata.items()
-        }, body
+        parts = training_card(model, args, state, folder, repo_id, self.tasks, self.card_examples)
+        return parts._replace(given=self.metadata)
 
 
 class PushToHubCallback(ModelCardCallback):
@@ -164,7 +162,7 @@ class PushToHubCallback(ModelCardCallback):
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
             base = base_of(model)
-            card: CardParts = training_metadata(model), "# Model"
+            card = CardParts(training_metadata(model), "# Model")
             with reporting_failed_card(folder):
                 card = self._card(model, args, state, folder, repo_id)
             local_card = Path(args.output_dir) / CARD

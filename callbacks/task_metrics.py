@@ -12,7 +12,7 @@ from ..capture import encoded_splits
 from ..errors import ConfigurationError, TaskError
 from ..evaluate import AnswerEvaluator, AnswerMetrics, Evaluator, TaskScores, mean_scores, metrics_by_task
 from ..models.answer_scorer import AnswerScorer
-from ..models.kinds import check_kind
+from ..models.kinds import check_kind, check_outputs
 from ..models.wrappers import unwrapped
 from ..tasks import TASK, TaskSet, data_collator_for
 from .host_rows import sft_splits
@@ -107,6 +107,7 @@ class TaskMetricsCallback(TrainerCallback):
                 "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
             )
         check_kind(model)
+        check_outputs(unwrapped(model).config, self.tasks.label_space)
         if isinstance(args, SFTConfig):
             splits = sft_splits(
                 self.tasks, processing_class, args, self.formatting_func, args.max_length, ["validation"]

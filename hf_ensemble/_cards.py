@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -30,6 +31,16 @@ _WRITTEN = re.compile(r"^<!-- metadata: (\{.*\}) -->[ \t]*\r?$", re.MULTILINE)
 # Facts of what lies beside the card, which are never the author's.
 _FACTS = ("library_name", "base_model", "base_model_relation")
 _INDEX = "model-index"
+# What a note has of the metadata that a caller has given.
+_GIVEN = "(given)"
+
+
+class CardParts(NamedTuple):
+    """What a card is made of: metadata, generated part, and metadata that a caller has given, see [`updated_card`]."""
+
+    metadata: Mapping[str, Any]
+    body: str
+    given: Mapping[str, Any] = MappingProxyType({})
 
 
 def text(value: Any) -> str:
@@ -93,7 +104,9 @@ def render(template: str, **values: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", filled).strip() + "\n"
 
 
-def updated_card(existing: str | None, metadata: Mapping[str, Any], body: str) -> str:
+def updated_card(
+    existing: str | None, metadata: Mapping[str, Any], body: str, given: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """A card with a new generated part, and everything else as it was.
 
     The generated part notes which metadata were written, so that those an author has changed since can be told apart.
@@ -107,6 +120,9 @@ def updated_card(existing: str | None, metadata: Mapping[str, Any], body: str) -
             `base_model` and its relation) and results under the same name in `model-index`. What was written before
             and is no longer among them goes, unless an author has changed it.
         body (`str`): the generated part.
+        given (`dict`, *optional*):
+            Entries that the caller has given, which stay until others are given in their place. Those of lists are
+            added, and an author's own values are left.
 
     Raises:
         `CardError`: for an existing card whose metadata cannot be read.
@@ -118,9 +134,18 @@ def updated_card(existing: str | None, metadata: Mapping[str, Any], body: str) -
     rest = without_drafts(rest)
     marked = _MARKED.search(rest)
     written = _written(marked[0]) if marked else {}
+    before = written.pop(_GIVEN, {})
+    for key, value in given.items():
+        if isinstance(value, list):
+            own[key] = _united(_listed(own.get(key)), value)
+        elif own.get(key) in (None, "", before.get(key), written.get(key)):
+            own[key] = value
+            written.pop(key, None)
+    kept = {key: value for key, value in {**before, **given}.items() if own.get(key) == value}
     note = {key: value for key, value in metadata.items() if key != _INDEX}
     # Of results, whose they are: these are never the author's.
     note |= {_INDEX: [entry["name"] for entry in _listed(metadata.get(_INDEX))]} if metadata.get(_INDEX) else {}
+    note |= {_GIVEN: kept} if kept else {}
     # No text of a comment may end it.
     noted = json.dumps(note).replace("<", "\\u003c").replace(">", "\\u003e")
     generated = f"{BEGIN}\n<!-- metadata: {noted} -->\n\n{body.strip()}\n\n{END}"
@@ -191,6 +216,19 @@ def joined_cards(local: str | None, remote: str | None) -> str | None:
     authors = {key: value for key, value in metadata.items() if key != _INDEX and value != written.get(key)}
     there, remote_rest = split_card(remote)
     generated = _MARKED.search(remote_rest)
+    of_the_hub = _written(generated[0]) if generated else {}
+    for key in [own for own in authors if own in there and own not in _FACTS]:
+        if isinstance(authors[key], list) and isinstance(there[key], list):
+            there[key] = _united(there[key], [own for own in authors[key] if own not in _listed(written.get(key))])
+        elif there[key] in (of_the_hub.get(key), of_the_hub.get(_GIVEN, {}).get(key)):
+            there[key] = authors[key]
+        elif there[key] != authors[key]:
+            logger.warning(
+                "The card on the Hub has %s: %s, which is kept in place of the local card's %s. Change it there.",
+                key,
+                there[key],
+                authors[key],
+            )
     if marked and generated:
         rest = rest[: marked.start()] + generated[0] + rest[marked.end() :]
     block = yaml.safe_dump({**authors, **there}, sort_keys=False, allow_unicode=True)
@@ -211,7 +249,7 @@ def _merged(own: Mapping[str, Any], written: Mapping[str, Any], new: Mapping[str
             merged[key] = value
         elif isinstance(value, list):
             added = [entry for entry in _listed(old) if entry not in _listed(before)]
-            merged[key] = [*value, *(entry for entry in added if entry not in value)]
+            merged[key] = _united(value, added)
         else:
             merged[key] = old
     return {key: value for key, value in merged.items() if value is not None}
@@ -222,6 +260,10 @@ def _joined_results(old: list[Any], before: list[Any], new: list[Any]) -> list[A
     names = [*before, *(entry["name"] for entry in new)]
     others = [entry for entry in old if not isinstance(entry, dict) or entry.get("name") not in names]
     return [*new, *others] or None
+
+
+def _united(first: list[Any], second: list[Any]) -> list[Any]:
+    return [*first, *(entry for entry in second if entry not in first)]
 
 
 def _listed(value: Any) -> list[Any]:
@@ -242,14 +284,16 @@ def read_card(path: Path) -> str | None:
         raise CardError(f"{str(path)!r} is not UTF-8 text. Save it as UTF-8, or move it away.") from error
 
 
-def update_card_file(path: Path, metadata: Mapping[str, Any], body: str) -> Path:
+def update_card_file(
+    path: Path, metadata: Mapping[str, Any], body: str, given: Mapping[str, Any] = MappingProxyType({})
+) -> Path:
     """Write a card, or renew the generated part of the one that is there.
 
     Raises:
         `CardError`: for an existing card that cannot be read; it stays as it is.
     """
     try:
-        card = updated_card(read_card(path), metadata, body)
+        card = updated_card(read_card(path), metadata, body, given)
     except CardError as error:
         raise CardError(f"{str(path)!r} was left as it is: {error}") from error
     write_atomically(path, lambda file: file.write(card.encode()))

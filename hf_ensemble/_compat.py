@@ -88,6 +88,36 @@ def tied_modules_under_adapters() -> Iterator[None]:
         peft_tuners._get_module_names_tied_with_embedding = find
 
 
+@contextlib.contextmanager
+def tokens_of_their_own_adapters() -> Iterator[None]:
+    """Let PEFT save and load an adapter without single tokens' rows beside one that has them.
+
+    peft 0.21 asks every `TrainableTokensWrapper` for the rows of every adapter, and fails for those that it does not
+    hold; `ModulesToSaveWrapper` says that it has none. Retired when both do.
+    """
+    from peft.utils.other import TrainableTokensWrapper
+
+    methods = {name: getattr(TrainableTokensWrapper, name) for name in _OF_TOKENS}
+
+    def own_only(method):
+        def of_adapter(self, adapter_name, *args):
+            held = adapter_name in self.token_adapter.trainable_tokens_delta
+            return method(self, adapter_name, *args) if held else {}
+
+        return of_adapter
+
+    for name, method in methods.items():
+        setattr(TrainableTokensWrapper, name, own_only(method))
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(TrainableTokensWrapper, name, method)
+
+
+_OF_TOKENS = ("adapter_state_dict", "adapter_state_dict_load_map")
+
+
 def _tied_by_paths(base: torch.nn.Module, embeddings: torch.nn.Module) -> list[str]:
     """Paths of the modules that are tied to the embeddings, which wrappers leave as they are."""
     if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from enum import Enum
+from types import CodeType
 from typing import Any
 
 
@@ -89,5 +90,18 @@ def _source_digest(function: Any) -> str:
     try:
         content = inspect.getsource(function).encode()
     except (OSError, TypeError):
-        content = function.__code__.co_code + repr(function.__code__.co_consts).encode()
+        content = repr(_parts_of_code(function.__code__)).encode()
     return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _parts_of_code(code: CodeType) -> tuple[Any, ...]:
+    """What compiled code does, the same in every process: functions within it name an address in their `repr`."""
+
+    def of(constant: Any) -> Any:
+        if isinstance(constant, CodeType):
+            return _parts_of_code(constant)
+        if isinstance(constant, tuple):
+            return tuple(map(of, constant))
+        return sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)
+
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, of(code.co_consts)

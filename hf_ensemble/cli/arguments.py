@@ -55,7 +55,7 @@ class DataArguments:
 
 @dataclass
 class FlowArguments(DataArguments):
-    """What `hf-ensemble run` takes beside a trainer's own arguments and trl's model arguments."""
+    """What every command over a run takes beside a trainer's own arguments and trl's model arguments."""
 
     target: str | None = field(
         default=None,
@@ -71,6 +71,12 @@ class FlowArguments(DataArguments):
             '{"extract": "number_after_hashes", "metrics": ["exact_match"], "max_new_tokens": 200}}\'.'
         },
     )
+
+
+@dataclass
+class RunArguments(FlowArguments):
+    """What `hf-ensemble run` takes beside a trainer's own arguments and trl's model arguments."""
+
     fidelity_subsets: int = field(
         default=0, metadata={"help": "Random subsets to fine-tune, to compare predictions with the truth."}
     )
@@ -113,6 +119,10 @@ class CompareArguments(FlowArguments):
             raise ConfigurationError(
                 f"compare is for an ensemble, and a selection trains once: found --target {self.target}. Leave it out."
             )
+        check_number("finetuned_length", self.finetuned_length, 0, above=True)
+        check_at_least("num_compared_groups", self.num_compared_groups, 2, optional=True)
+        check_at_least("num_compared_seeds", self.num_compared_seeds, 2, optional=True)
+        check_at_least("group_seed", self.group_seed, 0)
 
 
 @dataclass
@@ -135,6 +145,7 @@ class FidelityArguments(FlowArguments):
         least = {"fidelity_subsets": 1, "num_repeated": 0, "num_first_order": 0, "subset_seed": 0}
         for name, value in least.items():
             check_at_least(name, getattr(self, name), value)
+        _check_sizes(self.fidelity_sizes)
 
 
 def check_share(name: str, value: float | None) -> None:

@@ -59,7 +59,7 @@ COMMANDS = [
         "the whole flow: datasets and a model, to an ensemble or a selection",
         ".commands.run",
         f"hf-ensemble run {_LINE}",
-        (("Run", ("cli.arguments:FlowArguments",)), *_RUN),
+        (("Run", ("cli.arguments:RunArguments", "cli.arguments:FlowArguments")), *_RUN),
         _MODEL_AND_DATA,
         True,
     ),

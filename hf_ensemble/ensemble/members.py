@@ -7,6 +7,8 @@ from math import isfinite
 from numbers import Real
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 
 from .._settings import checked_mapping
 from ..errors import EnsembleError, EnsembleLoadError
@@ -84,6 +86,22 @@ def check_members(model: PeftModel, names: list[str]) -> None:
         obstacle = adapter_obstacle(model.peft_config[name].to_dict())
         if obstacle is not None:
             raise EnsembleError(f"The configuration of the adapter {name!r} {obstacle}.")
+    _check_saved_modules(model, names)
+
+
+def _check_saved_modules(model: PeftModel, names: list[str]) -> None:
+    """Raise where an adapter has layers within a module that another one has saved, which is no part of the base."""
+    for path, module in model.get_base_model().named_modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        for owner, saved in module.modules_to_save.items():
+            layers = (own for own in saved.modules() if isinstance(own, BaseTunerLayer))
+            inside = sorted({name for own in layers for name in own._get_available_adapters()} & set(names))
+            if owner in names and inside:
+                raise EnsembleError(
+                    f"The adapters {inside} have layers in {path!r} of the adapter {owner!r}, whose modules_to_save "
+                    f"holds it. Name {path!r} in the exclude_modules of {inside}, or load them before {owner!r}."
+                )
 
 
 def check_weights(weights: Mapping[str, Mapping[str, float]], members: list[str], where: str = "") -> None:

@@ -17,7 +17,7 @@ from .forward.cache import cache_argument, check_cache, holds_states, keep_weigh
 from .forward.combination import check_combination
 from .forward.generation import check_generation, generate_by_outputs, prompt_mask
 from .forward.router import PromptRouter, check_router
-from .forward.routing import check_routing
+from .forward.routing import DEFAULT_TEMPERATURE, check_routing, check_temperature
 from .forward.routing_mixin import RoutingMixin
 from .forward.rows import model_inputs
 from .forward.scoring import answer_loss, check_values, values_loss, values_problem
@@ -66,11 +66,11 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
             By task, what its combined logits are multiplied by (the inverse of a temperature), 1 for tasks left out.
             For the combinations `logits` and `log_probs`; others, and merged adapters, are as they are without.
         router ([`PromptRouter`], *optional*): weights from a prompt's hidden states, see [`fit_router`].
+        routing_temperature (`float`, *optional*, defaults to 0.1): of the routing `prompt`, see [`prompt_weights`].
 
     Attributes:
         fused (`bool`): whether to run all adapters of a batch at once. Set to `False` to run one after the other, which
             needs less memory. A model with layers that cannot be fused runs this way by itself.
-        routing_temperature (`float`): see [`prompt_weights`].
 
     Raises:
         `EnsembleError`:
@@ -98,6 +98,7 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
         routing: str | None = None,
         scales: Mapping[str, float] | None = None,
         router: PromptRouter | None = None,
+        routing_temperature: float = DEFAULT_TEMPERATURE,
     ):
         super().__init__()
         if isinstance(members, str) or not isinstance(members, Sequence):
@@ -130,7 +131,8 @@ class PeftEnsembleModel(RoutingMixin, ScoringMixin, FittingMixin, MergingMixin, 
         self.base_model_reference = base_model or base_reference(model)
         self.combination = combination
         self.routing = routing
-        self.routing_temperature = 0.1
+        check_temperature(routing_temperature)
+        self.routing_temperature = float(routing_temperature)
         self.fused = True
         keep_quantized_weights_in_place(model)
         self._adapters = AdapterIdentity(model, self.adapter_names)

@@ -10,9 +10,15 @@ from ..errors import ConfigurationError
 Extractor = Callable[[str], str | None]
 
 # A minus behind a word or another number is a hyphen, and a comma within a number has three digits behind it.
-_NUMBER = r"(?:(?<![\w%)])[-+])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-_AFTER_HASHES = re.compile(rf"####\s*({_NUMBER})")
+_NUMBER = (
+    r"(?:(?<![\w%)])[-+\u2212])?[$€£¥]?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+\u2212]?\d+(?!\w))?"
+)
+_AFTER_HASHES = re.compile(rf"####\s*({_NUMBER}(?:/\d+)?)")
 _ANYWHERE = re.compile(_NUMBER)
+# A typographic minus is one; separators and currency signs are left out.
+_PLAIN = str.maketrans({"\u2212": "-", **dict.fromkeys(",$€£¥")})
+_MOST_DIGITS = 100
 # Up to the end of the line or the sentence; a full stop within a number ends neither.
 _ANSWER_IS = re.compile(
     r"\bthe (?:final |correct )?answer is\s*:?\s*(.+?)\s*(?:\.(?=\s|$)|$)", re.IGNORECASE | re.MULTILINE
@@ -35,7 +41,7 @@ _ANY_YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 def number_after_hashes(text: str) -> str | None:
-    """The number after `####`, as in GSM8K."""
+    """The number after `####`, as in GSM8K; a fraction as it stands there."""
     found = _AFTER_HASHES.search(text)
     return _plain_number(found[1]) if found else None
 
@@ -117,11 +123,15 @@ def extractor(extract: str | Extractor) -> Extractor:
 
 
 def _plain_number(text: str) -> str:
-    """A number without separators, currency and needless zeros, so that 1,000.50 equals 1000.5."""
+    """A number without separators, currency, exponent and needless zeros, so that 1,000.50 equals 1000.5."""
     try:
-        value = Decimal(text.replace(",", "").replace("$", ""))
+        value = Decimal(text.translate(_PLAIN))
     except InvalidOperation:
         return text
+    if not value:
+        return "0"
+    if abs(value.adjusted()) > _MOST_DIGITS:
+        # In full it would be as long as its exponent says.
+        return str(value.normalize())
     plain = format(value, "f")
-    plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
-    return "0" if plain in ("-0", "+0") else plain
+    return plain.rstrip("0").rstrip(".") if "." in plain else plain

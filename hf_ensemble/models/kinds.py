@@ -4,10 +4,11 @@ import re
 from enum import StrEnum
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..errors import ConfigurationError
-from ..tasks import RowFormat, TaskSet
+from ..tasks import LabelSpace, RowFormat, TaskSet
 from .inputs import is_encoder_decoder
 from .wrappers import unwrapped
 
@@ -70,6 +71,29 @@ def check_answers_of(model: nn.Module, tasks: TaskSet) -> None:
         raise ConfigurationError(
             f"Expected a sequence classifier for rows with one class each ({tasks.row_format.value}), found a {name}. "
             "Load the model with AutoModelForSequenceClassification, or make prompts and completions of the rows."
+        )
+
+
+def check_outputs(config: PreTrainedConfig, label_space: LabelSpace | None) -> None:
+    """Raise `ConfigurationError` for a classifier's head whose outputs are not the tasks' labels.
+
+    Args:
+        config (`PreTrainedConfig`): of the model.
+        label_space (`LabelSpace`, *optional*): of the tasks; `None` where rows have no classes.
+    """
+    if label_space is None:
+        return
+    if config.num_labels != len(label_space):
+        raise ConfigurationError(
+            f"The tasks have {len(label_space)} different labels, the model's head has {config.num_labels} "
+            f"outputs. Load the model with num_labels={len(label_space)}, in the order of TaskSet.label_space.names; "
+            "where tasks have the same labels, name them alike in the column label_text."
+        )
+    names = [str(config.id2label.get(number)) for number in range(config.num_labels)]
+    if names != list(label_space.names) and sorted(names) == sorted(label_space.names):
+        raise ConfigurationError(
+            f"The outputs of the model's head are called {names}, and the tasks' labels are in another order: "
+            f"{list(label_space.names)}. Load the model with id2label in the order of TaskSet.label_space.names."
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .._cards import CARD, render, update_card_file
+from .._cards import CARD, CardParts, render, update_card_file
 from .._files import remove_leftovers
 from ..ensemble.saving.card import (
     adapter_loading,
@@ -14,7 +14,7 @@ from ..ensemble.saving.card import (
     reporting_failed_card,
 )
 from ..ensemble.saving.ensemble_config import ADAPTER_CONFIG, SavedEnsembleConfig
-from ..ensemble.saving.pushing import ASSETS, CardParts
+from ..ensemble.saving.pushing import ASSETS
 from ..errors import EnsembleLoadError
 from ..logging import get_logger
 from ..runs import RunDirectory
@@ -36,6 +36,9 @@ _CAPTIONS = {
     "selection_path": "Predicted loss of the target after each step of the selection",
     "weights": "How often rows of each task are drawn",
 }
+
+# Metadata of several values, which are added to those that are there.
+_LISTS = ("tags", "datasets")
 
 
 def card_metadata(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +72,8 @@ def write_model_card(
         repo_id (`str`, *optional*): the repository that the code in the card loads from; the folder by default.
         folder (`str` or `Path`, *optional*):
             Where the ensemble or adapter lies; by default the run's ensemble, or its adapter where it has none.
-        metadata (`dict`, *optional*): further entries of the metadata block; `tags` and `datasets` are added to the
-            card's own.
+        metadata (`dict`, *optional*): further entries of the metadata block, which stay when the card is written
+            again; `tags` and `datasets` are added to the card's own.
 
     Returns:
         `Path`: the card.
@@ -98,11 +101,10 @@ def is_adapter(folder: Path) -> bool:
 def card_parts(
     run: RunDirectory, repo_id: str | None, folder: Path, metadata: Mapping[str, Any] | None = None
 ) -> CardParts:
-    """Metadata and generated part of a card, with its pictures drawn; see [`write_model_card`]."""
-    own, body = (_selection_parts if is_adapter(folder) else _ensemble_parts)(run, repo_id, folder)
-    for key, value in (metadata or {}).items():
-        own[key] = list(dict.fromkeys([*own.get(key, []), *value])) if key in ("tags", "datasets") else value
-    return own, body
+    """What a card is made of, with its pictures drawn; see [`write_model_card`]."""
+    parts = (_selection_parts if is_adapter(folder) else _ensemble_parts)(run, repo_id, folder)
+    given = {key: _listed(value) if key in _LISTS else value for key, value in (metadata or {}).items()}
+    return parts._replace(given=given)
 
 
 def _ensemble_parts(run: RunDirectory, repo_id: str | None, folder: Path) -> CardParts:
@@ -117,10 +119,10 @@ def _ensemble_parts(run: RunDirectory, repo_id: str | None, folder: Path) -> Car
 
 
 def render_ensemble(data: EnsembleCardData, folder: Path, repo_id: str | None = None) -> CardParts:
-    """Metadata and generated part of the card of an ensemble that lies in a folder."""
+    """What the card of an ensemble that lies in a folder is made of."""
     loading = ensemble_loading(data.ensemble, folder, repo_id, data.examples)
     body = render("ensemble_card.md.jinja", data=data, ensemble=data.ensemble, loading=loading, captions=_CAPTIONS)
-    return {**ensemble_metadata(data.ensemble, folder), **data.metadata("ensemble", "ensemble")}, body
+    return CardParts({**ensemble_metadata(data.ensemble, folder), **data.metadata("ensemble", "ensemble")}, body)
 
 
 def _selection_parts(run: RunDirectory, repo_id: str | None, folder: Path) -> CardParts:
@@ -132,7 +134,7 @@ def _selection_parts(run: RunDirectory, repo_id: str | None, folder: Path) -> Ca
     body = render("selection_card.md.jinja", data=data, loading=loading, captions=_CAPTIONS)
     is_sft = "SFT" in data.configuration.get("configuration", {}).get("trainer", "")
     tags = ["hf-ensemble", "data-selection", *(["trl", "sft"] if is_sft else [])]
-    return {**adapter_metadata(data.base_model, tags), **data.metadata("selection", "adapter")}, body
+    return CardParts({**adapter_metadata(data.base_model, tags), **data.metadata("selection", "adapter")}, body)
 
 
 def _draw(data: RunCardData, folder: Path, choice: Any, drawings: Mapping[str, Callable[[Path], Any]]) -> None:

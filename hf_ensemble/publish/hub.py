@@ -6,11 +6,11 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from .._cards import CARD
+from .._cards import CARD, CardParts
 from .._hub import Repository
 from .._settings import checked_path
 from ..ensemble.saving.card import adapter_metadata, reporting_failed_card, saved_card
-from ..ensemble.saving.pushing import CardParts, push_adapter, push_ensemble
+from ..ensemble.saving.pushing import push_adapter, push_ensemble
 from ..errors import EnsembleLoadError
 from ..runs import RunDirectory
 from .card import card_parts, is_adapter, made_folder, require_ensemble, require_selection
@@ -77,7 +77,7 @@ def push_run_to_hub(
     base = SelectionCardData.from_run(directory, folder).base_model
     parts = _parts(directory, repo_id, folder, metadata)
     if parts is None:
-        parts = adapter_metadata(base, ["hf-ensemble"]), "# Adapter"
+        parts = CardParts(adapter_metadata(base, ["hf-ensemble"]), "# Adapter")
     return push_adapter(folder, repository, base.name_or_path, parts, again)
 
 

@@ -8,14 +8,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from .._cards import render
+from .._cards import CardParts, render
 from .._compat import package_versions
 from .._values import plain_values
 from ..ensemble.members import BaseModelReference
 from ..ensemble.saving.auto_classes import auto_class_of
 from ..ensemble.saving.card import adapter_loading, adapter_metadata, model_loading, public_name
 from ..ensemble.saving.files import base_reference
-from ..ensemble.saving.pushing import CardParts
 from ..tasks import TaskSet
 from ..tasks.presentation import example_prompt, hub_datasets
 
@@ -29,6 +28,9 @@ _SHOWN = (
 )
 _SHOWN += ("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16", "fp16", "seed")
 
+# Ends of figures that say how fast an evaluation was.
+_CLOCKS = ("_runtime", "_per_second", "_preparation_time")
+
 
 def training_card(
     model: nn.Module,
@@ -39,7 +41,7 @@ def training_card(
     tasks: TaskSet | None = None,
     with_examples: bool = True,
 ) -> CardParts:
-    """Metadata and generated part of the card of a model that a plain trainer has trained.
+    """What the card of a model that a plain trainer has trained is made of.
 
     Args:
         model (`nn.Module`): the model, or a `PeftModel`.
@@ -72,7 +74,7 @@ def training_card(
         arguments={name: _shown(getattr(args, name)) for name in _SHOWN},
         versions=package_versions(),
     )
-    return metadata, body
+    return CardParts(metadata, body)
 
 
 def training_metadata(model: nn.Module) -> dict[str, Any]:
@@ -98,7 +100,11 @@ def results_by_task(state: TrainerState, tasks: TaskSet | None) -> dict[str, dic
     """The latest evaluation's figures by task; of the whole evaluation by `""`."""
     latest: dict[str, float] = {}
     for entry in state.log_history:
-        latest |= {key: value for key, value in entry.items() if key.startswith("eval_") and isinstance(value, float)}
+        latest |= {
+            key: value
+            for key, value in entry.items()
+            if key.startswith("eval_") and isinstance(value, float) and not key.endswith(_CLOCKS)
+        }
     found: dict[str, dict[str, float]] = {}
     names = [] if tasks is None else list(tasks)
     for key, value in latest.items():

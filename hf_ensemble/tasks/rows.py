@@ -49,7 +49,11 @@ _REQUIRED = {
     RowFormat.SFT: (),
 }
 _OPTIONAL = {
-    RowFormat.TOKENIZED: ("attention_mask", "token_type_ids", "completion_mask", "assistant_masks", "seq_lengths"),
+    RowFormat.TOKENIZED: (
+        *("attention_mask", "token_type_ids", "completion_mask", "assistant_masks", "seq_lengths"),
+        # Inputs of some models, which `Trainer` passes on.
+        *("position_ids", "global_attention_mask", "decoder_input_ids", "decoder_attention_mask", "bbox"),
+    ),
     RowFormat.CLASSIFICATION: ("label_text",),
     # Chat templates read these.
     RowFormat.PROMPT_COMPLETION: ("tools", "chat_template_kwargs"),

@@ -12,7 +12,7 @@ from .columns import EXAMPLE_ID, TASK, column_names, renamed_class
 from .row_checks import IMAGE_COLUMNS, check_row
 from .rows import RowFormat, content_hash
 from .sft_rows import SFTRows
-from .task import Task, as_dataset, table_error
+from .task import Task, as_dataset, table_of
 
 
 def first_rows(task: str, stream: IterableDataset, num_rows: int) -> Dataset:
@@ -31,10 +31,7 @@ def first_rows(task: str, stream: IterableDataset, num_rows: int) -> Dataset:
         raise TaskError(f"Task {task!r} is empty: its stream has no rows.")
     if stream.features is None:
         return as_dataset(task, rows)
-    try:
-        return Dataset.from_list(rows, features=stream.features)
-    except Exception as error:  # pyarrow raises unrelated exception classes here
-        raise table_error(f"Task {task!r}", error) from error
+    return table_of(rows, f"Task {task!r}", stream.features)
 
 
 def identified_stream(task: Task, stream: IterableDataset, sft: SFTRows = SFTRows()) -> IterableDataset:

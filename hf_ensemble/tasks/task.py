@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from datasets import ClassLabel, Dataset, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from .._values import plain_values
 from ..errors import TaskError
@@ -111,7 +111,7 @@ def _without_format(rows: Dataset) -> Dataset:
     """The same values, read as Python's own, whatever `set_format` asks for; what `set_transform` makes of them."""
     if rows.format["type"] != "custom":
         return rows.with_format(None)
-    made = Dataset.from_list([plain_values(row) for row in rows])
+    made = table_of([plain_values(row) for row in rows])
     for column, feature in rows.features.items():
         if isinstance(feature, ClassLabel) and column in made.column_names:
             made = made.cast_column(column, feature)
@@ -142,12 +142,26 @@ def _plain_columns(rows: Dataset) -> Dataset:
     return rows
 
 
-def table_error(where: str, error: Exception) -> TaskError:
-    """The error for rows whose values cannot stand in one column."""
-    reason = " ".join(str(error).split())
-    return TaskError(
-        f"{where}: its rows do not form one table ({reason}). Expected the same kind of value in a column in all rows."
-    )
+def table_of(rows: Sequence[Mapping[str, Any]], where: str = "", features: Features | None = None) -> Dataset:
+    """A dataset of rows, with the columns that any of them has: `from_list` takes those of the first.
+
+    Args:
+        rows (`Sequence[dict]`): the rows.
+        where (`str`, *optional*): what they are, for errors.
+        features (`datasets.Features`, *optional*): types of the columns.
+
+    Raises:
+        `TaskError`: for rows whose values cannot stand in one column.
+    """
+    first = [{**dict.fromkeys(key for row in rows for key in row), **rows[0]}] if rows else []
+    try:
+        return Dataset.from_list([*first, *rows[1:]], features=features)
+    except Exception as error:  # pyarrow raises unrelated exception classes here
+        reason = " ".join(str(error).split())
+        raise TaskError(
+            f"{where}: its rows do not form one table ({reason}). Expected the same kind of value in a column in all "
+            "rows."
+        ) from error
 
 
 def as_dataset(name: str, source) -> Dataset:
@@ -158,10 +172,7 @@ def as_dataset(name: str, source) -> Dataset:
         odd = next((row for row in source if not isinstance(row, Mapping)), None)
         if odd is not None:
             raise TaskError(f"Task {name!r}: expected each row as a dict, found {odd!r:.60}.")
-        try:
-            return Dataset.from_list(source)
-        except Exception as error:  # pyarrow raises unrelated exception classes here
-            raise table_error(f"Task {name!r}", error) from error
+        return table_of(source, f"Task {name!r}")
     is_stream = isinstance(source, IterableDataset)
     advice = " Load it with streaming=False, or pass it to a trainer in a dict by name." if is_stream else ""
     raise TaskError(

@@ -198,7 +198,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
         Args:
             resume_from_checkpoint (`bool`, *optional*): has no effect, since runs resume by themselves.
             trial (*optional*): of a hyperparameter search, which only a single training takes.
-            ignore_keys_for_eval (`list[str]`, *optional*): outputs that evaluations during each training leave out.
+            ignore_keys_for_eval (`list[str]`, *optional*): outputs that evaluations leave out.
 
         Returns:
             `TrainOutput`: steps and mean loss of all trainings, and the metrics of a training (`train_runtime`,
@@ -224,6 +224,7 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
         self._memory_tracker.start()
         with self.working(is_announced=True), tracked_run(self):
             self.flow.training.ignore_keys_for_eval = ignore_keys_for_eval
+            self.flow.evaluation.ignore_keys = ignore_keys_for_eval
             evaluated = self.flow.train()
             trainings = self.flow.trainings()
             # Of the whole run, so that trackers see its metrics after those of its trainings.

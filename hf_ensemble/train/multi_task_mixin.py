@@ -187,7 +187,7 @@ class MultiTaskMixin:
         check_whole(self.model)
         self._draw_from(tasks, self.num_drawn_rows)
         self._adapter_trainer_kwargs, self._first_collator = adapter_trainer_kwargs, self.data_collator.collator
-        given = {id(callback) for callback in callbacks or ()} | set(callbacks or ())
+        given = {own if isinstance(own, type) else id(own) for own in callbacks or ()}
         # Those that `Trainer` adds by itself: every adapter's trainer brings its own.
         self._automatic_callbacks = [
             callback

@@ -34,7 +34,7 @@ from .inputs.datasets import (
 )
 from .inputs.sharding import without_sharding
 from .inputs.streams import balanced, interleaved, read_streams
-from .inputs.supported import check_quantization, refuse_padding_collator
+from .inputs.supported import check_quantization, checked_keywords, refuse_padding_collator
 from .inputs.target_modules import target_modules_named, with_target_modules
 from .inputs.unions import check_transforms, has_images, skips_preparation, uncut, with_labels
 from .inputs.used_models import without_adapters_of_earlier_runs
@@ -84,7 +84,7 @@ class MultiTaskSFTTrainer(MultiTaskMixin, TaskSFTTrainer):
         **kwargs: Any,
     ):
         # The parent's arguments are in its order, since scripts pass them by position.
-        kwargs |= {
+        kwargs = checked_keywords(kwargs) | {
             "compute_loss_func": compute_loss_func,
             "compute_metrics": compute_metrics,
             "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,

@@ -36,7 +36,7 @@ from .inputs.datasets import (
 from .inputs.evaluation_rows import positions_by_task, token_tables, tokens_of_tasks
 from .inputs.sharding import without_sharding
 from .inputs.streams import balanced, interleaved, read_streams
-from .inputs.supported import check_collator
+from .inputs.supported import check_collator, check_has_no_adapter, checked_keywords
 from .inputs.target_modules import target_modules_named, with_target_modules
 from .inputs.unions import check_transforms, is_left_to_parent
 from .inputs.used_models import without_adapters_of_earlier_runs
@@ -93,13 +93,13 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
             model, model_init = made_model(model_init), None
         has_adapter = not is_one and self._has_adapter(model, peft_config)
         args = self._own_args(args, model, has_adapter, is_one, is_made_later=model_init is not None)
-        given = {"args": args, "data_collator": data_collator, "callbacks": callbacks, **kwargs}
+        given = {"args": args, "data_collator": data_collator, "callbacks": callbacks, **checked_keywords(kwargs)}
         # The adapter's first weights are random: seed before they are made.
         set_seed(args.seed)
         if takes_tokens:
             given |= {"processing_class": processing_class, "model_init": model_init, "optimizers": optimizers}
             given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-            model = model if peft_config is None else get_peft_model(model, peft_config)
+            model = model if peft_config is None else _adapted(model, peft_config)
             self._train_directly(None, model=model, has_tasks=False, **given)
             return
         named = {"data": train_dataset} if is_one else train_dataset
@@ -221,6 +221,11 @@ class MultiTaskTrainer(MultiTaskMixin, TaskTrainer):
 
 def _without_labels(table: Dataset) -> list[str]:
     return [column for column in table.column_names if column != "labels"]
+
+
+def _adapted(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
+    check_has_no_adapter(model, peft_config)
+    return get_peft_model(model, peft_config)
 
 
 def _text_model(

@@ -18,6 +18,7 @@ from ..evaluate import TaskScores
 from ..logging import get_logger
 from ..publish import card_metadata, push_run_to_hub, write_model_card
 from ..runs import Results
+from ..tasks.task import as_dataset
 from .concurrent.process_state import ProcessState
 from .inputs.evaluation_rows import positions_by_task, token_tables
 
@@ -66,6 +67,9 @@ class OutcomeMixin:
             ignore_keys (`list[str]`, *optional*): used before training only.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`): first word of the metrics' names.
 
+        The run keeps the scores under this prefix, for its report and its card. Those of `eval` are of its own
+        evaluation rows: for other rows, and for some of the tasks, metrics are returned and nothing is kept.
+
         Returns:
             `dict[str, float]`: `PREFIX_TASK_loss` and `PREFIX_TASK_accuracy` (share of rows whose whole answer is
             right), the metrics of generated answers where there are `answer_metrics` (`PREFIX_TASK_exact_match`), and
@@ -84,7 +88,7 @@ class OutcomeMixin:
         self._record_model()
         self._memory_tracker.start()
         with self.working():
-            metrics = self.flow.evaluate(self._scored_tables(eval_dataset), metric_key_prefix)
+            metrics = self.flow.evaluate(self._scored_tables(eval_dataset), metric_key_prefix, eval_dataset is None)
         self._report(metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
@@ -116,6 +120,8 @@ class OutcomeMixin:
         if self.trains_directly:
             rows = self._direct_rows(test_dataset, needs_labels=False)
             return super().predict(rows, ignore_keys, metric_key_prefix)
+        if isinstance(test_dataset, list):
+            test_dataset = as_dataset("all", test_dataset)
         tables, positions = self._tables(test_dataset, needs_labels=False), positions_by_task(test_dataset)
         if self._has_one_adapter():
             with self._single_trainer() as trainer:
@@ -288,6 +294,14 @@ class OutcomeMixin:
             write_model_card(self.run_directory.path, folder=self._made_folder(), metadata=card_metadata(given))
 
 
+def _arrays(values: Any) -> Iterator[np.ndarray]:
+    """Arrays within predictions."""
+    if isinstance(values, np.ndarray):
+        yield values
+    for own in values.values() if isinstance(values, dict) else values if isinstance(values, tuple) else ():
+        yield from _arrays(own)
+
+
 def _in_order(output: PredictionOutput, positions: list[int] | None) -> PredictionOutput:
     """Predictions in the order of the rows that they were asked for."""
 
@@ -296,10 +310,18 @@ def _in_order(output: PredictionOutput, positions: list[int] | None) -> Predicti
             return tuple(map(sort, values))
         if isinstance(values, dict):
             return {name: sort(own) for name, own in values.items()}
-        # Rows that were left out, and batches that are not joined, have no place of their own.
+        # Batches that are not joined have no place of their own.
         is_whole = isinstance(values, np.ndarray) and len(values) == len(positions)
         return values[positions] if is_whole else values
 
     if positions is None:
         return output
+    first = next((own for own in _arrays(output.predictions)), None)
+    if first is not None and len(first) < len(positions):
+        logger.warning(
+            "%d of %d rows have no answer within max_length and are left out: predictions are one task's after the "
+            "other's, not in the order of the rows.",
+            len(positions) - len(first),
+            len(positions),
+        )
     return output._replace(predictions=sort(output.predictions), label_ids=sort(output.label_ids))

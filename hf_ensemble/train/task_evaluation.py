@@ -129,9 +129,9 @@ class TaskEvaluationMixin:
             metrics=metrics | self._summary(outputs, metric_key_prefix, start),
         )
 
-    def computed_metrics(self, name: str) -> dict[str, Any]:
+    def computed_metrics(self, name: str, ignore_keys: list[str] | None = None) -> dict[str, Any]:
         """What `compute_metrics` returns for an evaluation set of the trainer's own, by the names that it gives."""
-        output = self._task_output(self.get_eval_dataloader(name), "Evaluation", None, "eval", None)
+        output = self._task_output(self.get_eval_dataloader(name), "Evaluation", ignore_keys, "eval", None)
         found = _without_prefix(output.metrics, "eval_")
         return {key: value for key, value in found.items() if key not in _OF_THE_LOOP}
 

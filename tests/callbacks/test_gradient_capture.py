@@ -107,6 +107,17 @@ def test_begin_and_end_capture_different_points(tmp_path):
     assert GradientStore(tmp_path / "end").identity == begin.store.identity
 
 
+def test_a_store_of_another_training_costs_no_trained_weights(tmp_path, caplog):
+    train("sft", tmp_path / "run", [callback(tmp_path / "store", when="train_end")])
+    before = GradientStore(tmp_path / "store").identity
+    config = CaptureConfig(projection_dim=32, batch_size=5)
+    tasks = TaskSet.from_datasets(toy.sft_tasks())
+    own = GradientCaptureCallback(tasks, tmp_path / "store", config, when="train_end")
+    losses, _ = train("sft", tmp_path / "again", [own])
+    assert len(losses) == 18 and own.store is None and GradientStore(tmp_path / "store").identity == before
+    assert "The gradients were not captured" in caplog.text and "overwrite=True" in caplog.text
+
+
 def test_a_resumed_training_keeps_what_was_captured_at_its_beginning(tmp_path):
     own = callback(tmp_path / "store")
     train("sft", tmp_path / "run", [own])

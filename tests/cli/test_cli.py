@@ -8,7 +8,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from helpers import toy
 from helpers.architectures import MODELS
 from helpers.task_files import flags, write_rows, write_tasks
-from hf_ensemble.cli.arguments import FidelityArguments, FlowArguments
+from hf_ensemble.cli.arguments import FidelityArguments, RunArguments
 from hf_ensemble.cli.choice_arguments import SelectArguments
 from hf_ensemble.cli.command import COMMANDS
 from hf_ensemble.cli.demo import flow
@@ -86,7 +86,7 @@ def test_held_out_rows_are_as_many_as_asked_for_at_most(tmp_path, base_folder):
         write_rows(tmp_path / "data" / f"{name}.jsonl", splits["train"])
     line = flags(data=tmp_path / "data", model_name_or_path=base_folder, output_dir=tmp_path / "out", bf16="false")
     line += ["--max_validation_rows", "2", "--lora_target_modules", "q_proj"]
-    trainer = started(FlowArguments, line, "run").trainer
+    trainer = started(RunArguments, line, "run").trainer
     assert {len(task.splits["validation"]) for task in trainer.tasks.values()} == {2}
     assert len(trainer.train_dataset) == sum(len(splits["train"]) - 2 for splits in tasks.values())
 
@@ -96,10 +96,10 @@ def test_an_encoder_decoder_gets_the_trainer_that_takes_it(tmp_path):
     base = toy.save_model(T5ForConditionalGeneration(T5Config(**config)), tmp_path / "t5")
     data = write_tasks(tmp_path / "data", toy.sft_tasks())
     line = flags(data=data, model_name_or_path=base, output_dir=tmp_path / "out")
-    trainer = started(FlowArguments, [*line, "--lora_target_modules", "q", "v"], "run").trainer
+    trainer = started(RunArguments, [*line, "--lora_target_modules", "q", "v"], "run").trainer
     assert type(trainer) is EnsembleTrainer and trainer.adapter_model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
     with pytest.raises(ConfigurationError, match="quantized for models of decoder layers alone"):
-        started(FlowArguments, [*line, "--load_in_4bit", "true"], "run")
+        started(RunArguments, [*line, "--load_in_4bit", "true"], "run")
 
 
 def test_flags_of_adapters_are_taken_or_refused(tmp_path, base_folder, monkeypatch):
@@ -107,14 +107,32 @@ def test_flags_of_adapters_are_taken_or_refused(tmp_path, base_folder, monkeypat
     line = flags(data=data, model_name_or_path=base_folder, output_dir=tmp_path / "out")
     given = {}
     monkeypatch.setattr("hf_ensemble.cli.trainers.EnsembleSFTTrainer", lambda **options: given.update(options))
-    started(FlowArguments, [*line, "--lora_target_parameters", "mlp.experts", "--lora_task_type", "CAUSAL_LM"], "run")
+    started(RunArguments, [*line, "--lora_target_parameters", "mlp.experts", "--lora_task_type", "CAUSAL_LM"], "run")
     assert given["peft_config"].target_parameters == ["mlp.experts"]
     for word, value, message in (
         ("--use_peft", "false", "every dataset or group gets an adapter"),
         ("--lora_task_type", "SEQ_CLS", "the rows and the model make it 'CAUSAL_LM'"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            started(FlowArguments, [*line, word, value], "run")
+            started(RunArguments, [*line, word, value], "run")
+
+
+def test_flags_without_an_effect_are_refused_and_errors_name_the_flag(tmp_path, base_folder, capsys):
+    data = write_tasks(tmp_path / "data", toy.sft_tasks())
+    line = flags(data=data, model_name_or_path=base_folder, output_dir=tmp_path / "out", bf16="false")
+    for command in ("train", "capture", "eval", "compare"):
+        assert main([command, *line, "--fidelity_subsets", "3"]) == 1
+        assert "Unknown arguments: --fidelity_subsets" in capsys.readouterr().err
+    for name, value in (
+        ("num_compared_groups", "9"),
+        ("num_compared_groups", "1"),
+        ("num_compared_seeds", "1"),
+        ("group_seed", "-1"),
+        ("finetuned_length", "0"),
+    ):
+        assert main(["compare", *line, "--lora_target_modules", "q_proj", f"--{name}", value]) == 1
+        assert name in capsys.readouterr().err
+    assert not (tmp_path / "out" / "baseline").exists()
 
 
 def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path, base_folder, capsys):
@@ -137,7 +155,7 @@ def test_flags_win_over_the_configuration_file(tmp_path):
     words = Words.of(["--fidelity_subsets", "4", "--config", str(path)])
     assert words.line == ["--fidelity_subsets", "4"] and words.options["tasks"] == ["x", "y"]
     assert words.name("tasks") and words.name("fidelity_subsets") and not words.name("data")
-    (own,), _ = parse([FlowArguments], ["--fidelity_subsets", "4", f"--config={path}"])
+    (own,), _ = parse([RunArguments], ["--fidelity_subsets", "4", f"--config={path}"])
     assert (own.tasks, own.target, own.fidelity_subsets, own.max_train_rows) == (["x", "y"], None, 4, 5)
     assert Words.of(["--a", "2"]) == Words(["--a", "2"])
     for text, message in [("- a\n", "map names to values"), ("a: [", "not YAML")]:
@@ -158,7 +176,7 @@ def test_dashes_do_as_well_as_underscores(tmp_path):
     path.write_text("max-train-rows: 5\nanswer_metrics: last-number\n")
     words = Words.of(["--output-dir", "my-run", "--fidelity-subsets=4", "--config", str(path)])
     assert words.line == ["--output_dir", "my-run", "--fidelity_subsets=4"] and words.name("output_dir")
-    (own,), _ = parse([FlowArguments], words, True)
+    (own,), _ = parse([RunArguments], words, True)
     assert (own.max_train_rows, own.fidelity_subsets, own.answer_metrics) == (5, 4, "last-number")
     path.write_text("max-train-rows: 5\nmax_train_rows: 6\n")
     with pytest.raises(ConfigurationError, match="has max_train_rows in two spellings"):

@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 
 from helpers import ensembles, toy
+from helpers.architectures import MODELS
 from helpers.member_kinds import KINDS, NAMES, TASKS, WEIGHTS, llama, make
 from hf_ensemble import PeftEnsembleModel
 from hf_ensemble.errors import EnsembleError
@@ -133,3 +135,18 @@ def test_labels_without_a_loss_are_refused_before_the_model_runs(batch):
     ):
         with pytest.raises(EnsembleError, match=message):
             call()
+
+
+@torch.no_grad()
+def test_states_of_one_encoder_are_refused():
+    base = MODELS["t5"][0](MODELS["t5"][1]).eval()
+    model = get_peft_model(base, toy.lora("SEQ_2_SEQ_LM", target_modules=["q", "v"]), "a")
+    own, ids = PeftEnsembleModel(model, ["a"]), torch.tensor([[3, 4]])
+    states = base.get_encoder()(input_ids=ids)
+    call = {"encoder_outputs": states, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(
+        EnsembleError, match="encoder_outputs cannot be set: each adapter .* own states. Pass input_ids"
+    ):
+        own(**call, decoder_input_ids=ids, routing="default")
+    with pytest.raises(EnsembleError, match="encoder_outputs cannot be set"):
+        own.score(ids, **call)

@@ -65,6 +65,7 @@ def test_numbers_of_numpy_are_weights_and_scales(base, tmp_path, kind):
         ("scales", {"sums": -1.0}),
         ("combination", "median"),
         ("routing", "dice"),
+        ("routing_temperature", 0.0),
     ],
 )
 def test_what_could_not_be_loaded_replaces_nothing(base, tmp_path, name, value):
@@ -123,3 +124,44 @@ def test_what_a_classifiers_outputs_are_called(tmp_path):
     loaded = PeftEnsembleModel.from_pretrained(tmp_path / "saved").config
     assert (loaded.id2label, loaded.label2id) == (names, given["label2id"])
     assert loaded.problem_type == "multi_label_classification"
+
+
+def two_adapters(base, first, second):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), first, "first")
+    model.add_adapter("second", second)
+    toy.randomize(model)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ({"r": 16, "rank_pattern": {"q_proj": 4, "v_proj": 2}, "target_modules": ["q_proj", "v_proj"]}, {}),
+        ({"trainable_token_indices": [3, 4]}, {}),
+        ({}, {"trainable_token_indices": [3, 4]}),
+    ],
+)
+def test_members_that_differ_come_back_as_they_were(base, tmp_path, first, second):
+    """A rank that no module gets, and rows of tokens that one of them has."""
+    own = two_adapters(base, *(toy.lora(**{"target_modules": ["q_proj"], **given}) for given in (first, second)))
+    made = PeftEnsembleModel(own, ["first", "second"], WEIGHTS).eval()
+    batch = {"input_ids": torch.tensor([[3, 4, 5]]), "task": "sums"}
+    made.save_pretrained(tmp_path / "saved")
+    loaded = PeftEnsembleModel.from_pretrained(tmp_path / "saved")
+    assert torch.allclose(loaded(**batch).logits, made(**batch).logits, atol=1e-6)
+
+
+def test_layers_within_a_module_that_another_member_has_saved_are_refused(base):
+    first, second = toy.lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), toy.lora()
+    message = r"\['second'\] have layers in 'lm_head' of the adapter 'first'.*before 'first'"
+    with pytest.raises(EnsembleError, match=message):
+        PeftEnsembleModel(two_adapters(base, first, second), ["first", "second"])
+    PeftEnsembleModel(two_adapters(base, second, first), ["first", "second"])
+
+
+def test_the_temperature_of_routing_is_saved(base, tmp_path):
+    ensemble(base, routing="prompt", routing_temperature=2).save_pretrained(tmp_path / "saved")
+    assert PeftEnsembleModel.from_pretrained(tmp_path / "saved").routing_temperature == 2.0
+    with pytest.raises(EnsembleError, match="routing_temperature has to be"):
+        ensemble(base, routing_temperature=-1.0)

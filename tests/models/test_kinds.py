@@ -177,3 +177,26 @@ def test_gpt2_is_trained_on_the_next_token(weighting, tmp_path):
 def one_row(row):
     inputs = {"input_ids": torch.tensor([row["input_ids"]]), "attention_mask": torch.tensor([row["attention_mask"]])}
     return inputs, torch.tensor([row["labels"]])
+
+
+@pytest.mark.parametrize("kind", [TaskMetricsCallback, GradientCaptureCallback])
+def test_heads_of_other_labels_are_refused_before_a_training(kind, tmp_path):
+    """Labels 0 and 1 of two tasks that are not named are four labels: nothing says that they are the same."""
+    rows = [{"text": f"film {number}", "label": number % 2} for number in range(8)]
+    given = {"film": rows, "book": rows}
+    tasks, tokens = TaskSet.from_datasets(given, given), [{"input_ids": [3, 4], "labels": 1}] * 4
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+
+    def trainer(model, tasks):
+        callback = kind(tasks, *([tmp_path / "store"] if kind is GradientCaptureCallback else []))
+        return Trainer(model, args, train_dataset=tokens, processing_class=toy.tokenizer(), callbacks=[callback])
+
+    model = get_peft_model(toy.bert(2), toy.lora("SEQ_CLS"))
+    with pytest.raises(ConfigurationError, match="4 different labels, .* 2 outputs.*name them alike in .* label_text"):
+        trainer(model, tasks)
+    named = [{**row, "label_text": ("good", "bad")[row["label"]]} for row in rows]
+    alike = TaskSet.from_datasets({"film": named, "book": named}, {"film": named, "book": named})
+    trainer(model, alike)
+    model.config.id2label = dict(enumerate(reversed(alike.label_space.names)))
+    with pytest.raises(ConfigurationError, match="in another order"):
+        trainer(model, alike)

@@ -134,7 +134,7 @@ def test_no_name_of_a_metric_breaks_a_card_of_a_run(folder, name):
         results=Results.of(record, "eval", {name: scores, "ensemble": scores}),
         configuration={"configuration": {name: name}},
     )
-    metadata, body = render_ensemble(data, folder, "user/ensemble")
+    metadata, body, _ = render_ensemble(data, folder, "user/ensemble")
     card = updated_card(None, metadata, body)
     check(card, name, "run")
     assert any(visible(name.replace("_", " ")) in cell for table in tables(body) for cell in table[0])
@@ -269,3 +269,42 @@ def test_the_hubs_card_and_the_local_one_are_joined():
     # Two texts: that on the Hub is not lost.
     remote = updated_card("Of the Hub.\n", METADATA, "remote")
     assert own_text(joined_cards(local, remote)) == "Of the Hub."
+
+
+UNLICENSED = {key: value for key, value in METADATA.items() if key != "license"}
+
+
+def test_what_a_caller_gives_is_the_authors():
+    given = {"license": "mit", "tags": ["mine"], "base_model_relation": "quantized"}
+    card = updated_card(None, UNLICENSED, "body", given)
+    for _ in range(2):
+        card = updated_card(card, UNLICENSED, "body")
+        found = split_card(card)[0]
+        assert found["license"] == "mit" and found["tags"] == [*UNLICENSED["tags"], "mine"]
+    # Another one takes its place, but not that of an author.
+    card = updated_card(updated_card(card, UNLICENSED, "body", {"license": "bsd"}), UNLICENSED, "body")
+    assert split_card(card)[0]["license"] == "bsd"
+    by_hand = updated_card(card.replace("license: bsd", "license: gpl"), UNLICENSED, "body", {"license": "mit"})
+    assert split_card(by_hand)[0]["license"] == "gpl"
+    # The library's own entries go as they came.
+    other = {**UNLICENSED, "tags": ["other"]}
+    assert split_card(updated_card(card, other, "body"))[0]["tags"] == ["other", "mine"]
+
+
+def test_metadata_that_differ_on_the_hub_are_kept_and_said(caplog):
+    given = {"license": "mit", "language": "en", "tags": ["mine"]}
+    local = updated_card("Introduction.\n", UNLICENSED, "local", given)
+    remote = updated_card("---\nlicense: gpl-3.0\ntags: [theirs]\n---\n", UNLICENSED, "remote")
+    found = split_card(updated_card(joined_cards(local, remote), UNLICENSED, "new"))[0]
+    assert (found["license"], found["language"]) == ("gpl-3.0", "en")
+    assert found["tags"] == [*UNLICENSED["tags"], "theirs", "mine"]
+    assert "The card on the Hub has license: gpl-3.0, which is kept in place of the local card's mit" in caplog.text
+    # What nobody has changed there is no one's own.
+    written = {**UNLICENSED, "pipeline_tag": "text-generation"}
+    local = updated_card(None, written, "local").replace("pipeline_tag: text-generation", "pipeline_tag: other", 1)
+    remote = updated_card(None, written, "remote")
+    assert split_card(updated_card(joined_cards(local, remote), written, "new"))[0]["pipeline_tag"] == "other"
+    # Nor is what a script has given there before.
+    remote = updated_card(None, UNLICENSED, "remote", {"license": "gpl-3.0"})
+    local = updated_card(None, UNLICENSED, "local", {"license": "mit"})
+    assert split_card(updated_card(joined_cards(local, remote), UNLICENSED, "new"))[0]["license"] == "mit"

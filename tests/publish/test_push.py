@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from helpers import toy
 from helpers.ensembles import randomize_adapters
@@ -128,6 +128,17 @@ def test_an_adapter_takes_an_ensembles_place_and_an_ensemble_an_adapters(hub, en
         assert set(hub.files()) == {*beside, *ADAPTER_FILES}
         ensemble.push_to_hub(REPOSITORY)
         assert set(hub.files()) == made
+
+
+def test_an_authors_files_beside_the_adapters_stay(hub, ensemble):
+    ensemble.push_to_hub(REPOSITORY)
+    for name in ("adapters/a/README.md", "adapters/NOTES.md"):
+        HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id=REPOSITORY)
+    one = PeftEnsembleModel(ensemble.model, ["b"], {"sums": {"b": 1.0}})
+    one.push_to_hub(REPOSITORY)
+    found = set(hub.files())
+    assert {"adapters/a/README.md", "adapters/NOTES.md"} <= found
+    assert not {f"adapters/a/{name}" for name in ADAPTER_FILES} & found
 
 
 def test_a_router_comes_and_goes_with_the_ensemble_that_has_it(hub, ensemble):

@@ -4,11 +4,12 @@ import json
 
 import datasets
 import pytest
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, IterableDataset
 
 from helpers.hub_server import local_hub, run_against_hub
-from hf_ensemble import DatasetSource, load_task_folder, load_tasks
+from hf_ensemble import DatasetSource, TaskSet, load_task_folder, load_tasks
 from hf_ensemble.errors import ConfigurationError, TaskError
+from hf_ensemble.tasks.stream_rows import first_rows
 
 ROWS = [{"question": f"{n} + 1 =", "answer": str(n + 1), "hint": n} for n in range(20)]
 COLUMNS = {"question": "prompt", "answer": "completion"}
@@ -320,3 +321,26 @@ def test_datasets_come_from_the_hub(tmp_path):
     assert "Config name is missing" in none and "'main'" in none
     assert "expected one of the splits [" in split and "in split, found 'training'" in split
     assert "'hub-user/sms' cannot be loaded" in path
+
+
+def test_columns_that_the_first_row_lacks_are_kept(tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {"prompt": [{"role": "user", "content": "c"}], "completion": [{"role": "assistant", "content": "d"}]},
+    ]
+    rows[1]["tools"] = [{"name": "search"}]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "table.json").write_text(json.dumps(rows))
+    tasks = load_tasks([tmp_path / "lines.jsonl", tmp_path / "table.json"])
+    transformed = Dataset.from_dict({"number": [0, 1]})
+    transformed.set_transform(lambda batch: {key: [rows[n].get(key) for n in batch["number"]] for key in rows[1]})
+    own = TaskSet.from_datasets({"list": rows, "transform": transformed}, None)
+    streamed = first_rows("stream", IterableDataset.from_generator(lambda: iter(rows)), 2)
+    found = [*(task.splits["train"] for task in (*tasks.values(), *own.values())), streamed]
+    for table in found:
+        assert [row["tools"] and row["tools"][0]["name"] for row in table] == [None, "search"]
+
+
+def test_a_row_without_any_column_is_no_row(tmp_path):
+    with pytest.raises(TaskError, match="expected the columns|no columns|is empty"):
+        TaskSet.from_datasets({"a": [{}], "b": [{}]}, None)

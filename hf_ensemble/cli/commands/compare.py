@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ...errors import ConfigurationError
 from ...runs import Comparison
 from ...train import BaselineComparison
 from ..arguments import CompareArguments
@@ -17,6 +18,11 @@ def main(argv: Sequence[str]) -> Comparison:
     """
     begun = started(CompareArguments, argv, "compare")
     arguments, trainer = begun.arguments, begun.trainer
+    if (arguments.num_compared_groups or 0) > len(trainer.tasks):
+        raise ConfigurationError(
+            f"Expected num_compared_groups up to the number of datasets, {len(trainer.tasks)}, found "
+            f"{arguments.num_compared_groups}."
+        )
     comparison = BaselineComparison(
         trainer,
         arguments.baselines,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ...runs import Results
 from ...train import collect_results, measure_fidelity
-from ..arguments import FlowArguments
+from ..arguments import RunArguments
 from ..tables import console, cost_tables, fidelity_table, grouping_table, path_table, results_tables, selection_table
 from ..trainers import Trainers, started
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> Results:
     Raises:
         `HfEnsembleError`: for bad arguments, tasks or models.
     """
-    begun = started(FlowArguments, argv, "run")
+    begun = started(RunArguments, argv, "run")
     arguments, trainer = begun.arguments, begun.trainer
     trainer.train()
     fidelity = None

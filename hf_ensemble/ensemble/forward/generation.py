@@ -15,7 +15,7 @@ from ...errors import EnsembleError
 from ...logging import get_logger
 from .cache import EnsembleCache, cache_argument, cache_maker, keep_weights, makes_caches
 from .inference import MemberForward
-from .rows import NO_STATES, batch_size_of
+from .rows import EACH_ITS_OWN, NO_STATES, batch_size_of
 
 logger = get_logger(__name__)
 
@@ -54,7 +54,7 @@ def check_generation(base: nn.Module, kwargs: dict[str, Any]) -> None:
         raise EnsembleError(f"{type(base).__name__} does not generate. Call the ensemble itself for logits.")
     for option in ("past_key_values", "encoder_outputs"):
         if kwargs.get(option) is not None:
-            raise EnsembleError(f"{option} cannot be set: each adapter of an ensemble keeps its own states.")
+            raise EnsembleError(f"{option} cannot be set: {EACH_ITS_OWN}.")
     for option, reason in _REFUSED_OPTIONS.items():
         if _setting(base, kwargs, option):
             raise EnsembleError(f"{option} cannot be set: {reason}.")

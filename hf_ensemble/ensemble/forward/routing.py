@@ -2,13 +2,14 @@
 
 import torch
 
-from ..._settings import check_one_of
+from ..._settings import check_number, check_one_of
 from ...errors import EnsembleError
 from ...tasks import IGNORE_INDEX, token_scores
 from .answers import MemberAnswers
 from .scoring import member_tokens
 
 ROUTINGS = ("default", "prompt", "hidden_states")
+DEFAULT_TEMPERATURE = 0.1
 
 
 def check_routing(routing: str | None) -> None:
@@ -16,6 +17,11 @@ def check_routing(routing: str | None) -> None:
     if routing is None:
         return
     check_one_of("routing", routing, ROUTINGS, EnsembleError)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise [`EnsembleError`] for anything but a finite number above 0."""
+    check_number("routing_temperature", temperature, 0, above=True, error=EnsembleError)
 
 
 def is_before_the_answer(labels: torch.Tensor) -> torch.Tensor:
@@ -30,7 +36,7 @@ def prompt_weights(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
-    temperature: float = 0.1,
+    temperature: float = DEFAULT_TEMPERATURE,
 ) -> torch.Tensor:
     """softmax(s_k / temperature) with s_k the mean log-probability of the prompt's tokens under adapter k.
 

@@ -11,6 +11,7 @@ from ...errors import EnsembleError
 # What a call may ask for that is not the ensemble's own.
 NO_STATES = "an ensemble has logits, but no attentions or hidden states of its own"
 _STATES = ("output_attentions", "output_hidden_states")
+EACH_ITS_OWN = "each adapter of an ensemble keeps its own states"
 # Inputs whose first dimension is not the batch, whatever its length.
 _SHARED_INPUTS = ("cache_position", "logits_to_keep")
 
@@ -70,8 +71,10 @@ def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What the base model is called with: the inputs that are given, without the form of its output.
 
     Raises:
-        `EnsembleError`: where attentions or hidden states are asked for.
+        `EnsembleError`: where attentions or hidden states are asked for, and for states of a single model.
     """
+    if inputs.get("encoder_outputs") is not None:
+        raise EnsembleError(f"encoder_outputs cannot be set: {EACH_ITS_OWN}. Pass input_ids.")
     for name in _STATES:
         if inputs.get(name):
             raise EnsembleError(

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import save
 from torch import nn
 
-from ..._cards import CARD, render, update_card_file
+from ..._cards import CARD, CardParts, render, update_card_file
 from ..._files import write_together
 from ..._hub import Repository
 from ..._settings import check_at_least, check_one_of, check_options, checked_path
@@ -143,12 +143,12 @@ class MergedAdapter:
             card = self._card(Path(work), repo_id)
             return push_adapter(Path(work), repository, base, card, f"merged.push_to_hub({repo_id!r})")
 
-    def _card(self, folder: Path, repo_id: str | None = None) -> tuple[dict[str, Any], str]:
-        """Metadata and generated part of the card."""
+    def _card(self, folder: Path, repo_id: str | None = None) -> CardParts:
+        """What the card is made of."""
         base = self.base_model or BaseModelReference(self.config.base_model_name_or_path or "", None, "AutoModel")
         loading = adapter_loading(folder, base, {"": "A prompt"}, repo_id)
-        tags = ["hf-ensemble", "lora", "merge"]
-        return adapter_metadata(base, tags), render("merged_card.md.jinja", merged=self, loading=loading)
+        metadata = adapter_metadata(base, ["hf-ensemble", "lora", "merge"])
+        return CardParts(metadata, render("merged_card.md.jinja", merged=self, loading=loading))
 
     def add_to(self, model: nn.Module, name: str = "default") -> PeftModel:
         """Add the adapter to a base model or a `PeftModel`, frozen and active.

@@ -18,7 +18,7 @@ from .untrusted import checked_file, read_object
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _MAX_PATTERN = 1000
-# Fields of other types than LoRA that PEFT allocates by, and what is small for any of them.
+# Fields that PEFT allocates by, and what is small for any of them.
 _SIZES = ("r", "n_frequency", "oft_block_size", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor")
 _SIZES += ("block_size", "decompose_factor")
 # Fields with one of these, or one of the factors of an adapter's output, for each of some modules.
@@ -123,8 +123,6 @@ def _check_part(key: str, kind: str, what: str) -> None:
 
 def _check_sizes(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: Path, what: str) -> None:
     """Check that no size that PEFT allocates by is above what the file, or the base's layers, can hold."""
-    if _kind(config) in ("LORA", "IA3"):
-        return
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     stated = [(key, config.get(key)) for key in _SIZES]
     stated += [(f"{name} of {key!r}", own) for name in _SIZE_PATTERNS for key, own in (config.get(name) or {}).items()]
@@ -155,7 +153,7 @@ def _is_same(own: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def _check_ranks(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: Path, what: str) -> None:
-    """Check that the stated ranks are those of the tensors, so that PEFT allocates no more than the file holds."""
+    """Check that the ranks stated for the file's modules are those of its tensors."""
     ranks = {}
     for key, shape in shapes.items():
         module, part = split_key(key)
@@ -169,12 +167,6 @@ def _check_ranks(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: P
             raise EnsembleLoadError(
                 f"{what}: {path.name} has rank {found} at {module!r}, where {ADAPTER_CONFIG} says {stated}."
             )
-    largest = max(ranks.values(), default=0)
-    if ranks and max(config.get("r", 8), *patterns.values(), 0) > largest:
-        raise EnsembleLoadError(
-            f"{what}: {ADAPTER_CONFIG} states the rank {max(config.get('r', 8), *patterns.values(), 0)}, above any of "
-            f"{path.name}, whose largest is {largest}."
-        )
 
 
 def _check_pairs(keys: list[str], what: str) -> None:

@@ -12,9 +12,10 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 
-from ..._cards import CARD, render, update_card_file
+from ..._cards import CARD, CardParts, render, update_card_file
 from ..._files import read_json
 from ...logging import get_logger
+from ..adapter_kinds import merge_obstacle
 from ..members import BaseModelReference
 from .auto_classes import CAUSAL, CLASSIFIER, SEQ_TO_SEQ, adapter_auto_class
 from .ensemble_config import ADAPTER_WEIGHTS, ADAPTERS_FOLDER, SavedEnsembleConfig
@@ -68,6 +69,7 @@ class Loading:
         vocabulary (`int`, *optional*): tokens of the base, where its vocabulary was resized.
         needs_padding_token (`bool`): whether the tokenizer has none, or is unknown.
         has_own_end (`bool`): whether the tokenizer beside the adapters has an end-of-sequence token.
+        combination (`str`): of the ensemble, see [`PeftEnsembleModel`].
     """
 
     load_from: str
@@ -83,6 +85,7 @@ class Loading:
     vocabulary: int | None = None
     needs_padding_token: bool = False
     has_own_end: bool = False
+    combination: str = "logits"
     max_new_tokens: int = _MAX_NEW_TOKENS
 
     @property
@@ -157,6 +160,7 @@ def ensemble_loading(
         members=[member.name for member in config.members],
         merged_rank=ranks if can_merge else {},
         has_labels=config.label_space is not None,
+        combination=config.combination,
         is_served_by_vllm=is_served and max(ranks.values()) <= 512,
         vocabulary=next((own for own in vocabularies.values() if own is not None), None),
     )
@@ -235,7 +239,7 @@ def saved_auto_class(folder: Path) -> str:
 def _merged_rank(weights: Mapping[str, float], configs: Mapping[str, PeftConfig]) -> int | None:
     """Rank of the weighted sum of adapters; `None` where there is none."""
     own = [configs[name] for name, weight in weights.items() if weight]
-    if not all(isinstance(config, LoraConfig) and not config.use_dora for config in own):
+    if any(merge_obstacle(config) for config in own):
         return None
     return sum(max([config.r, *config.rank_pattern.values()]) for config in own)
 
@@ -263,10 +267,11 @@ def ensemble_metadata(config: SavedEnsembleConfig, folder: Path) -> dict[str, An
     return adapter_metadata(config.base_model, tags, "hf-ensemble")
 
 
-def saved_card(folder: Path, config: SavedEnsembleConfig, repo_id: str | None = None) -> tuple[dict[str, Any], str]:
-    """Metadata and generated part of the card of a saved ensemble."""
+def saved_card(folder: Path, config: SavedEnsembleConfig, repo_id: str | None = None) -> CardParts:
+    """What the card of a saved ensemble is made of."""
     loading = ensemble_loading(config, folder, repo_id)
-    return ensemble_metadata(config, folder), render("saved_ensemble_card.md.jinja", ensemble=config, loading=loading)
+    body = render("saved_ensemble_card.md.jinja", ensemble=config, loading=loading)
+    return CardParts(ensemble_metadata(config, folder), body)
 
 
 def write_saved_card(folder: Path, config: SavedEnsembleConfig) -> None:

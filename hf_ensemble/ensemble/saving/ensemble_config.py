@@ -17,7 +17,7 @@ from ...errors import EnsembleError, EnsembleLoadError, RecordError
 from ...models import LabelHead
 from ..forward.combination import COMBINATIONS
 from ..forward.router import PromptRouter
-from ..forward.routing import ROUTINGS
+from ..forward.routing import DEFAULT_TEMPERATURE, ROUTINGS, check_temperature
 from ..members import (
     BaseModelReference,
     EnsembleMember,
@@ -54,6 +54,7 @@ class SavedEnsembleConfig:
         tags (`list[str]`): the model's tags, for the card.
         scales (`dict[str, float]`): see [`PeftEnsembleModel`].
         router ([`PromptRouter`], *optional*): see [`PeftEnsembleModel`]; it has a file of its own.
+        routing_temperature (`float`): see [`PeftEnsembleModel`].
     """
 
     base_model: BaseModelReference
@@ -68,6 +69,7 @@ class SavedEnsembleConfig:
     tags: list[str] = field(default_factory=list)
     scales: dict[str, float] = field(default_factory=dict)
     router: PromptRouter | None = None
+    routing_temperature: float = DEFAULT_TEMPERATURE
 
     def save(self, folder: Path) -> None:
         """Write the router and, beside the adapters, the configuration with all their checksums."""
@@ -144,6 +146,7 @@ class SavedEnsembleConfig:
                 data.get("files", {}),
                 list(data.get("tags", [])),
                 dict(data.get("scales", {})),
+                routing_temperature=data.get("routing_temperature", DEFAULT_TEMPERATURE),
             )
             config.check()
             check_checksum(data, str(path), REMEDY)
@@ -178,6 +181,7 @@ class SavedEnsembleConfig:
         check_weights(self.weights, names, CONFIG_NAME)
         check_weights({"default": self.default_weights}, names, CONFIG_NAME)
         check_scales(self.scales, CONFIG_NAME)
+        check_temperature(self.routing_temperature)
         if self.label_space is not None:
             outputs = len(self.label_space["names"])
             for task, labels in self.label_space["task_labels"].items():

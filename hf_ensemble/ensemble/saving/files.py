@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..._cards import CARD
-from ..._compat import tied_modules_under_adapters
+from ..._compat import tied_modules_under_adapters, tokens_of_their_own_adapters
 from ..._files import remove_leftovers, write_folder_atomically, write_json, writing
 from ...errors import EnsembleLoadError
 from ..members import BaseModelReference
@@ -83,7 +83,8 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     def write(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".peft.", suffix=".tmp") as work:
             # PEFT writes adapters not named "default" into a folder of their name, and a card beside it.
-            model.save_pretrained(work, selected_adapters=[name], save_embedding_layers=False)
+            with tokens_of_their_own_adapters():
+                model.save_pretrained(work, selected_adapters=[name], save_embedding_layers=False)
             source = Path(work) if name == "default" else Path(work) / name
             config, own = read_object(source / ADAPTER_CONFIG, f"Adapter {name!r}"), model.peft_config[name]
             # PEFT writes sets in an order that changes from process to process, and with it the file's checksum.
@@ -160,7 +161,7 @@ def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str, root: 
     check_adapter(folder, name, base, root or folder)
     loaded = peft_model
     try:
-        with tied_modules_under_adapters():
+        with tied_modules_under_adapters(), tokens_of_their_own_adapters():
             if peft_model is None:
                 loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
             else:
@@ -176,7 +177,8 @@ def load_adapter(model: "PeftModel | nn.Module", folder: Path, name: str, root: 
 
 def _check_complete(model: PeftModel, weights: Path, name: str) -> None:
     """PEFT silently leaves tensors that a file lacks at their initial values."""
-    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with tokens_of_their_own_adapters():
+        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     with safe_open(weights, framework="pt") as file:
         found = set(file.keys())
     lacking = sorted(set(expected) - found)

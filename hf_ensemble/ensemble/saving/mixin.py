@@ -17,7 +17,7 @@ from ...errors import EnsembleError, EnsembleLoadError
 from ...tasks import LabelSpace
 from ..forward.combination import check_combination
 from ..forward.router import check_router
-from ..forward.routing import check_routing
+from ..forward.routing import check_routing, check_temperature
 from ..members import (
     BaseModelReference,
     check_adapter_name,
@@ -68,6 +68,7 @@ class SavingMixin:
         check_scales(self.scales)
         check_combination(self.combination)
         check_routing(self.routing)
+        check_temperature(self.routing_temperature)
         check_router(self.router, len(standing_alone(self.members)))
         return SavedEnsembleConfig(
             self.base_model_reference,
@@ -80,6 +81,7 @@ class SavingMixin:
             tags=list(self.model_tags or []),
             scales=plain_numbers(self.scales),
             router=self.router,
+            routing_temperature=float(self.routing_temperature),
         )
 
     def save_pretrained(
@@ -289,6 +291,7 @@ class SavingMixin:
             config.routing,
             config.scales,
             config.router,
+            config.routing_temperature,
         ).eval()
         if config.tags:
             ensemble.add_model_tags(config.tags)

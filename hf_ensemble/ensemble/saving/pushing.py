@@ -3,13 +3,12 @@
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from ..._cards import CARD, joined_cards, read_card, updated_card
+from ..._cards import CARD, CardParts, joined_cards, read_card, updated_card
 from ..._files import read_json, write_json
 from ..._hub import Repository, push_folder
 from ...errors import CardError
@@ -36,12 +35,12 @@ PICTURES = tuple(
     )
 )
 _ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+# Of all members; other files beside them, such as notes, are their author's.
+_MEMBERS = tuple(f"{ADAPTERS_FOLDER}/*/{name}" for name in _ADAPTER)
 # Folders beside the files at the root; tokenizers keep templates with names in the second.
 _FOLDERS = (ASSETS, "additional_chat_templates")
 # Files of a trainer that are no part of what it has made.
 _LEFT_OUT = ("training_args.bin",)
-
-CardParts = tuple[Mapping[str, Any], str]
 
 
 def push_ensemble(
@@ -57,7 +56,7 @@ def push_ensemble(
         folder (`Path`): the saved ensemble.
         config (`SavedEnsembleConfig`): what lies there.
         repository (`Repository`): where to push to.
-        card (`tuple`, *optional*): metadata and generated part of the card; those of the saved ensemble by default.
+        card (`CardParts`, *optional*): what the card is made of; that of the saved ensemble by default.
         again (`str`): how to push again, for messages.
     """
     base = config.base_model.name_or_path
@@ -72,7 +71,7 @@ def push_ensemble(
             copy_adapter(folder / ADAPTERS_FOLDER / member.name, target / ADAPTERS_FOLDER / member.name, base)
         dataclasses.replace(config, base_model=dataclasses.replace(config.base_model, name_or_path=base)).save(target)
         parts = saved_card(folder, config, repository.repo_id) if card is None else card
-        replaced = (f"{ADAPTERS_FOLDER}/*", ROUTER_WEIGHTS, *_ADAPTER, *PICTURES)
+        replaced = (*_MEMBERS, ROUTER_WEIGHTS, *_ADAPTER, *PICTURES)
         return push_folder(repository, target, replaced, card_maker(folder / CARD, parts), again)
 
 
@@ -90,7 +89,7 @@ def push_adapter(
         folder (`Path`): the saved adapter, with whatever else is uploaded beside it.
         repository (`Repository`): where to push to.
         base (`str`): name of the base model.
-        card (`tuple`): metadata and generated part of the card.
+        card (`CardParts`): what the card is made of.
         again (`str`): how to push again, for messages.
         local_card (`Path`, *optional*): the card on this machine, whose own text is kept; the folder's by default.
     """
@@ -101,7 +100,7 @@ def push_adapter(
         target = Path(work)
         copy_files(folder, target)
         copy_adapter(folder, target, base)
-        replaced = (f"{ADAPTERS_FOLDER}/*", ROUTER_WEIGHTS, CONFIG_NAME, *PICTURES)
+        replaced = (*_MEMBERS, ROUTER_WEIGHTS, CONFIG_NAME, *PICTURES)
         return push_folder(repository, target, replaced, card_maker(local_card or folder / CARD, card), again)
 
 

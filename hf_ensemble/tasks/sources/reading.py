@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 
 from ...errors import TaskError
-from ..task import SPLIT_ALIASES, table_error
+from ..task import SPLIT_ALIASES, table_of
 from .formatting import template_fields
 from .source import DatasetSource
 from .split_parts import SplitPart
@@ -228,7 +228,4 @@ def _read_lines(path: Path, task: str) -> Dataset:
             rows.append(row)
     if not rows:
         raise TaskError(f"Task {task!r} is empty: {str(path)!r} has no rows. Add rows, or delete the file.")
-    try:
-        return Dataset.from_list(rows)
-    except Exception as error:  # pyarrow raises unrelated exception classes here
-        raise table_error(f"Task {task!r}, {path.name}", error) from error
+    return table_of(rows, f"Task {task!r}, {path.name}")

@@ -271,6 +271,7 @@ class AdapterTraining:
         if args.warmup_steps >= 1:
             # A number of steps, not a share of them.
             args.warmup_steps = math.ceil(args.warmup_steps * begun.length)
+        args.lr_scheduler_kwargs = _of_length(args.lr_scheduler_kwargs, begun.length)
         # A training that goes on is the same training, early stopping included.
         args.restore_callback_states_from_checkpoint = True
         own = [task for task, weight in begun.mixture.items() if weight > 0]
@@ -288,6 +289,20 @@ class AdapterTraining:
         label_bars(trainer.callback_handler, begun.name)
         trainer.add_callback(SealCheckpoints)
         return trainer
+
+
+# Options of schedules that are numbers of steps.
+_STEPS_OF_SCHEDULES = ("num_decay_steps", "num_stable_steps", "timescale")
+
+
+def _of_length(options: Any, length: float) -> Any:
+    """Options of a schedule with their numbers of steps for a training of another length."""
+    if length == 1 or not isinstance(options, dict):
+        return options
+    return {
+        name: math.ceil(value * length) if name in _STEPS_OF_SCHEDULES and isinstance(value, int) else value
+        for name, value in options.items()
+    }
 
 
 def rows_of(table: Dataset, weights: Mapping[str, float]) -> Dataset:

@@ -254,12 +254,12 @@ class EnsembleFlow:
         own = {step.name for step in steps}
         return sum(step.flops for step in steps) - sum(trained.flops for trained in known if trained.name in own)
 
-    def evaluate(self, tables: Mapping[str, Dataset], prefix: str) -> dict[str, float]:
+    def evaluate(self, tables: Mapping[str, Dataset], prefix: str, is_of_own_rows: bool = True) -> dict[str, float]:
         """Score the systems and report the scores; they are returned as flat metrics."""
         start = time.time()
         with self.context.run.repeated(f"evaluation:{prefix}"):
             scores = self.scores(tables)
-        self.report(prefix, scores)
+        self.report(prefix, scores, is_of_own_rows)
         return flat_metrics(scores, prefix, MAIN_SYSTEM) | self.evaluation.speed(prefix, start, scores)
 
     @contextmanager
@@ -268,9 +268,12 @@ class EnsembleFlow:
         with self.context.model_state.restored(), prediction_trainer(self.context, tables, self.ensemble) as trainer:
             yield trainer
 
-    def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
-        """Keep the scores of each system in the run, with what they come to, and renew the model card."""
-        if is_main_process():
+    def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]], is_of_own_rows: bool = True) -> None:
+        """Keep the scores of each system in the run, with what they come to, and renew the model card.
+
+        Scores that do not belong there are left out, see [`SystemEvaluation.is_kept`].
+        """
+        if is_main_process() and self.evaluation.is_kept(prefix, scores, is_of_own_rows):
             self.context.run.write(Costs(dict(self.costs)))
             self.evaluation.keep(prefix, scores)
             renew_model_card(self.context.run, self.context.run.ensemble)

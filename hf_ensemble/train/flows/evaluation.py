@@ -41,11 +41,13 @@ class SystemEvaluation:
 
     Attributes:
         forward (`Usage`): what the forward passes took by which loss and accuracy were scored last.
+        ignore_keys (`list[str]`, *optional*): outputs that `compute_metrics` does not get, as during the trainings.
     """
 
     def __init__(self, context: FlowContext):
         self.context = context
         self.forward = Usage()
+        self.ignore_keys: list[str] | None = None
         # By kind of adapter: those of a run differ in their weights alone.
         self._samples: dict[str, FlopSamples] = defaultdict(FlopSamples)
 
@@ -136,7 +138,7 @@ class SystemEvaluation:
         if not self.context.computes_metrics():
             return {}
         with prediction_trainer(self.context, tables, ensemble) as trainer:
-            found = {task: trainer.computed_metrics(task) for task in tables}
+            found = {task: trainer.computed_metrics(task, self.ignore_keys) for task in tables}
         for is_reported, what in ((is_number, "no numbers"), (math.isfinite, "not finite")):
             odd = sorted({name for own in found.values() for name, value in own.items() if not is_reported(value)})
             if odd:
@@ -155,6 +157,17 @@ class SystemEvaluation:
         args = self.context.args
         batch_size = args.per_device_eval_batch_size * args.world_size
         return speed_metrics(prefix, start, sum(counts), sum(math.ceil(count / batch_size) for count in counts))
+
+    def is_kept(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]], is_of_own_rows: bool) -> bool:
+        """Whether scores belong into the run's records.
+
+        Those of the prefix `eval` are of the run's own evaluation rows, and those of some tasks do not take the place
+        of those of more.
+        """
+        if prefix == "eval":
+            return is_of_own_rows
+        known = (self.context.run.read_if_there(Evaluation) or Evaluation()).scores.get(prefix, {})
+        return all(set(by_task) <= set(scores.get(system, {})) for system, by_task in known.items())
 
     def keep(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Add the scores of each system to the run's records, beside those of other prefixes, and renew its results."""

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from ...ensemble import PeftEnsembleModel
 from ..losses.step_loss import fused_output
@@ -60,4 +62,8 @@ class _EnsembleOfBatches(nn.Module):
     def forward(self, fused_lm_head: bool = False, num_items_in_batch: Any = None, **inputs: Any) -> Any:
         """The ensemble's outputs; with `fused_lm_head`, what `SFTTrainer` expects of a model that it has patched."""
         outputs = self.ensemble(task=self._batch_tasks() or None, **inputs)
+        if isinstance(outputs, Seq2SeqLMOutput) and outputs.encoder_last_hidden_state is None:
+            # An adapter's output has its encoder's states too; an ensemble has none, and `compute_metrics` of both gets
+            # the same structure.
+            outputs["encoder_last_hidden_state"] = outputs.logits.new_full((len(outputs.logits), 1, 1), torch.nan)
         return fused_output(outputs.logits, inputs["labels"]) if fused_lm_head else outputs

@@ -21,7 +21,7 @@ from ...errors import ConfigurationError
 from ...logging import get_logger
 from ...models import LabelSimilarityForSequenceClassification
 from ...models.inputs import is_encoder_decoder
-from ...models.kinds import ModelKind, check_answers_of, kind_of
+from ...models.kinds import ModelKind, check_answers_of, check_outputs, kind_of
 from ...models.label_similarity import LabelHead
 from ...tasks import LabelSpace, TaskSet
 
@@ -242,9 +242,4 @@ def check_labels(model: Any, tasks: TaskSet) -> None:
                 f"problem_type={_MULTI_LABEL!r}; found {found[0]} outputs and problem_type={found[1]!r}. Load the "
                 f"model with num_labels={tasks.num_labels} and that problem_type."
             )
-    if label_space is not None and config.num_labels != len(label_space):
-        raise ConfigurationError(
-            f"The tasks have {len(label_space)} different labels, the model's head has {config.num_labels} "
-            f"outputs. Load the model with num_labels={len(label_space)}, in the order of TaskSet.label_space.names, "
-            "or pass it by name."
-        )
+    check_outputs(config, label_space)

@@ -103,6 +103,7 @@ def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_cla
     else:
         _check_has_config(model)
         check_kind(model)
+    check_has_no_adapter(model, peft_config)
     if peft_config is None and isinstance(model, PeftModel):
         name = model.active_adapter
         peft_config = model.peft_config[name if isinstance(name, str) else name[0]]
@@ -114,6 +115,34 @@ def check_before_loading(model: Any, peft_config: PeftConfig | None, trainer_cla
             "Expected a model of decoder layers alone, as SFTTrainer trains; found an encoder-decoder. Use "
             f"{trainer_class.__name__.replace('SFT', '')}, which takes the same prompts and completions."
         )
+
+
+def check_has_no_adapter(model: Any, peft_config: PeftConfig | None) -> None:
+    """Raise `ConfigurationError` for a model with an adapter that is to get another one: no file holds both."""
+    if peft_config is not None and isinstance(model, PeftModel):
+        raise ConfigurationError(
+            "Expected a PeftModel or a peft_config, found both: the new adapter would lie on the other one, which is "
+            "not saved. Leave peft_config out to train the model's adapter, or pass model.merge_and_unload()."
+        )
+
+
+def checked_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of a trainer's constructor, without those that are its parts' own.
+
+    Raises:
+        `ConfigurationError`: for one of these.
+    """
+    for name, advice in _OF_THE_PARTS.items():
+        if name in keywords:
+            raise ConfigurationError(f"{name} is no argument of the trainer. {advice}")
+    return keywords
+
+
+_OF_THE_PARTS = {
+    "sampling_weights": "Set it in the trainer's config, as sampling_weights={TASK: weight}.",
+    "label_space": "It is that of the tasks: name labels alike in the column label_text where they are the same.",
+    "has_tasks": "Leave it out: a single dataset makes the trainer its parent.",
+}
 
 
 def _check_has_config(model: nn.Module) -> None:
