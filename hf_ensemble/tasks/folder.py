@@ -6,11 +6,16 @@ from datasets import Dataset
 
 from .._settings import checked_path
 from ..errors import TaskError
+from ..logging import get_logger
 from .sources.limits import checked_limits, first_rows_of
 from .sources.reading import FILES, files_by_split, read_file, what_is_there
 from .task_set import TaskSet
 
+logger = get_logger(__name__)
+
 _EXPECTED = "NAME/train.jsonl and NAME/validation.jsonl, or NAME.jsonl (.json, .csv, .tsv and .parquet, too)"
+# Files that people keep rows in as well.
+_LIKE_ROWS = (".ndjson", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")
 _ADVICE = "Rename the files, or name each with load_tasks."
 
 
@@ -55,11 +60,13 @@ def load_task_folder(
             terminal="Name the folder above, or several datasets: --data NAME=FOLDER NAME=FILE.",
         )
     sources: list[tuple[str, dict[str, Dataset]]] = []
-    there = []
+    there, left_out = [], []
     for path in sorted(folder.iterdir()):
         files = files_by_split(path) if path.is_dir() else {"train": path} if path.suffix in FILES else {}
         name = path.name if path.is_dir() else path.stem
         if not files and not (path.is_dir() and _others(path)):
+            if path.is_file() and path.suffix.lower() in (*FILES, *_LIKE_ROWS):
+                left_out.append(path.name)
             continue
         there.append(name)
         if names is not None and name not in names:
@@ -70,6 +77,8 @@ def load_task_folder(
                 f"found {_others(path)!s:.200}. {_ADVICE}"
             )
         sources.append((name, {split: read_file(name, file) for split, file in files.items()}))
+    if left_out and sources:
+        logger.warning("Not read in %r: %s. Expected names that end in %s.", str(folder), left_out, ", ".join(FILES))
     missing = sorted(set(names or ()) - set(there))
     if missing or not sources:
         content = sorted(own.name for own in folder.iterdir()) or "nothing"

@@ -279,6 +279,13 @@ def test_folder_of_folders_and_files(tmp_path):
     assert load_task_folder(tmp_path, names=["b"]).names == ("b",)
 
 
+def test_files_that_look_like_rows_are_not_left_out_in_silence(tmp_path, caplog):
+    for name in ("a.jsonl", "b.JSONL", "c.ndjson", "d.jsonl.gz", "README.md"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert load_task_folder(tmp_path).names == ("a",)
+    assert "['b.JSONL', 'c.ndjson', 'd.jsonl.gz']. Expected names that end in .jsonl" in caplog.text
+
+
 def test_bad_folders_are_named(tmp_path):
     with pytest.raises(TaskError, match="Expected a folder"):
         load_task_folder(tmp_path / "none")
