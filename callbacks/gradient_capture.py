@@ -15,7 +15,7 @@ from trl import SFTConfig
 from .._settings import check_flag, checked_path
 from ..capture import CaptureConfig, capture_gradients, encoded_splits, optimizer_preconditioner, training_recipe
 from ..capture.training_arguments import GivenOptimizer
-from ..errors import ConfigurationError, StoreError
+from ..errors import ConfigurationError, StoreError, WriteError
 from ..logging import get_logger
 from ..models.kinds import check_kind, check_outputs
 from ..models.wrappers import unwrapped
@@ -69,6 +69,8 @@ class GradientCaptureCallback(TrainerCallback):
             that have no answers of the rows' kind. When training begins, for a row that is trained on with other labels
             than it is captured with.
         `TaskError`: in the trainer's constructor, for rows that cannot be encoded.
+        `StoreError`: when training begins, for a store of another model, other data or settings. During and after the
+            training of a single process it is logged, and so is a `WriteError`.
 
     Example:
 
@@ -152,7 +154,10 @@ class GradientCaptureCallback(TrainerCallback):
         """Capture during or after a training, which is worth more than a store that cannot be written there."""
         try:
             self._capture(args, model, processing_class, folder, num_steps, optimizer)
-        except StoreError as error:
+        except (StoreError, WriteError) as error:
+            if args.world_size > 1:
+                # The other processes wait for what this one would have done next.
+                raise
             logger.error("The gradients were not captured, and the training goes on without them: %s", error)
 
     def _config(self, args, given: GivenOptimizer | None = None) -> CaptureConfig:
@@ -166,12 +171,12 @@ class GradientCaptureCallback(TrainerCallback):
                 "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
             )
         check_kind(model)
-        check_outputs(unwrapped(model).config, self.tasks.label_space)
         max_length = self._config(args).max_length
         if isinstance(args, SFTConfig):
             self._encoded = sft_splits(self.tasks, processing_class, args, self.formatting_func, max_length)
         else:
             self._encoded = encoded_splits(model, self.tasks, processing_class, max_length)
+        check_outputs(unwrapped(model), self.tasks.label_space)
         if _has_another_loss(args):
             logger.warning(
                 "Gradients are captured of the answers' log-odds, and the training has another loss "

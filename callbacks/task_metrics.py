@@ -107,13 +107,13 @@ class TaskMetricsCallback(TrainerCallback):
                 "Expected a trainer with a tokenizer, found none. Pass processing_class to the Trainer."
             )
         check_kind(model)
-        check_outputs(unwrapped(model).config, self.tasks.label_space)
         if isinstance(args, SFTConfig):
             splits = sft_splits(
                 self.tasks, processing_class, args, self.formatting_func, args.max_length, ["validation"]
             )
         else:
             splits = encoded_splits(model, self.tasks, processing_class, None, ["validation"])
+        check_outputs(unwrapped(model), self.tasks.label_space)
         rows, names = splits["validation"], splits["validation"][TASK][:]
         return {task: rows.select([index for index, name in enumerate(names) if name == task]) for task in self.tasks}
 

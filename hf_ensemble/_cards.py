@@ -31,6 +31,8 @@ _WRITTEN = re.compile(r"^<!-- metadata: (\{.*\}) -->[ \t]*\r?$", re.MULTILINE)
 # Facts of what lies beside the card, which are never the author's.
 _FACTS = ("library_name", "base_model", "base_model_relation")
 _INDEX = "model-index"
+# Metadata of several values, to which further ones are added.
+_ADDED = ("tags", "datasets")
 # What a note has of the metadata that a caller has given.
 _GIVEN = "(given)"
 
@@ -121,8 +123,8 @@ def updated_card(
             and is no longer among them goes, unless an author has changed it.
         body (`str`): the generated part.
         given (`dict`, *optional*):
-            Entries that the caller has given, which stay until others are given in their place. Those of lists are
-            added, and an author's own values are left.
+            Entries that the caller has given, which stay until others are given in their place. `tags` and `datasets`
+            are added, and an author's own values are left, with a warning.
 
     Raises:
         `CardError`: for an existing card whose metadata cannot be read.
@@ -136,11 +138,13 @@ def updated_card(
     written = _written(marked[0]) if marked else {}
     before = written.pop(_GIVEN, {})
     for key, value in given.items():
-        if isinstance(value, list):
+        if key in _ADDED:
             own[key] = _united(_listed(own.get(key)), value)
         elif own.get(key) in (None, "", before.get(key), written.get(key)):
             own[key] = value
             written.pop(key, None)
+        elif own[key] != value:
+            logger.warning("The card has %s: %s, which is kept in place of %s. Change it there.", key, own[key], value)
     kept = {key: value for key, value in {**before, **given}.items() if own.get(key) == value}
     note = {key: value for key, value in metadata.items() if key != _INDEX}
     # Of results, whose they are: these are never the author's.
@@ -190,6 +194,12 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
     return metadata, card[found.end() :]
 
 
+def given_metadata(card: str | None) -> dict[str, Any]:
+    """What a caller has given for a card, see [`updated_card`]."""
+    marked = _MARKED.search(card or "")
+    return _written(marked[0]).get(_GIVEN, {}) if marked else {}
+
+
 def own_text(card: str) -> str:
     """What a card holds beside its metadata and its generated part; nothing for a draft of trl or PEFT."""
     text = _MARKED.sub("", split_card(card)[1]).strip()
@@ -213,14 +223,19 @@ def joined_cards(local: str | None, remote: str | None) -> str | None:
     metadata, rest = split_card(local)
     marked = _MARKED.search(rest)
     written = _written(marked[0]) if marked else {}
-    authors = {key: value for key, value in metadata.items() if key != _INDEX and value != written.get(key)}
+    known = {**written, **written.get(_GIVEN, {})}
+    authors = {
+        key: value
+        for key, value in metadata.items()
+        if key != _INDEX and value not in (known.get(key), written.get(key))
+    }
     there, remote_rest = split_card(remote)
     generated = _MARKED.search(remote_rest)
     of_the_hub = _written(generated[0]) if generated else {}
     for key in [own for own in authors if own in there and own not in _FACTS]:
         if isinstance(authors[key], list) and isinstance(there[key], list):
             there[key] = _united(there[key], [own for own in authors[key] if own not in _listed(written.get(key))])
-        elif there[key] in (of_the_hub.get(key), of_the_hub.get(_GIVEN, {}).get(key)):
+        elif there[key] == of_the_hub.get(key):
             there[key] = authors[key]
         elif there[key] != authors[key]:
             logger.warning(

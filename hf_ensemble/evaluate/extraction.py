@@ -124,14 +124,15 @@ def extractor(extract: str | Extractor) -> Extractor:
 
 def _plain_number(text: str) -> str:
     """A number without separators, currency, exponent and needless zeros, so that 1,000.50 equals 1000.5."""
+    text = text.translate(_PLAIN)
     try:
-        value = Decimal(text.translate(_PLAIN))
+        value = Decimal(text)
     except InvalidOperation:
         return text
     if not value:
         return "0"
     if abs(value.adjusted()) > _MOST_DIGITS:
         # In full it would be as long as its exponent says.
-        return str(value.normalize())
+        return text
     plain = format(value, "f")
     return plain.rstrip("0").rstrip(".") if "." in plain else plain

@@ -4,7 +4,6 @@ import re
 from enum import StrEnum
 
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..errors import ConfigurationError
@@ -74,14 +73,15 @@ def check_answers_of(model: nn.Module, tasks: TaskSet) -> None:
         )
 
 
-def check_outputs(config: PreTrainedConfig, label_space: LabelSpace | None) -> None:
+def check_outputs(model: nn.Module, label_space: LabelSpace | None) -> None:
     """Raise `ConfigurationError` for a classifier's head whose outputs are not the tasks' labels.
 
     Args:
-        config (`PreTrainedConfig`): of the model.
+        model (`nn.Module`): the classifier; one without a config says nothing of its outputs.
         label_space (`LabelSpace`, *optional*): of the tasks; `None` where rows have no classes.
     """
-    if label_space is None:
+    config = getattr(model, "config", None)
+    if label_space is None or config is None:
         return
     if config.num_labels != len(label_space):
         raise ConfigurationError(

@@ -37,9 +37,6 @@ _CAPTIONS = {
     "weights": "How often rows of each task are drawn",
 }
 
-# Metadata of several values, which are added to those that are there.
-_LISTS = ("tags", "datasets")
-
 
 def card_metadata(given: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata of a card from arguments of `create_model_card`, of `Trainer` and of trl's trainers."""
@@ -103,7 +100,7 @@ def card_parts(
 ) -> CardParts:
     """What a card is made of, with its pictures drawn; see [`write_model_card`]."""
     parts = (_selection_parts if is_adapter(folder) else _ensemble_parts)(run, repo_id, folder)
-    given = {key: _listed(value) if key in _LISTS else value for key, value in (metadata or {}).items()}
+    given = {key: _listed(value) if key in ("tags", "datasets") else value for key, value in (metadata or {}).items()}
     return parts._replace(given=given)
 
 

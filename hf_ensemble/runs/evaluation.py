@@ -25,8 +25,9 @@ class Evaluation(Record):
 
     @property
     def reported_split(self) -> str | None:
-        """Held-out test rows where there are any, then evaluation rows, then whatever was scored first."""
-        return next((split for split in ("test", "eval", *self.scores) if split in self.scores), None)
+        """Of the splits with the most tasks, held-out test rows, else evaluation rows, else what was scored first."""
+        known = [split for split in ("test", "eval", *self.scores) if split in self.scores]
+        return max(known, key=lambda split: max(map(len, self.scores[split].values()), default=0), default=None)
 
 
 @dataclass(frozen=True)

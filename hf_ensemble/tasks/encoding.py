@@ -2,8 +2,9 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from datasets import Dataset, IterableDataset, List, Value, concatenate_datasets
 
@@ -12,9 +13,10 @@ from .answers import IGNORE_INDEX
 from .class_labels import HIDDEN
 from .columns import EXAMPLE_ID, META_COLUMNS, TASK, TaskCollator, column_names
 from .labels import LabelSpace
-from .rows import RowFormat
+from .rows import FURTHER_INPUTS, RowFormat
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -93,8 +95,40 @@ def data_collator_for(
         # Models with absolute positions were not trained with padding on the left; trl pads on the right, too.
         right = copy.copy(tokenizer)
         right.padding_side = "right"
-        return TaskCollator(DataCollatorForSeq2Seq(right, label_pad_token_id=IGNORE_INDEX))
-    return TaskCollator(DataCollatorWithPadding(tokenizer))
+        return TaskCollator(_PaddedInputs(DataCollatorForSeq2Seq(right, label_pad_token_id=IGNORE_INDEX), right))
+    return TaskCollator(_PaddedInputs(DataCollatorWithPadding(tokenizer), tokenizer))
+
+
+@dataclass
+class _PaddedInputs:
+    """Pads what `tokenizer.pad` leaves as it is: further inputs of some models, one for each token.
+
+    Args:
+        collator (`Callable`): pads the other columns.
+        tokenizer (`PreTrainedTokenizerBase`): says on which side, and with which token.
+    """
+
+    collator: Callable[[list[Mapping[str, Any]]], Mapping[str, Any]]
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        further = [name for name in FURTHER_INPUTS if name in examples[0]]
+        rest = [{key: value for key, value in example.items() if key not in further} for example in examples]
+        batch = dict(self.collator(rest))
+        for name in further:
+            batch[name] = self._padded(name, [example[name] for example in examples], batch["input_ids"].shape[1])
+        return batch
+
+    def _padded(self, name: str, rows: list[list[Any]], length: int) -> "torch.Tensor":
+        import torch
+
+        of_decoder = name.startswith("decoder_")
+        length = max(map(len, rows)) if of_decoder else length
+        fill: Any = [0] * len(rows[0][0]) if name == "bbox" else 0
+        fill = self.tokenizer.pad_token_id if name == "decoder_input_ids" else fill
+        is_left = self.tokenizer.padding_side == "left" and not of_decoder
+        padding = [[fill] * (length - len(row)) for row in rows]
+        return torch.tensor([[*more, *row] if is_left else [*row, *more] for row, more in zip(rows, padding)])
 
 
 def _encode_classification(row, tokenizer, label_space, max_length):

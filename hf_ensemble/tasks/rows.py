@@ -48,11 +48,12 @@ _REQUIRED = {
     RowFormat.TEXT: ("text",),
     RowFormat.SFT: (),
 }
+# Inputs of some models, which `Trainer` passes on.
+FURTHER_INPUTS = ("position_ids", "global_attention_mask", "decoder_input_ids", "decoder_attention_mask", "bbox")
 _OPTIONAL = {
     RowFormat.TOKENIZED: (
         *("attention_mask", "token_type_ids", "completion_mask", "assistant_masks", "seq_lengths"),
-        # Inputs of some models, which `Trainer` passes on.
-        *("position_ids", "global_attention_mask", "decoder_input_ids", "decoder_attention_mask", "bbox"),
+        *FURTHER_INPUTS,
     ),
     RowFormat.CLASSIFICATION: ("label_text",),
     # Chat templates read these.

@@ -80,7 +80,7 @@ def make_task(
     for split, rows in splits.items():
         if len(rows) == 0:
             raise TaskError(f"Task {name!r} is empty: split {split!r} has no rows.")
-    splits = {split: _without_format(rows) for split, rows in splits.items()}
+    splits = {split: _without_format(name, rows) for split, rows in splits.items()}
     if row_format not in (RowFormat.TEXT, RowFormat.SFT):
         splits = {split: _with_class_labels(rows) for split, rows in splits.items()}
     row_format = row_format or detect_format(name, splits["train"].column_names)
@@ -107,11 +107,11 @@ def make_task(
     )
 
 
-def _without_format(rows: Dataset) -> Dataset:
+def _without_format(name: str, rows: Dataset) -> Dataset:
     """The same values, read as Python's own, whatever `set_format` asks for; what `set_transform` makes of them."""
     if rows.format["type"] != "custom":
         return rows.with_format(None)
-    made = table_of([plain_values(row) for row in rows])
+    made = table_of([plain_values(row) for row in rows], f"Task {name!r}")
     for column, feature in rows.features.items():
         if isinstance(feature, ClassLabel) and column in made.column_names:
             made = made.cast_column(column, feature)
@@ -142,12 +142,12 @@ def _plain_columns(rows: Dataset) -> Dataset:
     return rows
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], where: str = "", features: Features | None = None) -> Dataset:
+def table_of(rows: Sequence[Mapping[str, Any]], where: str, features: Features | None = None) -> Dataset:
     """A dataset of rows, with the columns that any of them has: `from_list` takes those of the first.
 
     Args:
         rows (`Sequence[dict]`): the rows.
-        where (`str`, *optional*): what they are, for errors.
+        where (`str`): what they are, for errors.
         features (`datasets.Features`, *optional*): types of the columns.
 
     Raises:

@@ -67,8 +67,9 @@ class OutcomeMixin:
             ignore_keys (`list[str]`, *optional*): used before training only.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`): first word of the metrics' names.
 
-        The run keeps the scores under this prefix, for its report and its card. Those of `eval` are of its own
-        evaluation rows: for other rows, and for some of the tasks, metrics are returned and nothing is kept.
+        The run keeps the scores under this prefix: those of `test`, of all tasks, are what its report and its card are
+        made from, and else those of `eval`. These are of its own evaluation rows: of other rows, and of fewer tasks
+        than are kept, metrics are returned alone.
 
         Returns:
             `dict[str, float]`: `PREFIX_TASK_loss` and `PREFIX_TASK_accuracy` (share of rows whose whole answer is
@@ -110,7 +111,8 @@ class OutcomeMixin:
             metric_key_prefix (`str`, *optional*, defaults to `"test"`): first word of the metrics' names.
 
         Returns:
-            `PredictionOutput`: logits and labels of all rows, padded with -100, in the order of one dataset's rows, and
+            `PredictionOutput`: logits and labels of all rows, padded with -100 (of an encoder-decoder with NaN for its
+            encoder's states, which an ensemble has none of), in the order of one dataset's rows, and
             else one task's after the other's; and the parent's metrics of each task (`PREFIX_TASK_loss`, and those of
             `compute_metrics`) and their means.
 
@@ -153,7 +155,9 @@ class OutcomeMixin:
         return self.flow.scores(tables)
 
     def report(self) -> Results:
-        """What the run came to by its last evaluation: a verdict, and the scores of every system with their intervals.
+        """What the run came to on test rows, or else on evaluation rows.
+
+        A verdict, and the scores of every system with their intervals.
 
         It is also in `results.json`. Printed, it is the verdict and tables.
 
@@ -295,7 +299,7 @@ class OutcomeMixin:
 
 
 def _arrays(values: Any) -> Iterator[np.ndarray]:
-    """Arrays within predictions."""
+    """Arrays within predictions or labels."""
     if isinstance(values, np.ndarray):
         yield values
     for own in values.values() if isinstance(values, dict) else values if isinstance(values, tuple) else ():
@@ -316,7 +320,7 @@ def _in_order(output: PredictionOutput, positions: list[int] | None) -> Predicti
 
     if positions is None:
         return output
-    first = next((own for own in _arrays(output.predictions)), None)
+    first = next(_arrays(output.label_ids), None)
     if first is not None and len(first) < len(positions):
         logger.warning(
             "%d of %d rows have no answer within max_length and are left out: predictions are one task's after the "

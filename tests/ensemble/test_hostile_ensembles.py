@@ -212,7 +212,7 @@ CASES = {
     "initialization": (adapter(init_lora_weights="pissa"), "init_lora_weights 'pissa'.*changes the base model"),
     "biases": (adapter(bias="all"), f"'second': {ADAPTER} has bias 'all'"),
     "rank": (adapter(r=4), f"{TENSORS} has rank 8 at .*, where {ADAPTER} says 4"),
-    "rank huge": (adapter(r=10**9, rank_pattern={".*": 8}), f"{ADAPTER} states r 1000000000"),
+    "rank huge": (adapter(r=10**9, rank_pattern={".*": 8}), f"{ADAPTER} states the rank 1000000000"),
     "rank of text": (adapter(r="8"), f"{ADAPTER} has the rank '8'"),
     "rank negative": (adapter(r=-1), f"{ADAPTER} has the rank -1"),
     "scaling infinite": (adapter(lora_alpha=float("inf")), f"{ADAPTER} has the scaling inf"),

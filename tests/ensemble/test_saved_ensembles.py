@@ -152,6 +152,15 @@ def test_members_that_differ_come_back_as_they_were(base, tmp_path, first, secon
     assert torch.allclose(loaded(**batch).logits, made(**batch).logits, atol=1e-6)
 
 
+def test_a_merged_adapter_is_added_beside_one_with_rows_of_tokens(base):
+    own = two_adapters(base, toy.lora(trainable_token_indices=[3, 4]), toy.lora())
+    merged = PeftEnsembleModel(own, ["first", "second"], {"sums": {"second": 1.0}}).merge("sums")
+    ids = torch.tensor([[3, 4, 5]])
+    own.set_adapter("second")
+    expected = own(ids).logits
+    assert torch.allclose(merged.add_to(own, "merged")(ids).logits, expected, atol=1e-5)
+
+
 def test_layers_within_a_module_that_another_member_has_saved_are_refused(base):
     first, second = toy.lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), toy.lora()
     message = r"\['second'\] have layers in 'lm_head' of the adapter 'first'.*before 'first'"

@@ -11,10 +11,21 @@ from trl.trainer.utils import generate_model_card
 from helpers import toy
 from helpers.markdown import code_blocks, raw_html, tables
 from hf_ensemble import TaskSet
-from hf_ensemble._cards import BEGIN, CARD, END, joined_cards, own_text, split_card, update_card_file, updated_card
+from hf_ensemble._cards import (
+    BEGIN,
+    CARD,
+    END,
+    CardParts,
+    joined_cards,
+    own_text,
+    split_card,
+    update_card_file,
+    updated_card,
+)
 from hf_ensemble.ensemble.members import BaseModelReference, EnsembleMember
 from hf_ensemble.ensemble.saving.card import saved_card
 from hf_ensemble.ensemble.saving.ensemble_config import SavedEnsembleConfig
+from hf_ensemble.ensemble.saving.pushing import card_maker
 from hf_ensemble.errors import CardError, HfEnsembleError
 from hf_ensemble.evaluate import TaskScores
 from hf_ensemble.publish import EnsembleCardData
@@ -292,8 +303,8 @@ def test_what_a_caller_gives_is_the_authors():
 
 
 def test_metadata_that_differ_on_the_hub_are_kept_and_said(caplog):
-    given = {"license": "mit", "language": "en", "tags": ["mine"]}
-    local = updated_card("Introduction.\n", UNLICENSED, "local", given)
+    by_hand = "---\nlicense: mit\nlanguage: en\ntags: [mine]\n---\n\nIntroduction.\n"
+    local = updated_card(by_hand, UNLICENSED, "local")
     remote = updated_card("---\nlicense: gpl-3.0\ntags: [theirs]\n---\n", UNLICENSED, "remote")
     found = split_card(updated_card(joined_cards(local, remote), UNLICENSED, "new"))[0]
     assert (found["license"], found["language"]) == ("gpl-3.0", "en")
@@ -304,7 +315,17 @@ def test_metadata_that_differ_on_the_hub_are_kept_and_said(caplog):
     local = updated_card(None, written, "local").replace("pipeline_tag: text-generation", "pipeline_tag: other", 1)
     remote = updated_card(None, written, "remote")
     assert split_card(updated_card(joined_cards(local, remote), written, "new"))[0]["pipeline_tag"] == "other"
-    # Nor is what a script has given there before.
-    remote = updated_card(None, UNLICENSED, "remote", {"license": "gpl-3.0"})
-    local = updated_card(None, UNLICENSED, "local", {"license": "mit"})
-    assert split_card(updated_card(joined_cards(local, remote), UNLICENSED, "new"))[0]["license"] == "mit"
+
+
+def test_what_a_script_gives_reaches_the_hub_each_time(tmp_path, caplog):
+    path, remote = tmp_path / CARD, None
+    for name in ("mit", "apache-2.0", "bsd"):
+        update_card_file(path, UNLICENSED, "local", {"license": name, "language": [name[:2]]})
+        remote = card_maker(path, CardParts(UNLICENSED, "remote"))(remote)
+        found = split_card(remote)[0]
+        assert (found["license"], found["language"]) == (name, [name[:2]])
+    # Also into a card with a text of its own, but for what its author has set there.
+    theirs = "---\nlanguage: fr\n---\n\nOf the Hub.\n"
+    found = split_card(card_maker(path, CardParts(UNLICENSED, "remote"))(theirs))[0]
+    assert (found["license"], found["language"]) == ("bsd", "fr")
+    assert "The card has language: fr, which is kept in place of ['bs']" in caplog.text

@@ -14,6 +14,7 @@ from hf_ensemble.tasks import (
     RowFormat,
     TaskCollator,
     TaskSet,
+    data_collator_for,
     encode,
     load_task_folder,
     pop_meta,
@@ -324,3 +325,20 @@ def test_rows_are_held_out_only_where_there_are_none():
     assert whole.with_validation() == whole
     with pytest.raises(TaskError, match="Task 'a': expected at least 2 rows"):
         TaskSet.from_datasets({"a": ROWS[:1]}).with_validation()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_further_inputs_of_tokens_are_kept_and_padded(side):
+    rows = [
+        {"input_ids": [3, 4, 5], "labels": 1, "position_ids": [7, 8, 9], "bbox": [[1, 2, 3, 4]] * 3},
+        {"input_ids": [3], "labels": 0, "position_ids": [7], "bbox": [[1, 2, 3, 4]]},
+    ]
+    table = TaskSet.from_datasets({"a": rows, "b": rows}, None)["a"].splits["train"]
+    batch = data_collator_for(RowFormat.TOKENIZED, toy.tokenizer(side), labels_are_tokens=False)(list(table))
+    pad = batch["input_ids"][1] == 0
+    assert pad.sum() == 2 and batch["position_ids"][0].tolist() == [7, 8, 9]
+    assert batch["position_ids"][1][~pad].tolist() == [7] and not batch["position_ids"][1][pad].any()
+    assert batch["bbox"].shape == (2, 3, 4) and not batch["bbox"][1][pad].any()
+    decoder = [{**row, "labels": row["input_ids"], "decoder_input_ids": row["input_ids"][:2]} for row in rows]
+    batch = data_collator_for(RowFormat.TOKENIZED, toy.tokenizer(side), labels_are_tokens=True)(decoder)
+    assert batch["decoder_input_ids"].tolist() == [[3, 4], [3, 0]] and batch["position_ids"][1].tolist() == [7, 0, 0]

@@ -21,12 +21,13 @@ def card_of(trainer):
 
 
 def test_evaluations_of_other_rows_leave_the_runs_own_alone(finished):
-    report, card = finished.report(), card_of(finished)
+    report, card, costs = finished.report(), card_of(finished), finished.run_directory.record.stages
     name = list(finished.tasks)[0]
     rows = toy.sft_tasks()[name]["train"]
     for given in (name, {name: rows}, {task: splits["train"] for task, splits in toy.sft_tasks().items()}):
         assert finished.evaluate(given)[f"eval_{name}_loss"] > 0
         assert finished.report() == report and card_of(finished) == card
+        assert finished.run_directory.record.stages == costs
     assert set(finished.evaluate()) >= {f"eval_{task}_loss" for task in finished.tasks}
     assert finished.report().scores == report.scores
 
@@ -34,11 +35,13 @@ def test_evaluations_of_other_rows_leave_the_runs_own_alone(finished):
 def test_scores_of_some_tasks_do_not_take_the_place_of_those_of_more(finished):
     rows = {task: splits["train"] for task, splits in toy.sft_tasks().items()}
     name = list(rows)[0]
+    own = finished.report()
     finished.evaluate({name: rows[name]}, metric_key_prefix="test")
-    assert set(finished.report().scores["ensemble"]) == {name}
+    # The report stays that of all tasks.
+    assert (finished.report().scores, finished.report().verdict) == (own.scores, own.verdict)
     finished.evaluate(rows, metric_key_prefix="test")
     whole = finished.report()
-    assert set(whole.scores["ensemble"]) == set(rows)
+    assert set(whole.scores["ensemble"]) == set(rows) and whole.scores != own.scores
     finished.evaluate({name: rows[name]}, metric_key_prefix="test")
     assert finished.report() == whole
 

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ..._cards import CARD, CardParts, render, update_card_file
+from ..._compat import tokens_of_their_own_adapters
 from ..._files import write_together
 from ..._hub import Repository
 from ..._settings import check_at_least, check_one_of, check_options, checked_path
@@ -168,7 +169,8 @@ class MergedAdapter:
             model.add_adapter(name, self.config)
         else:
             model = get_peft_model(model, self.config, adapter_name=name)
-        set_peft_model_state_dict(model, self.state_dict, adapter_name=name)
+        with tokens_of_their_own_adapters():
+            set_peft_model_state_dict(model, self.state_dict, adapter_name=name)
         model.set_adapter(name, inference_mode=True)
         return model.eval()
 

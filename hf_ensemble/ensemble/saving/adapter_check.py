@@ -123,6 +123,8 @@ def _check_part(key: str, kind: str, what: str) -> None:
 
 def _check_sizes(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: Path, what: str) -> None:
     """Check that no size that PEFT allocates by is above what the file, or the base's layers, can hold."""
+    if _kind(config) in ("LORA", "IA3"):
+        return
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     stated = [(key, config.get(key)) for key in _SIZES]
     stated += [(f"{name} of {key!r}", own) for name in _SIZE_PATTERNS for key, own in (config.get(name) or {}).items()]
@@ -153,7 +155,7 @@ def _is_same(own: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def _check_ranks(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: Path, what: str) -> None:
-    """Check that the ranks stated for the file's modules are those of its tensors."""
+    """Check that the stated ranks are those of the tensors, so that PEFT allocates little more than the file holds."""
     ranks = {}
     for key, shape in shapes.items():
         module, part = split_key(key)
@@ -167,6 +169,12 @@ def _check_ranks(shapes: Mapping[str, tuple], config: Mapping[str, Any], path: P
             raise EnsembleLoadError(
                 f"{what}: {path.name} has rank {found} at {module!r}, where {ADAPTER_CONFIG} says {stated}."
             )
+    # A rank that no module of the file has may be that of others, which PEFT would make room for.
+    largest, highest = max(ranks.values(), default=0), max(config.get("r", 8), *patterns.values(), 0)
+    if ranks and highest > max(largest, _PLAIN_SIZE):
+        raise EnsembleLoadError(
+            f"{what}: {ADAPTER_CONFIG} states the rank {highest}, above any of {path.name}, whose largest is {largest}."
+        )
 
 
 def _check_pairs(keys: list[str], what: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 
-from ..._cards import CARD, CardParts, joined_cards, read_card, updated_card
+from ..._cards import CARD, CardParts, given_metadata, joined_cards, read_card, updated_card
 from ..._files import read_json, write_json
 from ..._hub import Repository, push_folder
 from ...errors import CardError
@@ -109,7 +109,9 @@ def card_maker(path: Path, parts: CardParts) -> Callable[[str | None], str]:
 
     def make(existing: str | None) -> str:
         try:
-            return updated_card(joined_cards(read_card(path), existing), *parts)
+            local = read_card(path)
+            given = {**given_metadata(local), **parts.given}
+            return updated_card(joined_cards(local, existing), parts.metadata, parts.body, given)
         except CardError:
             if existing is None:
                 # It is the local card that cannot be read: the Hub gets a new one.

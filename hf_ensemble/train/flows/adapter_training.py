@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from ..._cards import CARD
+from ..._compat import tokens_of_their_own_adapters
 from ..._files import checksums, writing
 from ..._processes import is_main_process, run_on_main, wait_for_everyone
 from ...capture.identity import parameter_fingerprint
@@ -109,7 +110,8 @@ class AdapterTraining:
     def load(self, folder: Path) -> None:
         """Put a saved adapter's weights into the model; trainings still begin at theta0."""
         weights = load_file(str(folder / "adapter_model.safetensors"))
-        set_peft_model_state_dict(self.context.model, weights, adapter_name=self.context.adapter_name)
+        with tokens_of_their_own_adapters():
+            set_peft_model_state_dict(self.context.model, weights, adapter_name=self.context.adapter_name)
 
     def start_from(self, folder: Path) -> None:
         """Make a saved adapter the starting point in place of theta0."""

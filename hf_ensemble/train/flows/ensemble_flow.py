@@ -255,11 +255,17 @@ class EnsembleFlow:
         return sum(step.flops for step in steps) - sum(trained.flops for trained in known if trained.name in own)
 
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str, is_of_own_rows: bool = True) -> dict[str, float]:
-        """Score the systems and report the scores; they are returned as flat metrics."""
+        """Score the systems and report the scores; they are returned as flat metrics.
+
+        What is not the run's own (`is_of_own_rows`) may not be reported, see [`SystemEvaluation.is_kept`].
+        """
         start = time.time()
-        with self.context.run.repeated(f"evaluation:{prefix}"):
+        if not run_on_main(lambda: self.evaluation.is_kept(prefix, tables, is_of_own_rows)):
             scores = self.scores(tables)
-        self.report(prefix, scores, is_of_own_rows)
+        else:
+            with self.context.run.repeated(f"evaluation:{prefix}"):
+                scores = self.scores(tables)
+            self.report(prefix, scores)
         return flat_metrics(scores, prefix, MAIN_SYSTEM) | self.evaluation.speed(prefix, start, scores)
 
     @contextmanager
@@ -268,12 +274,9 @@ class EnsembleFlow:
         with self.context.model_state.restored(), prediction_trainer(self.context, tables, self.ensemble) as trainer:
             yield trainer
 
-    def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]], is_of_own_rows: bool = True) -> None:
-        """Keep the scores of each system in the run, with what they come to, and renew the model card.
-
-        Scores that do not belong there are left out, see [`SystemEvaluation.is_kept`].
-        """
-        if is_main_process() and self.evaluation.is_kept(prefix, scores, is_of_own_rows):
+    def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
+        """Keep the scores of each system in the run, with what they come to, and renew the model card."""
+        if is_main_process():
             self.context.run.write(Costs(dict(self.costs)))
             self.evaluation.keep(prefix, scores)
             renew_model_card(self.context.run, self.context.run.ensemble)

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -158,8 +158,8 @@ class SystemEvaluation:
         batch_size = args.per_device_eval_batch_size * args.world_size
         return speed_metrics(prefix, start, sum(counts), sum(math.ceil(count / batch_size) for count in counts))
 
-    def is_kept(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]], is_of_own_rows: bool) -> bool:
-        """Whether scores belong into the run's records.
+    def is_kept(self, prefix: str, tasks: Collection[str], is_of_own_rows: bool) -> bool:
+        """Whether scores of these tasks belong into the run's records.
 
         Those of the prefix `eval` are of the run's own evaluation rows, and those of some tasks do not take the place
         of those of more.
@@ -167,7 +167,7 @@ class SystemEvaluation:
         if prefix == "eval":
             return is_of_own_rows
         known = (self.context.run.read_if_there(Evaluation) or Evaluation()).scores.get(prefix, {})
-        return all(set(by_task) <= set(scores.get(system, {})) for system, by_task in known.items())
+        return all(set(by_task) <= set(tasks) for by_task in known.values())
 
     def keep(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
         """Add the scores of each system to the run's records, beside those of other prefixes, and renew its results."""

@@ -188,11 +188,17 @@ class SelectionFlow:
         return scores
 
     def evaluate(self, tables: Mapping[str, Dataset], prefix: str, is_of_own_rows: bool = True) -> dict[str, float]:
-        """Score and report the scores; the target's are also the metrics `PREFIX_loss` and `PREFIX_accuracy`."""
+        """Score and report the scores; the target's are also the metrics `PREFIX_loss` and `PREFIX_accuracy`.
+
+        What is not the run's own (`is_of_own_rows`) may not be reported, see [`SystemEvaluation.is_kept`].
+        """
         start = time.time()
-        with self.context.run.repeated(f"evaluation:{prefix}"):
+        if not run_on_main(lambda: self.evaluation.is_kept(prefix, tables, is_of_own_rows)):
             scores = self.scores(tables)
-        self.report(prefix, scores, is_of_own_rows)
+        else:
+            with self.context.run.repeated(f"evaluation:{prefix}"):
+                scores = self.scores(tables)
+            self.report(prefix, scores)
         metrics = flat_metrics(scores, prefix, MAIN_SYSTEM, self.target)
         return metrics | self.evaluation.speed(prefix, start, scores)
 
@@ -202,9 +208,9 @@ class SelectionFlow:
         with self.context.model_state.restored(), prediction_trainer(self.context, tables) as trainer:
             yield trainer
 
-    def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]], is_of_own_rows: bool = True) -> None:
-        """Keep the scores in the run and renew the model card; see [`SystemEvaluation.is_kept`]."""
-        if is_main_process() and self.evaluation.is_kept(prefix, scores, is_of_own_rows):
+    def report(self, prefix: str, scores: Mapping[str, Mapping[str, TaskScores]]) -> None:
+        """Keep the scores in the run and renew the model card."""
+        if is_main_process():
             self.context.run.write(Costs(dict(self._costs)))
             self.evaluation.keep(prefix, scores)
             renew_model_card(self.context.run, self.context.run.adapter)

@@ -242,4 +242,4 @@ def check_labels(model: Any, tasks: TaskSet) -> None:
                 f"problem_type={_MULTI_LABEL!r}; found {found[0]} outputs and problem_type={found[1]!r}. Load the "
                 f"model with num_labels={tasks.num_labels} and that problem_type."
             )
-    check_outputs(config, label_space)
+    check_outputs(model, label_space)
