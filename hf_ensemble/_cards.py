@@ -139,7 +139,7 @@ def updated_card(
     before = written.pop(_GIVEN, {})
     for key, value in given.items():
         if key in _ADDED:
-            own[key] = _united(_listed(own.get(key)), value)
+            own[key] = _united(_listed(own.get(key)), _listed(value))
         elif own.get(key) in (None, "", before.get(key), written.get(key)):
             own[key] = value
             written.pop(key, None)
@@ -223,11 +223,11 @@ def joined_cards(local: str | None, remote: str | None) -> str | None:
     metadata, rest = split_card(local)
     marked = _MARKED.search(rest)
     written = _written(marked[0]) if marked else {}
-    known = {**written, **written.get(_GIVEN, {})}
+    given = given_metadata(local)
     authors = {
         key: value
         for key, value in metadata.items()
-        if key != _INDEX and value not in (known.get(key), written.get(key))
+        if key != _INDEX and value not in (written.get(key), given.get(key))
     }
     there, remote_rest = split_card(remote)
     generated = _MARKED.search(remote_rest)

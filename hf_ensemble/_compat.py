@@ -97,7 +97,8 @@ def tokens_of_their_own_adapters() -> Iterator[None]:
     """
     from peft.utils.other import TrainableTokensWrapper
 
-    methods = {name: getattr(TrainableTokensWrapper, name) for name in _OF_TOKENS}
+    names = ("adapter_state_dict", "adapter_state_dict_load_map")
+    methods = {name: getattr(TrainableTokensWrapper, name) for name in names}
 
     def own_only(method):
         def of_adapter(self, adapter_name, *args):
@@ -113,9 +114,6 @@ def tokens_of_their_own_adapters() -> Iterator[None]:
     finally:
         for name, method in methods.items():
             setattr(TrainableTokensWrapper, name, method)
-
-
-_OF_TOKENS = ("adapter_state_dict", "adapter_state_dict_load_map")
 
 
 def _tied_by_paths(base: torch.nn.Module, embeddings: torch.nn.Module) -> list[str]:

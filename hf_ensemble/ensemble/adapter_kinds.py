@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
-
 # What PEFT calls an adapter's tensors in each layer, by type; other types change more than the layers that they adapt.
 LAYER_TENSORS = {
     "LORA": (
@@ -76,11 +74,3 @@ def adapter_obstacle(config: Mapping[str, Any]) -> str | None:
             "bias='none', with lora_bias=True for biases of the adapter's own"
         )
     return None
-
-
-def merge_obstacle(config: PeftConfig) -> str | None:
-    """What of an adapter has no place in one plain LoRA adapter of a rank that is known; `None` if nothing has."""
-    if not isinstance(config, LoraConfig):
-        return f"the type {config.peft_type.value}"
-    fields = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
-    return next((name for name in fields if getattr(config, name, None)), None)

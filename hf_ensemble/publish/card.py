@@ -100,8 +100,7 @@ def card_parts(
 ) -> CardParts:
     """What a card is made of, with its pictures drawn; see [`write_model_card`]."""
     parts = (_selection_parts if is_adapter(folder) else _ensemble_parts)(run, repo_id, folder)
-    given = {key: _listed(value) if key in ("tags", "datasets") else value for key, value in (metadata or {}).items()}
-    return parts._replace(given=given)
+    return parts._replace(given=metadata or {})
 
 
 def _ensemble_parts(run: RunDirectory, repo_id: str | None, folder: Path) -> CardParts:

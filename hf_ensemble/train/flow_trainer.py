@@ -198,7 +198,8 @@ class FlowTrainerMixin(OutcomeMixin, Generic[Flow]):
         Args:
             resume_from_checkpoint (`bool`, *optional*): has no effect, since runs resume by themselves.
             trial (*optional*): of a hyperparameter search, which only a single training takes.
-            ignore_keys_for_eval (`list[str]`, *optional*): outputs that evaluations leave out.
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                Outputs that evaluations during each training, and `compute_metrics` after them, leave out.
 
         Returns:
             `TrainOutput`: steps and mean loss of all trainings, and the metrics of a training (`train_runtime`,

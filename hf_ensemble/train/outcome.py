@@ -59,6 +59,10 @@ class OutcomeMixin:
         Called by a callback during a training, it is the parent's of the adapter that is being trained, and the
         training goes on as if it had not been.
 
+        The run keeps the scores by their prefix. Its report and its card are made from those of `test`, of all tasks,
+        and else from those of `eval`, which are of its own evaluation rows. Other rows with the prefix `eval`, and
+        fewer tasks than are kept, leave the records as they are.
+
         Args:
             eval_dataset (`dict[str, Dataset]` or `Dataset`, *optional*):
                 Rows of each task, for example test rows; or one dataset that has the task of each row in a column
@@ -66,10 +70,6 @@ class OutcomeMixin:
                 an adapter, rows as the constructor takes them, or tokens as the parent does.
             ignore_keys (`list[str]`, *optional*): used before training only.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`): first word of the metrics' names.
-
-        The run keeps the scores under this prefix: those of `test`, of all tasks, are what its report and its card are
-        made from, and else those of `eval`. These are of its own evaluation rows: of other rows, and of fewer tasks
-        than are kept, metrics are returned alone.
 
         Returns:
             `dict[str, float]`: `PREFIX_TASK_loss` and `PREFIX_TASK_accuracy` (share of rows whose whole answer is
@@ -111,10 +111,10 @@ class OutcomeMixin:
             metric_key_prefix (`str`, *optional*, defaults to `"test"`): first word of the metrics' names.
 
         Returns:
-            `PredictionOutput`: logits and labels of all rows, padded with -100 (of an encoder-decoder with NaN for its
-            encoder's states, which an ensemble has none of), in the order of one dataset's rows, and
+            `PredictionOutput`: logits and labels of all rows, padded with -100, in the order of one dataset's rows, and
             else one task's after the other's; and the parent's metrics of each task (`PREFIX_TASK_loss`, and those of
-            `compute_metrics`) and their means.
+            `compute_metrics`) and their means. Beside the logits of an encoder-decoder stand its encoder's states, NaN
+            for an ensemble, which has none.
 
         Raises:
             `TaskError`: for rows without a task and unknown tasks.
@@ -155,9 +155,7 @@ class OutcomeMixin:
         return self.flow.scores(tables)
 
     def report(self) -> Results:
-        """What the run came to on test rows, or else on evaluation rows.
-
-        A verdict, and the scores of every system with their intervals.
+        """A verdict, and every system's scores with their intervals, on test rows or else on evaluation rows.
 
         It is also in `results.json`. Printed, it is the verdict and tables.
 

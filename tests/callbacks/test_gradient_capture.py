@@ -7,7 +7,7 @@ from trl import SFTConfig, SFTTrainer
 from helpers import toy
 from helpers.captures import relative_error
 from hf_ensemble import CaptureConfig, DataSelector, GradientCaptureCallback, TaskSet
-from hf_ensemble.errors import ConfigurationError, StoreError, StoreMismatchError
+from hf_ensemble.errors import ConfigurationError, StoreError, StoreMismatchError, WriteError
 from hf_ensemble.store import GradientStore
 from hf_ensemble.tasks import RowFormat, encode
 
@@ -116,6 +116,16 @@ def test_a_store_of_another_training_costs_no_trained_weights(tmp_path, caplog):
     losses, _ = train("sft", tmp_path / "again", [own])
     assert len(losses) == 18 and own.store is None and GradientStore(tmp_path / "store").identity == before
     assert "The gradients were not captured" in caplog.text and "overwrite=True" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["train_end", "epoch", 7])
+def test_a_full_disk_costs_no_trained_weights(tmp_path, caplog, monkeypatch, when):
+    def fails(*args, **kwargs):
+        raise WriteError("no space is left")
+
+    monkeypatch.setattr("hf_ensemble.callbacks.gradient_capture.capture_gradients", fails)
+    losses, _ = train("sft", tmp_path / "run", [callback(tmp_path / "store", when=when)])
+    assert len(losses) == 18 and "The gradients were not captured" in caplog.text
 
 
 def test_a_resumed_training_keeps_what_was_captured_at_its_beginning(tmp_path):

@@ -15,7 +15,6 @@ from helpers.architectures import MODELS
 from helpers.trainers import ESTIMATE, PARTITION, SMALL, sft_config, split, text_trainer
 from hf_ensemble import EnsembleConfig, EnsembleSFTTrainer, EnsembleTrainer
 from hf_ensemble.errors import ConfigurationError
-from hf_ensemble.train.flows.adapter_training import _of_length
 
 
 @dataclass
@@ -64,10 +63,34 @@ def trainer_of(kind, folder, **keywords):
     return EnsembleTrainer(model=toy.bert(4), args=args, peft_config=toy.lora("SEQ_CLS"), **given, **keywords)
 
 
-def test_schedules_of_shorter_trainings_are_as_much_shorter():
-    options = {"num_decay_steps": 20, "num_stable_steps": 7, "min_lr_ratio": 0.1, "decay_type": "linear"}
-    assert _of_length(options, 0.25) == {**options, "num_decay_steps": 5, "num_stable_steps": 2}
-    assert _of_length(options, 1) is options and _of_length(None, 0.5) is None
+class Schedules(TrainerCallback):
+    """The options of each training's schedule, and its highest learning rate."""
+
+    def __init__(self):
+        self.options, self.rates = [], []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.options.append(args.lr_scheduler_kwargs)
+        self.rates.append([])
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        self.rates[-1].append(lr_scheduler.get_last_lr()[0])
+
+
+def test_schedules_of_shorter_trainings_are_as_much_shorter(tmp_path):
+    options, seen = {"num_decay_steps": 8, "min_lr_ratio": 0.1}, Schedules()
+    trainer = text_trainer(
+        tmp_path / "run",
+        toy.bert(4),
+        toy.text_tasks(),
+        callbacks=[seen],
+        **{"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": options, "warmup_steps": 2},
+        **{"grouping_method": "direct", "group_initialization": "baseline", "continued_length": 0.5, "num_groups": 1},
+    )
+    trainer.train()
+    assert seen.options == [options, {**options, "num_decay_steps": 4}] and trainer.args.lr_scheduler_kwargs == options
+    # Each reaches the learning rate that was asked for.
+    assert [max(rates) for rates in seen.rates] == [trainer.args.learning_rate] * 2
 
 
 CODE = """

@@ -53,8 +53,8 @@ def summed_weights(
             yield
     except CannotFuseError as error:
         raise EnsembleError(
-            f"The combination 'weights' cannot be computed: {error} Use 'logits', or merge(task) and load the merged "
-            "adapter alone."
+            f"The combination 'weights' cannot be computed: {error} Use 'logits', or, of adapters that can be merged, "
+            "load what merge(task) gives alone."
         ) from error
 
 

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from ..._cards import CARD, CardParts, render, update_card_file
 from ..._files import read_json
 from ...logging import get_logger
-from ..adapter_kinds import merge_obstacle
 from ..members import BaseModelReference
 from .auto_classes import CAUSAL, CLASSIFIER, SEQ_TO_SEQ, adapter_auto_class
 from .ensemble_config import ADAPTER_WEIGHTS, ADAPTERS_FOLDER, SavedEnsembleConfig
@@ -26,6 +25,8 @@ logger = get_logger(__name__)
 
 # A prompt, or the messages of a chat.
 Example = str | list[dict[str, Any]]
+# What of a LoRA adapter has no place in a plain one whose rank is known.
+_NOT_MERGED = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
 _TOKENIZER_FILE = "tokenizer_config.json"
 _MAX_NEW_TOKENS = 64
 
@@ -239,7 +240,9 @@ def saved_auto_class(folder: Path) -> str:
 def _merged_rank(weights: Mapping[str, float], configs: Mapping[str, PeftConfig]) -> int | None:
     """Rank of the weighted sum of adapters; `None` where there is none."""
     own = [configs[name] for name, weight in weights.items() if weight]
-    if any(merge_obstacle(config) for config in own):
+    if not all(isinstance(config, LoraConfig) for config in own):
+        return None
+    if any(getattr(config, name, None) for config in own for name in _NOT_MERGED):
         return None
     return sum(max([config.r, *config.rank_pattern.values()]) for config in own)
 

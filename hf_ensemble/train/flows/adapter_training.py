@@ -42,6 +42,9 @@ from .run_log import plain_log
 
 T = TypeVar("T")
 
+# Options of schedules that are numbers of steps.
+_STEPS_OF_SCHEDULES = ("num_decay_steps", "num_stable_steps", "timescale")
+
 
 class AdapterTraining:
     """Trains the adapter of a run on subsets or mixtures of its tasks.
@@ -291,10 +294,6 @@ class AdapterTraining:
         label_bars(trainer.callback_handler, begun.name)
         trainer.add_callback(SealCheckpoints)
         return trainer
-
-
-# Options of schedules that are numbers of steps.
-_STEPS_OF_SCHEDULES = ("num_decay_steps", "num_stable_steps", "timescale")
 
 
 def _of_length(options: Any, length: float) -> Any:

@@ -33,6 +33,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 # Callbacks of this package for plain trainers, and what of a run does the same; subclasses before their parents.
+# Keywords of the trainers that a run is made of, and what to do instead.
+_OF_THE_PARTS = {
+    "sampling_weights": "Set it in the trainer's config, as sampling_weights={TASK: weight}.",
+    "label_space": "It is that of the tasks: name labels alike in the column label_text where they are the same.",
+    "has_tasks": "Leave it out: a single dataset makes the trainer its parent.",
+}
 _OF_PLAIN_TRAINERS: dict[type, str] = {
     GradientCaptureCallback: "trainer.capture() returns the store of the run's own gradients.",
     TaskMetricsCallback: (
@@ -136,13 +142,6 @@ def checked_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
         if name in keywords:
             raise ConfigurationError(f"{name} is no argument of the trainer. {advice}")
     return keywords
-
-
-_OF_THE_PARTS = {
-    "sampling_weights": "Set it in the trainer's config, as sampling_weights={TASK: weight}.",
-    "label_space": "It is that of the tasks: name labels alike in the column label_text where they are the same.",
-    "has_tasks": "Leave it out: a single dataset makes the trainer its parent.",
-}
 
 
 def _check_has_config(model: nn.Module) -> None:
